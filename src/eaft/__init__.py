@@ -1,0 +1,32 @@
+"""eaft: Entropy-Adaptive Fine-Tuning (arXiv:2601.02151) for Hugging Face TRL, transformers and PEFT."""
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from eaft import gates
+from eaft.loss import GatedLoss, gated_cross_entropy
+from eaft.statistics import TokenStatistics, token_statistics
+
+if TYPE_CHECKING:
+    from eaft.trainer import EAFTConfig, EAFTTrainer
+
+__version__ = version("eaft")
+
+__all__ = [
+    "EAFTConfig",
+    "EAFTTrainer",
+    "GatedLoss",
+    "TokenStatistics",
+    "gated_cross_entropy",
+    "gates",
+    "token_statistics",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # TRL takes seconds to import, and only the trainer needs it
+    if name in ("EAFTConfig", "EAFTTrainer"):
+        from eaft import trainer
+
+        return getattr(trainer, name)
+    raise AttributeError(f"module 'eaft' has no attribute {name!r}")

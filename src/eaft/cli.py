@@ -1,0 +1,47 @@
+"""The command line: `eaft train | compare | env`. Each command's code is in the module of its name."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+
+from eaft.errors import EAFTError
+
+DESCRIPTION = """
+Entropy-Adaptive Fine-Tuning: fine-tune a language model without making it worse at everything else.
+
+  eaft train     fine-tune with a gate on each token's loss (takes the flags and YAML of `trl sft`)
+  eaft compare   train with several objectives from one base, and show what each gained and forgot
+  eaft env       print versions and machine, for bug reports
+
+`eaft COMMAND --help` explains each.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; errors that are the user's to mend end with one message and exit code 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="eaft",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="eaft COMMAND ...",
+    )
+    parser.add_argument("command", choices=["train", "compare", "env"], help=argparse.SUPPRESS)
+    command = parser.parse_args(argv[:1] or ["--help"]).command
+    if command == "env":
+        from eaft.provenance import environment
+
+        print(json.dumps(environment(), indent=2))
+        return 0
+    try:
+        importlib.import_module(f"eaft.{command}").main(argv[1:])
+    except EAFTError as error:
+        # Under a launcher every process has the same complaint about the input; one is enough
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, ArithmeticError):
+            print(f"eaft {command}: error: {error}", file=sys.stderr)
+        return 2
+    return 0

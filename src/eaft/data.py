@@ -1,0 +1,73 @@
+"""Training data from the Hub or from files, in TRL's formats, checked before anything is loaded or written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from datasets import DatasetDict, load_dataset
+from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
+
+from eaft.errors import ConfigurationError
+from eaft.models import first_line
+
+BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def load_splits(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> DatasetDict:
+    """
+    Load the data that TRL's flags describe; `dataset_name` may also be a local file (its rows become `train`).
+
+    Raises:
+        ConfigurationError: no data is named, or it is missing or unreadable.
+    """
+    name = script_args.dataset_name
+    if dataset_args.datasets:
+        return get_dataset(dataset_args)
+    if name is None:
+        raise ConfigurationError(
+            "dataset_name is missing: give a Hub id, a .jsonl, .json, .csv or .parquet file, or a folder."
+        )
+    path = Path(name).expanduser()
+    options: dict[str, Any] = {"name": script_args.dataset_config, "streaming": script_args.dataset_streaming}
+    if path.suffix in BUILDERS or path.is_absolute() or name.startswith(("./", "../", "~")):
+        if not path.exists():
+            raise ConfigurationError(f"dataset_name={name!r}: there is no such file or folder.")
+        if path.is_file():
+            if path.suffix not in BUILDERS:
+                raise ConfigurationError(f"dataset_name={name!r}: expected one of {', '.join(BUILDERS)}.")
+            if path.stat().st_size == 0:
+                raise ConfigurationError(f"dataset_name={name!r}: the file is empty.")
+            name, options["data_files"] = BUILDERS[path.suffix], str(path)
+        else:
+            name = str(path)
+    try:
+        return load_dataset(name, **options)
+    except Exception as error:  # each format has its own errors, chained below the datasets library's
+        cause = error.__cause__ or error
+        raise ConfigurationError(
+            f"dataset_name={script_args.dataset_name!r} cannot be read. ({first_line(cause)})"
+        ) from error
+
+
+def select_split(splits: DatasetDict, split: str, flag: str, text_field: str) -> Any:
+    """
+    Return one split after checking that it has rows, in a format TRL's SFT takes.
+
+    Raises:
+        ConfigurationError: there is no such split, it is empty, or its columns are none of the expected.
+    """
+    if split not in splits:
+        raise ConfigurationError(f"{flag}={split!r}: the data has only {', '.join(splits)}.")
+    dataset = splits[split]
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ConfigurationError(f"{flag}={split!r}: the data set is empty.")
+    expected = [{"messages"}, {"prompt", "completion"}, {text_field}, {"conversations"}, {"input_ids"}]
+    if not any(columns <= first.keys() for columns in expected):
+        names = ", ".join(" + ".join(sorted(columns, reverse=True)) for columns in expected)
+        raise ConfigurationError(
+            f"{flag}={split!r}: found the columns {', '.join(first)}; expected one of: {names}. Rename yours, or "
+            "name the text column with --dataset_text_field."
+        )
+    return dataset

@@ -1,0 +1,78 @@
+"""From what a user calls a model (Hub id, folder, GGUF file) to something `from_pretrained` loads."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from huggingface_hub.constants import HF_HOME
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from eaft.errors import ConfigurationError
+
+
+def resolve_model(model: str, trust_remote_code: bool = False) -> str:
+    """
+    Return `model` if it is a folder or Hub id with a readable config, or the folder a GGUF file is converted to.
+
+    Raises:
+        ConfigurationError: there is no such model, or it cannot be read.
+    """
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ConfigurationError(f"model_name_or_path={model!r}: there is no such file.")
+        return str(convert_gguf(path))
+    if not path.is_dir() and (path.is_absolute() or model.startswith(("./", "../", "~")) or model.count("/") > 1):
+        raise ConfigurationError(f"model_name_or_path={model!r}: there is no such folder.")
+    model = str(path) if path.is_dir() else model
+    try:
+        AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"model_name_or_path={model!r} is not a readable model. Give a Hub id, a folder written by "
+            f"save_pretrained, or a .gguf file. ({first_line(error)})"
+        ) from error
+    return model
+
+
+def convert_gguf(path: Path) -> Path:
+    """
+    Dequantise a GGUF file into a float32 folder in the cache (`$HF_HOME/eaft`), once per content of the file.
+
+    Every library can load a folder; a model loaded from GGUF keeps quantization marks that prevent saving it again.
+    """
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else None
+        if digest is None:  # Python 3.10
+            digest = hashlib.sha256(file.read())
+    folder = Path(HF_HOME) / "eaft" / f"{path.stem}-{digest.hexdigest()[:12]}"
+    if folder.is_dir():
+        return folder
+    staging = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.hf_quantizer = None
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        os.replace(staging, folder)
+    except ImportError as error:
+        raise ConfigurationError(f"Reading {path} needs the gguf package: pip install 'eaft[gguf]'.") from error
+    except Exception as error:  # the reader has no error of its own: a damaged file fails in many ways
+        raise ConfigurationError(
+            f"model_name_or_path={str(path)!r} is not a readable GGUF file. ({first_line(error)})"
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return folder
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type if it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,0 +1,83 @@
+"""Where a result comes from: versions, commit, machine. Written into every result file, printed by `eaft env`."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+LIBRARIES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "lm_eval", "safetensors")
+
+
+def environment() -> dict[str, Any]:
+    """Return eaft's version and commit, the libraries' versions and the machine, as plain JSON values."""
+    import torch
+
+    libraries: dict[str, str | None] = {}
+    for name in LIBRARIES:
+        try:
+            libraries[name] = version(name)
+        except PackageNotFoundError:
+            libraries[name] = None
+    return {
+        "eaft": version("eaft"),
+        "commit": commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "libraries": libraries,
+    }
+
+
+def commit() -> str | None:
+    """Return the commit of the checkout eaft runs from, with `-dirty` if it has changes; None if installed."""
+    here = Path(__file__).parent
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", "-C", here, *args], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        # A virtual environment inside somebody's own repository is not our checkout
+        if not (Path(git("rev-parse", "--show-toplevel")) / "src" / "eaft").samefile(here):
+            return None
+        return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def cpu_name() -> str:
+    """Return the processor's name as Linux gives it, or the platform's word for it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def peak_memory_gib() -> float:
+    """Return the peak memory of this process so far: of the GPU where there is one, else resident memory (GiB)."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    # Linux counts in KiB, macOS in bytes
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file whole or not at all; NaN is an error, since JSON has none."""
+    staging = path.with_name(path.name + ".tmp")
+    staging.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    os.replace(staging, path)

@@ -1,0 +1,100 @@
+"""What the model thinks of each token: log-probability, entropy, top-K entropy. Pure tensor functions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+# A confident conflict: the model is sure (low entropy) of something else than the label (low probability).
+CONFLICT_MAX_ENTROPY = 0.5  # nats
+CONFLICT_MAX_PROB = 0.1
+
+
+@dataclass(frozen=True)
+class TokenStatistics:
+    """
+    Statistics of the next-token distribution at each labelled position, every tensor of the labels' shape.
+
+    Tensors are float32 (float64 if the logits were), entropies in nats. Only `log_prob` carries a gradient.
+    """
+
+    log_prob: Tensor  # ln P(label)
+    entropy: Tensor  # H, over the whole vocabulary
+    top_k_entropy: Tensor  # H^K, of the K largest probabilities renormalised to sum to 1
+    sum_sq_probs: Tensor  # sum_v p_v^2
+    is_top1: Tensor  # bool: the label is the most likely token (the first of equals)
+    top_k: int  # K, at most the size of the vocabulary
+
+    @property
+    def prob(self) -> Tensor:
+        """P(label), in [0, 1]."""
+        return self.log_prob.exp()
+
+    @property
+    def nll(self) -> Tensor:
+        """-ln P(label), in nats: the cross-entropy of each token."""
+        return -self.log_prob
+
+    @property
+    def is_conflict(self) -> Tensor:
+        """Bool: a confident conflict, H < 0.5 nats and P(label) < 0.1."""
+        return (self.entropy < CONFLICT_MAX_ENTROPY) & (self.prob < CONFLICT_MAX_PROB)
+
+    def detach(self) -> TokenStatistics:
+        """Return the same statistics without any gradient."""
+        return TokenStatistics(self.log_prob.detach(), *(getattr(self, f.name) for f in fields(self)[1:]))
+
+    @classmethod
+    def cat(cls, chunks: list[TokenStatistics]) -> TokenStatistics:
+        """Join the statistics of consecutive chunks of tokens (1-D each, the same K)."""
+        tensors = [f.name for f in fields(cls) if f.name != "top_k"]
+        joined = {name: torch.cat([getattr(chunk, name) for chunk in chunks]) for name in tensors}
+        return cls(**joined, top_k=chunks[0].top_k)
+
+
+def entropy_from_log_probs(log_probs: Tensor) -> Tensor:
+    """Return -sum_v p_v ln p_v over the last dimension, in nats; a token of probability 0 (-inf) adds nothing."""
+    return torch.special.entr(log_probs.exp()).sum(-1)
+
+
+def kl_divergence(log_probs: Tensor, other_log_probs: Tensor) -> Tensor:
+    """Return KL(p || q) = sum_v p_v (ln p_v - ln q_v) over the last dimension, in nats, of two log-distributions."""
+    probs = log_probs.exp()
+    return torch.where(probs > 0, probs * (log_probs - other_log_probs), 0.0).sum(-1)
+
+
+def token_statistics(logits: Tensor, labels: Tensor, top_k: int = 20) -> TokenStatistics:
+    """
+    Compute the statistics every gate is a function of.
+
+    Args:
+        logits: `[..., V]`, any floating dtype; computed in float32, or float64 if given so. -inf marks a token that
+            cannot occur.
+        labels: `[...]` int64, each in `[0, V)`; no ignored positions.
+        top_k: K of the top-K entropy, at least 2 (arXiv:2601.02151 uses 20); a smaller vocabulary becomes K.
+
+    Raises:
+        ValueError: `top_k` is below 2, or the shapes do not belong together.
+    """
+    if top_k < 2:
+        raise ValueError(f"top_k must be at least 2 (the entropy of one token is always 0), got {top_k}.")
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"logits {tuple(logits.shape)} need labels {tuple(logits.shape[:-1])}, got {tuple(labels.shape)}."
+        )
+    top_k = min(top_k, logits.shape[-1])
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    log_probs = logits.log_softmax(-1)
+    log_prob = log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    # Everything else comes after the gradient's part, so that a checkpointed recomputation can stop before it
+    with torch.no_grad():
+        return TokenStatistics(
+            log_prob=log_prob,
+            entropy=entropy_from_log_probs(log_probs),
+            top_k_entropy=entropy_from_log_probs(logits.topk(top_k, sorted=False).values.log_softmax(-1)),
+            sum_sq_probs=log_probs.exp().square_().sum(-1),
+            is_top1=logits.argmax(-1) == labels,
+            top_k=top_k,
+        )

@@ -1,0 +1,144 @@
+"""The head inside the model's forward: equal to the reference loss on the model's own full logits, for every option."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    LlamaConfig,
+    MixtralConfig,
+    PhiConfig,
+)
+
+from eaft import gated_cross_entropy, head
+from eaft.gates import GATES
+from eaft.head import GatedLMHead, logit_scale
+
+from .conftest import make_model
+
+SIZES = {
+    "vocab_size": 264,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+}
+CONFIGS = {
+    "tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "untied": LlamaConfig(**SIZES, tie_word_embeddings=False),
+    "soft-capped": Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=2.0),
+    "scaled": CohereConfig(**SIZES, logit_scale=0.25),
+    "divided": GraniteConfig(**SIZES, logits_scaling=4.0),
+    "biased": PhiConfig(**SIZES),
+    "mixture of experts": MixtralConfig(
+        **SIZES, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.1
+    ),
+}
+
+
+def build(name):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="eager", dtype=torch.float32)
+    if model.get_output_embeddings().bias is not None:
+        torch.nn.init.normal_(model.get_output_embeddings().bias)
+    return model
+
+
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 264, (3, 11), generator=generator)
+    labels = ids.clone()
+    labels[:, :4] = -100
+    labels[2] = -100
+    labels[2, 7] = ids[2, 7]
+    return ids, labels
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("gate", sorted(GATES))
+@pytest.mark.parametrize("chunk_logits", [head.LOGITS_PER_CHUNK, 264 * 4])  # all at once; 4 tokens at a time
+def test_equals_reference_on_full_logits(name, gate, chunk_logits, monkeypatch):
+    monkeypatch.setattr(head, "LOGITS_PER_CHUNK", chunk_logits)
+    ids, labels = batch()
+    model = build(name).train()
+    outputs = model(input_ids=ids)
+    expected = gated_cross_entropy(outputs.logits[:, :-1], labels[:, 1:], gate)
+    if name == "mixture of experts":
+        # The model's own forward adds the auxiliary loss only when it has labels
+        aux_loss = model(input_ids=ids, labels=labels).aux_loss
+        expected = expected + 0.1 * aux_loss
+    expected.backward()
+    gradients = {n: p.grad for n, p in model.named_parameters()}
+    model.zero_grad()
+
+    GatedLMHead(model, gate, 20, {})
+    outputs = model(input_ids=ids, labels=labels, fused_lm_head=True)
+    outputs.loss.backward()
+    torch.testing.assert_close(outputs.loss, expected)
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[n], rtol=1e-4, atol=1e-6)
+    assert sum(p.grad.norm() for p in model.parameters()) > 1e-3
+
+
+def test_shifted_labels_are_taken_as_they_stand(model):
+    ids, labels = batch()
+    GatedLMHead(model, "eaft", 20, {})
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    a = model(input_ids=ids, labels=labels, fused_lm_head=True).loss
+    b = model(input_ids=ids, labels=None, shift_labels=shifted, fused_lm_head=True).loss
+    torch.testing.assert_close(a, b)
+
+
+def test_evaluation_is_plain_nll_and_keeps_the_weights(model):
+    ids, labels = batch()
+    gated = GatedLMHead(model, "eaft", 20, {"alpha": 2.0})
+    expected = model(input_ids=ids, labels=labels).loss
+    with torch.no_grad():
+        loss = model.eval()(input_ids=ids, labels=labels, fused_lm_head=True).loss
+    torch.testing.assert_close(loss, expected.detach())
+    assert gated.weights.shape == (15,)
+    assert gated.weights.max() < 1
+
+
+def test_full_logits_never_exist(model, monkeypatch):
+    monkeypatch.setattr(head, "LOGITS_PER_CHUNK", 264 * 4)
+    sizes = []
+    linear = torch.nn.functional.linear
+
+    def spy(hidden, weight, bias=None):
+        if weight.shape[0] == 264:
+            sizes.append(hidden.shape[0])
+        return linear(hidden, weight, bias)
+
+    GatedLMHead(model, "eaft", 20, {})
+    monkeypatch.setattr(torch.nn.functional, "linear", spy)
+    ids, labels = batch()
+    model.train()(input_ids=ids, labels=labels, fused_lm_head=True).loss.backward()
+    assert max(sizes) == 4
+    assert sum(sizes) == 2 * 15  # every labelled token once, and once more in the backward pass
+
+
+def test_no_labelled_token_gives_zero_gradients(model):
+    ids, labels = batch()
+    GatedLMHead(model, "eaft", 20, {})
+    loss = model.train()(input_ids=ids, labels=torch.full_like(labels, -100), fused_lm_head=True).loss
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is not None and p.grad.abs().max() == 0 for p in model.parameters())
+
+
+def test_generation_and_plain_forward_are_the_models_own(model):
+    ids, labels = batch()
+    expected = model(input_ids=ids, labels=labels).loss
+    generated = model.generate(ids[:1], max_new_tokens=4, do_sample=False)
+    GatedLMHead(model, "eaft", 20, {})
+    torch.testing.assert_close(model(input_ids=ids, labels=labels).loss, expected)
+    assert torch.equal(model.generate(ids[:1], max_new_tokens=4, do_sample=False), generated)
+
+
+def test_logit_scale_is_one_without_a_field():
+    assert logit_scale(make_model().config) == 1.0
