@@ -231,9 +231,20 @@ def test_empty_data(tmp_path):
         EAFTTrainer(make_model(), EAFTConfig(str(tmp_path), use_cpu=True), Dataset.from_list([]))
 
 
-def test_no_label_after_truncation(tmp_path):
+@pytest.mark.parametrize("packing", [False, True])
+def test_no_label_after_truncation(tmp_path, packing):
+    rows = [{"input_ids": [3, 4, 5, 6], "labels": [-100, -100, -100, 6]}] * 4
     with pytest.raises(ConfigurationError, match=r"No row has a labelled token left after truncation to max_length=3"):
-        build(EAFTTrainer, tmp_path, max_length=3)
+        build(EAFTTrainer, tmp_path, rows=rows, max_length=3, packing=packing)
+
+
+def test_dropped_rows_are_counted(tmp_path, caplog):
+    # The prompts of rows 10 to 15 are a byte longer each way: nothing of their completion is left
+    with caplog.at_level("WARNING"):
+        trainer = build(EAFTTrainer, tmp_path, max_length=9)
+    dropped = 16 - len(trainer.train_dataset)
+    assert dropped > 0
+    assert f"{dropped} of 16 rows have no labelled token left" in caplog.text
 
 
 def test_model_card_names_the_gate(tmp_path):

@@ -132,6 +132,8 @@ def compare(recipe: Recipe) -> dict[str, Any]:
     from eaft import report
 
     output_dir = Path(recipe.output_dir)
+    tasks = recipe.evaluate.target_tasks + recipe.evaluate.general_tasks
+    manager = task_manager(tasks, recipe.evaluate.task_path)
     runs = check(recipe)
     output_dir.mkdir(parents=True, exist_ok=True)
     for folder, config in runs.values():
@@ -139,7 +141,7 @@ def compare(recipe: Recipe) -> dict[str, Any]:
 
     base_dir = output_dir / "base"
     base_dir.mkdir(exist_ok=True)
-    base = evaluate_run(base_dir, recipe)
+    base = evaluate_run(base_dir, recipe, manager)
     results: dict[str, Any] = {
         "recipe": asdict(recipe),
         "environment": environment(),
@@ -152,7 +154,7 @@ def compare(recipe: Recipe) -> dict[str, Any]:
             {
                 "objective": objective,
                 "seed": seed,
-                **summary(evaluate_run(folder, recipe)),
+                **summary(evaluate_run(folder, recipe, manager)),
                 "tokens_per_s": trained["tokens_per_s"],
                 "peak_memory_gib": trained["peak_memory_gib"],
                 "train_runtime_s": trained["train_runtime_s"],
@@ -175,20 +177,13 @@ def check(recipe: Recipe) -> dict[tuple[str, int], tuple[Path, dict[str, Any]]]:
     Check everything that can be wrong before anything runs; return each run's folder and its `eaft train` settings.
 
     Raises:
-        ConfigurationError: a missing model, task, package or file, a bad flag, or a folder with another run.
+        ConfigurationError: a missing model or file, a bad flag, or a folder with another run.
     """
     if recipe.train.get("model_name_or_path") is None:
         raise ConfigurationError("train: model_name_or_path is missing.")
     recipe.train["model_name_or_path"] = resolve_model(recipe.train["model_name_or_path"])
-    evaluate = recipe.evaluate
-    known = set(task_manager(evaluate.task_path).all_tasks)
-    for task in evaluate.target_tasks + evaluate.general_tasks:
-        if task not in known:
-            raise ConfigurationError(
-                f"evaluate: lm-eval knows no task {task!r}.{nearest(task, known)} Your own go into task_path."
-            )
-    read_prompts(evaluate.general_prompts, 1)
-    read_prompts(evaluate.target_prompts, 1)
+    read_prompts(recipe.evaluate.general_prompts, 1)
+    read_prompts(recipe.evaluate.target_prompts, 1)
 
     runs = {}
     for seed in recipe.seeds:
@@ -249,7 +244,7 @@ def train_run(folder: Path, config: dict[str, Any]) -> None:
         raise EAFTError(f"{folder}: training ended with exit code {code}; see its message above.")
 
 
-def evaluate_run(folder: Path, recipe: Recipe) -> dict[str, Any]:
+def evaluate_run(folder: Path, recipe: Recipe, manager: Any) -> dict[str, Any]:
     """
     Evaluate the model in a run's folder (`base`: the base model), or return the evaluation made before.
 
@@ -264,9 +259,7 @@ def evaluate_run(folder: Path, recipe: Recipe) -> dict[str, Any]:
     print(f"{folder}: evaluating")
     model, tokenizer = load_model(base_path if is_base else str(folder))
     tasks = list(dict.fromkeys(config.target_tasks + config.general_tasks))
-    scores = score_tasks(
-        model, tokenizer, tasks, task_manager(config.task_path), config.batch_size, config.apply_chat_template
-    )
+    scores = score_tasks(model, tokenizer, tasks, manager, config.batch_size, config.apply_chat_template)
     for task, score in scores.items():
         items = score.pop("items")
         (folder / f"items_{task}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))

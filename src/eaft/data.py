@@ -45,6 +45,8 @@ def load_splits(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig
         return load_dataset(name, **options)
     except Exception as error:  # each format has its own errors, chained below the datasets library's
         cause = error.__cause__ or error
+        if "corresponds to no data" in str(cause):
+            raise ConfigurationError(f"dataset_name={script_args.dataset_name!r}: the data set is empty.") from error
         raise ConfigurationError(
             f"dataset_name={script_args.dataset_name!r} cannot be read. ({first_line(cause)})"
         ) from error

@@ -11,7 +11,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eaft.errors import ConfigurationError
+from eaft.errors import ConfigurationError, nearest
 from eaft.statistics import kl_divergence
 
 
@@ -25,18 +25,29 @@ def load_model(model: str) -> tuple[Any, Any]:
     return loaded, tokenizer
 
 
-def task_manager(include_path: str | None) -> Any:
+def task_manager(tasks: list[str], task_path: str | None) -> Any:
     """
-    Return lm-eval's registry of tasks, with the YAML files of a folder of yours.
+    Return an lm-eval registry that knows `tasks`: those of the folder `task_path`, and lm-eval's own if need be.
 
     Raises:
-        ConfigurationError: lm-eval is not installed.
+        ConfigurationError: lm-eval is not installed, or has no such task.
     """
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ConfigurationError("Evaluating needs lm-evaluation-harness: pip install 'eaft[compare]'.") from error
-    return TaskManager(include_path=include_path)
+    if task_path is not None and not Path(task_path).is_dir():
+        raise ConfigurationError(f"task_path={task_path!r}: there is no such folder.")
+    # Indexing lm-eval's own thousands of tasks takes seconds
+    manager = TaskManager(include_path=task_path, include_defaults=False)
+    if not set(tasks) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=task_path)
+    for task in tasks:
+        if task not in manager.all_tasks:
+            raise ConfigurationError(
+                f"lm-eval knows no task {task!r}.{nearest(task, manager.all_tasks)} Your own go into task_path."
+            )
+    return manager
 
 
 def score_tasks(

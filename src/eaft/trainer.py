@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
+from datasets import Dataset
 from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 from trl import SFTConfig, SFTTrainer
@@ -20,11 +22,7 @@ from eaft.errors import ConfigurationError, NonFiniteError
 from eaft.gates import check_gate, gate_help
 from eaft.head import GatedLMHead
 
-
-def require_rows(dataset: Any, message: str) -> None:
-    """Raise `ConfigurationError(message)` if the data set (a stream, too) has no row."""
-    if dataset is not None and next(iter(dataset), None) is None:
-        raise ConfigurationError(message)
+logger = get_logger(__name__)
 
 
 @dataclass
@@ -91,16 +89,28 @@ class EAFTTrainer(SFTTrainer):
         if kwargs.get("compute_loss_func") is not None:
             raise ConfigurationError("compute_loss_func does not go with a gate; use SFTTrainer, or register a gate.")
         args = EAFTConfig() if args is None else args
-        require_rows(train_dataset, "The training data set is empty.")
+        if train_dataset is not None and next(iter(train_dataset), None) is None:
+            raise ConfigurationError("The training data set is empty.")
         super().__init__(model, args=args, train_dataset=train_dataset, **kwargs)
-        require_rows(
-            self.train_dataset,
-            f"No row has a labelled token left after truncation to max_length={args.max_length}: raise max_length, or "
-            "check completion_only_loss and assistant_only_loss.",
-        )
         base_model = self.model.get_base_model() if is_peft_model(self.model) else self.model
         self.gated_lm_head = GatedLMHead(base_model, args.gate, args.gate_top_k, args.gate_params)
         self._token_sums: dict[str, Tensor | float] = defaultdict(float)
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any) -> Any:
+        """Prepare a data set as TRL does; say how many rows lost all their labels, which TRL drops in silence."""
+        prepared = super()._prepare_dataset(dataset, processing_class, args, packing, *rest)
+        # The first token is nobody's label
+        if not any(label != -100 for row in prepared for label in row["labels"][1:]):
+            raise ConfigurationError(
+                f"No row has a labelled token left after truncation to max_length={args.max_length}: raise max_length, "
+                "or check completion_only_loss and assistant_only_loss."
+            )
+        if isinstance(dataset, Dataset) and not packing and (dropped := len(dataset) - len(prepared)):
+            logger.warning(
+                f"{dropped} of {len(dataset)} rows have no labelled token left after truncation to "
+                f"max_length={args.max_length} and are dropped."
+            )
+        return prepared
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
