@@ -1,5 +1,7 @@
 """The head inside the model's forward: equal to the reference loss on the model's own full logits, for every option."""
 
+import contextlib
+
 import pytest
 import torch
 from transformers import (
@@ -129,6 +131,39 @@ def test_no_labelled_token_gives_zero_gradients(model):
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is not None and p.grad.abs().max() == 0 for p in model.parameters())
+
+
+def test_head_that_is_partitioned_outside_its_context(monkeypatch):
+    """As under ZeRO-3: the head's weight is empty but while it is gathered, in the forward and in the backward pass."""
+    monkeypatch.setattr(head, "LOGITS_PER_CHUNK", 264 * 4)
+    ids, labels = batch()
+    expected = build("untied").train()
+    GatedLMHead(expected, "eaft", 20, {})
+    expected(input_ids=ids, labels=labels, fused_lm_head=True).loss.backward()
+
+    model = build("untied").train()
+    GatedLMHead(model, "eaft", 20, {})
+    weight = model.lm_head.weight
+    full, depth = weight.data, 0
+
+    @contextlib.contextmanager
+    def gather(*parameters):
+        nonlocal depth
+        assert parameters[0] is weight
+        weight.data, depth = full, depth + 1
+        yield
+        depth -= 1
+        if depth == 0:
+            weight.data = torch.empty(0)
+
+    monkeypatch.setattr(head, "maybe_gather_lm_head_ctx", gather)
+    weight.register_hook(lambda grad: setattr(weight, "data", full))  # DeepSpeed sees to the gradient's own reduction
+    weight.data = torch.empty(0)
+    loss = model(input_ids=ids, labels=labels, fused_lm_head=True).loss
+    assert weight.numel() == 0
+    loss.backward()
+    torch.testing.assert_close(weight.grad, expected.lm_head.weight.grad)
+    torch.testing.assert_close(model.model.norm.weight.grad, expected.model.norm.weight.grad)
 
 
 def test_generation_and_plain_forward_are_the_models_own(model):

@@ -92,7 +92,7 @@ class GatedLMHead:
         self,
         model: PreTrainedModel,
         *args: Any,
-        labels: Tensor,
+        labels: Any = None,
         shift_labels: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         **kwargs: Any,
