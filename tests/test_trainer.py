@@ -217,6 +217,7 @@ def test_gradient_that_is_not_finite_stops_before_the_weights(tmp_path):
         ({"gate_top_k": 1}, "gate_top_k must be at least 2, got 1"),
         ({"gate_alpha": -0.5}, "gate_alpha must be a number of at least 0, got -0.5"),
         ({"gate_alpha": math.nan}, "gate_alpha must be a number"),
+        ({"gate": "dft", "gate_alpha": 2.0}, "gate='dft' takes no alpha"),
         ({"loss_type": "dft"}, "loss_type='dft' does not go with a gate"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor does not go with a gate"),
     ],
@@ -228,7 +229,12 @@ def test_bad_settings(settings, message):
 
 def test_empty_data(tmp_path):
     with pytest.raises(ConfigurationError, match="data set is empty"):
-        EAFTTrainer(make_model(), EAFTConfig(str(tmp_path), use_cpu=True), Dataset.from_list([]))
+        EAFTTrainer(make_model(), EAFTConfig(str(tmp_path), use_cpu=True), train_dataset=Dataset.from_list([]))
+
+
+def test_plain_sft_config_is_refused(tmp_path):
+    with pytest.raises(ConfigurationError, match="args must be an EAFTConfig, which has the gate; got SFTConfig"):
+        EAFTTrainer(make_model(), SFTConfig(str(tmp_path), use_cpu=True), train_dataset=Dataset.from_list(make_rows()))
 
 
 @pytest.mark.parametrize("packing", [False, True])

@@ -22,15 +22,13 @@ def load_splits(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig
         ConfigurationError: no data is named, or it is missing or unreadable.
     """
     name = script_args.dataset_name
-    if dataset_args.datasets:
-        return get_dataset(dataset_args)
-    if name is None:
+    if name is None and not dataset_args.datasets:
         raise ConfigurationError(
             "dataset_name is missing: give a Hub id, a .jsonl, .json, .csv or .parquet file, or a folder."
         )
-    path = Path(name).expanduser()
+    path = Path(name or "").expanduser()
     options: dict[str, Any] = {"name": script_args.dataset_config, "streaming": script_args.dataset_streaming}
-    if path.suffix in BUILDERS or path.is_absolute() or name.startswith(("./", "../", "~")):
+    if name and (path.suffix in BUILDERS or path.is_absolute() or name.startswith(("./", "../", "~"))):
         if not path.exists():
             raise ConfigurationError(f"dataset_name={name!r}: there is no such file or folder.")
         if path.is_file():
@@ -42,7 +40,7 @@ def load_splits(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig
         else:
             name = str(path)
     try:
-        return load_dataset(name, **options)
+        return get_dataset(dataset_args) if dataset_args.datasets else load_dataset(name, **options)
     except Exception as error:  # each format has its own errors, chained below the datasets library's
         cause = error.__cause__ or error
         if "corresponds to no data" in str(cause):

@@ -53,11 +53,11 @@ class EAFTConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         """Check our fields, then TRL's."""
-        check_gate(self.gate)
         if self.gate_top_k < 2:
             raise ConfigurationError(f"gate_top_k must be at least 2, got {self.gate_top_k}; the paper uses 20.")
         if not (math.isfinite(self.gate_alpha) and self.gate_alpha >= 0):
             raise ConfigurationError(f"gate_alpha must be a number of at least 0, got {self.gate_alpha}.")
+        check_gate(self.gate, self.gate_params)
         if self.loss_type != "nll":
             raise ConfigurationError(f"loss_type={self.loss_type!r} does not go with a gate; use gate='dft' instead.")
         if self.label_smoothing_factor:
@@ -66,8 +66,8 @@ class EAFTConfig(SFTConfig):
 
     @property
     def gate_params(self) -> dict[str, float]:
-        """The parameters handed to the gate."""
-        return {"alpha": self.gate_alpha} if self.gate == "eaft" else {}
+        """The parameters handed to the gate: its alpha, if it is the `eaft` gate or alpha was set."""
+        return {"alpha": self.gate_alpha} if self.gate == "eaft" or self.gate_alpha != 1.0 else {}
 
 
 class EAFTTrainer(SFTTrainer):
@@ -85,13 +85,22 @@ class EAFTTrainer(SFTTrainer):
 
     _tag_names = ["trl", "sft", "eaft"]  # noqa: RUF012 - TRL's own convention
 
-    def __init__(self, model: Any, args: EAFTConfig | None = None, train_dataset: Any = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: Any,
+        args: EAFTConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        **kwargs: Any,
+    ) -> None:
         if kwargs.get("compute_loss_func") is not None:
             raise ConfigurationError("compute_loss_func does not go with a gate; use SFTTrainer, or register a gate.")
         args = EAFTConfig() if args is None else args
+        if not isinstance(args, EAFTConfig):
+            raise ConfigurationError(f"args must be an EAFTConfig, which has the gate; got {type(args).__name__}.")
         if train_dataset is not None and next(iter(train_dataset), None) is None:
             raise ConfigurationError("The training data set is empty.")
-        super().__init__(model, args=args, train_dataset=train_dataset, **kwargs)
+        super().__init__(model, args=args, data_collator=data_collator, train_dataset=train_dataset, **kwargs)
         base_model = self.model.get_base_model() if is_peft_model(self.model) else self.model
         self.gated_lm_head = GatedLMHead(base_model, args.gate, args.gate_top_k, args.gate_params)
         self._token_sums: dict[str, Tensor | float] = defaultdict(float)
