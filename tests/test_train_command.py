@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -11,7 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from eaft import cli
-from eaft.train import last_complete_checkpoint
+from eaft.compare import read_recipe
+from eaft.train import last_complete_checkpoint, parse
 
 from .conftest import make_rows
 
@@ -124,7 +127,7 @@ def test_resume_equals_uninterrupted(model_dir, data, tmp_path):
 
 
 def launch(launcher, *flags, cwd):
-    command = [sys.executable, "-m", *launcher, "-m", "eaft", "train", *SMALL, *map(str, flags)]
+    command = [sys.executable, *launcher, "-m", "eaft", "train", *SMALL, *map(str, flags)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -136,7 +139,7 @@ def test_two_processes_equal_one(model_dir, data, tmp_path, gate):
     shared += ["--learning_rate", "1e-3"]
     one, two = tmp_path / "one", tmp_path / "two"
     assert run(*shared, "--output_dir", one, "--per_device_train_batch_size", 4) == 0
-    torchrun = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533"]
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533"]
     launch(torchrun, *shared, "--output_dir", two, "--per_device_train_batch_size", 2, cwd=tmp_path)
     start, a, b = weights(model_dir), weights(one), weights(two)
     moved = sum((a[n] - start[n]).square().sum() for n in a).sqrt()
@@ -148,9 +151,27 @@ def test_two_processes_equal_one(model_dir, data, tmp_path, gate):
 
 
 def test_starts_under_accelerate_launch(model_dir, data, tmp_path):
-    launcher = ["accelerate.commands.launch", "--num_processes", "1", "--cpu"]
+    launcher = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
     launch(launcher, "--model_name_or_path", model_dir, "--dataset_name", data, "--output_dir", "out", cwd=tmp_path)
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_flags_of_accelerate_launch_are_passed_on(model_dir, data, tmp_path):
+    flags = ["--model_name_or_path", model_dir, "--dataset_name", data, "--output_dir", "out", "--num_processes", "1"]
+    launch([], *flags, cwd=tmp_path)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["finished"]
+
+
+def test_loss_that_is_not_finite_ends_with_one_message_and_a_good_checkpoint(model_dir, data, tmp_path, capsys):
+    out = tmp_path / "out"
+    flags = ["--learning_rate", "1e30", "--max_grad_norm", "0", "--save_steps", 1, "--output_dir", out]
+    assert run("--model_name_or_path", model_dir, "--dataset_name", data, *flags) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"The loss is (nan|inf) in training, step 2; the batch's rows are \d+: '", error)
+    assert "Traceback" not in error
+    assert all(weight.isfinite().all() for weight in weights(out / "checkpoint-1").values())
+    assert not json.loads((out / "run.json").read_text())["finished"]
+    assert not (out / "model.safetensors").exists()
 
 
 def bad(tmp_path, name, text=""):
@@ -238,3 +259,14 @@ def test_env_is_json(capsys):
         environment["libraries"]["torch"] == torch.__version__.split("+")[0] or "+" in environment["libraries"]["torch"]
     )
     assert environment["cores"] >= 1
+
+
+def test_recipes_parse():
+    recipes = Path(__file__).parents[1] / "recipes"
+    (_, args, model_args, _), launch_args, _ = parse(
+        ["--config", str(recipes / "train.yaml"), "--use_cpu", "--output_dir", "out"]
+    )
+    assert args.gate == "eaft"
+    assert model_args.model_name_or_path
+    assert not launch_args
+    assert set(read_recipe(str(recipes / "demo" / "compare.yaml")).objectives) == {"sft", "eaft"}

@@ -142,18 +142,23 @@ def compare(recipe: Recipe) -> dict[str, Any]:
     base_dir = output_dir / "base"
     base_dir.mkdir(exist_ok=True)
     base = evaluate_run(base_dir, recipe, manager)
+    described = asdict(recipe)
+    if Path(base_path := recipe.train["model_name_or_path"]).exists():
+        described["train"]["model_name_or_path"] = Path(base_path).name  # a path of this machine tells others nothing
     results: dict[str, Any] = {
-        "recipe": asdict(recipe),
+        "recipe": described,
         "environment": environment(),
         "base": summary(base),
         "runs": [],
     }
     for (objective, seed), (folder, _) in runs.items():
-        trained = json.loads((folder / RUN_FILE).read_text())["result"]
+        run = json.loads((folder / RUN_FILE).read_text())
+        trained = run["result"]
         results["runs"].append(
             {
                 "objective": objective,
                 "seed": seed,
+                "commit": run["environment"]["commit"],
                 **summary(evaluate_run(folder, recipe, manager)),
                 "tokens_per_s": trained["tokens_per_s"],
                 "peak_memory_gib": trained["peak_memory_gib"],
@@ -263,7 +268,7 @@ def evaluate_run(folder: Path, recipe: Recipe, manager: Any) -> dict[str, Any]:
     for task, score in scores.items():
         items = score.pop("items")
         (folder / f"items_{task}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
-    result: dict[str, Any] = {"inputs": inputs, "tasks": scores}
+    result: dict[str, Any] = {"inputs": inputs, "environment": environment(), "tasks": scores}
 
     answers_file = folder.parent / "base" / "answers.json"
     if is_base:

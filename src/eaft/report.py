@@ -60,7 +60,7 @@ def draw_pareto(results: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
     for axis, quantity, scale, label in (
         (axes[0], "general", 100, "general ability (%)  →  better"),
-        (axes[1], "drift_general", 1, "drift, KL(base ‖ tuned), nats per token  ←  better"),
+        (axes[1], "drift_general", 1, "drift, KL(base ‖ tuned), nats per token  →  better"),
     ):
         base = results["base"]
         axis.scatter(
@@ -86,7 +86,7 @@ def draw_pareto(results: dict[str, Any], path: Path) -> None:
             )
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
-    axes[1].invert_xaxis()
+    axes[1].invert_xaxis()  # so that up and right is better in both
     axes[0].set_ylabel("target (%)  →  better")
     axes[0].legend()
     save(figure, path)
@@ -94,21 +94,22 @@ def draw_pareto(results: dict[str, Any], path: Path) -> None:
 
 def draw_curves(runs: dict[tuple[str, int], Path], path: Path) -> None:
     """Draw the plain nll of training and held-out tokens, and the mean gate, over the steps of every run."""
-    panels = {"nll": "training nll (nats)", "eval_nll": "held-out nll (nats)", "mean_gate": "mean gate, training"}
-    figure, axes = plt.subplots(1, len(panels), figsize=(13, 3.8), layout="constrained")
+    logs = {run: [json.loads(line) for line in (f / METRICS_FILE).read_text().splitlines()] for run, f in runs.items()}
+    titles = {"nll": "training nll (nats)", "eval_nll": "held-out nll (nats)", "mean_gate": "mean gate, training"}
+    panels = {m: title for m, title in titles.items() if any(m in log for lines in logs.values() for log in lines)}
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.8), layout="constrained", squeeze=False)
     palette = colors(list(dict.fromkeys(name for name, _ in runs)))
-    for (name, seed), folder in runs.items():
-        logs = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
-        for axis, metric in zip(axes, panels, strict=True):
-            points = [(log["step"], log[metric]) for log in logs if metric in log]
+    for (name, seed), lines in logs.items():
+        for axis, metric in zip(axes[0], panels, strict=True):
+            points = [(log["step"], log[metric]) for log in lines if metric in log]
             first = seed == next(s for n, s in runs if n == name)
             axis.plot(
                 *zip(*points, strict=True), color=palette[name], alpha=0.8, label=name if first else None
             ) if points else None
-    for axis, label in zip(axes, panels.values(), strict=True):
-        axis.set(xlabel="step", title=label, ylim=(0, None))
+    for axis, (metric, title) in zip(axes[0], panels.items(), strict=True):
+        axis.set(xlabel="step", title=title, **({"ylim": (0, None)} if metric == "mean_gate" else {"yscale": "log"}))
         axis.grid(alpha=0.3)
-    axes[0].legend()
+    axes[0, 0].legend()
     save(figure, path)
 
 
