@@ -75,12 +75,15 @@ MESSAGES = [{"messages": row["prompt"] + row["completion"]} for row in CHAT]
 TEXT = [{"text": row["prompt"] + row["completion"]} for row in ROWS]
 
 
-@pytest.mark.parametrize("rows", [CHAT, SHAREGPT, MESSAGES, TEXT], ids=["chat", "sharegpt", "messages", "text"])
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
-def test_every_format_from_every_file(model_dir, tmp_path, rows, suffix):
-    if suffix == ".csv" and rows is not TEXT:
-        pytest.skip("CSV holds no lists")
-    path, table = tmp_path / f"rows{suffix}", pd.DataFrame(rows)
+FORMATS = {"chat": CHAT, "sharegpt": SHAREGPT, "messages": MESSAGES, "text": TEXT}
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [*((name, suffix) for name in FORMATS for suffix in (".jsonl", ".json", ".parquet")), ("text", ".csv")],
+)
+def test_every_format_from_every_file(model_dir, tmp_path, name, suffix):
+    path, table = tmp_path / f"rows{suffix}", pd.DataFrame(FORMATS[name])
     {
         ".jsonl": lambda: table.to_json(path, orient="records", lines=True),
         ".json": lambda: table.to_json(path, orient="records"),

@@ -129,11 +129,11 @@ def build(cls: Any, content: Any, where: str) -> Any:
 
 def compare(recipe: Recipe) -> dict[str, Any]:
     """Train and evaluate what is not done yet, and write the results; returns what `results.json` holds."""
-    from eaft import report
-
     output_dir = Path(recipe.output_dir)
     tasks = recipe.evaluate.target_tasks + recipe.evaluate.general_tasks
     manager = task_manager(tasks, recipe.evaluate.task_path)
+    from eaft import report  # needs the same extra as lm-eval, whose absence has been reported by now
+
     runs = check(recipe)
     output_dir.mkdir(parents=True, exist_ok=True)
     for folder, config in runs.values():
