@@ -1,9 +1,11 @@
 """The head inside the model's forward: equal to the reference loss on the model's own full logits, for every option."""
 
 import contextlib
+import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -16,9 +18,10 @@ from transformers import (
 
 from eaft import gated_cross_entropy, head
 from eaft.gates import GATES
-from eaft.head import GatedLMHead, logit_scale
+from eaft.head import GatedLMHead, frozen_copy, logit_scale
 
 from .conftest import make_model
+from .test_gates import GIVEN
 
 SIZES = {
     "vocab_size": 264,
@@ -60,15 +63,39 @@ def batch():
     return ids, labels
 
 
+# Which example each position is from: two in the first row, as if packed
+EXAMPLE_IDS = torch.tensor([[0] * 6 + [1] * 5, [2] * 11, [3] * 11])
+EXAMPLE_NLL = torch.tensor([0.2, 1.1, 0.7, 2.0])
+
+
+def nudged(model):
+    """A copy whose distribution differs a little."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    return other
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("gate", sorted(GATES))
 @pytest.mark.parametrize("chunk_logits", [head.LOGITS_PER_CHUNK, 264 * 4])  # all at once; 4 tokens at a time
 def test_equals_reference_on_full_logits(name, gate, chunk_logits, monkeypatch):
     monkeypatch.setattr(head, "LOGITS_PER_CHUNK", chunk_logits)
+    params = GIVEN.get(gate, {})
     ids, labels = batch()
     model = build(name).train()
+    base = nudged(model).eval()
     outputs = model(input_ids=ids)
-    expected = gated_cross_entropy(outputs.logits[:, :-1], labels[:, 1:], gate)
+    expected = gated_cross_entropy(
+        outputs.logits[:, :-1],
+        labels[:, 1:],
+        gate,
+        example_ids=EXAMPLE_IDS[:, 1:],
+        example_nll=EXAMPLE_NLL[EXAMPLE_IDS][:, 1:],
+        reference_logits=base(input_ids=ids).logits[:, :-1],
+        **params,
+    )
     if name == "mixture of experts":
         # The model's own forward adds the auxiliary loss only when it has labels
         aux_loss = model(input_ids=ids, labels=labels).aux_loss
@@ -77,13 +104,71 @@ def test_equals_reference_on_full_logits(name, gate, chunk_logits, monkeypatch):
     gradients = {n: p.grad for n, p in model.named_parameters()}
     model.zero_grad()
 
-    GatedLMHead(model, gate, 20, {})
-    outputs = model(input_ids=ids, labels=labels, fused_lm_head=True)
+    gated = GatedLMHead(model, gate, 20, params, frozen_copy(base) if GATES[gate].anchor else None)
+    gated.example_nll = EXAMPLE_NLL
+    outputs = model(input_ids=ids, labels=labels, example_ids=EXAMPLE_IDS, fused_lm_head=True)
     outputs.loss.backward()
     torch.testing.assert_close(outputs.loss, expected)
     for n, p in model.named_parameters():
         torch.testing.assert_close(p.grad, gradients[n], rtol=1e-4, atol=1e-6)
     assert sum(p.grad.norm() for p in model.parameters()) > 1e-3
+    assert all(p.grad is None for p in base.parameters())
+
+
+def test_a_frozen_copy_is_a_copy(model):
+    GatedLMHead(model, "eaft", 20, {})  # patched before, as a trainer's model is
+    ids, labels = batch()
+    expected = model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+    frozen = frozen_copy(model)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.add_(1.0)
+    assert torch.equal(frozen(ids), expected)
+    assert not any(p.requires_grad for p in frozen.parameters())
+    assert model(
+        input_ids=ids, labels=labels, fused_lm_head=True
+    ).loss.requires_grad  # the model's patch is still there
+
+
+@pytest.mark.parametrize("modules_to_save", [None, ["lm_head"]])
+def test_with_adapters_the_reference_is_the_model_without_them(modules_to_save):
+    ids, labels = batch()
+    base = build("untied")
+    lora = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.5, modules_to_save=modules_to_save)
+    peft_model = get_peft_model(copy.deepcopy(base), lora)
+    with torch.no_grad():
+        for p in peft_model.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+    model = peft_model.get_base_model()
+    policy = copy.deepcopy(peft_model)
+    gated = GatedLMHead(model, "sft-kl", 20, {}, peft_model)
+    loss = peft_model.train()(input_ids=ids, labels=labels, fused_lm_head=True).loss
+    assert all(module.training for module in model.modules())
+    loss.backward()
+    assert {n for n, p in peft_model.named_parameters() if p.grad is not None} == {
+        n for n, p in peft_model.named_parameters() if p.requires_grad
+    }
+
+    # Dropout is on in training; without it the loss is that of full logits
+    for module in (*peft_model.modules(), *policy.modules()):
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    loss = peft_model(input_ids=ids, labels=labels, fused_lm_head=True).loss
+    logits, reference = (m(input_ids=ids).logits[:, :-1] for m in (policy, base))
+    expected = gated_cross_entropy(logits, labels[:, 1:], "sft-kl", reference_logits=reference)
+    torch.testing.assert_close(loss, expected)
+    assert gated.kl.mean() > 1e-3
+
+
+def test_evaluation_does_not_run_the_reference(model):
+    ids, labels = batch()
+    reference = frozen_copy(model)
+    gated = GatedLMHead(model, "asft", 20, {}, reference)
+    reference.forward = None
+    with torch.no_grad():
+        loss = model.eval()(input_ids=ids, labels=labels, fused_lm_head=True).loss
+    assert gated.kl is None
+    torch.testing.assert_close(loss, model(input_ids=ids, labels=labels).loss.detach())
 
 
 def test_shifted_labels_are_taken_as_they_stand(model):
@@ -95,18 +180,19 @@ def test_shifted_labels_are_taken_as_they_stand(model):
     torch.testing.assert_close(a, b)
 
 
-def test_evaluation_is_plain_nll_and_keeps_the_weights(model):
+def test_evaluation_is_plain_nll(model):
     ids, labels = batch()
     gated = GatedLMHead(model, "eaft", 20, {"alpha": 2.0})
     expected = model(input_ids=ids, labels=labels).loss
     with torch.no_grad():
         loss = model.eval()(input_ids=ids, labels=labels, fused_lm_head=True).loss
     torch.testing.assert_close(loss, expected.detach())
-    assert gated.weights.shape == (15,)
-    assert gated.weights.max() < 1
+    assert gated.weights is None
+    assert gated.statistics.nll.shape == (15,)
 
 
-def test_full_logits_never_exist(model, monkeypatch):
+@pytest.mark.parametrize(("gate", "passes"), [("eaft", 2), ("asft", 4)])
+def test_full_logits_never_exist(gate, passes, model, monkeypatch):
     monkeypatch.setattr(head, "LOGITS_PER_CHUNK", 264 * 4)
     sizes = []
     linear = torch.nn.functional.linear
@@ -116,12 +202,13 @@ def test_full_logits_never_exist(model, monkeypatch):
             sizes.append(hidden.shape[0])
         return linear(hidden, weight, bias)
 
-    GatedLMHead(model, "eaft", 20, {})
+    GatedLMHead(model, gate, 20, {}, frozen_copy(model))
     monkeypatch.setattr(torch.nn.functional, "linear", spy)
     ids, labels = batch()
     model.train()(input_ids=ids, labels=labels, fused_lm_head=True).loss.backward()
     assert max(sizes) == 4
-    assert sum(sizes) == 2 * 15  # every labelled token once, and once more in the backward pass
+    # Every labelled token once, and once more in the backward pass; as often for the reference
+    assert sum(sizes) == passes * 15
 
 
 def test_no_labelled_token_gives_zero_gradients(model):

@@ -8,8 +8,10 @@ top-K entropy. It runs inside the forward so that DDP, FSDP2 and ZeRO-3 see it a
 
 from __future__ import annotations
 
+import copy
 import functools
 import types
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +22,8 @@ from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
-from eaft.gates import gate_weights
+from eaft.gates import gate_weights, get_anchor, get_gate
+from eaft.loss import loss_terms
 from eaft.statistics import TokenStatistics, token_statistics
 
 # Logits alive at a time, in elements: 128 MiB of them in float32, and a few temporaries of that size
@@ -51,30 +54,58 @@ def full_parameter(parameter: Tensor | None) -> Tensor | None:
     return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
 
 
+def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy of `model` that is not trained, and that returns its last hidden states `[B, S, H]` when called."""
+    # A patched forward is bound to the model it was made for
+    forward = model.__dict__.pop("forward", None)
+    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    if forward is not None:
+        model.forward = forward
+    # Logits are needed a chunk at a time; the copy is called as a whole, so that FSDP gathers it
+    frozen.forward = types.MethodType(
+        lambda frozen, *args, **kwargs: frozen.base_model(*args, **kwargs).last_hidden_state, frozen
+    )
+    return frozen
+
+
 class GatedLMHead:
     """
-    Patches `model` so that `model(..., labels=labels, fused_lm_head=True)` returns the gated log-probabilities.
+    Patches `model` so that `model(..., labels=labels, fused_lm_head=True)` returns the terms of the gated loss.
 
-    The output is TRL's `FusedCausalLMOutput`, 1-D over the labelled tokens. In training mode its `log_probs` are
-    g_t * ln p_t, the terms of the loss; in evaluation mode they are plain ln p_t, so that `eval_loss` is the nll
-    whatever the gate. Calls without `fused_lm_head=True` go to the model's own forward.
+    The output is TRL's `FusedCausalLMOutput`, 1-D over the labelled tokens. In training mode its `log_probs` are the
+    terms of the loss with their sign changed, -(g_t * nll_t + coef * KL_t); in evaluation mode they are plain ln p_t,
+    so that `eval_loss` is the nll whatever the gate. Calls without `fused_lm_head=True` go to the model's own forward.
 
     Args:
         model: a causal language model, not wrapped by PEFT (pass `peft_model.get_base_model()`).
-        gate: name of a registered gate.
+        gate: a gate, as `eaft.gates.get_gate` takes it.
         top_k: K of the top-K entropy.
-        params: what the gate takes, e.g. `{"alpha": 1.0}`.
+        params: what the gate takes, e.g. `{"alpha": 1.0}`; may be completed before the first training step.
+        reference: for a gate with a KL term: what `frozen_copy` returns, or the `PeftModel` around `model`, whose
+            adapters are switched off for the reference's pass.
 
     Attributes:
+        example_nll: for a gate that needs it, the base model's mean nll of each example, float32 `[examples]`.
         statistics: `TokenStatistics` of the last call's labelled tokens, detached.
-        weights: their gate weights, also in evaluation mode, where the gate is not applied.
+        weights: their gate weights in training mode; None in evaluation mode.
+        kl: their divergence from the reference in training mode, detached; None without one.
     """
 
     statistics: TokenStatistics
-    weights: Tensor
+    weights: Tensor | None
+    kl: Tensor | None
 
-    def __init__(self, model: PreTrainedModel, gate: str, top_k: int, params: dict[str, float]) -> None:
-        self.gate, self.top_k, self.params = gate, top_k, params
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        gate: Any,
+        top_k: int,
+        params: dict[str, Any],
+        reference: Any = None,
+    ) -> None:
+        self.gate, self.top_k, self.params = get_gate(gate), top_k, params
+        self.anchor, self.reference = get_anchor(gate, **params), reference
+        self.example_nll: Tensor | None = None
         text_config = model.config.get_text_config()
         self.text_config = text_config
         self.logit_scale = logit_scale(text_config)
@@ -94,29 +125,51 @@ class GatedLMHead:
         *args: Any,
         labels: Any = None,
         shift_labels: Tensor | None = None,
+        example_ids: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         **kwargs: Any,
     ) -> FusedCausalLMOutput:
-        """Run the backbone and score the labels `[B, S]`, or `shift_labels` (context parallelism) as they stand."""
+        """
+        Run the backbone and score the labels `[B, S]`, or `shift_labels` (context parallelism) as they stand.
+
+        `example_ids` `[B, S]` says which example each label is from, for the gates that need it.
+        """
         kwargs["use_cache"] = False
+        use_reference = self.anchor is not None and model.training
+        reference_hidden, *reference_head = self.run_reference(model, *args, **kwargs) if use_reference else (None,)
         if getattr(self.text_config, "output_router_logits", False):
             kwargs.setdefault("output_router_logits", True)
         # Looked up on each call: FSDP and PEFT replace the backbone and the head after patching
         backbone = model.base_model(*args, **kwargs)
         lm_head = model.get_output_embeddings()
         hidden = backbone.last_hidden_state
+        shift = slice(None)
         if shift_labels is None:
-            hidden, labels = hidden[:, :-1], labels[:, 1:]
+            shift, labels = slice(-1), labels[:, 1:]
+            example_ids = None if example_ids is None else example_ids[:, 1:]
         else:
             labels = shift_labels
         # With `device_map`, the backbone can end on another device than the head
-        hidden, labels = hidden.to(lm_head.weight.device), labels.to(lm_head.weight.device)
+        device = lm_head.weight.device
+        labels = labels.to(device)
         labelled = labels != -100
-        stats = self.score(hidden[labelled], labels[labelled], lm_head)
+        stats, kl = self.score(
+            hidden[:, shift].to(device)[labelled],
+            labels[labelled],
+            lm_head,
+            None if reference_hidden is None else reference_hidden[:, shift].to(device)[labelled],
+            *reference_head,
+        )
+        if example_ids is not None:
+            stats = replace(stats, example_ids=example_ids.to(device)[labelled])
+            if self.example_nll is not None:
+                stats = replace(stats, example_nll=self.example_nll.to(device)[stats.example_ids])
 
-        self.statistics = stats.detach()
-        self.weights = gate_weights(self.gate, stats, **self.params)
-        log_probs = self.weights * stats.log_prob if model.training else stats.log_prob
+        self.statistics, self.weights, self.kl = stats.detach(), None, None
+        log_probs = stats.log_prob
+        if model.training:
+            self.weights, self.kl = gate_weights(self.gate, stats, **self.params), None if kl is None else kl.detach()
+            log_probs = -loss_terms(stats, self.weights, kl, self.anchor)
         num_items = labelled.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         loss = -log_probs.sum() / num_items.clamp(min=1)
         aux_loss = None
@@ -135,25 +188,62 @@ class GatedLMHead:
             aux_loss=aux_loss,
         )
 
-    def score(self, hidden: Tensor, labels: Tensor, lm_head: Any) -> TokenStatistics:
-        """Return the statistics of `labels` `[N]` from `hidden` `[N, H]`; backward recomputes each chunk's logits."""
+    @torch.no_grad()
+    def run_reference(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> tuple[Tensor, Any, Any]:
+        """Return the reference's hidden states `[B, S, H]`, and the weight and bias of its head."""
+        if isinstance(self.reference, PreTrainedModel):
+            hidden, lm_head = self.reference(*args, **kwargs), self.reference.get_output_embeddings()
+            return hidden, full_parameter(lm_head.weight), full_parameter(lm_head.bias)
+        model.eval()  # the reference has no dropout
+        try:
+            with self.reference.disable_adapter():
+                hidden, lm_head = model.base_model(*args, **kwargs).last_hidden_state, model.get_output_embeddings()
+                return hidden, full_parameter(lm_head.weight), full_parameter(lm_head.bias)
+        finally:
+            model.train()
+
+    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the logits `[N, V]` of `hidden` `[N, H]`, scaled and capped as the model does, at least float32."""
+        logits = nn.functional.linear(hidden, weight.to(hidden.dtype), bias)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.logit_scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def score(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        lm_head: Any,
+        reference_hidden: Tensor | None = None,
+        reference_weight: Tensor | None = None,
+        reference_bias: Tensor | None = None,
+    ) -> tuple[TokenStatistics, Tensor | None]:
+        """
+        Return the statistics of `labels` `[N]` from `hidden` `[N, H]`, and their KL with a reference if there is one.
+
+        Logits exist a chunk at a time; the backward pass recomputes each chunk's.
+        """
         weight, bias = full_parameter(lm_head.weight), full_parameter(lm_head.bias)
 
-        def score_chunk(hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None) -> TokenStatistics:
+        def score_chunk(
+            labels: Tensor, hidden: Tensor, reference_hidden: Tensor | None, weight: Tensor, bias: Tensor | None
+        ) -> tuple[TokenStatistics, Tensor | None]:
             # Entered again in the recomputation, when ZeRO-3 has partitioned the weight anew
             with maybe_gather_lm_head_ctx(weight, bias):
-                logits = nn.functional.linear(hidden, weight.to(hidden.dtype), bias)
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.logit_scale
-            if self.softcap is not None:
-                logits = self.softcap * torch.tanh(logits / self.softcap)
-            return token_statistics(logits, labels, self.top_k)
+                logits = self.logits(hidden, weight, bias)
+            kl = None
+            if reference_hidden is not None and reference_weight is not None and self.anchor is not None:
+                reference_logits = self.logits(reference_hidden, reference_weight, reference_bias)
+                kl = self.anchor.kl(logits.log_softmax(-1), reference_logits.log_softmax(-1))
+            return token_statistics(logits, labels, self.top_k), kl
 
         chunk = max(1, LOGITS_PER_CHUNK // self.text_config.vocab_size)
+        # `split` gives one empty chunk for no tokens: a zero still connected to the head
+        chunks = [labels.split(chunk), hidden.split(chunk)]
+        references = [None] * len(chunks[0]) if reference_hidden is None else reference_hidden.split(chunk)
         with maybe_gather_lm_head_ctx(weight, bias):
-            return TokenStatistics.cat(
-                [
-                    checkpoint(score_chunk, *tokens, weight, bias, use_reentrant=False, preserve_rng_state=False)
-                    # `split` gives one empty chunk for no tokens: a zero still connected to the head
-                    for tokens in zip(hidden.split(chunk), labels.split(chunk), strict=True)
-                ]
-            )
+            scored = [
+                checkpoint(score_chunk, *tokens, weight, bias, use_reentrant=False, preserve_rng_state=False)
+                for tokens in zip(*chunks, references, strict=True)
+            ]
+        stats, kls = zip(*scored, strict=True)
+        return TokenStatistics.cat(stats), None if reference_hidden is None else torch.cat(kls)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +27,9 @@ class TokenStatistics:
     sum_sq_probs: Tensor  # sum_v p_v^2
     is_top1: Tensor  # bool: the label is the most likely token (the first of equals)
     top_k: int  # K, at most the size of the vocabulary
+    # What a distribution does not tell, for the gates that need it
+    example_ids: Tensor | None = None  # int64: which example each token is from
+    example_nll: Tensor | None = None  # mean nll of that example under the base model, in nats
 
     @property
     def prob(self) -> Tensor:
@@ -44,12 +48,12 @@ class TokenStatistics:
 
     def detach(self) -> TokenStatistics:
         """Return the same statistics without any gradient."""
-        return TokenStatistics(self.log_prob.detach(), *(getattr(self, f.name) for f in fields(self)[1:]))
+        return replace(self, log_prob=self.log_prob.detach())
 
     @classmethod
-    def cat(cls, chunks: list[TokenStatistics]) -> TokenStatistics:
-        """Join the statistics of consecutive chunks of tokens (1-D each, the same K)."""
-        tensors = [f.name for f in fields(cls) if f.name != "top_k"]
+    def cat(cls, chunks: Sequence[TokenStatistics]) -> TokenStatistics:
+        """Join the statistics of consecutive chunks of tokens (1-D each, the same K), without their examples."""
+        tensors = [f.name for f in fields(cls) if f.name not in ("top_k", "example_ids", "example_nll")]
         joined = {name: torch.cat([getattr(chunk, name) for chunk in chunks]) for name in tensors}
         return cls(**joined, top_k=chunks[0].top_k)
 
@@ -62,7 +66,8 @@ def entropy_from_log_probs(log_probs: Tensor) -> Tensor:
 def kl_divergence(log_probs: Tensor, other_log_probs: Tensor) -> Tensor:
     """Return KL(p || q) = sum_v p_v (ln p_v - ln q_v) over the last dimension, in nats, of two log-distributions."""
     probs = log_probs.exp()
-    return torch.where(probs > 0, probs * (log_probs - other_log_probs), 0.0).sum(-1)
+    # A token p gives nothing adds nothing: selected before the product, so that its -inf puts no NaN into the gradient
+    return (probs * torch.where(probs > 0, log_probs - other_log_probs, 0.0)).sum(-1)
 
 
 def token_statistics(logits: Tensor, labels: Tensor, top_k: int = 20) -> TokenStatistics:

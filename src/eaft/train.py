@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import json
 import os
 import subprocess
@@ -22,7 +23,7 @@ from trl.cli.commands.training import _subtract_subsequence as subtract_subseque
 
 from eaft.data import load_splits, select_split
 from eaft.errors import ConfigurationError, nearest
-from eaft.gates import GATES, gate_help
+from eaft.gates import GATES, Gate
 from eaft.models import first_line, resolve_model
 from eaft.provenance import environment, peak_memory_gib, write_json
 from eaft.trainer import EAFTConfig, EAFTTrainer
@@ -45,7 +46,7 @@ METRICS_FILE = "metrics.jsonl"
 
 def make_parser() -> TrlParser:
     """Return the parser of `eaft train`."""
-    gates = "".join(f"  {name:14}{gate_help(name)}\n" for name in GATES)
+    gates = "".join(f"  {name:14}{gate.help}\n{describe_params(gate)}" for name, gate in GATES.items())
     return TrlParser(
         (ScriptArguments, EAFTConfig, ModelConfig, DatasetMixtureConfig),
         prog="eaft train",
@@ -53,6 +54,12 @@ def make_parser() -> TrlParser:
         description=DESCRIPTION + gates,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def describe_params(gate: Gate) -> str:
+    """Return one line naming the gate's parameters and their defaults; empty for a gate without."""
+    params = {k: "measured" if v is inspect.Parameter.empty else v for k, v in gate.params.items()}
+    return f"{'':16}({', '.join(f'{k}: {v}' for k, v in params.items())})\n" if params else ""
 
 
 def main(argv: list[str]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import json
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -12,15 +15,18 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 from trl import SFTConfig, SFTTrainer
+from trl.models.utils import prepare_fsdp
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import get_config_model_id
 
 from eaft.errors import ConfigurationError, NonFiniteError
-from eaft.gates import check_gate, gate_help
-from eaft.head import GatedLMHead
+from eaft.gates import check_gate, get_gate, missing_params
+from eaft.head import GatedLMHead, frozen_copy
+from eaft.measure import MEASURED, MeasureGate
 
 logger = get_logger(__name__)
 
@@ -31,33 +37,51 @@ class EAFTConfig(SFTConfig):
     `SFTConfig` plus the gate.
 
     Args:
-        gate: how each token's loss is weighted; one of `eaft.gates.GATES`.
+        gate: how each token's loss is weighted; one of `eaft.gates.GATES`, or `module:function`.
         gate_alpha: exponent of the `eaft` gate; 0 is plain SFT, 2 and 3 are the paper's EAFT^2 and EAFT^3.
-        gate_top_k: K of the top-K entropy.
+        gate_entropy: `top-k` or `exact`, for the gates that use the entropy.
+        gate_top_k: K of the top-K entropy, and of the ln K that entropies are divided by.
+        gate_kwargs: the other parameters of the gate, e.g. `{"steepness": 20}` for `eaft-sigmoid`.
 
     Raises:
-        ConfigurationError: unknown gate, `gate_top_k` < 2, `gate_alpha` < 0, or a TRL option that computes a loss of
-            its own (`loss_type`, `label_smoothing_factor`), which a gate would not reach.
+        ConfigurationError: unknown gate, a parameter it does not take or refuses, `gate_top_k` < 2, or a TRL option
+            that computes a loss of its own (`loss_type`, `label_smoothing_factor`), which a gate would not reach.
     """
 
     gate: str = field(
         default="eaft",
-        metadata={"help": "How each token's loss is weighted: 'eaft' (entropy), 'sft' (1) or 'dft' (probability)."},
+        metadata={"help": "How each token's loss is weighted: one of the gates above, or module:function of your own."},
     )
     gate_alpha: float = field(
         default=1.0, metadata={"help": "Exponent of the 'eaft' gate: 0 is plain SFT, larger is stricter."}
     )
-    gate_top_k: int = field(
-        default=20, metadata={"help": "The gate's entropy is that of the K largest probabilities, renormalised."}
+    gate_entropy: str = field(
+        default="top-k",
+        metadata={
+            "help": "Entropy of the gates that use it: 'top-k' (of the K largest probabilities, renormalised) or "
+            "'exact' (of the whole vocabulary, clamped to ln K)."
+        },
+    )
+    gate_top_k: int = field(default=20, metadata={"help": "K of the top-K entropy; entropies are divided by ln K."})
+    gate_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Other parameters of the gate, as listed above: '{\"steepness\": 20}' (JSON, or a YAML map)."
+        },
     )
 
     def __post_init__(self) -> None:
         """Check our fields, then TRL's."""
         if self.gate_top_k < 2:
             raise ConfigurationError(f"gate_top_k must be at least 2, got {self.gate_top_k}; the paper uses 20.")
-        if not (math.isfinite(self.gate_alpha) and self.gate_alpha >= 0):
-            raise ConfigurationError(f"gate_alpha must be a number of at least 0, got {self.gate_alpha}.")
-        check_gate(self.gate, self.gate_params)
+        if isinstance(self.gate_kwargs, str):
+            try:
+                self.gate_kwargs = json.loads(self.gate_kwargs)
+            except ValueError as error:
+                raise ConfigurationError(f"gate_kwargs={self.gate_kwargs!r} is not JSON: {error}.") from error
+        if not isinstance(self.gate_kwargs, dict | None):
+            raise ConfigurationError(f"gate_kwargs={self.gate_kwargs!r}: expected a map of names to values.")
+        check_gate(self.gate, self.gate_params, MEASURED)
         if self.loss_type != "nll":
             raise ConfigurationError(f"loss_type={self.loss_type!r} does not go with a gate; use gate='dft' instead.")
         if self.label_smoothing_factor:
@@ -65,9 +89,42 @@ class EAFTConfig(SFTConfig):
         super().__post_init__()
 
     @property
-    def gate_params(self) -> dict[str, float]:
-        """The parameters handed to the gate: its alpha, if it is the `eaft` gate or alpha was set."""
-        return {"alpha": self.gate_alpha} if self.gate == "eaft" or self.gate_alpha != 1.0 else {}
+    def gate_params(self) -> dict[str, Any]:
+        """What is given of the gate's parameters: `gate_kwargs`, and the fields it takes or that were changed."""
+        takes = get_gate(self.gate).params
+        params: dict[str, Any] = dict(self.gate_kwargs or {})  # type: ignore[arg-type]
+        for name, value, default in (("alpha", self.gate_alpha, 1.0), ("entropy", self.gate_entropy, "top-k")):
+            if name in params:
+                raise ConfigurationError(f"gate_kwargs: set {name} by gate_{name}.")
+            if name in takes or value != default:
+                params[name] = value
+        return params
+
+
+@dataclass
+class ExampleCollator:
+    """Collates as TRL does, and lays the rows' `example_ids` out as it lays out their tokens."""
+
+    collator: DataCollatorForLanguageModeling
+
+    @property
+    def pad_token_id(self) -> int:
+        """TRL's."""
+        return self.collator.pad_token_id
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return TRL's batch, with `example_ids` of the shape of `input_ids` if the rows have them."""
+        batch = self.collator(rows)
+        if "example_ids" in rows[0]:
+            # Padded with the padding token's id, where no label reads it
+            batch["example_ids"] = self.collator([{**r, "input_ids": r["example_ids"]} for r in rows])["input_ids"]
+        return batch
+
+
+def needs_examples(args: EAFTConfig) -> bool:
+    """Return whether the gate, or what is measured for it, needs to know which example each token is from."""
+    gate = get_gate(args.gate)
+    return gate.needs_examples or gate.needs_example_nll or bool(missing_params(gate, args.gate_params))
 
 
 class EAFTTrainer(SFTTrainer):
@@ -75,14 +132,21 @@ class EAFTTrainer(SFTTrainer):
     Takes what TRL's `SFTTrainer` takes, with `args` an `EAFTConfig`.
 
     The loss runs inside the model's forward, on labelled positions, in chunks (`eaft.head`). `eval_loss` is always the
-    plain nll. Logged beside TRL's metrics, per labelled token: `nll` (ungated, nats), `mean_gate`, `conflict_share`
-    (confident conflicts: H < 0.5 nats and P(label) < 0.1) and `conflict_nll_share` (their share of the nll).
+    plain nll. Logged beside TRL's metrics, per labelled token: `nll` (ungated, nats), `conflict_share` (confident
+    conflicts: H < 0.5 nats and P(label) < 0.1), `conflict_nll_share` (their share of the nll), and in training
+    `mean_gate` and, with a reference model, `kl` (nats).
+
+    A gate with a KL term takes as its reference the model as it is handed over (a frozen copy), or under PEFT the same
+    weights with the adapters off. One that must be measured takes a pass over the data first (`eaft.measure`).
 
     Raises:
-        ConfigurationError: the data set is empty, or no token is labelled after preparation.
+        ConfigurationError: the data set is empty, no token is labelled after preparation, or the gate needs something
+            this set-up cannot give (a stream, a collator of your own, context parallelism).
         NonFiniteError: a loss or a gradient is NaN or infinite; the weights have not been touched by it.
     """
 
+    data_collator: Any
+    _signature_columns: Any
     _tag_names = ["trl", "sft", "eaft"]  # noqa: RUF012 - TRL's own convention
 
     def __init__(
@@ -100,14 +164,59 @@ class EAFTTrainer(SFTTrainer):
             raise ConfigurationError(f"args must be an EAFTConfig, which has the gate; got {type(args).__name__}.")
         if train_dataset is not None and next(iter(train_dataset), None) is None:
             raise ConfigurationError("The training data set is empty.")
+        self._measured_dataset: Dataset | None = None
         super().__init__(model, args=args, data_collator=data_collator, train_dataset=train_dataset, **kwargs)
         base_model = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        self.gated_lm_head = GatedLMHead(base_model, args.gate, args.gate_top_k, args.gate_params)
+        reference = self._make_reference() if get_gate(args.gate).anchor else None
+        self.gated_lm_head = GatedLMHead(base_model, args.gate, args.gate_top_k, args.gate_params, reference)
+        if needs_examples(args):
+            self._check_examples_can_be_followed()
+            self.data_collator = ExampleCollator(self.data_collator)
+        if self._measured_dataset is not None:
+            self.add_callback(MeasureGate(self, self._measured_dataset, self._num_examples))
         self._token_sums: dict[str, Tensor | float] = defaultdict(float)
 
-    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any) -> Any:
-        """Prepare a data set as TRL does; say how many rows lost all their labels, which TRL drops in silence."""
-        prepared = super()._prepare_dataset(dataset, processing_class, args, packing, *rest)
+    def _make_reference(self) -> Any:
+        """Return what the head runs as the reference model: the PEFT model around the policy, or a frozen copy."""
+        if is_peft_model(self.model):
+            if self.model.active_peft_config.is_prompt_learning:
+                raise ConfigurationError(f"gate={self.args.gate!r} does not go with prompt learning: use LoRA.")
+            return self.model
+        state = self.accelerator.state
+        if (self.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3) or (
+            self.is_fsdp_enabled and state.fsdp_plugin.fsdp_version == 1
+        ):
+            raise ConfigurationError(
+                f"gate={self.args.gate!r} keeps a copy of the base model, which it can shard with FSDP2 but not with "
+                "ZeRO-3 or FSDP1: use FSDP2 or LoRA."
+            )
+        reference = frozen_copy(self.model)
+        if self.is_fsdp_enabled:
+            return prepare_fsdp(reference, self.accelerator)
+        return reference.to(self.args.device) if self.place_model_on_device else reference
+
+    def _check_examples_can_be_followed(self) -> None:
+        """Refuse set-ups in which a token's example is lost on its way to the gate."""
+        parallelism = self.accelerator.parallelism_config
+        reasons = {
+            "a data_collator of your own": not isinstance(self.data_collator, DataCollatorForLanguageModeling),
+            "dataset_kwargs={'skip_prepare_dataset': True}, or images": self._skip_prepare_dataset,
+            "context or sequence parallelism": parallelism and (parallelism.cp_enabled or parallelism.sp_enabled),
+            "prompt learning": is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning,
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                raise ConfigurationError(f"gate={self.args.gate!r} must know each token's example; not with {reason}.")
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, name: str
+    ) -> Any:
+        """Prepare a data set as TRL does, following examples if the gate needs it; report rows without a label."""
+        prepare = functools.partial(super()._prepare_dataset, processing_class=processing_class)
+        if name == "train" and needs_examples(args):
+            prepared = self._prepare_followed(prepare, dataset, args, packing, formatting_func)
+        else:
+            prepared = prepare(dataset, args=args, packing=packing, formatting_func=formatting_func, dataset_name=name)
         # The first token is nobody's label
         if not any(label != -100 for row in prepared for label in row["labels"][1:]):
             raise ConfigurationError(
@@ -121,6 +230,53 @@ class EAFTTrainer(SFTTrainer):
             )
         return prepared
 
+    def _prepare_followed(self, prepare: Any, dataset: Any, args: Any, packing: bool, formatting_func: Any) -> Any:
+        """
+        Prepare the training data with a column `example_ids`: of every token, the index of its example.
+
+        The examples are prepared twice, as they are and with their index in place of every token, so that whatever TRL
+        does to them (cut, drop, shuffle, pack, split) it does to both.
+        """
+        if not isinstance(dataset, Dataset):
+            raise ConfigurationError(f"gate={args.gate!r} needs a data set with a length: set dataset_streaming false.")
+
+        def changed(**changes: Any) -> Any:
+            changed_args = copy.copy(args)
+            vars(changed_args).update(changes)
+            return changed_args
+
+        whole = prepare(
+            dataset,
+            args=changed(max_length=None, shuffle_dataset=False),
+            packing=False,
+            formatting_func=formatting_func,
+            dataset_name="train",
+        )
+        numbered = whole.map(
+            lambda row, i: {"input_ids": [i] * len(row["input_ids"])}, with_indices=True, desc="Numbering examples"
+        )
+
+        def follow(args: Any, packing: bool) -> Dataset:
+            tokens, ids = (
+                prepare(data, args=args, packing=packing, formatting_func=None, dataset_name="train")
+                for data in (whole, numbered)
+            )
+            ids = ids.select_columns(["input_ids"]).rename_column("input_ids", "example_ids")
+            return concatenate_datasets([tokens, ids], axis=1)
+
+        if missing_params(args.gate, args.gate_params) or get_gate(args.gate).needs_example_nll:
+            # Examples one a row; those longer than a packed row are split, not cut, by every strategy but `bfd`
+            max_length = None if packing and args.packing_strategy != "bfd" else args.max_length
+            self._num_examples = len(whole)
+            self._measured_dataset = follow(changed(max_length=max_length, shuffle_dataset=False), packing=False)
+        return follow(args, packing)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Let `example_ids` pass to the collator."""
+        super()._set_signature_columns_if_needed()
+        if "example_ids" not in self._signature_columns:
+            self._signature_columns.append("example_ids")
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -130,10 +286,11 @@ class EAFTTrainer(SFTTrainer):
         loss = result[0] if return_outputs else result
         self._require_finite(loss, batch)
 
-        stats, weights = self.gated_lm_head.statistics, self.gated_lm_head.weights
+        head = self.gated_lm_head
+        stats, none = head.statistics, torch.zeros_like(head.statistics.nll)
+        weights, kl = (none if x is None else x for x in (head.weights, head.kl))
         conflict = stats.is_conflict
-        tokens = torch.ones_like(weights)
-        sums = [x.float().sum() for x in (tokens, stats.nll, weights, conflict, stats.nll * conflict)]
+        sums = [x.float().sum() for x in (none + 1, stats.nll, conflict, stats.nll * conflict, weights, kl)]
         mode = "train" if self.model.training else "eval"
         self._token_sums[mode] = self._token_sums[mode] + torch.stack(sums)
         return result
@@ -142,11 +299,14 @@ class EAFTTrainer(SFTTrainer):
         """Add our metrics, averaged over all labelled tokens of all ranks since the last log."""
         mode, prefix = ("train", "") if self.model.training else ("eval", "eval_")
         if isinstance(sums := self._token_sums.pop(mode, 0.0), Tensor):
-            tokens, nll, gate, conflicts, conflict_nll = self.accelerator.reduce(sums, "sum").tolist()
+            tokens, nll, conflicts, conflict_nll, gate, kl = self.accelerator.reduce(sums, "sum").tolist()
             logs[f"{prefix}nll"] = nll / max(tokens, 1)
-            logs[f"{prefix}mean_gate"] = gate / max(tokens, 1)
             logs[f"{prefix}conflict_share"] = conflicts / max(tokens, 1)
             logs[f"{prefix}conflict_nll_share"] = conflict_nll / nll if nll > 0 else 0.0
+            if mode == "train":
+                logs["mean_gate"] = gate / max(tokens, 1)
+                if self.gated_lm_head.anchor is not None:
+                    logs["kl"] = kl / max(tokens, 1)
         super().log(logs, start_time)
 
     def _require_finite(self, loss: Tensor, batch: dict[str, Any]) -> None:
@@ -211,8 +371,8 @@ class EAFTTrainer(SFTTrainer):
             base_model=base_model if on_hub else base_model and Path(base_model).name,
             dataset_name=dataset_name,
             gate=args.gate,
-            gate_settings={**args.gate_params, "top_k": args.gate_top_k},
-            gate_help=gate_help(args.gate),
+            gate_settings={**self.gated_lm_head.params, "top_k": args.gate_top_k},
+            gate_help=get_gate(args.gate).help,
             training={
                 name: getattr(args, name)
                 for name in (

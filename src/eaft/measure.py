@@ -1,0 +1,157 @@
+"""
+One pass over the training data with the base model, before the first step: what some gates must know.
+
+Thresholds that are percentiles of the data's tokens (`masked`, `conflict-mask`), and each example's mean nll with their
+median (`flow`). Written to the output folder, and read from there when training is resumed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import TrainerCallback
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from eaft.errors import ConfigurationError, NonFiniteError
+from eaft.gates import missing_params, normalized_entropy
+from eaft.provenance import write_json
+
+if TYPE_CHECKING:
+    from eaft.trainer import EAFTTrainer
+
+MEASURED = ("entropy_threshold", "prob_threshold", "tau")  # parameters of gates that this module can find
+MEASUREMENTS_FILE = "gate_measurements.json"
+
+
+class MeasureGate(TrainerCallback):
+    """
+    Completes the parameters of the trainer's gate when training begins.
+
+    Args:
+        trainer: whose model, at the first step, is the base model.
+        dataset: the training examples, one a row, cut as in training, in a fixed order: `input_ids`, `labels`,
+            `example_ids` (of every token, the index of its example).
+        num_examples: examples of the training data, also those without a label left.
+
+    Raises:
+        ConfigurationError: training is resumed, and the file is missing or is of other data or another gate.
+        NonFiniteError: the base model's nll is NaN or infinite.
+    """
+
+    def __init__(self, trainer: EAFTTrainer, dataset: Dataset, num_examples: int) -> None:
+        self.trainer, self.dataset, self.num_examples = trainer, dataset, num_examples
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure, or read what was measured when this run began."""
+        path = Path(args.output_dir) / MEASUREMENTS_FILE
+        inputs = {
+            "gate": {"name": args.gate, "top_k": args.gate_top_k, **args.gate_params},
+            "data_sha256": fingerprint(self.dataset),
+        }
+        if state.global_step > 0:
+            measured = read(path, inputs)
+        else:
+            measured = {"inputs": inputs, **self.measure()}
+            if state.is_world_process_zero:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(path, measured)
+        head = self.trainer.gated_lm_head
+        head.params = {**head.params, **measured["params"]}
+        if head.gate.needs_example_nll:
+            head.example_nll = torch.tensor(measured["example_nll"], dtype=torch.float32, device=args.device)
+
+    def measure(self) -> dict[str, Any]:
+        """Return the missing parameters, and each example's mean nll if the gate needs it."""
+        trainer, head = self.trainer, self.trainer.gated_lm_head
+        nll, entropy, prob = self.token_statistics(head.params.get("entropy", "top-k"))
+        counts = (~np.isnan(nll)).sum(1)
+        means = np.nansum(nll, 1) / counts
+        if not np.isfinite(means).all():
+            row = self.dataset[int(np.flatnonzero(~np.isfinite(means))[0])]
+            raise NonFiniteError(
+                f"The base model's nll is not finite on example {row['example_ids'][0]} of the training data."
+            )
+
+        def percentile(name: str, values: np.ndarray) -> float:
+            return float(np.nanpercentile(values, {**head.gate.params, **head.params}[f"{name}_percentile"]))
+
+        find = {
+            "entropy_threshold": lambda: percentile("entropy", entropy),
+            "prob_threshold": lambda: percentile("prob", prob),
+            "tau": lambda: float(np.median(means)),
+        }
+        measured: dict[str, Any] = {
+            "params": {name: find[name]() for name in missing_params(head.gate, trainer.args.gate_params)},
+            "examples": len(self.dataset),
+            "tokens": int(counts.sum()),
+        }
+        if head.gate.needs_example_nll:
+            example_nll = np.zeros(self.num_examples)
+            example_nll[[ids[0] for ids in self.dataset["example_ids"]]] = means
+            measured["example_nll"] = example_nll.tolist()
+        return measured
+
+    @torch.no_grad()
+    def token_statistics(self, entropy: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return nll, normalised entropy and probability, `[examples, tokens]` each, NaN where there is no label."""
+        trainer, accelerator = self.trainer, self.trainer.accelerator
+        collator = DataCollatorForLanguageModeling(trainer.data_collator.pad_token_id)
+        loader = accelerator.prepare_data_loader(
+            DataLoader(
+                self.dataset.select_columns(["input_ids", "labels"]),
+                batch_size=trainer.args.per_device_eval_batch_size,
+                collate_fn=collator,
+            )
+        )
+        model, found = trainer.model_wrapped, []
+        model.eval()
+        # The order of the training data must not depend on whether something was measured before
+        with torch.random.fork_rng(), trainer.compute_loss_context_manager():
+            for batch in tqdm(loader, "Measuring the base model", disable=not accelerator.is_main_process):
+                model(**batch, fused_lm_head=True)
+                stats = trainer.gated_lm_head.statistics
+                labelled = batch["labels"][:, 1:] != -100
+                rows = torch.full((3, *labelled.shape), torch.nan, device=labelled.device)
+                rows[:, labelled] = torch.stack([stats.nll, normalized_entropy(stats, entropy), stats.prob]).float()
+                rows = accelerator.pad_across_processes(rows.transpose(0, 1), dim=2, pad_index=torch.nan)
+                found.append(accelerator.gather_for_metrics(rows).cpu().numpy())
+        model.train()
+        longest = max(rows.shape[2] for rows in found)
+        padded = [np.pad(r, [(0, 0), (0, 0), (0, longest - r.shape[2])], constant_values=np.nan) for r in found]
+        nll, g, prob = np.concatenate(padded).transpose(1, 0, 2)
+        return nll, g, prob
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """Return a digest of the examples' tokens and labels, in their order."""
+    digest = hashlib.sha256()
+    for row in dataset.with_format("numpy"):
+        for column in ("input_ids", "labels"):
+            tokens = np.asarray(row[column], dtype=np.int64)
+            digest.update(len(tokens).to_bytes(8, "little") + tokens.tobytes())
+    return digest.hexdigest()
+
+
+def read(path: Path, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return what was measured for these inputs, or say what differs."""
+    if not path.is_file():
+        raise ConfigurationError(
+            f"{path} is missing: it holds what gate={inputs['gate']['name']!r} measured with the base model before "
+            "training, which the checkpoint no longer is. Copy it from the run's output folder, or start afresh."
+        )
+    measured = json.loads(path.read_text())
+    if changed := [name for name, value in inputs.items() if measured["inputs"].get(name) != value]:
+        what = {"gate": "another gate or other parameters of it", "data_sha256": "other training data"}
+        raise ConfigurationError(
+            f"{path} is of {' and '.join(what[name] for name in changed)}. Resume with what the run began with, or "
+            "start afresh in another output_dir."
+        )
+    return measured
