@@ -282,8 +282,9 @@ def test_unknown_gate_names_the_nearest_and_all():
 @pytest.mark.parametrize(
     ("name", "params", "message"),
     [
-        ("eaft", {"alpha": -1.0}, "alpha must not be negative"),
+        ("eaft", {"alpha": -1.0}, "alpha must be a number of at least 0"),
         ("eaft", {"alpha": "two"}, "gate='eaft'"),
+        ("eaft-sigmoid", {"steepness": math.nan}, "weights that are not finite"),
         ("eaft", {"entropy": "full"}, "expected 'top-k' or 'exact'"),
         ("masked", {}, "needs entropy_threshold"),
         ("masked", {"entropy_threshold": "data"}, "expected a number or 'batch'"),

@@ -131,6 +131,16 @@ def test_a_closed_gate_shuts_out_an_infinite_nll():
     assert gated_cross_entropy(logits, labels, "sft").isinf()
 
 
+@pytest.mark.parametrize(("gate", "params"), SEEN)
+def test_a_nan_is_never_hidden(gate, params):
+    logits = torch.tensor([[1.0, math.nan, 0.0], [1.0, 2.0, 3.0]])
+    nll, reference = torch.ones(2), torch.zeros(2, 3)
+    loss = gated_cross_entropy(
+        logits, torch.tensor([1, 1]), gate, example_nll=nll, reference_logits=reference, **params
+    )
+    assert loss.isnan()
+
+
 def test_what_a_gate_needs_is_asked_for():
     logits, labels = torch.zeros(2, 5), torch.tensor([0, 1])
     with pytest.raises(ConfigurationError, match="needs reference_logits"):

@@ -50,7 +50,7 @@ def test_trains_and_writes_what_it_promises(model_dir, data, tmp_path, capsys):
     assert "`eaft`" in (out / "README.md").read_text()
     record = json.loads((out / "run.json").read_text())
     assert record["finished"]
-    assert record["gate"] == {"name": "eaft", "top_k": 20, "alpha": 1.0}
+    assert record["gate"] == {"name": "eaft", "top_k": 20, "alpha": 1.0, "entropy": "top-k"}
     assert record["environment"]["libraries"]["trl"]
     assert record["result"]["steps"] == 4
     assert not (out / "saving").exists()
@@ -187,12 +187,12 @@ def bad(tmp_path, name, text=""):
 BAD_INPUT = {
     "unknown gate": (
         lambda d: ["--gate", "eatf"],
-        r"gate='eatf' is unknown. Did you mean 'eaft'? Gates: sft, eaft, dft",
+        r"gate='eatf' is unknown. Did you mean 'eaft'? Gates: sft, eaft, eaft-sigmoid",
     ),
     "unknown flag": (lambda d: ["--gaet", "eaft"], "--gaet is unknown. Did you mean '--gate'?"),
     "wrong type": (lambda d: ["--gate_top_k", "many"], "invalid int value"),
     "gate_top_k": (lambda d: ["--gate_top_k", "1"], "gate_top_k must be at least 2, got 1"),
-    "gate_alpha": (lambda d: ["--gate_alpha", "-1"], "gate_alpha must be a number of at least 0, got -1.0"),
+    "gate_alpha": (lambda d: ["--gate_alpha", "-1"], "alpha must be a number of at least 0, got -1.0"),
     "no such folder": (lambda d: ["--model_name_or_path", d / "none"], "there is no such folder"),
     "no such Hub id": (
         lambda d: ["--model_name_or_path", "nobody/nothing"],

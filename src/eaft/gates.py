@@ -131,8 +131,8 @@ def eaft(stats: TokenStatistics, alpha: float = 1.0, entropy: str = "top-k") -> 
     Alpha 2 and 3 are the paper's EAFT^2 and EAFT^3 (section 5.1). The authors' release in LLaMA-Factory divides by 3.0
     where the paper's equation 3 has ln K (2.9957 for K = 20), so its weight is ours times (ln 20 / 3)^alpha.
     """
-    if alpha < 0:
-        raise ValueError(f"alpha must not be negative, got {alpha}.")
+    if not (math.isfinite(alpha) and alpha >= 0):
+        raise ValueError(f"alpha must be a number of at least 0, got {alpha}.")
     return normalized_entropy(stats, entropy) ** alpha
 
 
@@ -315,10 +315,12 @@ def check_gate(gate: GateLike, params: dict[str, Any], measured: Iterable[str] =
         example_nll=torch.ones(2),
     )
     try:
-        gate_weights(found, stats, **params, **dict.fromkeys(missing, 0.5))
+        weights = gate_weights(found, stats, **params, **dict.fromkeys(missing, 0.5))
         get_anchor(found, **params)
     except (ValueError, TypeError) as error:
         raise ConfigurationError(f"gate={gate!r}: {error}") from error
+    if not weights.isfinite().all():
+        raise ConfigurationError(f"gate={gate!r} with {params} gives weights that are not finite: {weights.tolist()}.")
     return found
 
 

@@ -17,8 +17,8 @@ def loss_terms(
     stats: TokenStatistics, weights: Tensor, kl: Tensor | None = None, anchor: Anchor | None = None
 ) -> Tensor:
     """Return each token's term of the loss, g_t * nll_t (+ coef * KL_t), in nats."""
-    # A closed gate shuts out even a label of probability 0, whose nll is infinite
-    terms = torch.where(weights > 0, weights * stats.nll, 0.0)
+    # A closed gate shuts out even a label of probability 0, whose nll is infinite; but a NaN is never hidden
+    terms = torch.where((weights == 0) & ~stats.nll.isnan(), 0.0, weights * stats.nll)
     return terms if kl is None or anchor is None else terms + anchor.coef * kl
 
 

@@ -81,7 +81,7 @@ class MeasureGate(TrainerCallback):
             )
 
         def percentile(name: str, values: np.ndarray) -> float:
-            return float(np.nanpercentile(values, {**head.gate.params, **head.params}[f"{name}_percentile"]))
+            return float(np.nanpercentile(values, head.params[f"{name}_percentile"]))
 
         find = {
             "entropy_threshold": lambda: percentile("entropy", entropy),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import json
 import math
 from collections import defaultdict
@@ -90,15 +91,15 @@ class EAFTConfig(SFTConfig):
 
     @property
     def gate_params(self) -> dict[str, Any]:
-        """What is given of the gate's parameters: `gate_kwargs`, and the fields it takes or that were changed."""
-        takes = get_gate(self.gate).params
-        params: dict[str, Any] = dict(self.gate_kwargs or {})  # type: ignore[arg-type]
+        """The gate's parameters, as given or by default; without those that are still to be measured."""
+        params = {k: v for k, v in get_gate(self.gate).params.items() if v is not inspect.Parameter.empty}
+        given: dict[str, Any] = dict(self.gate_kwargs or {})  # type: ignore[arg-type]
         for name, value, default in (("alpha", self.gate_alpha, 1.0), ("entropy", self.gate_entropy, "top-k")):
-            if name in params:
+            if name in given:
                 raise ConfigurationError(f"gate_kwargs: set {name} by gate_{name}.")
-            if name in takes or value != default:
-                params[name] = value
-        return params
+            if name in params or value != default:
+                given[name] = value
+        return {**params, **given}
 
 
 @dataclass
