@@ -9,11 +9,12 @@ import pytest
 
 
 @pytest.mark.parametrize("head", ["in the root's unit", "alone"])
-def test_fsdp2_gives_the_gradients_of_one_process(head):
+@pytest.mark.parametrize("gate", ["eaft", "asft"])  # asft: with a reference model, sharded as well
+def test_fsdp2_gives_the_gradients_of_one_process(gate, head):
     root = Path(__file__).parents[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29534"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     done = subprocess.run(
-        [*command, "-m", "tests.fsdp_check", head], cwd=root, env=environment, capture_output=True, text=True
+        [*command, "-m", "tests.fsdp_check", gate, head], cwd=root, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -37,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
 
         print(json.dumps(environment(), indent=2))
         return 0
+    # Under `python -m` it is there already: a gate of your own is imported from where you are
+    sys.path.insert(0, os.getcwd())
     try:
         importlib.import_module(f"eaft.{command}").main(argv[1:])
     except EAFTError as error:

@@ -18,6 +18,7 @@ import yaml
 
 from eaft.errors import ConfigurationError, EAFTError, nearest
 from eaft.evaluate import Answer, drift, load_model, read_prompts, sample_answers, score_tasks, task_manager
+from eaft.gates import gates_help
 from eaft.models import resolve_model
 from eaft.provenance import environment, write_json
 from eaft.train import RUN_FILE, last_complete_checkpoint, parse
@@ -33,6 +34,7 @@ The recipe (YAML):
   objectives:                      # a name, and the flags of `eaft train` in which it differs
     sft: {gate: sft}
     eaft: {gate: eaft}
+    sigmoid: {gate: eaft-sigmoid, gate_kwargs: {steepness: 20}}
   train:                           # flags of `eaft train` that all share
     model_name_or_path: Qwen/Qwen3-0.6B
     dataset_name: data.jsonl
@@ -78,7 +80,9 @@ class Recipe:
 def main(argv: list[str]) -> None:
     """Read the recipe and the flags that override it, check both, and compare."""
     parser = argparse.ArgumentParser(
-        prog="eaft compare", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="eaft compare",
+        description=f"{DESCRIPTION}\ngates:\n{gates_help()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="the recipe")
     parser.add_argument("--output_dir", help="overrides the recipe's")
@@ -192,10 +196,11 @@ def check(recipe: Recipe) -> dict[tuple[str, int], tuple[Path, dict[str, Any]]]:
 
     runs = {}
     for seed in recipe.seeds:
-        for name, flags in recipe.objectives.items():
+        for name, changes in recipe.objectives.items():
             folder = Path(recipe.output_dir) / f"{name}-seed{seed}"
-            config = {**recipe.train, **flags, "seed": seed, "output_dir": str(folder)}
-            parse([f"--{key}={value}" for key, value in config.items() if not isinstance(value, dict | list)])
+            config = {**recipe.train, **changes, "seed": seed, "output_dir": str(folder)}
+            flags = {k: json.dumps(v) if isinstance(v, dict) else v for k, v in config.items()}
+            parse([f"--{key}={value}" for key, value in flags.items() if not isinstance(value, list)])
             config = {"train": config, "data": fingerprint(config)}
             held = folder / "compare.json"
             if held.is_file() and (old := json.loads(held.read_text())) != config:

@@ -199,15 +199,15 @@ def deft(stats: TokenStatistics) -> Tensor:
 
 
 @register("talr", needs_examples=True)
-def talr(stats: TokenStatistics, tau: float | None = None, min_weight: float = 0.01) -> Tensor:
+def talr(stats: TokenStatistics, tau: float | str = "batch", min_weight: float = 0.01) -> Tensor:
     """
     Weight max(P(label)^(1/tau), min_weight), tau = median of the sequences' mean nll (arXiv:2509.20758).
 
-    The median is over the sequences of a device's batch, at the current step; a number given as `tau` fixes it.
+    With `tau="batch"` the median is over the sequences of a device's batch, at the current step; a number fixes it.
     """
-    if tau is not None and tau <= 0:
-        raise ValueError(f"tau must be positive, got {tau}.")
-    temperature = median_example_nll(stats) if tau is None else tau
+    temperature = median_example_nll(stats) if tau == "batch" else tau
+    if isinstance(temperature, str) or temperature <= 0:
+        raise ValueError(f"tau must be a positive number or 'batch', got {tau!r}.")
     return (stats.log_prob / temperature).exp().clamp(min=min_weight)
 
 
@@ -255,6 +255,17 @@ def median_example_nll(stats: TokenStatistics) -> Tensor:
     limits = torch.finfo(sums.dtype)
     means = (sums / counts).clamp(limits.tiny, limits.max)
     return means.quantile(0.5) if means.numel() else means.new_tensor(1.0)
+
+
+def gates_help() -> str:
+    """Return the table of gates as text: name, one-line meaning, parameters with their defaults."""
+    lines = []
+    for name, gate in GATES.items():
+        lines.append(f"  {name:14}{gate.help}")
+        params = {k: "measured" if v is inspect.Parameter.empty else v for k, v in gate.params.items()}
+        if params:
+            lines.append(f"{'':16}({', '.join(f'{k}: {v}' for k, v in params.items())})")
+    return "\n".join(lines) + "\n"
 
 
 def get_gate(gate: GateLike) -> Gate:

@@ -52,7 +52,7 @@ def table(results: dict[str, Any]) -> str:
 
 def colors(names: list[str]) -> dict[str, Any]:
     """Return one colour for each objective, the same in every picture."""
-    return {name: plt.get_cmap("tab10")(i % 10) for i, name in enumerate(names)}
+    return {name: plt.get_cmap("tab20")(i % 20) for i, name in enumerate(names)}
 
 
 def draw_pareto(results: dict[str, Any], path: Path) -> None:

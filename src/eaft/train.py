@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import inspect
 import json
 import os
 import subprocess
@@ -23,21 +22,22 @@ from trl.cli.commands.training import _subtract_subsequence as subtract_subseque
 
 from eaft.data import load_splits, select_split
 from eaft.errors import ConfigurationError, nearest
-from eaft.gates import GATES, Gate
+from eaft.gates import gates_help
 from eaft.models import first_line, resolve_model
 from eaft.provenance import environment, peak_memory_gib, write_json
 from eaft.trainer import EAFTConfig, EAFTTrainer
 
 DESCRIPTION = """
 Fine-tune a language model with a gate on each token's loss. Takes the flags and the YAML of `trl sft`, plus --gate,
---gate_alpha and --gate_top_k. Flags override the YAML file.
+--gate_alpha, --gate_entropy, --gate_top_k and --gate_kwargs. Flags override the YAML file.
 
   eaft train --model_name_or_path Qwen/Qwen3-0.6B --dataset_name data.jsonl --output_dir out
   eaft train --config recipe.yaml --gate sft --output_dir out-sft
+  eaft train --config recipe.yaml --gate eaft-sigmoid --gate_kwargs '{"steepness": 20}' --output_dir out-sigmoid
   torchrun --nproc_per_node 8 -m eaft train --config recipe.yaml
   accelerate launch --config_file fsdp2.yaml -m eaft train --config recipe.yaml
 
-gates:
+gates (g: entropy / ln K, in [0, 1]; each with its parameters: formulas, needs and costs in docs/objectives.md):
 """
 LAUNCHED = "EAFT_LAUNCHED"  # set for the processes that accelerate starts for us
 RUN_FILE = "run.json"
@@ -46,20 +46,13 @@ METRICS_FILE = "metrics.jsonl"
 
 def make_parser() -> TrlParser:
     """Return the parser of `eaft train`."""
-    gates = "".join(f"  {name:14}{gate.help}\n{describe_params(gate)}" for name, gate in GATES.items())
     return TrlParser(
         (ScriptArguments, EAFTConfig, ModelConfig, DatasetMixtureConfig),
         prog="eaft train",
         usage="eaft train --model_name_or_path MODEL --dataset_name DATA --output_dir DIR [--config FILE] [flags]",
-        description=DESCRIPTION + gates,
+        description=DESCRIPTION + gates_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-
-
-def describe_params(gate: Gate) -> str:
-    """Return one line naming the gate's parameters and their defaults; empty for a gate without."""
-    params = {k: "measured" if v is inspect.Parameter.empty else v for k, v in gate.params.items()}
-    return f"{'':16}({', '.join(f'{k}: {v}' for k, v in params.items())})\n" if params else ""
 
 
 def main(argv: list[str]) -> None:
