@@ -155,8 +155,8 @@ def differences(llamafactory: Any, axolotl_eaft: Any) -> list[dict[str, str]]:
     rounded = logits.bfloat16()
     exact, _ = loss_and_gradient(ours(labels, "eaft"), rounded.double())
     for (name, function), factor in zip(all_three(labels).items(), (math.log(20) / 3, math.log(20), 1), strict=True):
-        error = abs(loss_and_gradient(function, rounded)[0] / (exact * factor) - 1)
-        result = f"relative error of the loss {error:.1e}"
+        off = abs(loss_and_gradient(function, rounded)[0] / (exact * factor) - 1)
+        result = f"relative error of the loss {off:.1e}"
         rows.append({"case": "bfloat16 logits", "function": name, "result": result})
 
     # Two micro-batches of unequal size, accumulated: the sum over both, divided by the tokens of both
@@ -167,10 +167,10 @@ def differences(llamafactory: Any, axolotl_eaft: Any) -> list[dict[str, str]]:
         gated_cross_entropy(z[:, :-1], y[:, 1:], "asft", tokens, reference_logits=r[:, :-1]).item()
         for z, y, r in micro_batches
     ]
-    # transformers' Trainer divides by the number of micro-batches a loss that takes no `num_items_in_batch`
-    theirs = [llamafactory.asft_loss_func(Outputs(logits=z), y, r).item() / 2 for z, y, r in micro_batches]
+    # Its trainer sets `compute_loss_func`, whose result transformers' Trainer does not divide by the micro-batches
+    theirs = [llamafactory.asft_loss_func(Outputs(logits=z), y, r).item() for z, y, r in micro_batches]
     case = "ASFT over 2 accumulated micro-batches"
-    rows.append({"case": case, "function": "LLaMA-Factory", "result": f"mean of their means {sum(theirs):.4f}"})
+    rows.append({"case": case, "function": "LLaMA-Factory", "result": f"sum of their means {sum(theirs):.4f}"})
     rows.append({"case": case, "function": "ours", "result": f"mean over their tokens {sum(mine):.4f}"})
     return rows
 

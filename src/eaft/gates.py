@@ -241,7 +241,7 @@ def asft(stats: TokenStatistics) -> Tensor:
     """
     Weight P(label), plus kl_coef * KL(reference || policy): dft, held near the base model (arXiv:2509.23753, Eq. 6).
 
-    LLaMA-Factory's ASFT averages over the tokens of each micro-batch, whatever the accumulation; ours over the batch.
+    LLaMA-Factory's ASFT ignores `num_items_in_batch`: accumulated micro-batches are averaged each by itself and added.
     """
     return dft(stats)
 
