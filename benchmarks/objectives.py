@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
 STEPS = 6  # the first is not timed
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "max_steps": STEPS,
     "per_device_train_batch_size": 8,
     "learning_rate": 1e-5,
@@ -44,6 +44,7 @@ def measure(gate: str, peft: bool) -> dict[str, Any]:
     from eaft import EAFTConfig, EAFTTrainer
     from eaft.models import resolve_model
     from eaft.provenance import peak_memory_gib
+    from eaft.trainer import must_be_measured
 
     class Clock(TrainerCallback):
         times: list[float] = []  # noqa: RUF012 - one instance
@@ -67,7 +68,7 @@ def measure(gate: str, peft: bool) -> dict[str, Any]:
         trainer.add_callback(clock)
         start = time.perf_counter()
         trainer.train()
-        before = clock.times[0] - start if trainer._measured_dataset is not None else 0.0
+        before = clock.times[0] - start if must_be_measured(trainer.args) else 0.0
     steps = [b - a for a, b in zip(clock.times[1:], clock.times[2:], strict=False)]
     return {"gate": gate, "peft": peft, "step_s": steps, "pass_s": before, "peak_gib": peak_memory_gib()}
 
@@ -81,9 +82,8 @@ def main() -> None:
     runs = []
     for gate, peft in tqdm(jobs):
         command = [sys.executable, __file__, gate, str(int(peft))]
-        runs.append(
-            json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
-        )
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        runs.append(json.loads(output.splitlines()[-1]))
     write_json(
         ROOT / "benchmarks" / "results" / "objectives.json",
         {"settings": SETTINGS, "runs": runs, "environment": environment()},
@@ -94,10 +94,8 @@ def main() -> None:
         for run in runs:
             if run["gate"] == gate:
                 times = run["step_s"]
-                row += [
-                    f"{statistics.median(times):.2f} ({min(times):.2f} to {max(times):.2f})",
-                    f"{run['peak_gib']:.2f}",
-                ]
+                row.append(f"{statistics.median(times):.2f} ({min(times):.2f} to {max(times):.2f})")
+                row.append(f"{run['peak_gib']:.2f}")
         table.append([*row, f"{max(run['pass_s'] for run in runs if run['gate'] == gate):.1f}"])
     headers = ["gate", "full: s/step", "peak GiB", "LoRA: s/step", "peak GiB", "pass, s"]
     print(tabulate(table, headers, tablefmt="github", disable_numparse=True))

@@ -1,11 +1,17 @@
-"""The README's Python runs as it stands, but for the model and the data."""
+"""The README's and the docs' Python runs as it stands, but for the model and the data."""
 
 import json
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from datasets import Dataset
+
+from eaft import EAFTConfig, cli
+from eaft.gates import GATES
 
 from .conftest import make_rows
 
@@ -21,6 +27,34 @@ def test_snippet_runs(snippet, model_dir, tmp_path, monkeypatch):
     code = snippet.replace("Qwen/Qwen3-0.6B", str(model_dir)).replace('("out"', '("out", use_cpu=True, report_to=[]')
     exec(code, {"tokenized": tokenized})
     assert list((tmp_path / "out").glob("checkpoint-*/model.safetensors"))
+
+
+def test_a_gate_of_your_own(model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    page = (ROOT / "docs" / "objectives.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(code.splitlines()) <= 10
+    Path("my_gates.py").write_text(code)
+    Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows()))
+    (flags,) = re.findall(r"eaft train (--gate my_gates:focal .*) --model_name_or_path", page)
+    flags += f" --model_name_or_path {model_dir} --dataset_name data.jsonl --output_dir out"
+    flags += " --use_cpu --max_steps 2 --logging_steps 1 --report_to none"
+    assert cli.main(["train", *shlex.split(flags)]) == 0
+    logs = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    assert 0.9 < logs[0]["mean_gate"] < 1  # the model knows nothing: 1 - p is near 1
+    assert json.loads(Path("out/run.json").read_text())["gate"]["gamma"] == 1.0
+
+
+def test_the_docs_yaml_is_a_configuration():
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "objectives.md").read_text(), re.DOTALL)
+    config = EAFTConfig("out", use_cpu=True, **yaml.safe_load(text))
+    assert config.gate_params == {"steepness": 20, "center": 0.2, "entropy": "top-k"}
+
+
+def test_every_gate_is_documented():
+    rows = re.findall(r"^\| `([\w-]+)` \|", (ROOT / "docs" / "objectives.md").read_text(), re.MULTILINE)
+    assert set(rows) == set(GATES)
 
 
 def test_commands_exist():

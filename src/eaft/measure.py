@@ -51,6 +51,11 @@ class MeasureGate(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure, or read what was measured when this run began."""
+        head = self.trainer.gated_lm_head
+        if not missing_params(head.gate, head.params) and (
+            head.example_nll is not None or not head.gate.needs_example_nll
+        ):
+            return  # `train` was called before, so the model is no longer the base model
         path = Path(args.output_dir) / MEASUREMENTS_FILE
         inputs = {
             "gate": {"name": args.gate, "top_k": args.gate_top_k, **args.gate_params},
@@ -63,7 +68,6 @@ class MeasureGate(TrainerCallback):
             if state.is_world_process_zero:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_json(path, measured)
-        head = self.trainer.gated_lm_head
         head.params = {**head.params, **measured["params"]}
         if head.gate.needs_example_nll:
             head.example_nll = torch.tensor(measured["example_nll"], dtype=torch.float32, device=args.device)
@@ -103,7 +107,7 @@ class MeasureGate(TrainerCallback):
     def token_statistics(self, entropy: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return nll, normalised entropy and probability, `[examples, tokens]` each, NaN where there is no label."""
         trainer, accelerator = self.trainer, self.trainer.accelerator
-        collator = DataCollatorForLanguageModeling(trainer.data_collator.pad_token_id)
+        collator = DataCollatorForLanguageModeling(trainer.data_collator.collator.pad_token_id)
         loader = accelerator.prepare_data_loader(
             DataLoader(
                 self.dataset.select_columns(["input_ids", "labels"]),

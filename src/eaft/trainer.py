@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import json
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 from trl import SFTConfig, SFTTrainer
@@ -25,6 +24,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import get_config_model_id
 
 from eaft.errors import ConfigurationError, NonFiniteError
+from eaft.examples import ExampleCollator, FollowedData, follow_examples
 from eaft.gates import check_gate, get_gate, missing_params
 from eaft.head import GatedLMHead, frozen_copy
 from eaft.measure import MEASURED, MeasureGate
@@ -102,30 +102,14 @@ class EAFTConfig(SFTConfig):
         return {**params, **given}
 
 
-@dataclass
-class ExampleCollator:
-    """Collates as TRL does, and lays the rows' `example_ids` out as it lays out their tokens."""
-
-    collator: DataCollatorForLanguageModeling
-
-    @property
-    def pad_token_id(self) -> int:
-        """TRL's."""
-        return self.collator.pad_token_id
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return TRL's batch, with `example_ids` of the shape of `input_ids` if the rows have them."""
-        batch = self.collator(rows)
-        if "example_ids" in rows[0]:
-            # Padded with the padding token's id, where no label reads it
-            batch["example_ids"] = self.collator([{**r, "input_ids": r["example_ids"]} for r in rows])["input_ids"]
-        return batch
+def must_be_measured(args: EAFTConfig) -> bool:
+    """Return whether the gate needs a pass over the data with the base model."""
+    return bool(missing_params(args.gate, args.gate_params)) or get_gate(args.gate).needs_example_nll
 
 
 def needs_examples(args: EAFTConfig) -> bool:
-    """Return whether the gate, or what is measured for it, needs to know which example each token is from."""
-    gate = get_gate(args.gate)
-    return gate.needs_examples or gate.needs_example_nll or bool(missing_params(gate, args.gate_params))
+    """Return whether the gate, or its measurement, needs to know which example each token is from."""
+    return get_gate(args.gate).needs_examples or must_be_measured(args)
 
 
 class EAFTTrainer(SFTTrainer):
@@ -165,7 +149,7 @@ class EAFTTrainer(SFTTrainer):
             raise ConfigurationError(f"args must be an EAFTConfig, which has the gate; got {type(args).__name__}.")
         if train_dataset is not None and next(iter(train_dataset), None) is None:
             raise ConfigurationError("The training data set is empty.")
-        self._measured_dataset: Dataset | None = None
+        self._followed: FollowedData | None = None
         super().__init__(model, args=args, data_collator=data_collator, train_dataset=train_dataset, **kwargs)
         base_model = self.model.get_base_model() if is_peft_model(self.model) else self.model
         reference = self._make_reference() if get_gate(args.gate).anchor else None
@@ -173,8 +157,8 @@ class EAFTTrainer(SFTTrainer):
         if needs_examples(args):
             self._check_examples_can_be_followed()
             self.data_collator = ExampleCollator(self.data_collator)
-        if self._measured_dataset is not None:
-            self.add_callback(MeasureGate(self, self._measured_dataset, self._num_examples))
+            if must_be_measured(args) and self._followed is not None:
+                self.add_callback(MeasureGate(self, self._followed.loose, self._followed.num_examples))
         self._token_sums: dict[str, Tensor | float] = defaultdict(float)
 
     def _make_reference(self) -> Any:
@@ -214,8 +198,9 @@ class EAFTTrainer(SFTTrainer):
     ) -> Any:
         """Prepare a data set as TRL does, following examples if the gate needs it; report rows without a label."""
         prepare = functools.partial(super()._prepare_dataset, processing_class=processing_class)
-        if name == "train" and needs_examples(args):
-            prepared = self._prepare_followed(prepare, dataset, args, packing, formatting_func)
+        if name == "train" and needs_examples(args) and self._followed is None:  # an evaluation set may have that name
+            self._followed = follow_examples(prepare, dataset, args, packing, formatting_func)
+            prepared = self._followed.prepared
         else:
             prepared = prepare(dataset, args=args, packing=packing, formatting_func=formatting_func, dataset_name=name)
         # The first token is nobody's label
@@ -230,47 +215,6 @@ class EAFTTrainer(SFTTrainer):
                 f"max_length={args.max_length} and are dropped."
             )
         return prepared
-
-    def _prepare_followed(self, prepare: Any, dataset: Any, args: Any, packing: bool, formatting_func: Any) -> Any:
-        """
-        Prepare the training data with a column `example_ids`: of every token, the index of its example.
-
-        The examples are prepared twice, as they are and with their index in place of every token, so that whatever TRL
-        does to them (cut, drop, shuffle, pack, split) it does to both.
-        """
-        if not isinstance(dataset, Dataset):
-            raise ConfigurationError(f"gate={args.gate!r} needs a data set with a length: set dataset_streaming false.")
-
-        def changed(**changes: Any) -> Any:
-            changed_args = copy.copy(args)
-            vars(changed_args).update(changes)
-            return changed_args
-
-        whole = prepare(
-            dataset,
-            args=changed(max_length=None, shuffle_dataset=False),
-            packing=False,
-            formatting_func=formatting_func,
-            dataset_name="train",
-        )
-        numbered = whole.map(
-            lambda row, i: {"input_ids": [i] * len(row["input_ids"])}, with_indices=True, desc="Numbering examples"
-        )
-
-        def follow(args: Any, packing: bool) -> Dataset:
-            tokens, ids = (
-                prepare(data, args=args, packing=packing, formatting_func=None, dataset_name="train")
-                for data in (whole, numbered)
-            )
-            ids = ids.select_columns(["input_ids"]).rename_column("input_ids", "example_ids")
-            return concatenate_datasets([tokens, ids], axis=1)
-
-        if missing_params(args.gate, args.gate_params) or get_gate(args.gate).needs_example_nll:
-            # Examples one a row; those longer than a packed row are split, not cut, by every strategy but `bfd`
-            max_length = None if packing and args.packing_strategy != "bfd" else args.max_length
-            self._num_examples = len(whole)
-            self._measured_dataset = follow(changed(max_length=max_length, shuffle_dataset=False), packing=False)
-        return follow(args, packing)
 
     def _set_signature_columns_if_needed(self) -> None:
         """Let `example_ids` pass to the collator."""
