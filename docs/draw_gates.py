@@ -23,8 +23,8 @@ from eaft.gates import GATES, gate_weights, normalized_entropy
 GIVEN = {
     "masked": {"entropy_threshold": 0.17},
     "conflict-mask": {"entropy_threshold": 0.17, "prob_threshold": 0.17},
-    "talr": {"tau": 1.0},
-    "flow": {"tau": 1.0},
+    "talr": {"tau": 2.0},
+    "flow": {"tau": 2.0},
 }
 PANELS = [*((name, GIVEN.get(name, {})) for name in GATES), ("eaft", {"alpha": 3.0})]
 
@@ -44,7 +44,9 @@ def main() -> None:
     for axis, (name, params) in zip(axes.flat, PANELS, strict=True):
         weights = gate_weights(name, stats, **params)
         mesh = axis.pcolormesh(g, stats.prob, weights, vmin=0, vmax=1, cmap="viridis", shading="gouraud")
-        notes = [f"{key} {value:g}" for key, value in params.items()] + (["+ KL"] if GATES[name].anchor else [])
+        notes = [f"{key.removesuffix('_threshold')} {value:g}" for key, value in params.items()] + (
+            ["+ KL"] if GATES[name].anchor else []
+        )
         axis.set_title(name + (f"  ({', '.join(notes)})" if notes else ""), fontsize=9)
     axes[0, 0].annotate(
         "confident\nconflicts", (0.08, 0.06), (0.3, 0.6), color="black", fontsize=9, arrowprops={"arrowstyle": "->"}

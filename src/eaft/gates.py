@@ -55,12 +55,21 @@ class Anchor:
             return kl_divergence(log_probs, reference_log_probs)
         return kl_divergence(reference_log_probs, log_probs)
 
+    def kl_and_gradient(self, log_probs: Tensor, reference_log_probs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the divergence and its derivative by the policy's logits: p (ln p - ln q - KL), or p - q forward."""
+        kl, probs = self.kl(log_probs, reference_log_probs), log_probs.exp()
+        if self.direction == "forward":
+            return kl, probs - reference_log_probs.exp()
+        log_ratio = torch.where(probs > 0, log_probs - reference_log_probs, 0.0)
+        return kl, probs * (log_ratio - kl.unsqueeze(-1))
+
 
 @dataclass(frozen=True)
 class Gate:
     """A weight per token, and what it needs beside the statistics of each token by itself."""
 
     weight: Weight
+    per_token: bool = False  # a token's weight depends on no other token, so a chunk of them can be weighed by itself
     needs_examples: bool = False  # `stats.example_ids`: which example each token is from
     needs_example_nll: bool = False  # `stats.example_nll`: the base model's mean nll of that example
     anchor: Anchor | None = None  # a reference model
@@ -117,13 +126,13 @@ def resolve_threshold(threshold: float | str, values: Tensor, percentile: float,
     return threshold
 
 
-@register("sft")
+@register("sft", per_token=True)
 def sft(stats: TokenStatistics) -> Tensor:
     """Weight 1: plain cross-entropy."""
     return torch.ones_like(stats.log_prob)
 
 
-@register("eaft")
+@register("eaft", per_token=True)
 def eaft(stats: TokenStatistics, alpha: float = 1.0, entropy: str = "top-k") -> Tensor:
     """
     Weight g^alpha, g = entropy / ln K in [0, 1]: learn where the model is uncertain (arXiv:2601.02151).
@@ -136,7 +145,7 @@ def eaft(stats: TokenStatistics, alpha: float = 1.0, entropy: str = "top-k") -> 
     return normalized_entropy(stats, entropy) ** alpha
 
 
-@register("eaft-sigmoid")
+@register("eaft-sigmoid", per_token=True)
 def eaft_sigmoid(
     stats: TokenStatistics, steepness: float = 30.0, center: float = 0.17, entropy: str = "top-k"
 ) -> Tensor:
@@ -144,7 +153,7 @@ def eaft_sigmoid(
     return torch.sigmoid(steepness * (normalized_entropy(stats, entropy) - center))
 
 
-@register("masked")
+@register("masked", per_token=True)
 def masked(
     stats: TokenStatistics,
     entropy_threshold: float | str,
@@ -161,7 +170,7 @@ def masked(
     return (g > resolve_threshold(entropy_threshold, g, entropy_percentile, "entropy")).to(g.dtype)
 
 
-@register("conflict-mask")
+@register("conflict-mask", per_token=True)
 def conflict_mask(
     stats: TokenStatistics,
     entropy_threshold: float | str,
@@ -181,13 +190,13 @@ def conflict_mask(
     return 1 - (sure & unlikely).to(g.dtype)
 
 
-@register("dft")
+@register("dft", per_token=True)
 def dft(stats: TokenStatistics) -> Tensor:
     """Weight P(label): learn what the model already finds likely (arXiv:2508.05629)."""
     return stats.prob
 
 
-@register("deft")
+@register("deft", per_token=True)
 def deft(stats: TokenStatistics) -> Tensor:
     """
     Weight P(label)^a, a = sum of squared probabilities: sft where unsure, dft where sure (arXiv:2602.11424).
@@ -198,7 +207,7 @@ def deft(stats: TokenStatistics) -> Tensor:
     return (stats.sum_sq_probs * stats.log_prob).exp()
 
 
-@register("talr", needs_examples=True)
+@register("talr", per_token=True, needs_examples=True)
 def talr(stats: TokenStatistics, tau: float | str = "batch", min_weight: float = 0.01) -> Tensor:
     """
     Weight max(P(label)^(1/tau), min_weight), tau = median of the sequences' mean nll (arXiv:2509.20758).
@@ -211,7 +220,7 @@ def talr(stats: TokenStatistics, tau: float | str = "batch", min_weight: float =
     return (stats.log_prob / temperature).exp().clamp(min=min_weight)
 
 
-@register("flow", needs_example_nll=True)
+@register("flow", per_token=True, needs_example_nll=True)
 def flow(stats: TokenStatistics, tau: float) -> Tensor:
     """
     Weight exp(-l / tau), l = the base model's mean nll of the example: learn the easy examples (arXiv:2502.02797).
@@ -226,7 +235,7 @@ def flow(stats: TokenStatistics, tau: float) -> Tensor:
     return (-stats.example_nll / tau).exp()
 
 
-@register("sft-kl", anchor=Anchor(0.5, "reverse"))
+@register("sft-kl", per_token=True, anchor=Anchor(0.5, "reverse"))
 def sft_kl(stats: TokenStatistics) -> Tensor:
     """
     Weight 1, plus kl_coef * KL(policy || reference): cross-entropy, held near the base model.
@@ -236,7 +245,7 @@ def sft_kl(stats: TokenStatistics) -> Tensor:
     return sft(stats)
 
 
-@register("asft", anchor=Anchor(0.1, "forward"))
+@register("asft", per_token=True, anchor=Anchor(0.1, "forward"))
 def asft(stats: TokenStatistics) -> Tensor:
     """
     Weight P(label), plus kl_coef * KL(reference || policy): dft, held near the base model (arXiv:2509.23753, Eq. 6).
@@ -289,6 +298,12 @@ def get_gate(gate: GateLike) -> Gate:
     if gate not in GATES:
         raise ConfigurationError(f"gate={gate!r} is unknown.{nearest(gate, GATES)} Gates: {', '.join(GATES)}.")
     return GATES[gate]
+
+
+def is_per_token(gate: GateLike, params: dict[str, Any]) -> bool:
+    """Return whether the gate weighs each token by itself; one with a parameter set to `batch` does not."""
+    found = get_gate(gate)
+    return found.per_token and "batch" not in {**found.params, **params}.values()
 
 
 def missing_params(gate: GateLike, params: Iterable[str]) -> list[str]:

@@ -22,6 +22,12 @@ def loss_terms(
     return terms if kl is None or anchor is None else terms + anchor.coef * kl
 
 
+def example_ids_by_row(labels: Tensor) -> Tensor:
+    """Return which example each token is from where nobody says: its row of `[B, S]`, or all one example for `[N]`."""
+    rows = torch.arange(len(labels), device=labels.device) if labels.ndim > 1 else labels.new_zeros(1)
+    return rows.reshape(-1, *[1] * (labels.ndim - 1)).expand(labels.shape)
+
+
 def gated_cross_entropy(
     logits: Tensor,
     labels: Tensor,
@@ -62,8 +68,7 @@ def gated_cross_entropy(
     gate, anchor = check_gate(gate, params), get_anchor(gate, **params)
     labelled = labels != ignore_index
     if example_ids is None:
-        rows = torch.arange(len(labels), device=labels.device) if labels.ndim > 1 else labels.new_zeros(1)
-        example_ids = rows.reshape(-1, *[1] * (labels.ndim - 1)).expand(labels.shape)
+        example_ids = example_ids_by_row(labels)
     # Cast once, so that the gradients of both terms are added in float32
     logits = logits[labelled].to(torch.promote_types(logits.dtype, torch.float32))
     stats = replace(

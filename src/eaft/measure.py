@@ -75,27 +75,21 @@ class MeasureGate(TrainerCallback):
     def measure(self) -> dict[str, Any]:
         """Return the missing parameters, and each example's mean nll if the gate needs it."""
         trainer, head = self.trainer, self.trainer.gated_lm_head
-        nll, entropy, prob = self.token_statistics(head.params.get("entropy", "top-k"))
-        counts = (~np.isnan(nll)).sum(1)
-        means = np.nansum(nll, 1) / counts
+        means, entropy, prob = self.run_base_model(head.params.get("entropy", "top-k"))
         if not np.isfinite(means).all():
             row = self.dataset[int(np.flatnonzero(~np.isfinite(means))[0])]
             raise NonFiniteError(
                 f"The base model's nll is not finite on example {row['example_ids'][0]} of the training data."
             )
-
-        def percentile(name: str, values: np.ndarray) -> float:
-            return float(np.nanpercentile(values, head.params[f"{name}_percentile"]))
-
         find = {
-            "entropy_threshold": lambda: percentile("entropy", entropy),
-            "prob_threshold": lambda: percentile("prob", prob),
-            "tau": lambda: float(np.median(means)),
+            "entropy_threshold": lambda: np.percentile(entropy, head.params["entropy_percentile"]),
+            "prob_threshold": lambda: np.percentile(prob, head.params["prob_percentile"]),
+            "tau": lambda: np.median(means),
         }
         measured: dict[str, Any] = {
-            "params": {name: find[name]() for name in missing_params(head.gate, trainer.args.gate_params)},
-            "examples": len(self.dataset),
-            "tokens": int(counts.sum()),
+            "params": {name: float(find[name]()) for name in missing_params(head.gate, trainer.args.gate_params)},
+            "examples": len(means),
+            "tokens": len(prob),
         }
         if head.gate.needs_example_nll:
             example_nll = np.zeros(self.num_examples)
@@ -104,34 +98,33 @@ class MeasureGate(TrainerCallback):
         return measured
 
     @torch.no_grad()
-    def token_statistics(self, entropy: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return nll, normalised entropy and probability, `[examples, tokens]` each, NaN where there is no label."""
+    def run_base_model(self, entropy: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return each example's mean nll `[examples]`, and each token's g and probability `[tokens]`."""
         trainer, accelerator = self.trainer, self.trainer.accelerator
-        collator = DataCollatorForLanguageModeling(trainer.data_collator.collator.pad_token_id)
         loader = accelerator.prepare_data_loader(
             DataLoader(
                 self.dataset.select_columns(["input_ids", "labels"]),
                 batch_size=trainer.args.per_device_eval_batch_size,
-                collate_fn=collator,
+                collate_fn=DataCollatorForLanguageModeling(trainer.data_collator.collator.pad_token_id),
             )
         )
-        model, found = trainer.model_wrapped, []
+        model, head = trainer.model_wrapped, trainer.gated_lm_head
+        means, tokens = [], []
         model.eval()
         # The order of the training data must not depend on whether something was measured before
         with torch.random.fork_rng(), trainer.compute_loss_context_manager():
             for batch in tqdm(loader, "Measuring the base model", disable=not accelerator.is_main_process):
                 model(**batch, fused_lm_head=True)
-                stats = trainer.gated_lm_head.statistics
-                labelled = batch["labels"][:, 1:] != -100
-                rows = torch.full((3, *labelled.shape), torch.nan, device=labelled.device)
+                stats, labelled = head.statistics, batch["labels"][:, 1:] != -100
+                rows = torch.full((3, *labelled.shape), -1.0, device=labelled.device)  # -1: no label
                 rows[:, labelled] = torch.stack([stats.nll, normalized_entropy(stats, entropy), stats.prob]).float()
-                rows = accelerator.pad_across_processes(rows.transpose(0, 1), dim=2, pad_index=torch.nan)
-                found.append(accelerator.gather_for_metrics(rows).cpu().numpy())
+                rows = accelerator.pad_across_processes(rows.transpose(0, 1), dim=2, pad_index=-1)
+                nll, g, prob = accelerator.gather_for_metrics(rows).unbind(1)
+                labelled = g != -1
+                means.append((nll.where(labelled, 0.0).sum(-1) / labelled.sum(-1)).cpu().numpy())
+                tokens.append(torch.stack([g, prob])[:, labelled].cpu().numpy())
         model.train()
-        longest = max(rows.shape[2] for rows in found)
-        padded = [np.pad(r, [(0, 0), (0, 0), (0, longest - r.shape[2])], constant_values=np.nan) for r in found]
-        nll, g, prob = np.concatenate(padded).transpose(1, 0, 2)
-        return nll, g, prob
+        return np.concatenate(means), *np.concatenate(tokens, axis=1)
 
 
 def fingerprint(dataset: Dataset) -> str:

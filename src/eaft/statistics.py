@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,12 +50,15 @@ class TokenStatistics:
         """Return the same statistics without any gradient."""
         return replace(self, log_prob=self.log_prob.detach())
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return what the distributions tell, in the order of the fields: the arguments before `top_k`."""
+        return self.log_prob, self.entropy, self.top_k_entropy, self.sum_sq_probs, self.is_top1
+
     @classmethod
     def cat(cls, chunks: Sequence[TokenStatistics]) -> TokenStatistics:
         """Join the statistics of consecutive chunks of tokens (1-D each, the same K), without their examples."""
-        tensors = [f.name for f in fields(cls) if f.name not in ("top_k", "example_ids", "example_nll")]
-        joined = {name: torch.cat([getattr(chunk, name) for chunk in chunks]) for name in tensors}
-        return cls(**joined, top_k=chunks[0].top_k)
+        columns = zip(*(chunk.tensors() for chunk in chunks), strict=True)
+        return cls(*(torch.cat(column) for column in columns), top_k=chunks[0].top_k)
 
 
 def entropy_from_log_probs(log_probs: Tensor) -> Tensor:
