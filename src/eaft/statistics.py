@@ -58,7 +58,8 @@ class TokenStatistics:
     def cat(cls, chunks: Sequence[TokenStatistics]) -> TokenStatistics:
         """Join the statistics of consecutive chunks of tokens (1-D each, the same K), without their examples."""
         columns = zip(*(chunk.tensors() for chunk in chunks), strict=True)
-        return cls(*(torch.cat(column) for column in columns), top_k=chunks[0].top_k)
+        log_prob, entropy, top_k_entropy, sum_sq_probs, is_top1 = (torch.cat(column) for column in columns)
+        return cls(log_prob, entropy, top_k_entropy, sum_sq_probs, is_top1, top_k=chunks[0].top_k)
 
 
 def entropy_from_log_probs(log_probs: Tensor) -> Tensor:
