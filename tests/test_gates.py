@@ -253,13 +253,13 @@ def test_adding_a_gate_from_outside():
 
 
 def test_a_gate_is_imported_by_its_path(tmp_path, monkeypatch):
-    (tmp_path / "my_gates.py").write_text("def half(stats, share=0.5):\n    return 0 * stats.prob + share\n")
+    (tmp_path / "own_gates.py").write_text("def half(stats, share=0.5):\n    return 0 * stats.prob + share\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "my_gates", raising=False)
+    monkeypatch.delitem(sys.modules, "own_gates", raising=False)
     stats = token_statistics(torch.zeros(2, 10), torch.tensor([0, 1]))
-    assert gate_weights("my_gates:half", stats, share=0.25).tolist() == [0.25, 0.25]
-    with pytest.raises(ConfigurationError, match="gate='my_gates:third' cannot be imported"):
-        get_gate("my_gates:third")
+    assert gate_weights("own_gates:half", stats, share=0.25).tolist() == [0.25, 0.25]
+    with pytest.raises(ConfigurationError, match="gate='own_gates:third' cannot be imported"):
+        get_gate("own_gates:third")
     with pytest.raises(ConfigurationError, match="gate='no_gates:half' cannot be imported"):
         get_gate("no_gates:half")
     assert get_gate("eaft.gates:talr") is GATES["talr"]  # with what it needs

@@ -16,7 +16,7 @@ from transformers import (
     PhiConfig,
 )
 
-from eaft import gated_cross_entropy, head
+from eaft import fused, gated_cross_entropy, head
 from eaft.gates import GATES
 from eaft.head import GatedLMHead, frozen_copy, logit_scale
 
@@ -63,6 +63,7 @@ def batch():
     return ids, labels
 
 
+FOUR_TOKENS = 4 * 264 * 4  # bytes of the float32 logits of four tokens
 # Which example each position is from: two in the first row, as if packed
 EXAMPLE_IDS = torch.tensor([[0] * 6 + [1] * 5, [2] * 11, [3] * 11])
 EXAMPLE_NLL = torch.tensor([0.2, 1.1, 0.7, 2.0])
@@ -79,9 +80,9 @@ def nudged(model):
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("gate", sorted(GATES))
-@pytest.mark.parametrize("chunk_logits", [head.LOGITS_PER_CHUNK, 264 * 4])  # all at once; 4 tokens at a time
-def test_equals_reference_on_full_logits(name, gate, chunk_logits, monkeypatch):
-    monkeypatch.setattr(head, "LOGITS_PER_CHUNK", chunk_logits)
+@pytest.mark.parametrize("budget", [fused.LOGITS_BUDGET, FOUR_TOKENS])
+def test_equals_reference_on_full_logits(name, gate, budget, monkeypatch):
+    monkeypatch.setattr(fused, "LOGITS_BUDGET", budget)
     params = GIVEN.get(gate, {})
     ids, labels = batch()
     model = build(name).train()
@@ -157,7 +158,7 @@ def test_with_adapters_the_reference_is_the_model_without_them(modules_to_save):
     logits, reference = (m(input_ids=ids).logits[:, :-1] for m in (policy, base))
     expected = gated_cross_entropy(logits, labels[:, 1:], "sft-kl", reference_logits=reference)
     torch.testing.assert_close(loss, expected)
-    assert gated.kl.mean() > 1e-3
+    assert gated.losses.kl.mean() > 1e-3
 
 
 def test_evaluation_does_not_run_the_reference(model):
@@ -167,7 +168,7 @@ def test_evaluation_does_not_run_the_reference(model):
     reference.forward = None
     with torch.no_grad():
         loss = model.eval()(input_ids=ids, labels=labels, fused_lm_head=True).loss
-    assert gated.kl is None
+    assert gated.losses.kl is None
     torch.testing.assert_close(loss, model(input_ids=ids, labels=labels).loss.detach())
 
 
@@ -187,28 +188,28 @@ def test_evaluation_is_plain_nll(model):
     with torch.no_grad():
         loss = model.eval()(input_ids=ids, labels=labels, fused_lm_head=True).loss
     torch.testing.assert_close(loss, expected.detach())
-    assert gated.weights is None
-    assert gated.statistics.nll.shape == (15,)
+    assert torch.equal(gated.losses.weights, torch.ones(15))
 
 
-@pytest.mark.parametrize(("gate", "passes"), [("eaft", 2), ("asft", 4)])
+# Each labelled token once, and once for a reference; twice if the gate must see the batch first
+@pytest.mark.parametrize(("gate", "passes"), [("eaft", 1), ("asft", 2), ("talr", 2)])
 def test_full_logits_never_exist(gate, passes, model, monkeypatch):
-    monkeypatch.setattr(head, "LOGITS_PER_CHUNK", 264 * 4)
+    monkeypatch.setattr(fused, "LOGITS_BUDGET", FOUR_TOKENS)
     sizes = []
-    linear = torch.nn.functional.linear
+    project = fused.Projection.__call__
 
-    def spy(hidden, weight, bias=None):
-        if weight.shape[0] == 264:
-            sizes.append(hidden.shape[0])
-        return linear(hidden, weight, bias)
+    def spy(projection, rows):
+        z = project(projection, rows)
+        sizes.append(len(z))
+        assert projection.logits.nbytes == FOUR_TOKENS
+        return z
 
     GatedLMHead(model, gate, 20, {}, frozen_copy(model))
-    monkeypatch.setattr(torch.nn.functional, "linear", spy)
+    monkeypatch.setattr(fused.Projection, "__call__", spy)
     ids, labels = batch()
     model.train()(input_ids=ids, labels=labels, fused_lm_head=True).loss.backward()
     assert max(sizes) == 4
-    # Every labelled token once, and once more in the backward pass; as often for the reference
-    assert sum(sizes) == passes * 15
+    assert sum(sizes) == passes * 15  # labelled tokens only
 
 
 def test_no_labelled_token_gives_zero_gradients(model):
@@ -222,7 +223,7 @@ def test_no_labelled_token_gives_zero_gradients(model):
 
 def test_head_that_is_partitioned_outside_its_context(monkeypatch):
     """As under ZeRO-3: the head's weight is empty but while it is gathered, in the forward and in the backward pass."""
-    monkeypatch.setattr(head, "LOGITS_PER_CHUNK", 264 * 4)
+    monkeypatch.setattr(fused, "LOGITS_BUDGET", FOUR_TOKENS)
     ids, labels = batch()
     expected = build("untied").train()
     GatedLMHead(expected, "eaft", 20, {})

@@ -98,10 +98,10 @@ def test_flow_is_measured_with_the_base_model(setting, tmp_path):
     for batch in trainer.get_train_dataloader():
         trainer.model(**batch, fused_lm_head=True)
         head = trainer.gated_lm_head
-        assert head.weights.tolist() == pytest.approx(
-            [math.exp(-means[i] / np.median(means)) for i in head.statistics.example_ids.tolist()], rel=1e-5
+        assert head.losses.weights.tolist() == pytest.approx(
+            [math.exp(-means[i] / np.median(means)) for i in head.losses.statistics.example_ids.tolist()], rel=1e-5
         )
-        seen |= set(head.weights.tolist())
+        seen |= set(head.losses.weights.tolist())
     assert len(seen) == 14
 
 
@@ -150,14 +150,14 @@ def test_packed_or_not_the_loss_of_the_same_examples_is_the_same(gate, setting, 
         assert steps(packed) == pytest.approx(steps(loose), rel=1e-5)
         return
     # A split example loses its context at the cut, so its nll differs; what the gate knows of it does not
-    stats = packed.gated_lm_head.statistics
+    stats = packed.gated_lm_head.losses.statistics
     if gate == "flow":
         assert torch.equal(packed.gated_lm_head.example_nll, loose.gated_lm_head.example_nll)
     else:
         means = [stats.nll[stats.example_ids == i].mean().item() for i in stats.example_ids.unique()]
         assert len(means) == len(rows)
         expected = (stats.log_prob / np.median(means)).exp().clamp(min=0.01)
-        torch.testing.assert_close(packed.gated_lm_head.weights, expected)
+        torch.testing.assert_close(packed.gated_lm_head.losses.weights, expected)
 
 
 @pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "LoRA"])
@@ -283,5 +283,5 @@ def test_parameters_reach_the_gate(tmp_path):
     trainer = train(EAFTTrainer, tmp_path, max_steps=1, **args)
     head = trainer.gated_lm_head
     assert head.params == {"steepness": 30.0, "center": 0.4, "entropy": "exact"}
-    g = (head.statistics.entropy / math.log(20)).clamp(max=1)
-    torch.testing.assert_close(head.weights, torch.sigmoid(30 * (g - 0.4)))
+    g = (head.losses.statistics.entropy / math.log(20)).clamp(max=1)
+    torch.testing.assert_close(head.losses.weights, torch.sigmoid(30 * (g - 0.4)))

@@ -32,6 +32,7 @@ def test_snippet_runs(snippet, model_dir, tmp_path, monkeypatch):
 def test_a_gate_of_your_own(model_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "my_gates", raising=False)
     page = (ROOT / "docs" / "objectives.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len(code.splitlines()) <= 10

@@ -4,6 +4,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from eaft import gates
+from eaft.fused import linear_gated_cross_entropy
 from eaft.loss import GatedLoss, gated_cross_entropy
 from eaft.statistics import TokenStatistics, token_statistics
 
@@ -19,6 +20,7 @@ __all__ = [
     "TokenStatistics",
     "gated_cross_entropy",
     "gates",
+    "linear_gated_cross_entropy",
     "token_statistics",
 ]
 

@@ -15,19 +15,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
-from eaft.gates import gate_weights, get_anchor, get_gate
-from eaft.loss import loss_terms
-from eaft.statistics import TokenStatistics, token_statistics
-
-# Logits alive at a time, in elements: 128 MiB of them in float32, and a few temporaries of that size
-LOGITS_PER_CHUNK = 2**25
+from eaft.fused import Reference, TokenLosses, linear_gated_cross_entropy
+from eaft.gates import get_anchor, get_gate
 
 
 def logit_scale(text_config: Any) -> float:
@@ -42,7 +37,7 @@ def logit_scale(text_config: Any) -> float:
     return scaling if text_config.model_type == "hyperclovax" else 1 / scaling
 
 
-def full_parameter(parameter: Tensor | None) -> Tensor | None:
+def full_parameter(parameter: Any) -> Any:
     """
     Gather a parameter that FSDP2 or tensor parallelism left sharded.
 
@@ -70,11 +65,12 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 class GatedLMHead:
     """
-    Patches `model` so that `model(..., labels=labels, fused_lm_head=True)` returns the terms of the gated loss.
+    Patches `model` so that `model(..., labels=labels, fused_lm_head=True)` returns the gated loss.
 
-    The output is TRL's `FusedCausalLMOutput`, 1-D over the labelled tokens. In training mode its `log_probs` are the
-    terms of the loss with their sign changed, -(g_t * nll_t + coef * KL_t); in evaluation mode they are plain ln p_t,
-    so that `eval_loss` is the nll whatever the gate. Calls without `fused_lm_head=True` go to the model's own forward.
+    The output is TRL's `FusedCausalLMOutput`, 1-D over the labelled tokens; but its `log_probs`, which TRL only sums,
+    are their sum already: in training mode of the terms of the loss with their sign changed, -(g_t nll_t + coef KL_t),
+    in evaluation mode of plain ln p_t, so that `eval_loss` is the nll whatever the gate. Calls without
+    `fused_lm_head=True` go to the model's own forward.
 
     Args:
         model: a causal language model, not wrapped by PEFT (pass `peft_model.get_base_model()`).
@@ -86,14 +82,10 @@ class GatedLMHead:
 
     Attributes:
         example_nll: for a gate that needs it, the base model's mean nll of each example, float32 `[examples]`.
-        statistics: `TokenStatistics` of the last call's labelled tokens, detached.
-        weights: their gate weights in training mode; None in evaluation mode.
-        kl: their divergence from the reference in training mode, detached; None without one.
+        losses: `TokenLosses` of the last call's labelled tokens (in evaluation mode their weights are 1).
     """
 
-    statistics: TokenStatistics
-    weights: Tensor | None
-    kl: Tensor | None
+    losses: TokenLosses
 
     def __init__(
         self,
@@ -136,7 +128,7 @@ class GatedLMHead:
         """
         kwargs["use_cache"] = False
         use_reference = self.anchor is not None and model.training
-        reference_hidden, *reference_head = self.run_reference(model, *args, **kwargs) if use_reference else (None,)
+        reference = self.run_reference(model, *args, **kwargs) if use_reference else None
         if getattr(self.text_config, "output_router_logits", False):
             kwargs.setdefault("output_router_logits", True)
         # Looked up on each call: FSDP and PEFT replace the backbone and the head after patching
@@ -153,25 +145,32 @@ class GatedLMHead:
         device = lm_head.weight.device
         labels = labels.to(device)
         labelled = labels != -100
-        stats, kl = self.score(
-            hidden[:, shift].to(device)[labelled],
-            labels[labelled],
-            lm_head,
-            None if reference_hidden is None else reference_hidden[:, shift].to(device)[labelled],
-            *reference_head,
-        )
+        example_nll = None
         if example_ids is not None:
-            stats = replace(stats, example_ids=example_ids.to(device)[labelled])
+            example_ids = example_ids.to(device)
             if self.example_nll is not None:
-                stats = replace(stats, example_nll=self.example_nll.to(device)[stats.example_ids])
-
-        self.statistics, self.weights, self.kl = stats.detach(), None, None
-        log_probs = stats.log_prob
-        if model.training:
-            self.weights, self.kl = gate_weights(self.gate, stats, **self.params), None if kl is None else kl.detach()
-            log_probs = -loss_terms(stats, self.weights, kl, self.anchor)
+                example_nll = self.example_nll.to(device)[example_ids.where(labelled, 0)]
+        gate, params = (self.gate, self.params) if model.training else ("sft", {})
+        weight, bias = full_parameter(lm_head.weight), full_parameter(lm_head.bias)
+        with maybe_gather_lm_head_ctx(weight, bias):
+            total, self.losses = linear_gated_cross_entropy(
+                hidden[:, shift].to(device),
+                weight,
+                labels,
+                gate,
+                bias,
+                num_items=1,
+                top_k=self.top_k,
+                logit_scale=self.logit_scale,
+                softcap=self.softcap,
+                example_ids=example_ids,
+                example_nll=example_nll,
+                reference=reference and replace(reference, hidden=reference.hidden[:, shift].to(device)),
+                return_losses=True,
+                **params,
+            )
         num_items = labelled.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
-        loss = -log_probs.sum() / num_items.clamp(min=1)
+        loss = total / num_items.clamp(min=1)
         aux_loss = None
         if kwargs.get("output_router_logits"):
             config = self.text_config
@@ -181,69 +180,23 @@ class GatedLMHead:
             loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss
         return FusedCausalLMOutput(
             loss=loss,
-            log_probs=log_probs,
-            entropy=stats.entropy,
-            is_top1=stats.is_top1,
+            log_probs=-total.unsqueeze(0),
+            entropy=self.losses.statistics.entropy,
+            is_top1=self.losses.statistics.is_top1,
             label_mask=labelled,
             aux_loss=aux_loss,
         )
 
     @torch.no_grad()
-    def run_reference(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> tuple[Tensor, Any, Any]:
-        """Return the reference's hidden states `[B, S, H]`, and the weight and bias of its head."""
+    def run_reference(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Reference:
+        """Return the reference's hidden states `[B, S, H]` and its head."""
         if isinstance(self.reference, PreTrainedModel):
             hidden, lm_head = self.reference(*args, **kwargs), self.reference.get_output_embeddings()
-            return hidden, full_parameter(lm_head.weight), full_parameter(lm_head.bias)
+            return Reference(hidden, full_parameter(lm_head.weight), full_parameter(lm_head.bias))
         model.eval()  # the reference has no dropout
         try:
             with self.reference.disable_adapter():
                 hidden, lm_head = model.base_model(*args, **kwargs).last_hidden_state, model.get_output_embeddings()
-                return hidden, full_parameter(lm_head.weight), full_parameter(lm_head.bias)
+                return Reference(hidden, full_parameter(lm_head.weight), full_parameter(lm_head.bias))
         finally:
             model.train()
-
-    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the logits `[N, V]` of `hidden` `[N, H]`, scaled and capped as the model does, at least float32."""
-        logits = nn.functional.linear(hidden, weight.to(hidden.dtype), bias)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.logit_scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-    def score(
-        self,
-        hidden: Tensor,
-        labels: Tensor,
-        lm_head: Any,
-        reference_hidden: Tensor | None = None,
-        reference_weight: Tensor | None = None,
-        reference_bias: Tensor | None = None,
-    ) -> tuple[TokenStatistics, Tensor | None]:
-        """
-        Return the statistics of `labels` `[N]` from `hidden` `[N, H]`, and their KL with a reference if there is one.
-
-        Logits exist a chunk at a time; the backward pass recomputes each chunk's.
-        """
-        weight, bias = full_parameter(lm_head.weight), full_parameter(lm_head.bias)
-
-        def score_chunk(
-            labels: Tensor, hidden: Tensor, reference_hidden: Tensor | None, weight: Tensor, bias: Tensor | None
-        ) -> tuple[TokenStatistics, Tensor | None]:
-            # Entered again in the recomputation, when ZeRO-3 has partitioned the weight anew
-            with maybe_gather_lm_head_ctx(weight, bias):
-                logits = self.logits(hidden, weight, bias)
-            kl = None
-            if reference_hidden is not None and reference_weight is not None and self.anchor is not None:
-                reference_logits = self.logits(reference_hidden, reference_weight, reference_bias)
-                kl = self.anchor.kl(logits.log_softmax(-1), reference_logits.log_softmax(-1))
-            return token_statistics(logits, labels, self.top_k), kl
-
-        chunk = max(1, LOGITS_PER_CHUNK // self.text_config.vocab_size)
-        # `split` gives one empty chunk for no tokens: a zero still connected to the head
-        chunks = [labels.split(chunk), hidden.split(chunk)]
-        references = [None] * len(chunks[0]) if reference_hidden is None else reference_hidden.split(chunk)
-        with maybe_gather_lm_head_ctx(weight, bias):
-            scored = [
-                checkpoint(score_chunk, *tokens, weight, bias, use_reentrant=False, preserve_rng_state=False)
-                for tokens in zip(*chunks, references, strict=True)
-            ]
-        stats, kls = zip(*scored, strict=True)
-        return TokenStatistics.cat(stats), None if reference_hidden is None else torch.cat(kls)

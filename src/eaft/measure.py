@@ -115,7 +115,7 @@ class MeasureGate(TrainerCallback):
         with torch.random.fork_rng(), trainer.compute_loss_context_manager():
             for batch in tqdm(loader, "Measuring the base model", disable=not accelerator.is_main_process):
                 model(**batch, fused_lm_head=True)
-                stats, labelled = head.statistics, batch["labels"][:, 1:] != -100
+                stats, labelled = head.losses.statistics, batch["labels"][:, 1:] != -100
                 rows = torch.full((3, *labelled.shape), -1.0, device=labelled.device)  # -1: no label
                 rows[:, labelled] = torch.stack([stats.nll, normalized_entropy(stats, entropy), stats.prob]).float()
                 rows = accelerator.pad_across_processes(rows.transpose(0, 1), dim=2, pad_index=-1)

@@ -97,7 +97,6 @@ def token_statistics(logits: Tensor, labels: Tensor, top_k: int = 20) -> TokenSt
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     log_probs = logits.log_softmax(-1)
     log_prob = log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    # Everything else comes after the gradient's part, so that a checkpointed recomputation can stop before it
     with torch.no_grad():
         return TokenStatistics(
             log_prob=log_prob,

@@ -231,11 +231,10 @@ class EAFTTrainer(SFTTrainer):
         loss = result[0] if return_outputs else result
         self._require_finite(loss, batch)
 
-        head = self.gated_lm_head
-        stats, none = head.statistics, torch.zeros_like(head.statistics.nll)
-        weights, kl = (none if x is None else x for x in (head.weights, head.kl))
-        conflict = stats.is_conflict
-        sums = [x.float().sum() for x in (none + 1, stats.nll, conflict, stats.nll * conflict, weights, kl)]
+        losses = self.gated_lm_head.losses
+        nll, weights, conflict = losses.statistics.nll, losses.weights, losses.statistics.is_conflict
+        kl = torch.zeros_like(nll) if losses.kl is None else losses.kl
+        sums = [x.float().sum() for x in (torch.ones_like(nll), nll, conflict, nll * conflict, weights, kl)]
         mode = "train" if self.model.training else "eval"
         self._token_sums[mode] = self._token_sums[mode] + torch.stack(sums)
         return result
