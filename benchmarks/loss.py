@@ -171,14 +171,15 @@ def step(function: Callable[..., Tensor], inputs: tuple[Tensor, Tensor, Tensor])
 
 
 def measure_times(size: Size) -> dict[str, list[float]]:
-    """Return each contender's seconds, interleaved, after one round that does not count."""
+    """Return each contender's seconds, interleaved; what a first call costs is spent on another size before."""
     functions, inputs = contenders(), make_inputs(size)
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for i in range(ROUNDS + 1):
+    warm_up = inputs if DEVICE == "cuda" else make_inputs(QUICK[0])
+    for function in functions.values():
+        step(function, warm_up)
+    for _ in range(ROUNDS):
         for name, function in functions.items():
-            seconds = step(function, inputs)
-            if i:
-                times[name].append(seconds)
+            times[name].append(step(function, inputs))
     return times
 
 

@@ -27,7 +27,7 @@ from eaft.statistics import TokenStatistics, entropy_from_log_probs
 # Bytes of logits alive at a time. A chunk must be large enough for its matrix products to run at full speed
 LOGITS_BUDGET = 2**28
 # Bytes that a block of rows may take in its passes over the logits, so that they stay in the processor's cache
-CACHE_BUDGET = 2**23
+CACHE_BUDGET = 2**22
 
 Weigh = Callable[[TokenStatistics, slice], Tensor]
 
