@@ -13,7 +13,7 @@ demo: $(VENV)/.installed  ## fine-tune a real model with SFT and EAFT; table and
 	$(PY) -m eaft compare --config recipes/demo/compare.yaml \
 	    --model_name_or_path "$$($(PY) recipes/demo/find_model.py)" $(DEMO_FLAGS)
 
-test: $(VENV)/.installed  ## the tests (4 minutes on 2 cores)
+test: $(VENV)/.installed  ## the tests (12 minutes on 2 cores)
 	$(PY) -m pytest -q $(PYTEST_FLAGS)
 
 check: $(VENV)/.installed  ## lint, format and types
