@@ -24,8 +24,8 @@ from eaft.gates import Anchor, GateLike, check_gate, gate_weights, get_anchor, i
 from eaft.loss import example_ids_by_row, loss_terms
 from eaft.statistics import TokenStatistics, entropy_from_log_probs
 
-# Bytes of logits alive at a time. Each chunk reads and writes the whole gradient of the head, which takes a GPU as long as
-# the products of a few hundred tokens: there a chunk must be larger
+# Bytes of logits alive at a time. Each chunk reads and writes the whole gradient of the head, which takes a GPU as long
+# as the products of a few hundred tokens: there a chunk must be larger
 LOGITS_BUDGET, LOGITS_BUDGET_GPU = 2**28, 3 * 2**28
 # Bytes that a block of rows may take in its passes over the logits, so that they stay in the processor's cache
 CACHE_BUDGET = 2**22
