@@ -403,6 +403,8 @@ def test_what_a_gate_needs_is_asked_for():
     hidden, weight, labels = torch.zeros(2, 3), torch.zeros(5, 3), torch.tensor([0, 1])
     with pytest.raises(ConfigurationError, match="needs reference"):
         linear_gated_cross_entropy(hidden, weight, labels, "asft")
+    with pytest.raises(ValueError, match="top_k must be at least 2"):
+        linear_gated_cross_entropy(hidden, weight, labels, top_k=1)
     with pytest.raises(ConfigurationError, match="takes no beta"):
         linear_gated_cross_entropy(hidden, weight, labels, "eaft", beta=1.0)
 

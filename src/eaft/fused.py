@@ -22,7 +22,7 @@ except ImportError:  # Triton comes with torch where there are GPUs for it
 from eaft.errors import ConfigurationError
 from eaft.gates import Anchor, GateLike, check_gate, gate_weights, get_anchor, is_per_token
 from eaft.loss import example_ids_by_row, loss_terms
-from eaft.statistics import TokenStatistics, entropy_from_log_probs
+from eaft.statistics import TokenStatistics, entropy_from_log_probs, usable_top_k
 
 # Bytes of logits alive at a time. Each chunk reads and writes the whole gradient of the head, which takes a GPU as long
 # as the products of a few hundred tokens: there a chunk must be larger
@@ -161,7 +161,7 @@ def linear_gated_cross_entropy(
         anchor=anchor,
         reference=reference,
         head=Head(logit_scale, softcap),
-        top_k=min(top_k, weight.shape[0]),
+        top_k=usable_top_k(top_k, weight.shape[0]),
         logits_budget=logits_budget or (LOGITS_BUDGET_GPU if hidden.is_cuda else LOGITS_BUDGET),
         gradient=torch.is_grad_enabled(),
     )
@@ -294,7 +294,8 @@ def fold(
     """
     if reference_z is None and use_triton(z):
         return fold_in_kernels(z, rows, job, weigh, gradient)
-    size = max(1, CACHE_BUDGET // (2 * z.shape[1] * torch.float32.itemsize))
+    budget = LOGITS_BUDGET if z.is_cuda else CACHE_BUDGET
+    size = max(1, budget // (2 * z.shape[1] * torch.float32.itemsize))
     losses = []
     for start in range(0, max(1, len(z)), size):
         block = slice(start, min(start + size, len(z)))
@@ -332,7 +333,7 @@ def fold_in_kernels(z: Tensor, rows: slice, job: Job, weigh: Weigh | None, gradi
 def fold_block(
     z: Tensor, rows: slice, job: Job, weigh: Weigh | None, reference_z: Tensor | None, gradient: bool
 ) -> TokenLosses:
-    """`fold` in torch, on rows that stay in the processor's cache."""
+    """`fold` in torch, on a block of rows."""
     exact, labels = torch.promote_types(z.dtype, torch.float32), job.labels[rows].unsqueeze(-1)
     logits = job.head.logits_(z.to(exact))
     top, first = logits.max(-1, keepdim=True)

@@ -62,6 +62,13 @@ class TokenStatistics:
         return cls(log_prob, entropy, top_k_entropy, sum_sq_probs, is_top1, top_k=chunks[0].top_k)
 
 
+def usable_top_k(top_k: int, vocab_size: int) -> int:
+    """Return K, or the size of a smaller vocabulary; raises `ValueError` below 2."""
+    if top_k < 2:
+        raise ValueError(f"top_k must be at least 2 (the entropy of one token is always 0), got {top_k}.")
+    return min(top_k, vocab_size)
+
+
 def entropy_from_log_probs(log_probs: Tensor) -> Tensor:
     """Return -sum_v p_v ln p_v over the last dimension, in nats; a token of probability 0 (-inf) adds nothing."""
     return torch.special.entr(log_probs.exp()).sum(-1)
@@ -87,13 +94,11 @@ def token_statistics(logits: Tensor, labels: Tensor, top_k: int = 20) -> TokenSt
     Raises:
         ValueError: `top_k` is below 2, or the shapes do not belong together.
     """
-    if top_k < 2:
-        raise ValueError(f"top_k must be at least 2 (the entropy of one token is always 0), got {top_k}.")
+    top_k = usable_top_k(top_k, logits.shape[-1])
     if logits.shape[:-1] != labels.shape:
         raise ValueError(
             f"logits {tuple(logits.shape)} need labels {tuple(logits.shape[:-1])}, got {tuple(labels.shape)}."
         )
-    top_k = min(top_k, logits.shape[-1])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     log_probs = logits.log_softmax(-1)
     log_prob = log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
