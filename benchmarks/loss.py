@@ -4,7 +4,7 @@ The loss from hidden states: time and memory of ours and its peers, side by side
     .venv/bin/python benchmarks/loss.py            # the sizes that this machine can run
     .venv/bin/python benchmarks/loss.py --quick    # one small size
 
-Every contender gets hidden states `[N, H]`, a head `[V, H]` and labels, and gives both gradients. Times are taken in one
+Every contender gets hidden states `[N, H]`, a head `[V, H]` and labels; gives both gradients. Times are taken in one
 process, contender after contender, several rounds, and once more in a process for each, where memory is measured as the
 growth of the peak over what the inputs take. The floor is what three matrix products on the labelled positions take at
 the rate this machine reaches, and what one writing and four readings of their logits take at its copying rate. Writes
