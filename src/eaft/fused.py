@@ -28,7 +28,7 @@ from eaft.statistics import TokenStatistics, entropy_from_log_probs, usable_top_
 # as the products of a few hundred tokens: there a chunk must be larger
 LOGITS_BUDGET, LOGITS_BUDGET_GPU = 2**28, 3 * 2**28
 # Bytes that a block of rows may take in its passes over the logits, so that they stay in the processor's cache
-CACHE_BUDGET = 2**22
+CACHE_BUDGET = 2**23
 
 Weigh = Callable[[TokenStatistics, slice], Tensor]
 
@@ -297,11 +297,15 @@ def fold(
     budget = LOGITS_BUDGET if z.is_cuda else CACHE_BUDGET
     size = max(1, budget // (2 * z.shape[1] * torch.float32.itemsize))
     losses = []
+    # Allocated once: blocks of memory freed between small tensors that live on would not be found again
+    scratch = torch.empty(
+        (2, min(size, len(z)), z.shape[1]), dtype=torch.promote_types(z.dtype, torch.float32), device=z.device
+    )
     for start in range(0, max(1, len(z)), size):
         block = slice(start, min(start + size, len(z)))
         of_all = slice(rows.start + block.start, rows.start + block.stop)
         reference_block = None if reference_z is None else reference_z[block]
-        losses.append(fold_block(z[block], of_all, job, weigh, reference_block, gradient))
+        losses.append(fold_block(z[block], of_all, job, weigh, reference_block, gradient, scratch[:, : len(z[block])]))
     return TokenLosses.cat(losses)
 
 
@@ -331,23 +335,29 @@ def fold_in_kernels(z: Tensor, rows: slice, job: Job, weigh: Weigh | None, gradi
 
 
 def fold_block(
-    z: Tensor, rows: slice, job: Job, weigh: Weigh | None, reference_z: Tensor | None, gradient: bool
+    z: Tensor,
+    rows: slice,
+    job: Job,
+    weigh: Weigh | None,
+    reference_z: Tensor | None,
+    gradient: bool,
+    scratch: Tensor,
 ) -> TokenLosses:
-    """`fold` in torch, on a block of rows."""
-    exact, labels = torch.promote_types(z.dtype, torch.float32), job.labels[rows].unsqueeze(-1)
+    """`fold` in torch, on a block of rows; `scratch` is memory for two of them in the dtype of the statistics."""
+    exact, labels = scratch.dtype, job.labels[rows].unsqueeze(-1)
     logits = job.head.logits_(z.to(exact))
     top, first = logits.max(-1, keepdim=True)
     largest = logits.topk(job.top_k, sorted=False).values
     label_logit = logits.gather(-1, labels)
     shifted = logits - top if job.head.softcap else logits.sub_(top)
-    e = shifted.exp()
+    e = torch.exp(shifted, out=scratch[0])
     total = e.sum(-1, keepdim=True)
     log_total = total.log()
     stats = TokenStatistics(
         log_prob=(label_logit - top - log_total).squeeze(-1),
-        entropy=(log_total - row_dot(e, shifted) / total).squeeze(-1),
+        entropy=(log_total - row_dot(e, shifted, scratch[1]) / total).squeeze(-1),
         top_k_entropy=entropy_from_log_probs(largest.log_softmax(-1)),
-        sum_sq_probs=(row_dot(e, e) / total.square()).squeeze(-1),
+        sum_sq_probs=(row_dot(e, e, scratch[1]) / total.square()).squeeze(-1),
         is_top1=(first == labels).squeeze(-1),
         top_k=job.top_k,
     )
@@ -366,10 +376,10 @@ def fold_block(
     return TokenLosses(stats, weights, kl)
 
 
-def row_dot(e: Tensor, x: Tensor) -> Tensor:
+def row_dot(e: Tensor, x: Tensor, scratch: Tensor) -> Tensor:
     """Return sum_v e_v x_v of each row, `[n, 1]`; where e_v is 0 and x_v -inf, nothing is added."""
     # Not a matrix product: `sum` adds pairwise, which keeps a long row's rounding small
-    dot = (e * x).sum(-1, keepdim=True)
+    dot = torch.mul(e, x, out=scratch).sum(-1, keepdim=True)
     if dot.isnan().any():
         dot = (e * torch.where(e == 0, 0.0, x)).sum(-1, keepdim=True)
     return dot
