@@ -320,17 +320,25 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     """Measure, print, write."""
-    from eaft.provenance import environment, write_json
+    from eaft.provenance import commit, environment, write_json
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one small size; nothing is written")
-    quick = parser.parse_args().quick
-    results = []
-    for result in measure(QUICK if quick else SIZES):
-        results.append(result)
+    parser.add_argument(
+        "--only", default="", help="sizes that contain this, as in bfloat16; results of others are kept"
+    )
+    flags = parser.parse_args()
+    chosen = QUICK if flags.quick else [size for size in SIZES if flags.only in str(size)]
+    file = RESULTS / "loss.json"
+    found = {}
+    if flags.only and file.is_file():
+        found = {str(Size(**result["size"])): result for result in json.loads(file.read_text())["results"]}
+    for result in measure(chosen):
+        found[str(Size(**result["size"]))] = {**result, "commit": commit()}
+        results = [found[str(size)] for size in (QUICK if flags.quick else SIZES) if str(size) in found]
         print(table(results), flush=True)
-        if not quick:
-            write_json(RESULTS / "loss.json", {"results": results, "environment": environment()})
+        if not flags.quick:
+            write_json(file, {"results": results, "environment": environment()})
             (RESULTS / "loss.md").write_text(table(results) + "\n")
             draw(results, RESULTS / "loss.png")
 

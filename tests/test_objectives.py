@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from trl import SFTTrainer
 
-from eaft import EAFTConfig, EAFTTrainer, gated_cross_entropy, token_statistics
+from eaft import EAFTConfig, EAFTTrainer, TokenStatistics, gated_cross_entropy, token_statistics
 from eaft.errors import ConfigurationError, NonFiniteError
 from eaft.gates import GATES, missing_params
 from eaft.measure import MEASUREMENTS_FILE, fingerprint
@@ -71,24 +71,33 @@ def test_every_token_is_of_the_example_it_says(setting, shuffle, tmp_path):
             assert ids in texts[example]
 
 
-def base_statistics(rows, max_length=None):
-    """Each example's statistics under the base model, one at a time, from its full logits."""
+def base_statistics(rows, max_length=None, split=None):
+    """Each example's statistics under the base model, from full logits: alone, cut, or in pieces without context."""
     model, tokenizer, found = make_model(), make_tokenizer(), []
     for row in rows:
         prompt = tokenizer(row["prompt"])["input_ids"]
-        ids = torch.tensor((prompt + tokenizer(row["completion"])["input_ids"] + [2])[:max_length])
-        with torch.no_grad():
-            logits = model(ids.unsqueeze(0)).logits[0]
-        found.append(token_statistics(logits[len(prompt) - 1 : -1], ids[len(prompt) :]))
+        ids = (prompt + tokenizer(row["completion"])["input_ids"] + [2])[:max_length]
+        labels = [-100] * len(prompt) + ids[len(prompt) :]
+        size = split or len(ids)
+        pieces = []
+        for start in range(0, len(ids), size):
+            piece = torch.tensor(ids[start : start + size])
+            targets = torch.tensor(labels[start : start + size])[1:]
+            with torch.no_grad():
+                logits = model(piece.unsqueeze(0)).logits[0, :-1]
+            pieces.append(token_statistics(logits[targets != -100], targets[targets != -100]))
+        found.append(TokenStatistics.cat(pieces))
     return found
 
 
-@pytest.mark.parametrize("setting", ["padded", "cut", "padding-free", "packed", "packed and split"])
+@pytest.mark.parametrize("setting", ["padded", "cut", "padding-free", "packed", "packed, keep_end", "packed and split"])
 def test_flow_is_measured_with_the_base_model(setting, tmp_path):
-    settings = {**SETTINGS[setting], "rows": make_examples(), "learning_rate": 0.05}
+    packed_from_the_start = {"packing": True, "max_length": 32, "truncation_mode": "keep_end"}  # `bfd` takes no notice
+    settings = {**SETTINGS.get(setting, packed_from_the_start), "rows": make_examples(), "learning_rate": 0.05}
     trainer = train(EAFTTrainer, tmp_path, gate="flow", **settings)
-    cut = settings["max_length"] if setting in ("cut", "packed") else None
-    means = [stats.nll.mean().item() for stats in base_statistics(make_examples(), cut)]
+    cut = settings["max_length"] if setting not in ("packed and split", "padded", "padding-free") else None
+    split = 32 if setting == "packed and split" else None
+    means = [stats.nll.mean().item() for stats in base_statistics(make_examples(), cut, split)]
     measured = json.loads((tmp_path / MEASUREMENTS_FILE).read_text())
     assert measured["example_nll"] == pytest.approx(means, rel=1e-5)
     assert measured["params"]["tau"] == pytest.approx(np.median(means), rel=1e-5)
@@ -97,11 +106,11 @@ def test_flow_is_measured_with_the_base_model(setting, tmp_path):
     seen = set()
     for batch in trainer.get_train_dataloader():
         trainer.model(**batch, fused_lm_head=True)
-        head = trainer.gated_lm_head
-        assert head.losses.weights.tolist() == pytest.approx(
-            [math.exp(-means[i] / np.median(means)) for i in head.losses.statistics.example_ids.tolist()], rel=1e-5
+        losses = trainer.gated_lm_head.losses
+        assert losses.weights.tolist() == pytest.approx(
+            [math.exp(-means[i] / np.median(means)) for i in losses.statistics.example_ids.tolist()], rel=1e-5
         )
-        seen |= set(head.losses.weights.tolist())
+        seen |= set(losses.weights.tolist())
     assert len(seen) == 14
 
 
@@ -149,10 +158,13 @@ def test_packed_or_not_the_loss_of_the_same_examples_is_the_same(gate, setting, 
     if setting in ("padding-free", "packed"):
         assert steps(packed) == pytest.approx(steps(loose), rel=1e-5)
         return
-    # A split example loses its context at the cut, so its nll differs; what the gate knows of it does not
+    # A split example loses its context at the cut, so its nll differs; but the gate still knows it as one
     stats = packed.gated_lm_head.losses.statistics
     if gate == "flow":
-        assert torch.equal(packed.gated_lm_head.example_nll, loose.gated_lm_head.example_nll)
+        head = packed.gated_lm_head
+        expected = (-head.example_nll[stats.example_ids] / head.params["tau"]).exp()
+        torch.testing.assert_close(head.losses.weights, expected)
+        assert stats.example_ids.unique().numel() == len(rows)
     else:
         means = [stats.nll[stats.example_ids == i].mean().item() for i in stats.example_ids.unique()]
         assert len(means) == len(rows)
@@ -238,6 +250,31 @@ def test_examples_without_a_label_left_are_not_measured(tmp_path):
     assert measured["examples"] == 6
     assert len(measured["example_nll"]) == 7
     assert 0 < measured["params"]["tau"] < math.inf
+
+
+def test_examples_that_never_had_a_label_are_not_measured(tmp_path):
+    rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]}, {"input_ids": [5, 6], "labels": [-100, -100]}] * 4
+    rows.append({"input_ids": [9], "labels": [9]})  # the first token is nobody's label
+    for gate in ("flow", "masked"):
+        train(EAFTTrainer, tmp_path / gate, gate=gate, rows=rows, padding_free=True, max_length=None, max_steps=1)
+        assert json.loads((tmp_path / gate / MEASUREMENTS_FILE).read_text())["examples"] == 4
+
+
+def test_a_gate_of_your_own_is_measured_at_the_papers_percentile(tmp_path, monkeypatch):
+    (tmp_path / "low_gates.py").write_text(
+        "def low(stats, prob_threshold):\n    return (stats.prob > prob_threshold).float()"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    trainer = train(EAFTTrainer, tmp_path / "out", gate="low_gates:low", max_steps=1)
+    probs = torch.cat([stats.prob for stats in base_statistics(make_rows())])
+    assert trainer.gated_lm_head.params["prob_threshold"] == pytest.approx(np.percentile(probs.numpy(), 15), rel=1e-5)
+
+
+def test_what_predict_leaves_does_not_reach_the_next_evaluation(tmp_path):
+    trainer = build(EAFTTrainer, tmp_path, eval_rows=make_rows(5))
+    expected = trainer.evaluate()["eval_nll"]
+    trainer.predict(trainer.train_dataset)
+    assert trainer.evaluate()["eval_nll"] == expected
 
 
 def stream():

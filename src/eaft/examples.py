@@ -18,18 +18,18 @@ class FollowedData:
     """Training data with a column `example_ids`: of every token, the index of its example."""
 
     prepared: Dataset  # as TRL prepares it: cut, shuffled, packed
-    loose: Dataset  # one example a row, cut as in training, in their order
+    loose: Dataset | None  # one example a row, in their order, cut to what a training row can hold; if asked for
     num_examples: int  # also those that lost every label
 
 
 def follow_examples(
-    prepare: Callable[..., Dataset], dataset: Any, args: Any, packing: bool, formatting_func: Any
+    prepare: Callable[..., Dataset], dataset: Any, args: Any, packing: bool, formatting_func: Any, loose: bool
 ) -> FollowedData:
     """
     Prepare the training data with TRL's `prepare`, keeping of every token the index of its example.
 
-    The examples are prepared twice, as they are and with their index in place of every token, so that whatever TRL does
-    to them (cut, drop, shuffle, pack, split) it does to both.
+    The examples are prepared as they are and with their index in place of every token, so that whatever TRL does to
+    them (cut, drop, shuffle, pack, split) it does to both.
 
     Raises:
         ConfigurationError: `dataset` is a stream.
@@ -46,8 +46,12 @@ def follow_examples(
         return prepare(data, args=args, packing=packing, formatting_func=formatting_func, dataset_name="train")
 
     whole = prepare_train(dataset, changed(max_length=None, shuffle_dataset=False), False, formatting_func)
+    whole = whole.select_columns(["input_ids", "labels"])
     numbered = whole.map(
-        lambda row, i: {"input_ids": [i] * len(row["input_ids"])}, with_indices=True, desc="Numbering examples"
+        lambda row, i: {"input_ids": [i] * len(row["input_ids"])},
+        with_indices=True,
+        num_proc=args.dataset_num_proc,
+        desc="Numbering examples",
     )
 
     def follow(args: Any, packing: bool) -> Dataset:
@@ -55,10 +59,25 @@ def follow_examples(
         ids = ids.select_columns(["input_ids"]).rename_column("input_ids", "example_ids")
         return concatenate_datasets([tokens, ids], axis=1)
 
-    # An example longer than a packed row is cut by `bfd`, and split, not cut, by the other strategies
-    max_length = None if packing and args.packing_strategy != "bfd" else args.max_length
-    loose = follow(changed(max_length=max_length, shuffle_dataset=False), packing=False)
-    return FollowedData(follow(args, packing), loose, len(whole))
+    alone = None
+    if loose:
+        # `bfd` cuts the end off, whatever the truncation mode; the other strategies split instead
+        splits = packing and args.packing_strategy != "bfd"
+        changes = {"truncation_mode": "keep_start"} if packing else {}
+        changes["max_length"] = None if splits else args.max_length
+        alone = follow(changed(shuffle_dataset=False, **changes), packing=False)
+        if splits:
+            alone = alone.map(split, batched=True, fn_kwargs={"length": args.max_length}, desc="Splitting examples")
+        alone = alone.filter(lambda row: any(label != -100 for label in row["labels"][1:]), desc="Dropping unlabelled")
+    return FollowedData(follow(args, packing), alone, len(whole))
+
+
+def split(columns: dict[str, list[list[int]]], length: int) -> dict[str, list[list[int]]]:
+    """Split every row into rows of at most `length` tokens."""
+    return {
+        name: [row[start : start + length] for row in rows for start in range(0, len(row), length)]
+        for name, rows in columns.items()
+    }
 
 
 @dataclass

@@ -270,8 +270,11 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a, b)
     elif total.is_cuda:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+    else:  # no such product here: cast a few rows at a time
+        b = b.to(total.dtype)
+        size = max(1, CACHE_BUDGET // (max(1, len(b)) * b.itemsize))
+        for some_total, some_a in zip(total.split(size), a.split(size), strict=True):
+            some_total.addmm_(some_a.to(total.dtype), b)
 
 
 def all_rows(weights: Tensor) -> Weigh:

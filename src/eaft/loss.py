@@ -94,7 +94,8 @@ class GatedLoss:
         Trainer(..., compute_loss_func=GatedLoss("eaft"))
 
     It shifts the labels, honours `num_items_in_batch`, and is the plain nll when no gradient is asked for, so that
-    `eval_loss` can be compared across gates. It needs the full logits; `EAFTTrainer` does not.
+    `eval_loss` can be compared across gates. It needs the full logits; `EAFTTrainer` does not. Each row counts as one
+    example (`talr`), also one of several packed sequences.
 
     Args:
         gate: name of a registered gate, or a function of `TokenStatistics`.

@@ -37,7 +37,7 @@ class MeasureGate(TrainerCallback):
 
     Args:
         trainer: whose model, at the first step, is the base model.
-        dataset: the training examples, one a row, cut as in training, in a fixed order: `input_ids`, `labels`,
+        dataset: the training examples, one a row or split over several, in a fixed order: `input_ids`, `labels`,
             `example_ids` (of every token, the index of its example).
         num_examples: examples of the training data, also those without a label left.
 
@@ -65,7 +65,7 @@ class MeasureGate(TrainerCallback):
             measured = read(path, inputs)
         else:
             measured = {"inputs": inputs, **self.measure()}
-            if state.is_world_process_zero:
+            if args.should_save:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_json(path, measured)
         head.params = {**head.params, **measured["params"]}
@@ -75,31 +75,31 @@ class MeasureGate(TrainerCallback):
     def measure(self) -> dict[str, Any]:
         """Return the missing parameters, and each example's mean nll if the gate needs it."""
         trainer, head = self.trainer, self.trainer.gated_lm_head
-        means, entropy, prob = self.run_base_model(head.params.get("entropy", "top-k"))
-        if not np.isfinite(means).all():
-            row = self.dataset[int(np.flatnonzero(~np.isfinite(means))[0])]
-            raise NonFiniteError(
-                f"The base model's nll is not finite on example {row['example_ids'][0]} of the training data."
-            )
+        sums, counts, entropy, prob = self.run_base_model(head.params.get("entropy", "top-k"))
+        ids = [row["example_ids"][0] for row in self.dataset]
+        sums, counts = (np.bincount(ids, weights=x, minlength=self.num_examples) for x in (sums, counts))
+        if not np.isfinite(sums).all():
+            first = int(np.flatnonzero(~np.isfinite(sums))[0])
+            raise NonFiniteError(f"The base model's nll is not finite on example {first} of the training data.")
+        labelled = counts > 0
+        example_nll = np.where(labelled, sums / np.maximum(counts, 1), 0.0)
         find = {
-            "entropy_threshold": lambda: np.percentile(entropy, head.params["entropy_percentile"]),
-            "prob_threshold": lambda: np.percentile(prob, head.params["prob_percentile"]),
-            "tau": lambda: np.median(means),
+            "entropy_threshold": lambda: np.percentile(entropy, head.params.get("entropy_percentile", 15.0)),
+            "prob_threshold": lambda: np.percentile(prob, head.params.get("prob_percentile", 15.0)),
+            "tau": lambda: np.median(example_nll[labelled]),
         }
         measured: dict[str, Any] = {
             "params": {name: float(find[name]()) for name in missing_params(head.gate, trainer.args.gate_params)},
-            "examples": len(means),
+            "examples": int(labelled.sum()),
             "tokens": len(prob),
         }
         if head.gate.needs_example_nll:
-            example_nll = np.zeros(self.num_examples)
-            example_nll[[ids[0] for ids in self.dataset["example_ids"]]] = means
             measured["example_nll"] = example_nll.tolist()
         return measured
 
     @torch.no_grad()
-    def run_base_model(self, entropy: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return each example's mean nll `[examples]`, and each token's g and probability `[tokens]`."""
+    def run_base_model(self, entropy: str) -> tuple[np.ndarray, ...]:
+        """Return each row's nll and number of tokens `[rows]`, and each token's g and probability `[tokens]`."""
         trainer, accelerator = self.trainer, self.trainer.accelerator
         loader = accelerator.prepare_data_loader(
             DataLoader(
@@ -109,22 +109,24 @@ class MeasureGate(TrainerCallback):
             )
         )
         model, head = trainer.model_wrapped, trainer.gated_lm_head
-        means, tokens = [], []
+        rows_found, tokens_found = [], []
         model.eval()
         # The order of the training data must not depend on whether something was measured before
-        with torch.random.fork_rng(), trainer.compute_loss_context_manager():
+        devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), trainer.compute_loss_context_manager():
             for batch in tqdm(loader, "Measuring the base model", disable=not accelerator.is_main_process):
                 model(**batch, fused_lm_head=True)
                 stats, labelled = head.losses.statistics, batch["labels"][:, 1:] != -100
                 rows = torch.full((3, *labelled.shape), -1.0, device=labelled.device)  # -1: no label
-                rows[:, labelled] = torch.stack([stats.nll, normalized_entropy(stats, entropy), stats.prob]).float()
+                found = torch.stack([stats.nll, normalized_entropy(stats, entropy), stats.prob])
+                rows[:, labelled] = found.to(rows)
                 rows = accelerator.pad_across_processes(rows.transpose(0, 1), dim=2, pad_index=-1)
                 nll, g, prob = accelerator.gather_for_metrics(rows).unbind(1)
                 labelled = g != -1
-                means.append((nll.where(labelled, 0.0).sum(-1) / labelled.sum(-1)).cpu().numpy())
-                tokens.append(torch.stack([g, prob])[:, labelled].cpu().numpy())
+                rows_found.append(torch.stack([nll.where(labelled, 0.0).sum(-1), labelled.sum(-1)]).cpu().numpy())
+                tokens_found.append(torch.stack([g, prob])[:, labelled].cpu().numpy())
         model.train()
-        return np.concatenate(means), *np.concatenate(tokens, axis=1)
+        return *np.concatenate(rows_found, axis=1), *np.concatenate(tokens_found, axis=1)
 
 
 def fingerprint(dataset: Dataset) -> str:

@@ -157,7 +157,9 @@ class EAFTTrainer(SFTTrainer):
         if needs_examples(args):
             self._check_examples_can_be_followed()
             self.data_collator = ExampleCollator(self.data_collator)
-            if must_be_measured(args) and self._followed is not None:
+            if self._followed is not None and self._followed.loose is not None:
+                if len(self._followed.loose) == 0:
+                    raise ConfigurationError("No example has a labelled token to measure.")
                 self.add_callback(MeasureGate(self, self._followed.loose, self._followed.num_examples))
         self._token_sums: dict[str, Tensor | float] = defaultdict(float)
 
@@ -168,12 +170,13 @@ class EAFTTrainer(SFTTrainer):
                 raise ConfigurationError(f"gate={self.args.gate!r} does not go with prompt learning: use LoRA.")
             return self.model
         state = self.accelerator.state
-        if (self.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3) or (
-            self.is_fsdp_enabled and state.fsdp_plugin.fsdp_version == 1
-        ):
+        zero3 = self.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3
+        # Weights that only the first process has are handed to the others with the policy alone
+        fsdp = state.fsdp_plugin if self.is_fsdp_enabled else None
+        if zero3 or (fsdp and (fsdp.fsdp_version == 1 or fsdp.cpu_ram_efficient_loading)):
             raise ConfigurationError(
                 f"gate={self.args.gate!r} keeps a copy of the base model, which it can shard with FSDP2 but not with "
-                "ZeRO-3 or FSDP1: use FSDP2 or LoRA."
+                "ZeRO-3, FSDP1 or fsdp_cpu_ram_efficient_loading: use FSDP2 without it, or LoRA."
             )
         reference = frozen_copy(self.model)
         if self.is_fsdp_enabled:
@@ -187,6 +190,7 @@ class EAFTTrainer(SFTTrainer):
             "a data_collator of your own": not isinstance(self.data_collator, DataCollatorForLanguageModeling),
             "dataset_kwargs={'skip_prepare_dataset': True}, or images": self._skip_prepare_dataset,
             "context or sequence parallelism": parallelism and (parallelism.cp_enabled or parallelism.sp_enabled),
+            "tensor parallelism": must_be_measured(self.args) and parallelism and parallelism.tp_enabled,
             "prompt learning": is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning,
         }
         for reason, holds in reasons.items():
@@ -199,7 +203,8 @@ class EAFTTrainer(SFTTrainer):
         """Prepare a data set as TRL does, following examples if the gate needs it; report rows without a label."""
         prepare = functools.partial(super()._prepare_dataset, processing_class=processing_class)
         if name == "train" and needs_examples(args) and self._followed is None:  # an evaluation set may have that name
-            self._followed = follow_examples(prepare, dataset, args, packing, formatting_func)
+            loose = must_be_measured(args)
+            self._followed = follow_examples(prepare, dataset, args, packing, formatting_func, loose)
             prepared = self._followed.prepared
         else:
             prepared = prepare(dataset, args=args, packing=packing, formatting_func=formatting_func, dataset_name=name)
@@ -239,6 +244,11 @@ class EAFTTrainer(SFTTrainer):
         self._token_sums[mode] = self._token_sums[mode] + torch.stack(sums)
         return result
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate as TRL does; what `predict` left in our metrics is dropped."""
+        self._token_sums.pop("eval", None)
+        return super().evaluate(*args, **kwargs)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add our metrics, averaged over all labelled tokens of all ranks since the last log."""
         mode, prefix = ("train", "") if self.model.training else ("eval", "eval_")
@@ -269,10 +279,12 @@ class EAFTTrainer(SFTTrainer):
         """Stop before the optimizer's step if a finite loss had a gradient that is not (fp16's scaler skips those)."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
         if not self.args.fp16 and grad_norm is not None and not math.isfinite(grad_norm):
+            weights = f"The weights are those of step {self.state.global_step}"
+            if self.is_deepspeed_enabled:
+                weights = "DeepSpeed has taken this step, so the weights may be spoilt"
             raise NonFiniteError(
-                f"The gradient's norm is {float(grad_norm)} in training, step {self.state.global_step + 1}. The "
-                f"weights are those of step {self.state.global_step}, and saved checkpoints are untouched. Lower "
-                "learning_rate, or train in float32."
+                f"The gradient's norm is {float(grad_norm)} in training, step {self.state.global_step + 1}. {weights}, "
+                "and saved checkpoints are untouched. Lower learning_rate, or train in float32."
             )
         return grad_norm
 
