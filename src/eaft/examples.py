@@ -63,7 +63,7 @@ def follow_examples(
     if loose:
         # `bfd` cuts the end off, whatever the truncation mode; the other strategies split instead
         splits = packing and args.packing_strategy != "bfd"
-        changes = {"truncation_mode": "keep_start"} if packing else {}
+        changes: dict[str, Any] = {"truncation_mode": "keep_start"} if packing else {}
         changes["max_length"] = None if splits else args.max_length
         alone = follow(changed(shuffle_dataset=False, **changes), packing=False)
         if splits:
