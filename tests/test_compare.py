@@ -31,10 +31,10 @@ def recipe(model_dir, tmp_path, task_path):  # noqa: F811
         },
         "evaluate": {
             "target_tasks": ["tiny"],
-            "general_tasks": ["tiny"],
+            "general_tasks": ["tiny", "copy"],
             "general_prompts": str(data),
             "target_prompts": str(data),
-            "task_path": task_path,
+            "include_path": task_path,
             "drift_prompts": 3,
             "max_new_tokens": 5,
             "apply_chat_template": False,
@@ -79,8 +79,16 @@ def test_compares_reuses_and_resumes(recipe, tmp_path, capsys):
     assert table in capsys.readouterr().out.replace("\r", "") + "\n"
     for picture in ("pareto.png", "curves.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
-    items = [json.loads(line) for line in (out / "sft-seed0" / "items_tiny.jsonl").read_text().splitlines()]
+    items = [json.loads(line) for line in (out / "sft-seed0" / "items" / "tiny.jsonl").read_text().splitlines()]
     assert sum(item["score"] for item in items) / 6 == pytest.approx(results["runs"][0]["target"])
+    for r in results["runs"]:
+        assert r["general"] == pytest.approx((r["tasks"]["tiny"] + r["tasks"]["copy"]) / 2)
+        change = r["changes"]["target"]
+        assert change["after"] - change["before"] == pytest.approx(change["change"])
+        assert change["before"] == pytest.approx(results["base"]["target"])
+        assert 0 < change["p_value"] <= 1
+    assert "| general avg. " in table
+    assert not list(out.glob("base/*/log_probs"))
 
     # Again: the finished is reused, the interrupted goes on from its checkpoint and ends in the same place
     finished = (out / "sft-seed0" / "model.safetensors").stat().st_mtime_ns
@@ -113,7 +121,7 @@ def test_compares_reuses_and_resumes(recipe, tmp_path, capsys):
         ({"objectives": {"a/b": {}}}, "the objective 'a/b' names a folder"),
         (
             {"evaluate": {"target_tasks": ["tiny"]}},
-            "evaluate: missing 3 required positional arguments: 'general_tasks'",
+            "evaluate: missing 1 required positional argument: 'general_tasks'",
         ),
         ({"train": {"dataset_name": "x.jsonl"}}, "train: model_name_or_path is missing"),
     ],
@@ -144,15 +152,23 @@ def test_changed_data_is_noticed(tmp_path):
     assert compare.fingerprint({"dataset_name": "trl-lib/Capybara"}) is None
 
 
-def test_table_shows_spread_only_with_several_seeds():
+def test_tables_show_spread_only_with_several_seeds():
     numbers = {"mean": 0.5, "std": None}
-    names = ("target", "general", "drift_general", "drift_target", "tokens_per_s", "peak_memory_gib")
+    names = ("target", "general", "drift_general", "tokens_per_s", "peak_memory_gib")
     results = {
-        "base": {"target": 0.1, "general": 0.6},
-        "objectives": {"sft": dict.fromkeys(names, numbers)},
+        "base": {"target": 0.1, "general": 0.6, "tasks": {"t": 0.1, "g": 0.7, "h": 0.5}},
+        "groups": {"target": ["t"], "general": ["g", "h"]},
+        "objectives": {"sft": {**dict.fromkeys(names, numbers), "tasks": dict.fromkeys("tgh", numbers)}},
         "recipe": {"seeds": [3]},
     }
     row = report.table(results).splitlines()[3]
     assert [cell.strip() for cell in row.split("|")[1:-1]] == [
-        "sft", "50.0", "+40.0", "50.0", "-10.0", "0.5000", "0.5000", "0", "0.50",
+        "sft", "50.0", "+40.0", "50.0", "-10.0", "0.5000", "", "0", "0.50",
     ]  # fmt: skip
+    results["objectives"]["sft"]["tasks"]["g"] = {"mean": 0.5, "std": 0.02}
+    head, _, base, sft = (
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in report.table_1(results).splitlines()[:4]
+    )
+    assert head == ["method", "g", "h", "general avg.", "change", "t", "target avg.", "change"]
+    assert base == ["base", "70.0", "50.0", "60.0", "", "10.0", "10.0", ""]
+    assert sft == ["sft", "50.0 ± 2.0", "50.0", "50.0", "-10.0", "50.0", "50.0", "+40.0"]

@@ -277,7 +277,7 @@ def test_env_is_json(capsys):
 
 def test_recipes_parse():
     recipes = Path(__file__).parents[1] / "recipes"
-    (_, args, model_args, _), launch_args, _ = parse(
+    (_, args, model_args, *_), launch_args, _ = parse(
         ["--config", str(recipes / "train.yaml"), "--use_cpu", "--output_dir", "out"]
     )
     assert args.gate == "eaft"

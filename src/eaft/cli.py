@@ -1,4 +1,4 @@
-"""The command line: `eaft train | compare | env`. Each command's code is in the module of its name."""
+"""The command line: `eaft train | eval | compare | env`. Each command's code is in the module of its name."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ DESCRIPTION = """
 Entropy-Adaptive Fine-Tuning: fine-tune a language model without making it worse at everything else.
 
   eaft train     fine-tune with a gate on each token's loss (takes the flags and YAML of `trl sft`)
+  eaft eval      score a model on suites of tasks; with --base, say what fine-tuning gained and forgot
   eaft compare   train with several objectives from one base, and show what each gained and forgot
   eaft env       print versions and machine, for bug reports
 
 `eaft COMMAND --help` explains each.
 """
+
+MODULES = {"train": "eaft.train", "eval": "eaft.evaluate", "compare": "eaft.compare"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="eaft COMMAND ...",
     )
-    parser.add_argument("command", choices=["train", "compare", "env"], help=argparse.SUPPRESS)
+    parser.add_argument("command", choices=[*MODULES, "env"], help=argparse.SUPPRESS)
     command = parser.parse_args(argv[:1] or ["--help"]).command
     if command == "env":
         from eaft.provenance import environment
@@ -40,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     # Under `python -m` it is there already: a gate of your own is imported from where you are
     sys.path.insert(0, os.getcwd())
     try:
-        importlib.import_module(f"eaft.{command}").main(argv[1:])
+        importlib.import_module(MODULES[command]).main(argv[1:])
     except EAFTError as error:
         # Under a launcher every process has the same complaint about the input; one is enough
         if os.environ.get("RANK", "0") == "0" or isinstance(error, ArithmeticError):

@@ -16,16 +16,19 @@ from typing import Any
 
 import yaml
 
+from eaft.drift import PROMPTS, BaseAnswers, read_prompts
 from eaft.errors import ConfigurationError, EAFTError, nearest
-from eaft.evaluate import Answer, drift, load_model, read_prompts, sample_answers, score_tasks, task_manager
+from eaft.evaluate import Protocol, changes, measure, read_items, shared_tokenizer, write_items
 from eaft.gates import gates_help
 from eaft.models import resolve_model
 from eaft.provenance import environment, write_json
+from eaft.suite import Benchmark, Suite, load_suites, suites_help
 from eaft.train import RUN_FILE, last_complete_checkpoint, parse
 
 DESCRIPTION = """
 Train with several objectives from one base model, one data set and the same seeds; evaluate the base and each result on
-the target tasks, on general tasks and on drift; write results.json, results.md, pareto.png and curves.png.
+the target tasks, on general tasks and on drift, item by item beside the base; write results.json, results.md (with the
+paper's Table 1 layout), pareto.png and curves.png.
 
 The recipe (YAML):
 
@@ -40,11 +43,12 @@ The recipe (YAML):
     dataset_name: data.jsonl
     num_train_epochs: 10
   evaluate:
-    target_tasks: [gsm8k]          # lm-evaluation-harness tasks; yours from task_path
-    general_tasks: [mmlu, ifeval]
-    task_path: my_tasks
-    general_prompts: prompts.jsonl # rows with a `prompt`: drift is measured on the base model's answers to them
-    target_prompts: test.jsonl
+    target_tasks: [math]           # suites, or lm-evaluation-harness tasks; yours from include_path
+    general_tasks: [general]
+    # all else may be left out: include_path, data_dir, limit, num_fewshot, apply_chat_template, system_instruction,
+    # gen_kwargs, seed, batch_size and dtype as in `eaft eval`, and what drift is measured on:
+    target_prompts: test.jsonl     # rows with a `prompt`: the base model's answers to them
+    general_prompts: prompts.jsonl # (default: 32 everyday requests)
 
 Run it again to go on after an interruption: what is finished is reused, what is not is resumed.
 """
@@ -57,13 +61,31 @@ class EvaluateConfig:
 
     target_tasks: list[str]
     general_tasks: list[str]
-    general_prompts: str
-    target_prompts: str
-    task_path: str | None = None
+    general_prompts: str = str(PROMPTS)
+    target_prompts: str | None = None
+    include_path: str | None = None
+    data_dir: str | None = None
+    limit: int | None = None
     drift_prompts: int = 32  # at most so many prompts of each file
     max_new_tokens: int = 128  # of each sampled answer
     batch_size: int = 16
-    apply_chat_template: bool = True
+    apply_chat_template: bool | None = None  # None: if the base model has a template
+    num_fewshot: int | None = None
+    system_instruction: str | None = None
+    gen_kwargs: str | None = None
+    seed: int = 0
+    dtype: str = "auto"
+
+    @property
+    def protocol(self) -> Protocol:
+        """How each model is measured."""
+        return Protocol(**{name: getattr(self, name) for name in vars(self) if name in Protocol.__dataclass_fields__})
+
+    @property
+    def prompts(self) -> dict[str, list[Any]]:
+        """The prompts whose answers drift is measured on, by kind."""
+        files = {"general": self.general_prompts, "target": self.target_prompts}
+        return {kind: read_prompts(file, self.drift_prompts) for kind, file in files.items() if file is not None}
 
 
 @dataclass
@@ -81,7 +103,7 @@ def main(argv: list[str]) -> None:
     """Read the recipe and the flags that override it, check both, and compare."""
     parser = argparse.ArgumentParser(
         prog="eaft compare",
-        description=f"{DESCRIPTION}\ngates:\n{gates_help()}",
+        description=f"{DESCRIPTION}\nsuites:\n{suites_help()}\n\ngates:\n{gates_help()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="the recipe")
@@ -134,36 +156,53 @@ def build(cls: Any, content: Any, where: str) -> Any:
 def compare(recipe: Recipe) -> dict[str, Any]:
     """Train and evaluate what is not done yet, and write the results; returns what `results.json` holds."""
     output_dir = Path(recipe.output_dir)
-    tasks = recipe.evaluate.target_tasks + recipe.evaluate.general_tasks
-    manager = task_manager(tasks, recipe.evaluate.task_path)
+    config = recipe.evaluate
+    names = config.target_tasks + config.general_tasks
+    found, benchmarks = load_suites(names, config.include_path, config.data_dir, config.limit)
+    groups = [
+        Suite(kind, [name for suite in part for name in suite.benchmarks])
+        for kind, part in (
+            ("target", found[: len(config.target_tasks)]),
+            ("general", found[len(config.target_tasks) :]),
+        )
+    ]
     from eaft import report  # needs the same extra as lm-eval, whose absence has been reported by now
 
     runs = check(recipe)
     output_dir.mkdir(parents=True, exist_ok=True)
-    for folder, config in runs.values():
-        train_run(folder, config)
+    for folder, settings in runs.values():
+        train_run(folder, settings)
 
-    base_dir = output_dir / "base"
-    base_dir.mkdir(exist_ok=True)
-    base = evaluate_run(base_dir, recipe, manager)
+    folders = {key: folder for key, (folder, _) in runs.items()}
+    evaluations = evaluate_runs(recipe, folders, benchmarks, groups)
     described = asdict(recipe)
     if Path(base_path := recipe.train["model_name_or_path"]).exists():
         described["train"]["model_name_or_path"] = Path(base_path).name  # a path of this machine tells others nothing
+    described["evaluate"]["general_prompts"] = Path(config.general_prompts).name
+    first = next(iter(evaluations.values()))
     results: dict[str, Any] = {
         "recipe": described,
         "environment": environment(),
-        "base": summary(base),
+        "groups": {group.name: group.benchmarks for group in groups},
+        "base": {
+            **{group.name: first["means"][group.name]["before"] for group in groups},
+            **{f"drift_{kind}": 0.0 for kind in first["drift"]},
+            "tasks": {name: task["before"] for name, task in first["tasks"].items()},
+        },
         "runs": [],
     }
-    for (objective, seed), (folder, _) in runs.items():
-        run = json.loads((folder / RUN_FILE).read_text())
+    for (objective, seed), folder in folders.items():
+        run, evaluation = json.loads((folder / RUN_FILE).read_text()), evaluations[objective, seed]
         trained = run["result"]
         results["runs"].append(
             {
                 "objective": objective,
                 "seed": seed,
                 "commit": run["environment"]["commit"],
-                **summary(evaluate_run(folder, recipe, manager)),
+                **{name: mean["after"] for name, mean in evaluation["means"].items()},
+                **{f"drift_{kind}": drift["mean"] for kind, drift in evaluation["drift"].items()},
+                "tasks": {name: task["after"] for name, task in evaluation["tasks"].items()},
+                "changes": {**evaluation["tasks"], **evaluation["means"]},
                 "tokens_per_s": trained["tokens_per_s"],
                 "peak_memory_gib": trained["peak_memory_gib"],
                 "train_runtime_s": trained["train_runtime_s"],
@@ -172,11 +211,11 @@ def compare(recipe: Recipe) -> dict[str, Any]:
     results["objectives"] = {
         name: spread([r for r in results["runs"] if r["objective"] == name]) for name in recipe.objectives
     }
-    write_json(output_dir / "results.json", results)
-    table = report.table(results)
+    table = report.table(results) + "\n\n" + report.table_1(results)
     (output_dir / "results.md").write_text(table + "\n")
     report.draw_pareto(results, output_dir / "pareto.png")
-    report.draw_curves({key: folder for key, (folder, _) in runs.items()}, output_dir / "curves.png")
+    report.draw_curves(folders, output_dir / "curves.png")
+    write_json(output_dir / "results.json", results)
     print(f"\n{table}\n\nWritten to {output_dir}: results.json, results.md, pareto.png, curves.png")
     return results
 
@@ -191,16 +230,15 @@ def check(recipe: Recipe) -> dict[tuple[str, int], tuple[Path, dict[str, Any]]]:
     if recipe.train.get("model_name_or_path") is None:
         raise ConfigurationError("train: model_name_or_path is missing.")
     recipe.train["model_name_or_path"] = resolve_model(recipe.train["model_name_or_path"])
-    read_prompts(recipe.evaluate.general_prompts, 1)
-    read_prompts(recipe.evaluate.target_prompts, 1)
+    _ = recipe.evaluate.prompts  # read, so that a missing file is found now
 
     runs = {}
     for seed in recipe.seeds:
-        for name, changes in recipe.objectives.items():
+        for name, flags in recipe.objectives.items():
             folder = Path(recipe.output_dir) / f"{name}-seed{seed}"
-            config = {**recipe.train, **changes, "seed": seed, "output_dir": str(folder)}
-            flags = {k: json.dumps(v) if isinstance(v, dict) else v for k, v in config.items()}
-            parse([f"--{key}={value}" for key, value in flags.items() if not isinstance(value, list)])
+            config = {**recipe.train, **flags, "seed": seed, "output_dir": str(folder)}
+            values = {k: json.dumps(v) if isinstance(v, dict) else v for k, v in config.items()}
+            parse([f"--{key}={value}" for key, value in values.items() if not isinstance(value, list)])
             config = {"train": config, "data": fingerprint(config)}
             held = folder / "compare.json"
             if held.is_file() and (old := json.loads(held.read_text())) != config:
@@ -254,71 +292,68 @@ def train_run(folder: Path, config: dict[str, Any]) -> None:
         raise EAFTError(f"{folder}: training ended with exit code {code}; see its message above.")
 
 
-def evaluate_run(folder: Path, recipe: Recipe, manager: Any) -> dict[str, Any]:
+def evaluate_runs(
+    recipe: Recipe, folders: dict[tuple[str, int], Path], benchmarks: dict[str, Benchmark], groups: list[Suite]
+) -> dict[tuple[str, int], dict[str, Any]]:
     """
-    Evaluate the model in a run's folder (`base`: the base model), or return the evaluation made before.
+    Evaluate the base model and every run that has not been yet; return each run's evaluation.
 
-    Writes `evaluation.json` (scores and drift), and the items of each task as JSON Lines.
+    Writes `evaluation.json` (changes from the base by task and group, drift) and the items into each run's folder.
     """
-    config, base_path = recipe.evaluate, recipe.train["model_name_or_path"]
-    inputs = {**asdict(config), "model": base_path}
-    file = folder / EVALUATION_FILE
-    if file.is_file() and (done := json.loads(file.read_text()))["inputs"] == inputs:
-        return done
-    is_base = folder.name == "base"
-    print(f"{folder}: evaluating")
-    model, tokenizer = load_model(base_path if is_base else str(folder))
-    tasks = list(dict.fromkeys(config.target_tasks + config.general_tasks))
-    scores = score_tasks(model, tokenizer, tasks, manager, config.batch_size, config.apply_chat_template)
-    for task, score in scores.items():
-        items = score.pop("items")
-        (folder / f"items_{task}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
-    result: dict[str, Any] = {"inputs": inputs, "environment": environment(), "tasks": scores}
+    config, base, base_dir = recipe.evaluate, recipe.train["model_name_or_path"], Path(recipe.output_dir) / "base"
+    inputs = {**asdict(config), "model": base}
 
-    answers_file = folder.parent / "base" / "answers.json"
-    if is_base:
-        answers = {
-            kind: sample_answers(
-                model,
-                tokenizer,
-                read_prompts(path, config.drift_prompts),
-                config.max_new_tokens,
-                batch_size=config.batch_size,
-            )
-            for kind, path in (("general", config.general_prompts), ("target", config.target_prompts))
-        }
-        write_json(answers_file, {kind: [asdict(a) for a in sampled] for kind, sampled in answers.items()})
-        result["drift"] = {kind: {"mean": 0.0} for kind in answers}
-    else:
-        base, _ = load_model(base_path)
-        result["drift"] = {
-            kind: drift(base, model, [Answer(**answer) for answer in sampled])
-            for kind, sampled in json.loads(answers_file.read_text()).items()
-        }
-    for kind, names in (("target", config.target_tasks), ("general", config.general_tasks)):
-        result[kind] = statistics.mean(scores[name]["score"] for name in names)
-    write_json(file, result)
-    return result
+    def done(folder: Path) -> dict[str, Any] | None:
+        file = folder / EVALUATION_FILE
+        found = json.loads(file.read_text()) if file.is_file() else None
+        return found if found is not None and found["inputs"] == inputs else None
 
+    answers = {kind: BaseAnswers(base_dir / f"drift_{kind}") for kind in config.prompts}
+    if all(done(folder) for folder in folders.values()):
+        return {key: done(folder) or {} for key, folder in folders.items()}
 
-def summary(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """Return an evaluation's headline numbers: scores in [0, 1], drift in nats per token."""
-    return {
-        "target": evaluation["target"],
-        "general": evaluation["general"],
-        "drift_general": evaluation["drift"]["general"]["mean"],
-        "drift_target": evaluation["drift"]["target"]["mean"],
-        "tasks": {name: task["score"] for name, task in evaluation["tasks"].items()},
-    }
+    protocol = config.protocol
+    _, tokenizer = shared_tokenizer(base, base, drift=True)
+    if protocol.apply_chat_template is None:
+        protocol.apply_chat_template = tokenizer.chat_template is not None
+
+    def record(model: Any) -> None:
+        for kind, prompts in config.prompts.items():
+            answers[kind].record(model, tokenizer, prompts, protocol.max_new_tokens, protocol.batch_size)
+
+    if done(base_dir) is None or not all(a.recorded for a in answers.values()):
+        print(f"{base_dir}: evaluating")
+        shutil.rmtree(base_dir, ignore_errors=True)
+        before = measure(base, tokenizer, benchmarks, protocol, record)
+        write_items(base_dir / "items", before)
+        write_json(base_dir / EVALUATION_FILE, {"inputs": inputs, "environment": environment()})
+    before = read_items(base_dir / "items", list(benchmarks))
+    for folder in folders.values():
+        if done(folder) is not None:
+            continue
+        print(f"{folder}: evaluating")
+        drift: dict[str, Any] = {}
+
+        def compare_with_base(model: Any, drift: dict[str, Any] = drift) -> None:
+            drift.update({kind: a.drift(model) for kind, a in answers.items()})
+
+        after = measure(str(folder), tokenizer, benchmarks, protocol, compare_with_base)
+        write_items(folder / "items", after)
+        evaluation = {"inputs": inputs, "environment": environment(), **changes(before, after, groups), "drift": drift}
+        write_json(folder / EVALUATION_FILE, evaluation)
+    for a in answers.values():
+        a.free()
+    return {key: done(folder) or {} for key, folder in folders.items()}
 
 
-def spread(runs: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+def spread(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Return mean and sample standard deviation (None for one seed) of each number over an objective's seeds."""
     numbers = [name for name, value in runs[0].items() if isinstance(value, float)]
-    return {
-        name: {
-            "mean": statistics.mean(run[name] for run in runs),
-            "std": statistics.stdev(run[name] for run in runs) if len(runs) > 1 else None,
-        }
-        for name in numbers
-    }
+    found: dict[str, Any] = {name: mean_and_std([run[name] for run in runs]) for name in numbers}
+    found["tasks"] = {name: mean_and_std([run["tasks"][name] for run in runs]) for name in runs[0]["tasks"]}
+    return found
+
+
+def mean_and_std(values: list[float]) -> dict[str, float | None]:
+    """Return a mean and a sample standard deviation, None for a single value."""
+    return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None}

@@ -1,4 +1,4 @@
-"""Tables and pictures of a comparison."""
+"""Tables and pictures of an evaluation and of a comparison."""
 
 from __future__ import annotations
 
@@ -14,21 +14,39 @@ import matplotlib.pyplot as plt
 
 from eaft.train import METRICS_FILE
 
-Numbers = dict[str, dict[str, float | None]]
+Numbers = dict[str, Any]
+
+
+def cell(numbers: Numbers, name: str, scale: float = 1, digits: int = 1, minus: float | None = None) -> str:
+    """Return a mean, or its difference from `minus`, with its spread over seeds if there is one."""
+    mean, std = numbers[name]["mean"], numbers[name]["std"]
+    assert mean is not None
+    text = f"{scale * mean:.{digits}f}" if minus is None else f"{scale * (mean - minus):+.{digits}f}"
+    return text if std is None else f"{text} ± {scale * std:.{digits}f}"
+
+
+def table_1(results: dict[str, Any]) -> str:
+    """Return the comparison laid out as the paper's Table 1: every benchmark, the averages, and their change."""
+    base, groups = results["base"], results["groups"]
+    headers = ["method"]
+    rows = [["base"], *([name] for name in results["objectives"])]
+    for group in ("general", "target"):
+        headers += [*groups[group], f"{group} avg.", "change"]
+        rows[0] += [*(f"{100 * base['tasks'][name]:.1f}" for name in groups[group]), f"{100 * base[group]:.1f}", ""]
+        for row, numbers in zip(rows[1:], results["objectives"].values(), strict=True):
+            row += [cell(numbers["tasks"], name, 100) for name in groups[group]]
+            row += [cell(numbers, group, 100), cell(numbers, group, 100, minus=base[group])]
+    note = "All in %, laid out as Table 1 of arXiv:2601.02151; tests of each run against the base: results.json."
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True) + "\n\n" + note
 
 
 def table(results: dict[str, Any]) -> str:
     """Return the comparison as a Markdown table: one row an objective, mean ± standard deviation over the seeds."""
     base = results["base"]
 
-    def cell(numbers: Numbers, name: str, scale: float = 1, digits: int = 1, minus: float | None = None) -> str:
-        mean, std = numbers[name]["mean"], numbers[name]["std"]
-        assert mean is not None
-        text = f"{scale * mean:.{digits}f}" if minus is None else f"{scale * (mean - minus):+.{digits}f}"
-        return text if std is None else f"{text} ± {scale * std:.{digits}f}"
-
     rows = [["base", f"{100 * base['target']:.1f}", "", f"{100 * base['general']:.1f}", "", "0", "0", "", ""]]
     for name, numbers in results["objectives"].items():
+        on_target = "drift_target" in numbers
         rows.append(
             [
                 name,
@@ -37,7 +55,7 @@ def table(results: dict[str, Any]) -> str:
                 cell(numbers, "general", 100),
                 cell(numbers, "general", 100, minus=base["general"]),
                 cell(numbers, "drift_general", digits=4),
-                cell(numbers, "drift_target", digits=4),
+                cell(numbers, "drift_target", digits=4) if on_target else "",
                 cell(numbers, "tokens_per_s", digits=0),
                 cell(numbers, "peak_memory_gib", digits=2),
             ]
@@ -48,6 +66,101 @@ def table(results: dict[str, Any]) -> str:
     note = f"Seeds: {', '.join(map(str, seeds))}" + ("; mean ± standard deviation" if len(seeds) > 1 else "")
     note += ". Drift: mean KL(base ‖ tuned), nats per token, over the base model's own answers."
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True) + "\n\n" + note
+
+
+def evaluation(results: dict[str, Any]) -> str:
+    """Return an evaluation (`eaft eval`'s results) as Markdown: tables, drift and the worst regressions."""
+    name = Path(results["model"]).name
+    protocol = results["protocol"]
+    template = "with" if protocol["apply_chat_template"] else "without"
+    note = f"Asked {template} chat template, seed {protocol['seed']}"
+    note += f", at most {protocol['limit']} items a task." if protocol["limit"] else "."
+    if results["base"] is None:
+        rows = [
+            [task, t["metric"], t["n"], f"{100 * t['score']:.1f}", f"{100 * t['low']:.1f} to {100 * t['high']:.1f}"]
+            for task, t in results["tasks"].items()
+        ]
+        headers = ["task", "metric", "items", "score %", "95% interval"]
+        return f"# {name}\n\n{tabulate(rows, headers, tablefmt='github', disable_numparse=True)}\n\n{note}\n"
+
+    means = {f"**mean: {suite}**": change for suite, change in results["means"].items()}
+    rows = []
+    for task, c in {**results["tasks"], **means}.items():
+        known = (
+            "" if c["lost_beyond_chance"] is None else f"{c['lost_beyond_chance']:.0f}, {c['gained_beyond_chance']:.0f}"
+        )
+        rows.append(
+            [
+                task,
+                c["n"],
+                f"{100 * c['before']:.1f}",
+                f"{100 * c['after']:.1f}",
+                f"{100 * c['change']:+.1f}",
+                f"{100 * c['low']:+.1f} to {100 * c['high']:+.1f}",
+                f"{c['p_value']:.2g}",
+                f"{c['lost']}, {c['gained']}",
+                known,
+                f"{100 * c['smallest_drop']:.1f}",
+            ]
+        )
+    headers = ["task", "items", "before %", "after %", "change", "95% interval", "p", "lost, gained"]
+    headers += ["beyond chance", "smallest drop"]
+    lines = [
+        f"# {name}, beside {Path(results['base']).name}",
+        tabulate(rows, headers, tablefmt="github", disable_numparse=True),
+        f"{note} Change: percentage points. p: exact McNemar test, or for scores between 0 and 1 a test that swaps the "
+        "models' scores. Beyond chance: items lost and gained less what guessing explains (multiple choice). Smallest "
+        "drop: what this many items would show four times in five; a smaller one can be there unseen.",
+    ]
+    if (drift := results["drift"]) is not None:
+        quantiles = ", ".join(f"{q} {value:.4f}" for q, value in drift["quantiles"].items())
+        lines.append(
+            f"**Drift** {drift['mean']:.4f} (95%: {drift['low']:.4f} to {drift['high']:.4f}): mean KL(base ‖ tuned), "
+            f"nats per token, over {drift['tokens']} tokens of the base model's own answers to "
+            f"{len(drift['per_prompt'])} prompts. Quantiles over prompts: {quantiles}."
+        )
+    lines += ["![Changes and drift](changes.png)", f"## The {len(results['worst'])} worst regressions"]
+    for i, item in enumerate(results["worst"], 1):
+        before, after = item["before"], item["after"]
+        lines.append(
+            f"### {i}. {item['task']}, item {item['doc_id']}: {before['score']:g} to {after['score']:g}\n\n"
+            f"Prompt (its end):\n\n{quote(item['prompt'][-600:])}\n\nBefore:\n\n{quote(before['response'])}\n\n"
+            f"After:\n\n{quote(after['response'])}\n\nTarget: `{str(item['target'])[-200:]}`"
+        )
+    return "\n\n".join(lines) + "\n"
+
+
+def quote(text: Any) -> str:
+    """Return text as an indented Markdown block, cut at 600 characters."""
+    text = str(text)
+    return (
+        "\n".join("    " + line for line in (text[:600] + (" [...]" if len(text) > 600 else "")).splitlines()) or "    "
+    )
+
+
+def draw_changes(results: dict[str, Any], path: Path) -> None:
+    """Draw every task's change with its 95% interval, and how drift is spread over prompts."""
+    rows = [*results["tasks"].items(), *((f"mean: {name}", c) for name, c in results["means"].items())][::-1]
+    height = max(2.2, 0.4 * len(rows) + 1.2)
+    drift = results["drift"]
+    figure, axes = plt.subplots(1, 1 if drift is None else 2, figsize=(10, height), layout="constrained", squeeze=False)
+    axis = axes[0, 0]
+    for y, (_, c) in enumerate(rows):
+        sure = c["low"] > 0 or c["high"] < 0
+        color = "tab:gray" if not sure else "tab:green" if c["change"] > 0 else "tab:red"
+        ends = [[100 * (c["change"] - c["low"])], [100 * (c["high"] - c["change"])]]
+        axis.errorbar(100 * c["change"], y, xerr=ends, fmt="o", capsize=3, color=color)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axis.set(xlabel="change, percentage points (95% interval)", ylim=(-0.6, len(rows) - 0.4))
+    axis.grid(alpha=0.3)
+    if drift is not None:
+        axis = axes[0, 1]
+        axis.hist(drift["per_prompt"], bins=16, color="tab:blue", alpha=0.8)
+        axis.axvline(drift["mean"], color="black", linewidth=0.8)
+        axis.set(xlabel="drift of a prompt's answer, nats per token", ylabel="prompts")
+        axis.grid(alpha=0.3)
+    save(figure, path)
 
 
 def colors(names: list[str]) -> dict[str, Any]:

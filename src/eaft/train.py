@@ -24,6 +24,7 @@ from eaft.data import load_splits, select_split
 from eaft.errors import ConfigurationError, nearest
 from eaft.gates import gates_help
 from eaft.models import first_line, resolve_model
+from eaft.plan import DryRunArguments, plan
 from eaft.provenance import environment, peak_memory_gib, write_json
 from eaft.trainer import EAFTConfig, EAFTTrainer
 
@@ -36,6 +37,7 @@ Fine-tune a language model with a gate on each token's loss. Takes the flags and
   eaft train --config recipe.yaml --gate eaft-sigmoid --gate_kwargs '{"steepness": 20}' --output_dir out-sigmoid
   torchrun --nproc_per_node 8 -m eaft train --config recipe.yaml
   accelerate launch --config_file fsdp2.yaml -m eaft train --config recipe.yaml
+  eaft train --config recipe.yaml --dry_run         check it, count tokens, estimate memory and time; train nothing
 
 gates (g: entropy / ln K, in [0, 1]; each with its parameters: formulas, needs and costs in docs/objectives.md):
 """
@@ -47,7 +49,7 @@ METRICS_FILE = "metrics.jsonl"
 def make_parser() -> TrlParser:
     """Return the parser of `eaft train`."""
     return TrlParser(
-        (ScriptArguments, EAFTConfig, ModelConfig, DatasetMixtureConfig),
+        (ScriptArguments, EAFTConfig, ModelConfig, DatasetMixtureConfig, DryRunArguments),
         prog="eaft train",
         usage="eaft train --model_name_or_path MODEL --dataset_name DATA --output_dir DIR [--config FILE] [flags]",
         description=DESCRIPTION + gates_help(),
@@ -56,8 +58,13 @@ def make_parser() -> TrlParser:
 
 
 def main(argv: list[str]) -> None:
-    """Train as the flags say; see `train`. Flags of `accelerate launch` start it through that, as `trl sft` does."""
-    configs, launch_args, train_args = parse(argv)
+    """Train, or plan it, as the flags say. Flags of `accelerate launch` start it through that, as `trl sft` does."""
+    if {"--dry_run", "--dry-run"} & set(argv) and not torch.accelerator.is_available():
+        argv = [*argv, "--use_cpu", "true"]  # else bf16 is refused here, where it need not run
+    (*configs, dry), launch_args, train_args = parse(argv)
+    if dry.dry_run:
+        print(dry_run(configs, launch_args))
+        return
     launched = "RANK" in os.environ or LAUNCHED in os.environ
     if launched or not (launch_args or torch.cuda.device_count() > 1):
         train(*configs)
@@ -100,20 +107,9 @@ def train(
     Everything that can be wrong with the input is found before the folder is touched.
     """
     state = PartialState()
-    if model_args.model_name_or_path is None:
-        raise ConfigurationError("model_name_or_path is missing: give a Hub id, a folder or a .gguf file.")
     checkpoint = find_checkpoint(args)
     state.wait_for_everyone()  # no process may write before every one has looked
-
-    splits = load_splits(script_args, dataset_args)
-    train_dataset = select_split(
-        splits, script_args.dataset_train_split, "dataset_train_split", args.dataset_text_field
-    )
-    eval_dataset = None
-    if args.eval_strategy != "no":
-        eval_dataset = select_split(
-            splits, script_args.dataset_test_split, "dataset_test_split", args.dataset_text_field
-        )
+    train_dataset, eval_dataset = load_data(script_args, args, model_args, dataset_args)
     with state.main_process_first():
         model = resolve_model(model_args.model_name_or_path, args.trust_remote_code)
     args.model_init_kwargs = {
@@ -166,6 +162,27 @@ def train(
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.end()
+
+
+def dry_run(configs: list[Any], launch_args: list[str]) -> str:
+    """Check what `train` checks of its four arguments, and return the plan (`eaft.plan`)."""
+    script_args, args, model_args, dataset_args = configs
+    find_checkpoint(args)
+    return plan(args, model_args, *load_data(script_args, args, model_args, dataset_args), launch_args)
+
+
+def load_data(
+    script_args: ScriptArguments, args: EAFTConfig, model_args: ModelConfig, dataset_args: DatasetMixtureConfig
+) -> tuple[Any, Any]:
+    """Return the training data and, if it is to be evaluated on, the held-out data; checked, as the model's name is."""
+    if model_args.model_name_or_path is None:
+        raise ConfigurationError("model_name_or_path is missing: give a Hub id, a folder or a .gguf file.")
+    splits = load_splits(script_args, dataset_args)
+    names = [(script_args.dataset_train_split, "dataset_train_split")]
+    if args.eval_strategy != "no":
+        names.append((script_args.dataset_test_split, "dataset_test_split"))
+    found = [select_split(splits, split, flag, args.dataset_text_field) for split, flag in names]
+    return found[0], found[1] if len(found) > 1 else None
 
 
 def find_checkpoint(args: EAFTConfig) -> str | None:

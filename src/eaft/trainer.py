@@ -23,8 +23,10 @@ from trl.models.utils import prepare_fsdp
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import get_config_model_id
 
+from eaft.drift import PROMPTS
 from eaft.errors import ConfigurationError, NonFiniteError
 from eaft.examples import ExampleCollator, FollowedData, follow_examples
+from eaft.forgetting import RULES, ForgettingEval, check_selection
 from eaft.gates import check_gate, get_gate, missing_params
 from eaft.head import GatedLMHead, frozen_copy
 from eaft.measure import MEASURED, MeasureGate
@@ -43,10 +45,18 @@ class EAFTConfig(SFTConfig):
         gate_entropy: `top-k` or `exact`, for the gates that use the entropy.
         gate_top_k: K of the top-K entropy, and of the ln K that entropies are divided by.
         gate_kwargs: the other parameters of the gate, e.g. `{"steepness": 20}` for `eaft-sigmoid`.
+        forgetting_eval_steps: measure drift and the suites every so many steps (0: never); see `eaft.forgetting`.
+        forgetting_suite: suites or tasks of general ability, as `eaft eval --suite` takes them.
+        target_suite: suites or tasks of what is being learned.
+        forgetting_data_dir: a folder with local data for them.
+        forgetting_prompts: JSON Lines with a `prompt`, whose answers drift is measured on (the first 32).
+        select_checkpoint: which checkpoint to keep: `budget`, `best-mean` or `pareto` (`eaft.forgetting.RULES`).
+        forgetting_budget: the drift (nats per token) at which training stops.
 
     Raises:
-        ConfigurationError: unknown gate, a parameter it does not take or refuses, `gate_top_k` < 2, or a TRL option
-            that computes a loss of its own (`loss_type`, `label_smoothing_factor`), which a gate would not reach.
+        ConfigurationError: unknown gate, a parameter it does not take or refuses, `gate_top_k` < 2, a TRL option that
+            computes a loss of its own (`loss_type`, `label_smoothing_factor`), which a gate would not reach, or a
+            selection of checkpoints that is not complete.
     """
 
     gate: str = field(
@@ -71,6 +81,31 @@ class EAFTConfig(SFTConfig):
         },
     )
 
+    forgetting_eval_steps: int = field(
+        default=0, metadata={"help": "Measure drift, forgetting_suite and target_suite every so many steps; 0: never."}
+    )
+    forgetting_suite: list[str] = field(
+        default_factory=lambda: ["everyday"],
+        metadata={"help": "Suites or lm-eval tasks of general ability (default: 120 easy questions)."},
+    )
+    target_suite: list[str] | None = field(
+        default=None, metadata={"help": "Suites or lm-eval tasks of what is being learned."}
+    )
+    forgetting_data_dir: str | None = field(
+        default=None, metadata={"help": "A folder with local data for the suites, as `eaft eval --data_dir`."}
+    )
+    forgetting_prompts: str = field(
+        default=str(PROMPTS),
+        metadata={"help": "JSON Lines with a `prompt`; drift is measured on answers to 32 of them."},
+    )
+    select_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "Which checkpoint to keep. " + " ".join(f"{name}: {what}." for name, what in RULES.items())},
+    )
+    forgetting_budget: float | None = field(
+        default=None, metadata={"help": "Stop when drift (nats per token) passes this, and keep the last one within."}
+    )
+
     def __post_init__(self) -> None:
         """Check our fields, then TRL's."""
         if self.gate_top_k < 2:
@@ -88,6 +123,7 @@ class EAFTConfig(SFTConfig):
         if self.label_smoothing_factor:
             raise ConfigurationError("label_smoothing_factor does not go with a gate; leave it at 0.")
         super().__post_init__()
+        check_selection(self)
 
     @property
     def gate_params(self) -> dict[str, Any]:
@@ -162,6 +198,8 @@ class EAFTTrainer(SFTTrainer):
                     raise ConfigurationError("No example has a labelled token to measure.")
                 self.add_callback(MeasureGate(self, self._followed.loose, self._followed.num_examples))
         self._token_sums: dict[str, Tensor | float] = defaultdict(float)
+        if args.forgetting_eval_steps:
+            self.add_callback(ForgettingEval(self))
 
     def _make_reference(self) -> Any:
         """Return what the head runs as the reference model: the PEFT model around the policy, or a frozen copy."""

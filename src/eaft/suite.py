@@ -1,0 +1,269 @@
+"""What models are measured on: suites of lm-evaluation-harness tasks, and where their data comes from."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from eaft.errors import ConfigurationError, nearest
+from eaft.models import first_line
+
+SUITES = Path(__file__).parent / "suites"
+TASKS = Path(__file__).parent / "tasks"  # those that lm-eval lacks
+
+
+@dataclass
+class Benchmark:
+    """
+    One line of a report: an lm-eval task, or a group whose items are taken together (as `mmlu` has 57 tasks).
+
+    Attributes:
+        name: as the user or a suite names it.
+        tasks: lm-eval's `Task` objects with their data, by name.
+        limit: at most so many items of each task, the first ones; None for all.
+    """
+
+    name: str
+    tasks: dict[str, Any]
+    limit: int | None
+
+
+@dataclass
+class Suite:
+    """Benchmarks whose mean is reported; those the user names by themselves are a suite each, without a mean."""
+
+    name: str
+    benchmarks: list[str]
+
+
+def suites_help() -> str:
+    """Return the built-in suites, a line each."""
+    contents = [yaml.safe_load(path.read_text()) for path in sorted(SUITES.glob("*.yaml"))]
+    return "\n".join(f"  {c['suite']:<9} {c['description']}: {', '.join(c['tasks'])}" for c in contents)
+
+
+def load_suites(
+    names: list[str], include_path: str | None = None, data_dir: str | None = None, limit: int | None = None
+) -> tuple[list[Suite], dict[str, Benchmark]]:
+    """
+    Return the suites named, and their benchmarks with all data loaded: what is missing is found before a model is.
+
+    Args:
+        names: of suites (ours, or a YAML file with `suite` and `tasks`), or of lm-eval tasks, groups, tags or task
+        files. include_path: a folder with lm-eval task YAMLs of the user's own. data_dir: a folder whose files are
+        taken instead of the Hub's; see `local_data`. limit: overrides the suites' own.
+
+    Raises:
+        ConfigurationError: lm-eval is not installed, there is no such task, two suites want different parts of one
+        task,
+            or data is missing (all of it is named).
+    """
+    suites: list[Suite] = []
+    limits: dict[str, int | None] = {}
+    for name in names:
+        content = read_suite(name)
+        suites.append(Suite(content.get("suite", name), content["tasks"]))
+        for task in content["tasks"]:
+            wanted = limit if limit is not None else content.get("limit")
+            if limits.setdefault(task, wanted) != wanted:
+                raise ConfigurationError(f"{task} is in two suites with different limits: give --limit, or one suite.")
+    manager = task_manager(list(limits), include_path)
+    if data_dir is not None and not Path(data_dir).is_dir():
+        raise ConfigurationError(f"data_dir={data_dir!r}: there is no such folder.")
+
+    benchmarks, missing = {}, []
+    for name, task_limit in limits.items():
+        tasks: dict[str, Any] = {}
+        for task, spec in leaves(manager, name):
+            override = local_data(task, Path(data_dir)) if data_dir is not None else None
+            try:
+                with quiet():
+                    loaded = manager.load([spec if override is None else {**full_config(manager, spec), **override}])
+            except Exception as error:  # each data set fails in its own way
+                missing.append(f"{name}: {describe(manager, task, error, data_dir)}")
+                break  # the other parts of a group are missing likewise
+            tasks.update(loaded["tasks"])
+        if "ifeval" in tasks and not has_sentence_tokenizer():
+            missing.append(f"{name}: ifeval needs NLTK's sentence tokenizer: python -m nltk.downloader punkt_tab")
+        benchmarks[name] = Benchmark(name, tasks, task_limit)
+    if missing:
+        raise ConfigurationError("Data or a package is missing, nothing was run:\n  " + "\n  ".join(missing))
+    return suites, benchmarks
+
+
+def read_suite(name: str) -> dict[str, Any]:
+    """Return a suite's content; the name of a task, or a task's own file, is a suite of one."""
+    path = SUITES / f"{name}.yaml"
+    if not path.is_file():
+        path = Path(name)
+        if path.suffix != ".yaml":
+            return {"tasks": [name]}
+        try:
+            # A task's file may hold !function tags, which only lm-eval can read; a suite's has none
+            content = yaml.load(path.read_text(), Loader=yaml.BaseLoader) if path.is_file() else None
+        except yaml.YAMLError as error:
+            raise ConfigurationError(f"suite {name!r}: {error}") from error
+        if content is None:
+            raise ConfigurationError(f"suite {name!r}: there is no such file.")
+        if "suite" not in content:
+            return {"tasks": [name]}
+    content = yaml.safe_load(path.read_text())
+    if unknown := set(content) - {"suite", "description", "tasks", "limit"}:
+        raise ConfigurationError(f"suite {name!r}: {sorted(unknown)[0]!r} is unknown; it has suite, tasks and limit.")
+    if not isinstance(content.get("tasks"), list) or not content["tasks"]:
+        raise ConfigurationError(f"suite {name!r}: `tasks` must be a list of names.")
+    return content
+
+
+def task_manager(tasks: list[str], include_path: str | None) -> Any:
+    """
+    Return an lm-eval registry that knows `tasks`: ours, the user's, and lm-eval's own if need be.
+
+    Raises:
+        ConfigurationError: lm-eval is not installed, or has no such task.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ConfigurationError("Evaluating needs lm-evaluation-harness: pip install 'eaft[eval]'.") from error
+    if include_path is not None and not Path(include_path).is_dir():
+        raise ConfigurationError(f"include_path={include_path!r}: there is no such folder.")
+    paths = [str(TASKS), *([include_path] if include_path else [])]
+    names = {task for task in tasks if not task.endswith(".yaml")}
+    # Indexing lm-eval's own thousands of tasks takes seconds
+    manager = TaskManager(include_path=paths, include_defaults=False)
+    if not names <= set(manager.all_tasks):
+        manager = TaskManager(include_path=paths)
+    for task in names:
+        if task not in manager.all_tasks:
+            known = [*manager.all_tasks, *(path.stem for path in SUITES.glob("*.yaml"))]
+            raise ConfigurationError(
+                f"There is no suite and no lm-eval task {task!r}.{nearest(task, known)} Your own go into include_path."
+            )
+    return manager
+
+
+def leaves(manager: Any, spec: str | dict[str, Any]) -> Iterator[tuple[str, str | dict[str, Any]]]:
+    """Yield the tasks that a task, group or tag stands for, with what lm-eval is to load."""
+    from lm_eval.tasks._index import Kind
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    name = spec if isinstance(spec, str) else str(spec.get("task", spec.get("group")))
+    entry = manager.task_index.get(name)
+    if entry is not None and entry.kind is Kind.TAG:
+        for task in sorted(entry.tags):
+            yield from leaves(manager, task)
+    elif entry is not None and entry.kind is Kind.GROUP and isinstance(spec, str):
+        content = load_yaml(entry.yaml_path, resolve_func=True)
+        if set(content) - {"group", "group_alias", "task", "aggregate_metric_list", "metadata", "include", "tag"}:
+            yield name, spec  # it changes its tasks' settings: lm-eval must load it whole
+        else:
+            for child in content["task"]:
+                yield from leaves(manager, child)
+    else:
+        yield name, spec
+
+
+def full_config(manager: Any, spec: str | dict[str, Any]) -> dict[str, Any]:
+    """Return a task's whole configuration, which lm-eval takes in place of a name."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    name, changes = (spec, {}) if isinstance(spec, str) else (spec["task"], spec)
+    entry = manager.task_index.get(name)
+    content = load_yaml(entry.yaml_path if entry else name, resolve_func=True)
+    return {**{key: value for key, value in content.items() if key not in ("tag", "group")}, **changes}
+
+
+def local_data(task: str, folder: Path) -> dict[str, Any] | None:
+    """
+    Return the settings that make a task read local files, or None if the folder has none for it.
+
+    A task's items are the rows of `TASK.jsonl` or `TASK_test.jsonl`, with the fields its data set has on the Hub, and
+    its few-shot examples those of `TASK_train.jsonl`. `mmlu.jsonl` and `mmlu_stem.jsonl` hold all subjects' rows,
+    told apart by `subject` or `type`; `pubmedqa_labeled.jsonl` is PubMedQA's own release, with its fields in lower
+    case.
+    """
+    if task.startswith("mmlu_") and (subject := task.removeprefix("mmlu_")):
+        for name in ("mmlu.jsonl", "mmlu_stem.jsonl"):
+            if (folder / name).is_file():
+                return {**read_json({"test": folder / name}), "process_docs": partial(of_subject, subject)}
+    if task == "pubmedqa" and (file := folder / "pubmedqa_labeled.jsonl").is_file():
+        return {**read_json({"test": file}), "process_docs": pubmedqa_fields}
+    tests = [file for name in (task, f"{task}_test") if (file := folder / f"{name}.jsonl").is_file()]
+    if not tests:
+        return None
+    files = {"test": tests[0]}
+    if (train := folder / f"{task}_train.jsonl").is_file():
+        files["train"] = train
+    return read_json(files)
+
+
+def read_json(files: dict[str, Path]) -> dict[str, Any]:
+    """Return lm-eval's settings for JSON Lines files, one a split."""
+    return {
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {split: str(file) for split, file in files.items()}},
+        "training_split": "train" if "train" in files else None,
+        "validation_split": None,
+        "test_split": "test",
+        "fewshot_split": "train" if "train" in files else None,
+    }
+
+
+def of_subject(subject: str, rows: Any) -> Any:
+    """Keep one subject's rows."""
+    column = "subject" if "subject" in rows.column_names else "type"
+    kept = rows.filter(lambda value: value == subject, input_columns=column)
+    if len(kept) == 0:
+        raise ConfigurationError(f"no row with {column} {subject!r}")
+    return kept
+
+
+def pubmedqa_fields(rows: Any) -> Any:
+    """Name the fields of PubMedQA's release as lm-eval's task expects them."""
+    names = {"question": "QUESTION", "contexts": "CONTEXTS", "answer": "final_decision"}
+    return rows.rename_columns({name: new for name, new in names.items() if name in rows.column_names})
+
+
+def has_sentence_tokenizer() -> bool:
+    """Return whether NLTK has what IFEval's checks read: they fail only after the answers are generated."""
+    import nltk
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError:
+        return False
+    return True
+
+
+def describe(manager: Any, task: str, error: Exception, data_dir: str | None) -> str:
+    """Say what is missing for a task, and where it could come from."""
+    cause = error.__cause__ or error
+    if isinstance(error, ConfigurationError):
+        return f"{task}: {first_line(error)}"
+    if isinstance(error, ImportError):
+        package = f": pip install {error.name}" if error.name else ""
+        return f"{task}: {first_line(error)}{package}"
+    path = full_config(manager, task).get("dataset_path")
+    local = f", or {task}.jsonl in {data_dir}" if data_dir is not None else ", or --data_dir with local files"
+    return f"{task} needs the data set {path} from the Hub{local} ({type(cause).__name__}: {first_line(cause)[:200]})"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence lm-eval's notes on every task it loads."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
