@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -282,6 +283,13 @@ def test_bad_flags_are_one_message_and_nothing_written(model_dir, tmp_path, caps
 def test_unknown_task_is_refused(task_path):
     with pytest.raises(ConfigurationError, match=r"no lm-eval task 'gsm8kk'\. Did you mean 'gsm8k'"):
         task_manager(["gsm8kk"], task_path)
+
+
+def test_a_task_without_a_score_is_refused(task_path):
+    file = Path(task_path) / "tiny.yaml"
+    file.write_text(file.read_text().replace("higher_is_better: true", "higher_is_better: false"))
+    with pytest.raises(ConfigurationError, match="tiny: its first metric, acc, is no score"):
+        load_suites(["tiny"], task_path)
 
 
 def test_vllm_runs_an_adapter_on_its_base(tmp_path):

@@ -67,7 +67,7 @@ def test_what_is_logged_is_what_eval_finds(train, model_dir):
     # The model that was saved drifted as far as the last line says, by a measurement of its own
     answers = BaseAnswers(folder / "forgetting")
     assert not answers.recorded
-    answers.record(AutoModelForCausalLM.from_pretrained(model_dir).eval(), None, [], 64, 8)
+    answers.record_log_probs(AutoModelForCausalLM.from_pretrained(model_dir).eval())
     again = answers.drift(AutoModelForCausalLM.from_pretrained(folder).eval())
     assert again["mean"] == pytest.approx(points[3]["drift"], rel=1e-4)
     # Training's own lines are whole: each has the nll of all its steps
@@ -107,7 +107,7 @@ def test_a_resumed_run_measures_from_the_same_base(train, tmp_path):
     _, folder, _ = train("cut", save_steps=2, max_steps=4)
     code, _, _ = train("cut", save_steps=2, resume_from_checkpoint="true")
     assert code == 2  # they were freed when that run ended
-    BaseAnswers(folder / "forgetting").record(make_model().eval(), None, [], 64, 8)
+    BaseAnswers(folder / "forgetting").record_log_probs(make_model().eval())
     code, _, again = train("cut", save_steps=2, resume_from_checkpoint="true")
     assert code == 0
     drift = [[line["drift"] for line in run if "drift" in line] for run in (lines, again)]

@@ -135,18 +135,26 @@ class BaseAnswers:
         return self.log_probs.is_dir()
 
     def record(self, model: Any, tokenizer: Any, prompts: list[Any], max_new_tokens: int, batch_size: int) -> None:
-        """Sample the answers, unless they are there, and store the base model's log-probabilities."""
+        """Sample the base model's answers, and store its log-probabilities at their positions."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not self.file.is_file():
-            answers = sample_answers(model, tokenizer, prompts, max_new_tokens, batch_size=batch_size)
-            write_json(self.file, [asdict(answer) for answer in answers])
+        answers = sample_answers(model, tokenizer, prompts, max_new_tokens, batch_size=batch_size)
+        write_json(self.file, [asdict(answer) for answer in answers])
+        self.record_log_probs(model)
+
+    def record_log_probs(self, model: Any) -> None:
+        """
+        Store the base model's log-probabilities at the positions of the answers there are.
+
+        Raises:
+            NonFiniteError: they are NaN.
+        """
         staging = self.folder / "log_probs.tmp"
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         for i, answer in enumerate(tqdm(self.answers, desc="The base model's probabilities")):
             log_probs = answer_log_probs(model, answer)
-            if not log_probs.isfinite().any():
-                raise NonFiniteError(f"The base model's probabilities are not finite on prompt {i}.")
+            if log_probs.isnan().any():
+                raise NonFiniteError(f"The base model's probabilities are NaN on prompt {i}.")
             save_file({"log_probs": log_probs.cpu()}, staging / f"{i}.safetensors")
         shutil.rmtree(self.log_probs, ignore_errors=True)
         staging.rename(self.log_probs)

@@ -130,8 +130,6 @@ def items(name: str, task: Any, output: dict[str, Any]) -> list[Item]:
     """Return one task's items from what lm-eval gives back, in the order of its rows."""
     key = metric_of(name, output)
     metric, metric_filter = key.split(",")
-    if task.higher_is_better().get(metric) is False:
-        raise ConfigurationError(f"{name}: its first metric, {metric}, is better when lower; choose another task.")
     found = []
     for sample in sorted(output["samples"][name], key=lambda sample: sample["doc_id"]):
         if sample["filter"] != metric_filter:

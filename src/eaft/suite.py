@@ -89,6 +89,8 @@ def load_suites(
             except Exception as error:  # each data set fails in its own way
                 missing.append(f"{name}: {describe(manager, task, error, data_dir)}")
                 break  # the other parts of a group are missing likewise
+            for part, loaded_task in loaded["tasks"].items():
+                check_metric(part, loaded_task)
             tasks.update(loaded["tasks"])
         if "ifeval" in tasks and not has_sentence_tokenizer():
             missing.append(f"{name}: ifeval needs NLTK's sentence tokenizer: python -m nltk.downloader punkt_tab")
@@ -231,6 +233,20 @@ def pubmedqa_fields(rows: Any) -> Any:
     """Name the fields of PubMedQA's release as lm-eval's task expects them."""
     names = {"question": "QUESTION", "contexts": "CONTEXTS", "answer": "final_decision"}
     return rows.rename_columns({name: new for name, new in names.items() if name in rows.column_names})
+
+
+def check_metric(name: str, task: Any) -> None:
+    """
+    Refuse a task whose items have no score that is better when higher: nothing could be compared.
+
+    Raises:
+        ConfigurationError: its first metric is better when lower, or it measures perplexity.
+    """
+    metric, higher_is_better = next(iter(task.higher_is_better().items()), ("perplexity", False))
+    if task.OUTPUT_TYPE == "loglikelihood_rolling" or higher_is_better is False:
+        raise ConfigurationError(
+            f"{name}: its first metric, {metric}, is no score of an item that is better when higher."
+        )
 
 
 def has_sentence_tokenizer() -> bool:
