@@ -151,7 +151,6 @@ def test_an_adapter_and_no_base(model_dir, task_path, tmp_path):
     torch.manual_seed(0)
     config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), config).save_pretrained(tmp_path / "lora")
-    load_tokenizer(str(model_dir)).save_pretrained(tmp_path / "lora")
     common = ["--suite", "tiny", "--include_path", task_path]
     out = tmp_path / "out"
     assert run(tmp_path / "lora", "--base", model_dir, *common, "--drift_prompts", 2, "--output_path", out) == 0
@@ -302,6 +301,7 @@ def test_vllm_runs_an_adapter_on_its_base(tmp_path):
 def test_gsm8k_and_ifeval_agree_with_lm_evals_own_run(model_dir, tmp_path, monkeypatch):
     """The same model and rows through lm-eval's own loading of the model, its own metrics and its own averages."""
     from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
 
     from eaft import suite
 
@@ -322,6 +322,7 @@ def test_gsm8k_and_ifeval_agree_with_lm_evals_own_run(model_dir, tmp_path, monke
         {"pretrained": str(model_dir), "device": "cpu"},
         [task for benchmark in benchmarks.values() for task in benchmark.tasks.values()],
         batch_size=3,
+        task_manager=TaskManager(include_defaults=False),
         log_samples=True,
         **settings,
     )

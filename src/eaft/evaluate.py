@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import json
 import os
@@ -144,6 +145,8 @@ def evaluate(
             answers.free()
 
         before = measure(base, base_tokenizer, benchmarks, protocol, record if questions else None)
+        if state.is_main_process:
+            write_items(folder / "items_before", before)
         after = measure(model, tokenizer, benchmarks, protocol, compare if questions else None)
         drift = found or None
     if not state.is_main_process:
@@ -157,12 +160,10 @@ def evaluate(
         "protocol": {**asdict(protocol), "limit": limit, "data_sha256": data_digest(after)},
         "environment": environment(),
     }
-    folder.mkdir(parents=True, exist_ok=True)
     write_items(folder / ("items_after" if base else "items"), after)
     if before is None:
         results["tasks"] = {name: score_summary(found) for name, found in after.items()}
     else:
-        write_items(folder / "items_before", before)
         several = [s for s in suites if len(s.benchmarks) > 1]
         results.update(changes(before, after, several), drift=drift, worst=worst_regressions(before, after))
     from eaft import report  # needs the same extra as lm-eval, whose absence has been reported by now
@@ -181,8 +182,7 @@ def find_model(model: str) -> str:
 
 def shared_tokenizer(model: str, base: str | None, drift: bool) -> tuple[Any, Any]:
     """
-    Return the tokenizers for model and base: with one vocabulary the base's for both, and one chat template in any
-    case.
+    Return the tokenizers for model and base: the base's for both if they have one vocabulary; one template in any case.
 
     Raises:
         ConfigurationError: drift is asked for, and the vocabularies differ.
@@ -226,12 +226,12 @@ def measure(
         prepare(loaded)
     state.wait_for_everyone()
     if protocol.backend == "vllm":
-        del loaded
+        loaded = None
         args = {"dtype": protocol.dtype, **protocol.model_args}
         lm = load_vllm(model, tokenizer.name_or_path, protocol.batch_size, args)
     else:
         lm = wrap(loaded, tokenizer, protocol.batch_size)
-    return score(
+    found = score(
         lm,
         benchmarks,
         bool(protocol.apply_chat_template),
@@ -240,6 +240,9 @@ def measure(
         protocol.gen_kwargs,
         protocol.seed,
     )
+    del lm, loaded
+    gc.collect()  # so that the next model finds this one's memory free
+    return found
 
 
 def changes(

@@ -52,11 +52,14 @@ def load_model(model: str, dtype: str = "auto") -> Any:
 
 def load_tokenizer(model: str) -> Any:
     """
-    Return a model's tokenizer, padding left as generation needs it.
+    Return a model's tokenizer (an adapter's may be its base model's), padding left as generation needs it.
 
     Raises:
         ConfigurationError: there is none.
     """
+    adapter = Path(model, "adapter_config.json")
+    if adapter.is_file() and not Path(model, "tokenizer_config.json").is_file():
+        model = json.loads(adapter.read_text())["base_model_name_or_path"]
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
     except (OSError, ValueError) as error:

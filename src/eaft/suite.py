@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,7 @@ def task_manager(tasks: list[str], include_path: str | None) -> Any:
     # Indexing lm-eval's own thousands of tasks takes seconds
     manager = TaskManager(include_path=paths, include_defaults=False)
     if not names <= set(manager.all_tasks):
-        manager = TaskManager(include_path=paths)
+        manager = TaskManager(include_path=paths) if include_path else lm_eval_tasks()
     for task in names:
         if task not in manager.all_tasks:
             known = [*manager.all_tasks, *(path.stem for path in SUITES.glob("*.yaml"))]
@@ -150,6 +150,14 @@ def task_manager(tasks: list[str], include_path: str | None) -> Any:
                 f"There is no suite and no lm-eval task {task!r}.{nearest(task, known)} Your own go into include_path."
             )
     return manager
+
+
+@functools.cache
+def lm_eval_tasks() -> Any:
+    """Return lm-eval's registry with our tasks, built once."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(TASKS))
 
 
 def leaves(manager: Any, spec: str | dict[str, Any]) -> Iterator[tuple[str, str | dict[str, Any]]]:
@@ -195,7 +203,7 @@ def local_data(task: str, folder: Path) -> dict[str, Any] | None:
     if task.startswith("mmlu_") and (subject := task.removeprefix("mmlu_")):
         for name in ("mmlu.jsonl", "mmlu_stem.jsonl"):
             if (folder / name).is_file():
-                return {**read_json({"test": folder / name}), "process_docs": partial(of_subject, subject)}
+                return {**read_json({"test": folder / name}), "process_docs": functools.partial(of_subject, subject)}
     if task == "pubmedqa" and (file := folder / "pubmedqa_labeled.jsonl").is_file():
         return {**read_json({"test": file}), "process_docs": pubmedqa_fields}
     tests = [file for name in (task, f"{task}_test") if (file := folder / f"{name}.jsonl").is_file()]
