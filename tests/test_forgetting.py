@@ -1,6 +1,8 @@
 """Forgetting measured while training: what is logged, that training is not disturbed, and which checkpoint is kept."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -24,31 +26,32 @@ def train(tmp_path, model_dir):
     (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "say {i}"}}\n' for i in range(3)))
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows()))
 
+    common = {
+        "model_name_or_path": model_dir,
+        "dataset_name": tmp_path / "data.jsonl",
+        "max_steps": 6,
+        "learning_rate": 3e-3,
+        "logging_steps": 2,
+        "save_steps": 100,
+        "lr_scheduler_type": "constant",
+        "use_cpu": True,
+        "bf16": False,  # so that drift is what a measurement without autocast finds
+        "report_to": "none",
+        "per_device_eval_batch_size": 8,
+        "forgetting_suite": tmp_path / "suite.yaml",
+        "forgetting_prompts": tmp_path / "prompts.jsonl",
+        "forgetting_eval_steps": 2,
+    }
+
     def run(name="out", **changes):
-        settings = {
-            "model_name_or_path": model_dir,
-            "dataset_name": tmp_path / "data.jsonl",
-            "output_dir": tmp_path / name,
-            "max_steps": 6,
-            "learning_rate": 3e-3,
-            "logging_steps": 2,
-            "save_steps": 100,
-            "lr_scheduler_type": "constant",
-            "use_cpu": True,
-            "bf16": False,  # so that drift is what a measurement without autocast finds
-            "report_to": "none",
-            "per_device_eval_batch_size": 8,
-            "forgetting_suite": tmp_path / "suite.yaml",
-            "forgetting_prompts": tmp_path / "prompts.jsonl",
-            "forgetting_eval_steps": 2,
-            **changes,
-        }
+        settings = {**common, "output_dir": tmp_path / name, **changes}
         code = cli.main(["train", *(f"--{key}={value}" for key, value in settings.items())])
         lines = []
         if (metrics := tmp_path / name / "metrics.jsonl").is_file():
             lines = [json.loads(line) for line in metrics.read_text().splitlines()]
         return code, tmp_path / name, lines
 
+    run.settings = common
     return run
 
 
@@ -201,3 +204,18 @@ def test_works_in_python_too(tmp_path, tokenizer):
     trainer.train()
     assert [p["step"] for p in history(trainer.state)] == [0, 1]
     assert trainer.model.training
+
+
+def test_two_processes_measure_what_one_measures(train, tmp_path, model_dir):
+    """Under DDP the items are shared out, the first process measures drift, and all choose the same checkpoint."""
+    flags = {"per_device_train_batch_size": 8, "forgetting_budget": 1e9, "save_total_limit": 1}
+    _, _, lines = train("one", **flags)
+    settings = {**train.settings, **flags, "per_device_train_batch_size": 4, "output_dir": tmp_path / "two"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29547"]
+    command = [*launcher, "-m", "eaft", "train", *(f"--{key}={value}" for key, value in settings.items())]
+    subprocess.run(command, check=True, timeout=300)
+    again = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    for one, two in zip(*([line for line in run if "drift" in line] for run in (lines, again)), strict=True):
+        assert two["step"] == one["step"]
+        assert two["drift"] == pytest.approx(one["drift"], rel=1e-3)
+        assert two["general"] == one["general"]
