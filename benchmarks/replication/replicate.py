@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 import yaml
 from tabulate import tabulate
 from tqdm import tqdm
 
 from eaft.drift import PROMPTS, Answer, BaseAnswers, answer_log_probs, read_prompts
+from eaft.paired import paired_change
 from eaft.provenance import environment, write_json
 from eaft.report import colors, save
 from eaft.scores import load_model, load_tokenizer, score, wrap
@@ -185,60 +187,77 @@ def report(name: str, recipe: dict[str, Any], folder: Path) -> None:
 
 
 def tables(runs: list[dict[str, Any]], base: dict[str, Any]) -> str:
-    """Return all measurements, and each run beside SFT at matched target, as Markdown."""
-    rows = [
-        [
-            "base",
-            "",
-            "",
-            0,
-            f"{100 * base['target']:.1f}",
-            f"{base['target_nll']:.3f}",
-            f"{100 * base['general']:.1f}",
-            "0",
-        ]
-    ]
-    for run in runs:
-        for p in run["points"]:
-            rows.append(
-                [
-                    run["objective"],
-                    f"{run['learning_rate']:g}",
-                    run["seed"],
-                    p["epoch"],
-                    f"{100 * p['target']:.1f}",
-                    f"{p['target_nll']:.3f}",
-                    f"{100 * p['general']:.1f}",
-                    f"{p['drift']:.4f} ({p['drift_95'][0]:.4f} to {p['drift_95'][1]:.4f})",
-                ]
-            )
+    """Return all measurements, and each run beside SFT: at matched target, and at equal settings, as Markdown."""
+    rows = [["base", "", "", 0, *numbers(base)]]
+    rows += [[*about(run), p["epoch"], *numbers(p)] for run in runs for p in run["points"]]
     headers = ["objective", "lr", "seed", "epochs", "target %", "target nll", "general %", "drift (95% over prompts)"]
-    measured = tabulate(rows, headers, tablefmt="github", disable_numparse=True)
-    rows = [row for run in runs for row in matched(run, runs)]
+    sections = {"Every measurement": (headers, rows)}
+    pairs = [(run, sft) for run in runs for sft in runs if run["objective"] != "sft" and twins(run, sft)]
     headers = ["objective", "lr", "seed", "best epoch", "target nll", "drift", "SFT's drift there", "difference"]
-    beside = tabulate(rows, headers, tablefmt="github", disable_numparse=True)
-    return f"## Every measurement\n\n{measured}\n\n## Beside SFT at matched target\n\n{beside}\n"
+    sections["Beside SFT at matched target"] = (headers, [matched(run, sft, base) for run, sft in pairs])
+    headers = [
+        "objective",
+        "lr",
+        "seed",
+        "epochs",
+        "target, points (95%)",
+        "general, points (95%)",
+        "target nll",
+        "drift",
+    ]
+    rows = [row for run, sft in pairs for row in equal(run, sft)]
+    sections["Less SFT at equal settings"] = (headers, rows)
+    return "\n".join(
+        f"## {title}\n\n{tabulate(rows, headers, tablefmt='github', disable_numparse=True)}\n"
+        for title, (headers, rows) in sections.items()
+    )
 
 
-def matched(run: dict[str, Any], runs: list[dict[str, Any]]) -> list[list[Any]]:
+def about(run: dict[str, Any]) -> list[Any]:
+    """Return what tells runs apart."""
+    return [run["objective"], f"{run['learning_rate']:g}", run["seed"]]
+
+
+def numbers(p: dict[str, Any]) -> list[str]:
+    """Return a measurement's cells."""
+    return [
+        f"{100 * p['target']:.1f}",
+        f"{p['target_nll']:.3f}",
+        f"{100 * p['general']:.1f}",
+        f"{p['drift']:.4f} ({p['drift_95'][0]:.4f} to {p['drift_95'][1]:.4f})",
+    ]
+
+
+def twins(run: dict[str, Any], sft: dict[str, Any]) -> bool:
+    """Return whether the second is the SFT run of the first's settings."""
+    return sft["objective"] == "sft" and about(sft)[1:] == about(run)[1:]
+
+
+def matched(run: dict[str, Any], sft: dict[str, Any], base: dict[str, Any]) -> list[Any]:
     """
     Return a run's best epoch (lowest held-out nll) beside the drift at which SFT reaches that nll on its way down.
 
-    SFT's drift is interpolated between its measurements, of the same learning rate and seed, the base model being its
-    start; where SFT never gets there, that is said.
+    SFT's drift is interpolated between its measurements, from the base model on; if it never gets there, that is said.
     """
-    if run["objective"] == "sft":
-        return []
-    same = [r for r in runs if r["objective"] == "sft" and all(r[k] == run[k] for k in ("learning_rate", "seed"))]
     best = min(run["points"], key=lambda p: p["target_nll"])
-    row = [run["objective"], f"{run['learning_rate']:g}", run["seed"], best["epoch"], f"{best['target_nll']:.3f}"]
-    row.append(f"{best['drift']:.4f}")
-    for sft in same:
-        there = drift_at(best["target_nll"], sft["points"])
-        if there is None:
-            return [[*row, "not reached", ""]]
-        return [[*row, f"{there:.4f}", f"{best['drift'] - there:+.4f}"]]
-    return []
+    there = drift_at(best["target_nll"], [{**base, "drift": 0.0}, *sft["points"]])
+    cells = [*about(run), best["epoch"], f"{best['target_nll']:.3f}", f"{best['drift']:.4f}"]
+    return [*cells, *(["not reached", ""] if there is None else [f"{there:.4f}", f"{best['drift'] - there:+.4f}"])]
+
+
+def equal(run: dict[str, Any], sft: dict[str, Any]) -> list[list[Any]]:
+    """Return a run less SFT after the same epochs; target and general with the interval of the paired items."""
+    rows = []
+    for p in run["points"]:
+        for q in sft["points"]:
+            if p["epoch"] == q["epoch"]:
+                changes = [
+                    paired_change(np.array(q["items"][name]), np.array(scores)) for name, scores in p["items"].items()
+                ]
+                cells = [f"{100 * c.change:+.1f} ({100 * c.low:+.1f} to {100 * c.high:+.1f})" for c in changes[:2]]
+                differences = [f"{p[k] - q[k]:+.{digits}f}" for k, digits in (("target_nll", 3), ("drift", 4))]
+                rows.append([*about(run), p["epoch"], *cells, *differences])
+    return rows
 
 
 def drift_at(nll: float, points: list[dict[str, Any]]) -> float | None:
@@ -247,9 +266,9 @@ def drift_at(nll: float, points: list[dict[str, Any]]) -> float | None:
     for p in points:
         if p["target_nll"] <= nll:
             if previous is None:
-                return p["drift"]
+                return float(p["drift"])
             share = (previous["target_nll"] - nll) / (previous["target_nll"] - p["target_nll"])
-            return previous["drift"] + share * (p["drift"] - previous["drift"])
+            return float(previous["drift"] + share * (p["drift"] - previous["drift"]))
         previous = p
     return None
 
