@@ -234,6 +234,9 @@ def test_suites(task_path, tmp_path):
     mine.write_text("suite: mine\ntask: [tiny]\n")
     with pytest.raises(ConfigurationError, match="'task' is unknown"):
         load_suites([str(mine)], task_path)
+    mine.write_text("group: mine\ntask: [tiny]")
+    with pytest.raises(ConfigurationError, match="is a group's file: give its folder as include_path, and name 'mine'"):
+        load_suites([str(mine)], task_path)
     for name in ("general", "math", "medical", "agent", "quick"):
         assert name in suites_help()
 

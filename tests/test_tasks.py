@@ -56,6 +56,20 @@ def test_everyday_is_balanced_and_has_one_answer_each():
     assert max(counts) <= 0.35 * len(docs)  # always the same letter is not knowledge
 
 
+def test_a_group_of_lm_evals_tasks(tmp_path):
+    subjects = [
+        "abstract algebra, astronomy, college biology, college chemistry, college computer science",
+        "college mathematics, college physics, computer security, conceptual physics, electrical engineering",
+        "elementary mathematics, high school biology, high school chemistry, high school computer science",
+        "high school mathematics, high school physics, high school statistics, machine learning",
+    ]
+    subjects = [subject.replace(" ", "_") for subject in ", ".join(subjects).split(", ")]
+    rows = [{"question": "?", "choices": list("abcd"), "answer": 1, "type": subject} for subject in subjects]
+    (tmp_path / "mmlu_stem.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, benchmarks = load_suites(["mmlu_stem_18"], data_dir=str(tmp_path))
+    assert sorted(benchmarks["mmlu_stem_18"].tasks) == sorted(f"mmlu_{subject}" for subject in subjects)
+
+
 def test_bfcl_without_its_package(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "bfcl_eval", None)
     with pytest.raises(ConfigurationError, match=r"BFCL v3 needs its package: pip install --no-deps bfcl-eval=="):

@@ -17,6 +17,8 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +26,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import yaml
+from matplotlib.lines import Line2D
 from tabulate import tabulate
 from tqdm import tqdm
 
+from eaft.compare import mean_and_std
 from eaft.drift import PROMPTS, Answer, BaseAnswers, answer_log_probs, read_prompts
-from eaft.paired import paired_change
+from eaft.paired import mean_interval, paired_change
 from eaft.provenance import environment, write_json
-from eaft.report import colors, save
+from eaft.report import cell, colors, save
 from eaft.scores import load_model, load_tokenizer, score, wrap
 from eaft.suite import load_suites
 from eaft.train import RUN_FILE
@@ -45,15 +49,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("model", help="a folder or Hub id: the base model")
-    parser.add_argument("--data_dir", type=Path, default=Path("."), help="where the recipe's data files are")
+    parser.add_argument("--data_dir", type=Path, default=Path("."), help="holds what data the repository does not")
     parser.add_argument("--objectives", nargs="+", help="only these")
     parser.add_argument("--learning_rates", nargs="+", type=float, help="only these")
     parser.add_argument("--seeds", nargs="+", type=int, help="only these")
+    parser.add_argument(
+        "--epochs", nargs="+", type=int, help="measured ones; a run ends with the last (default: recipe)"
+    )
     parser.add_argument("--use_cpu", action="store_true")
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="do every N-th run, from the I-th on")
     parser.add_argument("--train_only", action="store_true", help="leave the checkpoints for a later call to measure")
     flags = parser.parse_args()
     recipe = yaml.safe_load(flags.recipe.read_text())
+    epochs = flags.epochs or recipe["epochs"]
     folder = Path("runs/replication") / flags.recipe.stem
     runs = [
         (objective, learning_rate, seed)
@@ -63,15 +71,16 @@ def main() -> None:
     ]
     write_data(recipe["data"], flags.data_dir, folder)
     shard, shards = map(int, flags.shard.split("/"))
-    measure = None if flags.train_only else Measure(flags.model, recipe, folder, shard)
+    measure = None if flags.train_only else Measure(flags.model, recipe, folder, shard, flags.data_dir)
     for objective, learning_rate, seed in tqdm(runs[shard::shards], "Runs"):
         run = folder / f"{objective}-lr{learning_rate:g}-seed{seed}"
         if (run / "measured.json").is_file():
             continue
         settings = {**recipe["train"], **recipe["objectives"][objective], "learning_rate": learning_rate, "seed": seed}
-        train(run, {**settings, "model_name_or_path": flags.model, "use_cpu": flags.use_cpu}, folder, recipe["epochs"])
+        settings |= {"model_name_or_path": flags.model, "use_cpu": flags.use_cpu, "num_train_epochs": max(epochs)}
+        train(run, settings, folder, epochs)
         if measure is not None:
-            points = [{"epoch": epoch, **measure(path)} for epoch, path in checkpoints(run, recipe["epochs"]).items()]
+            points = [{"epoch": epoch, **measure(path, epoch)} for epoch, path in checkpoints(run, epochs).items()]
             about = {"objective": objective, "learning_rate": learning_rate, "seed": seed}
             write_json(run / "measured.json", {**about, "environment": environment(), "points": points})
             for path in [*run.glob("checkpoint-*"), run / "model.safetensors"]:
@@ -84,7 +93,9 @@ def write_data(data: dict[str, Any], data_dir: Path, folder: Path) -> None:
     """Write `train.jsonl` and `test.jsonl` as prompt and completion: the first rows that are short enough."""
     folder.mkdir(parents=True, exist_ok=True)
     for split in ("train", "test"):
-        rows = [json.loads(line) for line in (data_dir / data[split]["file"]).read_text().split("\n") if line]
+        file = Path(data[split]["file"])
+        text = (file if file.is_file() else data_dir / file).read_text()
+        rows = [json.loads(line) for line in text.split("\n") if line]
         if "prompt" in data:
             rows = [
                 {
@@ -125,15 +136,17 @@ class Measure:
     """
     What a checkpoint has learned and lost. The base model's part is made once.
 
-    Returns, when called, `drift` (nats per token, with 95% interval), `general` (mean score), `target_nll` (nats per
-    token of held-out answers), `target` (share of generated answers that are right), and `items`: every item's score,
-    in order.
+    Returns, when called, `drift` (nats per token, with 95% interval and each prompt's own), `target_nll` (nats per
+    token of held-out answers) and `items`: each task's scores, in order. A general task may be due at some epochs only.
     """
 
-    def __init__(self, model: str, recipe: dict[str, Any], folder: Path, shard: int) -> None:
+    def __init__(self, model: str, recipe: dict[str, Any], folder: Path, shard: int, data_dir: Path) -> None:
         self.tokenizer = load_tokenizer(model)
-        _, self.benchmarks = load_suites([recipe["target_task"], *recipe["general_tasks"]])
-        self.target = recipe["target_task"]
+        self.tasks = {recipe["target_task"]: {}, **recipe["general_tasks"]}
+        self.benchmarks = {
+            name: load_suites([name], data_dir=str(data_dir), limit=settings.get("limit"))[1]
+            for name, settings in self.tasks.items()
+        }
         self.answers = BaseAnswers(folder / f"base-{shard}")
         base = load_model(model)
         self.answers.record(base, self.tokenizer, read_prompts(str(PROMPTS), 32), DRIFT_TOKENS, 16)
@@ -144,38 +157,39 @@ class Measure:
             whole = self.tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=False)
             self.held_out.append(Answer(prompt, whole[len(prompt) :]))
         if not (folder / "base.json").is_file():
-            write_json(folder / "base.json", self.measure(base))
+            write_json(folder / "base.json", self.measure(base, list(self.tasks)))
 
-    def __call__(self, checkpoint: Path) -> dict[str, Any]:
+    def __call__(self, checkpoint: Path, epoch: int) -> dict[str, Any]:
         """Measure a checkpoint."""
-        return self.measure(load_model(str(checkpoint)))
+        due = [name for name, settings in self.tasks.items() if epoch in settings.get("epochs", [epoch])]
+        return self.measure(load_model(str(checkpoint)), due)
 
     @torch.no_grad()
-    def measure(self, model: Any) -> dict[str, Any]:
-        """Measure a model."""
-        found = score(wrap(model, self.tokenizer, 48), self.benchmarks, apply_chat_template=True)
-        items = {name: [item["score"] for item in items] for name, items in found.items()}
-        means = {name: sum(scores) / len(scores) for name, scores in items.items()}
-        general = [means[name] for name in means if name != self.target]
+    def measure(self, model: Any, tasks: list[str]) -> dict[str, Any]:
+        """Measure a model, on `tasks`."""
+        items = {}
+        for name in tasks:
+            settings = self.tasks[name]
+            lm = wrap(model, self.tokenizer, settings.get("batch_size", 48))
+            found = score(lm, self.benchmarks[name], apply_chat_template=True, gen_kwargs=settings.get("gen_kwargs"))
+            items[name] = [item["score"] for item in found[name]]
         nll = [
             -answer_log_probs(model, answer).gather(1, torch.tensor(answer.answer_ids)[:, None].to(model.device))
             for answer in self.held_out
         ]
         drift = self.answers.drift(model)
         return {
-            "target": means[self.target],
             "target_nll": torch.cat(nll).mean().item(),
-            "general": sum(general) / len(general),
             "drift": drift["mean"],
             "drift_95": [drift["low"], drift["high"]],
+            "drift_per_prompt": drift["per_prompt"],
             "items": items,
         }
 
 
 def report(name: str, recipe: dict[str, Any], folder: Path) -> None:
     """Write the results of all runs measured so far as JSON, Markdown and a picture."""
-    files = sorted(folder.glob("*/measured.json"))
-    runs = [json.loads(file.read_text()) for file in files]
+    runs = [json.loads(file.read_text()) for file in folder.glob("*/measured.json")]
     base = json.loads((folder / "base.json").read_text())
     order = list(recipe["objectives"])
     runs.sort(key=lambda run: (order.index(run["objective"]), run["learning_rate"], run["seed"]))
@@ -188,26 +202,26 @@ def report(name: str, recipe: dict[str, Any], folder: Path) -> None:
 
 def tables(runs: list[dict[str, Any]], base: dict[str, Any]) -> str:
     """Return all measurements, and each run beside SFT: at matched target, and at equal settings, as Markdown."""
-    rows = [["base", "", "", 0, *numbers(base)]]
-    rows += [[*about(run), p["epoch"], *numbers(p)] for run in runs for p in run["points"]]
-    headers = ["objective", "lr", "seed", "epochs", "target %", "target nll", "general %", "drift (95% over prompts)"]
-    sections = {"Every measurement": (headers, rows)}
+    key = ["objective", "lr", "seed"]
+    tasks = ["target", *list(base["items"])[1:]]
     pairs = [(run, sft) for run in runs for sft in runs if run["objective"] != "sft" and twins(run, sft)]
-    headers = ["objective", "lr", "seed", "best epoch", "target nll", "drift", "SFT's drift there", "difference"]
-    sections["Beside SFT at matched target"] = (headers, [matched(run, sft, base) for run, sft in pairs])
-    headers = [
-        "objective",
-        "lr",
-        "seed",
-        "epochs",
-        "target, points (95%)",
-        "general, points (95%)",
-        "target nll",
-        "drift",
-    ]
-    rows = [row for run, sft in pairs for row in equal(run, sft)]
-    sections["Less SFT at equal settings"] = (headers, rows)
-    return "\n".join(
+    sections = {
+        "Every measurement": (
+            [*key, "epochs", *(f"{task} %" for task in tasks), "target nll", "drift"],
+            [["base", "", "", 0, *numbers(base, base)]]
+            + [[*about(run), p["epoch"], *numbers(p, base)] for run in runs for p in run["points"]],
+        ),
+        "Beside SFT at matched target": (
+            [*key, "best epoch", "target nll", "drift", "SFT's drift there", "difference"],
+            [matched(run, sft, base) for run, sft in pairs],
+        ),
+        "Less SFT at equal settings": (
+            [*key, "epochs", *(f"{task}, points" for task in tasks), "target nll", "drift"],
+            [row for run, sft in pairs for row in equal(run, sft, base)],
+        ),
+        "Over seeds": ([key[0], key[1], "epochs", "seeds", "target nll", "drift"], over_seeds(runs)),
+    }
+    return "95% intervals over items or prompts in brackets.\n\n" + "\n".join(
         f"## {title}\n\n{tabulate(rows, headers, tablefmt='github', disable_numparse=True)}\n"
         for title, (headers, rows) in sections.items()
     )
@@ -218,14 +232,17 @@ def about(run: dict[str, Any]) -> list[Any]:
     return [run["objective"], f"{run['learning_rate']:g}", run["seed"]]
 
 
-def numbers(p: dict[str, Any]) -> list[str]:
-    """Return a measurement's cells."""
-    return [
-        f"{100 * p['target']:.1f}",
-        f"{p['target_nll']:.3f}",
-        f"{100 * p['general']:.1f}",
-        f"{p['drift']:.4f} ({p['drift_95'][0]:.4f} to {p['drift_95'][1]:.4f})",
-    ]
+def numbers(p: dict[str, Any], base: dict[str, Any]) -> list[str]:
+    """Return a measurement's cells; a task that was not due is left empty."""
+    scores = [p["items"].get(task) for task in base["items"]]
+    cells = ["" if score is None else f"{percent(score):.1f}" for score in scores]
+    low, high = p["drift_95"]
+    return [*cells, f"{p['target_nll']:.3f}", f"{p['drift']:.4f} ({low:.4f} to {high:.4f})"]
+
+
+def percent(scores: list[float]) -> float:
+    """Return the mean of items' scores, in percent."""
+    return 100 * sum(scores) / len(scores)
 
 
 def twins(run: dict[str, Any], sft: dict[str, Any]) -> bool:
@@ -240,62 +257,84 @@ def matched(run: dict[str, Any], sft: dict[str, Any], base: dict[str, Any]) -> l
     SFT's drift is interpolated between its measurements, from the base model on; if it never gets there, that is said.
     """
     best = min(run["points"], key=lambda p: p["target_nll"])
-    there = drift_at(best["target_nll"], [{**base, "drift": 0.0}, *sft["points"]])
-    cells = [*about(run), best["epoch"], f"{best['target_nll']:.3f}", f"{best['drift']:.4f}"]
-    return [*cells, *(["not reached", ""] if there is None else [f"{there:.4f}", f"{best['drift'] - there:+.4f}"])]
+    drift = np.array(best["drift_per_prompt"])
+    there = drift_at(best["target_nll"], [base, *sft["points"]])
+    cells = [*about(run), best["epoch"], f"{best['target_nll']:.3f}", f"{drift.mean():.4f}"]
+    return [*cells, *(["not reached", ""] if there is None else [f"{there.mean():.4f}", difference(drift - there)])]
 
 
-def equal(run: dict[str, Any], sft: dict[str, Any]) -> list[list[Any]]:
-    """Return a run less SFT after the same epochs; target and general with the interval of the paired items."""
+def drift_at(nll: float, points: list[dict[str, Any]]) -> np.ndarray | None:
+    """Return the drift, prompt by prompt, at which a run first reaches an nll, linear between epochs; None: never."""
+    for previous, p in pairwise(points):
+        if p["target_nll"] <= nll:
+            share = (previous["target_nll"] - nll) / (previous["target_nll"] - p["target_nll"])
+            return (1 - share) * np.array(previous["drift_per_prompt"]) + share * np.array(p["drift_per_prompt"])
+    return None
+
+
+def difference(values: np.ndarray) -> str:
+    """Return the mean of paired differences, with its interval."""
+    low, high = mean_interval(values)
+    return f"{values.mean():+.4f} ({low:+.4f} to {high:+.4f})"
+
+
+def equal(run: dict[str, Any], sft: dict[str, Any], base: dict[str, Any]) -> list[list[Any]]:
+    """Return a run less SFT after the same epochs, item by item and prompt by prompt."""
     rows = []
-    for p in run["points"]:
-        for q in sft["points"]:
-            if p["epoch"] == q["epoch"]:
-                changes = [
-                    paired_change(np.array(q["items"][name]), np.array(scores)) for name, scores in p["items"].items()
-                ]
-                cells = [f"{100 * c.change:+.1f} ({100 * c.low:+.1f} to {100 * c.high:+.1f})" for c in changes[:2]]
-                differences = [f"{p[k] - q[k]:+.{digits}f}" for k, digits in (("target_nll", 3), ("drift", 4))]
-                rows.append([*about(run), p["epoch"], *cells, *differences])
+    for p, q in ((p, q) for p in run["points"] for q in sft["points"] if p["epoch"] == q["epoch"]):
+        cells = [*about(run), p["epoch"]]
+        for task in base["items"]:
+            if task in p["items"] and task in q["items"]:
+                c = paired_change(np.array(q["items"][task]), np.array(p["items"][task]))
+                cells.append(f"{100 * c.change:+.1f} ({100 * c.low:+.1f} to {100 * c.high:+.1f})")
+            else:
+                cells.append("")
+        drift = np.array(p["drift_per_prompt"]) - np.array(q["drift_per_prompt"])
+        rows.append([*cells, f"{p['target_nll'] - q['target_nll']:+.3f}", difference(drift)])
     return rows
 
 
-def drift_at(nll: float, points: list[dict[str, Any]]) -> float | None:
-    """Return the drift at which a run first reaches a held-out nll, linear between epochs; None if it never does."""
-    previous = None
-    for p in points:
-        if p["target_nll"] <= nll:
-            if previous is None:
-                return float(p["drift"])
-            share = (previous["target_nll"] - nll) / (previous["target_nll"] - p["target_nll"])
-            return float(previous["drift"] + share * (p["drift"] - previous["drift"]))
-        previous = p
-    return None
+def over_seeds(runs: list[dict[str, Any]]) -> list[list[Any]]:
+    """Return mean ± standard deviation over the seeds of every setting that has several."""
+    settings: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for run in runs:
+        for p in run["points"]:
+            settings.setdefault((*about(run)[:2], p["epoch"]), []).append(p)
+    rows = []
+    for setting, points in settings.items():
+        if len(points) > 1:
+            found = {name: mean_and_std([p[name] for p in points]) for name in ("target_nll", "drift")}
+            rows.append([*setting, len(points), *(cell(found, name, digits=4) for name in found)])
+    return rows
 
 
 def draw(runs: list[dict[str, Any]], base: dict[str, Any], path: Path) -> None:
     """Draw target and general ability against drift, every run a line through its epochs."""
-    panels = {"target_nll": "nll of held-out answers (nats)", "target": "target (%)", "general": "general (%)"}
+    target, general = list(base["items"])[:2]
+    panels: list[tuple[str, Callable[[dict[str, Any]], float]]] = [
+        ("nll of held-out answers (nats)", lambda p: p["target_nll"]),
+        ("target (%)", lambda p: percent(p["items"][target])),
+        (f"{general} (%)", lambda p: percent(p["items"][general])),
+    ]
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
     palette = colors(list(dict.fromkeys(run["objective"] for run in runs)))
-    for axis, (quantity, label) in zip(axes, panels.items(), strict=True):
-        scale = 1 if quantity == "target_nll" else 100
-        drawn = set()
+    styles = dict(zip(sorted({run["learning_rate"] for run in runs}), ("--", "-", ":", "-."), strict=False))
+    for axis, (label, value) in zip(axes, panels, strict=True):
         for run in runs:
-            points = [{"drift": 0.0, **{k: base[k] for k in panels}}, *run["points"]]
-            name = run["objective"]
+            points = [base, *run["points"]]
             axis.plot(
                 [p["drift"] for p in points],
-                [scale * p[quantity] for p in points],
+                [value(p) for p in points],
+                styles[run["learning_rate"]],
                 marker=".",
-                color=palette[name],
+                color=palette[run["objective"]],
                 alpha=0.8,
-                label=None if name in drawn else name,
             )
-            drawn.add(name)
         axis.set(xlabel="drift, KL(base ‖ tuned), nats per token", ylabel=label)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
+    axes[0].legend(handles=[Line2D([], [], color=color, label=name) for name, color in palette.items()], fontsize=7)
+    rates = [Line2D([], [], color="gray", linestyle=style, label=f"lr {rate:g}") for rate, style in styles.items()]
+    axes[1].legend(handles=rates, fontsize=7)
     save(figure, path)
 
 

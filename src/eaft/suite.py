@@ -114,6 +114,10 @@ def read_suite(name: str) -> dict[str, Any]:
             raise ConfigurationError(f"suite {name!r}: {error}") from error
         if content is None:
             raise ConfigurationError(f"suite {name!r}: there is no such file.")
+        if "group" in content:
+            raise ConfigurationError(
+                f"suite {name!r} is a group's file: give its folder as include_path, and name {content['group']!r}."
+            )
         if "suite" not in content:
             return {"tasks": [name]}
     content = yaml.safe_load(path.read_text())
@@ -141,7 +145,7 @@ def task_manager(tasks: list[str], include_path: str | None) -> Any:
     names = {task for task in tasks if not task.endswith(".yaml")}
     # Indexing lm-eval's own thousands of tasks takes seconds
     manager = TaskManager(include_path=paths, include_defaults=False)
-    if not names <= set(manager.all_tasks):
+    if not all(leaf in manager.all_tasks for name in names for leaf, _ in leaves(manager, name)):
         manager = TaskManager(include_path=paths) if include_path else lm_eval_tasks()
     for task in names:
         if task not in manager.all_tasks:
