@@ -234,6 +234,10 @@ def test_suites(task_path, tmp_path):
     mine.write_text("suite: mine\ntask: [tiny]\n")
     with pytest.raises(ConfigurationError, match="'task' is unknown"):
         load_suites([str(mine)], task_path)
+    other = tmp_path / "tiny.yaml"
+    other.write_text("task: other")
+    with pytest.raises(ConfigurationError, match=r"tiny and .*tiny\.yaml would write to one file"):
+        load_suites(["tiny", str(other)], task_path)
     mine.write_text("group: mine\ntask: [tiny]")
     with pytest.raises(ConfigurationError, match="is a group's file: give its folder as include_path, and name 'mine'"):
         load_suites([str(mine)], task_path)

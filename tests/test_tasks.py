@@ -68,6 +68,10 @@ def test_a_group_of_lm_evals_tasks(tmp_path):
     (tmp_path / "mmlu_stem.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     _, benchmarks = load_suites(["mmlu_stem_18"], data_dir=str(tmp_path))
     assert sorted(benchmarks["mmlu_stem_18"].tasks) == sorted(f"mmlu_{subject}" for subject in subjects)
+    few = tmp_path / "few.yaml"
+    few.write_text("suite: few\ntasks: [mmlu_stem_18]\nlimit: 1")
+    with pytest.raises(ConfigurationError, match="mmlu_astronomy is in two suites with different limits"):
+        load_suites(["mmlu_astronomy", str(few)], data_dir=str(tmp_path))
 
 
 def test_bfcl_without_its_package(monkeypatch):

@@ -189,8 +189,7 @@ def beyond_chance(right: np.ndarray, wrong: np.ndarray, num_choices: np.ndarray)
     The response model is that of "Mapping Post-Training Forgetting in Language Models at Scale" (arXiv:2510.17776):
     an item is known, or one of its c choices is guessed, anew by each model. A guess at an item that neither knows is
     wrong twice with probability ((c-1)/c)^2, and right then wrong with (c-1)/c^2, so each item missed by both stands
-    for 1/(c-1)
-    items lost by luck; and a lost item escapes notice with probability 1/c:
+    for 1/(c-1) items lost by luck; and a lost item escapes notice with probability 1/c:
 
         known and lost = (lost - sum over items missed by both of 1/(c-1)) * c/(c-1)
 

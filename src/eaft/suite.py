@@ -56,30 +56,37 @@ def load_suites(
     Return the suites named, and their benchmarks with all data loaded: what is missing is found before a model is.
 
     Args:
-        names: of suites (ours, or a YAML file with `suite` and `tasks`), or of lm-eval tasks, groups, tags or task
-        files. include_path: a folder with lm-eval task YAMLs of the user's own. data_dir: a folder whose files are
-        taken instead of the Hub's; see `local_data`. limit: overrides the suites' own.
+        names: of suites (ours, or a YAML file with `suite` and `tasks`), or of lm-eval tasks, groups, tags or files.
+        include_path: a folder with lm-eval task YAMLs of the user's own.
+        data_dir: a folder whose files are taken instead of the Hub's; see `local_data`.
+        limit: overrides the suites' own.
 
     Raises:
         ConfigurationError: lm-eval is not installed, there is no such task, two suites want different parts of one
-        task,
-            or data is missing (all of it is named).
+            task, two tasks have one file name, or data is missing (all of it is named).
     """
     suites: list[Suite] = []
-    limits: dict[str, int | None] = {}
+    limits: dict[str, int | None] = {}  # of the tasks named, and below of the parts of those that are groups
+
+    def set_limit(task: str, wanted: int | None) -> None:
+        if limits.setdefault(task, wanted) != wanted:
+            raise ConfigurationError(f"{task} is in two suites with different limits: give --limit, or one suite.")
+
     for name in names:
         content = read_suite(name)
         suites.append(Suite(content.get("suite", name), content["tasks"]))
         for task in content["tasks"]:
-            wanted = limit if limit is not None else content.get("limit")
-            if limits.setdefault(task, wanted) != wanted:
-                raise ConfigurationError(f"{task} is in two suites with different limits: give --limit, or one suite.")
+            set_limit(task, limit if limit is not None else content.get("limit"))
+    files: dict[str, str] = {}
+    for task in limits:
+        if (other := files.setdefault(Path(task).stem, task)) != task:
+            raise ConfigurationError(f"{other} and {task} would write to one file: rename one, or evaluate it apart.")
     manager = task_manager(list(limits), include_path)
     if data_dir is not None and not Path(data_dir).is_dir():
         raise ConfigurationError(f"data_dir={data_dir!r}: there is no such folder.")
 
     benchmarks, missing = {}, []
-    for name, task_limit in limits.items():
+    for name, task_limit in list(limits.items()):
         tasks: dict[str, Any] = {}
         for task, spec in leaves(manager, name):
             override = local_data(task, Path(data_dir)) if data_dir is not None else None
@@ -91,6 +98,7 @@ def load_suites(
                 break  # the other parts of a group are missing likewise
             for part, loaded_task in loaded["tasks"].items():
                 check_metric(part, loaded_task)
+                set_limit(part, task_limit)
             tasks.update(loaded["tasks"])
         if "ifeval" in tasks and not has_sentence_tokenizer():
             missing.append(f"{name}: ifeval needs NLTK's sentence tokenizer: python -m nltk.downloader punkt_tab")
