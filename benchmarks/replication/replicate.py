@@ -1,23 +1,29 @@
 """
 Every objective on one data set, over epochs and learning rates: what it learned, what it forgot, how far it drifted.
 
-    make demo                                                        # once: finds the model, writes its folder
+    make demo                                                        # once: installs, and finds the model
     python benchmarks/replication/replicate.py benchmarks/replication/gsm8k.yaml MODEL --data_dir ../shared/data
 
-from the repository's root. Trains the runs of the recipe one after the other, measures the checkpoints of the epochs it
-names, and deletes them; writes results/NAME.json, .md and .png. Stopped and started again it goes on; with --shard
-0/2 and 1/2, two processes share the work, and a last call without draws. All numbers are kept, also those of single
-items.
+from the repository's root. For each objective and seed: trains with every learning rate, takes held-out nll and drift
+after each epoch the recipe names, and runs the recipe's tasks on two checkpoints of the learning rate whose best epoch
+has the lowest held-out nll: that epoch's and the last. Every method is so read at its own best, by one rule, on data
+that is neither trained on nor scored. Stopped and started again it goes on. Writes results/NAME.json (all numbers, also
+those of single items), .md and .png.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,75 +32,90 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import yaml
-from matplotlib.lines import Line2D
 from tabulate import tabulate
 from tqdm import tqdm
 
-from eaft.compare import mean_and_std
 from eaft.drift import PROMPTS, Answer, BaseAnswers, answer_log_probs, read_prompts
 from eaft.paired import mean_interval, paired_change
 from eaft.provenance import environment, write_json
-from eaft.report import cell, colors, save
+from eaft.report import colors, save
 from eaft.scores import load_model, load_tokenizer, score, wrap
 from eaft.suite import load_suites
 from eaft.train import RUN_FILE
 
 RESULTS = Path(__file__).parent / "results"
 DRIFT_TOKENS = 64  # of each of 32 answers
-NLL_ROWS = 32  # held-out answers whose nll is taken
+
+Numbers = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is run, and on what."""
+
+    recipe_file: Path
+    model: str
+    data_dir: Path
+    learning_rates: tuple[float, ...]
+    use_cpu: bool
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The recipe."""
+        return yaml.safe_load(self.recipe_file.read_text())
+
+    @property
+    def folder(self) -> Path:
+        """Where runs are."""
+        return Path("runs/replication") / self.recipe_file.stem
+
+    def run_folder(self, objective: str, learning_rate: float, seed: int) -> Path:
+        """Where one run is."""
+        return self.folder / f"{objective}-lr{learning_rate:g}-seed{seed}"
 
 
 def main() -> None:
-    """Train, measure, and write what there is so far."""
+    """Train, measure, and write what there is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("model", help="a folder or Hub id: the base model")
     parser.add_argument("--data_dir", type=Path, default=Path("."), help="holds what data the repository does not")
-    parser.add_argument("--objectives", nargs="+", help="only these")
+    parser.add_argument("--objectives", nargs="*", help="only these; none: write what has been measured")
     parser.add_argument("--learning_rates", nargs="+", type=float, help="only these")
     parser.add_argument("--seeds", nargs="+", type=int, help="only these")
-    parser.add_argument(
-        "--epochs", nargs="+", type=int, help="measured ones; a run ends with the last (default: recipe)"
-    )
+    parser.add_argument("--jobs", type=int, default=1, help="objectives under way at once, sharing the cores")
     parser.add_argument("--use_cpu", action="store_true")
-    parser.add_argument("--shard", default="0/1", metavar="I/N", help="do every N-th run, from the I-th on")
-    parser.add_argument("--train_only", action="store_true", help="leave the checkpoints for a later call to measure")
     flags = parser.parse_args()
     recipe = yaml.safe_load(flags.recipe.read_text())
-    epochs = flags.epochs or recipe["epochs"]
-    folder = Path("runs/replication") / flags.recipe.stem
-    runs = [
-        (objective, learning_rate, seed)
-        for seed in flags.seeds or recipe["seeds"]
-        for learning_rate in flags.learning_rates or recipe["learning_rates"]
-        for objective in flags.objectives or recipe["objectives"]
-    ]
-    write_data(recipe["data"], flags.data_dir, folder)
-    shard, shards = map(int, flags.shard.split("/"))
-    measure = None if flags.train_only else Measure(flags.model, recipe, folder, shard, flags.data_dir)
-    for objective, learning_rate, seed in tqdm(runs[shard::shards], "Runs"):
-        run = folder / f"{objective}-lr{learning_rate:g}-seed{seed}"
-        if (run / "measured.json").is_file():
-            continue
-        settings = {**recipe["train"], **recipe["objectives"][objective], "learning_rate": learning_rate, "seed": seed}
-        settings |= {"model_name_or_path": flags.model, "use_cpu": flags.use_cpu, "num_train_epochs": max(epochs)}
-        train(run, settings, folder, epochs)
-        if measure is not None:
-            points = [{"epoch": epoch, **measure(path, epoch)} for epoch, path in checkpoints(run, epochs).items()]
-            about = {"objective": objective, "learning_rate": learning_rate, "seed": seed}
-            write_json(run / "measured.json", {**about, "environment": environment(), "points": points})
-            for path in [*run.glob("checkpoint-*"), run / "model.safetensors"]:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if measure is not None and shards == 1:
-        report(flags.recipe.stem, recipe, folder)
+    learning_rates = tuple(flags.learning_rates or recipe["learning_rates"])
+    settings = Settings(flags.recipe, flags.model, flags.data_dir, learning_rates, flags.use_cpu)
+    objectives = recipe["objectives"] if flags.objectives is None else flags.objectives
+    studies = [(settings, name, seed) for seed in flags.seeds or recipe["seeds"] for name in objectives]
+    write_data(settings)
+    Measure(settings).base()
+    workers = ProcessPoolExecutor(
+        flags.jobs, multiprocessing.get_context("spawn"), share_cores, ((os.cpu_count() or 1) // flags.jobs,)
+    )
+    with workers:
+        for _ in tqdm(workers.map(study, studies), "Objectives", len(studies)):
+            report(settings)
+    report(settings)
+    print((RESULTS / f"{flags.recipe.stem}.md").read_text())
 
 
-def write_data(data: dict[str, Any], data_dir: Path, folder: Path) -> None:
-    """Write `train.jsonl` and `test.jsonl` as prompt and completion: the first rows that are short enough."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for split in ("train", "test"):
-        file = Path(data[split]["file"])
-        text = (file if file.is_file() else data_dir / file).read_text()
+def share_cores(threads: int) -> None:
+    """Let this worker, and what it starts, compute with so many threads: more than there are cores slow each other."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
+
+
+def write_data(settings: Settings) -> None:
+    """Write `train.jsonl`, `validation.jsonl` and `test.jsonl` as prompt and completion: rows that are short enough."""
+    settings.folder.mkdir(parents=True, exist_ok=True)
+    data = settings.recipe["data"]
+    for split in ("train", "validation", "test"):
+        part, file = data[split], Path(data[split]["file"])
+        text = (file if file.is_file() else settings.data_dir / file).read_text()
         rows = [json.loads(line) for line in text.split("\n") if line]
         if "prompt" in data:
             rows = [
@@ -104,172 +125,256 @@ def write_data(data: dict[str, Any], data_dir: Path, folder: Path) -> None:
                 }
                 for row in rows
             ]
-        limit = data[split].get("max_chars", float("inf"))
+        limit, skip = part.get("max_chars", float("inf")), part.get("skip", 0)
         kept = [r for r in rows if len(r["prompt"][0]["content"]) + len(r["completion"][0]["content"]) <= limit]
-        text = "".join(json.dumps(row) + "\n" for row in kept[: data[split]["rows"]])
-        (folder / f"{split}.jsonl").write_text(text)
+        lines = [json.dumps(row) + "\n" for row in kept[skip : skip + part["rows"]]]
+        (settings.folder / f"{split}.jsonl").write_text("".join(lines))
 
 
-def train(run: Path, settings: dict[str, Any], folder: Path, epochs: list[int]) -> None:
-    """Run `eaft train`, unless it is done, and keep the checkpoints of `epochs`."""
-    if not (run / RUN_FILE).is_file() or not json.loads((run / RUN_FILE).read_text())["finished"]:
-        shutil.rmtree(run, ignore_errors=True)
-        config = run.parent / f"{run.name}.yaml"
-        settings = {**settings, "dataset_name": str(folder / "train.jsonl"), "output_dir": str(run)}
-        config.write_text(yaml.safe_dump({**settings, "disable_tqdm": True}))
-        subprocess.run([sys.executable, "-m", "eaft", "train", "--config", str(config)], check=True)
-    for epoch, path in checkpoints(run).items():
-        if epoch not in epochs and path.is_dir():
-            shutil.rmtree(path)
+def study(task: tuple[Settings, str, int]) -> None:
+    """Train one objective with one seed at every learning rate, and measure it; what has been done is not repeated."""
+    settings, objective, seed = task
+    measure = worker_measure(settings)
+    for learning_rate in settings.learning_rates:
+        run = settings.run_folder(objective, learning_rate, seed)
+        if (run / "measured.json").is_file():
+            continue
+        train(settings, objective, learning_rate, seed)
+        points = []
+        for epoch, path in checkpoints(run).items():
+            if epoch in settings.recipe["epochs"]:
+                points.append({"epoch": epoch, **measure.held_out(load_model(str(path)))})
+        about = {"objective": objective, "learning_rate": learning_rate, "seed": seed, "environment": environment()}
+        about["trained"] = json.loads((run / RUN_FILE).read_text())["result"]
+        keep = {best(points)["epoch"], points[-1]["epoch"]}
+        for epoch, path in checkpoints(run).items():
+            if epoch not in keep:
+                shutil.rmtree(path)
+        write_json(run / "measured.json", {**about, "points": points})
+
+    runs = [run for run in read_runs(settings) if (run["objective"], run["seed"]) == (objective, seed)]
+    chosen = min(runs, key=lambda run: best(run["points"])["nll"])
+    run = settings.run_folder(objective, chosen["learning_rate"], seed)
+    for point in (best(chosen["points"]), chosen["points"][-1]):
+        if "items" not in point:
+            point["items"] = measure.tasks(str(checkpoints(run)[point["epoch"]]))
+    write_json(run / "measured.json", chosen)
+    for other in runs:
+        run = settings.run_folder(objective, other["learning_rate"], seed)
+        for path in [*run.glob("checkpoint-*"), *run.glob("model*.safetensors")]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def checkpoints(run: Path, epochs: list[int] | None = None) -> dict[int, Path]:
+def train(settings: Settings, objective: str, learning_rate: float, seed: int) -> None:
+    """Run `eaft train`, unless it is done."""
+    recipe, run = settings.recipe, settings.run_folder(objective, learning_rate, seed)
+    if (run / RUN_FILE).is_file() and json.loads((run / RUN_FILE).read_text())["finished"]:
+        return
+    shutil.rmtree(run, ignore_errors=True)
+    config = {**recipe["train"], **recipe["objectives"][objective], "learning_rate": learning_rate, "seed": seed}
+    config.update(
+        model_name_or_path=settings.model,
+        dataset_name=str(settings.folder / "train.jsonl"),
+        num_train_epochs=max(recipe["epochs"]),
+        output_dir=str(run),
+        use_cpu=settings.use_cpu,
+        disable_tqdm=True,
+    )
+    file = run.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(config))
+    subprocess.run([sys.executable, "-m", "eaft", "train", "--config", str(file)], check=True)
+
+
+def checkpoints(run: Path) -> dict[int, Path]:
     """Return a run's checkpoints by epoch."""
     found = {}
     for path in run.glob("checkpoint-*"):
-        state = json.loads((path / "trainer_state.json").read_text())
-        found[round(state["epoch"])] = path
-    return {epoch: found[epoch] for epoch in sorted(found) if epochs is None or epoch in epochs}
+        found[round(json.loads((path / "trainer_state.json").read_text())["epoch"])] = path
+    return {epoch: found[epoch] for epoch in sorted(found)}
+
+
+def best(points: list[Numbers]) -> Numbers:
+    """Return the epoch with the lowest held-out nll."""
+    return min(points, key=lambda p: p["nll"])
+
+
+@functools.cache
+def worker_measure(settings: Settings) -> Measure:
+    """Return this worker's `Measure`, made once."""
+    return Measure(settings)
 
 
 class Measure:
-    """
-    What a checkpoint has learned and lost. The base model's part is made once.
+    """Measures checkpoints. The base model's part is made once and kept in the recipe's folder."""
 
-    Returns, when called, `drift` (nats per token, with 95% interval and each prompt's own), `target_nll` (nats per
-    token of held-out answers) and `items`: each task's scores, in order. A general task may be due at some epochs only.
-    """
-
-    def __init__(self, model: str, recipe: dict[str, Any], folder: Path, shard: int, data_dir: Path) -> None:
-        self.tokenizer = load_tokenizer(model)
-        self.tasks = {recipe["target_task"]: {}, **recipe["general_tasks"]}
-        self.benchmarks = {
-            name: load_suites([name], data_dir=str(data_dir), limit=settings.get("limit"))[1]
-            for name, settings in self.tasks.items()
-        }
-        self.answers = BaseAnswers(folder / f"base-{shard}")
-        base = load_model(model)
-        self.answers.record(base, self.tokenizer, read_prompts(str(PROMPTS), 32), DRIFT_TOKENS, 16)
-        rows = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()][:NLL_ROWS]
-        self.held_out = []
-        for row in rows:
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.tokenizer = load_tokenizer(settings.model)
+        self.answers = BaseAnswers(settings.folder / "base")
+        self.validation = []
+        for line in (settings.folder / "validation.jsonl").read_text().splitlines():
+            row = json.loads(line)
             prompt = self.tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
             whole = self.tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=False)
-            self.held_out.append(Answer(prompt, whole[len(prompt) :]))
-        if not (folder / "base.json").is_file():
-            write_json(folder / "base.json", self.measure(base, list(self.tasks)))
+            self.validation.append(Answer(prompt, whole[len(prompt) :]))
 
-    def __call__(self, checkpoint: Path, epoch: int) -> dict[str, Any]:
-        """Measure a checkpoint."""
-        due = [name for name, settings in self.tasks.items() if epoch in settings.get("epochs", [epoch])]
-        return self.measure(load_model(str(checkpoint)), due)
+    def base(self) -> None:
+        """Measure the base model, unless it has been."""
+        file = self.settings.folder / "base.json"
+        if file.is_file() and self.answers.recorded:
+            return
+        model = load_model(self.settings.model)
+        self.answers.record(model, self.tokenizer, read_prompts(str(PROMPTS), 32), DRIFT_TOKENS, 16)
+        write_json(file, {"epoch": 0, **self.held_out(model), "items": self.tasks(self.settings.model)})
 
     @torch.no_grad()
-    def measure(self, model: Any, tasks: list[str]) -> dict[str, Any]:
-        """Measure a model, on `tasks`."""
-        items = {}
-        for name in tasks:
-            settings = self.tasks[name]
-            lm = wrap(model, self.tokenizer, settings.get("batch_size", 48))
-            found = score(lm, self.benchmarks[name], apply_chat_template=True, gen_kwargs=settings.get("gen_kwargs"))
-            items[name] = [item["score"] for item in found[name]]
+    def held_out(self, model: Any) -> Numbers:
+        """Return `nll` of the validation answers and `drift` (nats per token), with 95% interval and by prompt."""
         nll = [
             -answer_log_probs(model, answer).gather(1, torch.tensor(answer.answer_ids)[:, None].to(model.device))
-            for answer in self.held_out
+            for answer in self.validation
         ]
         drift = self.answers.drift(model)
         return {
-            "target_nll": torch.cat(nll).mean().item(),
+            "nll": torch.cat(nll).mean().item(),
             "drift": drift["mean"],
             "drift_95": [drift["low"], drift["high"]],
             "drift_per_prompt": drift["per_prompt"],
-            "items": items,
         }
 
+    def tasks(self, model: str) -> dict[str, list[float]]:
+        """Return each task's scores, item by item, of a model in bfloat16."""
+        lm = wrap(load_model(model, "bfloat16"), self.tokenizer, 1)
+        found = {}
+        for name, task in self.settings.recipe["tasks"].items():
+            benchmarks = load_suites([task["task"]], data_dir=str(self.settings.data_dir), limit=task.get("limit"))[1]
+            lm.batch_size_per_gpu = task["batch_size"]
+            items = score(lm, benchmarks, apply_chat_template=True, gen_kwargs=task.get("gen_kwargs"))
+            found[name] = [item["score"] for item in items[task["task"]]]
+        return found
 
-def report(name: str, recipe: dict[str, Any], folder: Path) -> None:
+
+def read_runs(settings: Settings) -> list[Numbers]:
+    """Return what has been measured, in the recipe's order."""
+    runs = [json.loads(file.read_text()) for file in settings.folder.glob("*/measured.json")]
+    order = list(settings.recipe["objectives"])
+    return sorted(runs, key=lambda run: (run["seed"], order.index(run["objective"]), run["learning_rate"]))
+
+
+def report(settings: Settings) -> None:
     """Write the results of all runs measured so far as JSON, Markdown and a picture."""
-    runs = [json.loads(file.read_text()) for file in folder.glob("*/measured.json")]
-    base = json.loads((folder / "base.json").read_text())
-    order = list(recipe["objectives"])
-    runs.sort(key=lambda run: (order.index(run["objective"]), run["learning_rate"], run["seed"]))
+    runs = read_runs(settings)
+    base = json.loads((settings.folder / "base.json").read_text())
+    file = RESULTS / f"{settings.recipe_file.stem}.json"
     RESULTS.mkdir(exist_ok=True)
-    write_json(RESULTS / f"{name}.json", {"recipe": recipe, "base": base, "runs": runs})
-    (RESULTS / f"{name}.md").write_text(tables(runs, base))
-    draw(runs, base, RESULTS / f"{name}.png")
-    print((RESULTS / f"{name}.md").read_text())
+    write_json(file, {"recipe": settings.recipe, "base": base, "runs": runs})
+    file.with_suffix(".md").write_text(tables(runs, base))
+    draw(runs, base, file.with_suffix(".png"))
 
 
-def tables(runs: list[dict[str, Any]], base: dict[str, Any]) -> str:
-    """Return all measurements, and each run beside SFT: at matched target, and at equal settings, as Markdown."""
-    key = ["objective", "lr", "seed"]
-    tasks = ["target", *list(base["items"])[1:]]
-    pairs = [(run, sft) for run in runs for sft in runs if run["objective"] != "sft" and twins(run, sft)]
+def tables(runs: list[Numbers], base: Numbers) -> str:
+    """Return all measurements, and each objective beside the base model and beside SFT, as Markdown."""
+    tasks, epochs = list(base["items"]), sorted({p["epoch"] for run in runs for p in run["points"]})
+    key, scored = ["objective", "seed", "lr"], [run for run in runs if any("items" in p for p in run["points"])]
+    scores = [*key, "epochs", "held-out nll", "drift", *(f"{task} % ({len(base['items'][task])})" for task in tasks)]
     sections = {
-        "Every measurement": (
-            [*key, "epochs", *(f"{task} %" for task in tasks), "target nll", "drift"],
+        "At the best epoch": (
+            scores,
             [["base", "", "", 0, *numbers(base, base)]]
-            + [[*about(run), p["epoch"], *numbers(p, base)] for run in runs for p in run["points"]],
+            + [[*about(run), best(run["points"])["epoch"], *numbers(best(run["points"]), base)] for run in scored],
+        ),
+        "After the last epoch": (
+            scores,
+            [[*about(run), run["points"][-1]["epoch"], *numbers(run["points"][-1], base)] for run in scored],
         ),
         "Beside SFT at matched target": (
-            [*key, "best epoch", "target nll", "drift", "SFT's drift there", "difference"],
-            [matched(run, sft, base) for run, sft in pairs],
+            ["objective", "seed", "held-out nll that both reach", "drift", "SFT's drift", "difference"],
+            [row for row, _ in matched(runs, base).values()],
         ),
-        "Less SFT at equal settings": (
-            [*key, "epochs", *(f"{task}, points" for task in tasks), "target nll", "drift"],
-            [row for run, sft in pairs for row in equal(run, sft, base)],
+        "Drift less SFT's, at equal settings": (
+            [*key, *(f"epoch {epoch}" for epoch in epochs)],
+            [
+                [
+                    *about(run),
+                    *(difference(drift(p) - drift(q)) for p, q in zip(run["points"], sft["points"], strict=True)),
+                ]
+                for run in runs
+                for sft in runs
+                if run["objective"] != "sft" == sft["objective"] and about(run)[1:] == about(sft)[1:]
+            ],
         ),
-        "Over seeds": ([key[0], key[1], "epochs", "seeds", "target nll", "drift"], over_seeds(runs)),
+        "Every measurement: held-out nll, drift": (
+            [*key, *(f"epoch {epoch}" for epoch in epochs)],
+            [["base", "", "", f"0: {base['nll']:.3f}, 0"]]
+            + [[*about(run), *(f"{p['nll']:.3f}, {p['drift']:.4f}" for p in run["points"])] for run in runs],
+        ),
     }
-    return "95% intervals over items or prompts in brackets.\n\n" + "\n".join(
+    return (
+        "In brackets 95% intervals, over items or prompts. Each objective at the learning rate whose best epoch has "
+        "the lowest held-out nll. Tasks: score, and change from the base model in points.\n\n"
+    ) + "\n".join(
         f"## {title}\n\n{tabulate(rows, headers, tablefmt='github', disable_numparse=True)}\n"
         for title, (headers, rows) in sections.items()
     )
 
 
-def about(run: dict[str, Any]) -> list[Any]:
+def about(run: Numbers) -> list[Any]:
     """Return what tells runs apart."""
-    return [run["objective"], f"{run['learning_rate']:g}", run["seed"]]
+    return [run["objective"], run["seed"], f"{run['learning_rate']:g}"]
 
 
-def numbers(p: dict[str, Any], base: dict[str, Any]) -> list[str]:
-    """Return a measurement's cells; a task that was not due is left empty."""
-    scores = [p["items"].get(task) for task in base["items"]]
-    cells = ["" if score is None else f"{percent(score):.1f}" for score in scores]
+def drift(point: Numbers) -> np.ndarray:
+    """Return a measurement's drift, prompt by prompt."""
+    return np.array(point["drift_per_prompt"])
+
+
+def numbers(p: Numbers, base: Numbers) -> list[str]:
+    """Return a measurement's cells; tasks that were not run stay empty."""
     low, high = p["drift_95"]
-    return [*cells, f"{p['target_nll']:.3f}", f"{p['drift']:.4f} ({low:.4f} to {high:.4f})"]
+    cells = [f"{p['nll']:.3f}", f"{p['drift']:.4f} ({low:.4f} to {high:.4f})"]
+    for task, scores in base["items"].items():
+        if task not in p.get("items", {}):
+            cells.append("")
+        elif p is base:
+            cells.append(f"{100 * np.mean(scores):.1f}")
+        else:
+            c = paired_change(np.array(scores), np.array(p["items"][task]))
+            cells.append(f"{100 * c.after:.1f}, {100 * c.change:+.1f} ({100 * c.low:+.1f} to {100 * c.high:+.1f})")
+    return cells
 
 
-def percent(scores: list[float]) -> float:
-    """Return the mean of items' scores, in percent."""
-    return 100 * sum(scores) / len(scores)
-
-
-def twins(run: dict[str, Any], sft: dict[str, Any]) -> bool:
-    """Return whether the second is the SFT run of the first's settings."""
-    return sft["objective"] == "sft" and about(sft)[1:] == about(run)[1:]
-
-
-def matched(run: dict[str, Any], sft: dict[str, Any], base: dict[str, Any]) -> list[Any]:
+def matched(runs: list[Numbers], base: Numbers) -> dict[tuple[str, int], tuple[list[Any], np.ndarray]]:
     """
-    Return a run's best epoch (lowest held-out nll) beside the drift at which SFT reaches that nll on its way down.
+    Return each objective beside SFT at the lowest held-out nll that both reach: a table's row, and the paired
+    differences of their drift by prompt.
 
-    SFT's drift is interpolated between its measurements, from the base model on; if it never gets there, that is said.
+    Each side takes the learning rate that reaches it with the least drift, interpolated between epochs.
     """
-    best = min(run["points"], key=lambda p: p["target_nll"])
-    drift = np.array(best["drift_per_prompt"])
-    there = drift_at(best["target_nll"], [base, *sft["points"]])
-    cells = [*about(run), best["epoch"], f"{best['target_nll']:.3f}", f"{drift.mean():.4f}"]
-    return [*cells, *(["not reached", ""] if there is None else [f"{there.mean():.4f}", difference(drift - there)])]
+    groups: dict[tuple[str, int], list[list[Numbers]]] = defaultdict(list)
+    for run in runs:
+        groups[run["objective"], run["seed"]].append([base, *run["points"]])
+    found = {}
+    for (objective, seed), curves in groups.items():
+        if objective == "sft" or ("sft", seed) not in groups:
+            continue
+        sft = groups["sft", seed]
+        nll = max(min(best(points)["nll"] for points in side) for side in (curves, sft))
+        ours, theirs = drift_at(nll, curves), drift_at(nll, sft)
+        cells = [f"{nll:.3f}", f"{ours.mean():.4f}", f"{theirs.mean():.4f}", difference(ours - theirs)]
+        found[objective, seed] = ([objective, seed, *cells], ours - theirs)
+    return found
 
 
-def drift_at(nll: float, points: list[dict[str, Any]]) -> np.ndarray | None:
-    """Return the drift, prompt by prompt, at which a run first reaches an nll, linear between epochs; None: never."""
-    for previous, p in pairwise(points):
-        if p["target_nll"] <= nll:
-            share = (previous["target_nll"] - nll) / (previous["target_nll"] - p["target_nll"])
-            return (1 - share) * np.array(previous["drift_per_prompt"]) + share * np.array(p["drift_per_prompt"])
-    return None
+def drift_at(nll: float, curves: list[list[Numbers]]) -> np.ndarray:
+    """Return the least drift, prompt by prompt, with which one of the curves first reaches an nll."""
+    reached = []
+    for points in curves:
+        for p, q in pairwise(points):
+            if q["nll"] <= nll:
+                share = (p["nll"] - nll) / (p["nll"] - q["nll"])
+                reached.append((1 - share) * drift(p) + share * drift(q))
+                break
+    return min(reached, key=np.mean)
 
 
 def difference(values: np.ndarray) -> str:
@@ -278,64 +383,50 @@ def difference(values: np.ndarray) -> str:
     return f"{values.mean():+.4f} ({low:+.4f} to {high:+.4f})"
 
 
-def equal(run: dict[str, Any], sft: dict[str, Any], base: dict[str, Any]) -> list[list[Any]]:
-    """Return a run less SFT after the same epochs, item by item and prompt by prompt."""
-    rows = []
-    for p, q in ((p, q) for p in run["points"] for q in sft["points"] if p["epoch"] == q["epoch"]):
-        cells = [*about(run), p["epoch"]]
-        for task in base["items"]:
-            if task in p["items"] and task in q["items"]:
-                c = paired_change(np.array(q["items"][task]), np.array(p["items"][task]))
-                cells.append(f"{100 * c.change:+.1f} ({100 * c.low:+.1f} to {100 * c.high:+.1f})")
-            else:
-                cells.append("")
-        drift = np.array(p["drift_per_prompt"]) - np.array(q["drift_per_prompt"])
-        rows.append([*cells, f"{p['target_nll'] - q['target_nll']:+.3f}", difference(drift)])
-    return rows
-
-
-def over_seeds(runs: list[dict[str, Any]]) -> list[list[Any]]:
-    """Return mean ± standard deviation over the seeds of every setting that has several."""
-    settings: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for run in runs:
-        for p in run["points"]:
-            settings.setdefault((*about(run)[:2], p["epoch"]), []).append(p)
-    rows = []
-    for setting, points in settings.items():
-        if len(points) > 1:
-            found = {name: mean_and_std([p[name] for p in points]) for name in ("target_nll", "drift")}
-            rows.append([*setting, len(points), *(cell(found, name, digits=4) for name in found)])
-    return rows
-
-
-def draw(runs: list[dict[str, Any]], base: dict[str, Any], path: Path) -> None:
-    """Draw target and general ability against drift, every run a line through its epochs."""
+def draw(runs: list[Numbers], base: Numbers, path: Path) -> None:
+    """Draw held-out nll against drift, drift beside SFT's at matched target, and what the tasks gained and lost."""
+    figure, axes = plt.subplots(1, 3, figsize=(15, 5), layout="constrained")
+    names = list(dict.fromkeys(run["objective"] for run in runs))
+    palette = colors(names)
+    scored = [run for run in runs if any("items" in p for p in run["points"])]
+    for run in scored:
+        points = [base, *run["points"]]
+        first = run is next(r for r in scored if r["objective"] == run["objective"])
+        axes[0].plot(
+            [p["drift"] for p in points],
+            [p["nll"] for p in points],
+            marker=".",
+            color=palette[run["objective"]],
+            label=run["objective"] if first else None,
+        )
+    axes[0].set(xlabel="drift, KL(base ‖ tuned), nats per token", ylabel="nll of held-out answers (nats)")
+    axes[0].set_title("Epoch by epoch, at the best learning rate", fontsize=10)
+    axes[0].legend(fontsize=8)
+    rows = [(f"{name}, seed {seed}", values) for (name, seed), (_, values) in matched(runs, base).items()][::-1]
+    bars(axes[1], [(name, values.mean(), *mean_interval(values)) for name, values in rows])
+    axes[1].set(xlabel="drift less SFT's, nats per token", title="At the lowest held-out nll that both reach")
     target, general = list(base["items"])[:2]
-    panels: list[tuple[str, Callable[[dict[str, Any]], float]]] = [
-        ("nll of held-out answers (nats)", lambda p: p["target_nll"]),
-        ("target (%)", lambda p: percent(p["items"][target])),
-        (f"{general} (%)", lambda p: percent(p["items"][general])),
-    ]
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
-    palette = colors(list(dict.fromkeys(run["objective"] for run in runs)))
-    styles = dict(zip(sorted({run["learning_rate"] for run in runs}), ("--", "-", ":", "-."), strict=False))
-    for axis, (label, value) in zip(axes, panels, strict=True):
-        for run in runs:
-            points = [base, *run["points"]]
-            axis.plot(
-                [p["drift"] for p in points],
-                [value(p) for p in points],
-                styles[run["learning_rate"]],
-                marker=".",
-                color=palette[run["objective"]],
-                alpha=0.8,
-            )
-        axis.set(xlabel="drift, KL(base ‖ tuned), nats per token", ylabel=label)
+    for task, shift in ((target, 0.15), (general, -0.15)):
+        changes = []
+        for run in scored[::-1]:
+            c = paired_change(np.array(base["items"][task]), np.array(run["points"][-1]["items"][task]))
+            changes.append((f"{run['objective']}, seed {run['seed']}", 100 * c.change, 100 * c.low, 100 * c.high))
+        bars(axes[2], changes, shift, task)
+    axes[2].set(xlabel="change from the base model, points", title="After the last epoch")
+    axes[2].legend(fontsize=8)
+    for axis in axes:
         axis.grid(alpha=0.3)
-    axes[0].legend(handles=[Line2D([], [], color=color, label=name) for name, color in palette.items()], fontsize=7)
-    rates = [Line2D([], [], color="gray", linestyle=style, label=f"lr {rate:g}") for rate, style in styles.items()]
-    axes[1].legend(handles=rates, fontsize=7)
+        axis.title.set_fontsize(10)
     save(figure, path)
+
+
+def bars(axis: Any, rows: list[tuple[str, float, float, float]], shift: float = 0, label: str | None = None) -> None:
+    """Draw values with their intervals, one below the other, beside zero."""
+    values, low, high = (np.array([row[i] for row in rows]) for i in (1, 2, 3))
+    places = np.arange(len(rows)) + shift
+    axis.errorbar(values, places, xerr=[values - low, high - values], fmt="o", capsize=3, label=label)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(rows)), [row[0] for row in rows])
 
 
 if __name__ == "__main__":

@@ -85,8 +85,9 @@ def plan(
     counted = count_tokens(name, source, args, train_dataset, eval_dataset)
 
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * launch.processes
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(counted.rows / batch) * math.ceil(args.num_train_epochs)
-    trained = counted.tokens * steps * batch / counted.rows
+    per_epoch = math.ceil(counted.rows / batch)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
+    trained = counted.tokens * steps / per_epoch
     parts = memory(config, model_args, args, total, trainable, counted.longest, launch)
     need = RESERVE * sum(parts.values()) + 1
     operations = flops(config, args, total, trainable, trained, counted.tokens / counted.rows)
