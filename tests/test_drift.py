@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from eaft.drift import Answer, BaseAnswers, read_prompts, sample_answers
 from eaft.errors import ConfigurationError, NonFiniteError
@@ -81,6 +82,19 @@ def test_answers_are_sampled_from_the_models_distribution(model, tokenizer):
     deviation = (probs[top] * (1 - probs[top]) / len(prompts)).sqrt()
     assert 0.05 < probs[top] < 0.95
     assert abs(counts[top] / len(prompts) - probs[top]) < 4 * deviation
+
+
+def test_a_models_own_penalties_do_not_bend_its_answers(tokenizer):
+    model = make_model(initializer_range=0.5).eval()
+    plain = sample_answers(model, tokenizer, ["abc"] * 4, max_new_tokens=20)
+    own = model.generation_config
+    own.update(repetition_penalty=50.0, no_repeat_ngram_size=1, min_p=0.5, do_sample=True)
+    assert model.generate(torch.tensor([[5, 6]]), max_new_tokens=20).unique().numel() == 22  # it would, by itself
+    peft_model = get_peft_model(make_model(initializer_range=0.5), LoraConfig(target_modules=["q_proj"])).eval()
+    peft_model.get_base_model().generation_config = own
+    for bent in (model, peft_model):
+        assert sample_answers(bent, tokenizer, ["abc"] * 4, max_new_tokens=20) == plain
+        assert bent.generation_config is own
 
 
 def test_answers_end_with_their_end_token_and_hold_no_padding(tokenizer):

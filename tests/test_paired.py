@@ -155,3 +155,15 @@ def test_interval_of_a_mean():
     )
     assert (low, high) == pytest.approx((centre - half, centre + half))
     assert mean_interval(np.array([0.5, 0.5])) == (0.5, 0.5)
+
+
+def test_interval_of_graded_scores_takes_no_side():
+    """Where all that changed went from 0 to 1, the interval is the mirror of that where it went from 1 to 0."""
+    before = np.array([0.0] * 3 + [0.5] * 17)
+    after = np.array([1.0] * 3 + [0.5] * 17)
+    gain, loss = paired_change(before, after), paired_change(after, before)
+    assert (gain.low, gain.high) == pytest.approx((-loss.high, -loss.low))
+    assert 0 < gain.low < 0.15 < gain.high
+    same = paired_change(before, before)
+    assert (same.change, same.p_value) == (0, 1)
+    assert -same.low == same.high == pytest.approx(stats.norm.ppf(0.975) * math.sqrt(2) / 22)

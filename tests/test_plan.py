@@ -10,7 +10,8 @@ from transformers import AutoConfig, Glm4Config, Qwen2Config, Qwen3Config
 from trl import ModelConfig
 
 from eaft import EAFTConfig, cli
-from eaft.plan import GIB, Launch, count_parameters, flops, memory, meta_model, read_launch
+from eaft.plan import GIB, GPUS, RESERVE, Launch, count_parameters, flops, memory, meta_model, read_launch
+from eaft.train import parse
 
 from .conftest import make_model, make_rows
 
@@ -64,6 +65,27 @@ def test_memory_by_hand(tmp_path):
     assert parts["activations of 2,000 tokens"] == pytest.approx(2000 * (36 * 2 * 2560 + layer) / GIB)
 
 
+def test_memory_of_launches_by_hand(tmp_path):
+    args = arguments(tmp_path, gradient_checkpointing=True)
+    ddp = memory(QWEN3_4B, ModelConfig(dtype="float32"), args, 10**9, 10**9, 1000, Launch(4))
+    assert ddp["DDP's buckets of gradients"] == ddp["gradients"] == pytest.approx(4e9 / GIB)
+    upcast = memory(QWEN3_4B, ModelConfig(dtype="bfloat16"), args, 10**9, 10**9, 1000, Launch(8, 8, 8, 8, upcast=True))
+    assert upcast["weights"] == upcast["gradients"] == pytest.approx(4e9 / 8 / GIB)
+    offload = memory(QWEN3_4B, ModelConfig(), args, 10**9, 10**9, 1000, Launch(8, 8, 8, 8, offload=True))
+    assert [*offload.values()][:3] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if "fsdp2" not in r.name], ids=lambda r: r.stem)
+def test_paper_recipes_fit_eight_a100(recipe, monkeypatch):
+    """With rows as long as max_length, by the plan's own formula and the real models' shapes."""
+    monkeypatch.chdir(ROOT)
+    (_, args, model_args, *_), launch_args, _ = parse(["--config", str(recipe), "--use_cpu"])
+    config = {"qwen2.5-32b": QWEN25_32B, "glm4-9b": GLM4_9B}.get(recipe.stem.removesuffix("-math"), QWEN3_4B)
+    total, _ = count_parameters(meta_model(config, model_args, args))
+    parts = memory(config, model_args, args, total, total, args.max_length, read_launch(launch_args))
+    assert RESERVE * sum(parts.values()) + 1 <= GPUS["A100 80 GB"][0]
+
+
 def test_operations_by_hand(tmp_path):
     args = arguments(tmp_path, gradient_checkpointing=False)
     assert flops(QWEN3_4B, args, 100, 100, 10, 0) == 6 * 100 * 10
@@ -92,6 +114,15 @@ def test_measured_peak_is_near_the_estimate(tmp_path):
     [
         ({"num_processes": 4}, Launch(4)),
         ({"num_processes": 8, "distributed_type": "FSDP"}, Launch(8, 8, 8, 8)),
+        (
+            {
+                "num_processes": 8,
+                "distributed_type": "FSDP",
+                "mixed_precision": "bf16",
+                "fsdp_config": {"fsdp_version": 2, "fsdp_offload_params": True},
+            },
+            Launch(8, 8, 8, 8, offload=True, upcast=True),
+        ),
         (
             {"num_processes": 2, "distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}},
             Launch(2, 1, 2, 2),
@@ -135,7 +166,7 @@ def test_dry_run_counts_and_writes_nothing(no_weights, tmp_path, tokenizer, caps
     assert "A100 80 GB" in output
 
 
-@pytest.mark.parametrize("recipe", [r for r in RECIPES if r.name != "fsdp2.yaml"], ids=lambda r: r.stem)
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if "fsdp2" not in r.name], ids=lambda r: r.stem)
 def test_paper_recipes(recipe, no_weights, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)  # they name their accelerate config from there
     assert cli.main(["train", "--config", str(recipe), *no_weights, "--dry_run"]) == 0
@@ -148,6 +179,12 @@ def test_paper_recipes(recipe, no_weights, capsys, monkeypatch):
 
 
 def test_bad_recipe(no_weights, tmp_path, capsys):
+    forgetting = ["--dry_run", "--forgetting_eval_steps", "5", "--forgetting_suite"]
+    assert cli.main(["train", *no_weights, *forgetting, "evryday"]) == 2
+    assert "no suite and no lm-eval task 'evryday'" in capsys.readouterr().err
+    sharded = ["--accelerate_config", str(ROOT / "recipes/paper/fsdp2.yaml")]
+    assert cli.main(["train", *no_weights, *forgetting, "everyday", *sharded]) == 2
+    assert "does not go with FSDP or DeepSpeed" in capsys.readouterr().err
     assert cli.main(["train", *no_weights, "--dry_run", "--gate", "eatf"]) == 2
     assert "gate='eatf' is unknown" in capsys.readouterr().err
     (tmp_path / "out").mkdir()

@@ -36,7 +36,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from eaft.drift import PROMPTS, Answer, BaseAnswers, answer_log_probs, read_prompts
-from eaft.paired import mean_interval, paired_change
+from eaft.paired import bootstrap_interval, paired_change
 from eaft.provenance import environment, write_json
 from eaft.report import colors, save
 from eaft.scores import load_model, load_tokenizer, score, wrap
@@ -401,7 +401,7 @@ def drift_at(level: float, curves: list[list[Numbers]], by: str) -> np.ndarray:
 
 def difference(values: np.ndarray) -> str:
     """Return the mean of paired differences, with its interval."""
-    low, high = mean_interval(values)
+    low, high = bootstrap_interval(values)
     return f"{values.mean():+.4f} ({low:+.4f} to {high:+.4f})"
 
 
@@ -426,7 +426,7 @@ def draw(runs: list[Numbers], base: Numbers, path: Path) -> None:
     axes[0].legend(fontsize=8)
     by = "target" if matched(runs, base, "target") else "nll"
     rows = [(f"{name}, seed {seed}", values) for (name, seed), (_, values) in matched(runs, base, by).items()][::-1]
-    bars(axes[1], [(name, values.mean(), *mean_interval(values)) for name, values in rows])
+    bars(axes[1], [(name, values.mean(), *bootstrap_interval(values)) for name, values in rows])
     what = {"target": "highest target score", "nll": "lowest held-out nll"}[by]
     axes[1].set(xlabel="drift less SFT's, nats per token", title=f"At the {what} that both reach")
     target, general = list(base["items"])[:2]

@@ -22,6 +22,7 @@ from eaft.evaluate import Protocol, changes, measure, read_items, shared_tokeniz
 from eaft.gates import gates_help
 from eaft.models import resolve_model
 from eaft.provenance import environment, write_json
+from eaft.scores import SEED, common_dtype
 from eaft.suite import Benchmark, Suite, load_suites, suites_help
 from eaft.train import RUN_FILE, last_complete_checkpoint, parse
 
@@ -73,7 +74,7 @@ class EvaluateConfig:
     num_fewshot: int | None = None
     system_instruction: str | None = None
     gen_kwargs: str | None = None
-    seed: int = 0
+    seed: int = SEED
     dtype: str = "auto"
 
     @property
@@ -313,6 +314,8 @@ def evaluate_runs(
         return {key: done(folder) or {} for key, folder in folders.items()}
 
     protocol = config.protocol
+    if protocol.dtype == "auto":
+        protocol.dtype = common_dtype(base, *map(str, folders.values()))
     _, tokenizer = shared_tokenizer(base, base, drift=True)
     if protocol.apply_chat_template is None:
         protocol.apply_chat_template = tokenizer.chat_template is not None

@@ -7,8 +7,10 @@ their positions, kept on disk, so that base and tuned model need not be in memor
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import GenerationConfig
 
 from eaft.errors import ConfigurationError, NonFiniteError
 from eaft.provenance import write_json
@@ -81,15 +84,8 @@ def sample_answers(
             batch = tokenizer(
                 texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=add_special
             ).to(model.device)
-            output = model.generate(
-                **batch,
-                max_new_tokens=max_new_tokens,
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                use_cache=True,
-            )
+            with plain_sampling(model):
+                output = model.generate(**batch, max_new_tokens=max_new_tokens, use_cache=True)
             width = batch["input_ids"].shape[1]
             eos = model.generation_config.eos_token_id
             eos_ids = set(eos if isinstance(eos, list) else [eos])
@@ -98,6 +94,19 @@ def sample_answers(
                 ends = [i for i, token in enumerate(answer) if token in eos_ids]
                 answers.append(Answer(row[:width][mask.bool()].tolist(), answer[: ends[0] + 1] if ends else answer))
     return answers
+
+
+@contextlib.contextmanager
+def plain_sampling(model: Any) -> Iterator[None]:
+    """Let `generate` sample from the probabilities as they are: many models ask for penalties and cut-offs."""
+    holder = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT takes it from there
+    own = holder.generation_config
+    tokens = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    holder.generation_config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, **tokens)
+    try:
+        yield
+    finally:
+        holder.generation_config = own
 
 
 @torch.no_grad()

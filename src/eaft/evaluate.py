@@ -7,6 +7,7 @@ import gc
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
@@ -15,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from eaft.drift import PROMPTS, BaseAnswers, read_prompts
 from eaft.errors import ConfigurationError
 from eaft.models import resolve_model
 from eaft.provenance import environment, write_json
-from eaft.scores import Item, load_model, load_tokenizer, load_vllm, processes, score, wrap
+from eaft.scores import SEED, Item, common_dtype, load_model, load_tokenizer, load_vllm, processes, score, wrap
 from eaft.suite import Benchmark, Suite, load_suites, suites_help
 
 DESCRIPTION = """
@@ -47,7 +49,7 @@ class Protocol:
     num_fewshot: int | None = None  # None: what each task says
     system_instruction: str | None = None
     gen_kwargs: str | None = None
-    seed: int = 0
+    seed: int = SEED
     batch_size: int = 8
     dtype: str = "auto"
     backend: str = "hf"
@@ -77,9 +79,9 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--system_instruction", metavar="TEXT", help="a system message before each item")
     parser.add_argument("--gen_kwargs", metavar="K=V,...", help="generation settings for all tasks, as lm-eval's")
-    parser.add_argument("--seed", type=int, default=0, help="of few-shot examples and sampling (default: 0)")
+    parser.add_argument("--seed", type=int, default=SEED, help=f"of few-shot examples and sampling (default: {SEED})")
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: as saved)")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the wider of the two saved)")
     parser.add_argument("--backend", choices=["hf", "vllm"], default="hf", help="lm-eval's model (default: hf)")
     parser.add_argument("--model_args", type=json.loads, default={}, metavar="JSON", help="more for the vllm backend")
     parser.add_argument("--prompts", default=str(PROMPTS), metavar="FILE", help="JSON Lines with a `prompt`, for drift")
@@ -127,6 +129,8 @@ def evaluate(
     with state.main_process_first():
         model, base = find_model(model), find_model(base) if base is not None else None
         tokenizer, base_tokenizer = shared_tokenizer(model, base, bool(questions))
+        if protocol.dtype == "auto" and base is not None:
+            protocol.dtype = common_dtype(model, base)
         suites, benchmarks = load_suites(suite, include_path, data_dir, limit)
     if protocol.apply_chat_template is None:
         protocol.apply_chat_template = tokenizer.chat_template is not None
@@ -219,30 +223,40 @@ def measure(
         prepare: what else to do with the loaded model, on the first process: drift.
     """
     state = processes()
-    loaded = None
+    loaded: Any = None
     if protocol.backend == "hf" or (prepare and state.is_main_process):
         loaded = load_model(model, protocol.dtype)
     if prepare and state.is_main_process:
         prepare(loaded)
     state.wait_for_everyone()
-    if protocol.backend == "vllm":
-        loaded = None
-        args = {"dtype": protocol.dtype, **protocol.model_args}
-        lm = load_vllm(model, tokenizer.name_or_path, protocol.batch_size, args)
-    else:
-        lm = wrap(loaded, tokenizer, protocol.batch_size)
-    found = score(
-        lm,
-        benchmarks,
-        bool(protocol.apply_chat_template),
-        protocol.num_fewshot,
-        protocol.system_instruction,
-        protocol.gen_kwargs,
-        protocol.seed,
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        if protocol.backend == "vllm":
+            loaded = None
+            free_memory()
+            tokenizer.save_pretrained(folder)  # vLLM reads it from disk; the template may be the other model's
+            args = {"dtype": protocol.dtype, **protocol.model_args}
+            lm = load_vllm(model, folder, protocol.batch_size, args)
+        else:
+            lm = wrap(loaded, tokenizer, protocol.batch_size)
+        found = score(
+            lm,
+            benchmarks,
+            bool(protocol.apply_chat_template),
+            protocol.num_fewshot,
+            protocol.system_instruction,
+            protocol.gen_kwargs,
+            protocol.seed,
+        )
     del lm, loaded
-    gc.collect()  # so that the next model finds this one's memory free
+    free_memory()
     return found
+
+
+def free_memory() -> None:
+    """Give back what deleted models held, so that the next one finds it free."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def changes(

@@ -59,10 +59,21 @@ def check_selection(args: EAFTConfig) -> None:
         raise ConfigurationError("forgetting_budget goes with select_checkpoint='budget': give both, or neither.")
     if rule != "budget" and not args.target_suite:
         raise ConfigurationError(f"select_checkpoint={rule!r} weighs target against forgetting: set target_suite.")
+    if rule == "pareto" and args.save_total_limit is not None:
+        raise ConfigurationError("select_checkpoint='pareto' keeps the whole curve: leave save_total_limit out.")
     if args.load_best_model_at_end:
         raise ConfigurationError("select_checkpoint and load_best_model_at_end both choose a checkpoint: set one.")
     if str(args.save_strategy.value) not in ("steps", "epoch"):
         raise ConfigurationError(f"select_checkpoint={rule!r} keeps checkpoints: set save_strategy to steps or epoch.")
+
+
+def check_sharding(sharded: bool) -> None:
+    """Raise a ConfigurationError if the model is to be sharded: measuring generates with the whole of it."""
+    if sharded:
+        raise ConfigurationError(
+            "forgetting_eval_steps needs the whole model on each process, and does not go with FSDP or DeepSpeed: "
+            "save checkpoints, and run `eaft eval` on them."
+        )
 
 
 class ForgettingEval(TrainerCallback):
@@ -80,11 +91,7 @@ class ForgettingEval(TrainerCallback):
 
     def __init__(self, trainer: EAFTTrainer) -> None:
         args, self.trainer = trainer.args, trainer
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            raise ConfigurationError(
-                "forgetting_eval_steps needs the whole model on each process, and does not go with FSDP or DeepSpeed: "
-                "save checkpoints, and run `eaft eval` on them."
-            )
+        check_sharding(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
         names = [*args.forgetting_suite, *(args.target_suite or [])]
         suites, self.benchmarks = load_suites(names, data_dir=args.forgetting_data_dir)
         self.general = [name for suite in suites[: len(args.forgetting_suite)] for name in suite.benchmarks]
@@ -133,9 +140,9 @@ class ForgettingEval(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Under `pareto`, delete the measured checkpoints that another beats; the newest stays, to resume from."""
         if args.select_checkpoint == "pareto" and state.is_world_process_zero:
-            points = history(state)
-            kept = {point["step"] for point in pareto_front(points)} | {state.global_step}
-            for point in points:
+            _, *trained = history(state)
+            kept = {point["step"] for point in pareto_front(trained)} | {state.global_step}
+            for point in trained:
                 if point["step"] not in kept:
                     shutil.rmtree(Path(args.output_dir) / f"checkpoint-{point['step']}", ignore_errors=True)
 

@@ -78,7 +78,10 @@ def paired_change(before: np.ndarray, after: np.ndarray, num_choices: np.ndarray
         variance = p_lost + p_gained
     else:
         p_value = swap_test(before, after)
-        low, high = mean_interval(difference)
+        low, high = bootstrap_interval(difference)
+        if not difference.any():  # nothing to draw from: as for scores of 0 and 1
+            high = Z * math.sqrt(2) / (n + 2)
+            low = -high
         variance = float(difference.var())
     return Change(
         n=n,
@@ -96,11 +99,16 @@ def paired_change(before: np.ndarray, after: np.ndarray, num_choices: np.ndarray
     )
 
 
-def mean_interval(values: np.ndarray) -> tuple[float, float]:
-    """Return the 95% interval of a mean over items: Wilson's where all are 0 or 1, else a bootstrap (scipy's BCa)."""
-    if is_binary(values):
-        interval = stats.binomtest(int(values.sum()), len(values)).proportion_ci(0.95, "wilson")
+def mean_interval(scores: np.ndarray) -> tuple[float, float]:
+    """Return the 95% interval of a mean score: Wilson's where all are 0 or 1, else a bootstrap of the items."""
+    if is_binary(scores):
+        interval = stats.binomtest(int(scores.sum()), len(scores)).proportion_ci(0.95, "wilson")
         return float(interval.low), float(interval.high)
+    return bootstrap_interval(scores)
+
+
+def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
+    """Return the 95% interval of a mean by a bootstrap of the items (scipy's BCa); a point where all are alike."""
     if np.ptp(values) == 0:
         return float(values[0]), float(values[0])
     interval = stats.bootstrap((values,), np.mean, n_resamples=RESAMPLES, batch=100, rng=0).confidence_interval

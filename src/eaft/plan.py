@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 from trl import ModelConfig, get_peft_config
 
 from eaft.errors import ConfigurationError
+from eaft.forgetting import check_sharding
 from eaft.fused import LOGITS_BUDGET_GPU
 from eaft.gates import get_gate
 from eaft.models import first_line, resolve_model
+from eaft.suite import load_suites
 from eaft.trainer import EAFTConfig, EAFTTrainer
 
 GIB = 2**30
-# Memory in GiB and peak dense bf16 rate in FLOP/s, from NVIDIA's data sheets
-GPUS = {"A100 80 GB": (80e9 / GIB, 312e12), "H100 80 GB": (80e9 / GIB, 989e12), "H200 141 GB": (141e9 / GIB, 989e12)}
+# Memory in GiB, as the driver offers it, and peak dense bf16 rate in FLOP/s, from NVIDIA's data sheets
+GPUS = {"A100 80 GB": (79, 312e12), "H100 80 GB": (79, 989e12), "H200 141 GB": (139, 989e12)}
 UTILISATION = 0.4  # of the peak, a good run's
 RESERVE = 1.1  # fragmentation; and one GiB for CUDA and NCCL
 
@@ -48,12 +50,19 @@ class DryRunArguments:
 
 @dataclass
 class Launch:
-    """How many processes there are, and what they share out among them (1: each has all of it)."""
+    """
+    How many processes there are, and what they share out among them (1: each has all of it).
+
+    `offload`: weights, gradients and optimizer states wait in the machine's memory. `upcast`: trained weights are
+    float32 whatever they were loaded in, as accelerate's FSDP2 makes them under mixed precision.
+    """
 
     processes: int = 1
     weights: int = 1
     gradients: int = 1
     optimizer: int = 1
+    offload: bool = False
+    upcast: bool = False
 
 
 @dataclass
@@ -77,6 +86,9 @@ def plan(
         ConfigurationError: what `eaft train` would refuse, or an accelerate config that cannot be read.
     """
     launch = read_launch(launch_args)
+    if args.forgetting_eval_steps:
+        check_sharding(launch.optimizer > 1)
+        load_suites([*args.forgetting_suite, *(args.target_suite or [])], data_dir=args.forgetting_data_dir)
     name = resolve_model(str(model_args.model_name_or_path), args.trust_remote_code)
     source = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
     config = AutoConfig.from_pretrained(name, **source)
@@ -116,9 +128,13 @@ def plan(
         rows.append(
             f"  {launch.processes} x {gpu:<12} {hours:8.1f} h, {hours * launch.processes:8.1f} GPU-hours   {verdict}"
         )
+    if launch.offload:
+        whole = memory(config, model_args, args, total, trainable, counted.longest, replace(launch, offload=False))
+        host = launch.processes * sum(list(whole.values())[:3])  # weights, gradients, optimizer states
+        rows += ["", f"Offloaded: {host:.0f} GiB of the machines' own memory. The time this costs is not counted."]
     if not fits:
         rows += ["", "To fit: shard over more processes (FSDP2), a smaller per_device_train_batch_size or max_length,"]
-        rows += ["gradient_checkpointing, dtype bfloat16, or LoRA (use_peft)."]
+        rows += ["gradient_checkpointing, fsdp_offload_params, or LoRA (use_peft)."]
     return "\n".join(rows)
 
 
@@ -136,7 +152,10 @@ def read_launch(launch_args: list[str]) -> Launch:
         raise ConfigurationError(f"num_processes must be at least 1, got {n}.")
     kind = str(content.get("distributed_type", "NO")).upper()
     if kind == "FSDP" or flags.use_fsdp:
-        return Launch(n, n, n, n)
+        fsdp = content.get("fsdp_config") or {}
+        mixed = str(flags.mixed_precision or content.get("mixed_precision") or "no") != "no"
+        upcast = int(fsdp.get("fsdp_version", 1)) == 2 and mixed
+        return Launch(n, n, n, n, bool(fsdp.get("fsdp_offload_params")), upcast)
     if kind == "DEEPSPEED":
         stage = int((content.get("deepspeed_config") or {}).get("zero_stage", 2))
         return Launch(n, n if stage == 3 else 1, n if stage >= 2 else 1, n if stage >= 1 else 1)
@@ -168,7 +187,7 @@ def count_tokens(name: str, source: dict[str, Any], args: EAFTConfig, train_data
     size = max(tokenizer.get_vocab().values()) + 1
     narrow = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     args = copy.copy(args)
-    args.forgetting_eval_steps, args.model_init_kwargs = 0, None
+    args.forgetting_eval_steps, args.model_init_kwargs, args.push_to_hub = 0, None, False
     with tempfile.TemporaryDirectory() as folder:  # the trainer makes its output folder
         args.output_dir = folder
         model = LlamaForCausalLM(LlamaConfig(vocab_size=size, **narrow))
@@ -206,17 +225,20 @@ def memory(
     if dtype == "auto":
         dtype = str(config.dtype or "float32").removeprefix("torch.")
     weight = 0.5 if model_args.load_in_4bit else 1.0 if model_args.load_in_8bit else width_of[dtype]
-    trained = 4 if weight < 2 else weight
+    if launch.upcast and trainable == total:
+        weight = 4.0
+    trained = 4 if weight < 2 or launch.upcast else weight
     optim = str(getattr(args.optim, "value", args.optim))
     states = 2 if "8bit" in optim else 0 if "adafactor" in optim or "sgd" in optim else 2 * trained
 
     layer = 2 * (5 * hidden + 2 * width + keys + 4 * intermediate)
     tokens = args.per_device_train_batch_size * longest
     kept = layers * 2 * hidden + layer if args.gradient_checkpointing else layers * layer
+    on_gpu = not launch.offload
     parts: dict[str, float] = {
-        "weights": total * weight / launch.weights,
-        "gradients": trainable * trained / launch.gradients,
-        f"optimizer states ({optim})": trainable * states / launch.optimizer,
+        "weights": on_gpu * total * weight / launch.weights,
+        "gradients": on_gpu * trainable * trained / launch.gradients,
+        f"optimizer states ({optim})": on_gpu * trainable * states / launch.optimizer,
         f"activations of {tokens:,} tokens": tokens * kept,
         "head: logits of a chunk, gradient sum": LOGITS_BUDGET_GPU
         + text.vocab_size * hidden * 4 * (trainable == total),
@@ -226,6 +248,8 @@ def memory(
         parts["copies of weights in 16 bit"] = total * 2 * (2 / layers if launch.weights > 1 else 1)
     elif launch.weights > 1:
         parts["gathered layers"] = total * weight * 2 / layers
+    if launch.processes > launch.gradients:
+        parts["DDP's buckets of gradients"] = trainable * trained
     if get_gate(args.gate).anchor and trainable == total:
         parts["reference model"] = total * weight / launch.weights
     return {name: value / GIB for name, value in parts.items()}

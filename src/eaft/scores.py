@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -11,13 +12,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from eaft.errors import ConfigurationError
 from eaft.models import first_line
 from eaft.suite import Benchmark, quiet
 
 Item = dict[str, Any]
+logger = logging.getLogger(__name__)
+SEED = 1234  # lm-eval's own default for few-shot examples
 
 
 def processes() -> PartialState:
@@ -50,6 +53,20 @@ def load_model(model: str, dtype: str = "auto") -> Any:
         raise ConfigurationError(f"{model} cannot be loaded. ({first_line(error)})") from error
 
 
+def common_dtype(*models: str) -> str:
+    """
+    Return the dtype in which several models can be compared: the widest they were saved in.
+
+    Each in its own would take the rounding of one for a change, and the narrowest would round small changes away.
+    """
+    saved = []
+    for model in models:
+        adapter = Path(model, "adapter_config.json")
+        name = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else model
+        saved.append(AutoConfig.from_pretrained(name).dtype or torch.float32)
+    return str(functools.reduce(torch.promote_types, saved)).removeprefix("torch.")
+
+
 def load_tokenizer(model: str) -> Any:
     """
     Return a model's tokenizer (an adapter's may be its base model's), padding left as generation needs it.
@@ -76,7 +93,7 @@ def score(
     num_fewshot: int | None = None,
     system_instruction: str | None = None,
     gen_kwargs: str | None = None,
-    seed: int = 0,
+    seed: int = SEED,
 ) -> dict[str, list[Item]]:
     """
     Run an lm-eval model on benchmarks and return the items of each (on the first process; empty on others).
@@ -88,7 +105,8 @@ def score(
     Args:
         lm: lm-eval's model, see `wrap`.
         benchmarks: see `eaft.suite.load_suites`.
-        num_fewshot, system_instruction, gen_kwargs: as in lm-eval; None keeps what the task says.
+        num_fewshot, system_instruction, gen_kwargs: as in lm-eval; None keeps what the task says, but that answers
+            are cut to what fits the model's context (AIME asks for 32,768 tokens).
 
     Raises:
         ConfigurationError: a task whose first metric is not one number an item.
@@ -103,6 +121,8 @@ def score(
         for name, task in benchmark.tasks.items()
     }
     tasks = {name: task for benchmark in benchmarks.values() for name, task in benchmark.tasks.items()}
+    for task in tasks.values():
+        fit_context(task, lm)
     with quiet():
         output = simple_evaluate(
             model=lm,
@@ -127,6 +147,15 @@ def score(
         name: [item for task in benchmark.tasks for item in items(task, tasks[task], output)]
         for name, benchmark in benchmarks.items()
     }
+
+
+def fit_context(task: Any, lm: Any) -> None:
+    """Let a task ask for no longer answers than three quarters of the model's context; lm-eval would fail midway."""
+    wanted = (task.config.generation_kwargs or {}).get("max_gen_toks", 0)
+    most = 3 * getattr(lm, "max_length", wanted * 2) // 4
+    if wanted > most:
+        logger.warning(f"{task.config.task}: answers are cut at {most} tokens instead of {wanted}, to fit the context.")
+        task.set_config(key="generation_kwargs", value={"max_gen_toks": most}, update=True)
 
 
 def items(name: str, task: Any, output: dict[str, Any]) -> list[Item]:
@@ -169,8 +198,7 @@ def wrap(model: Any, tokenizer: Any, batch_size: int) -> Any:
     """Return a loaded model as lm-eval's `hf` model, sharing the items among this launch's processes."""
     from lm_eval.models.huggingface import HFLM
 
-    logger = logging.getLogger("lm_eval.models.huggingface")
-    logger.setLevel(logging.ERROR)  # it warns of what is set right below
+    logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)  # it warns of what is set right below
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     state = processes()
     if state.num_processes > 1:

@@ -236,7 +236,7 @@ def read_json(files: dict[str, Path]) -> dict[str, Any]:
         "training_split": "train" if "train" in files else None,
         "validation_split": None,
         "test_split": "test",
-        "fewshot_split": "train" if "train" in files else None,
+        "fewshot_split": "train" if "train" in files else "test",  # lm-eval then leaves the item itself out
     }
 
 
