@@ -85,7 +85,8 @@ def tables(runs: list[Numbers], base: Numbers) -> str:
     }
     return (
         "In brackets 95% intervals, over items or prompts. Each objective at the learning rate whose best epoch has "
-        "the lowest held-out nll. Tasks: score, and change from the base model in points.\n\n"
+        "the lowest held-out nll. Tasks: score, and change from the base model in points. Drift is the mean over "
+        "tokens; where two are compared, over prompts.\n\n"
     ) + "\n".join(
         f"## {title}\n\n{tabulate(rows, headers, tablefmt='github', disable_numparse=True)}\n"
         for title, (headers, rows) in sections.items()
@@ -192,9 +193,14 @@ def draw(runs: list[Numbers], base: Numbers, path: Path) -> None:
         )
     axes[0].set(xlabel="drift, KL(base ‖ tuned), nats per token", ylabel="nll of held-out answers (nats)")
     axes[0].set_title("Epoch by epoch, at the best learning rate", fontsize=10)
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names), fontsize=8)
     by = "target" if matched(runs, base, "target") else "nll"
-    rows = [(f"{name}, seed {seed}", values) for (name, seed), (_, values) in matched(runs, base, by).items()][::-1]
+    seeds = {run["seed"] for run in runs}
+
+    def title(objective: str, seed: int) -> str:
+        return objective if len(seeds) == 1 else f"{objective}, seed {seed}"
+
+    rows = [(title(name, seed), values) for (name, seed), (_, values) in matched(runs, base, by).items()][::-1]
     bars(axes[1], [(name, values.mean(), *bootstrap_interval(values)) for name, values in rows])
     what = {"target": "highest target score", "nll": "lowest held-out nll"}[by]
     axes[1].set(xlabel="drift less SFT's, nats per token", title=f"At the {what} that both reach")
@@ -203,10 +209,11 @@ def draw(runs: list[Numbers], base: Numbers, path: Path) -> None:
         changes = []
         for run in scored[::-1]:
             c = paired_change(np.array(base["items"][task]), np.array(run["points"][-1]["items"][task]))
-            changes.append((f"{run['objective']}, seed {run['seed']}", 100 * c.change, 100 * c.low, 100 * c.high))
+            changes.append((title(run["objective"], run["seed"]), 100 * c.change, 100 * c.low, 100 * c.high))
         bars(axes[2], changes, shift, task)
     axes[2].set(xlabel="change from the base model, points", title="After the last epoch")
     axes[2].legend(fontsize=8)
+    axes[1].locator_params(axis="x", nbins=6)
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.title.set_fontsize(10)
