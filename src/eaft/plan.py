@@ -208,8 +208,9 @@ def memory(
     """
     Return what one GPU holds at the peak of a step, in GiB.
 
-    Weights, gradients and AdamW's two states have the dtype the model is loaded in; bf16 autocast keeps bf16 copies
-    of the weights for the forward and backward. Activations of one layer, elements a token: five times the hidden
+    Weights, gradients and AdamW's two states have the dtype the model is loaded in, or are float32 (`Launch.upcast`);
+    bf16 autocast keeps bf16 copies of the weights for the forward and backward. DDP sends gradients in buckets that
+    copy them. Activations of one layer, elements a token: five times the hidden
     size (norms, residuals), queries and attention output, keys and values, four times the intermediate size, at 2
     bytes (the counting of Korthikanti et al. 2022, arXiv:2205.05198, Sec. 4.1, for a gated MLP and attention that
     stores no scores). With checkpointing, each layer's input and one layer. The batch is taken as padded to the
