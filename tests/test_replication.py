@@ -29,6 +29,8 @@ def test_both_are_read_where_both_have_learned_as_much():
         run("sft", 0.1, (1.0, 0.1, 4), (0.8, 0.3, 8), (1.5, 0.9, 9)),
         run("sft", 0.2, (0.9, 0.5, 6), (1.2, 0.8, 6), (1.9, 2.0, 6)),
         run("eaft", 0.1, (1.5, 0.1, 2), (0.9, 0.2, 6), (1.0, 0.4, 7)),
+        run("eaft", 0.2, (1.9, 0.1, 0), (1.8, 0.2, 1), (1.7, 0.4, 2)),
+        run("sft", 0.3, (0.7, 0.01, 9)),  # EAFT was not run at this learning rate
     ]
     # Held-out nll: EAFT's best is 0.9, at drift 0.2; SFT passes it half-way from 0.1 to 0.3 at the lower learning rate
     (row, difference) = matched(runs, BASE, "nll")["eaft", 0]

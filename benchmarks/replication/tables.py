@@ -134,18 +134,19 @@ def matched(runs: list[Numbers], base: Numbers, by: str) -> dict[tuple[str, int]
     their drift by prompt.
 
     Learned by the held-out nll, or by the `target` task's score where that was taken at every epoch. Both sides are
-    read at the best value that both reach, each at the learning rate that reaches it with the least drift,
-    interpolated between epochs.
+    read at the best value that both reach, each at the learning rate (of those that both were run with) that reaches
+    it with the least drift, interpolated between epochs.
     """
-    groups: dict[tuple[str, int], list[list[Numbers]]] = defaultdict(list)
+    groups: dict[tuple[str, int], dict[float, list[Numbers]]] = defaultdict(dict)
     for run in runs:
         if by == "nll" or all(by in p["items"] for p in run["points"]):
-            groups[run["objective"], run["seed"]].append([base, *run["points"]])
+            groups[run["objective"], run["seed"]][run["learning_rate"]] = [base, *run["points"]]
     found = {}
-    for (objective, seed), curves in groups.items():
-        if objective == "sft" or ("sft", seed) not in groups:
+    for (objective, seed), group in groups.items():
+        both = [rate for rate in group if rate in groups.get(("sft", seed), {})]
+        if objective == "sft" or not both:
             continue
-        sft = groups["sft", seed]
+        curves, sft = [group[rate] for rate in both], [groups["sft", seed][rate] for rate in both]
         level = max(min(shortfall(p, by) for points in side for p in points) for side in (curves, sft))
         ours, theirs = drift_at(level, curves, by), drift_at(level, sft, by)
         where = ["held-out nll", f"{level:.3f}"] if by == "nll" else ["target score", f"{100 * (1 - level):.1f}%"]
