@@ -11,11 +11,11 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 
 .PHONY: demo test check clean
 
-demo: $(VENV)/.installed  ## fine-tune a real model with SFT and EAFT; table and pictures in runs/demo (11 minutes)
+demo: $(VENV)/.installed  ## fine-tune a real model with SFT and EAFT; table and pictures in runs/demo (10 minutes)
 	$(PY) -m eaft compare --config recipes/demo/compare.yaml \
 	    --model_name_or_path "$$($(PY) recipes/demo/find_model.py)" $(DEMO_FLAGS)
 
-test: $(VENV)/.installed  ## the tests (12 minutes on 2 cores)
+test: $(VENV)/.installed  ## the tests (13 minutes on 2 cores)
 	$(PY) -m pytest -q $(PYTEST_FLAGS)
 
 check: $(VENV)/.installed  ## lint, format and types
