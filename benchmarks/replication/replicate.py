@@ -138,11 +138,10 @@ def study(task: tuple[Settings, str, int]) -> None:
                 points.append({**point, "items": measure.tasks(str(path), every_epoch)})
         about = {"objective": objective, "learning_rate": learning_rate, "seed": seed, "environment": environment()}
         about["trained"] = json.loads((run / RUN_FILE).read_text())["result"]
-        keep = {best(points)["epoch"], points[-1]["epoch"]}
-        for epoch, path in checkpoints(run).items():
-            if epoch not in keep:
-                shutil.rmtree(path)
         write_json(run / "measured.json", {**about, "points": points})
+        for epoch, path in checkpoints(run).items():
+            if epoch not in (best(points)["epoch"], points[-1]["epoch"]):
+                shutil.rmtree(path)
 
     runs = [
         run

@@ -32,8 +32,8 @@ from eaft.suite import load_suites
 from eaft.trainer import EAFTConfig, EAFTTrainer
 
 GIB = 2**30
-# Memory in GiB, as the driver offers it, and peak dense bf16 rate in FLOP/s, from NVIDIA's data sheets
-GPUS = {"A100 80 GB": (79, 312e12), "H100 80 GB": (79, 989e12), "H200 141 GB": (139, 989e12)}
+# Memory in GiB, about what a program can have, and peak dense bf16 rate in FLOP/s, from NVIDIA's data sheets
+GPUS = {"A100 80 GB": (79, 312e12), "H100 80 GB": (78, 989e12), "H200 141 GB": (139, 989e12)}
 UTILISATION = 0.4  # of the peak, a good run's
 RESERVE = 1.1  # fragmentation; and one GiB for CUDA and NCCL
 
