@@ -105,7 +105,7 @@ def trl_dft() -> dict[str, Any]:
     sys.path.insert(0, str(ROOT))
     from eaft import EAFTTrainer
 
-    build = importlib.import_module("tests.test_trainer").build
+    build = importlib.import_module("tests.training.test_trainer").build
     found = []
     with tempfile.TemporaryDirectory() as folder:
         for cls, settings in ((trl.SFTTrainer, {"loss_type": "dft"}), (EAFTTrainer, {"gate": "dft"})):

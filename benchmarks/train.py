@@ -59,7 +59,7 @@ def measure(contender: str, peft: bool, long: bool) -> dict[str, Any]:
     from eaft import EAFTConfig, EAFTTrainer
     from eaft.models import resolve_model
     from eaft.provenance import peak_memory_gib
-    from eaft.trainer import must_be_measured
+    from eaft.training.trainer import must_be_measured
 
     class Clock(TrainerCallback):
         times: list[float] = []  # noqa: RUF012 - one instance
@@ -130,7 +130,7 @@ def compare_trainers() -> None:
 
 def compare_objectives() -> None:
     """Measure every gate once, full and LoRA."""
-    from eaft.gates import GATES
+    from eaft.objective.gates import GATES
     from eaft.provenance import environment, write_json
 
     runs = run([(gate, peft, False) for peft in (False, True) for gate in GATES])

@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from eaft import token_statistics
-from eaft.gates import GATES, gate_weights, normalized_entropy
+from eaft.objective.gates import GATES, gate_weights, normalized_entropy
 
 # What is measured on data otherwise
 GIVEN = {

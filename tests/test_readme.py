@@ -11,7 +11,7 @@ import yaml
 from datasets import Dataset
 
 from eaft import EAFTConfig, cli
-from eaft.gates import GATES
+from eaft.objective.gates import GATES
 
 from .conftest import make_rows
 

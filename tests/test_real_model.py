@@ -10,8 +10,8 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from eaft import EAFTConfig, EAFTTrainer
-from eaft.gates import GATES
 from eaft.models import resolve_model
+from eaft.objective.gates import GATES
 
 ROOT = Path(__file__).parents[1]
 

@@ -31,11 +31,11 @@ import yaml
 from tables import Numbers, best, read_runs, report
 from tqdm import tqdm
 
-from eaft.drift import PROMPTS, Answer, BaseAnswers, answer_log_probs, read_prompts
+from eaft.evaluation.drift import PROMPTS, Answer, BaseAnswers, answer_log_probs, read_prompts
+from eaft.evaluation.scores import load_model, load_tokenizer, score, wrap
+from eaft.evaluation.suite import load_suites
 from eaft.provenance import environment, write_json
-from eaft.scores import load_model, load_tokenizer, score, wrap
-from eaft.suite import load_suites
-from eaft.train import RUN_FILE
+from eaft.training.train import RUN_FILE
 
 DRIFT_TOKENS = 64  # of each of 32 answers
 

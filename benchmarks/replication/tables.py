@@ -12,9 +12,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from tabulate import tabulate
 
-from eaft.paired import bootstrap_interval, paired_change
+from eaft.evaluation.paired import bootstrap_interval, paired_change
+from eaft.evaluation.report import colors, save
 from eaft.provenance import write_json
-from eaft.report import colors, save
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -3,13 +3,13 @@
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from eaft import gates
-from eaft.fused import linear_gated_cross_entropy
-from eaft.loss import GatedLoss, gated_cross_entropy
-from eaft.statistics import TokenStatistics, token_statistics
+from eaft.objective import gates
+from eaft.objective.fused import linear_gated_cross_entropy
+from eaft.objective.loss import GatedLoss, gated_cross_entropy
+from eaft.objective.statistics import TokenStatistics, token_statistics
 
 if TYPE_CHECKING:
-    from eaft.trainer import EAFTConfig, EAFTTrainer
+    from eaft.training.trainer import EAFTConfig, EAFTTrainer
 
 __version__ = version("eaft")
 
@@ -28,7 +28,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # TRL takes seconds to import, and only the trainer needs it
     if name in ("EAFTConfig", "EAFTTrainer"):
-        from eaft import trainer
+        from eaft.training import trainer
 
         return getattr(trainer, name)
     raise AttributeError(f"module 'eaft' has no attribute {name!r}")

@@ -21,7 +21,7 @@ Entropy-Adaptive Fine-Tuning: fine-tune a language model without making it worse
 `eaft COMMAND --help` explains each.
 """
 
-MODULES = {"train": "eaft.train", "eval": "eaft.evaluate", "compare": "eaft.compare"}
+MODULES = {"train": "eaft.training.train", "eval": "eaft.evaluation.evaluate", "compare": "eaft.comparison.compare"}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,1 @@
+"""Several objectives from one base model: `eaft compare`."""

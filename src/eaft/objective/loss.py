@@ -1,0 +1,123 @@
+"""The gated cross-entropy, L = sum_t g_t * nll_t / N: the readable reference every faster path must equal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eaft.errors import ConfigurationError
+from eaft.objective.gates import Anchor, GateLike, check_gate, gate_weights, get_anchor
+from eaft.objective.statistics import TokenStatistics, token_statistics
+
+
+def loss_terms(
+    stats: TokenStatistics, weights: Tensor, kl: Tensor | None = None, anchor: Anchor | None = None
+) -> Tensor:
+    """Return each token's term of the loss, g_t * nll_t (+ coef * KL_t), in nats."""
+    # A closed gate shuts out even a label of probability 0, whose nll is infinite; but a NaN is never hidden
+    terms = torch.where((weights == 0) & ~stats.nll.isnan(), 0.0, weights * stats.nll)
+    return terms if kl is None or anchor is None else terms + anchor.coef * kl
+
+
+def example_ids_by_row(labels: Tensor) -> Tensor:
+    """Return which example each token is from where nobody says: its row of `[B, S]`, or all one example for `[N]`."""
+    rows = torch.arange(len(labels), device=labels.device) if labels.ndim > 1 else labels.new_zeros(1)
+    return rows.reshape(-1, *[1] * (labels.ndim - 1)).expand(labels.shape)
+
+
+def gated_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    gate: GateLike = "eaft",
+    num_items: int | Tensor | None = None,
+    ignore_index: int = -100,
+    top_k: int = 20,
+    *,
+    example_ids: Tensor | None = None,
+    example_nll: Tensor | None = None,
+    reference_logits: Tensor | None = None,
+    **params: Any,
+) -> Tensor:
+    """
+    Cross-entropy in which each token counts by its gate (arXiv:2601.02151).
+
+    Args:
+        logits: `[N, V]` (or `[..., V]`), any floating dtype; computed in at least float32.
+        labels: `[N]` (or `[...]`) int64, already shifted; positions equal to `ignore_index` do not count.
+        gate: name of a registered gate, or a function of `TokenStatistics`.
+        num_items: what to divide the weighted sum by, for accumulated batches. Default: the number of labelled tokens
+            (not the sum of the gates).
+        ignore_index: label of positions without a loss.
+        top_k: K of the top-K entropy.
+        example_ids: int64, the labels' shape: which example each token is from (`talr`). Default: the row of `[B, S]`
+            labels; one example for `[N]`.
+        example_nll: the labels' shape: the base model's mean nll, in nats, of each token's example (`flow`).
+        reference_logits: the logits' shape: the base model's logits, without gradient (`sft-kl`, `asft`).
+        params: what the gate takes, e.g. `alpha=2.0` for `eaft`.
+
+    Returns:
+        Scalar in nats per token, float32 (float64 for float64 logits). Without a labelled token it is a zero that is
+        connected to the graph, with zero gradients.
+
+    Raises:
+        ConfigurationError: unknown gate, a parameter it does not take or refuses, or something it needs is missing.
+    """
+    gate, anchor = check_gate(gate, params), get_anchor(gate, **params)
+    labelled = labels != ignore_index
+    if example_ids is None:
+        example_ids = example_ids_by_row(labels)
+    # Cast once, so that the gradients of both terms are added in float32
+    logits = logits[labelled].to(torch.promote_types(logits.dtype, torch.float32))
+    stats = replace(
+        token_statistics(logits, labels[labelled], top_k),
+        example_ids=example_ids[labelled],
+        example_nll=None if example_nll is None else example_nll[labelled],
+    )
+    kl = None
+    if anchor is not None:
+        if reference_logits is None:
+            raise ConfigurationError(f"gate={gate!r} needs reference_logits, the base model's.")
+        kl = anchor.kl(logits.log_softmax(-1), reference_logits[labelled].detach().to(logits.dtype).log_softmax(-1))
+    loss = loss_terms(stats, gate_weights(gate, stats, **params), kl, anchor).sum()
+    num_items = labelled.sum() if num_items is None else torch.as_tensor(num_items, device=loss.device)
+    return loss / num_items.clamp(min=1)
+
+
+@dataclass
+class GatedLoss:
+    """
+    The gated cross-entropy as the `compute_loss_func` of transformers' `Trainer`, for those who do not use TRL.
+
+        Trainer(..., compute_loss_func=GatedLoss("eaft"))
+
+    It shifts the labels, honours `num_items_in_batch`, and is the plain nll when no gradient is asked for, so that
+    `eval_loss` can be compared across gates. It needs the full logits; `EAFTTrainer` does not. Each row counts as one
+    example (`talr`), also one of several packed sequences.
+
+    Args:
+        gate: name of a registered gate, or a function of `TokenStatistics`.
+        top_k: K of the top-K entropy.
+        params: what the gate takes, e.g. `{"alpha": 2.0}`.
+
+    Raises:
+        ConfigurationError: unknown gate or parameter, or a gate that needs the base model beside the trained one.
+    """
+
+    gate: GateLike = "eaft"
+    top_k: int = 20
+    params: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        gate = check_gate(self.gate, self.params)
+        if gate.anchor is not None or gate.needs_example_nll:
+            raise ConfigurationError(f"gate={self.gate!r} needs the base model as well; use EAFTTrainer.")
+
+    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: int | Tensor | None = None) -> Tensor:
+        """Return the loss of a causal model's `outputs.logits` `[B, S, V]` on unshifted `labels` `[B, S]`."""
+        logits, labels = outputs.logits[..., :-1, :], labels[..., 1:].to(outputs.logits.device)
+        if not logits.requires_grad:
+            return gated_cross_entropy(logits, labels, "sft", num_items_in_batch, top_k=self.top_k)
+        return gated_cross_entropy(logits, labels, self.gate, num_items_in_batch, top_k=self.top_k, **self.params)

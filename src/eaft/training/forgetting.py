@@ -1,0 +1,234 @@
+"""
+While it trains: how far the model has drifted and what it has lost, every N steps, and which checkpoint to keep.
+
+The base model is the model at step 0. Its answers and their log-probabilities are kept in `OUTPUT_DIR/forgetting` until
+training ends, and read from there when it is resumed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
+from transformers import TrainerCallback
+
+from eaft.errors import ConfigurationError
+from eaft.evaluation.drift import BaseAnswers, read_prompts
+from eaft.evaluation.scores import score, wrap
+from eaft.evaluation.suite import load_suites
+
+if TYPE_CHECKING:
+    from eaft.training.trainer import EAFTConfig, EAFTTrainer
+
+logger = get_logger(__name__)
+FOLDER = "forgetting"
+PROMPTS, ANSWER_TOKENS = 32, 64  # drift costs a forward pass over these
+RULES = {
+    "budget": "the last checkpoint whose drift is within --forgetting_budget; training stops when it is passed",
+    "best-mean": "the best mean over all tasks of both suites, as the paper chooses",
+    "pareto": "every checkpoint that no other beats in both target and drift; the model is the one at the curve's knee",
+}
+
+
+def check_selection(args: EAFTConfig) -> None:
+    """
+    Complete and check the settings of `select_checkpoint`.
+
+    Raises:
+        ConfigurationError: settings that are missing or do not go together.
+    """
+    if args.forgetting_budget is not None and args.select_checkpoint is None:
+        args.select_checkpoint = "budget"
+    rule = args.select_checkpoint
+    if rule is None:
+        return
+    if rule not in RULES:
+        raise ConfigurationError(f"select_checkpoint={rule!r} is unknown; choose one of {', '.join(RULES)}.")
+    if args.forgetting_eval_steps < 1:
+        raise ConfigurationError(f"select_checkpoint={rule!r} needs measurements: set forgetting_eval_steps.")
+    if (rule == "budget") != (args.forgetting_budget is not None):
+        raise ConfigurationError("forgetting_budget goes with select_checkpoint='budget': give both, or neither.")
+    if rule != "budget" and not args.target_suite:
+        raise ConfigurationError(f"select_checkpoint={rule!r} weighs target against forgetting: set target_suite.")
+    if rule == "pareto" and args.save_total_limit is not None:
+        raise ConfigurationError("select_checkpoint='pareto' keeps the whole curve: leave save_total_limit out.")
+    if args.load_best_model_at_end:
+        raise ConfigurationError("select_checkpoint and load_best_model_at_end both choose a checkpoint: set one.")
+    if str(args.save_strategy.value) not in ("steps", "epoch"):
+        raise ConfigurationError(f"select_checkpoint={rule!r} keeps checkpoints: set save_strategy to steps or epoch.")
+
+
+def check_sharding(sharded: bool) -> None:
+    """Raise a ConfigurationError if the model is to be sharded: measuring generates with the whole of it."""
+    if sharded:
+        raise ConfigurationError(
+            "forgetting_eval_steps needs the whole model on each process, and does not go with FSDP or DeepSpeed: "
+            "save checkpoints, and run `eaft eval` on them."
+        )
+
+
+class ForgettingEval(TrainerCallback):
+    """
+    Measures drift, `general` and `target` (mean scores of the suites) before the first step, every N steps, and at
+    the end.
+
+    Logs them beside the loss; with `select_checkpoint`, saves the checkpoints worth keeping and leaves the trainer with
+    the chosen one's weights.
+
+    Raises:
+        ConfigurationError: a suite or its data is missing, the model is sharded, or the first measurement is already
+            over budget.
+    """
+
+    def __init__(self, trainer: EAFTTrainer) -> None:
+        args, self.trainer = trainer.args, trainer
+        check_sharding(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+        names = [*args.forgetting_suite, *(args.target_suite or [])]
+        suites, self.benchmarks = load_suites(names, data_dir=args.forgetting_data_dir)
+        self.general = [name for suite in suites[: len(args.forgetting_suite)] for name in suite.benchmarks]
+        self.target = [name for suite in suites[len(args.forgetting_suite) :] for name in suite.benchmarks]
+        self.prompts = read_prompts(args.forgetting_prompts, PROMPTS)
+        self.answers = BaseAnswers(Path(args.output_dir) / FOLDER)
+        if args.select_checkpoint is not None:
+            args.load_best_model_at_end = True  # of the step that this callback names
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Record the base model, or find what was recorded when this run began."""
+        if state.global_step > 0:
+            if not self.answers.recorded:
+                raise ConfigurationError(
+                    f"{self.answers.log_probs} is missing: it holds the base model's probabilities, which a checkpoint "
+                    "no longer has. Copy it from the run's output folder, or start afresh."
+                )
+            return
+        with self.measuring() as (model, tokenizer):
+            if state.is_world_process_zero:
+                shutil.rmtree(self.answers.folder, ignore_errors=True)
+                self.answers.record(model, tokenizer, self.prompts, ANSWER_TOKENS, args.per_device_eval_batch_size)
+        self.measure(state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure, and decide what to keep."""
+        if state.global_step % args.forgetting_eval_steps and state.global_step < state.max_steps:
+            return
+        self.measure(state)
+        if args.select_checkpoint is None:
+            return
+        points = history(state)
+        chosen = select(points, args.select_checkpoint, args.forgetting_budget)
+        if chosen is None:
+            raise ConfigurationError(
+                f"forgetting_budget={args.forgetting_budget} was passed before the first measurement (drift "
+                f"{points[-1]['drift']:.4f} at step {state.global_step}): lower forgetting_eval_steps or learning_rate."
+            )
+        if args.select_checkpoint == "budget" and chosen["step"] != state.global_step:
+            control.should_training_stop = True
+        control.should_save |= chosen["step"] == state.global_step or args.select_checkpoint == "pareto"
+        state.best_global_step = chosen["step"]
+        # Trainer notes the path when it saves; nothing need be saved now for it to be known at the end
+        state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{chosen['step']}")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Under `pareto`, delete the measured checkpoints that another beats; the newest stays, to resume from."""
+        if args.select_checkpoint == "pareto" and state.is_world_process_zero:
+            _, *trained = history(state)
+            kept = {point["step"] for point in pareto_front(trained)} | {state.global_step}
+            for point in trained:
+                if point["step"] not in kept:
+                    shutil.rmtree(Path(args.output_dir) / f"checkpoint-{point['step']}", ignore_errors=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Free the disk."""
+        if state.is_world_process_zero:
+            self.answers.free()
+
+    def measure(self, state: Any) -> None:
+        """Measure the model as it is, and log it."""
+        with self.measuring() as (model, tokenizer):
+            lm = wrap(model, tokenizer, self.trainer.args.per_device_eval_batch_size)
+            items = score(lm, self.benchmarks, apply_chat_template=tokenizer.chat_template is not None)
+            metrics: list[dict[str, float]] = [{}]
+            if state.is_world_process_zero:
+                scores = {name: float(np.mean([item["score"] for item in found])) for name, found in items.items()}
+                metrics = [{"drift": self.answers.drift(model)["mean"]}]
+                for kind, names in (("general", self.general), ("target", self.target)):
+                    if names:
+                        metrics[0][kind] = float(np.mean([scores[name] for name in names]))
+                metrics[0].update({f"score/{name}": value for name, value in scores.items()})
+            if self.trainer.accelerator.num_processes > 1:
+                broadcast_object_list(metrics)
+            control = self.trainer.control
+            should_log = control.should_log
+            self.trainer.log(metrics[0])  # still in evaluation mode: the training metrics' sums are left alone
+            control.should_log = should_log  # whether the training metrics are due, which logging anything takes back
+
+    @contextlib.contextmanager
+    def measuring(self) -> Iterator[tuple[Any, Any]]:
+        """Lend the model, in evaluation mode, and a tokenizer; the randomness of training is as if nothing had been."""
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped)
+        tokenizer = copy.deepcopy(self.trainer.processing_class)
+        tokenizer.padding_side = "left"
+        devices = [self.trainer.args.device] if self.trainer.args.device.type == "cuda" else []
+        states = random.getstate(), np.random.get_state()  # noqa: NPY002 - lm-eval seeds this one
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices):
+                yield model, tokenizer
+        finally:
+            model.train(was_training)
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002
+            self.trainer.accelerator.wait_for_everyone()
+
+
+def history(state: Any) -> list[dict[str, float]]:
+    """Return the measurements so far, one a step, base model first; they survive a resumption."""
+    points = {log["step"]: log for log in state.log_history if "drift" in log}
+    return [points[step] for step in sorted(points)]
+
+
+def select(points: list[dict[str, float]], rule: str, budget: float | None) -> dict[str, float] | None:
+    """
+    Return the measurement whose checkpoint is to be kept, by one of `RULES`; None if none is within the budget.
+
+    Args:
+        points: as `history` returns them; the first is the base model, which is never chosen.
+    """
+    base, *trained = points
+    if rule == "budget":
+        assert budget is not None
+        over = next((i for i, point in enumerate(trained) if point["drift"] > budget), len(trained))
+        return trained[over - 1] if over else None
+    if rule == "best-mean":
+        return max(trained, key=mean_score)
+    # The knee (Satopaa et al. 2011): where the gain, as a share of the largest, is furthest ahead of the drift
+    front = pareto_front(trained)
+    gain = max(max(point["target"] for point in front) - base["target"], 1e-12)
+    drift = max(max(point["drift"] for point in front), 1e-12)
+    return max(front, key=lambda point: (point["target"] - base["target"]) / gain - point["drift"] / drift)
+
+
+def mean_score(point: dict[str, float]) -> float:
+    """Return the mean over all tasks measured."""
+    scores = [value for name, value in point.items() if name.startswith("score/")]
+    return sum(scores) / len(scores)
+
+
+def pareto_front(points: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Return the points that no other beats: a target at least as high, a drift at least as low, not both equal."""
+
+    def beats(a: dict[str, float], b: dict[str, float]) -> bool:
+        as_good = a["target"] >= b["target"] and a["drift"] <= b["drift"]
+        return as_good and (a["target"], a["drift"]) != (b["target"], b["drift"])
+
+    return [point for point in points if not any(beats(other, point) for other in points)]

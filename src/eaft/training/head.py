@@ -1,0 +1,202 @@
+"""
+The gated LM head: the loss inside the model's forward, on labelled positions only, without full logits.
+
+TRL gives the model a fused head (`trl.trainer.utils.add_fused_lm_head`): `model(..., fused_lm_head=True)` returns
+per-token log-probabilities. We put ours in its place, with the same call and the same output, because TRL's knows no
+top-K entropy. It runs inside the forward so that DDP, FSDP2 and ZeRO-3 see it and reduce its gradients.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial
+from transformers import PreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
+
+from eaft.objective.fused import Reference, TokenLosses, linear_gated_cross_entropy
+from eaft.objective.gates import get_anchor, get_gate
+
+
+def logit_scale(text_config: Any) -> float:
+    """Return what the architecture multiplies its logits by: each family has its own name for it."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if (scale := getattr(text_config, name, None)) is not None:
+            return scale
+    scaling = getattr(text_config, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies
+    return scaling if text_config.model_type == "hyperclovax" else 1 / scaling
+
+
+def full_parameter(parameter: Any) -> Any:
+    """
+    Gather a parameter that FSDP2 or tensor parallelism left sharded.
+
+    Data-parallel ranks hold different gradients of it, which FSDP2 averages; tensor-parallel ranks hold the same one.
+    Averaging over the mesh is right for both.
+    """
+    if not isinstance(parameter, DTensor):
+        return parameter
+    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
+
+
+def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy of `model` that is not trained, and that returns its last hidden states `[B, S, H]` when called."""
+    # A patched forward is bound to the model it was made for
+    forward = model.__dict__.pop("forward", None)
+    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    if forward is not None:
+        model.forward = forward
+    # Logits are needed a chunk at a time; the copy is called as a whole, so that FSDP gathers it
+    frozen.forward = types.MethodType(
+        lambda frozen, *args, **kwargs: frozen.base_model(*args, **kwargs).last_hidden_state, frozen
+    )
+    return frozen
+
+
+class GatedLMHead:
+    """
+    Patches `model` so that `model(..., labels=labels, fused_lm_head=True)` returns the gated loss.
+
+    The output is TRL's `FusedCausalLMOutput`, 1-D over the labelled tokens; but its `log_probs`, which TRL only sums,
+    are their sum already: in training mode of the terms of the loss with their sign changed, -(g_t nll_t + coef KL_t),
+    in evaluation mode of plain ln p_t, so that `eval_loss` is the nll whatever the gate. Calls without
+    `fused_lm_head=True` go to the model's own forward.
+
+    Args:
+        model: a causal language model, not wrapped by PEFT (pass `peft_model.get_base_model()`).
+        gate: a gate, as `eaft.objective.gates.get_gate` takes it.
+        top_k: K of the top-K entropy.
+        params: what the gate takes, e.g. `{"alpha": 1.0}`; may be completed before the first training step.
+        reference: for a gate with a KL term: what `frozen_copy` returns, or the `PeftModel` around `model`, whose
+            adapters are switched off for the reference's pass.
+
+    Attributes:
+        example_nll: for a gate that needs it, the base model's mean nll of each example, float32 `[examples]`.
+        losses: `TokenLosses` of the last call's labelled tokens (in evaluation mode their weights are 1).
+    """
+
+    losses: TokenLosses
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        gate: Any,
+        top_k: int,
+        params: dict[str, Any],
+        reference: Any = None,
+    ) -> None:
+        self.gate, self.top_k, self.params = get_gate(gate), top_k, params
+        self.anchor, self.reference = get_anchor(gate, **params), reference
+        self.example_nll: Tensor | None = None
+        text_config = model.config.get_text_config()
+        self.text_config = text_config
+        self.logit_scale = logit_scale(text_config)
+        self.softcap: float | None = getattr(text_config, "final_logit_softcapping", None)
+        original_forward = model.forward
+
+        # `generate` validates its keyword arguments against the model's own signature
+        @functools.wraps(type(model).forward)
+        def forward(model: PreTrainedModel, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+            return self(model, *args, **kwargs) if fused_lm_head else original_forward(*args, **kwargs)
+
+        model.forward = types.MethodType(forward, model)
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        *args: Any,
+        labels: Any = None,
+        shift_labels: Tensor | None = None,
+        example_ids: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        **kwargs: Any,
+    ) -> FusedCausalLMOutput:
+        """
+        Run the backbone and score the labels `[B, S]`, or `shift_labels` (context parallelism) as they stand.
+
+        `example_ids` `[B, S]` says which example each label is from, for the gates that need it.
+        """
+        kwargs["use_cache"] = False
+        use_reference = self.anchor is not None and model.training
+        reference = self.run_reference(model, *args, **kwargs) if use_reference else None
+        if getattr(self.text_config, "output_router_logits", False):
+            kwargs.setdefault("output_router_logits", True)
+        # Looked up on each call: FSDP and PEFT replace the backbone and the head after patching
+        backbone = model.base_model(*args, **kwargs)
+        lm_head = model.get_output_embeddings()
+        hidden = backbone.last_hidden_state
+        shift = slice(None)
+        if shift_labels is None:
+            shift, labels = slice(-1), labels[:, 1:]
+            example_ids = None if example_ids is None else example_ids[:, 1:]
+        else:
+            labels = shift_labels
+        # With `device_map`, the backbone can end on another device than the head
+        device = lm_head.weight.device
+        labels = labels.to(device)
+        labelled = labels != -100
+        example_nll = None
+        if example_ids is not None:
+            example_ids = example_ids.to(device)
+            if self.example_nll is not None:
+                example_nll = self.example_nll.to(device)[example_ids.where(labelled, 0)]
+        gate, params = (self.gate, self.params) if model.training else ("sft", {})
+        weight, bias = full_parameter(lm_head.weight), full_parameter(lm_head.bias)
+        with maybe_gather_lm_head_ctx(weight, bias):
+            total, self.losses = linear_gated_cross_entropy(
+                hidden[:, shift].to(device),
+                weight,
+                labels,
+                gate,
+                bias,
+                num_items=1,
+                top_k=self.top_k,
+                logit_scale=self.logit_scale,
+                softcap=self.softcap,
+                example_ids=example_ids,
+                example_nll=example_nll,
+                reference=reference and replace(reference, hidden=reference.hidden[:, shift].to(device)),
+                return_losses=True,
+                **params,
+            )
+        num_items = labelled.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        loss = total / num_items.clamp(min=1)
+        aux_loss = None
+        if kwargs.get("output_router_logits"):
+            config = self.text_config
+            aux_loss = load_balancing_loss_func(
+                backbone.router_logits, config.num_experts, config.num_experts_per_tok, kwargs.get("attention_mask")
+            )
+            loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss
+        return FusedCausalLMOutput(
+            loss=loss,
+            log_probs=-total.unsqueeze(0),
+            entropy=self.losses.statistics.entropy,
+            is_top1=self.losses.statistics.is_top1,
+            label_mask=labelled,
+            aux_loss=aux_loss,
+        )
+
+    @torch.no_grad()
+    def run_reference(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Reference:
+        """Return the reference's hidden states `[B, S, H]` and its head."""
+        if isinstance(self.reference, PreTrainedModel):
+            hidden, lm_head = self.reference(*args, **kwargs), self.reference.get_output_embeddings()
+            return Reference(hidden, full_parameter(lm_head.weight), full_parameter(lm_head.bias))
+        model.eval()  # the reference has no dropout
+        try:
+            with self.reference.disable_adapter():
+                hidden, lm_head = model.base_model(*args, **kwargs).last_hidden_state, model.get_output_embeddings()
+                return Reference(hidden, full_parameter(lm_head.weight), full_parameter(lm_head.bias))
+        finally:
+            model.train()

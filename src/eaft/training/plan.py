@@ -1,0 +1,271 @@
+"""
+`eaft train --dry_run`: check a recipe, count its parameters and tokens, and estimate memory and time, without the
+weights.
+
+The model is built on torch's meta device from its config, so nothing of its size is loaded. The data is prepared by the
+trainer itself, around a model of eight hidden units with the real tokenizer, so what is checked and counted is what
+would be trained on. Memory and time are estimates from first principles; each formula is in its function.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from accelerate.commands.launch import launch_command_parser
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from trl import ModelConfig, get_peft_config
+
+from eaft.errors import ConfigurationError
+from eaft.evaluation.suite import load_suites
+from eaft.models import first_line, resolve_model
+from eaft.objective.fused import LOGITS_BUDGET_GPU
+from eaft.objective.gates import get_gate
+from eaft.training.forgetting import check_sharding
+from eaft.training.trainer import EAFTConfig, EAFTTrainer
+
+GIB = 2**30
+# Memory in GiB, about what a program can have, and peak dense bf16 rate in FLOP/s, from NVIDIA's data sheets
+GPUS = {"A100 80 GB": (79, 312e12), "H100 80 GB": (78, 989e12), "H200 141 GB": (139, 989e12)}
+UTILISATION = 0.4  # of the peak, a good run's
+RESERVE = 1.1  # fragmentation; and one GiB for CUDA and NCCL
+
+
+@dataclass
+class DryRunArguments:
+    """The flag of `eaft train` that asks for a plan."""
+
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Check the recipe, count parameters and tokens, estimate memory and time; train nothing."},
+    )
+
+
+@dataclass
+class Launch:
+    """
+    How many processes there are, and what they share out among them (1: each has all of it).
+
+    `offload`: weights, gradients and optimizer states wait in the machine's memory. `upcast`: trained weights are
+    float32 whatever they were loaded in, as accelerate's FSDP2 makes them under mixed precision.
+    """
+
+    processes: int = 1
+    weights: int = 1
+    gradients: int = 1
+    optimizer: int = 1
+    offload: bool = False
+    upcast: bool = False
+
+
+@dataclass
+class Tokens:
+    """What the prepared training data holds; tokens are those of one epoch."""
+
+    rows: int
+    tokens: int
+    labelled: int
+    longest: int
+    full_rows: int  # rows of max_length: truncated, packed, or just as long
+
+
+def plan(
+    args: EAFTConfig, model_args: ModelConfig, train_dataset: Any, eval_dataset: Any, launch_args: list[str]
+) -> str:
+    """
+    Return the plan as text.
+
+    Raises:
+        ConfigurationError: what `eaft train` would refuse, or an accelerate config that cannot be read.
+    """
+    launch = read_launch(launch_args)
+    if args.forgetting_eval_steps:
+        check_sharding(launch.optimizer > 1)
+        load_suites([*args.forgetting_suite, *(args.target_suite or [])], data_dir=args.forgetting_data_dir)
+    name = resolve_model(str(model_args.model_name_or_path), args.trust_remote_code)
+    source = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
+    config = AutoConfig.from_pretrained(name, **source)
+    model = meta_model(config, model_args, args)
+    total, trainable = count_parameters(model)
+    counted = count_tokens(name, source, args, train_dataset, eval_dataset)
+
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * launch.processes
+    per_epoch = math.ceil(counted.rows / batch)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
+    trained = counted.tokens * steps / per_epoch
+    parts = memory(config, model_args, args, total, trainable, counted.longest, launch)
+    need = RESERVE * sum(parts.values()) + 1
+    operations = flops(config, args, total, trainable, trained, counted.tokens / counted.rows)
+    rows = [
+        f"Recipe is complete; gate {args.gate}. Nothing was trained or written.",
+        "",
+        f"Parameters   {total:,}, of which {trainable:,} are trained",
+        f"Data         {counted.rows:,} rows, {counted.tokens:,} tokens an epoch, {counted.labelled:,} labelled "
+        f"({counted.labelled / counted.tokens:.0%}); longest row {counted.longest:,}, {counted.full_rows:,} rows of "
+        f"max_length",
+        f"Steps        {steps:,} of {batch} rows ({args.per_device_train_batch_size} x "
+        f"{args.gradient_accumulation_steps} x {launch.processes} processes), {trained:,.0f} tokens in all",
+        "",
+        "Memory per GPU, estimated (GiB):",
+        *(f"  {part:<44}{value:8.1f}" for part, value in parts.items()),
+        f"  {'with 10% for fragmentation and 1 GiB for CUDA':<44}{need:8.1f}",
+        "",
+        f"Time, estimated ({operations:.2g} FLOP at {UTILISATION:.0%} of the peak bf16 rate; data, evaluation and "
+        "saving not counted):",
+    ]
+    fits = False
+    for gpu, (capacity, rate) in GPUS.items():
+        hours = operations / (launch.processes * rate * UTILISATION) / 3600
+        verdict = "fits" if need <= capacity else "DOES NOT FIT"
+        fits |= need <= capacity
+        rows.append(
+            f"  {launch.processes} x {gpu:<12} {hours:8.1f} h, {hours * launch.processes:8.1f} GPU-hours   {verdict}"
+        )
+    if launch.offload:
+        whole = memory(config, model_args, args, total, trainable, counted.longest, replace(launch, offload=False))
+        host = launch.processes * sum(list(whole.values())[:3])  # weights, gradients, optimizer states
+        rows += ["", f"Offloaded: {host:.0f} GiB of the machines' own memory. The time this costs is not counted."]
+    if not fits:
+        rows += ["", "To fit: shard over more processes (FSDP2), a smaller per_device_train_batch_size or max_length,"]
+        rows += ["gradient_checkpointing, fsdp_offload_params, or LoRA (use_peft)."]
+    return "\n".join(rows)
+
+
+def read_launch(launch_args: list[str]) -> Launch:
+    """Return what the flags of `accelerate launch`, and the config file they name, say."""
+    flags = launch_command_parser().parse_args([*launch_args, "script"])
+    content: dict[str, Any] = {}
+    if flags.config_file:
+        try:
+            content = yaml.safe_load(Path(flags.config_file).read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigurationError(f"accelerate_config={flags.config_file!r}: {first_line(error)}") from error
+    n = int(flags.num_processes or content.get("num_processes") or 1)
+    if n < 1:
+        raise ConfigurationError(f"num_processes must be at least 1, got {n}.")
+    kind = str(content.get("distributed_type", "NO")).upper()
+    if kind == "FSDP" or flags.use_fsdp:
+        fsdp = content.get("fsdp_config") or {}
+        mixed = str(flags.mixed_precision or content.get("mixed_precision") or "no") != "no"
+        upcast = int(fsdp.get("fsdp_version", 1)) == 2 and mixed
+        return Launch(n, n, n, n, bool(fsdp.get("fsdp_offload_params")), upcast)
+    if kind == "DEEPSPEED":
+        stage = int((content.get("deepspeed_config") or {}).get("zero_stage", 2))
+        return Launch(n, n if stage == 3 else 1, n if stage >= 2 else 1, n if stage >= 1 else 1)
+    return Launch(n)
+
+
+def meta_model(config: Any, model_args: ModelConfig, args: EAFTConfig) -> Any:
+    """Return the model, with its adapters if it is to have some, on the meta device: shapes without memory."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
+    model.tie_weights()
+    peft_config = get_peft_config(model_args)
+    if peft_config is None:
+        return model
+    from peft import get_peft_model
+
+    return get_peft_model(model, peft_config)
+
+
+def count_parameters(model: Any) -> tuple[int, int]:
+    """Return how many parameters a model has, and how many of them are trained; tied ones count once."""
+    parameters = list({id(p): p for p in model.parameters()}.values())
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+
+
+def count_tokens(name: str, source: dict[str, Any], args: EAFTConfig, train_dataset: Any, eval_dataset: Any) -> Tokens:
+    """Let the trainer prepare the data, as it would to train, and count it."""
+    tokenizer = AutoTokenizer.from_pretrained(name, **source)
+    size = max(tokenizer.get_vocab().values()) + 1
+    narrow = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    args = copy.copy(args)
+    args.forgetting_eval_steps, args.model_init_kwargs, args.push_to_hub = 0, None, False
+    with tempfile.TemporaryDirectory() as folder:  # the trainer makes its output folder
+        args.output_dir = folder
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=size, **narrow))
+        trainer = EAFTTrainer(
+            model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=tokenizer
+        )
+        lengths, labelled = [], 0
+        for row in trainer.train_dataset:
+            lengths.append(len(row["input_ids"]))
+            labelled += int((np.asarray(row["labels"][1:]) != -100).sum())
+    full = sum(length == args.max_length for length in lengths)
+    return Tokens(len(lengths), sum(lengths), labelled, max(lengths), full)
+
+
+def memory(
+    config: Any, model_args: ModelConfig, args: EAFTConfig, total: int, trainable: int, longest: int, launch: Launch
+) -> dict[str, float]:
+    """
+    Return what one GPU holds at the peak of a step, in GiB.
+
+    Weights, gradients and AdamW's two states have the dtype the model is loaded in, or are float32 (`Launch.upcast`);
+    bf16 autocast keeps bf16 copies of the weights for the forward and backward. DDP sends gradients in buckets that
+    copy them. Activations of one layer, elements a token: five times the hidden
+    size (norms, residuals), queries and attention output, keys and values, four times the intermediate size, at 2
+    bytes (the counting of Korthikanti et al. 2022, arXiv:2205.05198, Sec. 4.1, for a gated MLP and attention that
+    stores no scores). With checkpointing, each layer's input and one layer. The batch is taken as padded to the
+    longest row. The head: its chunk of logits and a float32 sum of its weight's gradient (`eaft.objective.fused`).
+    """
+    text = config.get_text_config()
+    hidden, layers = text.hidden_size, text.num_hidden_layers
+    heads, intermediate = text.num_attention_heads, getattr(text, "intermediate_size", 4 * text.hidden_size)
+    width = (getattr(text, "head_dim", None) or hidden // heads) * heads
+    keys = 2 * width // heads * (getattr(text, "num_key_value_heads", None) or heads)
+    width_of = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+    dtype = str(model_args.dtype or "float32").removeprefix("torch.")
+    if dtype == "auto":
+        dtype = str(config.dtype or "float32").removeprefix("torch.")
+    weight = 0.5 if model_args.load_in_4bit else 1.0 if model_args.load_in_8bit else width_of[dtype]
+    if launch.upcast and trainable == total:
+        weight = 4.0
+    trained = 4 if weight < 2 or launch.upcast else weight
+    optim = str(getattr(args.optim, "value", args.optim))
+    states = 2 if "8bit" in optim else 0 if "adafactor" in optim or "sgd" in optim else 2 * trained
+
+    layer = 2 * (5 * hidden + 2 * width + keys + 4 * intermediate)
+    tokens = args.per_device_train_batch_size * longest
+    kept = layers * 2 * hidden + layer if args.gradient_checkpointing else layers * layer
+    on_gpu = not launch.offload
+    parts: dict[str, float] = {
+        "weights": on_gpu * total * weight / launch.weights,
+        "gradients": on_gpu * trainable * trained / launch.gradients,
+        f"optimizer states ({optim})": on_gpu * trainable * states / launch.optimizer,
+        f"activations of {tokens:,} tokens": tokens * kept,
+        "head: logits of a chunk, gradient sum": LOGITS_BUDGET_GPU
+        + text.vocab_size * hidden * 4 * (trainable == total),
+    }
+    if weight == 4 and (args.bf16 or args.fp16):
+        # Sharded, two layers at a time are whole; else all are copied
+        parts["copies of weights in 16 bit"] = total * 2 * (2 / layers if launch.weights > 1 else 1)
+    elif launch.weights > 1:
+        parts["gathered layers"] = total * weight * 2 / layers
+    if launch.processes > launch.gradients:
+        parts["DDP's buckets of gradients"] = trainable * trained
+    if get_gate(args.gate).anchor and trainable == total:
+        parts["reference model"] = total * weight / launch.weights
+    return {name: value / GIB for name, value in parts.items()}
+
+
+def flops(config: Any, args: EAFTConfig, total: int, trainable: int, tokens: float, length: float) -> float:
+    """
+    Return a run's floating-point operations: 2 a parameter and token forward, 4 backward (2 where weights are frozen).
+
+    Checkpointing runs the forward once more, a reference model too. Attention adds 2 * layers * width * length forward
+    (causal). Kaplan et al. 2020, arXiv:2001.08361, Sec. 2.1.
+    """
+    text = config.get_text_config()
+    width = (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads) * text.num_attention_heads
+    forward = 2 * total + 2 * text.num_hidden_layers * width * length
+    passes = 3 if trainable == total else 2
+    passes += bool(args.gradient_checkpointing) + bool(get_gate(args.gate).anchor)
+    return tokens * forward * passes

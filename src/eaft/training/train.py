@@ -1,0 +1,265 @@
+"""`eaft train`: what `trl sft` does, with a gate. The output folder loads with `from_pretrained`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+from accelerate.commands.launch import launch_command, launch_command_parser
+from safetensors import SafetensorError
+from transformers import TrainerCallback
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+from trl.cli.accelerate_config import resolve_accelerate_config_argument
+from trl.cli.commands.training import _subtract_subsequence as subtract_subsequence
+
+from eaft.errors import ConfigurationError, nearest
+from eaft.models import first_line, resolve_model
+from eaft.objective.gates import gates_help
+from eaft.provenance import environment, peak_memory_gib, write_json
+from eaft.training.data import load_splits, select_split
+from eaft.training.plan import DryRunArguments, plan
+from eaft.training.trainer import EAFTConfig, EAFTTrainer
+
+DESCRIPTION = """
+Fine-tune a language model with a gate on each token's loss. Takes the flags and the YAML of `trl sft`, plus --gate,
+--gate_alpha, --gate_entropy, --gate_top_k and --gate_kwargs. Flags override the YAML file.
+
+  eaft train --model_name_or_path Qwen/Qwen3-0.6B --dataset_name data.jsonl --output_dir out
+  eaft train --config recipe.yaml --gate sft --output_dir out-sft
+  eaft train --config recipe.yaml --gate eaft-sigmoid --gate_kwargs '{"steepness": 20}' --output_dir out-sigmoid
+  torchrun --nproc_per_node 8 -m eaft train --config recipe.yaml
+  accelerate launch --config_file fsdp2.yaml -m eaft train --config recipe.yaml
+  eaft train --config recipe.yaml --dry_run         check it, count tokens, estimate memory and time; train nothing
+
+gates (g: entropy / ln K, in [0, 1]; each with its parameters: formulas, needs and costs in docs/objectives.md):
+"""
+LAUNCHED = "EAFT_LAUNCHED"  # set for the processes that accelerate starts for us
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+
+
+def make_parser() -> TrlParser:
+    """Return the parser of `eaft train`."""
+    return TrlParser(
+        (ScriptArguments, EAFTConfig, ModelConfig, DatasetMixtureConfig, DryRunArguments),
+        prog="eaft train",
+        usage="eaft train --model_name_or_path MODEL --dataset_name DATA --output_dir DIR [--config FILE] [flags]",
+        description=DESCRIPTION + gates_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def main(argv: list[str]) -> None:
+    """Train, or plan it, as the flags say. Flags of `accelerate launch` start it through that, as `trl sft` does."""
+    if {"--dry_run", "--dry-run"} & set(argv) and not torch.accelerator.is_available():
+        argv = [*argv, "--use_cpu", "true"]  # else bf16 is refused here, where it need not run
+    (*configs, dry), launch_args, train_args = parse(argv)
+    if dry.dry_run:
+        print(dry_run(configs, launch_args))
+        return
+    launched = "RANK" in os.environ or LAUNCHED in os.environ
+    if launched or not (launch_args or torch.cuda.device_count() > 1):
+        train(*configs)
+        return
+    os.environ[LAUNCHED] = "1"
+    try:
+        launch_command(launch_command_parser().parse_args([*launch_args, "-m", "eaft", "train", *train_args]))
+    except subprocess.CalledProcessError as error:  # it has said why
+        raise SystemExit(error.returncode) from None
+
+
+def parse(argv: list[str]) -> tuple[list[Any], list[str], list[str]]:
+    """
+    Return the arguments of `train`, the flags meant for `accelerate launch`, and the other flags.
+
+    Raises:
+        ConfigurationError: an unknown flag, a value of the wrong type, a YAML file that cannot be read.
+    """
+    parser = make_parser()
+    try:
+        *configs, yaml_rest, flags_rest = parser.parse_args_and_config(
+            argv, return_remaining_strings=True, separate_remaining_strings=True
+        )
+        launch_args = resolve_accelerate_config_argument(yaml_rest + flags_rest)
+    except (OSError, ValueError, yaml.YAMLError) as error:  # transformers' and TRL's own complaints about flags
+        raise ConfigurationError(str(error)) from error
+    unknown = launch_command_parser().parse_known_args([*launch_args, "script"])[1]
+    if flags := [flag for flag in unknown if flag.startswith("-")]:
+        known = [option for action in parser._actions for option in action.option_strings]
+        raise ConfigurationError(f"{flags[0]} is unknown.{nearest(flags[0], known)} See eaft train --help.")
+    return configs, launch_args, subtract_subsequence(argv, flags_rest)
+
+
+def train(
+    script_args: ScriptArguments, args: EAFTConfig, model_args: ModelConfig, dataset_args: DatasetMixtureConfig
+) -> None:
+    """
+    Train, and write the model, its card, `metrics.jsonl` and `run.json` to `args.output_dir`.
+
+    Everything that can be wrong with the input is found before the folder is touched.
+    """
+    state = PartialState()
+    checkpoint = find_checkpoint(args)
+    state.wait_for_everyone()  # no process may write before every one has looked
+    train_dataset, eval_dataset = load_data(script_args, args, model_args, dataset_args)
+    with state.main_process_first():
+        model = resolve_model(model_args.model_name_or_path, args.trust_remote_code)
+    args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+    try:
+        trainer = EAFTTrainer(
+            model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+        )
+    except (OSError, SafetensorError) as error:
+        raise ConfigurationError(f"model_name_or_path={model!r} cannot be loaded. ({first_line(error)})") from error
+
+    output_dir = Path(args.output_dir)
+    run = {
+        "finished": False,
+        "model": model_args.model_name_or_path,
+        "dataset": script_args.dataset_name or [vars(d) for d in dataset_args.datasets],
+        "gate": {"name": args.gate, "top_k": args.gate_top_k, **args.gate_params},
+        "seed": args.seed,
+        "config": changed_arguments(args),
+        "environment": environment(),
+    }
+    if trainer.is_world_process_zero():
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(output_dir / RUN_FILE, run)
+    trainer.add_callback(MetricsFile(output_dir / METRICS_FILE))
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+
+    save_model(trainer, output_dir)
+    if trainer.is_world_process_zero():
+        trainer.create_model_card(model_name=output_dir.name, dataset_name=script_args.dataset_name)
+        runtime = result.metrics["train_runtime"]
+        run["result"] = {
+            "steps": trainer.state.global_step,
+            "train_loss": result.metrics["train_loss"],
+            "train_runtime_s": runtime,  # with evaluation and saving; since the last resumption
+            "tokens_per_s": trainer._total_train_tokens / runtime,
+            "peak_memory_gib": peak_memory_gib(),
+        }
+        write_json(output_dir / RUN_FILE, {**run, "finished": True})
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.end()
+
+
+def dry_run(configs: list[Any], launch_args: list[str]) -> str:
+    """Check what `train` checks of its four arguments, and return the plan (`eaft.training.plan`)."""
+    script_args, args, model_args, dataset_args = configs
+    find_checkpoint(args)
+    return plan(args, model_args, *load_data(script_args, args, model_args, dataset_args), launch_args)
+
+
+def load_data(
+    script_args: ScriptArguments, args: EAFTConfig, model_args: ModelConfig, dataset_args: DatasetMixtureConfig
+) -> tuple[Any, Any]:
+    """Return the training data and, if it is to be evaluated on, the held-out data; checked, as the model's name is."""
+    if model_args.model_name_or_path is None:
+        raise ConfigurationError("model_name_or_path is missing: give a Hub id, a folder or a .gguf file.")
+    splits = load_splits(script_args, dataset_args)
+    names = [(script_args.dataset_train_split, "dataset_train_split")]
+    if args.eval_strategy != "no":
+        names.append((script_args.dataset_test_split, "dataset_test_split"))
+    found = [select_split(splits, split, flag, args.dataset_text_field) for split, flag in names]
+    return found[0], found[1] if len(found) > 1 else None
+
+
+def find_checkpoint(args: EAFTConfig) -> str | None:
+    """
+    Return the checkpoint to resume from, or None for a fresh start in a folder that holds no other run.
+
+    Raises:
+        ConfigurationError: the folder holds another run, or there is nothing to resume from.
+    """
+    folder, resume = Path(args.output_dir), args.resume_from_checkpoint
+    if not resume or str(resume).lower() == "false":
+        held = [RUN_FILE, METRICS_FILE, "config.json", "adapter_config.json", "checkpoint-*"]
+        if found := [path.name for pattern in held for path in folder.glob(pattern)]:
+            raise ConfigurationError(
+                f"output_dir={args.output_dir!r} holds another run ({found[0]}): choose another folder, delete this "
+                "one, or go on with it by --resume_from_checkpoint true."
+            )
+        return None
+    checkpoint = last_complete_checkpoint(folder) if str(resume).lower() == "true" else resume
+    if checkpoint is None or not Path(checkpoint, "trainer_state.json").is_file():
+        raise ConfigurationError(f"resume_from_checkpoint={resume!r}: there is no complete checkpoint in {folder}.")
+    return checkpoint
+
+
+def last_complete_checkpoint(folder: Path) -> str | None:
+    """Return the newest checkpoint that was written whole: the trainer writes `trainer_state.json` last."""
+    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if is_json(path)]
+    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
+
+
+def is_json(path: Path) -> bool:
+    """Return whether a file holds JSON, whole."""
+    try:
+        json.loads(path.read_text())
+    except ValueError:
+        return False
+    return True
+
+
+def save_model(trainer: EAFTTrainer, output_dir: Path) -> None:
+    """Save the final model beside its place and move it there whole."""
+    staging = output_dir / "saving"
+    trainer.save_model(str(staging))
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        for path in staging.iterdir():
+            os.replace(path, output_dir / path.name)
+        staging.rmdir()
+
+
+def changed_arguments(args: EAFTConfig) -> dict[str, Any]:
+    """Return the training arguments that differ from their defaults, as JSON values."""
+    values, changed = args.to_dict(), {}
+    for field in dataclasses.fields(args):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if field.name in values and values[field.name] != default:
+            changed[field.name] = values[field.name]
+    return json.loads(json.dumps(changed, default=str))
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log of the trainer to a JSON Lines file; a resumed run drops what lies after its checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep the lines up to the step training starts at."""
+        if state.is_world_process_zero:
+            lines = self.path.read_text().splitlines() if self.path.exists() else []
+            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+            staging = self.path.with_suffix(".tmp")
+            staging.write_text("".join(line + "\n" for line in kept))
+            os.replace(staging, self.path)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Append one line."""
+        if state.is_world_process_zero:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")

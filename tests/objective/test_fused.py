@@ -1,0 +1,420 @@
+"""The fused loss: equal to the reference in value, statistics and gradients, as exact as plain cross-entropy."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+from eaft import gated_cross_entropy, linear_gated_cross_entropy, token_statistics
+from eaft.errors import ConfigurationError
+from eaft.objective import fused
+from eaft.objective.fused import Reference
+from eaft.objective.gates import GATES
+from tests.objective.test_gates import GIVEN, SEEN
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request, monkeypatch):
+    """Run through torch, or through the Triton kernels: on a GPU if there is one, else interpreted."""
+    monkeypatch.setattr(fused, "use_triton", lambda z: request.param == "triton" and z.dtype != torch.float64)
+    return request.param
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Run through the Triton kernels."""
+    monkeypatch.setattr(fused, "use_triton", lambda z: z.dtype != torch.float64)
+
+
+class Problem:
+    """Hidden states, a head and labels; everything else a gate may need beside them."""
+
+    def __init__(self, n=11, vocab=45, width=8, dtype=torch.float64, scale=1.0, seed=0, bias=True):
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape):
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        self.hidden = (normal(n, width) * scale).to(dtype)
+        self.weight = normal(vocab, width).to(dtype)
+        self.bias = normal(vocab).to(dtype) if bias else None
+        self.labels = torch.randint(vocab, (n,), generator=generator)
+        self.labels[torch.rand(n, generator=generator) < 0.3] = -100
+        self.labels[0] = vocab - 1
+        self.example_ids = torch.randint(4, (n,), generator=generator)
+        self.example_nll = (normal(4).abs() + 0.1)[self.example_ids]
+        self.reference = Reference((self.hidden + 0.3 * normal(n, width)).to(dtype), self.weight, self.bias)
+
+    def to(self, dtype):
+        """The same numbers in another dtype."""
+        other = Problem(1)
+        for name, value in vars(self).items():
+            if isinstance(value, Reference):
+                tensors = (value.hidden, value.weight, value.bias)
+                value = Reference(*(None if t is None else t.to(dtype) for t in tensors))
+            elif value is not None and value.is_floating_point():
+                value = value.to(dtype)
+            setattr(other, name, value)
+        return other
+
+    def leaves(self):
+        names = ["hidden", "weight", "bias"] if self.bias is not None else ["hidden", "weight"]
+        return {name: getattr(self, name).detach().clone().requires_grad_() for name in names}
+
+    @property
+    def context(self):
+        return {"example_ids": self.example_ids, "example_nll": self.example_nll}
+
+
+def capped(z, logit_scale=1.0, softcap=None):
+    z = z * logit_scale
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def plain(problem, gate="eaft", logit_scale=1.0, softcap=None, **params):
+    """Loss, statistics and gradients by the reference function, on logits in the problem's dtype."""
+    leaves = problem.leaves()
+
+    def logits(hidden, weight, bias=None):
+        return capped(torch.nn.functional.linear(hidden, weight, bias), logit_scale, softcap)
+
+    z, r = logits(**leaves), problem.reference
+    loss = gated_cross_entropy(
+        z, problem.labels, gate, reference_logits=logits(r.hidden, r.weight, r.bias), **problem.context, **params
+    )
+    loss.backward()
+    kept = problem.labels != -100
+    return loss, token_statistics(z[kept], problem.labels[kept]).detach(), {k: v.grad for k, v in leaves.items()}
+
+
+def fuse(problem, gate="eaft", **kwargs):
+    """The same by the fused function."""
+    leaves = problem.leaves()
+    loss, losses = linear_gated_cross_entropy(
+        leaves["hidden"],
+        leaves["weight"],
+        problem.labels,
+        gate,
+        leaves.get("bias"),
+        reference=problem.reference,
+        return_losses=True,
+        **problem.context,
+        **kwargs,
+    )
+    loss.backward()
+    return loss, losses.statistics, {k: v.grad for k, v in leaves.items()}
+
+
+def flatten(result):
+    """Every number of a result by name, as float64 tensors."""
+    loss, stats, gradients = result
+    fields = ("log_prob", "entropy", "top_k_entropy", "sum_sq_probs")
+    return {
+        "loss": loss.detach().double(),
+        **{field: getattr(stats, field).double() for field in fields},
+        **{f"gradient of {name}": gradient.double() for name, gradient in gradients.items()},
+    }
+
+
+def relative_error(value, truth):
+    return ((value - truth).norm() / truth.norm().clamp(min=1e-300)).item()
+
+
+@pytest.mark.parametrize(("gate", "params"), SEEN)
+@pytest.mark.parametrize("tokens_at_a_time", [100, 3])
+@pytest.mark.parametrize("head", [{}, {"logit_scale": 0.4, "softcap": 2.0}], ids=["plain", "scaled and capped"])
+def test_equals_the_reference_function(gate, params, tokens_at_a_time, head, monkeypatch):
+    problem = Problem()
+    monkeypatch.setattr(fused, "CACHE_BUDGET", 2 * 45 * 4 * 2)  # two rows a block
+    ours = fuse(problem, gate, logits_budget=tokens_at_a_time * 45 * 8, **head, **params)
+    theirs = plain(problem, gate, **head, **params)
+    numbers = flatten(ours)
+    for name, truth in flatten(theirs).items():
+        torch.testing.assert_close(numbers[name], truth, rtol=1e-10, atol=1e-13, msg=lambda m, n=name: f"{n}: {m}")
+    assert torch.equal(ours[1].is_top1, theirs[1].is_top1)
+    assert ours[1].top_k == theirs[1].top_k
+
+
+SIZES = {
+    "one token": {"n": 1},
+    "a last partial chunk": {"n": 29},
+    "vocabulary of 3": {"n": 9, "vocab": 3},
+    "vocabulary of 4099": {"n": 7, "vocab": 4099},
+    "sharp": {"scale": 30.0},
+    "flat": {"scale": 1e-4, "bias": False, "vocab": 300},
+    "in the thousands": {"scale": 3000.0},
+}
+
+
+def check_as_exact_as_plain(gate, size, dtype, seeds=16):
+    """
+    The relative norm error of every number is at most that of the reference function in the same dtype.
+
+    Over all seeds together, since one rounding is luck. The margin is half the plain error, and 8 units in the last
+    place of the format the number is returned in: two sums of the same terms in another order differ by that much.
+    """
+    found = {"truth": [], "plain": [], "ours": []}
+    for seed in range(seeds):
+        problem = Problem(**{"n": 23, "vocab": 150, "width": 16, "seed": seed, **SIZES[size]}).to(dtype)
+        found["truth"].append(flatten(plain(problem.to(torch.float64), gate)))
+        found["plain"].append(flatten(plain(problem, gate)))
+        found["ours"].append(flatten(fuse(problem, gate, logits_budget=5 * problem.weight.shape[0] * dtype.itemsize)))
+    for name in found["truth"][0]:
+        truth, naive, ours = (torch.cat([result[name].flatten() for result in found[key]]) for key in found)
+        # Statistics and loss are float32 whatever the inputs, but of logits that were rounded to the inputs' dtype
+        ulp = torch.finfo(dtype if name.startswith("gradient") else torch.float32).eps
+        error, plainly = relative_error(ours, truth), relative_error(naive, truth)
+        assert error <= 1.5 * plainly + 8 * ulp, f"{name}: {error:.2e}, plain {plainly:.2e}"
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gate", ["sft", "eaft", "deft", "talr", "sft-kl", "asft"])
+def test_as_exact_as_plain_cross_entropy(gate, size, dtype):
+    check_as_exact_as_plain(gate, size, dtype)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernels_are_as_exact_as_plain_cross_entropy(size, dtype, kernels):
+    # Near-ties of logits in the thousands are rare and decide its error, so that one needs as many seeds as torch had
+    check_as_exact_as_plain("eaft", size, dtype, seeds=16 if size == "in the thousands" else 3)
+
+
+@pytest.mark.parametrize("head", [{}, {"logit_scale": 0.4, "softcap": 2.0}], ids=["plain", "scaled and capped"])
+@pytest.mark.parametrize(("gate", "params"), SEEN)
+def test_the_kernels_equal_the_reference_function(gate, params, head, kernels):
+    problem = Problem(n=5, dtype=torch.float32)
+    ours, theirs = (flatten(f(problem, gate, **head, **params)) for f in (fuse, plain))
+    for name, number in theirs.items():
+        torch.testing.assert_close(ours[name], number, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def broken(function, spoil):
+    return lambda *args, **kwargs: spoil(function(*args, **kwargs))
+
+
+MUTANTS = {
+    "the gate is 0": lambda m: m.setattr(fused, "gate_weights", broken(fused.gate_weights, lambda w: 0 * w)),
+    "the gate is halved": lambda m: m.setattr(fused, "gate_weights", broken(fused.gate_weights, lambda w: w / 2)),
+    "the gate is permuted": lambda m: m.setattr(fused, "gate_weights", broken(fused.gate_weights, lambda w: w.flip(0))),
+    "a chunk is dropped": lambda m: m.setattr(
+        fused, "add_product_", lambda total, a, b: total.addmm_(a.float(), b.float()) if len(b) == 5 else None
+    ),
+    "the gradient of the weight is missing": lambda m: m.setattr(fused, "add_product_", lambda total, a, b: None),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_rule_of_exactness_catches(mutant, dtype, monkeypatch):
+    check_as_exact_as_plain("eaft", "a last partial chunk", dtype)
+    MUTANTS[mutant](monkeypatch)
+    with pytest.raises(AssertionError, match=r"(loss|gradient of \w+): "):
+        check_as_exact_as_plain("eaft", "a last partial chunk", dtype)
+
+
+def test_the_rule_of_exactness_catches_a_gate_that_lets_gradient_through():
+    problem = Problem(n=29, vocab=150, width=16).to(torch.float32)
+    kept = problem.labels != -100
+
+    def leaking(problem):
+        leaves = problem.leaves()
+        logits = torch.nn.functional.linear(**{"input": leaves["hidden"], **{k: leaves[k] for k in ("weight", "bias")}})
+        log_probs = logits[kept].log_softmax(-1)
+        top = logits[kept].topk(20).values.log_softmax(-1)
+        gate = -(top.exp() * top).sum(-1) / math.log(20)  # not detached
+        (gate * cross_entropy(logits[kept], problem.labels[kept], reduction="none")).mean().backward()
+        return {name: leaf.grad.double() for name, leaf in leaves.items()}, log_probs
+
+    truth = flatten(plain(problem.to(torch.float64)))
+    naive = flatten(plain(problem))
+    for name, gradient in leaking(problem)[0].items():
+        plain_error = relative_error(naive[f"gradient of {name}"], truth[f"gradient of {name}"])
+        assert (
+            relative_error(gradient, truth[f"gradient of {name}"])
+            > 1.25 * plain_error + 8 * torch.finfo(torch.float32).eps
+        )
+
+
+def test_ties_at_the_kth_place(backend):
+    weight = torch.eye(50)
+    hidden = torch.zeros(3, 50)
+    hidden[:, 10:] = -1.0
+    labels = torch.tensor([0, 20, 49])
+    _, losses = linear_gated_cross_entropy(hidden, weight, labels, return_losses=True)
+    expected = token_statistics(hidden, labels)
+    torch.testing.assert_close(losses.statistics.top_k_entropy, expected.top_k_entropy)
+    assert torch.equal(losses.statistics.is_top1, expected.is_top1)
+
+
+def test_logits_that_are_minus_infinity(backend):
+    for finite in (30, 5):
+        bias = torch.full((64,), -math.inf)
+        bias[:finite] = torch.randn(finite, generator=torch.Generator().manual_seed(0))
+        problem = Problem(vocab=64, dtype=torch.float32)
+        problem.bias, problem.labels = bias, problem.labels.where(problem.labels < 0, problem.labels % finite)
+        problem.reference = Reference(problem.reference.hidden, problem.weight, bias)
+        for gate in ("eaft", "asft", "sft-kl"):
+            ours, theirs = flatten(fuse(problem, gate)), flatten(plain(problem, gate))
+            for name in ours:
+                torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_nan_is_never_hidden(backend):
+    problem = Problem(dtype=torch.float32)
+    problem.weight[3, 0] = math.nan
+    for gate in ("sft", "eaft", "masked"):
+        assert fuse(problem, gate, **GIVEN.get(gate, {}))[0].isnan()
+
+
+def test_a_closed_gate_shuts_out_an_infinite_nll():
+    weight, hidden = torch.eye(3), torch.tensor([[0.0, -math.inf, -math.inf], [1.0, 2.0, 3.0]])
+    hidden.requires_grad_()
+    bias = torch.zeros(3)
+    # -inf * 0 is NaN in a product, so the projection is given as it is
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused.Projection, "__call__", lambda p, rows: p.logits[:2].copy_(p.hidden[rows]))
+        loss = linear_gated_cross_entropy(hidden, weight, torch.tensor([1, 1]), "eaft", bias)
+    expected = gated_cross_entropy(hidden.detach()[1:], torch.tensor([1]), "eaft", num_items=2)
+    torch.testing.assert_close(loss.detach(), expected)
+    loss.backward()
+    assert hidden.grad[0].abs().max() == 0
+
+
+def test_no_labelled_token_is_a_zero_with_zero_gradients(backend):
+    problem = Problem(dtype=torch.float32)
+    problem.labels[:] = -100
+    for gate in GATES:
+        loss, stats, gradients = fuse(problem, gate, **GIVEN.get(gate, {}))
+        assert loss.item() == 0
+        assert len(stats.nll) == 0
+        assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients.values())
+
+
+def test_labels_of_any_shape_and_their_context():
+    problem = Problem(n=12)
+    shaped = Problem(n=12)
+    shaped.hidden, shaped.labels = problem.hidden.view(3, 4, 8), problem.labels.view(3, 4)
+    shaped.reference = Reference(problem.reference.hidden.view(3, 4, 8), problem.weight, problem.bias)
+    shaped.example_ids, shaped.example_nll = problem.example_ids.view(3, 4), problem.example_nll.view(3, 4)
+    for gate in ("eaft", "talr", "flow", "asft"):
+        a, b = (flatten(fuse(p, gate, **GIVEN.get(gate, {}))) for p in (problem, shaped))
+        assert a["loss"] == b["loss"]
+        assert torch.equal(a["gradient of hidden"].view(3, 4, 8), b["gradient of hidden"])
+    rows = linear_gated_cross_entropy(shaped.hidden, shaped.weight, shaped.labels, "talr")
+    ids = torch.arange(3).unsqueeze(1).expand(3, 4)
+    assert rows == linear_gated_cross_entropy(shaped.hidden, shaped.weight, shaped.labels, "talr", example_ids=ids)
+
+
+@pytest.mark.parametrize("frozen", ["weight", "hidden"])
+def test_what_is_frozen_costs_no_product(frozen, monkeypatch, backend):
+    problem, products = Problem(dtype=torch.float32), []
+    monkeypatch.setattr(fused, "add_product_", broken(fused.add_product_, products.append))
+    leaves = problem.leaves()
+    leaves[frozen].requires_grad_(False)
+    linear_gated_cross_entropy(leaves["hidden"], leaves["weight"], problem.labels).backward()
+    expected = flatten(plain_without_bias(problem))
+    for name in {"weight", "hidden"} - {frozen}:
+        torch.testing.assert_close(leaves[name].grad.double(), expected[f"gradient of {name}"], rtol=1e-4, atol=1e-6)
+    assert leaves[frozen].grad is None
+    assert len(products) == (0 if frozen == "weight" else 1)
+
+
+def plain_without_bias(problem):
+    problem.bias = None
+    problem.reference = Reference(problem.reference.hidden, problem.weight)
+    return plain(problem)
+
+
+def test_without_gradients_only_the_statistics_are_computed(monkeypatch, backend):
+    problem = Problem(dtype=torch.float32)
+    leaves = problem.leaves()
+    monkeypatch.setattr(fused, "add_product_", None)
+    monkeypatch.setattr(torch.Tensor, "scatter_add_", None)  # where the gradient takes the label's 1 off
+    with torch.no_grad():
+        loss = linear_gated_cross_entropy(leaves["hidden"], leaves["weight"], problem.labels)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss.double(), flatten(plain_without_bias(problem))["loss"], rtol=1e-5, atol=0)
+
+
+def test_a_second_backward_pass_is_refused():
+    problem = Problem()
+    leaves = problem.leaves()
+    loss = linear_gated_cross_entropy(leaves["hidden"], leaves["weight"], problem.labels)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward pass"):
+        loss.backward()
+
+
+def test_a_derivative_of_the_gradient_is_refused():
+    problem = Problem()
+    leaves = problem.leaves()
+    loss = linear_gated_cross_entropy(leaves["hidden"], leaves["weight"], problem.labels)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, leaves["hidden"], create_graph=True)
+
+
+def test_the_gradient_follows_what_the_loss_is_multiplied_by():
+    problem = Problem()
+    for factor in (1.0, -3.5):
+        leaves = problem.leaves()
+        (
+            factor * linear_gated_cross_entropy(leaves["hidden"], leaves["weight"], problem.labels, num_items=7)
+        ).backward()
+        truth = plain_without_bias(problem)[2]["weight"] * (problem.labels != -100).sum() / 7
+        torch.testing.assert_close(leaves["weight"].grad, factor * truth)
+
+
+def test_under_autocast_the_products_are_in_its_dtype():
+    problem = Problem(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = fuse(problem)
+    rounded = fuse(problem.to(torch.bfloat16))
+    assert ours[0].item() == rounded[0].item()
+    assert all(g.dtype == torch.float32 for g in ours[2].values())
+    # The weight's gradient is accumulated in float32 and not rounded on its return
+    torch.testing.assert_close(ours[2]["weight"], rounded[2]["weight"].float(), rtol=2**-7, atol=1e-4)
+
+
+def test_in_a_compiled_model_and_under_activation_checkpointing():
+    problem = Problem(dtype=torch.float32)
+    expected = fuse(problem)
+
+    def loss(hidden, weight, bias):
+        return linear_gated_cross_entropy(2 * hidden / 2, weight, problem.labels, "eaft", bias)
+
+    for run in (
+        torch.compile(loss, backend="eager"),
+        lambda *args: checkpoint(loss, *args, use_reentrant=False),
+        lambda *args: checkpoint(loss, *args, use_reentrant=True),
+    ):
+        leaves = problem.leaves()
+        value = run(leaves["hidden"], leaves["weight"], leaves["bias"])
+        value.backward()
+        assert value.item() == expected[0].item()
+        for name, leaf in leaves.items():
+            torch.testing.assert_close(leaf.grad, expected[2][name])
+
+
+def test_what_a_gate_needs_is_asked_for():
+    hidden, weight, labels = torch.zeros(2, 3), torch.zeros(5, 3), torch.tensor([0, 1])
+    with pytest.raises(ConfigurationError, match="needs reference"):
+        linear_gated_cross_entropy(hidden, weight, labels, "asft")
+    with pytest.raises(ValueError, match="top_k must be at least 2"):
+        linear_gated_cross_entropy(hidden, weight, labels, top_k=1)
+    with pytest.raises(ConfigurationError, match="takes no beta"):
+        linear_gated_cross_entropy(hidden, weight, labels, "eaft", beta=1.0)
+
+
+def test_a_gate_that_looks_at_the_batch_gives_the_same_in_chunks_of_any_size():
+    problem = Problem(n=29)
+
+    def relative(stats):  # registered by nobody, so nothing is known of it
+        return stats.prob / stats.prob.sum()
+
+    one, many = (flatten(fuse(problem, relative, logits_budget=size * 45 * 8)) for size in (100, 2))
+    for name in one:
+        torch.testing.assert_close(one[name], many[name], rtol=1e-10, atol=1e-14)

@@ -1,0 +1,338 @@
+"""Each gate against its paper's formula; the table's rules for every gate in it, and for one from outside."""
+
+import functools
+import math
+import statistics
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eaft import token_statistics
+from eaft.errors import ConfigurationError
+from eaft.objective.gates import GATES, Anchor, check_gate, gate_weights, get_anchor, get_gate, register
+from tests.objective.test_statistics import cases, truth
+
+# Parameters that have no default, and the other ways to call a gate
+GIVEN = {
+    "masked": {"entropy_threshold": 0.4},
+    "conflict-mask": {"entropy_threshold": 0.6, "prob_threshold": 0.05},
+    "flow": {"tau": 1.3},
+}
+VARIANTS = [
+    *((name, GIVEN.get(name, {})) for name in GATES),
+    ("eaft", {"alpha": 2.0}),
+    ("eaft", {"alpha": 3.0, "entropy": "exact"}),
+    ("eaft-sigmoid", {"steepness": 5.0, "center": 0.5, "entropy": "exact"}),
+    ("masked", {"entropy_threshold": "batch", "entropy_percentile": 40.0}),
+    ("masked", {"entropy_threshold": 0.4, "entropy": "exact"}),
+    ("conflict-mask", {"entropy_threshold": "batch", "prob_threshold": "batch", "prob_percentile": 50.0}),
+    ("talr", {"tau": 1.0}),
+    ("talr", {"min_weight": 0.2}),
+    ("sft-kl", {"kl_coef": 2.0, "kl_direction": "forward"}),
+    ("asft", {"kl_coef": 0.7, "kl_direction": "reverse"}),
+]
+SEEN = [pytest.param(*variant, id=f"{variant[0]}-{i}") for i, variant in enumerate(VARIANTS)]
+
+
+def percentile(values, percent):
+    """Linear interpolation between the order statistics, as in numpy's default and Hyndman & Fan's type 7."""
+    values, place = sorted(values), percent / 100 * (len(values) - 1)
+    below = math.floor(place)
+    above = min(below + 1, len(values) - 1)
+    return values[below] + (place - below) * (values[above] - values[below])
+
+
+def formula(name, rows, labels, examples, example_nll, k=20, **params):
+    """The weights of a batch of tokens, from the papers, in Python floats."""
+    stats = [truth(row, label, k) for row, label in zip(rows, labels, strict=True)]
+    log_p = [t["log_prob"] for t in stats]
+    p = [math.exp(x) for x in log_p]
+    key = {"top-k": "top_k_entropy", "exact": "entropy"}[params.get("entropy", "top-k")]
+    g = [min(1.0, t[key] / math.log(min(k, len(row)))) for t, row in zip(stats, rows, strict=True)]
+
+    def threshold(which, values):
+        given = params[f"{which}_threshold"]
+        return percentile(values, params.get(f"{which}_percentile", 15)) if given == "batch" else given
+
+    if name in ("sft", "sft-kl"):
+        return [1.0] * len(rows)
+    if name == "eaft":
+        return [x ** params.get("alpha", 1.0) for x in g]
+    if name == "eaft-sigmoid":
+        return [1 / (1 + math.exp(-params.get("steepness", 30) * (x - params.get("center", 0.17)))) for x in g]
+    if name == "masked":
+        return [float(x > threshold("entropy", g)) for x in g]
+    if name == "conflict-mask":
+        low = [x <= threshold("entropy", g) for x in g], [x <= threshold("prob", p) for x in p]
+        return [0.0 if a and b else 1.0 for a, b in zip(*low, strict=True)]
+    if name in ("dft", "asft"):
+        return p
+    if name == "deft":
+        return [x ** t["sum_sq_probs"] for x, t in zip(p, stats, strict=True)]
+    if name == "talr":
+        nlls = {e: [-x for x, other in zip(log_p, examples, strict=True) if other == e] for e in examples}
+        tau = params.get("tau") or statistics.median(statistics.fmean(nll) for nll in nlls.values())
+        return [max(math.exp(x / tau), params.get("min_weight", 0.01)) for x in log_p]
+    if name == "flow":
+        return [math.exp(-nll / params["tau"]) for nll in example_nll]
+    raise NotImplementedError(name)
+
+
+def with_examples(stats, examples, example_nll):
+    example_nll = torch.tensor(example_nll, dtype=stats.log_prob.dtype)
+    return replace(stats, example_ids=torch.tensor(examples), example_nll=example_nll)
+
+
+def compute(logits, labels, examples, example_nll, top_k=20):
+    return with_examples(token_statistics(logits, torch.tensor(labels), top_k), examples, example_nll)
+
+
+@st.composite
+def batches(draw):
+    """A few tokens of a few examples: logits, labels, the examples and their base nll."""
+    vocab = draw(st.integers(2, 40))
+    n = draw(st.integers(1, 8))
+    rows = draw(
+        st.lists(st.lists(st.floats(-30, 30, width=32), min_size=vocab, max_size=vocab), min_size=n, max_size=n)
+    )
+    labels = draw(st.lists(st.integers(0, vocab - 1), min_size=n, max_size=n))
+    examples = draw(st.lists(st.integers(0, 3), min_size=n, max_size=n))
+    base = draw(st.lists(st.floats(0.01, 10), min_size=4, max_size=4))
+    return rows, labels, examples, [base[e] for e in examples]
+
+
+def close_to_a_threshold(name, params, batch):
+    """Whether rounding alone may decide on which side of its threshold a token of a mask lies."""
+    if name not in ("masked", "conflict-mask"):
+        return False
+    nudged = [
+        formula(name, *batch, **{k: v * (1 + e) if isinstance(v, float) else v for k, v in params.items()})
+        for e in (-1e-9, 1e-9)
+    ]
+    stats = compute(torch.tensor(batch[0], dtype=torch.float64), *batch[1:])
+    values = torch.cat([stats.top_k_entropy, stats.entropy, stats.prob]).sort().values
+    ties = "batch" in params.values() and bool((values.diff() < 1e-9).any())
+    return nudged[0] != nudged[1] or ties
+
+
+@pytest.mark.parametrize(("name", "params"), SEEN)
+@settings(deadline=None, max_examples=40)
+@given(batch=batches())
+def test_gate_is_its_formula_and_in_its_range(name, params, batch):
+    if close_to_a_threshold(name, params, batch):
+        return
+    logits = torch.tensor(batch[0], dtype=torch.float64, requires_grad=True)
+    weights = gate_weights(name, compute(logits, *batch[1:]), **params)
+    # Near g = 0 a power of g magnifies its rounding; talr divides ln p by a tau that may be tiny
+    assert weights.tolist() == pytest.approx(formula(name, *batch, **params), rel=1e-6, abs=1e-9)
+    assert not weights.requires_grad
+    assert all(params.get("min_weight", 0.01) * (name == "talr") <= w <= 1 for w in weights.tolist())
+
+
+@pytest.mark.parametrize(("name", "params"), SEEN)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_gate_is_its_formula_on_adversarial_logits(name, params, dtype):
+    if "batch" in params.values():
+        params = GIVEN[name]  # tokens that tie are sorted by their rounding
+    rows = {case: row.to(dtype) for case, row in cases().items()}
+    for row in rows.values():
+        labels, examples, example_nll = [1, 2, 1], [5, 5, 9], [0.5, 0.5, 2.0]
+        weights = gate_weights(name, compute(row.repeat(3, 1), labels, examples, example_nll), **params)
+        expected = formula(name, [row.double().tolist()] * 3, labels, examples, example_nll, **params)
+        tolerance = 1e-10 if dtype == torch.float64 else 3e-5
+        assert weights.tolist() == pytest.approx(expected, rel=tolerance, abs=tolerance)
+        assert weights.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize(("name", "params"), SEEN)
+def test_weights_ignore_a_constant_and_follow_the_tokens(name, params):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(9, 30, dtype=torch.float64, generator=generator) * 3
+    labels = torch.randint(30, (9,), generator=generator).tolist()
+    examples, base = [0, 0, 0, 1, 1, 2, 2, 2, 2], [0.3, 0.3, 0.3, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0]
+    weights = gate_weights(name, compute(logits, labels, examples, base), **params)
+    torch.testing.assert_close(gate_weights(name, compute(logits + 3.7, labels, examples, base), **params), weights)
+    order = torch.randperm(9, generator=generator).tolist()
+    shuffled = compute(logits[order], *([x[i] for i in order] for x in (labels, examples, base)))
+    torch.testing.assert_close(gate_weights(name, shuffled, **params), weights[order])
+    assert name in ("sft", "sft-kl") or weights.unique().numel() > 1
+
+
+def falls_never(values):
+    return bool((values.diff() >= 0).all())
+
+
+@pytest.mark.parametrize("name", ["eaft", "eaft-sigmoid", "masked", "conflict-mask"])
+@settings(deadline=None, max_examples=40)
+@given(scales=st.lists(st.integers(1, 200), min_size=2, max_size=20, unique=True))
+def test_weight_never_falls_as_the_entropy_rises(name, scales):
+    row = torch.linspace(0, 1, 25, dtype=torch.float64)
+    stats = token_statistics(
+        torch.stack([row * s / 10 for s in sorted(scales, reverse=True)]), torch.zeros(len(scales)).long()
+    )
+    assert falls_never(stats.top_k_entropy)
+    # The same probability for all, so that only the entropy changes
+    same = replace(stats, log_prob=torch.full_like(stats.log_prob, -5.0))
+    assert falls_never(gate_weights(name, same, **GIVEN.get(name, {})))
+
+
+@pytest.mark.parametrize("name", ["dft", "asft", "deft", "talr", "conflict-mask"])
+@settings(deadline=None, max_examples=40)
+@given(log_probs=st.lists(st.floats(-30, 0), min_size=2, max_size=20), spread=st.floats(0, 5))
+def test_weight_never_falls_as_the_probability_rises(name, log_probs, spread):
+    one = token_statistics(torch.arange(25, dtype=torch.float64).unsqueeze(0) * spread, torch.tensor([0]))
+    n = len(log_probs)
+    stats = replace(
+        one,
+        log_prob=torch.tensor(sorted(log_probs), dtype=torch.float64),
+        **{f: getattr(one, f).expand(n) for f in ("entropy", "top_k_entropy", "sum_sq_probs", "is_top1")},
+        example_ids=torch.arange(n) % 3,
+    )
+    assert falls_never(gate_weights(name, stats, **GIVEN.get(name, {})))
+
+
+def test_flow_falls_with_the_base_models_nll():
+    stats = compute(torch.zeros(3, 5), [0, 0, 0], [0, 1, 2], [0.1, 1.0, 5.0])
+    assert falls_never(-gate_weights("flow", stats, tau=1.0))
+
+
+def test_talr_takes_the_median_over_examples_not_over_tokens():
+    logits = torch.tensor([[0.0, 4.0], [0.0, 4.0], [0.0, 4.0], [0.0, 0.0], [0.0, -3.0]], dtype=torch.float64)
+    examples = [7, 7, 7, 3, 5]  # three tokens of one long, hard example
+    batch = (logits.tolist(), [0] * 5, examples, [1.0] * 5)
+    weights = gate_weights("talr", compute(logits, *batch[1:]))
+    assert weights.tolist() == pytest.approx(formula("talr", *batch))
+    # tau is the nll of the example in the middle, ln 2, so that one's weight is e^-1
+    assert weights[3].item() == pytest.approx(math.exp(-1))
+
+
+def test_uniform_gate_is_one_and_sure_gate_is_zero():
+    uniform, sure = torch.zeros(100), torch.zeros(100)
+    sure[5] = 1000.0
+    weights = gate_weights("eaft", token_statistics(torch.stack([uniform, sure]), torch.tensor([0, 0])))
+    assert weights.tolist() == pytest.approx([1.0, 0.0], abs=1e-6)
+    assert weights.max() <= 1
+
+
+def test_exact_entropy_is_clamped():
+    stats = token_statistics(torch.zeros(1, 1000), torch.tensor([0]))  # H = ln 1000 > ln 20
+    assert gate_weights("eaft", stats, entropy="exact").item() == 1
+
+
+def test_a_perfectly_fitted_batch_gives_talr_no_nan():
+    sure = torch.tensor([[0.0, -math.inf], [0.0, -math.inf]])
+    stats = compute(sure, [0, 0], [0, 1], [1.0, 1.0])
+    assert gate_weights("talr", stats).tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(("name", "params"), SEEN)
+def test_a_label_that_cannot_occur_gives_no_nan(name, params):
+    logits = torch.tensor([[0.0, -math.inf, 0.0], [1.0, 2.0, 3.0]])
+    weights = gate_weights(name, compute(logits, [1, 1], [0, 1], [math.inf, 1.0]), **params)
+    assert weights.isfinite().all()
+
+
+def test_adding_a_gate_from_outside():
+    @register("confident")
+    def confident(stats):
+        """Weight sum of squared probabilities."""
+        return stats.sum_sq_probs
+
+    try:
+        stats = token_statistics(torch.zeros(2, 10, requires_grad=True), torch.tensor([0, 1]))
+        assert gate_weights("confident", stats).tolist() == pytest.approx([0.1, 0.1])
+        assert get_gate("confident").help == "Weight sum of squared probabilities."
+        assert get_gate("confident").weight is confident
+    finally:
+        del GATES["confident"]
+
+
+def test_a_gate_is_imported_by_its_path(tmp_path, monkeypatch):
+    (tmp_path / "own_gates.py").write_text("def half(stats, share=0.5):\n    return 0 * stats.prob + share\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_gates", raising=False)
+    stats = token_statistics(torch.zeros(2, 10), torch.tensor([0, 1]))
+    assert gate_weights("own_gates:half", stats, share=0.25).tolist() == [0.25, 0.25]
+    with pytest.raises(ConfigurationError, match="gate='own_gates:third' cannot be imported"):
+        get_gate("own_gates:third")
+    with pytest.raises(ConfigurationError, match="gate='no_gates:half' cannot be imported"):
+        get_gate("no_gates:half")
+    assert get_gate("eaft.objective.gates:talr") is GATES["talr"]  # with what it needs
+
+
+def test_a_gate_cannot_leak_gradient():
+    logits = torch.randn(3, 10, requires_grad=True)
+    assert not gate_weights(
+        lambda stats: stats.log_prob.exp() * 2, token_statistics(logits, torch.tensor([0, 1, 2]))
+    ).requires_grad
+
+
+def test_unknown_gate_names_the_nearest_and_all():
+    with pytest.raises(ConfigurationError, match=r"gate='eaf' is unknown. Did you mean 'eaft'\? Gates: .*dft"):
+        check_gate("eaf", {})
+    with pytest.raises(ConfigurationError, match="gate='dft' takes no alpha; it takes nothing"):
+        check_gate("dft", {"alpha": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "message"),
+    [
+        ("eaft", {"alpha": -1.0}, "alpha must be a number of at least 0"),
+        ("eaft", {"alpha": "two"}, "gate='eaft'"),
+        ("eaft-sigmoid", {"steepness": math.nan}, "weights that are not finite"),
+        ("eaft", {"entropy": "full"}, "expected 'top-k' or 'exact'"),
+        ("masked", {}, "needs entropy_threshold"),
+        ("masked", {"entropy_threshold": "data"}, "expected a number or 'batch'"),
+        ("masked", {"entropy_threshold": "batch", "entropy_percentile": 120}, "between 0 and 100"),
+        ("conflict-mask", {"entropy_threshold": 0.1}, "needs prob_threshold"),
+        ("talr", {"tau": 0.0}, "tau must be a positive number or 'batch', got 0.0"),
+        ("talr", {"tau": "median"}, "tau must be a positive number or 'batch'"),
+        ("flow", {"tau": -1.0}, "tau must be positive"),
+        ("sft-kl", {"kl_coef": -0.5}, "kl_coef must be a number of at least 0"),
+        ("asft", {"kl_direction": "sideways"}, "expected 'forward' or 'reverse'"),
+        ("eaft", {"kl_coef": 0.5}, "takes no kl_coef"),
+    ],
+)
+def test_bad_parameters_are_refused_before_anything_runs(name, params, message):
+    with pytest.raises(ConfigurationError, match=message):
+        check_gate(name, params)
+
+
+def test_parameters_measured_later_may_be_missing():
+    assert check_gate("flow", {}, measured=["tau"]) is GATES["flow"]
+
+
+def test_missing_examples_are_named():
+    stats = token_statistics(torch.zeros(1, 5), torch.tensor([0]))
+    with pytest.raises(ConfigurationError, match="'talr' needs example_ids"):
+        gate_weights("talr", stats)
+    with pytest.raises(ConfigurationError, match="'flow' needs example_nll"):
+        gate_weights("flow", stats, tau=1.0)
+
+
+def test_wrong_shape_is_refused():
+    with pytest.raises(ConfigurationError, match="returned shape"):
+        gate_weights(lambda stats: stats.log_prob.mean(), token_statistics(torch.zeros(2, 5), torch.tensor([0, 1])))
+
+
+def test_anchors_are_the_papers():
+    assert get_anchor("sft-kl") == Anchor(0.5, "reverse")  # arXiv:2601.02151, appendix F.2
+    assert get_anchor("asft") == Anchor(0.1, "forward")  # arXiv:2509.23753, equation 6 and the authors' default
+    assert get_anchor("asft", kl_coef=0.3) == Anchor(0.3, "forward")
+    assert get_anchor("eaft") is None
+
+
+@pytest.mark.parametrize("name", sorted(GATES))
+def test_every_gate_says_what_it_does_and_where_it_is_from(name):
+    assert GATES[name].help.startswith("Weight ")
+    assert name == "sft" or "arXiv:" in GATES[name].weight.__doc__
+
+
+def test_partial_functions_are_gates():
+    stats = token_statistics(torch.zeros(1, 40), torch.tensor([0]))
+    weights = gate_weights(functools.partial(GATES["eaft"].weight, alpha=2.0), stats)
+    assert weights.item() == pytest.approx(1)

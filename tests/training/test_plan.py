@@ -1,0 +1,193 @@
+"""`eaft train --dry_run`: counts against published and hand-made numbers; nothing written, no weights needed."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoConfig, Glm4Config, Qwen2Config, Qwen3Config
+from trl import ModelConfig
+
+from eaft import EAFTConfig, cli
+from eaft.training.plan import GIB, GPUS, RESERVE, Launch, count_parameters, flops, memory, meta_model, read_launch
+from eaft.training.train import parse
+from tests.conftest import make_model, make_rows
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes" / "paper").glob("*.yaml"))
+# From the models' own config.json on the Hub
+QWEN3_4B = Qwen3Config(
+    vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
+    num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+)  # fmt: skip
+QWEN25_32B = Qwen2Config(
+    vocab_size=152064, hidden_size=5120, intermediate_size=27648, num_hidden_layers=64, num_attention_heads=40,
+    num_key_value_heads=8, tie_word_embeddings=False,
+)  # fmt: skip
+GLM4_9B = Glm4Config(
+    vocab_size=151552, hidden_size=4096, intermediate_size=13696, num_hidden_layers=40, num_attention_heads=32,
+    num_key_value_heads=2, head_dim=128, tie_word_embeddings=False,
+)  # fmt: skip
+
+
+def arguments(tmp_path, **changes):
+    return EAFTConfig(str(tmp_path / "out"), use_cpu=True, **changes)
+
+
+@pytest.mark.parametrize(
+    ("config", "published"), [(QWEN3_4B, 4.02e9), (QWEN25_32B, 32.76e9), (GLM4_9B, 9.40e9)], ids=["4B", "32B", "9B"]
+)
+def test_parameters_are_the_published_ones(tmp_path, config, published):
+    total, trainable = count_parameters(meta_model(config, ModelConfig(), arguments(tmp_path)))
+    assert total == trainable == pytest.approx(published, rel=2e-3)
+
+
+def test_adapters_are_counted(tmp_path):
+    lora = ModelConfig(use_peft=True, lora_r=4, lora_target_modules=["q_proj", "v_proj"])
+    total, trainable = count_parameters(meta_model(make_model().config, lora, arguments(tmp_path)))
+    assert trainable == 2 * (32 * 4 + 4 * 32 + 32 * 4 + 4 * 16)  # two layers, two factors of rank 4 each
+    assert total == sum(p.numel() for p in make_model().parameters()) + trainable
+
+
+def test_memory_by_hand(tmp_path):
+    args = arguments(tmp_path, per_device_train_batch_size=2, gradient_checkpointing=False, bf16=False)
+    parts = memory(QWEN3_4B, ModelConfig(dtype="float32"), args, 4_000_000_000, 4_000_000_000, 1000, Launch(8, 8, 8, 8))
+    assert parts["weights"] == parts["gradients"] == pytest.approx(4e9 * 4 / 8 / GIB)
+    assert parts["optimizer states (adamw_torch_fused)"] == pytest.approx(4e9 * 8 / 8 / GIB)
+    layer = 2 * (5 * 2560 + 2 * 4096 + 2 * 1024 + 4 * 9728)
+    assert parts["activations of 2,000 tokens"] == pytest.approx(2000 * 36 * layer / GIB)
+    assert parts["gathered layers"] == pytest.approx(4e9 * 4 * 2 / 36 / GIB)
+    args = arguments(tmp_path, gate="sft-kl", per_device_train_batch_size=2, gradient_checkpointing=True)
+    parts = memory(QWEN3_4B, ModelConfig(dtype="bfloat16"), args, 10**9, 10**9, 1000, Launch())
+    assert parts["reference model"] == parts["weights"] == pytest.approx(2e9 / GIB)
+    assert parts["activations of 2,000 tokens"] == pytest.approx(2000 * (36 * 2 * 2560 + layer) / GIB)
+
+
+def test_memory_of_launches_by_hand(tmp_path):
+    args = arguments(tmp_path, gradient_checkpointing=True)
+    ddp = memory(QWEN3_4B, ModelConfig(dtype="float32"), args, 10**9, 10**9, 1000, Launch(4))
+    assert ddp["DDP's buckets of gradients"] == ddp["gradients"] == pytest.approx(4e9 / GIB)
+    upcast = memory(QWEN3_4B, ModelConfig(dtype="bfloat16"), args, 10**9, 10**9, 1000, Launch(8, 8, 8, 8, upcast=True))
+    assert upcast["weights"] == upcast["gradients"] == pytest.approx(4e9 / 8 / GIB)
+    offload = memory(QWEN3_4B, ModelConfig(), args, 10**9, 10**9, 1000, Launch(8, 8, 8, 8, offload=True))
+    assert [*offload.values()][:3] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if "fsdp2" not in r.name], ids=lambda r: r.stem)
+def test_paper_recipes_fit_eight_a100(recipe, monkeypatch):
+    """With rows as long as max_length, by the plan's own formula and the real models' shapes."""
+    monkeypatch.chdir(ROOT)
+    (_, args, model_args, *_), launch_args, _ = parse(["--config", str(recipe), "--use_cpu"])
+    config = {"qwen2.5-32b": QWEN25_32B, "glm4-9b": GLM4_9B}.get(recipe.stem.removesuffix("-math"), QWEN3_4B)
+    total, _ = count_parameters(meta_model(config, model_args, args))
+    parts = memory(config, model_args, args, total, total, args.max_length, read_launch(launch_args))
+    assert RESERVE * sum(parts.values()) + 1 <= GPUS["A100 80 GB"][0]
+
+
+def test_operations_by_hand(tmp_path):
+    args = arguments(tmp_path, gradient_checkpointing=False)
+    assert flops(QWEN3_4B, args, 100, 100, 10, 0) == 6 * 100 * 10
+    assert flops(QWEN3_4B, args, 100, 1, 10, 0) == 4 * 100 * 10
+    assert flops(QWEN3_4B, args, 0, 0, 1, 50) == 3 * 2 * 36 * 32 * 128 * 50
+    assert (
+        flops(QWEN3_4B, arguments(tmp_path, gradient_checkpointing=True, gate="sft-kl"), 100, 100, 10, 0) == 10 * 1000
+    )
+
+
+def test_measured_peak_is_near_the_estimate(tmp_path):
+    """README: SmolLM2-135M in float32 on CPU, batch 4, rows of some 500 tokens: 4.1 GiB, of which 0.6 are libraries."""
+    smol = AutoConfig.for_model(
+        "llama", vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+        num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
+    )  # fmt: skip
+    total, _ = count_parameters(meta_model(smol, ModelConfig(), arguments(tmp_path)))
+    assert total == 134_515_008  # the model's own count
+    args = arguments(tmp_path, per_device_train_batch_size=4, gradient_checkpointing=False)
+    parts = memory(smol, ModelConfig(dtype="float32"), args, total, total, 278, Launch())
+    assert sum(parts.values()) == pytest.approx(4.1, rel=0.35)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"num_processes": 4}, Launch(4)),
+        ({"num_processes": 8, "distributed_type": "FSDP"}, Launch(8, 8, 8, 8)),
+        (
+            {
+                "num_processes": 8,
+                "distributed_type": "FSDP",
+                "mixed_precision": "bf16",
+                "fsdp_config": {"fsdp_version": 2, "fsdp_offload_params": True},
+            },
+            Launch(8, 8, 8, 8, offload=True, upcast=True),
+        ),
+        (
+            {"num_processes": 2, "distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}},
+            Launch(2, 1, 2, 2),
+        ),
+    ],
+)
+def test_launch(tmp_path, content, expected):
+    file = tmp_path / "accelerate.yaml"
+    file.write_text(yaml.safe_dump(content))
+    assert read_launch(["--config_file", str(file)]) == expected
+
+
+@pytest.fixture
+def no_weights(tmp_path, model_dir):
+    """A model's folder with config and tokenizer only, and a data file."""
+    folder = tmp_path / "config_only"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).write_text((model_dir / name).read_text())
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in make_rows()))
+    return ["--model_name_or_path", str(folder), "--dataset_name", str(data), "--output_dir", str(tmp_path / "out")]
+
+
+@pytest.mark.parametrize("flag", ["--dry_run", "--dry-run"])
+def test_dry_run_counts_and_writes_nothing(no_weights, tmp_path, tokenizer, capsys, flag):
+    before = sorted(tmp_path.rglob("*"))
+    steps = ["--per_device_train_batch_size", "4", "--num_train_epochs", "3"]
+    assert cli.main(["train", *no_weights, *steps, flag, "--gate", "masked"]) == 0
+    assert sorted(tmp_path.rglob("*")) == before
+    output = capsys.readouterr().out
+    tokens = [
+        (len(tokenizer(r["prompt"])["input_ids"]), len(tokenizer(r["completion"])["input_ids"]) + 1)
+        for r in make_rows()
+    ]
+    labelled = sum(completion for _, completion in tokens)
+    assert f"16 rows, {sum(map(sum, tokens)):,} tokens an epoch, {labelled:,} labelled" in output
+    assert f"longest row {max(map(sum, tokens))}" in output
+    assert f"Parameters   {sum(p.numel() for p in make_model().parameters()):,}" in output
+    assert "12 of 4 rows (4 x 1 x 1 processes)" in output
+    assert "A100 80 GB" in output
+
+
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if "fsdp2" not in r.name], ids=lambda r: r.stem)
+def test_paper_recipes(recipe, no_weights, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)  # they name their accelerate config from there
+    assert cli.main(["train", "--config", str(recipe), *no_weights, "--dry_run"]) == 0
+    output = capsys.readouterr().out
+    assert "of 64 rows" in output
+    assert "8 processes" in output
+    content = yaml.safe_load(recipe.read_text())
+    assert (content["learning_rate"], content["num_train_epochs"], content["max_length"]) == (1e-5, 10, 16384)
+    assert (content["lr_scheduler_type"], content["warmup_steps"]) == ("cosine", 0.03)
+
+
+def test_bad_recipe(no_weights, tmp_path, capsys):
+    forgetting = ["--dry_run", "--forgetting_eval_steps", "5", "--forgetting_suite"]
+    assert cli.main(["train", *no_weights, *forgetting, "evryday"]) == 2
+    assert "no suite and no lm-eval task 'evryday'" in capsys.readouterr().err
+    sharded = ["--accelerate_config", str(ROOT / "recipes/paper/fsdp2.yaml")]
+    assert cli.main(["train", *no_weights, *forgetting, "everyday", *sharded]) == 2
+    assert "does not go with FSDP or DeepSpeed" in capsys.readouterr().err
+    assert cli.main(["train", *no_weights, "--dry_run", "--gate", "eatf"]) == 2
+    assert "gate='eatf' is unknown" in capsys.readouterr().err
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.json").write_text("{}")
+    assert cli.main(["train", *no_weights, "--dry_run"]) == 2
+    assert "holds another run" in capsys.readouterr().err
+    assert torch.get_default_device().type == "cpu"

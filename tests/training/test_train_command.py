@@ -1,0 +1,285 @@
+"""`eaft train` as a user runs it: formats in, a loadable folder out, and bad input refused with nothing written."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from eaft import cli
+from eaft.comparison.compare import read_recipe
+from eaft.objective.gates import GATES
+from eaft.training.train import last_complete_checkpoint, parse
+from tests.conftest import make_rows
+
+SMALL = ["--use_cpu", "--report_to", "none", "--disable_tqdm", "true", "--bf16", "false", "--max_steps", "4"]
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in make_rows()))
+    return path
+
+
+def run(*flags):
+    """Run in this process; return the exit code."""
+    return cli.main(["train", *SMALL, *map(str, flags)])
+
+
+def weights(folder):
+    return dict(AutoModelForCausalLM.from_pretrained(folder, dtype="float32").named_parameters())
+
+
+def test_trains_and_writes_what_it_promises(model_dir, data, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert (
+        run("--model_name_or_path", model_dir, "--dataset_name", data, "--output_dir", out, "--logging_steps", 1) == 0
+    )
+    before, after = weights(model_dir), weights(out)
+    assert any(not torch.equal(before[n], after[n]) for n in before)
+    logs = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [log["step"] for log in logs] == [1, 2, 3, 4, 4]
+    assert {"loss", "nll", "mean_gate", "entropy", "conflict_share", "conflict_nll_share"} <= logs[0].keys()
+    assert "`eaft`" in (out / "README.md").read_text()
+    record = json.loads((out / "run.json").read_text())
+    assert record["finished"]
+    assert record["gate"] == {"name": "eaft", "top_k": 20, "alpha": 1.0, "entropy": "top-k"}
+    assert record["environment"]["libraries"]["trl"]
+    assert record["result"]["steps"] == 4
+    assert not (out / "saving").exists()
+    # The same folder is not overwritten
+    assert run("--model_name_or_path", model_dir, "--dataset_name", data, "--output_dir", out) == 2
+    assert "holds another run (run.json)" in capsys.readouterr().err
+
+
+ROWS = make_rows()
+CHAT = [
+    {
+        "prompt": [{"role": "user", "content": row["prompt"]}],
+        "completion": [{"role": "assistant", "content": row["completion"]}],
+    }
+    for row in ROWS
+]
+SHAREGPT = [
+    {"conversations": [{"from": "human", "value": r["prompt"]}, {"from": "gpt", "value": r["completion"]}]}
+    for r in ROWS
+]
+MESSAGES = [{"messages": row["prompt"] + row["completion"]} for row in CHAT]
+TEXT = [{"text": row["prompt"] + row["completion"]} for row in ROWS]
+
+
+FORMATS = {"chat": CHAT, "sharegpt": SHAREGPT, "messages": MESSAGES, "text": TEXT}
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [*((name, suffix) for name in FORMATS for suffix in (".jsonl", ".json", ".parquet")), ("text", ".csv")],
+)
+def test_every_format_from_every_file(model_dir, tmp_path, name, suffix):
+    path, table = tmp_path / f"rows{suffix}", pd.DataFrame(FORMATS[name])
+    {
+        ".jsonl": lambda: table.to_json(path, orient="records", lines=True),
+        ".json": lambda: table.to_json(path, orient="records"),
+        ".csv": lambda: table.to_csv(path, index=False),
+        ".parquet": lambda: table.to_parquet(path),
+    }[suffix]()
+    assert run("--model_name_or_path", model_dir, "--dataset_name", path, "--output_dir", tmp_path / "out") == 0
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_yaml_lora_and_evaluation_from_a_folder_of_splits(model_dir, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split, rows in (("train", ROWS), ("test", ROWS[:4])):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"model_name_or_path: {model_dir}\ndataset_name: {folder}\noutput_dir: {tmp_path / 'out'}\ngate: dft\n"
+        "use_peft: true\nlora_r: 4\neval_strategy: steps\neval_steps: 2\n"
+    )
+    assert run("--config", config, "--gate", "eaft") == 0  # a flag overrides the file
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["gate"]["name"] == "eaft"
+    logs = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [log["step"] for log in logs if "eval_loss" in log] == [2, 4]
+    assert "lm_head.weight" in AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+
+
+def test_resume_equals_uninterrupted(model_dir, data, tmp_path):
+    shared = ["--model_name_or_path", model_dir, "--dataset_name", data, "--save_steps", 2, "--logging_steps", 1]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert run(*shared, "--output_dir", whole) == 0
+    assert run(*shared, "--output_dir", broken) == 0
+    # As if the machine had stopped while it wrote its last checkpoint
+    (broken / "checkpoint-4" / "trainer_state.json").write_text('{"epoch":')
+    (broken / "model.safetensors").unlink()
+    assert last_complete_checkpoint(broken) == str(broken / "checkpoint-2")
+    assert run(*shared, "--output_dir", broken, "--resume_from_checkpoint", "true") == 0
+    a, b = weights(whole), weights(broken)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    logs = [
+        [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[:4]] for out in (whole, broken)
+    ]
+    assert [log["nll"] for log in logs[0]] == [log["nll"] for log in logs[1]]
+
+
+def launch(launcher, *flags, cwd):
+    command = [sys.executable, *launcher, "-m", "eaft", "train", *SMALL, *map(str, flags)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("gate", ["sft", "eaft", "flow", "conflict-mask", "asft"])
+def test_two_processes_equal_one(model_dir, data, tmp_path, gate):
+    shared = ["--model_name_or_path", model_dir, "--dataset_name", data, "--logging_steps", 1, "--gate", gate]
+    shared += ["--learning_rate", "1e-3"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run(*shared, "--output_dir", one, "--per_device_train_batch_size", 4) == 0
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533"]
+    launch(torchrun, *shared, "--output_dir", two, "--per_device_train_batch_size", 2, cwd=tmp_path)
+    start, a, b = weights(model_dir), weights(one), weights(two)
+    moved = sum((a[n] - start[n]).square().sum() for n in a).sqrt()
+    different = sum((a[n] - b[n]).square().sum() for n in a).sqrt()
+    assert different / moved < 1e-3
+    logs = [[json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[:4]] for out in (one, two)]
+    for key in ("nll", "mean_gate", "grad_norm", "num_tokens", *(["kl"] if gate == "asft" else [])):
+        # The first step's divergence is that of a model from itself: 0, within rounding
+        assert [log[key] for log in logs[0]] == pytest.approx([log[key] for log in logs[1]], rel=1e-4, abs=1e-6), key
+    if gate in ("flow", "conflict-mask"):
+        a, b = (json.loads((out / "gate_measurements.json").read_text()) for out in (one, two))
+        assert a["inputs"] == b["inputs"]
+        assert a["params"] == pytest.approx(b["params"], rel=1e-5)
+        assert a.get("example_nll", []) == pytest.approx(b.get("example_nll", []), rel=1e-5)
+
+
+def test_starts_under_accelerate_launch(model_dir, data, tmp_path):
+    launcher = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
+    launch(launcher, "--model_name_or_path", model_dir, "--dataset_name", data, "--output_dir", "out", cwd=tmp_path)
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_flags_of_accelerate_launch_are_passed_on(model_dir, data, tmp_path):
+    flags = ["--model_name_or_path", model_dir, "--dataset_name", data, "--output_dir", "out", "--num_processes", "1"]
+    launch([], *flags, cwd=tmp_path)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["finished"]
+
+
+def test_divergence_ends_with_one_message_and_a_good_checkpoint(model_dir, data, tmp_path, capsys):
+    """The rows of the batch, which the message also names for a loss, are tested in test_trainer.py."""
+    out = tmp_path / "out"
+    flags = ["--learning_rate", "1e30", "--max_grad_norm", "0", "--save_steps", 1, "--output_dir", out]
+    assert run("--model_name_or_path", model_dir, "--dataset_name", data, *flags) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"error: The (loss|gradient's norm) is (nan|inf) in training, step 2[;.]", error)
+    assert "Traceback" not in error
+    assert all(weight.isfinite().all() for weight in weights(out / "checkpoint-1").values())
+    assert not json.loads((out / "run.json").read_text())["finished"]
+    assert not (out / "model.safetensors").exists()
+
+
+def bad(tmp_path, name, text=""):
+    path = tmp_path / name
+    path.write_text(text)
+    return path
+
+
+BAD_INPUT = {
+    "unknown gate": (
+        lambda d: ["--gate", "eatf"],
+        r"gate='eatf' is unknown. Did you mean 'eaft'? Gates: sft, eaft, eaft-sigmoid",
+    ),
+    "unknown flag": (lambda d: ["--gaet", "eaft"], "--gaet is unknown. Did you mean '--gate'?"),
+    "wrong type": (lambda d: ["--gate_top_k", "many"], "invalid int value"),
+    "gate_top_k": (lambda d: ["--gate_top_k", "1"], "gate_top_k must be at least 2, got 1"),
+    "gate_alpha": (lambda d: ["--gate_alpha", "-1"], "alpha must be a number of at least 0, got -1.0"),
+    "no such folder": (lambda d: ["--model_name_or_path", d / "none"], "there is no such folder"),
+    "no such Hub id": (
+        lambda d: ["--model_name_or_path", "nobody/nothing"],
+        "'nobody/nothing' is not a readable model",
+    ),
+    "no such GGUF": (lambda d: ["--model_name_or_path", d / "none.gguf"], "there is no such file"),
+    "damaged GGUF": (lambda d: ["--model_name_or_path", bad(d, "x.gguf", "GGUF")], "is not a readable GGUF file"),
+    "folder without model": (lambda d: ["--model_name_or_path", d], "is not a readable model"),
+    "no such data file": (lambda d: ["--dataset_name", d / "none.jsonl"], "there is no such file or folder"),
+    "no such data set": (
+        lambda d: ["--dataset_name", "nobody/nothing"],
+        "dataset_name='nobody/nothing' cannot be read",
+    ),
+    "damaged data": (lambda d: ["--dataset_name", bad(d, "x.jsonl", '{"prompt": ')], "cannot be read"),
+    "empty file": (lambda d: ["--dataset_name", bad(d, "x.jsonl")], "the file is empty"),
+    "no rows": (lambda d: ["--dataset_name", bad(d, "x.csv", "text\n")], "data set is empty"),
+    "wrong columns": (
+        lambda d: ["--dataset_name", bad(d, "x.jsonl", '{"question": "a", "answer": "b"}\n')],
+        "found the columns question, answer; expected one of: messages, prompt + completion, text",
+    ),
+    "no labelled token": (lambda d: ["--max_length", "3"], "No row has a labelled token left after truncation"),
+    "no test split": (lambda d: ["--eval_strategy", "epoch"], "dataset_test_split='test': the data has only train"),
+    "nothing to resume": (lambda d: ["--resume_from_checkpoint", "true"], "there is no complete checkpoint"),
+    "no such recipe": (lambda d: ["--config", d / "none.yaml"], "No such file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_one_message_and_nothing_written(name, model_dir, data, tmp_path, capsys):
+    flags, message = BAD_INPUT[name]
+    out = tmp_path / "out"
+    # argparse itself exits for a value of the wrong type; ours is returned
+    try:
+        code = run("--model_name_or_path", model_dir, "--dataset_name", data, "--output_dir", out, *flags(tmp_path))
+    except SystemExit as exit_:
+        code = exit_.code
+    error = capsys.readouterr().err
+    assert code == 2
+    assert message in error
+    assert "Traceback" not in error
+    assert not out.exists()
+
+
+def test_truncated_weights_are_refused(model_dir, data, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in model_dir.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes()[: 1000 if file.suffix == ".safetensors" else None])
+    out = tmp_path / "out"
+    assert run("--model_name_or_path", broken, "--dataset_name", data, "--output_dir", out) == 2
+    assert "cannot be loaded" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["train", "--help"])
+    text = capsys.readouterr().out
+    assert exit_.value.code == 0
+    assert "torchrun --nproc_per_node 8 -m eaft train" in text
+    for name, gate in GATES.items():
+        assert f"  {name:14}{gate.help}" in text
+    assert "(steepness: 30.0, center: 0.17, entropy: top-k)" in text
+    assert "(entropy_threshold: measured, entropy_percentile: 15.0, entropy: top-k)" in text
+
+
+def test_env_is_json(capsys):
+    assert cli.main(["env"]) == 0
+    environment = json.loads(capsys.readouterr().out)
+    assert (
+        environment["libraries"]["torch"] == torch.__version__.split("+")[0] or "+" in environment["libraries"]["torch"]
+    )
+    assert environment["cores"] >= 1
+
+
+def test_recipes_parse():
+    recipes = Path(__file__).parents[2] / "recipes"
+    (_, args, model_args, *_), launch_args, _ = parse(
+        ["--config", str(recipes / "train.yaml"), "--use_cpu", "--output_dir", "out"]
+    )
+    assert args.gate == "eaft"
+    assert model_args.model_name_or_path
+    assert not launch_args
+    assert set(read_recipe(str(recipes / "demo" / "compare.yaml")).objectives) == {"sft", "eaft"}

@@ -1,0 +1,265 @@
+"""`EAFTTrainer` beside TRL's own `SFTTrainer`, and against itself where two ways must lead to the same weights."""
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from trl import SFTConfig, SFTTrainer
+
+from eaft import EAFTConfig, EAFTTrainer, token_statistics
+from eaft.errors import ConfigurationError, NonFiniteError
+from tests.conftest import make_model, make_rows, make_tokenizer
+
+DEFAULTS = {
+    "max_steps": 6,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "bf16": False,
+    "use_cpu": True,
+    "report_to": [],
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "gradient_checkpointing": False,
+}
+
+
+def build(cls, path, rows=None, eval_rows=None, peft_config=None, model=None, **settings):
+    config = {SFTTrainer: SFTConfig, EAFTTrainer: EAFTConfig}[cls]
+    return cls(
+        model or make_model(),
+        args=config(str(path), **{**DEFAULTS, **settings}),
+        train_dataset=Dataset.from_list(rows or make_rows()),
+        eval_dataset=Dataset.from_list(eval_rows) if eval_rows else None,
+        processing_class=make_tokenizer(),
+        peft_config=peft_config,
+    )
+
+
+def train(cls, path, resume=None, **settings):
+    trainer = build(cls, path, **settings)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def steps(trainer, key="loss"):
+    return [log[key] for log in trainer.state.log_history if key in log]
+
+
+def assert_same_training(a, b, initial, tolerance=1e-3):
+    """Weights may differ by what float32 rounding, amplified by Adam, makes of the distance that training went."""
+    moved = different = 0.0
+    for p, q, start in zip(a.model.parameters(), b.model.parameters(), initial.parameters(), strict=True):
+        different += (p - q).square().sum().item()
+        moved += (p - start).square().sum().item()
+    assert moved > 0
+    assert math.sqrt(different / moved) < tolerance
+
+
+CONVERSATIONS = [
+    {"messages": [{"role": "user", "content": f"{i} plus {i}"}, {"role": "assistant", "content": f"It is {2 * i}."}]}
+    for i in range(12)
+]
+TEXTS = [{"text": f"{i} and {i} makes {2 * i}. " * (1 + i % 3)} for i in range(12)]
+SETTINGS = {
+    "completion only": {},
+    "every token": {"completion_only_loss": False},
+    "text": {"rows": TEXTS},
+    "conversations": {"rows": CONVERSATIONS},
+    "assistant only": {"rows": CONVERSATIONS, "assistant_only_loss": True},
+    "packed": {"packing": True, "max_length": 64},
+    "packed, wrapped": {"packing": True, "packing_strategy": "wrapped", "max_length": 64, "rows": TEXTS},
+    "padding-free": {"padding_free": True, "max_length": None},
+    "accumulated": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+    "gradient checkpointing": {"gradient_checkpointing": True},
+    "truncated": {"max_length": 14},
+    "LoRA": {"peft_config": LoraConfig(r=4, target_modules="all-linear")},
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(("gate", "loss_type"), [("sft", "nll"), ("dft", "dft")])
+def test_equals_trl_step_for_step(setting, gate, loss_type, tmp_path):
+    settings = SETTINGS[setting]
+    ours = train(EAFTTrainer, tmp_path / "ours", gate=gate, **settings)
+    trls = train(SFTTrainer, tmp_path / "trls", loss_type=loss_type, **settings)
+    for key in ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens"):
+        assert steps(ours, key) == pytest.approx(steps(trls, key), rel=1e-4), key
+    assert len(steps(ours)) == 6
+    assert_same_training(ours, trls, build(EAFTTrainer, tmp_path, **settings).model)
+
+
+def test_bf16_equals_trl_within_bf16(tmp_path):
+    ours = train(EAFTTrainer, tmp_path / "ours", gate="sft", bf16=True)
+    trls = train(SFTTrainer, tmp_path / "trls", bf16=True)
+    # Both round the logits to bf16, 8 bits of mantissa; the mean over tokens is better than one token's 2**-8
+    assert steps(ours) == pytest.approx(steps(trls), rel=2**-8)
+
+
+def test_eaft_trains_differently_and_alpha_zero_is_sft(tmp_path):
+    sft = train(EAFTTrainer, tmp_path / "sft", gate="sft")
+    zero = train(EAFTTrainer, tmp_path / "zero", gate="eaft", gate_alpha=0.0)
+    eaft = train(EAFTTrainer, tmp_path / "eaft", gate="eaft", gate_alpha=2.0)
+    assert steps(zero) == steps(sft)
+    assert all(e < s for e, s in zip(steps(eaft), steps(sft), strict=True))
+    with pytest.raises(AssertionError):
+        assert_same_training(eaft, sft, make_model())
+
+
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(r=4, target_modules="all-linear")], ids=["full", "LoRA"])
+def test_accumulating_4_x_1_equals_1_x_4(tmp_path, peft_config):
+    split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "peft_config": peft_config}
+    one = train(EAFTTrainer, tmp_path / "4x1", **split)
+    four = train(EAFTTrainer, tmp_path / "1x4", peft_config=peft_config)
+    assert steps(one) == pytest.approx(steps(four), rel=1e-5)
+    assert_same_training(one, four, build(EAFTTrainer, tmp_path, **split).model)
+
+
+@pytest.mark.parametrize("setting", ["completion only", "packed", "LoRA"])
+def test_resumed_run_equals_uninterrupted(tmp_path, setting):
+    settings = {**SETTINGS[setting], "save_strategy": "steps", "save_steps": 2}
+    whole = train(EAFTTrainer, tmp_path / "whole", **settings)
+    resumed = train(EAFTTrainer, tmp_path / "resumed", resume=str(tmp_path / "whole" / "checkpoint-4"), **settings)
+    assert steps(resumed) == steps(whole)
+    for p, q in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_eval_loss_is_plain_nll_whatever_the_gate(tmp_path):
+    losses = [
+        build(EAFTTrainer, tmp_path, eval_rows=make_rows(5), gate=gate).evaluate() for gate in ("sft", "eaft", "dft")
+    ]
+    trls = build(SFTTrainer, tmp_path, eval_rows=make_rows(5)).evaluate()
+    for metrics in losses:
+        assert metrics["eval_loss"] == pytest.approx(trls["eval_loss"], rel=1e-5)
+
+
+def test_best_checkpoint_is_kept_by_evaluation_during_training(tmp_path):
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    trainer = train(
+        EAFTTrainer, tmp_path, eval_rows=make_rows(5), load_best_model_at_end=True, save_total_limit=1, **settings
+    )
+    losses = steps(trainer, "eval_loss")
+    assert len(losses) == 3
+    assert trainer.state.best_metric == min(losses)
+
+
+def test_metrics_are_those_of_the_tokens(tmp_path):
+    """One step on the whole data, with a model sure enough to have conflicts, against its own full logits."""
+    model = make_model(initializer_range=0.6)
+    trainer = build(EAFTTrainer, tmp_path, model=model, max_steps=1, per_device_train_batch_size=16)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(16)])
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    labelled = batch["labels"][:, 1:] != -100
+    stats = token_statistics(logits[labelled].double(), batch["labels"][:, 1:][labelled])
+    conflict = (stats.entropy < 0.5) & (stats.log_prob < math.log(0.1))
+    assert 0 < conflict.sum() < len(conflict)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["nll"] == pytest.approx(-stats.log_prob.mean().item(), rel=1e-4)
+    assert log["mean_gate"] == pytest.approx((stats.top_k_entropy / math.log(20)).mean().item(), rel=1e-4)
+    assert log["conflict_share"] == pytest.approx(conflict.double().mean().item())
+    share = stats.log_prob[conflict].sum() / stats.log_prob.sum()
+    assert log["conflict_nll_share"] == pytest.approx(share.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_loss_that_is_not_finite_stops_before_the_weights(tmp_path, padding_free):
+    trainer = build(
+        EAFTTrainer,
+        tmp_path,
+        save_strategy="steps",
+        save_steps=1,
+        padding_free=padding_free,
+        max_length=None,
+        rows=make_rows(8),
+    )
+    forward = trainer.model.model.forward
+
+    def poisoned(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        if trainer.state.global_step == 1:
+            output.last_hidden_state = output.last_hidden_state * math.nan
+        return output
+
+    trainer.model.model.forward = poisoned
+    with pytest.raises(NonFiniteError, match=r"The loss is nan in training, step 2; the batch's rows are") as raised:
+        trainer.train()
+    # Both epochs' second batch holds four rows, each named by its index and text
+    named = [
+        i
+        for i in range(8)
+        if f"{i}: '{trainer.processing_class.decode(trainer.train_dataset[i]['input_ids'])[:8]}" in str(raised.value)
+    ]
+    assert len(named) == 4
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_gradient_that_is_not_finite_stops_before_the_weights(tmp_path):
+    trainer = build(EAFTTrainer, tmp_path)
+    trainer.model.model.norm.weight.register_hook(lambda grad: grad * math.inf)
+    with pytest.raises(NonFiniteError, match=r"The gradient's norm is (nan|inf) in training, step 1"):
+        trainer.train()
+    for p, q in zip(trainer.model.parameters(), make_model().parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gate": "eatf"}, r"gate='eatf' is unknown. Did you mean 'eaft'"),
+        ({"gate_top_k": 1}, "gate_top_k must be at least 2, got 1"),
+        ({"gate_alpha": -0.5}, "alpha must be a number of at least 0, got -0.5"),
+        ({"gate_alpha": math.nan}, "alpha must be a number"),
+        ({"gate": "dft", "gate_alpha": 2.0}, "gate='dft' takes no alpha"),
+        ({"loss_type": "dft"}, "loss_type='dft' does not go with a gate"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor does not go with a gate"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ConfigurationError, match=message):
+        EAFTConfig("out", use_cpu=True, **settings)
+
+
+def test_empty_data(tmp_path):
+    with pytest.raises(ConfigurationError, match="data set is empty"):
+        EAFTTrainer(make_model(), EAFTConfig(str(tmp_path), use_cpu=True), train_dataset=Dataset.from_list([]))
+
+
+def test_plain_sft_config_is_refused(tmp_path):
+    with pytest.raises(ConfigurationError, match="args must be an EAFTConfig, which has the gate; got SFTConfig"):
+        EAFTTrainer(make_model(), SFTConfig(str(tmp_path), use_cpu=True), train_dataset=Dataset.from_list(make_rows()))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_no_label_after_truncation(tmp_path, packing):
+    rows = [{"input_ids": [3, 4, 5, 6], "labels": [-100, -100, -100, 6]}] * 4
+    with pytest.raises(ConfigurationError, match=r"No row has a labelled token left after truncation to max_length=3"):
+        build(EAFTTrainer, tmp_path, rows=rows, max_length=3, packing=packing)
+
+
+def test_dropped_rows_are_counted(tmp_path, caplog):
+    # The prompts of rows 10 to 15 are a byte longer each way: nothing of their completion is left
+    with caplog.at_level("WARNING"):
+        trainer = build(EAFTTrainer, tmp_path, max_length=9)
+    dropped = 16 - len(trainer.train_dataset)
+    assert dropped > 0
+    assert f"{dropped} of 16 rows have no labelled token left" in caplog.text
+
+
+def test_model_card_names_the_gate(tmp_path):
+    trainer = build(EAFTTrainer, tmp_path, gate_alpha=2.0)
+    trainer.create_model_card(model_name="mine", dataset_name="my/data")
+    card = (tmp_path / "README.md").read_text()
+    assert "| `eaft` | 2.0 | top-k | 20 |" in card
+    assert "my/data" in card
+    assert "2601.02151" in card
+
+
+def test_compute_loss_func_is_refused(tmp_path):
+    with pytest.raises(ConfigurationError, match="compute_loss_func"):
+        EAFTTrainer(make_model(), EAFTConfig(str(tmp_path), use_cpu=True), compute_loss_func=lambda *a: 0)
