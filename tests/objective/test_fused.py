@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from eaft import gated_cross_entropy, linear_gated_cross_entropy, token_statistics
 from eaft.errors import ConfigurationError
-from eaft.objective import fused
+from eaft.objective import fused, torch_backend
 from eaft.objective.fused import Reference
 from eaft.objective.gates import GATES
 from tests.objective.test_gates import GIVEN, SEEN
@@ -18,14 +18,21 @@ from tests.objective.test_gates import GIVEN, SEEN
 @pytest.fixture(params=["torch", "triton"])
 def backend(request, monkeypatch):
     """Run through torch, or through the Triton kernels: on a GPU if there is one, else interpreted."""
-    monkeypatch.setattr(fused, "use_triton", lambda z: request.param == "triton" and z.dtype != torch.float64)
+    use(request.param, monkeypatch)
     return request.param
 
 
 @pytest.fixture
 def kernels(monkeypatch):
     """Run through the Triton kernels."""
-    monkeypatch.setattr(fused, "use_triton", lambda z: z.dtype != torch.float64)
+    use("triton", monkeypatch)
+
+
+def use(backend, monkeypatch):
+    choose = fused.choose_backend
+    monkeypatch.setattr(
+        fused, "choose_backend", lambda name, hidden: choose(None if hidden.dtype == torch.float64 else backend, hidden)
+    )
 
 
 class Problem:
@@ -127,7 +134,7 @@ def relative_error(value, truth):
 @pytest.mark.parametrize("head", [{}, {"logit_scale": 0.4, "softcap": 2.0}], ids=["plain", "scaled and capped"])
 def test_equals_the_reference_function(gate, params, tokens_at_a_time, head, monkeypatch):
     problem = Problem()
-    monkeypatch.setattr(fused, "CACHE_BUDGET", 2 * 45 * 4 * 2)  # two rows a block
+    monkeypatch.setattr(torch_backend, "CACHE_BUDGET", 2 * 45 * 4 * 2)  # two rows a block
     ours = fuse(problem, gate, logits_budget=tokens_at_a_time * 45 * 8, **head, **params)
     theirs = plain(problem, gate, **head, **params)
     numbers = flatten(ours)
@@ -201,9 +208,11 @@ MUTANTS = {
     "the gate is halved": lambda m: m.setattr(fused, "gate_weights", broken(fused.gate_weights, lambda w: w / 2)),
     "the gate is permuted": lambda m: m.setattr(fused, "gate_weights", broken(fused.gate_weights, lambda w: w.flip(0))),
     "a chunk is dropped": lambda m: m.setattr(
-        fused, "add_product_", lambda total, a, b: total.addmm_(a.float(), b.float()) if len(b) == 5 else None
+        fused, "add_product", lambda total, a, b, dtype: (a.to(dtype) @ b.to(dtype)) if total is None else total
     ),
-    "the gradient of the weight is missing": lambda m: m.setattr(fused, "add_product_", lambda total, a, b: None),
+    "the gradient of the weight is missing": lambda m: m.setattr(
+        fused, "add_product", broken(fused.add_product, lambda product: 0 * product)
+    ),
 }
 
 
@@ -276,7 +285,7 @@ def test_a_closed_gate_shuts_out_an_infinite_nll():
     bias = torch.zeros(3)
     # -inf * 0 is NaN in a product, so the projection is given as it is
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused.Projection, "__call__", lambda p, rows: p.logits[:2].copy_(p.hidden[rows]))
+        patch.setattr(fused.Projector, "__call__", lambda p, rows: p.memory[:2].copy_(p.hidden[rows]))
         loss = linear_gated_cross_entropy(hidden, weight, torch.tensor([1, 1]), "eaft", bias)
     expected = gated_cross_entropy(hidden.detach()[1:], torch.tensor([1]), "eaft", num_items=2)
     torch.testing.assert_close(loss.detach(), expected)
@@ -312,7 +321,7 @@ def test_labels_of_any_shape_and_their_context():
 @pytest.mark.parametrize("frozen", ["weight", "hidden"])
 def test_what_is_frozen_costs_no_product(frozen, monkeypatch, backend):
     problem, products = Problem(dtype=torch.float32), []
-    monkeypatch.setattr(fused, "add_product_", broken(fused.add_product_, products.append))
+    monkeypatch.setattr(fused, "add_product", broken(fused.add_product, lambda p: products.append(p) or p))
     leaves = problem.leaves()
     leaves[frozen].requires_grad_(False)
     linear_gated_cross_entropy(leaves["hidden"], leaves["weight"], problem.labels).backward()
@@ -332,7 +341,7 @@ def plain_without_bias(problem):
 def test_without_gradients_only_the_statistics_are_computed(monkeypatch, backend):
     problem = Problem(dtype=torch.float32)
     leaves = problem.leaves()
-    monkeypatch.setattr(fused, "add_product_", None)
+    monkeypatch.setattr(fused, "add_product", None)
     monkeypatch.setattr(torch.Tensor, "scatter_add_", None)  # where the gradient takes the label's 1 off
     with torch.no_grad():
         loss = linear_gated_cross_entropy(leaves["hidden"], leaves["weight"], problem.labels)

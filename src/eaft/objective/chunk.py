@@ -1,19 +1,17 @@
 """
-What is found of a chunk of tokens, whichever backend finds it.
+What is found of a chunk of tokens, and the doors by which both backends of the fused loss find it.
 
-`torch_backend` and `triton_backend` have the same three doors, on a chunk's projection (`hidden @ weight.T + bias`):
-
-    score(projection, labels, top_k, transform) -> Scores
-    diverge(projection, reference_projection, scores, direction, transform) -> Divergence
-    gradient_(projection, labels, weights, scores, transform, divergence, kl_coef) -> its gradient, in its memory
+A chunk's projection is `hidden @ weight.T + bias`, `[n, V]`; its logits are what `LogitTransform` makes of that.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from torch import Tensor
 
+from eaft.objective.gates import Anchor
 from eaft.objective.statistics import TokenStatistics
 
 
@@ -25,21 +23,44 @@ class LogitTransform:
     softcap: float | None = None
 
 
-@dataclass(frozen=True)
-class Scores:
-    """What one read of a chunk's logits `[n, V]` tells; ln P(v) = logit_v - top - log_total."""
+class Scores(Protocol):
+    """What `score` returns: the statistics, and whatever the same backend's other doors need of the logits."""
 
-    statistics: TokenStatistics  # fields `[n]`
-    top: Tensor  # [n] float32 (float64 of float64 logits): the largest logit
-    log_total: Tensor  # [n] the same dtype: ln sum_v exp(logit_v - top)
+    @property
+    def statistics(self) -> TokenStatistics:
+        """Each token's, with fields `[n]`."""
 
 
-@dataclass(frozen=True)
-class Divergence:
-    """The divergence between policy and reference at each token of a chunk, and what its gradient needs."""
+class Divergence(Protocol):
+    """What `diverge` returns: the divergence, and whatever the same backend's `gradient_` needs of it."""
 
-    kl: Tensor  # [n], nats
-    reference_projection: Tensor  # [n, V]
-    reference_top: Tensor  # [n]
-    reference_log_total: Tensor  # [n]
-    direction: str  # "forward": KL(reference || policy); "reverse": KL(policy || reference)
+    @property
+    def kl(self) -> Tensor:
+        """The divergence between policy and reference at each token, `[n]`, in nats."""
+
+
+class Backend(Protocol):
+    """How a chunk is scored and differentiated; see `torch_backend` and `triton_backend`."""
+
+    def block_rows(self, projection: Tensor) -> int:
+        """Return how many rows of a projection the other doors take at a time."""
+
+    def score(self, projection: Tensor, labels: Tensor, top_k: int, transform: LogitTransform) -> Any:
+        """Return the `Scores` of a projection `[n, V]` with labels `[n]`, all in `[0, V)`; it stays as it is."""
+
+    def diverge(
+        self, projection: Tensor, reference_projection: Tensor, scores: Any, anchor: Anchor, transform: LogitTransform
+    ) -> Any:
+        """Return the `Divergence` from the reference's projection `[n, V]`."""
+
+    def gradient_(
+        self,
+        projection: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        scores: Any,
+        transform: LogitTransform,
+        divergence: Any = None,
+        kl_coef: float = 0.0,
+    ) -> Tensor:
+        """Return the gradient of sum_t weights_t nll_t + kl_coef KL_t by the projection, in the projection's memory."""

@@ -1,14 +1,16 @@
 """
 The gated cross-entropy from hidden states, without the logits: three matrix products, one chunk of logits alive.
 
-A gate is known in the forward pass, so the gradient is too. Per chunk of tokens: logits -> statistics -> weights -> the
-logits' gradient in their place -> gradients of the hidden states and of the head. Equal to `gated_cross_entropy` on
-`hidden @ weight.T`, which says what is computed.
+A gate is known in the forward pass, so the gradient is too. For each chunk of tokens: project, score, weigh, put the
+gradient in the projection's place, and multiply it into the gradients of the hidden states and of the head. Equal to
+`gated_cross_entropy` on `hidden @ weight.T`, which says what is computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,19 +18,22 @@ import torch
 from torch import Tensor
 
 try:
-    from eaft.objective import kernels
+    from eaft.objective import triton_backend
 except ImportError:  # Triton comes with torch where there are GPUs for it
-    kernels = None  # type: ignore[assignment]
+    triton_backend = None  # type: ignore[assignment]
 from eaft.errors import ConfigurationError
+from eaft.objective.chunk import Backend, LogitTransform
 from eaft.objective.gates import Anchor, GateLike, check_gate, gate_weights, get_anchor, is_per_token
 from eaft.objective.loss import example_ids_by_row, loss_terms
-from eaft.objective.statistics import TokenStatistics, entropy_from_log_probs, usable_top_k
+from eaft.objective.statistics import TokenStatistics, usable_top_k
+from eaft.objective.torch_backend import TorchBackend
 
-# Bytes of logits alive at a time. Each chunk reads and writes the whole gradient of the head, which takes a GPU as long
-# as the products of a few hundred tokens: there a chunk must be larger
-LOGITS_BUDGET, LOGITS_BUDGET_GPU = 2**28, 3 * 2**28
-# Bytes that a block of rows may take in its passes over the logits, so that they stay in the processor's cache
-CACHE_BUDGET = 2**23
+# Each chunk reads and writes the whole gradient of the head, which takes a GPU as long as the products of some 150
+# tokens: with 8,192 rows a chunk that is 2% of its time. Fewer where they would take more than a share of its memory
+CHUNK_ROWS, ROW_MULTIPLE = 8192, 256
+LOGITS_BUDGET, GPU_MEMORY_SHARE = 2**28, 16
+# Bytes of a block that is cast for a product on a CPU
+CAST_BUDGET = 2**25
 
 Weigh = Callable[[TokenStatistics, slice], Tensor]
 
@@ -47,42 +52,18 @@ class TokenLosses:
     """What the loss is made of, for each labelled token, without gradient."""
 
     statistics: TokenStatistics
-    weights: Any  # Tensor; None before there are any
+    weights: Tensor
     kl: Tensor | None  # divergence from the reference, in nats
 
     @classmethod
     def cat(cls, chunks: list[TokenLosses]) -> TokenLosses:
         """Join consecutive chunks of tokens."""
-        weights, kls = ([getattr(chunk, name) for chunk in chunks] for name in ("weights", "kl"))
+        kls = [chunk.kl for chunk in chunks if chunk.kl is not None]
         return cls(
             TokenStatistics.cat([chunk.statistics for chunk in chunks]),
-            None if weights[0] is None else torch.cat(weights),
-            None if kls[0] is None else torch.cat(kls),
+            torch.cat([chunk.weights for chunk in chunks]),
+            torch.cat(kls) if kls else None,
         )
-
-
-@dataclass(frozen=True)
-class Head:
-    """What turns a projection into logits: softcap * tanh(logit_scale * z / softcap), without the tanh for None."""
-
-    logit_scale: float = 1.0
-    softcap: float | None = None
-
-    def logits_(self, projection: Tensor) -> Tensor:
-        """Return the logits, in place of the projection."""
-        if self.logit_scale != 1.0:
-            projection.mul_(self.logit_scale)
-        if self.softcap is not None:
-            projection.div_(self.softcap).tanh_().mul_(self.softcap)
-        return projection
-
-    def backward_(self, gradient: Tensor, logits: Tensor) -> Tensor:
-        """Return the projection's gradient, in place of the logits'."""
-        if self.softcap is not None:
-            gradient.mul_(1 - (logits / self.softcap).square())  # d tanh(x) / dx = 1 - tanh(x)^2
-        if self.logit_scale != 1.0:
-            gradient.mul_(self.logit_scale)
-        return gradient
 
 
 @torch.compiler.disable  # a graph break, instead of tracing a loop over data
@@ -102,6 +83,7 @@ def linear_gated_cross_entropy(
     example_nll: Tensor | None = None,
     reference: Reference | None = None,
     logits_budget: int | None = None,
+    backend: str | None = None,
     return_losses: bool = False,
     **params: Any,
 ) -> Any:
@@ -123,7 +105,9 @@ def linear_gated_cross_entropy(
         example_ids: as in `gated_cross_entropy`.
         example_nll: as in `gated_cross_entropy`.
         reference: for a gate with a KL term; the same scale and softcap apply.
-        logits_budget: bytes of logits alive at a time, which sets the chunks; default 256 MiB, 768 on a GPU.
+        logits_budget: bytes of logits alive at a time, which caps the chunks; default 256 MiB, on a GPU a 16th of its
+            memory.
+        backend: `torch` or `triton`; default: Triton on a GPU that has it, but for float64.
         return_losses: also return the `TokenLosses`.
         params: what the gate takes, e.g. `alpha=2.0` for `eaft`.
 
@@ -133,19 +117,22 @@ def linear_gated_cross_entropy(
         pass. Where nothing needs a gradient, only the statistics are computed.
 
     Raises:
-        ConfigurationError: as in `gated_cross_entropy`.
+        ConfigurationError: as in `gated_cross_entropy`; or there is no such backend here.
         RuntimeError: in a second backward pass, or one with `create_graph=True`.
     """
     found, anchor = check_gate(gate, params), get_anchor(gate, **params)
     if anchor is not None and reference is None:
         raise ConfigurationError(f"gate={gate!r} needs reference, the base model's hidden states and head.")
-    labelled = labels != ignore_index
     if example_ids is None:
         example_ids = example_ids_by_row(labels)
-    example_ids = example_ids[labelled]
-    example_nll = None if example_nll is None else example_nll[labelled]
-    if reference is not None:
-        reference = replace(reference, hidden=reference.hidden[labelled]) if anchor is not None else None
+    # A GPU waits for the number of labels once, here; whatever is gathered by their index needs no such wait
+    index = (labels.flatten() != ignore_index).nonzero().squeeze(-1)
+
+    def labelled(values: Tensor) -> Tensor:
+        return values.reshape(labels.numel(), *values.shape[labels.ndim :]).index_select(0, index)
+
+    example_ids = labelled(example_ids)
+    example_nll = None if example_nll is None else labelled(example_nll)
 
     def with_examples(stats: TokenStatistics, rows: slice) -> TokenStatistics:
         nll = None if example_nll is None else example_nll[rows]
@@ -154,235 +141,262 @@ def linear_gated_cross_entropy(
     def weigh(stats: TokenStatistics, rows: slice) -> Tensor:
         return gate_weights(found, with_examples(stats, rows), **params)
 
-    job = Job(
-        labels=labels[labelled],
+    spec = LossSpec(
+        labels=labelled(labels),
         weigh=weigh,
         per_token=is_per_token(found, params),
         anchor=anchor,
-        reference=reference,
-        head=Head(logit_scale, softcap),
+        reference=replace(reference, hidden=labelled(reference.hidden)) if anchor and reference else None,
+        transform=LogitTransform(logit_scale, softcap),
         top_k=usable_top_k(top_k, weight.shape[0]),
-        logits_budget=logits_budget or (LOGITS_BUDGET_GPU if hidden.is_cuda else LOGITS_BUDGET),
-        gradient=torch.is_grad_enabled(),
+        backend=choose_backend(backend, hidden),
+        logits_budget=logits_budget or default_budget(hidden.device),
+        grad_enabled=torch.is_grad_enabled(),
     )
-    loss, log_prob, entropy, top_k_entropy, sum_sq_probs, is_top1, weights, kl = GatedLinear.apply(
-        hidden[labelled], weight, bias, job
-    )
-    count = labelled.sum() if num_items is None else torch.as_tensor(num_items, device=loss.device)
+    loss, losses = GatedLinear.apply(labelled(hidden), weight, bias, spec)
+    count = torch.as_tensor(len(index) if num_items is None else num_items, device=loss.device)
     loss = loss / count.clamp(min=1)
     if not return_losses:
         return loss
-    stats = TokenStatistics(log_prob, entropy, top_k_entropy, sum_sq_probs, is_top1, top_k=job.top_k)
-    return loss, TokenLosses(with_examples(stats, slice(None)), weights, kl)
+    return loss, replace(losses, statistics=with_examples(losses.statistics, slice(None)))
+
+
+def choose_backend(name: str | None, hidden: Tensor) -> Backend:
+    """Return the backend of this name, or by default the fastest for tensors like `hidden`."""
+    if name is None:
+        name = "triton" if triton_backend is not None and hidden.is_cuda and hidden.dtype != torch.float64 else "torch"
+    if name == "torch":
+        return TorchBackend()
+    if name != "triton":
+        raise ConfigurationError(f"backend={name!r}: expected 'torch' or 'triton'.")
+    if triton_backend is None or hidden.dtype == torch.float64:
+        reason = "Triton is not installed" if triton_backend is None else "it does not compute in float64"
+        raise ConfigurationError(f"backend='triton': {reason}; leave it out.")
+    return triton_backend
+
+
+def default_budget(device: torch.device) -> int:
+    """Return how many bytes of logits may be alive at a time."""
+    if device.type != "cuda":
+        return LOGITS_BUDGET
+    return torch.cuda.get_device_properties(device).total_memory // GPU_MEMORY_SHARE
+
+
+def chunk_rows(n: int, vocab_size: int, itemsize: int, budget: int) -> int:
+    """
+    Return how many rows a chunk has: as many as the budget (bytes) and `CHUNK_ROWS` allow, in chunks of equal size.
+
+    A multiple of 256, if there are as many, so that products fill the tiles they are cut into.
+    """
+    most = max(1, min(CHUNK_ROWS, budget // (vocab_size * itemsize)))
+    if most > ROW_MULTIPLE:
+        most -= most % ROW_MULTIPLE
+    equal = math.ceil(n / max(1, math.ceil(n / most)))
+    return max(1, min(most, n, ROW_MULTIPLE * math.ceil(equal / ROW_MULTIPLE)))
 
 
 @dataclass(frozen=True)
-class Job:
-    """What `GatedLinear` is told beside the tensors it differentiates."""
+class LossSpec:
+    """What the loss is, beside the tensors it is differentiated by."""
 
     labels: Tensor  # [N], all to be scored
     weigh: Weigh  # statistics of some rows, and which -> their weights
     per_token: bool  # a chunk can be weighed before the next is seen
     anchor: Anchor | None
     reference: Reference | None
-    head: Head
+    transform: LogitTransform
     top_k: int
+    backend: Backend
     logits_budget: int
-    gradient: bool  # gradients are wanted of what requires them
+    grad_enabled: bool
 
 
 class GatedLinear(torch.autograd.Function):
     """The sum of the loss's terms, with its gradients, a chunk of tokens at a time."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job) -> Any:
-        """Return the sum, the fields of `TokenStatistics`, the weights and the KL; keep the gradients."""
-        needs_hidden, needs_weight, needs_bias = (needs and job.gradient for needs in ctx.needs_input_grad[:3])
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, spec: LossSpec) -> Any:
+        """Return the sum and the `TokenLosses`; keep the gradients."""
+        needs_hidden, needs_weight, needs_bias = (needs and spec.grad_enabled for needs in ctx.needs_input_grad[:3])
+        wanted = needs_hidden or needs_weight or needs_bias
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         exact = torch.promote_types(dtype, torch.float32)
+        n, vocab_size = len(hidden), len(weight)
+        size = chunk_rows(n, vocab_size, dtype.itemsize, spec.logits_budget)
+        chunks = [slice(start, min(start + size, n)) for start in range(0, n, size)] or [slice(0, 0)]
         grad_hidden = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if needs_hidden else None
-        grad_weight = torch.zeros(weight.shape, dtype=exact, device=weight.device) if needs_weight else None
-        grad_bias = torch.zeros(len(weight), dtype=exact, device=weight.device) if needs_bias else None
+        grad_weight = None  # of all chunks but the last; that one's product waits for the backward pass
+        grad_bias = torch.zeros(vocab_size, dtype=exact, device=weight.device) if needs_bias else None
         with torch.autocast(device, enabled=False):
-            projection = Projection(hidden, weight, bias, dtype, job.logits_budget)
-            reference = None
-            if job.reference is not None:
-                r = job.reference
-                reference = Projection(r.hidden, r.weight, r.bias, dtype, job.logits_budget)
+            project = Projector(hidden, weight, bias, dtype, size)
+            project_reference = None
+            if (r := spec.reference) is not None:
+                project_reference = Projector(r.hidden, r.weight, r.bias, dtype, size)
 
-            weigh = job.weigh
-            if not job.per_token:  # the gate must see every token first: a fourth product
-                seen = [fold(projection(rows), rows, job).statistics for rows in projection.chunks]
-                weigh = all_rows(job.weigh(TokenStatistics.cat(seen), slice(None)))
+            weigh = spec.weigh
+            if not spec.per_token:  # the gate must see every token first: a fourth product
+                seen = [score(project(rows), rows, spec) for rows in chunks]
+                weigh = known_weights(spec.weigh(TokenStatistics.cat(seen), slice(None)))
 
-            found = []
-            for rows in projection.chunks:
-                z, reference_z = projection(rows), reference(rows) if reference else None
-                found.append(fold(z, rows, job, weigh, reference_z, needs_hidden or needs_weight or needs_bias))
+            losses = []
+            for rows in chunks:
+                projection = project(rows)
+                reference_projection = project_reference(rows) if project_reference else None
+                losses.append(weigh_and_differentiate_(projection, rows, spec, weigh, reference_projection, wanted))
+                grad_logits = projection  # by now
                 if grad_hidden is not None:
-                    torch.mm(z, projection.weight, out=grad_hidden[rows])
-                if grad_weight is not None:
-                    add_product_(grad_weight, z.T, projection.hidden[rows])
+                    torch.mm(grad_logits, project.weight, out=grad_hidden[rows])
+                if needs_weight and rows is not chunks[-1]:
+                    grad_weight = add_product(grad_weight, grad_logits.T, project.hidden[rows], exact)
                 if grad_bias is not None:
-                    grad_bias += z.sum(0, dtype=exact)
+                    grad_bias += grad_logits.sum(0, dtype=exact)
 
-        losses = TokenLosses.cat(found)
-        tensors = (*losses.statistics.tensors(), losses.weights, losses.kl)
-        ctx.mark_non_differentiable(*(t for t in tensors if t is not None))
-        ctx.gradients, ctx.dtypes = (grad_hidden, grad_weight, grad_bias), (hidden.dtype, weight.dtype, weight.dtype)
-        return loss_terms(losses.statistics, losses.weights, losses.kl, job.anchor).sum(), *tensors
+        ctx.grad_hidden, ctx.grad_weight, ctx.grad_bias = grad_hidden, grad_weight, grad_bias
+        ctx.last_product = (grad_logits, project.hidden[rows]) if needs_weight else None
+        ctx.dtypes = (hidden.dtype, weight.dtype)
+        ctx.spent = False
+        found = TokenLosses.cat(losses)
+        return loss_terms(found.statistics, found.weights, found.kl, spec.anchor).sum(), found
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:
+    def backward(ctx: Any, grad_loss: Tensor, _: Any) -> Any:
         """Return the gradients of the forward pass, times the loss's own."""
         if torch.is_grad_enabled():  # they are constants here, so what depends on them would silently miss a term
             raise RuntimeError("linear_gated_cross_entropy has no second derivative: do without create_graph=True.")
-        if ctx.gradients is None:
+        if ctx.spent:
             raise RuntimeError("linear_gated_cross_entropy has one backward pass; compute the loss again for another.")
-        gradients, ctx.gradients = ctx.gradients, None
-        # Multiplied in float32: 1 / N rounded to bfloat16 would be off by up to 0.4% for every element alike
-        scaled = (None if g is None else g.to(grad_loss.dtype).mul_(grad_loss) for g in gradients)
-        return *(None if g is None else g.to(dtype) for g, dtype in zip(scaled, ctx.dtypes, strict=True)), None
+        hidden_dtype, weight_dtype = ctx.dtypes
+        grad_weight = ctx.grad_weight
+        if ctx.last_product is not None:
+            # Of several chunks the sum is exact, and rounded once, below; a single one's product needs no float32
+            dtype = weight_dtype if grad_weight is None else grad_weight.dtype
+            grad_logits, hidden = ctx.last_product
+            with torch.autocast(hidden.device.type, enabled=False):
+                grad_weight = add_product(grad_weight, grad_logits.T, hidden, dtype)
+        gradients = (
+            scaled(ctx.grad_hidden, grad_loss, hidden_dtype),
+            scaled(grad_weight, grad_loss, weight_dtype),
+            scaled(ctx.grad_bias, grad_loss, weight_dtype),
+        )
+        ctx.spent, ctx.grad_hidden, ctx.grad_weight, ctx.grad_bias, ctx.last_product = True, None, None, None, None
+        return *gradients, None
 
 
-class Projection:
+class Projector:
     """hidden @ weight.T + bias, a chunk of tokens at a time, each in the place of the one before."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, budget: int) -> None:
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, size: int) -> None:
         self.hidden, self.weight = hidden.to(dtype), weight.to(dtype)
         self.bias = None if bias is None else bias.to(dtype)
-        size = min(max(1, budget // (len(weight) * dtype.itemsize)), max(1, len(hidden)))
-        self.chunks = [slice(start, min(start + size, len(hidden))) for start in range(0, max(1, len(hidden)), size)]
-        self.logits = torch.empty((size, len(weight)), dtype=dtype, device=weight.device)
+        # On a GPU every row starts where vectors of 16 can be read
+        width = 16 * math.ceil(len(weight) / 16) if weight.is_cuda else len(weight)
+        self.memory = torch.empty((size, width), dtype=dtype, device=weight.device)[:, : len(weight)]
 
     def __call__(self, rows: slice) -> Tensor:
         """Return the projection of some rows, `[n, V]`."""
-        z = self.logits[: rows.stop - rows.start]
+        out = self.memory[: rows.stop - rows.start]
         if self.bias is None:
-            return torch.mm(self.hidden[rows], self.weight.T, out=z)
-        return torch.addmm(self.bias, self.hidden[rows], self.weight.T, out=z)
+            return torch.mm(self.hidden[rows], self.weight.T, out=out)
+        return torch.addmm(self.bias, self.hidden[rows], self.weight.T, out=out)
 
 
-def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a @ b to a float32 total, unrounded: rounding each chunk's product first would bias the sum."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif total.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:  # no such product here: cast a few rows at a time
-        b = b.to(total.dtype)
-        size = max(1, CACHE_BUDGET // (max(1, len(b)) * b.itemsize))
-        for some_total, some_a in zip(total.split(size), a.split(size), strict=True):
-            some_total.addmm_(some_a.to(total.dtype), b)
+def blocks(projection: Tensor, rows: slice, backend: Backend) -> Iterator[tuple[slice, slice]]:
+    """Yield which rows the backend is to take at a time: of the projection, and of all tokens."""
+    size = backend.block_rows(projection)
+    for start in range(0, max(1, len(projection)), size):
+        stop = min(start + size, len(projection))
+        yield slice(start, stop), slice(rows.start + start, rows.start + stop)
 
 
-def all_rows(weights: Tensor) -> Weigh:
+def score(projection: Tensor, rows: slice, spec: LossSpec) -> TokenStatistics:
+    """Return the statistics of a chunk."""
+    return TokenStatistics.cat(
+        [
+            spec.backend.score(projection[block], spec.labels[of_all], spec.top_k, spec.transform).statistics
+            for block, of_all in blocks(projection, rows, spec.backend)
+        ]
+    )
+
+
+def weigh_and_differentiate_(
+    projection: Tensor,
+    rows: slice,
+    spec: LossSpec,
+    weigh: Weigh,
+    reference_projection: Tensor | None,
+    differentiate: bool,
+) -> TokenLosses:
+    """Return the losses of a chunk; with `differentiate` the projection becomes the gradient of their terms' sum."""
+    backend, anchor, losses = spec.backend, spec.anchor, []
+    for block, of_all in blocks(projection, rows, backend):
+        labels = spec.labels[of_all]
+        scores = backend.score(projection[block], labels, spec.top_k, spec.transform)
+        weights = weigh(scores.statistics, of_all).contiguous()
+        divergence = None
+        if anchor is not None and reference_projection is not None:
+            divergence = backend.diverge(projection[block], reference_projection[block], scores, anchor, spec.transform)
+        if differentiate:
+            kl_coef = 0.0 if anchor is None else anchor.coef
+            backend.gradient_(projection[block], labels, weights, scores, spec.transform, divergence, kl_coef)
+        losses.append(TokenLosses(scores.statistics, weights, None if divergence is None else divergence.kl))
+    return TokenLosses.cat(losses)
+
+
+def known_weights(weights: Tensor) -> Weigh:
     """Return a `weigh` that knows every row's weight already."""
     return lambda stats, rows: weights[rows]
 
 
-def fold(
-    z: Tensor,
-    rows: slice,
-    job: Job,
-    weigh: Weigh | None = None,
-    reference_z: Tensor | None = None,
-    gradient: bool = False,
-) -> TokenLosses:
+def add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """
-    Return the losses of a chunk of tokens from their projection `z` `[n, V]`, with weights if there is a `weigh`.
+    Return total + a @ b in `dtype`, in the place of a total; without one the product is written, not added to zeros.
 
-    With `gradient`, `z` becomes the gradient of the sum of their terms; else what it holds is spent.
+    A float32 sum is of unrounded products: rounding each chunk's first would bias it.
     """
-    if reference_z is None and use_triton(z):
-        return fold_in_kernels(z, rows, job, weigh, gradient)
-    budget = LOGITS_BUDGET if z.is_cuda else CACHE_BUDGET
-    size = max(1, budget // (2 * z.shape[1] * torch.float32.itemsize))
-    losses = []
-    # Allocated once: blocks of memory freed between small tensors that live on would not be found again
-    scratch = torch.empty(
-        (2, min(size, len(z)), z.shape[1]), dtype=torch.promote_types(z.dtype, torch.float32), device=z.device
-    )
-    for start in range(0, max(1, len(z)), size):
-        block = slice(start, min(start + size, len(z)))
-        of_all = slice(rows.start + block.start, rows.start + block.stop)
-        reference_block = None if reference_z is None else reference_z[block]
-        losses.append(fold_block(z[block], of_all, job, weigh, reference_block, gradient, scratch[:, : len(z[block])]))
-    return TokenLosses.cat(losses)
+    if a.dtype == dtype:
+        return torch.mm(a, b) if total is None else total.addmm_(a, b)
+    if a.is_cuda:
+        if total is None:
+            return torch.mm(a, b, out_dtype=dtype)
+        return torch.addmm(total, a, b, out_dtype=dtype, out=total)
+    # A CPU has no such product: cast a few rows at a time
+    first = total is None
+    total = torch.empty((a.shape[0], b.shape[1]), dtype=dtype) if total is None else total
+    b = b.to(dtype)
+    size = max(1, CAST_BUDGET // (max(1, len(b)) * dtype.itemsize))
+    with bfloat16_products(a.dtype):
+        for some_total, some_a in zip(total.split(size), a.split(size), strict=True):
+            some_total.addmm_(some_a.to(dtype), b, beta=0 if first else 1)
+    return total
 
 
-def use_triton(z: Tensor) -> bool:
-    """Return whether the kernels can take `z`."""
-    return kernels is not None and z.is_cuda and z.dtype != torch.float64
+@contextlib.contextmanager
+def bfloat16_products(dtype: torch.dtype) -> Iterator[None]:
+    """
+    Let oneDNN multiply float32 as bfloat16 where that loses nothing: numbers that were bfloat16 are, cast back.
+
+    Sums stay float32. Where the processor has no bfloat16 product, nothing changes.
+    """
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    if dtype == torch.bfloat16:
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
-def fold_in_kernels(z: Tensor, rows: slice, job: Job, weigh: Weigh | None, gradient: bool) -> TokenLosses:
-    """`fold` for a GPU: one kernel reads the logits, another turns them into their gradient."""
-    labels, head = job.labels[rows], job.head
-    sums = kernels.token_sums(z, labels, job.top_k, head.logit_scale, head.softcap)
-    stats = TokenStatistics(
-        sums["log_prob"],
-        sums["entropy"],
-        sums["top_k_entropy"],
-        sums["sum_sq_probs"],
-        sums["is_top1"],
-        top_k=job.top_k,
-    )
-    if weigh is None:
-        return TokenLosses(stats, None, None)
-    weights = weigh(stats, rows)
-    if gradient:
-        kernels.gradient_(z, labels, weights, sums, head.logit_scale, head.softcap)
-    return TokenLosses(stats, weights, None)
-
-
-def fold_block(
-    z: Tensor,
-    rows: slice,
-    job: Job,
-    weigh: Weigh | None,
-    reference_z: Tensor | None,
-    gradient: bool,
-    scratch: Tensor,
-) -> TokenLosses:
-    """`fold` in torch, on a block of rows; `scratch` is memory for two of them in the dtype of the statistics."""
-    exact, labels = scratch.dtype, job.labels[rows].unsqueeze(-1)
-    logits = job.head.logits_(z.to(exact))
-    top, first = logits.max(-1, keepdim=True)
-    largest = logits.topk(job.top_k, sorted=False).values
-    label_logit = logits.gather(-1, labels)
-    shifted = logits - top if job.head.softcap else logits.sub_(top)
-    e = torch.exp(shifted, out=scratch[0])
-    total = e.sum(-1, keepdim=True)
-    log_total = total.log()
-    stats = TokenStatistics(
-        log_prob=(label_logit - top - log_total).squeeze(-1),
-        entropy=(log_total - row_dot(e, shifted, scratch[1]) / total).squeeze(-1),
-        top_k_entropy=entropy_from_log_probs(largest.log_softmax(-1)),
-        sum_sq_probs=(row_dot(e, e, scratch[1]) / total.square()).squeeze(-1),
-        is_top1=(first == labels).squeeze(-1),
-        top_k=job.top_k,
-    )
-    if weigh is None:
-        return TokenLosses(stats, None, None)
-    weights, kl, kl_gradient = weigh(stats, rows), None, None
-    if reference_z is not None and job.anchor is not None:
-        reference_log_probs = job.head.logits_(reference_z.to(exact)).log_softmax(-1)
-        kl, kl_gradient = job.anchor.kl_and_gradient(shifted - log_total, reference_log_probs)
-    if gradient:
-        # d (weight * nll) / d logits = weight * (p - 1[label])
-        e.mul_(weights.unsqueeze(-1) / total).scatter_add_(-1, labels, -weights.unsqueeze(-1))
-        if kl_gradient is not None and job.anchor is not None:
-            e.add_(kl_gradient, alpha=job.anchor.coef)
-        z.copy_(job.head.backward_(e, logits))
-    return TokenLosses(stats, weights, kl)
-
-
-def row_dot(e: Tensor, x: Tensor, scratch: Tensor) -> Tensor:
-    """Return sum_v e_v x_v of each row, `[n, 1]`; where e_v is 0 and x_v -inf, nothing is added."""
-    # Not a matrix product: `sum` adds pairwise, which keeps a long row's rounding small
-    dot = torch.mul(e, x, out=scratch).sum(-1, keepdim=True)
-    if dot.isnan().any():
-        dot = (e * torch.where(e == 0, 0.0, x)).sum(-1, keepdim=True)
-    return dot
+def scaled(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Return gradient * factor (a scalar) in `dtype`, in one pass; in place of the gradient if that is its dtype."""
+    if gradient is None:
+        return None
+    out = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
+    # Of one dimension, so that it is not rounded to the gradient's dtype first: 1 / N in bfloat16 would be off by up
+    # to 0.4% for every element alike. A CPU casts into new memory, so a few rows at a time
+    factor = factor.view(1)
+    size = len(gradient) if gradient.is_cuda else max(1, CAST_BUDGET // (4 * max(1, gradient[:1].numel())))
+    for some_gradient, some_out in zip(gradient.split(max(1, size)), out.split(max(1, size)), strict=True):
+        torch.mul(some_gradient, factor, out=some_out)
+    return out

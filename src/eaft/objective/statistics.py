@@ -50,16 +50,12 @@ class TokenStatistics:
         """Return the same statistics without any gradient."""
         return replace(self, log_prob=self.log_prob.detach())
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        """Return what the distributions tell, in the order of the fields: the arguments before `top_k`."""
-        return self.log_prob, self.entropy, self.top_k_entropy, self.sum_sq_probs, self.is_top1
-
     @classmethod
     def cat(cls, chunks: Sequence[TokenStatistics]) -> TokenStatistics:
         """Join the statistics of consecutive chunks of tokens (1-D each, the same K), without their examples."""
-        columns = zip(*(chunk.tensors() for chunk in chunks), strict=True)
-        log_prob, entropy, top_k_entropy, sum_sq_probs, is_top1 = (torch.cat(column) for column in columns)
-        return cls(log_prob, entropy, top_k_entropy, sum_sq_probs, is_top1, top_k=chunks[0].top_k)
+        names = ("log_prob", "entropy", "top_k_entropy", "sum_sq_probs", "is_top1")
+        joined = {name: torch.cat([getattr(chunk, name) for chunk in chunks]) for name in names}
+        return cls(**joined, top_k=chunks[0].top_k)
 
 
 def usable_top_k(top_k: int, vocab_size: int) -> int:

@@ -1,0 +1,134 @@
+"""A chunk scored and differentiated in torch operations: for CPUs, float64, and GPUs without Triton."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eaft.objective.chunk import LogitTransform
+from eaft.objective.gates import Anchor
+from eaft.objective.statistics import TokenStatistics, entropy_from_log_probs
+
+# Bytes that a block of rows may take in its passes over the logits: the processor's cache, or what a GPU can spare
+CACHE_BUDGET, GPU_BUDGET = 2**23, 2**28
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The statistics, and what of the logits the gradient needs; `exps` is valid until the next block is scored."""
+
+    statistics: TokenStatistics
+    exps: Tensor  # [n, V]: exp(logit - the row's largest)
+    total: Tensor  # [n, 1]: their sum
+    top: Tensor  # [n, 1]: the largest logit
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The divergence, and its derivative by the policy's logits."""
+
+    kl: Tensor  # [n], nats
+    gradient: Tensor  # [n, V]
+
+
+class TorchBackend:
+    """The doors of `chunk.Backend`, for blocks of rows that stay in the processor's cache."""
+
+    def __init__(self) -> None:
+        self.scratch: Tensor | None = None
+
+    def block_rows(self, projection: Tensor) -> int:
+        """Return how many rows fit, two times in the dtype of the statistics."""
+        budget = GPU_BUDGET if projection.is_cuda else CACHE_BUDGET
+        return max(1, budget // (2 * projection.shape[1] * torch.float32.itemsize))
+
+    def score(self, projection: Tensor, labels: Tensor, top_k: int, transform: LogitTransform) -> Scores:
+        """See `chunk.Backend.score`."""
+        labels = labels.unsqueeze(-1)
+        shifted_memory, exps_memory = self.scratch_like(projection)
+        logits = make_logits(projection, transform, shifted_memory)
+        top, first = logits.max(-1, keepdim=True)
+        largest = logits.topk(top_k, sorted=False).values
+        label_logit = logits.gather(-1, labels)
+        shifted = torch.sub(logits, top, out=shifted_memory)
+        exps = torch.exp(shifted, out=exps_memory)
+        total = exps.sum(-1, keepdim=True)
+        log_total = total.log()
+        # The products with the exponentials take the place of the shifted logits
+        weighted = torch.mul(exps, shifted, out=shifted_memory).sum(-1, keepdim=True)
+        if weighted.isnan().any():  # 0 * -inf: a token that cannot occur adds nothing
+            shifted = make_logits(projection, transform, shifted_memory) - top
+            weighted = (exps * torch.where(exps == 0, 0.0, shifted)).sum(-1, keepdim=True)
+        # Not matrix products: `sum` adds pairwise, which keeps a long row's rounding small
+        sum_sq_exps = torch.mul(exps, exps, out=shifted_memory).sum(-1, keepdim=True)
+        statistics = TokenStatistics(
+            log_prob=(label_logit - top - log_total).squeeze(-1),
+            entropy=(log_total - weighted / total).squeeze(-1),
+            top_k_entropy=entropy_from_log_probs(largest.log_softmax(-1)),
+            sum_sq_probs=(sum_sq_exps / total.square()).squeeze(-1),
+            is_top1=(first == labels).squeeze(-1),
+            top_k=top_k,
+        )
+        return Scores(statistics, exps, total, top)
+
+    def diverge(
+        self,
+        projection: Tensor,
+        reference_projection: Tensor,
+        scores: Scores,
+        anchor: Anchor,
+        transform: LogitTransform,
+    ) -> Divergence:
+        """See `chunk.Backend.diverge`."""
+        logits = make_logits(projection, transform, torch.empty_like(scores.exps))
+        reference_logits = make_logits(reference_projection, transform, torch.empty_like(scores.exps))
+        log_probs = logits - scores.top - scores.total.log()
+        return Divergence(*anchor.kl_and_gradient(log_probs, reference_logits.log_softmax(-1)))
+
+    def gradient_(
+        self,
+        projection: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        scores: Scores,
+        transform: LogitTransform,
+        divergence: Divergence | None = None,
+        kl_coef: float = 0.0,
+    ) -> Tensor:
+        """See `chunk.Backend.gradient_`."""
+        weights = weights.unsqueeze(-1)
+        # d (weight * nll) / d logits = weight * (p - 1[label])
+        gradient = scores.exps.mul_(weights / scores.total).scatter_add_(-1, labels.unsqueeze(-1), -weights)
+        if divergence is not None:
+            gradient.add_(divergence.gradient, alpha=kl_coef)
+        if transform.softcap is not None:  # d tanh(x) / dx = 1 - tanh(x)^2
+            logits = make_logits(projection, transform, self.scratch_like(projection)[0])
+            gradient.mul_(1 - (logits / transform.softcap).square())
+        if transform.logit_scale != 1.0:
+            gradient.mul_(transform.logit_scale)
+        return projection.copy_(gradient)
+
+    def scratch_like(self, projection: Tensor) -> Tensor:
+        """
+        Return memory for two blocks like this one, in the dtype of the statistics; always the same.
+
+        Blocks of memory that are freed between small tensors that live on would not be found again.
+        """
+        dtype = torch.promote_types(projection.dtype, torch.float32)
+        if self.scratch is None or self.scratch.shape[1] < len(projection):
+            self.scratch = torch.empty((2, *projection.shape), dtype=dtype, device=projection.device)
+        return self.scratch[:, : len(projection)]
+
+
+def make_logits(projection: Tensor, transform: LogitTransform, memory: Tensor) -> Tensor:
+    """Return the logits in the dtype of `memory`, and there; the projection itself if it is these already."""
+    if projection.dtype == memory.dtype and transform == LogitTransform():
+        return projection
+    logits = memory.copy_(projection)
+    if transform.logit_scale != 1.0:
+        logits.mul_(transform.logit_scale)
+    if transform.softcap is not None:
+        logits.div_(transform.softcap).tanh_().mul_(transform.softcap)
+    return logits
