@@ -25,16 +25,25 @@ ALIGNMENT = 16  # elements; rows padded to a multiple of it load as vectors
 LOWEST = tl.constexpr(-120.0)
 # What a maximum starts from: -inf would make -inf - -inf
 NOTHING = tl.constexpr(-3.4028234663852886e38)
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def exp(x):
+    """Return e^x; `tl.exp` spends three more instructions on results below 1e-38, which are 0 here."""
+    return tl.exp2(x * LOG2_E)
 
 
 @triton.jit
 def to_logits(projection, logit_scale, softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
     """Turn a projection into float32 logits."""
     z = projection.to(tl.float32)
+    # Added to 0 in one step, so that no product is fused, unrounded, with what is subtracted from it later
     if HAS_SCALE:
-        z *= logit_scale
+        z = tl.fma(z, logit_scale, 0.0)
     if HAS_SOFTCAP:
-        z = softcap * (2 * tl.sigmoid(z * (2 / softcap)) - 1)  # tanh
+        tanh = 1 - 2 / (1 + exp(z * (2 / softcap)))
+        z = tl.fma(tanh, softcap, 0.0)
     return z
 
 
@@ -78,9 +87,9 @@ def add_block(z, biggest, top, total, weighted, squares):
     """Add a block to each lane's sums of e, e * (z - top), e^2 with e = exp(z - top), top its largest logit so far."""
     new_top = tl.maximum(top, biggest)
     shift = below(top, new_top)
-    scale = tl.exp(shift)
+    scale = exp(shift)
     d = below(z, new_top[None, :, None])
-    e = tl.exp(d)
+    e = exp(d)
     weighted = scale * (weighted + total * shift) + lane_sum(e * d)
     total = scale * total + lane_sum(e)
     squares = scale * scale * squares + lane_sum(e * e)
@@ -88,11 +97,20 @@ def add_block(z, biggest, top, total, weighted, squares):
 
 
 @triton.jit
-def sortable(value, index):
-    """Pack float32 values and indices below 2^31 into int64 keys that sort as the values do."""
-    bits = value.to(tl.int32, bitcast=True)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (ordered.to(tl.int64) << 32) | index.to(tl.int64)
+def sortable(value, index, dtype: tl.constexpr):
+    """Pack values that `dtype` holds exactly, and indices (below 2^16 if it has 16 bits), into keys that sort alike."""
+    if dtype.primitive_bitwidth == 16:
+        bits = value.to(dtype).to(tl.int16, bitcast=True)
+        return ((bits ^ ((bits >> 15) & 0x7FFF)).to(tl.int32) << 16) | index
+    else:
+        bits = value.to(tl.int32, bitcast=True)
+        return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) << 32) | index
+
+
+@triton.jit
+def indices_of_largest(keys, K: tl.constexpr):
+    """Return the indices in the K largest keys of `sortable`."""
+    return (tl.topk(keys, K) & (0xFFFF if keys.dtype.primitive_bitwidth == 32 else 0xFFFFFFFF)).to(tl.int32)
 
 
 @triton.jit
@@ -117,6 +135,7 @@ def score_kernel(
     TOP_K: tl.constexpr,  # 0: not asked for
     TOP_K_POWER: tl.constexpr,  # at least TOP_K, a power of 2
     N_BLOCKS: tl.constexpr,  # at least n_columns / BLOCK, a power of 2
+    SHORT_KEYS: tl.constexpr,  # logits are what is in memory, of 16 bits, and there are at most 2^16 groups
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
 ):
@@ -134,7 +153,7 @@ def score_kernel(
         tl.zeros((LANES,), tl.float32),
     )
     full_blocks = n_columns // BLOCK
-    for block in range(full_blocks):
+    for block in tl.range(full_blocks, num_stages=2):  # the next block is on its way meanwhile
         x = tl.load(projection_row + block * BLOCK + columns)
         z = to_logits(x, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
         biggest = lane_max(z)
@@ -161,7 +180,7 @@ def score_kernel(
 
     top = tl.max(lane_top, axis=0)
     shift = below(lane_top, top)
-    scale = tl.exp(shift)
+    scale = exp(shift)
     weighted = tl.sum(scale * (weighted + total * shift), axis=0)
     total = tl.sum(scale * total, axis=0)
     squares = tl.sum(scale * scale * squares, axis=0)
@@ -190,12 +209,13 @@ def score_kernel(
     # lay elsewhere, K others were as large
     if TOP_K > 0:
         tl.debug_barrier()  # until every group is written
-        picked = (tl.topk(sortable(lane_top, lane), TOP_K_POWER) & 0xFFFFFFFF).to(tl.int32)
+        dtype: tl.constexpr = projection_ptr.dtype.element_ty if SHORT_KEYS else tl.float32
+        picked = indices_of_largest(sortable(lane_top, lane, dtype), TOP_K_POWER)
         blocks = tl.arange(0, N_BLOCKS)[None, :]
         groups = blocks * LANES + picked[:, None]
         largest = tl.load(groups_row + groups, mask=blocks * BLOCK < n_columns, other=-float("inf"))
-        keys = tl.reshape(sortable(largest, groups), (TOP_K_POWER * N_BLOCKS,))
-        picked = (tl.topk(keys, TOP_K_POWER) & 0xFFFFFFFF).to(tl.int32)
+        keys = tl.reshape(sortable(largest, groups, dtype), (TOP_K_POWER * N_BLOCKS,))
+        picked = indices_of_largest(keys, TOP_K_POWER)
         start = (picked // LANES) * BLOCK + (picked % LANES) * VECTOR
         member = tl.arange(0, BLOCK // LANES)[None, :]
         columns_of_picked = start[:, None] + (member // VECTOR) * (LANES * VECTOR) + member % VECTOR
@@ -204,7 +224,7 @@ def score_kernel(
         )
         largest = tl.topk(tl.reshape(z, (TOP_K_POWER * (BLOCK // LANES),)), TOP_K_POWER)
         d = below(largest, top)
-        e = tl.where(tl.arange(0, TOP_K_POWER) < TOP_K, tl.exp(d), 0.0)
+        e = tl.where(tl.arange(0, TOP_K_POWER) < TOP_K, exp(d), 0.0)
         k_total = tl.sum(e, axis=0)
         # A NaN among the logits may have hidden from the search; the total has met it
         tl.store(top_k_entropy_ptr + row, tl.log(k_total) - tl.sum(e * d, axis=0) / k_total + 0.0 * total)
@@ -246,9 +266,9 @@ def diverge_kernel(
         p = load_logits(p_row, start + columns, n_columns, width, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
         q = load_logits(q_row, start + columns, n_columns, width, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
         new_p_top, new_q_top = tl.maximum(p_top, lane_max(p)), tl.maximum(q_top, lane_max(q))
-        p_scale, q_scale = tl.exp(below(p_top, new_p_top)), tl.exp(below(q_top, new_q_top))
-        e_p = tl.exp(below(p, new_p_top[None, :, None]))
-        e_q = tl.exp(below(q, new_q_top[None, :, None]))
+        p_scale, q_scale = exp(below(p_top, new_p_top)), exp(below(q_top, new_q_top))
+        e_p = exp(below(p, new_p_top[None, :, None]))
+        e_q = exp(below(q, new_q_top[None, :, None]))
         e = e_q if FORWARD else e_p
         # A token of probability 0 adds nothing, whatever the other model thinks of it
         weighted = weighted * (q_scale if FORWARD else p_scale) + lane_sum(tl.where(e > 0, e * (q - p), 0.0))
@@ -256,7 +276,7 @@ def diverge_kernel(
         q_total = q_total * q_scale + lane_sum(e_q)
         p_top, q_top = new_p_top, new_q_top
     top_p, top_q = tl.max(p_top, axis=0), tl.max(q_top, axis=0)
-    p_scale, q_scale = tl.exp(below(p_top, top_p)), tl.exp(below(q_top, top_q))
+    p_scale, q_scale = exp(below(p_top, top_p)), exp(below(q_top, top_q))
     weighted = tl.sum(weighted * (q_scale if FORWARD else p_scale), axis=0)
     total_p, total_q = tl.sum(p_total * p_scale, axis=0), tl.sum(q_total * q_scale, axis=0)
     # ln(total_q / total_p), by way of their difference where they are near each other
@@ -307,14 +327,14 @@ def gradient_kernel(
     z = load_logits(projection_row, columns, n_columns, width, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
     top, log_total, weight = tl.load(top_ptr + row), tl.load(log_total_ptr + row), tl.load(weights_ptr + row)
     label = tl.load(labels_ptr + row).to(tl.int32)
-    p = tl.exp(z - top - log_total)
+    p = exp(z - top - log_total)
     gradient = weight * (p - (columns == label).to(tl.float32))
     if KL != "":
         q_row = reference_ptr + row * reference_stride
         z_q = load_logits(q_row, columns, n_columns, width, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
         top_q, log_total_q = tl.load(reference_top_ptr + row), tl.load(reference_log_total_ptr + row)
         if KL == "forward":
-            gradient += kl_coef * (p - tl.exp(z_q - top_q - log_total_q))
+            gradient += kl_coef * (p - exp(z_q - top_q - log_total_q))
         else:
             constant = (top - top_q) + (log_total - log_total_q) + tl.load(kl_ptr + row)
             gradient += tl.where(p > 0, kl_coef * p * (z - z_q - constant), 0.0)
@@ -340,8 +360,8 @@ def readable_width(*projections: Tensor) -> int:
 def transform_arguments(transform: LogitTransform) -> dict[str, float | bool]:
     """Return what the kernels take of a transform."""
     return {
-        "logit_scale": transform.logit_scale,
-        "softcap": transform.softcap or 1.0,
+        "logit_scale": float(transform.logit_scale),
+        "softcap": float(transform.softcap or 1.0),
         "HAS_SCALE": transform.logit_scale != 1.0,
         "HAS_SOFTCAP": transform.softcap is not None,
     }
@@ -390,6 +410,7 @@ def score(projection: Tensor, labels: Tensor, top_k: int, transform: LogitTransf
                 TOP_K=searched,
                 TOP_K_POWER=triton.next_power_of_2(searched),
                 N_BLOCKS=n_blocks,
+                SHORT_KEYS=projection.itemsize == 2 and transform == LogitTransform() and n_blocks * LANES <= 2**16,
                 BLOCK=BLOCK,
                 LANES=LANES,
                 **launch_options(),
