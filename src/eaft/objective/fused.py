@@ -332,7 +332,7 @@ def weigh_and_differentiate_(
     for block, of_all in blocks(projection, rows, backend):
         labels = spec.labels[of_all]
         scores = backend.score(projection[block], labels, spec.top_k, spec.transform)
-        weights = weigh(scores.statistics, of_all).contiguous()
+        weights = weigh(scores.statistics, of_all)
         divergence = None
         if anchor is not None and reference_projection is not None:
             divergence = backend.diverge(projection[block], reference_projection[block], scores, anchor, spec.transform)

@@ -1,42 +1,147 @@
 """
-Triton kernels for CUDA: one read of a token's logits for all its statistics, one pass turns them into the gradient.
+The three doors of `eaft.objective.chunk` as Triton kernels: a chunk's logits are read once for each.
 
-The same mathematics as `eaft.objective.fused.fold_block`, held to the same tests. With `TRITON_INTERPRET=1` they need
-no GPU.
+The same mathematics as the other backend, held to the same tests. With `TRITON_INTERPRET=1` they need no GPU.
+
+A row is walked in blocks. A lane (a thread, where a warp has 32) keeps to its own columns, with a maximum and sums of its
+own, so that nothing crosses lanes before the row's end.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 4096  # logits of one step through a row
-GROUP = 64  # logits of which only the largest is remembered until the top K are looked for
+from eaft.objective.chunk import LogitTransform
+from eaft.objective.gates import Anchor
+from eaft.objective.statistics import TokenStatistics, entropy_from_log_probs
+
+LANES = 256
+BLOCK = 8192  # logits of one step through a row; a lane's share of them is a group
+MAX_TOP_K = 128  # above, torch looks for them
+ALIGNMENT = 16  # elements; rows padded to a multiple of it load as vectors
+# Logits further than this below the largest have probability 0 in float32; a bound keeps 0 * -inf out of the sums
+LOWEST = tl.constexpr(-120.0)
+# What a maximum starts from: -inf would make -inf - -inf
+NOTHING = tl.constexpr(-3.4028234663852886e38)
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The statistics, and by what the logits are normalised: ln P(v) = logit_v - top - log_total."""
+
+    statistics: TokenStatistics
+    top: Tensor  # [n] float32: the largest logit
+    log_total: Tensor  # [n] float32: ln sum_v exp(logit_v - top)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The divergence, and what its gradient reads."""
+
+    kl: Tensor  # [n] float32, nats
+    reference_projection: Tensor  # [n, V]
+    reference_top: Tensor  # [n] float32
+    reference_log_total: Tensor  # [n] float32
+    direction: str  # as in `Anchor`
 
 
 @triton.jit
-def load_logits(row_ptr, columns, mask, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """Load a projection as float32 logits, scaled and capped; -inf where `mask` is false."""
-    z = tl.load(row_ptr + columns, mask=mask, other=0.0).to(tl.float32) * logit_scale
+def exp(x):
+    """Return e^x; `tl.exp` spends three more instructions on results below 1e-38, which are 0 here."""
+    return tl.exp2(x * LOG2_E)
+
+
+@triton.jit
+def to_logits(projection, logit_scale, softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """Turn a projection into float32 logits."""
+    z = projection.to(tl.float32)
+    # Added to 0 in one step, so that no product is fused, unrounded, with what is subtracted from it later
+    if HAS_SCALE:
+        z = tl.fma(z, logit_scale, 0.0)
     if HAS_SOFTCAP:
-        z = softcap * (2 * tl.sigmoid(2 * z / softcap) - 1)  # tanh
-    return tl.where(mask, z, -float("inf"))
+        tanh = 1 - 2 / (1 + exp(z * (2 / softcap)))
+        z = tl.fma(tanh, softcap, 0.0)
+    return z
 
 
 @triton.jit
-def times(e, x):
-    """Return e * x, 0 where e is 0 and x may be -inf."""
-    return tl.where(e > 0, e * x, 0.0)
+def block_columns(start, BLOCK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """Return the columns of a block as `[repeats, LANES, VECTOR]`: each lane loads VECTOR neighbours at a time."""
+    repeat = tl.arange(0, BLOCK // (LANES * VECTOR))[:, None, None]
+    lane, place = tl.arange(0, LANES)[None, :, None], tl.arange(0, VECTOR)[None, None, :]
+    return start + repeat * (LANES * VECTOR) + lane * VECTOR + place
 
 
 @triton.jit
-def statistics_kernel(
-    z_ptr,
-    z_stride,
+def load_logits(
+    row_ptr, columns, n_columns, width, logit_scale, softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr
+):
+    """Load the logits of some columns; -inf from `n_columns` on. Memory is readable up to `width`."""
+    x = tl.load(row_ptr + columns, mask=columns < width, other=0.0)
+    return tl.where(columns < n_columns, to_logits(x, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP), -float("inf"))
+
+
+@triton.jit
+def lane_max(z):
+    """Return the largest logit of each lane's share of a block."""
+    return tl.max(tl.max(z, axis=2), axis=0)
+
+
+@triton.jit
+def lane_sum(x):
+    """Return the sum of each lane's share of a block."""
+    return tl.sum(tl.sum(x, axis=2), axis=0)
+
+
+@triton.jit
+def below(z, top):
+    """Return z - top, bounded from below; a NaN stays."""
+    return tl.maximum(z - top, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def add_block(z, biggest, top, total, weighted, squares):
+    """Add a block to each lane's sums of e, e * (z - top), e^2 with e = exp(z - top), top its largest logit so far."""
+    new_top = tl.maximum(top, biggest)
+    shift = below(top, new_top)
+    scale = exp(shift)
+    d = below(z, new_top[None, :, None])
+    e = exp(d)
+    weighted = scale * (weighted + total * shift) + lane_sum(e * d)
+    total = scale * total + lane_sum(e)
+    squares = scale * scale * squares + lane_sum(e * e)
+    return new_top, total, weighted, squares
+
+
+@triton.jit
+def sortable(value, index, dtype: tl.constexpr):
+    """Pack values that `dtype` holds exactly, and indices (below 2^16 if it has 16 bits), into keys that sort alike."""
+    if dtype.primitive_bitwidth == 16:
+        bits = value.to(dtype).to(tl.int16, bitcast=True)
+        return ((bits ^ ((bits >> 15) & 0x7FFF)).to(tl.int32) << 16) | index
+    else:
+        bits = value.to(tl.int32, bitcast=True)
+        return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) << 32) | index
+
+
+@triton.jit
+def indices_of_largest(keys, K: tl.constexpr):
+    """Return the indices in the K largest keys of `sortable`."""
+    return (tl.topk(keys, K) & (0xFFFF if keys.dtype.primitive_bitwidth == 32 else 0xFFFFFFFF)).to(tl.int32)
+
+
+@triton.jit
+def score_kernel(
+    projection_ptr,
+    stride,
     labels_ptr,
-    groups_ptr,  # scratch [n, GROUPS]: the largest logit of each group
+    groups_ptr,  # scratch [n, N_BLOCKS, LANES]: the largest logit of each group
     top_ptr,
     log_total_ptr,
     log_prob_ptr,
@@ -45,154 +150,394 @@ def statistics_kernel(
     sum_sq_probs_ptr,
     is_top1_ptr,
     n_columns,
+    width,
     logit_scale,
     softcap,
+    HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    TOP_K: tl.constexpr,
+    TOP_K: tl.constexpr,  # 0: not asked for
     TOP_K_POWER: tl.constexpr,  # at least TOP_K, a power of 2
-    GROUPS: tl.constexpr,  # at least n_columns / GROUP, a power of 2
+    N_BLOCKS: tl.constexpr,  # at least n_columns / BLOCK, a power of 2
+    SHORT_KEYS: tl.constexpr,  # logits are what is in memory, of 16 bits, and there are at most 2^16 groups
     BLOCK: tl.constexpr,
-    GROUP: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     """One program a token: maximum, sums of exponentials and of squares, entropy; the top K by way of the groups."""
+    VECTOR: tl.constexpr = 128 // projection_ptr.dtype.element_ty.primitive_bitwidth
     row = tl.program_id(0).to(tl.int64)
-    z_row, groups_row = z_ptr + row * z_stride, groups_ptr + row * GROUPS
-    top, first = -float("inf"), -1
-    total, weighted, squares = 0.0, 0.0, 0.0  # sums of e, e * (z - top), e^2 with e = exp(z - top)
-    for start in range(0, n_columns, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        z = load_logits(z_row, columns, columns < n_columns, logit_scale, softcap, HAS_SOFTCAP)
-        group = start // GROUP + tl.arange(0, BLOCK // GROUP)
-        tl.store(groups_row + group, tl.max(tl.reshape(z, (BLOCK // GROUP, GROUP)), axis=1), mask=group < GROUPS)
-        block_top, block_first = tl.max(z, axis=0), tl.argmax(z, axis=0)
-        first = tl.where(block_top > top, start + block_first, first)
-        new_top = tl.maximum(top, block_top)
-        # Until a finite logit is met every sum is 0, whatever it is shifted by
-        shift = tl.where(top == -float("inf"), 0.0, top - new_top)
-        reference = tl.where(new_top == -float("inf"), 0.0, new_top)
-        e = tl.exp(z - reference)
-        scale = tl.exp(shift)
-        weighted = scale * (weighted + total * shift) + tl.sum(times(e, z - reference), axis=0)
-        total = scale * total + tl.sum(e, axis=0)
-        squares = scale * scale * squares + tl.sum(e * e, axis=0)
-        top = new_top
+    projection_row, groups_row = projection_ptr + row * stride, groups_ptr + row * (N_BLOCKS * LANES)
+    lane = tl.arange(0, LANES)
+    columns = block_columns(0, BLOCK, LANES, VECTOR)
+    lane_top = tl.full((LANES,), NOTHING, tl.float32)
+    first_block = tl.zeros((LANES,), tl.int32)  # in which the lane met its largest logit first
+    total, weighted, squares = (
+        tl.zeros((LANES,), tl.float32),
+        tl.zeros((LANES,), tl.float32),
+        tl.zeros((LANES,), tl.float32),
+    )
+    full_blocks = n_columns // BLOCK
+    for block in tl.range(full_blocks, num_stages=2):  # the next block is on its way meanwhile
+        x = tl.load(projection_row + block * BLOCK + columns)
+        z = to_logits(x, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+        biggest = lane_max(z)
+        if TOP_K > 0:
+            tl.store(groups_row + block * LANES + lane, biggest)
+        first_block = tl.where(biggest > lane_top, block, first_block)
+        lane_top, total, weighted, squares = add_block(z, biggest, lane_top, total, weighted, squares)
+    if full_blocks * BLOCK < n_columns:  # the last block is cut off
+        z = load_logits(
+            projection_row,
+            full_blocks * BLOCK + columns,
+            n_columns,
+            width,
+            logit_scale,
+            softcap,
+            HAS_SCALE,
+            HAS_SOFTCAP,
+        )
+        biggest = lane_max(z)
+        if TOP_K > 0:
+            tl.store(groups_row + full_blocks * LANES + lane, biggest)
+        first_block = tl.where(biggest > lane_top, full_blocks, first_block)
+        lane_top, total, weighted, squares = add_block(z, biggest, lane_top, total, weighted, squares)
+
+    top = tl.max(lane_top, axis=0)
+    shift = below(lane_top, top)
+    scale = exp(shift)
+    weighted = tl.sum(scale * (weighted + total * shift), axis=0)
+    total = tl.sum(scale * total, axis=0)
+    squares = tl.sum(scale * scale * squares, axis=0)
     log_total = tl.log(total)
-    label = tl.load(labels_ptr + row)
-    label_logit = load_logits(z_row, label, label >= 0, logit_scale, softcap, HAS_SOFTCAP)
+    label = tl.load(labels_ptr + row).to(tl.int32)
+    label_logit = to_logits(tl.load(projection_row + label), logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
     tl.store(top_ptr + row, top)
     tl.store(log_total_ptr + row, log_total)
     tl.store(log_prob_ptr + row, label_logit - top - log_total)
     tl.store(entropy_ptr + row, log_total - weighted / total)
     tl.store(sum_sq_probs_ptr + row, squares / (total * total))
-    tl.store(is_top1_ptr + row, (first == label).to(tl.int8))
 
-    # The K largest logits lie in the K groups with the largest maxima: if one lay elsewhere, K others were as large
-    tl.debug_barrier()
-    group = tl.arange(0, GROUPS)
-    n_groups = tl.cdiv(n_columns, GROUP)
-    maxima = tl.load(groups_row + group, mask=group < n_groups, other=-float("inf"))
-    slot = tl.arange(0, TOP_K_POWER)
-    picked = tl.full((TOP_K_POWER,), -1, tl.int32)
-    for i in range(TOP_K):
-        largest, where = tl.max(maxima, axis=0), tl.argmax(maxima, axis=0)
-        picked = tl.where(slot == i, tl.where(largest > -float("inf"), where, -1), picked)
-        maxima = tl.where(group == where, -float("inf"), maxima)
-    columns = tl.reshape(picked[:, None] * GROUP + tl.arange(0, GROUP)[None, :], (TOP_K_POWER * GROUP,))
-    z = load_logits(z_row, columns, (columns >= 0) & (columns < n_columns), logit_scale, softcap, HAS_SOFTCAP) - top
-    candidate = tl.arange(0, TOP_K_POWER * GROUP)
-    k_total, k_weighted = 0.0, 0.0
-    for _ in range(TOP_K):
-        largest, where = tl.max(z, axis=0), tl.argmax(z, axis=0)
-        e = tl.exp(largest)
-        k_total += e
-        k_weighted += times(e, largest)
-        z = tl.where(candidate == where, -float("inf"), z)
-    tl.store(top_k_entropy_ptr + row, tl.log(k_total) - k_weighted / k_total)
+    # The first of equals lies in the first block that has one
+    block = tl.min(tl.where(lane_top == top, first_block, N_BLOCKS), axis=0)
+    is_top1 = label_logit == top
+    if is_top1:
+        columns_of_first = block * BLOCK + columns
+        z = load_logits(
+            projection_row, columns_of_first, n_columns, width, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP
+        )
+        earliest = tl.min(tl.ravel(tl.where(z == top, columns_of_first, n_columns)), axis=0)
+        is_top1 = earliest == label
+    tl.store(is_top1_ptr + row, is_top1.to(tl.int8))
+
+    # The K largest logits lie in the K lanes with the largest maxima, and there in the K groups with the largest: if one
+    # lay elsewhere, K others were as large
+    if TOP_K > 0:
+        tl.debug_barrier()  # until every group is written
+        dtype: tl.constexpr = projection_ptr.dtype.element_ty if SHORT_KEYS else tl.float32
+        picked = indices_of_largest(sortable(lane_top, lane, dtype), TOP_K_POWER)
+        blocks = tl.arange(0, N_BLOCKS)[None, :]
+        groups = blocks * LANES + picked[:, None]
+        largest = tl.load(groups_row + groups, mask=blocks * BLOCK < n_columns, other=-float("inf"))
+        keys = tl.reshape(sortable(largest, groups, dtype), (TOP_K_POWER * N_BLOCKS,))
+        picked = indices_of_largest(keys, TOP_K_POWER)
+        start = (picked // LANES) * BLOCK + (picked % LANES) * VECTOR
+        member = tl.arange(0, BLOCK // LANES)[None, :]
+        columns_of_picked = start[:, None] + (member // VECTOR) * (LANES * VECTOR) + member % VECTOR
+        z = load_logits(
+            projection_row, columns_of_picked, n_columns, width, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP
+        )
+        largest = tl.topk(tl.reshape(z, (TOP_K_POWER * (BLOCK // LANES),)), TOP_K_POWER)
+        d = below(largest, top)
+        e = tl.where(tl.arange(0, TOP_K_POWER) < TOP_K, exp(d), 0.0)
+        k_total = tl.sum(e, axis=0)
+        # A NaN among the logits may have hidden from the search; the total has met it
+        tl.store(top_k_entropy_ptr + row, tl.log(k_total) - tl.sum(e * d, axis=0) / k_total + 0.0 * total)
+
+
+@triton.jit
+def diverge_kernel(
+    projection_ptr,
+    stride,
+    reference_ptr,
+    reference_stride,
+    kl_ptr,
+    reference_top_ptr,
+    reference_log_total_ptr,
+    n_columns,
+    width,
+    logit_scale,
+    softcap,
+    HAS_SCALE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    FORWARD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """
+    One program a token: KL(q || p) forward, KL(p || q) reverse, of policy p and reference q.
+
+    With d = z_q - z_p, ln q - ln p = d - (top_q - top_p) - ln(total_q / total_p): between models that are nearly equal
+    every term is small, and so is its rounding.
+    """
+    VECTOR: tl.constexpr = 128 // projection_ptr.dtype.element_ty.primitive_bitwidth
+    row = tl.program_id(0).to(tl.int64)
+    p_row, q_row = projection_ptr + row * stride, reference_ptr + row * reference_stride
+    columns = block_columns(0, BLOCK, LANES, VECTOR)
+    p_top, q_top = tl.full((LANES,), NOTHING, tl.float32), tl.full((LANES,), NOTHING, tl.float32)
+    p_total, q_total = tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32)
+    weighted = tl.zeros((LANES,), tl.float32)  # sum of q's e * d forward, of p's reverse
+    for start in range(0, n_columns, BLOCK):
+        p = load_logits(p_row, start + columns, n_columns, width, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+        q = load_logits(q_row, start + columns, n_columns, width, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+        new_p_top, new_q_top = tl.maximum(p_top, lane_max(p)), tl.maximum(q_top, lane_max(q))
+        p_scale, q_scale = exp(below(p_top, new_p_top)), exp(below(q_top, new_q_top))
+        e_p = exp(below(p, new_p_top[None, :, None]))
+        e_q = exp(below(q, new_q_top[None, :, None]))
+        e = e_q if FORWARD else e_p
+        # A token of probability 0 adds nothing, whatever the other model thinks of it
+        weighted = weighted * (q_scale if FORWARD else p_scale) + lane_sum(tl.where(e > 0, e * (q - p), 0.0))
+        p_total = p_total * p_scale + lane_sum(e_p)
+        q_total = q_total * q_scale + lane_sum(e_q)
+        p_top, q_top = new_p_top, new_q_top
+    top_p, top_q = tl.max(p_top, axis=0), tl.max(q_top, axis=0)
+    p_scale, q_scale = exp(below(p_top, top_p)), exp(below(q_top, top_q))
+    weighted = tl.sum(weighted * (q_scale if FORWARD else p_scale), axis=0)
+    total_p, total_q = tl.sum(p_total * p_scale, axis=0), tl.sum(q_total * q_scale, axis=0)
+    # ln(total_q / total_p), by way of their difference where they are near each other
+    x = (total_q - total_p) / total_p
+    log_ratio = tl.where(tl.abs(x) < 1e-3, x - x * x * (0.5 - x / 3), tl.log(total_q / total_p))
+    if FORWARD:
+        kl = weighted / total_q - (top_q - top_p) - log_ratio
+    else:
+        kl = (top_q - top_p) + log_ratio - weighted / total_p
+    tl.store(kl_ptr + row, kl)
+    tl.store(reference_top_ptr + row, top_q)
+    tl.store(reference_log_total_ptr + row, tl.log(total_q))
 
 
 @triton.jit
 def gradient_kernel(
-    z_ptr,
-    z_stride,
+    projection_ptr,
+    stride,
     labels_ptr,
     top_ptr,
     log_total_ptr,
     weights_ptr,
+    reference_ptr,
+    reference_stride,
+    reference_top_ptr,
+    reference_log_total_ptr,
+    kl_ptr,
+    kl_coef,
     n_columns,
+    width,
     logit_scale,
     softcap,
+    HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    KL: tl.constexpr,  # "": no such term; "forward"; "reverse"
     BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
 ):
-    """Overwrite a block of a token's projection with the gradient of weight * nll: weight * (p - 1[label])."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = columns < n_columns
-    z_row = z_ptr + row * z_stride
-    z = load_logits(z_row, columns, mask, logit_scale, softcap, HAS_SOFTCAP)
-    p = tl.exp(z - tl.load(top_ptr + row) - tl.load(log_total_ptr + row))
-    gradient = tl.load(weights_ptr + row) * (p - (columns == tl.load(labels_ptr + row)).to(tl.float32))
-    if HAS_SOFTCAP:
-        gradient *= 1 - (z / softcap) * (z / softcap)  # d tanh(x) / dx = 1 - tanh(x)^2
-    tl.store(z_row + columns, (gradient * logit_scale).to(z_ptr.dtype.element_ty), mask=mask)
-
-
-def token_sums(z: Tensor, labels: Tensor, top_k: int, logit_scale: float, softcap: float | None) -> dict[str, Tensor]:
     """
-    Return the fields of `TokenStatistics` of a projection `[n, V]`, and `top` and `log_total` for the gradient.
+    Overwrite a block of a token's projection with the gradient of weight * nll + kl_coef * KL.
+
+    By the logits: weight * (p - 1[label]), and p - q forward, p (ln p - ln q - KL) reverse.
+    """
+    VECTOR: tl.constexpr = 128 // projection_ptr.dtype.element_ty.primitive_bitwidth
+    block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    columns = block_columns(block * BLOCK, BLOCK, LANES, VECTOR)
+    projection_row = projection_ptr + row * stride
+    z = load_logits(projection_row, columns, n_columns, width, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+    top, log_total, weight = tl.load(top_ptr + row), tl.load(log_total_ptr + row), tl.load(weights_ptr + row)
+    label = tl.load(labels_ptr + row).to(tl.int32)
+    p = exp(z - top - log_total)
+    gradient = weight * (p - (columns == label).to(tl.float32))
+    if KL != "":
+        q_row = reference_ptr + row * reference_stride
+        z_q = load_logits(q_row, columns, n_columns, width, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+        top_q, log_total_q = tl.load(reference_top_ptr + row), tl.load(reference_log_total_ptr + row)
+        if KL == "forward":
+            gradient += kl_coef * (p - exp(z_q - top_q - log_total_q))
+        else:
+            constant = (top - top_q) + (log_total - log_total_q) + tl.load(kl_ptr + row)
+            gradient += tl.where(p > 0, kl_coef * p * (z - z_q - constant), 0.0)
+    if HAS_SOFTCAP:
+        share = z / softcap
+        gradient *= 1 - share * share  # d tanh(x) / dx = 1 - tanh(x)^2
+    if HAS_SCALE:
+        gradient *= logit_scale
+    tl.store(projection_row + columns, gradient.to(projection_ptr.dtype.element_ty), mask=columns < width)
+
+
+def readable_width(*projections: Tensor) -> int:
+    """Return V, or more where every row's memory goes on to a multiple of ALIGNMENT, which then loads as vectors."""
+    n_columns = projections[0].shape[1]
+    width = triton.cdiv(n_columns, ALIGNMENT) * ALIGNMENT
+    for projection in projections:
+        room = projection.untyped_storage().nbytes() // projection.itemsize - projection.storage_offset()
+        if projection.stride(0) < width or room < (len(projection) - 1) * projection.stride(0) + width:
+            return n_columns
+    return width
+
+
+def transform_arguments(transform: LogitTransform) -> dict[str, float | bool]:
+    """Return what the kernels take of a transform."""
+    return {
+        "logit_scale": float(transform.logit_scale),
+        "softcap": float(transform.softcap or 1.0),
+        "HAS_SCALE": transform.logit_scale != 1.0,
+        "HAS_SOFTCAP": transform.softcap is not None,
+    }
+
+
+def launch_options() -> dict[str, int | bool]:
+    """Return how every kernel is launched: as many threads as lanes; sums by fused multiply-add."""
+    return {"num_warps": LANES // (64 if torch.version.hip else 32), "enable_fp_fusion": True}
+
+
+def block_rows(projection: Tensor) -> int:
+    """Return how many rows the other doors take at a time: all."""
+    return max(1, len(projection))
+
+
+def score(projection: Tensor, labels: Tensor, top_k: int, transform: LogitTransform) -> Scores:
+    """
+    Return the statistics of a chunk's tokens.
 
     Args:
-        z: float32, bfloat16 or float16, rows contiguous.
+        projection: `[n, V]` float32, bfloat16 or float16, each row contiguous; in memory padded to a multiple of 16
+            elements it is read faster.
         labels: `[n]` int64, each in `[0, V)`.
-        top_k: at most V.
-        logit_scale: what the projection is multiplied by.
-        softcap: c of c * tanh(logits / c), or None.
+        top_k: from 2 to V; above 128 the projection is read more than once.
+        transform: what makes logits of it.
     """
-    n, n_columns = z.shape
-    # One group may be cut off by the last block, so there is room for whole blocks
-    groups = triton.next_power_of_2(triton.cdiv(n_columns, BLOCK) * (BLOCK // GROUP))
-    names = ("top", "log_total", "log_prob", "entropy", "top_k_entropy", "sum_sq_probs")
-    sums = {name: torch.empty(n, dtype=torch.float32, device=z.device) for name in names}
-    sums["is_top1"] = torch.empty(n, dtype=torch.int8, device=z.device)
+    n, n_columns = projection.shape
+    searched = top_k if top_k <= MAX_TOP_K else 0
+    n_blocks = triton.next_power_of_2(triton.cdiv(n_columns, BLOCK))
+    top, log_total, log_prob, entropy, top_k_entropy, sum_sq_probs = torch.empty(
+        (6, n), dtype=torch.float32, device=projection.device
+    )
+    is_top1 = torch.empty(n, dtype=torch.int8, device=projection.device)
     if n:
-        statistics_kernel[(n,)](
-            z,
-            z.stride(0),
-            labels,
-            torch.empty((n, groups), dtype=torch.float32, device=z.device),
-            *sums.values(),
-            n_columns,
-            logit_scale,
-            softcap or 0.0,
-            HAS_SOFTCAP=softcap is not None,
-            TOP_K=top_k,
-            TOP_K_POWER=triton.next_power_of_2(top_k),
-            GROUPS=groups,
-            BLOCK=BLOCK,
-            GROUP=GROUP,
-            num_warps=8,
-        )
-    sums["is_top1"] = sums["is_top1"].bool()
-    return sums
+        with torch.cuda.device_of(projection):  # Triton launches on the current device
+            score_kernel[(n,)](
+                projection,
+                projection.stride(0),
+                labels.contiguous(),
+                torch.empty((n, n_blocks * LANES) if searched else 1, dtype=torch.float32, device=projection.device),
+                top,
+                log_total,
+                log_prob,
+                entropy,
+                top_k_entropy,
+                sum_sq_probs,
+                is_top1,
+                n_columns,
+                readable_width(projection),
+                **transform_arguments(transform),
+                TOP_K=searched,
+                TOP_K_POWER=triton.next_power_of_2(searched),
+                N_BLOCKS=n_blocks,
+                SHORT_KEYS=projection.itemsize == 2 and transform == LogitTransform() and n_blocks * LANES <= 2**16,
+                BLOCK=BLOCK,
+                LANES=LANES,
+                **launch_options(),
+            )
+    if not searched:
+        top_k_entropy = entropy_of_top(projection, top_k, transform) + 0.0 * log_total  # as in the kernel
+    stats = TokenStatistics(log_prob, entropy, top_k_entropy, sum_sq_probs, is_top1.bool(), top_k=top_k)
+    return Scores(stats, top, log_total)
+
+
+def entropy_of_top(projection: Tensor, top_k: int, transform: LogitTransform) -> Tensor:
+    """Return the entropy of the K largest logits in torch."""
+    # A scale below 0 turns the order round
+    z = projection.topk(top_k, largest=transform.logit_scale >= 0, sorted=False).values.float() * transform.logit_scale
+    if transform.softcap is not None:
+        z = transform.softcap * torch.tanh(z / transform.softcap)
+    return entropy_from_log_probs(z.log_softmax(-1))
+
+
+def diverge(
+    projection: Tensor, reference_projection: Tensor, scores: Scores, anchor: Anchor, transform: LogitTransform
+) -> Divergence:
+    """Return the divergence at each token, in nats, in the anchor's direction; both projections as in `score`."""
+    n, n_columns = projection.shape
+    kl, reference_top, reference_log_total = torch.empty((3, n), dtype=torch.float32, device=projection.device)
+    if n:
+        with torch.cuda.device_of(projection):
+            diverge_kernel[(n,)](
+                projection,
+                projection.stride(0),
+                reference_projection,
+                reference_projection.stride(0),
+                kl,
+                reference_top,
+                reference_log_total,
+                n_columns,
+                readable_width(projection, reference_projection),
+                **transform_arguments(transform),
+                FORWARD=anchor.direction == "forward",
+                BLOCK=BLOCK // 2,
+                LANES=LANES,
+                **launch_options(),
+            )
+    return Divergence(kl, reference_projection, reference_top, reference_log_total, anchor.direction)
 
 
 def gradient_(
-    z: Tensor, labels: Tensor, weights: Tensor, sums: dict[str, Tensor], logit_scale: float, softcap: float | None
-) -> None:
-    """Overwrite a projection `[n, V]` with the gradient of sum_t weights_t * nll_t; `sums` are of `token_sums`."""
-    n, n_columns = z.shape
+    projection: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    scores: Scores,
+    transform: LogitTransform,
+    divergence: Divergence | None = None,
+    kl_coef: float = 0.0,
+) -> Tensor:
+    """
+    Overwrite a projection with the gradient of sum_t weights_t * nll_t + kl_coef * KL_t by it, and return it.
+
+    Args:
+        projection: as in `score`; padding of its rows is overwritten too.
+        labels: `[n]`.
+        weights: `[n]`.
+        scores: of `score`.
+        transform: what makes logits of it.
+        divergence: of `diverge`; None for no such term.
+        kl_coef: what it counts.
+    """
+    n, n_columns = projection.shape
     if n:
-        gradient_kernel[(n, triton.cdiv(n_columns, BLOCK))](
-            z,
-            z.stride(0),
-            labels,
-            sums["top"],
-            sums["log_total"],
-            weights,
-            n_columns,
-            logit_scale,
-            softcap or 0.0,
-            HAS_SOFTCAP=softcap is not None,
-            BLOCK=BLOCK,
-            num_warps=8,
+        kl = (
+            (projection, 0, scores.top, scores.log_total, scores.top)  # not read
+            if divergence is None
+            else (
+                divergence.reference_projection,
+                divergence.reference_projection.stride(0),
+                divergence.reference_top,
+                divergence.reference_log_total,
+                divergence.kl,
+            )
         )
+        read = (projection,) if divergence is None else (projection, divergence.reference_projection)
+        block = BLOCK // 2
+        with torch.cuda.device_of(projection):
+            # Neighbouring programs take neighbouring memory
+            gradient_kernel[(triton.cdiv(n_columns, block), n)](
+                projection,
+                projection.stride(0),
+                labels.contiguous(),
+                scores.top,
+                scores.log_total,
+                weights.contiguous(),
+                *kl,
+                kl_coef,
+                n_columns,
+                readable_width(*read),
+                **transform_arguments(transform),
+                KL="" if divergence is None else divergence.direction,
+                BLOCK=block,
+                LANES=LANES,
+                **launch_options(),
+            )
+    return projection
