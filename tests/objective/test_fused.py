@@ -427,3 +427,73 @@ def test_a_gate_that_looks_at_the_batch_gives_the_same_in_chunks_of_any_size():
     one, many = (flatten(fuse(problem, relative, logits_budget=size * 45 * 8)) for size in (100, 2))
     for name in one:
         torch.testing.assert_close(one[name], many[name], rtol=1e-10, atol=1e-14)
+
+
+def test_a_gate_may_return_one_number_for_all(backend):
+    problem = Problem(dtype=torch.float32)
+
+    def half(stats):
+        return torch.tensor(0.5).expand(stats.nll.shape)
+
+    ours, theirs = (flatten(fuse(problem, gate)) for gate in (half, lambda stats: torch.full_like(stats.nll, 0.5)))
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+@pytest.mark.parametrize(
+    ("n", "vocab_size", "budget", "rows"),
+    [
+        (0, 100, 2**20, 1),
+        (1, 100, 2**20, 1),
+        (2000, 151_936, 2**33, 2000),  # a single chunk
+        (9000, 151_936, 2**33, 4608),  # 9000 > 8192: two of equal size, in 256s
+        (16_384, 151_936, 2**33, 8192),
+        (4096, 151_936, 3 * 2**28, 2048),  # 2650 fit: 2560, and two chunks are 2048 each
+        (1000, 151_936, 2**25, 110),  # fewer than 256 fit: as many as do
+    ],
+)
+def test_chunks_are_equal_and_in_whole_tiles(n, vocab_size, budget, rows):
+    assert fused.chunk_rows(n, vocab_size, 2, budget) == rows
+    assert rows * vocab_size * 2 <= max(budget, vocab_size * 2)
+
+
+@pytest.mark.parametrize(("tokens_at_a_time", "dtypes"), [(100, [torch.bfloat16]), (6, 3 * [torch.float32])])
+def test_a_single_chunk_needs_no_float32_sum_of_the_heads_gradient(tokens_at_a_time, dtypes, monkeypatch):
+    problem, found = Problem(n=25).to(torch.bfloat16), []
+    assert (problem.labels != -100).sum() == 18
+    monkeypatch.setattr(fused, "add_product", broken(fused.add_product, lambda p: found.append(p.dtype) or p))
+    fuse(problem, logits_budget=tokens_at_a_time * 45 * 2)
+    assert found == dtypes
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_of_16_bit_products_are_not_rounded(dtype, monkeypatch):
+    monkeypatch.setattr(fused, "CAST_BUDGET", 100 * 4 * 70)  # in three blocks
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((250, 70), (70, 33)))
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    once = fused.add_product(None, a, b, torch.float32)
+    truth = a.double() @ b.double()
+    assert relative_error(once.double(), truth) < 4 * torch.finfo(torch.float32).eps
+    twice = fused.add_product(once.clone(), a, b, torch.float32)
+    assert relative_error(twice.double(), 2 * truth) < 4 * torch.finfo(torch.float32).eps
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_a_factor_is_not_rounded_to_the_gradients_dtype():
+    gradient = torch.full((300, 7), 3.0, dtype=torch.bfloat16)
+    factor = torch.tensor(1 / 3.01)  # in bfloat16 3 * 0.332031 = 0.996094 would be 0.99609375, one step too low
+    expected = (gradient.double() * factor.double()).to(torch.bfloat16)
+    assert not torch.equal(expected, gradient * factor)
+    assert torch.equal(fused.scaled(gradient, factor, torch.bfloat16), expected)
+
+
+def test_a_backend_that_cannot_be_had_is_refused(monkeypatch):
+    arguments = torch.zeros(2, 3), torch.zeros(5, 3), torch.tensor([0, 1])
+    with pytest.raises(ConfigurationError, match="backend='cuda': expected 'torch' or 'triton'"):
+        linear_gated_cross_entropy(*arguments, backend="cuda")
+    with pytest.raises(ConfigurationError, match="does not compute in float64"):
+        linear_gated_cross_entropy(arguments[0].double(), *arguments[1:], backend="triton")
+    monkeypatch.setattr(fused, "triton_backend", None)
+    with pytest.raises(ConfigurationError, match="Triton is not installed"):
+        linear_gated_cross_entropy(*arguments, backend="triton")
