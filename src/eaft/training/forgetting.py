@@ -27,44 +27,11 @@ from eaft.evaluation.scores import score, wrap
 from eaft.evaluation.suite import load_suites
 
 if TYPE_CHECKING:
-    from eaft.training.trainer import EAFTConfig, EAFTTrainer
+    from eaft.training.trainer import EAFTTrainer
 
 logger = get_logger(__name__)
 FOLDER = "forgetting"
 PROMPTS, ANSWER_TOKENS = 32, 64  # drift costs a forward pass over these
-RULES = {
-    "budget": "the last checkpoint whose drift is within --forgetting_budget; training stops when it is passed",
-    "best-mean": "the best mean over all tasks of both suites, as the paper chooses",
-    "pareto": "every checkpoint that no other beats in both target and drift; the model is the one at the curve's knee",
-}
-
-
-def check_selection(args: EAFTConfig) -> None:
-    """
-    Complete and check the settings of `select_checkpoint`.
-
-    Raises:
-        ConfigurationError: settings that are missing or do not go together.
-    """
-    if args.forgetting_budget is not None and args.select_checkpoint is None:
-        args.select_checkpoint = "budget"
-    rule = args.select_checkpoint
-    if rule is None:
-        return
-    if rule not in RULES:
-        raise ConfigurationError(f"select_checkpoint={rule!r} is unknown; choose one of {', '.join(RULES)}.")
-    if args.forgetting_eval_steps < 1:
-        raise ConfigurationError(f"select_checkpoint={rule!r} needs measurements: set forgetting_eval_steps.")
-    if (rule == "budget") != (args.forgetting_budget is not None):
-        raise ConfigurationError("forgetting_budget goes with select_checkpoint='budget': give both, or neither.")
-    if rule != "budget" and not args.target_suite:
-        raise ConfigurationError(f"select_checkpoint={rule!r} weighs target against forgetting: set target_suite.")
-    if rule == "pareto" and args.save_total_limit is not None:
-        raise ConfigurationError("select_checkpoint='pareto' keeps the whole curve: leave save_total_limit out.")
-    if args.load_best_model_at_end:
-        raise ConfigurationError("select_checkpoint and load_best_model_at_end both choose a checkpoint: set one.")
-    if str(args.save_strategy.value) not in ("steps", "epoch"):
-        raise ConfigurationError(f"select_checkpoint={rule!r} keeps checkpoints: set save_strategy to steps or epoch.")
 
 
 def check_sharding(sharded: bool) -> None:
@@ -199,7 +166,8 @@ def history(state: Any) -> list[dict[str, float]]:
 
 def select(points: list[dict[str, float]], rule: str, budget: float | None) -> dict[str, float] | None:
     """
-    Return the measurement whose checkpoint is to be kept, by one of `RULES`; None if none is within the budget.
+    Return the measurement whose checkpoint is to be kept, by one of `eaft.training.config.RULES`; None
+    if none is within the budget.
 
     Args:
         points: as `history` returns them; the first is the base model, which is never chosen.
