@@ -196,13 +196,11 @@ def test_bad_settings(tmp_path, changes, message):
 
 
 def test_a_sharded_model_is_refused(tmp_path, monkeypatch, tokenizer):
-    monkeypatch.setattr(EAFTTrainer, "is_fsdp_enabled", True, raising=False)
-
-    class Trainer:
-        args, is_fsdp_enabled, is_deepspeed_enabled = None, True, False
-
+    args = EAFTConfig(str(tmp_path), use_cpu=True, report_to="none", forgetting_eval_steps=1)
+    sharded = property(lambda self: True, lambda self, value: None)  # whatever transformers finds
+    monkeypatch.setattr(EAFTTrainer, "is_fsdp_enabled", sharded, raising=False)
     with pytest.raises(ConfigurationError, match="does not go with FSDP or DeepSpeed"):
-        ForgettingEval(Trainer())
+        EAFTTrainer(make_model(), args, train_dataset=Dataset.from_list(make_rows()), processing_class=tokenizer)
 
 
 def test_works_in_python_too(tmp_path, tokenizer):

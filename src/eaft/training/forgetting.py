@@ -11,13 +11,13 @@ import contextlib
 import copy
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from accelerate.logging import get_logger
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
@@ -25,11 +25,8 @@ from eaft.errors import ConfigurationError
 from eaft.evaluation.drift import BaseAnswers, read_prompts
 from eaft.evaluation.scores import score, wrap
 from eaft.evaluation.suite import load_suites
+from eaft.training.config import EAFTConfig
 
-if TYPE_CHECKING:
-    from eaft.training.trainer import EAFTTrainer
-
-logger = get_logger(__name__)
 FOLDER = "forgetting"
 PROMPTS, ANSWER_TOKENS = 32, 64  # drift costs a forward pass over these
 
@@ -51,14 +48,16 @@ class ForgettingEval(TrainerCallback):
     Logs them beside the loss; with `select_checkpoint`, saves the checkpoints worth keeping and leaves the trainer with
     the chosen one's weights.
 
+    Args:
+        args: the trainer's; with `select_checkpoint`, they are told to load the best model at the end.
+        log: `Trainer.log`, or what else takes the measurements on every process.
+
     Raises:
-        ConfigurationError: a suite or its data is missing, the model is sharded, or the first measurement is already
-            over budget.
+        ConfigurationError: a suite or its data is missing, or the first measurement is already over budget.
     """
 
-    def __init__(self, trainer: EAFTTrainer) -> None:
-        args, self.trainer = trainer.args, trainer
-        check_sharding(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+    def __init__(self, args: EAFTConfig, log: Callable[[dict[str, float]], None]) -> None:
+        self.log = log
         names = [*args.forgetting_suite, *(args.target_suite or [])]
         suites, self.benchmarks = load_suites(names, data_dir=args.forgetting_data_dir)
         self.general = [name for suite in suites[: len(args.forgetting_suite)] for name in suite.benchmarks]
@@ -77,17 +76,17 @@ class ForgettingEval(TrainerCallback):
                     "no longer has. Copy it from the run's output folder, or start afresh."
                 )
             return
-        with self.measuring() as (model, tokenizer):
+        with measuring(args, **kwargs) as (model, tokenizer):
             if state.is_world_process_zero:
                 shutil.rmtree(self.answers.folder, ignore_errors=True)
                 self.answers.record(model, tokenizer, self.prompts, ANSWER_TOKENS, args.per_device_eval_batch_size)
-        self.measure(state)
+        self.measure(args, state, control, **kwargs)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure, and decide what to keep."""
         if state.global_step % args.forgetting_eval_steps and state.global_step < state.max_steps:
             return
-        self.measure(state)
+        self.measure(args, state, control, **kwargs)
         if args.select_checkpoint is None:
             return
         points = history(state)
@@ -118,10 +117,10 @@ class ForgettingEval(TrainerCallback):
         if state.is_world_process_zero:
             self.answers.free()
 
-    def measure(self, state: Any) -> None:
+    def measure(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure the model as it is, and log it."""
-        with self.measuring() as (model, tokenizer):
-            lm = wrap(model, tokenizer, self.trainer.args.per_device_eval_batch_size)
+        with measuring(args, **kwargs) as (model, tokenizer):
+            lm = wrap(model, tokenizer, args.per_device_eval_batch_size)
             items = score(lm, self.benchmarks, apply_chat_template=tokenizer.chat_template is not None)
             metrics: list[dict[str, float]] = [{}]
             if state.is_world_process_zero:
@@ -131,31 +130,30 @@ class ForgettingEval(TrainerCallback):
                     if names:
                         metrics[0][kind] = float(np.mean([scores[name] for name in names]))
                 metrics[0].update({f"score/{name}": value for name, value in scores.items()})
-            if self.trainer.accelerator.num_processes > 1:
+            if args.world_size > 1:
                 broadcast_object_list(metrics)
-            control = self.trainer.control
             should_log = control.should_log
-            self.trainer.log(metrics[0])  # still in evaluation mode: the training metrics' sums are left alone
+            self.log(metrics[0])  # still in evaluation mode: the training metrics' sums are left alone
             control.should_log = should_log  # whether the training metrics are due, which logging anything takes back
 
-    @contextlib.contextmanager
-    def measuring(self) -> Iterator[tuple[Any, Any]]:
-        """Lend the model, in evaluation mode, and a tokenizer; the randomness of training is as if nothing had been."""
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped)
-        tokenizer = copy.deepcopy(self.trainer.processing_class)
-        tokenizer.padding_side = "left"
-        devices = [self.trainer.args.device] if self.trainer.args.device.type == "cuda" else []
-        states = random.getstate(), np.random.get_state()  # noqa: NPY002 - lm-eval seeds this one
-        was_training = model.training
-        model.eval()
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices):
-                yield model, tokenizer
-        finally:
-            model.train(was_training)
-            random.setstate(states[0])
-            np.random.set_state(states[1])  # noqa: NPY002
-            self.trainer.accelerator.wait_for_everyone()
+
+@contextlib.contextmanager
+def measuring(args: Any, model: Any, processing_class: Any, **kwargs: Any) -> Iterator[tuple[Any, Any]]:
+    """Lend the model, in evaluation mode, and a tokenizer; the randomness of training is as if nothing had been."""
+    tokenizer = copy.deepcopy(processing_class)
+    tokenizer.padding_side = "left"
+    devices = [args.device] if args.device.type == "cuda" else []
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002 - lm-eval seeds this one
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            yield model, tokenizer
+    finally:
+        model.train(was_training)
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        PartialState().wait_for_everyone()
 
 
 def history(state: Any) -> list[dict[str, float]]:

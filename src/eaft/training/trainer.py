@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections import defaultdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset
-from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 from trl import SFTTrainer
 from trl.models.utils import prepare_fsdp
@@ -24,9 +22,10 @@ from eaft.errors import ConfigurationError, NonFiniteError
 from eaft.objective.gates import get_gate, missing_params
 from eaft.training.config import EAFTConfig
 from eaft.training.examples import ExampleCollator, FollowedData, follow_examples
-from eaft.training.forgetting import ForgettingEval
+from eaft.training.forgetting import ForgettingEval, check_sharding
 from eaft.training.head import GatedLMHead, frozen_copy
 from eaft.training.measure import MeasureGate
+from eaft.training.model_card import model_card
 
 logger = get_logger(__name__)
 
@@ -92,7 +91,8 @@ class EAFTTrainer(SFTTrainer):
                 self.add_callback(MeasureGate(self, self._followed.loose, self._followed.num_examples))
         self._token_sums: dict[str, Tensor | float] = defaultdict(float)
         if args.forgetting_eval_steps:
-            self.add_callback(ForgettingEval(self))
+            check_sharding(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+            self.add_callback(ForgettingEval(args, self.log))
 
     def _make_reference(self) -> Any:
         """Return what the head runs as the reference model: the PEFT model around the policy, or a frozen copy."""
@@ -245,33 +245,8 @@ class EAFTTrainer(SFTTrainer):
         """Write `README.md` into the output folder: the model, the gate and how it was trained. See TRL's method."""
         if not self.is_world_process_zero():
             return
-        args, base_model = self.args, get_config_model_id(self.model.config) or None
-        on_hub = base_model is not None and not Path(base_model).exists()
-        card = ModelCard.from_template(
-            ModelCardData(
-                base_model=base_model if on_hub else None,
-                library_name="transformers",
-                model_name=model_name,
-                tags=["generated_from_trainer", *self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
-            ),
-            template_path=str(Path(__file__).with_name("model_card.md")),
-            base_model=base_model if on_hub else base_model and Path(base_model).name,
-            dataset_name=dataset_name,
-            gate=args.gate,
-            gate_settings={**self.gated_lm_head.params, "top_k": args.gate_top_k},
-            gate_help=get_gate(args.gate).help,
-            training={
-                name: getattr(args, name)
-                for name in (
-                    "learning_rate",
-                    "num_train_epochs",
-                    "per_device_train_batch_size",
-                    "gradient_accumulation_steps",
-                    "max_length",
-                    "seed",
-                )
-            },
-            versions={name: version(name) for name in ("eaft", "trl", "transformers", "torch")},
-        )
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        card.save(Path(args.output_dir) / "README.md")
+        tags = [*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])]
+        base_model = get_config_model_id(self.model.config)
+        card = model_card(self.args, self.gated_lm_head.params, base_model, model_name, dataset_name, tags)
+        Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+        card.save(Path(self.args.output_dir) / "README.md")
