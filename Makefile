@@ -15,13 +15,15 @@ demo: $(VENV)/.installed  ## fine-tune a real model with SFT and EAFT; table and
 	$(PY) -m eaft compare --config recipes/demo/compare.yaml \
 	    --model_name_or_path "$$($(PY) recipes/demo/find_model.py)" $(DEMO_FLAGS)
 
+# One process a core, four at most for the sake of memory; one alone: make test PYTEST_FLAGS="-n 0"
 test: $(VENV)/.installed  ## the tests (13 minutes on 2 cores)
-	$(PY) -m pytest -q $(PYTEST_FLAGS)
+	$(PY) -m pytest -q -n logical --maxprocesses 4 --dist worksteal $(PYTEST_FLAGS)
 
-check: $(VENV)/.installed  ## lint, format and types
+check: $(VENV)/.installed  ## lint, format, types, and who imports whom
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(VENV)/bin/lint-imports --no-logo --no-cache
 
 # torch first and alone: the index's newest would bring gigabytes of CUDA
 $(VENV)/.installed: pyproject.toml constraints.txt

@@ -7,6 +7,8 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1", TOK
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 if not Path("/dev/nvidiactl").exists():  # before anything imports Triton: its kernels run without a GPU
     os.environ["TRITON_INTERPRET"] = "1"
+if parallel := "PYTEST_XDIST_WORKER" in os.environ:  # `pytest -n`: a thread for each, and for what they start
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if parallel else 2)
 
 # ChatML with the markers that assistant_only_loss needs
 CHAT_TEMPLATE = (

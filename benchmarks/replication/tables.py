@@ -12,8 +12,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from tabulate import tabulate
 
+from eaft.comparison.report import colors
 from eaft.evaluation.paired import bootstrap_interval, paired_change
-from eaft.evaluation.report import colors, save
+from eaft.evaluation.report import save
 from eaft.provenance import write_json
 
 RESULTS = Path(__file__).parent / "results"

@@ -1,15 +1,16 @@
 """eaft: Entropy-Adaptive Fine-Tuning (arXiv:2601.02151) for Hugging Face TRL, transformers and PEFT."""
 
+from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from eaft.objective import gates
-from eaft.objective.fused import linear_gated_cross_entropy
-from eaft.objective.loss import GatedLoss, gated_cross_entropy
-from eaft.objective.statistics import TokenStatistics, token_statistics
-
 if TYPE_CHECKING:
-    from eaft.training.trainer import EAFTConfig, EAFTTrainer
+    from eaft.objective import gates
+    from eaft.objective.fused import linear_gated_cross_entropy
+    from eaft.objective.loss import GatedLoss, gated_cross_entropy
+    from eaft.objective.statistics import TokenStatistics, token_statistics
+    from eaft.training.config import EAFTConfig
+    from eaft.training.trainer import EAFTTrainer
 
 __version__ = version("eaft")
 
@@ -24,11 +25,25 @@ __all__ = [
     "token_statistics",
 ]
 
+MODULES = {
+    "EAFTConfig": "training.config",
+    "EAFTTrainer": "training.trainer",
+    "GatedLoss": "objective.loss",
+    "TokenStatistics": "objective.statistics",
+    "gated_cross_entropy": "objective.loss",
+    "linear_gated_cross_entropy": "objective.fused",
+    "token_statistics": "objective.statistics",
+}
+
 
 def __getattr__(name: str) -> Any:
-    # TRL takes seconds to import, and only the trainer needs it
-    if name in ("EAFTConfig", "EAFTTrainer"):
-        from eaft.training import trainer
-
-        return getattr(trainer, name)
+    # torch and TRL take seconds to import: each name brings what it needs, and `eaft --help` neither
+    if name == "gates":
+        return import_module("eaft.objective.gates")
+    if name in MODULES:
+        return getattr(import_module(f"eaft.{MODULES[name]}"), name)
     raise AttributeError(f"module 'eaft' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

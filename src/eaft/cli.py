@@ -16,7 +16,7 @@ Entropy-Adaptive Fine-Tuning: fine-tune a language model without making it worse
   eaft train     fine-tune with a gate on each token's loss (takes the flags and YAML of `trl sft`)
   eaft eval      score a model on suites of tasks; with --base, say what fine-tuning gained and forgot
   eaft compare   train with several objectives from one base, and show what each gained and forgot
-  eaft env       print versions and machine, for bug reports
+  eaft env       print versions and machine, for bug reports; with --check, test this machine
 
 `eaft COMMAND --help` explains each.
 """
@@ -35,18 +35,29 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("command", choices=[*MODULES, "env"], help=argparse.SUPPRESS)
     command = parser.parse_args(argv[:1] or ["--help"]).command
-    if command == "env":
-        from eaft.provenance import environment
-
-        print(json.dumps(environment(), indent=2))
-        return 0
     # Under `python -m` it is there already: a gate of your own is imported from where you are
     sys.path.insert(0, os.getcwd())
     try:
+        if command == "env":
+            return env(argv[1:])
         importlib.import_module(MODULES[command]).main(argv[1:])
     except EAFTError as error:
         # Under a launcher every process has the same complaint about the input; one is enough
         if os.environ.get("RANK", "0") == "0" or isinstance(error, ArithmeticError):
             print(f"eaft {command}: error: {error}", file=sys.stderr)
         return 2
+    return 0
+
+
+def env(argv: list[str]) -> int:
+    """Print versions and machine as JSON, or test the machine; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="eaft env", description="Print versions and machine, for bug reports.")
+    parser.add_argument(
+        "--check", action="store_true", help="test the loss on this machine instead: is it right, and how fast is it?"
+    )
+    if parser.parse_args(argv).check:
+        return importlib.import_module("eaft.objective.check").main()
+    from eaft.provenance import environment
+
+    print(json.dumps(environment(), indent=2))
     return 0

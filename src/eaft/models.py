@@ -61,7 +61,11 @@ def convert_gguf(path: Path) -> Path:
         model.hf_quantizer = None
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
-        os.replace(staging, folder)
+        try:
+            os.replace(staging, folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first
+                raise
     except ImportError as error:
         raise ConfigurationError(f"Reading {path} needs the gguf package: pip install 'eaft[gguf]'.") from error
     except Exception as error:  # the reader has no error of its own: a damaged file fails in many ways

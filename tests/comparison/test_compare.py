@@ -7,8 +7,7 @@ import pytest
 import yaml
 
 from eaft import cli
-from eaft.comparison import compare
-from eaft.evaluation import report
+from eaft.comparison import compare, report
 from tests.conftest import make_rows
 from tests.evaluation.test_evaluate import task_path  # noqa: F401 - a fixture
 

@@ -3,12 +3,14 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
 from eaft.errors import ConfigurationError, NonFiniteError
-from eaft.evaluation.drift import Answer, BaseAnswers, read_prompts, sample_answers
+from eaft.evaluation.drift import Answer, BaseAnswers, read_prompts, sample_answers, summarise
+from eaft.evaluation.paired import bootstrap_interval
 from tests.conftest import make_model
 
 ANSWERS = [Answer([5, 6, 7], [8, 9, 10, 2]), Answer([11], [12]), Answer([5, 9, 9, 9, 3], [20, 21])]
@@ -44,6 +46,13 @@ def test_drift_is_the_definition(recorded):
     assert result["per_prompt"][1] == pytest.approx(per_token[4], rel=1e-5)
     assert result["quantiles"]["50%"] == pytest.approx(sorted(result["per_prompt"])[1])
     assert min(result["per_prompt"]) <= result["low"] <= result["mean"] <= result["high"] <= max(result["per_prompt"])
+
+
+def test_interval_is_that_of_all_other_means():
+    """Answers of one length: the mean over tokens is the mean over prompts, and so is its interval."""
+    sums = np.random.default_rng(0).lognormal(size=32)
+    drift = summarise(sums, np.full(32, 8))
+    assert (drift["low"], drift["high"]) == pytest.approx(bootstrap_interval(sums / 8))
 
 
 def test_drift_from_itself_is_zero(recorded):

@@ -203,7 +203,7 @@ def test_two_processes_find_what_one_finds(model_dir, task_path, tmp_path):
     flags = [model_dir, "--base", model_dir, "--suite", "tiny", "copy", "--include_path", task_path]
     flags += ["--drift_prompts", "2", "--max_new_tokens", "4"]
     assert run(*flags, "--output_path", tmp_path / "one") == 0
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29531"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launcher, "-m", "eaft", "eval", *map(str, flags), "--output_path", str(tmp_path / "two")]
     subprocess.run(command, check=True, timeout=300)
     for name in ("tiny", "copy"):

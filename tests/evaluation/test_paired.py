@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from eaft.evaluation.paired import beyond_chance, combine, mean_change, mean_interval, paired_change, smallest_drop
+from eaft.evaluation.paired import (
+    beyond_chance,
+    bootstrap_interval,
+    combine,
+    mean_change,
+    mean_interval,
+    paired_change,
+    smallest_drop,
+)
 
 
 def scores(both, lost, gained, neither):
@@ -167,3 +175,17 @@ def test_interval_of_graded_scores_takes_no_side():
     same = paired_change(before, before)
     assert (same.change, same.p_value) == (0, 1)
     assert -same.low == same.high == pytest.approx(stats.norm.ppf(0.975) * math.sqrt(2) / 22)
+
+
+def test_interval_of_a_ratio_of_sums():
+    """By the textbook's standard error of a ratio (linearised), where items are many; sums go with their counts."""
+    rng = np.random.default_rng(7)
+    counts = rng.integers(4, 400, size=400)
+    sums = counts * rng.lognormal(0, 0.2, size=400)
+    ratio = sums.sum() / counts.sum()
+    error = math.sqrt(((sums - ratio * counts) ** 2).sum()) / counts.sum()
+    low, high = bootstrap_interval(sums, counts)
+    assert (high - low) / 2 == pytest.approx(stats.norm.ppf(0.975) * error, rel=0.05)
+    assert (low + high) / 2 == pytest.approx(ratio, abs=0.2 * error)
+    assert bootstrap_interval(3.0 * counts, counts) == (3, 3)
+    assert bootstrap_interval(sums[:1], counts[:1]) == (sums[0] / counts[0], sums[0] / counts[0])

@@ -195,14 +195,18 @@ def test_bad_settings(tmp_path, changes, message):
         EAFTConfig(str(tmp_path), use_cpu=True, **{"forgetting_eval_steps": 2, "save_strategy": "steps", **changes})
 
 
-def test_a_sharded_model_is_refused(tmp_path, monkeypatch, tokenizer):
-    monkeypatch.setattr(EAFTTrainer, "is_fsdp_enabled", True, raising=False)
+@pytest.mark.parametrize("enabled", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_a_sharded_model_is_refused(tmp_path, monkeypatch, tokenizer, enabled):
+    make_accelerator = EAFTTrainer.create_accelerator_and_postprocess
 
-    class Trainer:
-        args, is_fsdp_enabled, is_deepspeed_enabled = None, True, False
+    def make_sharded(self):
+        make_accelerator(self)
+        setattr(self, enabled, True)
 
+    monkeypatch.setattr(EAFTTrainer, "create_accelerator_and_postprocess", make_sharded)
+    args = EAFTConfig(str(tmp_path), use_cpu=True, report_to="none", forgetting_eval_steps=1)
     with pytest.raises(ConfigurationError, match="does not go with FSDP or DeepSpeed"):
-        ForgettingEval(Trainer())
+        EAFTTrainer(make_model(), args, train_dataset=Dataset.from_list(make_rows()), processing_class=tokenizer)
 
 
 def test_works_in_python_too(tmp_path, tokenizer):
@@ -227,7 +231,7 @@ def test_two_processes_measure_what_one_measures(train, tmp_path, model_dir):
     flags = {"per_device_train_batch_size": 8, "forgetting_budget": 1e9, "save_total_limit": 1}
     _, _, lines = train("one", **flags)
     settings = {**train.settings, **flags, "per_device_train_batch_size": 4, "output_dir": tmp_path / "two"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29547"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launcher, "-m", "eaft", "train", *(f"--{key}={value}" for key, value in settings.items())]
     subprocess.run(command, check=True, timeout=300)
     again = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]

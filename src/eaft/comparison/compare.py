@@ -167,7 +167,7 @@ def compare(recipe: Recipe) -> dict[str, Any]:
             ("general", found[len(config.target_tasks) :]),
         )
     ]
-    from eaft.evaluation import report  # needs the same extra as lm-eval, whose absence has been reported by now
+    from eaft.comparison import report  # needs the same extra as lm-eval, whose absence has been reported by now
 
     runs = check(recipe)
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -194,15 +194,16 @@ class BaseAnswers:
         return summarise(np.array(sums), np.array(counts))
 
 
-def summarise(sums: np.ndarray, counts: np.ndarray, resamples: int = 9999) -> dict[str, Any]:
+def summarise(sums: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
     """Return a drift's summary from each answer's summed KL and number of tokens; see `BaseAnswers.drift`."""
-    drawn = np.random.default_rng(0).integers(len(sums), size=(resamples, len(sums)))
-    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    from eaft.evaluation.paired import bootstrap_interval  # needs scipy, which comes with lm-eval
+
+    low, high = bootstrap_interval(sums, counts)
     per_prompt = sums / counts
     return {
         "mean": float(sums.sum() / counts.sum()),
-        "low": float(np.percentile(means, 2.5)),
-        "high": float(np.percentile(means, 97.5)),
+        "low": low,
+        "high": high,
         "tokens": int(counts.sum()),
         "per_prompt": per_prompt.tolist(),
         "quantiles": {f"{q}%": float(np.percentile(per_prompt, q)) for q in (0, 25, 50, 75, 100)},

@@ -107,11 +107,30 @@ def mean_interval(scores: np.ndarray) -> tuple[float, float]:
     return bootstrap_interval(scores)
 
 
-def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
-    """Return the 95% interval of a mean by a bootstrap of the items (scipy's BCa); a point where all are alike."""
-    if np.ptp(values) == 0:
-        return float(values[0]), float(values[0])
-    interval = stats.bootstrap((values,), np.mean, n_resamples=RESAMPLES, batch=100, rng=0).confidence_interval
+def bootstrap_interval(sums: np.ndarray, counts: np.ndarray | None = None) -> tuple[float, float]:
+    """
+    Return the 95% interval of a mean over all that the items hold, by a bootstrap of the items (scipy's BCa).
+
+    The mean is sum(sums) / sum(counts), a ratio whose two parts are drawn together; a point where all items have the
+    same mean.
+
+    Args:
+        sums: `[n]`, each item's sum.
+        counts: `[n]`, how many (tokens, say) each sum is of; None: one each, so that the mean is over items.
+    """
+    counts = np.ones(len(sums)) if counts is None else counts
+    means = sums / counts
+    if np.ptp(means) == 0:
+        return float(means[0]), float(means[0])
+    interval = stats.bootstrap(
+        (sums, counts),
+        lambda sums, counts, axis: sums.sum(axis=axis) / counts.sum(axis=axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        batch=100,
+        rng=0,
+    ).confidence_interval
     return float(interval.low), float(interval.high)
 
 

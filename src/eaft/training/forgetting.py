@@ -11,13 +11,13 @@ import contextlib
 import copy
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from accelerate.logging import get_logger
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
@@ -25,46 +25,10 @@ from eaft.errors import ConfigurationError
 from eaft.evaluation.drift import BaseAnswers, read_prompts
 from eaft.evaluation.scores import score, wrap
 from eaft.evaluation.suite import load_suites
+from eaft.training.config import EAFTConfig
 
-if TYPE_CHECKING:
-    from eaft.training.trainer import EAFTConfig, EAFTTrainer
-
-logger = get_logger(__name__)
 FOLDER = "forgetting"
 PROMPTS, ANSWER_TOKENS = 32, 64  # drift costs a forward pass over these
-RULES = {
-    "budget": "the last checkpoint whose drift is within --forgetting_budget; training stops when it is passed",
-    "best-mean": "the best mean over all tasks of both suites, as the paper chooses",
-    "pareto": "every checkpoint that no other beats in both target and drift; the model is the one at the curve's knee",
-}
-
-
-def check_selection(args: EAFTConfig) -> None:
-    """
-    Complete and check the settings of `select_checkpoint`.
-
-    Raises:
-        ConfigurationError: settings that are missing or do not go together.
-    """
-    if args.forgetting_budget is not None and args.select_checkpoint is None:
-        args.select_checkpoint = "budget"
-    rule = args.select_checkpoint
-    if rule is None:
-        return
-    if rule not in RULES:
-        raise ConfigurationError(f"select_checkpoint={rule!r} is unknown; choose one of {', '.join(RULES)}.")
-    if args.forgetting_eval_steps < 1:
-        raise ConfigurationError(f"select_checkpoint={rule!r} needs measurements: set forgetting_eval_steps.")
-    if (rule == "budget") != (args.forgetting_budget is not None):
-        raise ConfigurationError("forgetting_budget goes with select_checkpoint='budget': give both, or neither.")
-    if rule != "budget" and not args.target_suite:
-        raise ConfigurationError(f"select_checkpoint={rule!r} weighs target against forgetting: set target_suite.")
-    if rule == "pareto" and args.save_total_limit is not None:
-        raise ConfigurationError("select_checkpoint='pareto' keeps the whole curve: leave save_total_limit out.")
-    if args.load_best_model_at_end:
-        raise ConfigurationError("select_checkpoint and load_best_model_at_end both choose a checkpoint: set one.")
-    if str(args.save_strategy.value) not in ("steps", "epoch"):
-        raise ConfigurationError(f"select_checkpoint={rule!r} keeps checkpoints: set save_strategy to steps or epoch.")
 
 
 def check_sharding(sharded: bool) -> None:
@@ -84,14 +48,16 @@ class ForgettingEval(TrainerCallback):
     Logs them beside the loss; with `select_checkpoint`, saves the checkpoints worth keeping and leaves the trainer with
     the chosen one's weights.
 
+    Args:
+        args: the trainer's; with `select_checkpoint`, they are told to load the best model at the end.
+        log: `Trainer.log`, or what else takes the measurements on every process.
+
     Raises:
-        ConfigurationError: a suite or its data is missing, the model is sharded, or the first measurement is already
-            over budget.
+        ConfigurationError: a suite or its data is missing, or the first measurement is already over budget.
     """
 
-    def __init__(self, trainer: EAFTTrainer) -> None:
-        args, self.trainer = trainer.args, trainer
-        check_sharding(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+    def __init__(self, args: EAFTConfig, log: Callable[[dict[str, float]], None]) -> None:
+        self.log = log
         names = [*args.forgetting_suite, *(args.target_suite or [])]
         suites, self.benchmarks = load_suites(names, data_dir=args.forgetting_data_dir)
         self.general = [name for suite in suites[: len(args.forgetting_suite)] for name in suite.benchmarks]
@@ -110,17 +76,17 @@ class ForgettingEval(TrainerCallback):
                     "no longer has. Copy it from the run's output folder, or start afresh."
                 )
             return
-        with self.measuring() as (model, tokenizer):
+        with measuring(args, **kwargs) as (model, tokenizer):
             if state.is_world_process_zero:
                 shutil.rmtree(self.answers.folder, ignore_errors=True)
                 self.answers.record(model, tokenizer, self.prompts, ANSWER_TOKENS, args.per_device_eval_batch_size)
-        self.measure(state)
+        self.measure(args, state, control, **kwargs)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure, and decide what to keep."""
         if state.global_step % args.forgetting_eval_steps and state.global_step < state.max_steps:
             return
-        self.measure(state)
+        self.measure(args, state, control, **kwargs)
         if args.select_checkpoint is None:
             return
         points = history(state)
@@ -151,10 +117,10 @@ class ForgettingEval(TrainerCallback):
         if state.is_world_process_zero:
             self.answers.free()
 
-    def measure(self, state: Any) -> None:
+    def measure(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure the model as it is, and log it."""
-        with self.measuring() as (model, tokenizer):
-            lm = wrap(model, tokenizer, self.trainer.args.per_device_eval_batch_size)
+        with measuring(args, **kwargs) as (model, tokenizer):
+            lm = wrap(model, tokenizer, args.per_device_eval_batch_size)
             items = score(lm, self.benchmarks, apply_chat_template=tokenizer.chat_template is not None)
             metrics: list[dict[str, float]] = [{}]
             if state.is_world_process_zero:
@@ -164,31 +130,30 @@ class ForgettingEval(TrainerCallback):
                     if names:
                         metrics[0][kind] = float(np.mean([scores[name] for name in names]))
                 metrics[0].update({f"score/{name}": value for name, value in scores.items()})
-            if self.trainer.accelerator.num_processes > 1:
+            if args.world_size > 1:
                 broadcast_object_list(metrics)
-            control = self.trainer.control
             should_log = control.should_log
-            self.trainer.log(metrics[0])  # still in evaluation mode: the training metrics' sums are left alone
+            self.log(metrics[0])  # still in evaluation mode: the training metrics' sums are left alone
             control.should_log = should_log  # whether the training metrics are due, which logging anything takes back
 
-    @contextlib.contextmanager
-    def measuring(self) -> Iterator[tuple[Any, Any]]:
-        """Lend the model, in evaluation mode, and a tokenizer; the randomness of training is as if nothing had been."""
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped)
-        tokenizer = copy.deepcopy(self.trainer.processing_class)
-        tokenizer.padding_side = "left"
-        devices = [self.trainer.args.device] if self.trainer.args.device.type == "cuda" else []
-        states = random.getstate(), np.random.get_state()  # noqa: NPY002 - lm-eval seeds this one
-        was_training = model.training
-        model.eval()
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices):
-                yield model, tokenizer
-        finally:
-            model.train(was_training)
-            random.setstate(states[0])
-            np.random.set_state(states[1])  # noqa: NPY002
-            self.trainer.accelerator.wait_for_everyone()
+
+@contextlib.contextmanager
+def measuring(args: Any, model: Any, processing_class: Any, **kwargs: Any) -> Iterator[tuple[Any, Any]]:
+    """Lend the model, in evaluation mode, and a tokenizer; the randomness of training is as if nothing had been."""
+    tokenizer = copy.deepcopy(processing_class)
+    tokenizer.padding_side = "left"
+    devices = [args.device] if args.device.type == "cuda" else []
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002 - lm-eval seeds this one
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            yield model, tokenizer
+    finally:
+        model.train(was_training)
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        PartialState().wait_for_everyone()
 
 
 def history(state: Any) -> list[dict[str, float]]:
@@ -199,7 +164,8 @@ def history(state: Any) -> list[dict[str, float]]:
 
 def select(points: list[dict[str, float]], rule: str, budget: float | None) -> dict[str, float] | None:
     """
-    Return the measurement whose checkpoint is to be kept, by one of `RULES`; None if none is within the budget.
+    Return the measurement whose checkpoint is to be kept, by one of `eaft.training.config.RULES`; None
+    if none is within the budget.
 
     Args:
         points: as `history` returns them; the first is the base model, which is never chosen.

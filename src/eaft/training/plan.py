@@ -28,8 +28,9 @@ from eaft.evaluation.suite import load_suites
 from eaft.models import first_line, resolve_model
 from eaft.objective.fused import LOGITS_BUDGET_GPU
 from eaft.objective.gates import get_gate
+from eaft.training.config import EAFTConfig
 from eaft.training.forgetting import check_sharding
-from eaft.training.trainer import EAFTConfig, EAFTTrainer
+from eaft.training.trainer import EAFTTrainer
 
 GIB = 2**30
 # Memory in GiB, about what a program can have, and peak dense bf16 rate in FLOP/s, from NVIDIA's data sheets

@@ -24,9 +24,10 @@ from eaft.errors import ConfigurationError, nearest
 from eaft.models import first_line, resolve_model
 from eaft.objective.gates import gates_help
 from eaft.provenance import environment, peak_memory_gib, write_json
+from eaft.training.config import EAFTConfig
 from eaft.training.data import load_splits, select_split
 from eaft.training.plan import DryRunArguments, plan
-from eaft.training.trainer import EAFTConfig, EAFTTrainer
+from eaft.training.trainer import EAFTTrainer
 
 DESCRIPTION = """
 Fine-tune a language model with a gate on each token's loss. Takes the flags and the YAML of `trl sft`, plus --gate,

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import functools
-import inspect
-import json
 import math
 from collections import defaultdict
-from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,128 +12,22 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset
-from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 from trl.models.utils import prepare_fsdp
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import get_config_model_id
 
 from eaft.errors import ConfigurationError, NonFiniteError
-from eaft.evaluation.drift import PROMPTS
-from eaft.objective.gates import check_gate, get_gate, missing_params
+from eaft.objective.gates import get_gate, missing_params
+from eaft.training.config import EAFTConfig
 from eaft.training.examples import ExampleCollator, FollowedData, follow_examples
-from eaft.training.forgetting import RULES, ForgettingEval, check_selection
+from eaft.training.forgetting import ForgettingEval, check_sharding
 from eaft.training.head import GatedLMHead, frozen_copy
-from eaft.training.measure import MEASURED, MeasureGate
+from eaft.training.measure import MeasureGate
+from eaft.training.model_card import model_card
 
 logger = get_logger(__name__)
-
-
-@dataclass
-class EAFTConfig(SFTConfig):
-    """
-    `SFTConfig` plus the gate.
-
-    Args:
-        gate: how each token's loss is weighted; one of `eaft.objective.gates.GATES`, or `module:function`.
-        gate_alpha: exponent of the `eaft` gate; 0 is plain SFT, 2 and 3 are the paper's EAFT^2 and EAFT^3.
-        gate_entropy: `top-k` or `exact`, for the gates that use the entropy.
-        gate_top_k: K of the top-K entropy, and of the ln K that entropies are divided by.
-        gate_kwargs: the other parameters of the gate, e.g. `{"steepness": 20}` for `eaft-sigmoid`.
-        forgetting_eval_steps: measure drift and the suites every so many steps (0: never); see
-            `eaft.training.forgetting`.
-        forgetting_suite: suites or tasks of general ability, as `eaft eval --suite` takes them.
-        target_suite: suites or tasks of what is being learned.
-        forgetting_data_dir: a folder with local data for them.
-        forgetting_prompts: JSON Lines with a `prompt`, whose answers drift is measured on (the first 32).
-        select_checkpoint: which checkpoint to keep: `budget`, `best-mean` or `pareto`
-            (`eaft.training.forgetting.RULES`).
-        forgetting_budget: the drift (nats per token) at which training stops.
-
-    Raises:
-        ConfigurationError: unknown gate, a parameter it does not take or refuses, `gate_top_k` < 2, a TRL option that
-            computes a loss of its own (`loss_type`, `label_smoothing_factor`), which a gate would not reach, or a
-            selection of checkpoints that is not complete.
-    """
-
-    gate: str = field(
-        default="eaft",
-        metadata={"help": "How each token's loss is weighted: one of the gates above, or module:function of your own."},
-    )
-    gate_alpha: float = field(
-        default=1.0, metadata={"help": "Exponent of the 'eaft' gate: 0 is plain SFT, larger is stricter."}
-    )
-    gate_entropy: str = field(
-        default="top-k",
-        metadata={
-            "help": "Entropy of the gates that use it: 'top-k' (of the K largest probabilities, renormalised) or "
-            "'exact' (of the whole vocabulary, clamped to ln K)."
-        },
-    )
-    gate_top_k: int = field(default=20, metadata={"help": "K of the top-K entropy; entropies are divided by ln K."})
-    gate_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Other parameters of the gate, as listed above: '{\"steepness\": 20}' (JSON, or a YAML map)."
-        },
-    )
-
-    forgetting_eval_steps: int = field(
-        default=0, metadata={"help": "Measure drift, forgetting_suite and target_suite every so many steps; 0: never."}
-    )
-    forgetting_suite: list[str] = field(
-        default_factory=lambda: ["everyday"],
-        metadata={"help": "Suites or lm-eval tasks of general ability (default: 120 easy questions)."},
-    )
-    target_suite: list[str] | None = field(
-        default=None, metadata={"help": "Suites or lm-eval tasks of what is being learned."}
-    )
-    forgetting_data_dir: str | None = field(
-        default=None, metadata={"help": "A folder with local data for the suites, as `eaft eval --data_dir`."}
-    )
-    forgetting_prompts: str = field(
-        default=str(PROMPTS),
-        metadata={"help": "JSON Lines with a `prompt`; drift is measured on answers to 32 of them."},
-    )
-    select_checkpoint: str | None = field(
-        default=None,
-        metadata={"help": "Which checkpoint to keep. " + " ".join(f"{name}: {what}." for name, what in RULES.items())},
-    )
-    forgetting_budget: float | None = field(
-        default=None, metadata={"help": "Stop when drift (nats per token) passes this, and keep the last one within."}
-    )
-
-    def __post_init__(self) -> None:
-        """Check our fields, then TRL's."""
-        if self.gate_top_k < 2:
-            raise ConfigurationError(f"gate_top_k must be at least 2, got {self.gate_top_k}; the paper uses 20.")
-        if isinstance(self.gate_kwargs, str):
-            try:
-                self.gate_kwargs = json.loads(self.gate_kwargs)
-            except ValueError as error:
-                raise ConfigurationError(f"gate_kwargs={self.gate_kwargs!r} is not JSON: {error}.") from error
-        if not isinstance(self.gate_kwargs, dict | None):
-            raise ConfigurationError(f"gate_kwargs={self.gate_kwargs!r}: expected a map of names to values.")
-        check_gate(self.gate, self.gate_params, MEASURED)
-        if self.loss_type != "nll":
-            raise ConfigurationError(f"loss_type={self.loss_type!r} does not go with a gate; use gate='dft' instead.")
-        if self.label_smoothing_factor:
-            raise ConfigurationError("label_smoothing_factor does not go with a gate; leave it at 0.")
-        super().__post_init__()
-        check_selection(self)
-
-    @property
-    def gate_params(self) -> dict[str, Any]:
-        """The gate's parameters, as given or by default; without those that are still to be measured."""
-        params = {k: v for k, v in get_gate(self.gate).params.items() if v is not inspect.Parameter.empty}
-        given: dict[str, Any] = dict(self.gate_kwargs or {})  # type: ignore[arg-type]
-        for name, value, default in (("alpha", self.gate_alpha, 1.0), ("entropy", self.gate_entropy, "top-k")):
-            if name in given:
-                raise ConfigurationError(f"gate_kwargs: set {name} by gate_{name}.")
-            if name in params or value != default:
-                given[name] = value
-        return {**params, **given}
 
 
 def must_be_measured(args: EAFTConfig) -> bool:
@@ -201,7 +91,8 @@ class EAFTTrainer(SFTTrainer):
                 self.add_callback(MeasureGate(self, self._followed.loose, self._followed.num_examples))
         self._token_sums: dict[str, Tensor | float] = defaultdict(float)
         if args.forgetting_eval_steps:
-            self.add_callback(ForgettingEval(self))
+            check_sharding(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+            self.add_callback(ForgettingEval(args, self.log))
 
     def _make_reference(self) -> Any:
         """Return what the head runs as the reference model: the PEFT model around the policy, or a frozen copy."""
@@ -354,33 +245,8 @@ class EAFTTrainer(SFTTrainer):
         """Write `README.md` into the output folder: the model, the gate and how it was trained. See TRL's method."""
         if not self.is_world_process_zero():
             return
-        args, base_model = self.args, get_config_model_id(self.model.config) or None
-        on_hub = base_model is not None and not Path(base_model).exists()
-        card = ModelCard.from_template(
-            ModelCardData(
-                base_model=base_model if on_hub else None,
-                library_name="transformers",
-                model_name=model_name,
-                tags=["generated_from_trainer", *self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
-            ),
-            template_path=str(Path(__file__).with_name("model_card.md")),
-            base_model=base_model if on_hub else base_model and Path(base_model).name,
-            dataset_name=dataset_name,
-            gate=args.gate,
-            gate_settings={**self.gated_lm_head.params, "top_k": args.gate_top_k},
-            gate_help=get_gate(args.gate).help,
-            training={
-                name: getattr(args, name)
-                for name in (
-                    "learning_rate",
-                    "num_train_epochs",
-                    "per_device_train_batch_size",
-                    "gradient_accumulation_steps",
-                    "max_length",
-                    "seed",
-                )
-            },
-            versions={name: version(name) for name in ("eaft", "trl", "transformers", "torch")},
-        )
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        card.save(Path(args.output_dir) / "README.md")
+        tags = [*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])]
+        base_model = get_config_model_id(self.model.config)
+        card = model_card(self.args, self.gated_lm_head.params, base_model, model_name, dataset_name, tags)
+        Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+        card.save(Path(self.args.output_dir) / "README.md")

@@ -1,0 +1,155 @@
+"""`EAFTConfig`: TRL's `SFTConfig`, plus the gate and what is measured while it trains."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import SFTConfig
+
+from eaft.errors import ConfigurationError
+from eaft.evaluation.drift import PROMPTS
+from eaft.objective.gates import check_gate, get_gate
+from eaft.training.measure import MEASURED
+
+RULES = {
+    "budget": "the last checkpoint whose drift is within --forgetting_budget; training stops when it is passed",
+    "best-mean": "the best mean over all tasks of both suites, as the paper chooses",
+    "pareto": "every checkpoint that no other beats in both target and drift; the model is the one at the curve's knee",
+}
+
+
+@dataclass
+class EAFTConfig(SFTConfig):
+    """
+    `SFTConfig` plus the gate.
+
+    Args:
+        gate: how each token's loss is weighted; one of `eaft.objective.gates.GATES`, or `module:function`.
+        gate_alpha: exponent of the `eaft` gate; 0 is plain SFT, 2 and 3 are the paper's EAFT^2 and EAFT^3.
+        gate_entropy: `top-k` or `exact`, for the gates that use the entropy.
+        gate_top_k: K of the top-K entropy, and of the ln K that entropies are divided by.
+        gate_kwargs: the other parameters of the gate, e.g. `{"steepness": 20}` for `eaft-sigmoid`.
+        forgetting_eval_steps: measure drift and the suites every so many steps (0: never); see
+            `eaft.training.forgetting`.
+        forgetting_suite: suites or tasks of general ability, as `eaft eval --suite` takes them.
+        target_suite: suites or tasks of what is being learned.
+        forgetting_data_dir: a folder with local data for them.
+        forgetting_prompts: JSON Lines with a `prompt`, whose answers drift is measured on (the first 32).
+        select_checkpoint: which checkpoint to keep: `budget`, `best-mean` or `pareto`
+            (`RULES`).
+        forgetting_budget: the drift (nats per token) at which training stops.
+
+    Raises:
+        ConfigurationError: unknown gate, a parameter it does not take or refuses, `gate_top_k` < 2, a TRL option that
+            computes a loss of its own (`loss_type`, `label_smoothing_factor`), which a gate would not reach, or a
+            selection of checkpoints that is not complete.
+    """
+
+    gate: str = field(
+        default="eaft",
+        metadata={"help": "How each token's loss is weighted: one of the gates above, or module:function of your own."},
+    )
+    gate_alpha: float = field(
+        default=1.0, metadata={"help": "Exponent of the 'eaft' gate: 0 is plain SFT, larger is stricter."}
+    )
+    gate_entropy: str = field(
+        default="top-k",
+        metadata={
+            "help": "Entropy of the gates that use it: 'top-k' (of the K largest probabilities, renormalised) or "
+            "'exact' (of the whole vocabulary, clamped to ln K)."
+        },
+    )
+    gate_top_k: int = field(default=20, metadata={"help": "K of the top-K entropy; entropies are divided by ln K."})
+    gate_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Other parameters of the gate, as listed above: '{\"steepness\": 20}' (JSON, or a YAML map)."
+        },
+    )
+
+    forgetting_eval_steps: int = field(
+        default=0, metadata={"help": "Measure drift, forgetting_suite and target_suite every so many steps; 0: never."}
+    )
+    forgetting_suite: list[str] = field(
+        default_factory=lambda: ["everyday"],
+        metadata={"help": "Suites or lm-eval tasks of general ability (default: 120 easy questions)."},
+    )
+    target_suite: list[str] | None = field(
+        default=None, metadata={"help": "Suites or lm-eval tasks of what is being learned."}
+    )
+    forgetting_data_dir: str | None = field(
+        default=None, metadata={"help": "A folder with local data for the suites, as `eaft eval --data_dir`."}
+    )
+    forgetting_prompts: str = field(
+        default=str(PROMPTS),
+        metadata={"help": "JSON Lines with a `prompt`; drift is measured on answers to 32 of them."},
+    )
+    select_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "Which checkpoint to keep. " + " ".join(f"{name}: {what}." for name, what in RULES.items())},
+    )
+    forgetting_budget: float | None = field(
+        default=None, metadata={"help": "Stop when drift (nats per token) passes this, and keep the last one within."}
+    )
+
+    def __post_init__(self) -> None:
+        """Check our fields, then TRL's."""
+        if self.gate_top_k < 2:
+            raise ConfigurationError(f"gate_top_k must be at least 2, got {self.gate_top_k}; the paper uses 20.")
+        if isinstance(self.gate_kwargs, str):
+            try:
+                self.gate_kwargs = json.loads(self.gate_kwargs)
+            except ValueError as error:
+                raise ConfigurationError(f"gate_kwargs={self.gate_kwargs!r} is not JSON: {error}.") from error
+        if not isinstance(self.gate_kwargs, dict | None):
+            raise ConfigurationError(f"gate_kwargs={self.gate_kwargs!r}: expected a map of names to values.")
+        check_gate(self.gate, self.gate_params, MEASURED)
+        if self.loss_type != "nll":
+            raise ConfigurationError(f"loss_type={self.loss_type!r} does not go with a gate; use gate='dft' instead.")
+        if self.label_smoothing_factor:
+            raise ConfigurationError("label_smoothing_factor does not go with a gate; leave it at 0.")
+        super().__post_init__()
+        check_selection(self)
+
+    @property
+    def gate_params(self) -> dict[str, Any]:
+        """The gate's parameters, as given or by default; without those that are still to be measured."""
+        params = {k: v for k, v in get_gate(self.gate).params.items() if v is not inspect.Parameter.empty}
+        given: dict[str, Any] = dict(self.gate_kwargs or {})  # type: ignore[arg-type]
+        for name, value, default in (("alpha", self.gate_alpha, 1.0), ("entropy", self.gate_entropy, "top-k")):
+            if name in given:
+                raise ConfigurationError(f"gate_kwargs: set {name} by gate_{name}.")
+            if name in params or value != default:
+                given[name] = value
+        return {**params, **given}
+
+
+def check_selection(args: EAFTConfig) -> None:
+    """
+    Complete and check the settings of `select_checkpoint`.
+
+    Raises:
+        ConfigurationError: settings that are missing or do not go together.
+    """
+    if args.forgetting_budget is not None and args.select_checkpoint is None:
+        args.select_checkpoint = "budget"
+    rule = args.select_checkpoint
+    if rule is None:
+        return
+    if rule not in RULES:
+        raise ConfigurationError(f"select_checkpoint={rule!r} is unknown; choose one of {', '.join(RULES)}.")
+    if args.forgetting_eval_steps < 1:
+        raise ConfigurationError(f"select_checkpoint={rule!r} needs measurements: set forgetting_eval_steps.")
+    if (rule == "budget") != (args.forgetting_budget is not None):
+        raise ConfigurationError("forgetting_budget goes with select_checkpoint='budget': give both, or neither.")
+    if rule != "budget" and not args.target_suite:
+        raise ConfigurationError(f"select_checkpoint={rule!r} weighs target against forgetting: set target_suite.")
+    if rule == "pareto" and args.save_total_limit is not None:
+        raise ConfigurationError("select_checkpoint='pareto' keeps the whole curve: leave save_total_limit out.")
+    if args.load_best_model_at_end:
+        raise ConfigurationError("select_checkpoint and load_best_model_at_end both choose a checkpoint: set one.")
+    if str(args.save_strategy.value) not in ("steps", "epoch"):
+        raise ConfigurationError(f"select_checkpoint={rule!r} keeps checkpoints: set save_strategy to steps or epoch.")

@@ -1,0 +1,58 @@
+"""The card that goes with a trained model: the base model, the gate and its parameters, the recipe, the versions."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from eaft.objective.gates import get_gate
+from eaft.training.config import EAFTConfig
+
+SETTINGS = (
+    "learning_rate",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+    "seed",
+)
+
+
+def model_card(
+    args: EAFTConfig,
+    gate_params: dict[str, Any],
+    base_model: str | None,
+    model_name: str | None,
+    dataset_name: str | None,
+    tags: list[str],
+) -> ModelCard:
+    """
+    Return the card, from `model_card.md`.
+
+    Args:
+        args: what the model was trained with.
+        gate_params: the gate's parameters, with those that were measured.
+        base_model: as the model's config names it; of a folder on this machine only the name is kept.
+        model_name, dataset_name: as the Hub will know them, where they are to be there.
+        tags: beside the Hub's own.
+    """
+    on_hub = bool(base_model) and not Path(str(base_model)).exists()
+    return ModelCard.from_template(
+        ModelCardData(
+            base_model=base_model if on_hub else None,
+            library_name="transformers",
+            model_name=model_name,
+            tags=["generated_from_trainer", *tags],
+        ),
+        template_path=str(Path(__file__).with_name("model_card.md")),
+        base_model=base_model if on_hub else base_model and Path(base_model).name,
+        dataset_name=dataset_name,
+        gate=args.gate,
+        gate_settings={**gate_params, "top_k": args.gate_top_k},
+        gate_help=get_gate(args.gate).help,
+        training={name: getattr(args, name) for name in SETTINGS},
+        versions={name: version(name) for name in ("eaft", "trl", "transformers", "torch")},
+    )

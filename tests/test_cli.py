@@ -1,0 +1,71 @@
+"""The commands before their work begins: what they take, what they import, and that `pip install eaft` is enough."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+import eaft
+from eaft import cli
+
+from .conftest import make_rows
+
+
+def python(code, *argv, cwd):
+    done = subprocess.run([sys.executable, "-c", code, *map(str, argv)], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_help_comes_without_torch(tmp_path):
+    code = """
+import sys
+from eaft import cli
+try:
+    cli.main(["--help"])
+except SystemExit:
+    print(sorted({"torch", "transformers", "trl"} & sys.modules.keys()))
+"""
+    text = python(code, cwd=tmp_path)
+    assert "eaft COMMAND --help" in text
+    assert text.splitlines()[-1] == "[]"
+
+
+def test_public_names():
+    assert set(eaft.__all__) == {*eaft.MODULES, "gates"}
+    for name in eaft.__all__:
+        assert getattr(eaft, name).__name__.rpartition(".")[2] == name
+    with pytest.raises(AttributeError, match="has no attribute 'gate'"):
+        _ = eaft.gate
+
+
+@pytest.mark.parametrize("flag", ["--chek", "now"])
+def test_env_refuses_what_it_does_not_know(flag, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["env", flag])
+    assert exit_.value.code == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert f"unrecognized arguments: {flag}" in output.err
+    assert "usage: eaft env [-h] [--check]" in output.err
+
+
+def test_env_check_ends_with_the_checks_exit_code(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "eaft.objective.check", SimpleNamespace(main=lambda: 1))
+    assert cli.main(["env", "--check"]) == 1
+    assert capsys.readouterr().out == ""
+
+
+def test_trains_without_the_extras(tmp_path, model_dir):
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows()))
+    code = """
+import sys
+sys.modules.update(dict.fromkeys(["gguf", "lm_eval", "matplotlib", "peft", "scipy", "tabulate"]))  # not to be found
+from eaft import cli
+sys.exit(cli.main(["train", *sys.argv[1:]]))
+"""
+    flags = ["--model_name_or_path", model_dir, "--dataset_name", "data.jsonl", "--output_dir", "out", "--use_cpu"]
+    python(code, *flags, "--max_steps", 1, "--report_to", "none", cwd=tmp_path)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
