@@ -3,8 +3,8 @@ The three doors of `eaft.objective.chunk` as Triton kernels: a chunk's logits ar
 
 The same mathematics as the other backend, held to the same tests. With `TRITON_INTERPRET=1` they need no GPU.
 
-A row is walked in blocks. A lane (a thread, where a warp has 32) keeps to its own columns, with a maximum and sums of its
-own, so that nothing crosses lanes before the row's end.
+A row is walked in blocks. A lane, which is a thread, keeps to its own columns, with a maximum and sums of its own, so that
+nothing crosses lanes before the row's end.
 """
 
 from __future__ import annotations
@@ -161,9 +161,9 @@ def score_kernel(
     SHORT_KEYS: tl.constexpr,  # logits are what is in memory, of 16 bits, and there are at most 2^16 groups
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """One program a token: maximum, sums of exponentials and of squares, entropy; the top K by way of the groups."""
-    VECTOR: tl.constexpr = 128 // projection_ptr.dtype.element_ty.primitive_bitwidth
     row = tl.program_id(0).to(tl.int64)
     projection_row, groups_row = projection_ptr + row * stride, groups_ptr + row * (N_BLOCKS * LANES)
     lane = tl.arange(0, LANES)
@@ -228,8 +228,8 @@ def score_kernel(
         is_top1 = earliest == label
     tl.store(is_top1_ptr + row, is_top1.to(tl.int8))
 
-    # The K largest logits lie in the K lanes with the largest maxima, and there in the K groups with the largest: if one
-    # lay elsewhere, K others were as large
+    # The K largest logits lie in the K lanes with the largest maxima, and there in the K groups with the largest: if
+    # one lay elsewhere, K others were as large
     if TOP_K > 0:
         tl.debug_barrier()  # until every group is written
         dtype: tl.constexpr = projection_ptr.dtype.element_ty if SHORT_KEYS else tl.float32
@@ -271,6 +271,7 @@ def diverge_kernel(
     FORWARD: tl.constexpr,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """
     One program a token: KL(q || p) forward, KL(p || q) reverse, of policy p and reference q.
@@ -278,7 +279,6 @@ def diverge_kernel(
     With d = z_q - z_p, ln q - ln p = d - (top_q - top_p) - ln(total_q / total_p): between models that are nearly equal
     every term is small, and so is its rounding.
     """
-    VECTOR: tl.constexpr = 128 // projection_ptr.dtype.element_ty.primitive_bitwidth
     row = tl.program_id(0).to(tl.int64)
     p_row, q_row = projection_ptr + row * stride, reference_ptr + row * reference_stride
     columns = block_columns(0, BLOCK, LANES, VECTOR)
@@ -305,10 +305,8 @@ def diverge_kernel(
     # ln(total_q / total_p), by way of their difference where they are near each other
     x = (total_q - total_p) / total_p
     log_ratio = tl.where(tl.abs(x) < 1e-3, x - x * x * (0.5 - x / 3), tl.log(total_q / total_p))
-    if FORWARD:
-        kl = weighted / total_q - (top_q - top_p) - log_ratio
-    else:
-        kl = (top_q - top_p) + log_ratio - weighted / total_p
+    constant = (top_q - top_p) + log_ratio
+    kl = weighted / total_q - constant if FORWARD else constant - weighted / total_p
     tl.store(kl_ptr + row, kl)
     tl.store(reference_top_ptr + row, top_q)
     tl.store(reference_log_total_ptr + row, tl.log(total_q))
@@ -337,13 +335,13 @@ def gradient_kernel(
     KL: tl.constexpr,  # "": no such term; "forward"; "reverse"
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """
     Overwrite a block of a token's projection with the gradient of weight * nll + kl_coef * KL.
 
     By the logits: weight * (p - 1[label]), and p - q forward, p (ln p - ln q - KL) reverse.
     """
-    VECTOR: tl.constexpr = 128 // projection_ptr.dtype.element_ty.primitive_bitwidth
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     columns = block_columns(block * BLOCK, BLOCK, LANES, VECTOR)
     projection_row = projection_ptr + row * stride
@@ -369,15 +367,21 @@ def gradient_kernel(
     tl.store(projection_row + columns, gradient.to(projection_ptr.dtype.element_ty), mask=columns < width)
 
 
-def readable_width(*projections: Tensor) -> int:
-    """Return V, or more where every row's memory goes on to a multiple of ALIGNMENT, which then loads as vectors."""
+def layout(*projections: Tensor) -> dict[str, int]:
+    """
+    Return how rows are read: `VECTOR` elements by one load, up to `width`.
+
+    Loads are of 128 bits where every row starts at a multiple of ALIGNMENT and its memory goes on to one; that padding
+    is read, and not used. Else they are of one element, and end with the row.
+    """
     n_columns = projections[0].shape[1]
-    width = triton.cdiv(n_columns, ALIGNMENT) * ALIGNMENT
+    padded = triton.cdiv(n_columns, ALIGNMENT) * ALIGNMENT
     for projection in projections:
         room = projection.untyped_storage().nbytes() // projection.itemsize - projection.storage_offset()
-        if projection.stride(0) < width or room < (len(projection) - 1) * projection.stride(0) + width:
-            return n_columns
-    return width
+        stride, last = projection.stride(0), (len(projection) - 1) * projection.stride(0)
+        if stride % ALIGNMENT or projection.data_ptr() % 16 or stride < padded or room < last + padded:
+            return {"VECTOR": 1, "width": n_columns}
+    return {"VECTOR": 16 // projections[0].itemsize, "width": padded}
 
 
 def transform_arguments(transform: LogitTransform) -> dict[str, float | bool]:
@@ -433,7 +437,7 @@ def score(projection: Tensor, labels: Tensor, top_k: int, transform: LogitTransf
                 sum_sq_probs,
                 is_top1,
                 n_columns,
-                readable_width(projection),
+                **layout(projection),
                 **transform_arguments(transform),
                 TOP_K=searched,
                 TOP_K_POWER=triton.next_power_of_2(searched),
@@ -475,7 +479,7 @@ def diverge(
                 reference_top,
                 reference_log_total,
                 n_columns,
-                readable_width(projection, reference_projection),
+                **layout(projection, reference_projection),
                 **transform_arguments(transform),
                 FORWARD=anchor.direction == "forward",
                 BLOCK=BLOCK // 2,
@@ -533,7 +537,7 @@ def gradient_(
                 *kl,
                 kl_coef,
                 n_columns,
-                readable_width(*read),
+                **layout(*read),
                 **transform_arguments(transform),
                 KL="" if divergence is None else divergence.direction,
                 BLOCK=block,
