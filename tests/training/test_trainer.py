@@ -27,7 +27,7 @@ DEFAULTS = {
 
 
 def build(cls, path, rows=None, eval_rows=None, peft_config=None, model=None, **settings):
-    config = {SFTTrainer: SFTConfig, EAFTTrainer: EAFTConfig}[cls]
+    config = EAFTConfig if cls is EAFTTrainer else SFTConfig
     return cls(
         model or make_model(),
         args=config(str(path), **{**DEFAULTS, **settings}),

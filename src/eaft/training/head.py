@@ -8,9 +8,11 @@ top-K entropy. It runs inside the forward so that DDP, FSDP2 and ZeRO-3 see it a
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import types
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -23,18 +25,29 @@ from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
 from eaft.objective.fused import Reference, TokenLosses, linear_gated_cross_entropy
 from eaft.objective.gates import get_anchor, get_gate
+from eaft.training.logits_check import compare_logits
+
+
+def first_field(owner: Any, *names: str) -> Any:
+    """Return the first of these attributes that is there and not None, or None."""
+    return next((value for name in names if (value := getattr(owner, name, None)) is not None), None)
 
 
 def logit_scale(text_config: Any) -> float:
     """Return what the architecture multiplies its logits by: each family has its own name for it."""
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if (scale := getattr(text_config, name, None)) is not None:
-            return scale
-    scaling = getattr(text_config, "logits_scaling", None)
+    scale = first_field(text_config, "logit_scale", "output_multiplier", "lm_head_multiplier")
+    if scale is not None:
+        return scale
+    # Granite and MiniCPM3 divide by the one, Inkling by the other; HyperCLOVA X multiplies
+    scaling = first_field(text_config, "logits_scaling", "logits_mup_width_multiplier")
     if scaling is None:
         return 1.0
-    # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies
     return scaling if text_config.model_type == "hyperclovax" else 1 / scaling
+
+
+def softcap(text_config: Any) -> float | None:
+    """Return c of the architecture's c * tanh(logits / c), or None: as in Gemma, RecurrentGemma and xLSTM."""
+    return first_field(text_config, "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 def full_parameter(parameter: Any) -> Any:
@@ -69,8 +82,9 @@ class GatedLMHead:
 
     The output is TRL's `FusedCausalLMOutput`, 1-D over the labelled tokens; but its `log_probs`, which TRL only sums,
     are their sum already: in training mode of the terms of the loss with their sign changed, -(g_t nll_t + coef KL_t),
-    in evaluation mode of plain ln p_t, so that `eval_loss` is the nll whatever the gate. Calls without
-    `fused_lm_head=True` go to the model's own forward.
+    in evaluation mode of plain ln p_t, so that `eval_loss` is the nll whatever the gate; and `loss` has the auxiliary
+    loss of a mixture of experts in training mode only. `model(..., check_logits=True)` is
+    `eaft.training.logits_check.compare_logits`; other calls go to the model's own forward.
 
     Args:
         model: a causal language model, not wrapped by PEFT (pass `peft_model.get_base_model()`).
@@ -101,13 +115,19 @@ class GatedLMHead:
         text_config = model.config.get_text_config()
         self.text_config = text_config
         self.logit_scale = logit_scale(text_config)
-        self.softcap: float | None = getattr(text_config, "final_logit_softcapping", None)
-        original_forward = model.forward
+        self.softcap = softcap(text_config)
+        # Inkling's logits end before the rows that pad its head
+        self.vocab_size: int | None = getattr(text_config, "unpadded_vocab_size", None)
+        self.original_forward = model.forward
 
         # `generate` validates its keyword arguments against the model's own signature
         @functools.wraps(type(model).forward)
-        def forward(model: PreTrainedModel, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
-            return self(model, *args, **kwargs) if fused_lm_head else original_forward(*args, **kwargs)
+        def forward(
+            model: PreTrainedModel, *args: Any, fused_lm_head: bool = False, check_logits: bool = False, **kwargs: Any
+        ) -> Any:
+            if check_logits:
+                return compare_logits(self, model, *args, **kwargs)
+            return self(model, *args, **kwargs) if fused_lm_head else self.original_forward(*args, **kwargs)
 
         model.forward = types.MethodType(forward, model)
 
@@ -132,7 +152,7 @@ class GatedLMHead:
         if getattr(self.text_config, "output_router_logits", False):
             kwargs.setdefault("output_router_logits", True)
         # Looked up on each call: FSDP and PEFT replace the backbone and the head after patching
-        backbone = model.base_model(*args, **kwargs)
+        backbone = self.backbone(model)(*args, **kwargs)
         lm_head = model.get_output_embeddings()
         hidden = backbone.last_hidden_state
         shift = slice(None)
@@ -151,8 +171,7 @@ class GatedLMHead:
             if self.example_nll is not None:
                 example_nll = self.example_nll.to(device)[example_ids.where(labelled, 0)]
         gate, params = (self.gate, self.params) if model.training else ("sft", {})
-        weight, bias = full_parameter(lm_head.weight), full_parameter(lm_head.bias)
-        with maybe_gather_lm_head_ctx(weight, bias):
+        with self.gathered(lm_head) as (weight, bias):
             total, self.losses = linear_gated_cross_entropy(
                 hidden[:, shift].to(device),
                 weight,
@@ -165,7 +184,13 @@ class GatedLMHead:
                 softcap=self.softcap,
                 example_ids=example_ids,
                 example_nll=example_nll,
-                reference=reference and replace(reference, hidden=reference.hidden[:, shift].to(device)),
+                reference=reference
+                and replace(
+                    reference,
+                    hidden=reference.hidden[:, shift].to(device),
+                    weight=self.unpadded(reference.weight),
+                    bias=self.unpadded(reference.bias),
+                ),
                 return_losses=True,
                 **params,
             )
@@ -173,11 +198,9 @@ class GatedLMHead:
         loss = total / num_items.clamp(min=1)
         aux_loss = None
         if kwargs.get("output_router_logits"):
-            config = self.text_config
-            aux_loss = load_balancing_loss_func(
-                backbone.router_logits, config.num_experts, config.num_experts_per_tok, kwargs.get("attention_mask")
-            )
-            loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss
+            aux_loss = self.aux_loss(model, backbone, kwargs.get("attention_mask")).to(loss.device)
+            if model.training:
+                loss = loss + getattr(self.text_config, "router_aux_loss_coef", 0.0) * aux_loss
         return FusedCausalLMOutput(
             loss=loss,
             log_probs=-total.unsqueeze(0),
@@ -186,6 +209,31 @@ class GatedLMHead:
             label_mask=labelled,
             aux_loss=aux_loss,
         )
+
+    def backbone(self, model: PreTrainedModel) -> Any:
+        """Return the part of a model that ends in hidden states."""
+        # A text model that keeps the prefix of a larger one, as Llama 4's, names itself as its base
+        return model.model if model.base_model is model else model.base_model
+
+    def aux_loss(self, model: PreTrainedModel, backbone: Any, attention_mask: Tensor | None) -> Tensor:
+        """Return the load-balancing loss of a mixture of experts (arXiv:2101.03961), as models' own forwards do."""
+        if not backbone.router_logits:  # a family with experts, in a size that has none
+            return backbone.last_hidden_state.new_zeros(())
+        top_k = first_field(model, "num_experts_per_tok") or self.text_config.num_experts_per_tok
+        # Each family names the number of experts in its own way; it is the width of the router
+        num_experts = backbone.router_logits[0].shape[-1]
+        return load_balancing_loss_func(backbone.router_logits, num_experts, top_k, attention_mask)
+
+    @contextlib.contextmanager
+    def gathered(self, lm_head: Any) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Give the head's whole weight `[V, H]` and bias `[V]`, however they are sharded."""
+        weight, bias = full_parameter(lm_head.weight), full_parameter(lm_head.bias)
+        with maybe_gather_lm_head_ctx(weight, bias):
+            yield self.unpadded(weight), self.unpadded(bias)
+
+    def unpadded(self, parameter: Any) -> Any:
+        """Return the rows that have logits, of the head's weight or bias."""
+        return parameter if parameter is None or self.vocab_size is None else parameter[: self.vocab_size]
 
     @torch.no_grad()
     def run_reference(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Reference:

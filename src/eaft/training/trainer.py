@@ -24,6 +24,7 @@ from eaft.training.config import EAFTConfig
 from eaft.training.examples import ExampleCollator, FollowedData, follow_examples
 from eaft.training.forgetting import ForgettingEval, check_sharding
 from eaft.training.head import GatedLMHead, frozen_copy
+from eaft.training.logits_check import check_logits
 from eaft.training.measure import MeasureGate
 from eaft.training.model_card import model_card
 
@@ -59,6 +60,7 @@ class EAFTTrainer(SFTTrainer):
     """
 
     data_collator: Any
+    router_aux_loss_coef: float
     _signature_columns: Any
     _tag_names = ["trl", "sft", "eaft"]  # noqa: RUF012 - TRL's own convention
 
@@ -89,6 +91,7 @@ class EAFTTrainer(SFTTrainer):
                 if len(self._followed.loose) == 0:
                     raise ConfigurationError("No example has a labelled token to measure.")
                 self.add_callback(MeasureGate(self, self._followed.loose, self._followed.num_examples))
+        self._logits_checked = False
         self._token_sums: dict[str, Tensor | float] = defaultdict(float)
         if args.forgetting_eval_steps:
             check_sharding(self.is_fsdp_enabled or self.is_deepspeed_enabled)
@@ -163,7 +166,16 @@ class EAFTTrainer(SFTTrainer):
     ) -> Any:
         """Compute TRL's loss, whose per-token terms our head has gated, and keep the sums behind our metrics."""
         batch = dict(inputs)
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self._logits_checked:
+            check_logits(model, inputs, self.accelerator.gather)
+            self._logits_checked = True
+        router_aux_loss_coef = self.router_aux_loss_coef
+        if not self.model.training:  # TRL adds the auxiliary loss of a mixture of experts to `eval_loss` too
+            self.router_aux_loss_coef = 0.0
+        try:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        finally:
+            self.router_aux_loss_coef = router_aux_loss_coef
         loss = result[0] if return_outputs else result
         self._require_finite(loss, batch)
 

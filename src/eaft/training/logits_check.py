@@ -1,0 +1,182 @@
+"""
+Logits that are not what we think: our nll beside that of the model's own logits, once, before the first step.
+
+The head multiplies hidden states by the weight it is shown, and knows the scales and caps that the fields of known
+architectures tell of (`eaft.training.head`). An architecture that does something else to its logits, or has a head that
+is more than its weight (a quantised one), would be trained on a wrong loss without a word.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from eaft.errors import ConfigurationError
+from eaft.objective.fused import linear_gated_cross_entropy
+
+if TYPE_CHECKING:
+    from eaft.training.head import GatedLMHead
+
+TOKENS = 4  # of a batch, that are compared
+ROUNDINGS = 8  # between hidden states and nll on both sides, see `rounding`
+REASON = (
+    "The architecture does something to its logits that eaft does not know of, or its head is quantised, and the loss "
+    "would be wrong. Load the head unquantised, or train another model; and tell us of this one."
+)
+
+
+def check_logits(model: Any, inputs: dict[str, Any], gather: Callable[[Tensor], Tensor]) -> None:
+    """
+    Compare our nll with that of the model's own logits on a few tokens of a batch; all ranks must call this.
+
+    Args:
+        model: a model that `GatedLMHead` has patched, as it is wrapped for training.
+        inputs: a batch, as the model is called with.
+        gather: concatenates a tensor of each rank, on every rank.
+
+    Raises:
+        ConfigurationError: on every rank, if on any they differ by more than rounding explains.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()  # without dropout or a router's noise: nothing random is drawn
+    try:
+        with torch.no_grad():
+            found = gather(model(**inputs, check_logits=True))
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    # NaN in both is the finiteness check's to report
+    excess = ((found[:, 0] - found[:, 1]).abs() / found[:, 2]).nan_to_num(0.0, posinf=math.inf)
+    worst = int(excess.argmax())
+    if excess[worst] <= 1:
+        return
+    ours, own, allowed = found[worst].tolist()
+    what = "router's auxiliary loss" if worst % (3 * TOKENS + 1) == 3 * TOKENS else "nll of a token"
+    raise ConfigurationError(
+        f"model_type={model_type(model)!r}: the {what} is {own:.6g} by the model's own forward and {ours:.6g} by ours, "
+        f"where rounding explains a difference of {allowed:.2g}. {REASON}"
+    )
+
+
+def model_type(model: Any) -> str:
+    """Return the architecture of a model, however it is wrapped."""
+    return next(module.config.model_type for module in model.modules() if isinstance(module, PreTrainedModel))
+
+
+@torch.compiler.disable
+def compare_logits(
+    head: GatedLMHead, model: PreTrainedModel, *args: Any, labels: Any = None, shift_labels: Any = None, **kwargs: Any
+) -> Tensor:
+    """
+    Return our nll, that of the model's own logits, and by how much they may differ, float32 `[3 * TOKENS + 1, 3]`.
+
+    Of each token three: its label, and the most and the least likely one by the model's logits, which a cap or a mask
+    moves most. The last row is the auxiliary loss of a mixture of experts, zeros if the model's forward has none.
+    """
+    kwargs["use_cache"] = False
+    kwargs.pop("example_ids", None)
+    if shift_labels is None:
+        shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
+    labelled = shift_labels != -100
+    tokens = (labelled if labelled.any() else torch.ones_like(labelled)).nonzero().cpu()
+    rows, columns = tokens[torch.linspace(0, len(tokens) - 1, TOKENS).long()].unbind(-1)
+
+    own, backbone = run_own_forward(head, model, rows, columns, shift_labels.shape, *args, **kwargs)
+    lm_head = model.get_output_embeddings()
+    device = lm_head.weight.device
+    logits, hidden = own.logits.to(device), backbone.last_hidden_state[rows, columns].to(device)
+    label = shift_labels[rows, columns].to(device).clamp(min=0)
+    candidates = torch.stack([label, logits.argmax(-1), logits.argmin(-1)], -1)
+    own_nll = -logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1).gather(-1, candidates)
+    with head.gathered(lm_head) as (weight, bias):
+        if weight.shape[-1] != hidden.shape[-1]:
+            sizes = f"the head's weight is {list(weight.shape)}, and its hidden states have {hidden.shape[-1]} elements"
+            raise ConfigurationError(f"model_type={model_type(model)!r}: {sizes}. {REASON}")
+        _, losses = linear_gated_cross_entropy(
+            hidden.unsqueeze(1).expand(-1, 3, -1),
+            weight,
+            candidates,
+            "sft",
+            bias,
+            logit_scale=head.logit_scale,
+            softcap=head.softcap,
+            return_losses=True,
+        )
+        z = head.logit_scale * F.linear(
+            hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+        )
+        norms = head.logit_scale * hidden.float().norm(dim=-1) * weight[candidates].float().norm(dim=-1).amax(-1)
+    allowed = rounding(z, norms, hidden.shape[-1], logits.dtype).repeat_interleave(3)
+    found = torch.zeros(3 * TOKENS + 1, 3, device=device)
+    found[:-1] = torch.stack([losses.statistics.nll, own_nll.flatten(), allowed], -1)
+    if (own_aux_loss := getattr(own, "aux_loss", None)) is not None:
+        aux_loss = head.aux_loss(model, backbone, kwargs.get("attention_mask"))
+        # The same sum over tokens, in float32
+        error = ROUNDINGS * torch.finfo(torch.float32).eps * math.sqrt(labelled.numel()) * aux_loss
+        found[-1] = torch.tensor([aux_loss, own_aux_loss, error])
+    return found
+
+
+def run_own_forward(
+    head: GatedLMHead,
+    model: PreTrainedModel,
+    rows: Tensor,
+    columns: Tensor,
+    shape: torch.Size,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Any, Any]:
+    """Return the model's own output, its logits those of some tokens alone `[n, V]`, and its backbone's output."""
+    backbone: list[Any] = []
+
+    def keep(module: Any, inputs: Any, output: Any) -> None:
+        if getattr(output, "router_logits", None) == ():
+            output.router_logits = None  # models' own auxiliary loss takes no empty tuple
+        backbone.append(output)
+
+    def cut(module: Any, inputs: tuple[Any, ...]) -> Any:
+        # The head sees these tokens alone, so that the logits of a long batch never exist
+        return (inputs[0][rows, columns].unsqueeze(0),) if inputs and inputs[0].shape[:2] == shape else None
+
+    hooks = (
+        head.backbone(model).register_forward_hook(keep),
+        model.get_output_embeddings().register_forward_pre_hook(cut, prepend=True),  # before a sharded head's own
+    )
+    try:
+        own = head.original_forward(*args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not backbone:  # OPT's forward calls a part of it
+        backbone = [head.backbone(model)(*args, **kwargs)]
+    own.logits = own.logits[rows, columns] if own.logits.shape[:2] == shape else own.logits[0]
+    return own, backbone[0]
+
+
+def rounding(z: Tensor, norms: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """
+    Return by how much two nll from the same hidden states may differ, `[n]`.
+
+    With u the spacing of numbers at 1, a rounding moves a logit z by at most u / 2 |z|, and a nll by at most twice what
+    it moves a logit. There are up to 8 on both sides together: of two products, of a scale, of a cap's three
+    operations, and two for products that a GPU sums in parts. Each sum of H products in float32 errs by about
+    4 sqrt(H) u / 2 |h| |w| (Higham and Mary, 2019, doi:10.1137/18M1226312: 4 standard deviations of independent
+    roundings).
+
+    Args:
+        z: our logits without a cap, `[n, V]`, in the dtype of the product.
+        norms: length of the hidden state times that of the head's row times the scale, `[n]`.
+        width: H.
+        dtype: of the model's own logits.
+    """
+    unit = max(torch.finfo(z.dtype).eps, torch.finfo(dtype).eps)
+    sums = min(unit, torch.finfo(torch.float32).eps)
+    if z.is_cuda and z.dtype == torch.float32:
+        unit = max(unit, 2**-10)  # the products may be in TF32, which has ten bits
+    return ROUNDINGS * unit * z.abs().amax(-1).float() + 8 * sums * math.sqrt(width) * norms
