@@ -48,9 +48,7 @@ def follow_examples(
 
     def mapped(data: Dataset, function: Callable[..., pa.Table], what: str, **kwargs: Any) -> Dataset:
         with global_then_local_main_first():
-            data = data.with_format("arrow").map(
-                function, batched=True, num_proc=args.dataset_num_proc, desc=f"{what} examples", **kwargs
-            )
+            data = data.with_format("arrow").map(function, batched=True, desc=f"{what} examples", **kwargs)
         return data.with_format(None)
 
     def cut(**changes: Any) -> Dataset:
@@ -71,9 +69,7 @@ def follow_examples(
         prepared = prepare_train(alone, max_length=None)  # shuffled, if TRL is asked to
     if loose:
         with global_then_local_main_first():
-            alone = alone.with_format("arrow").filter(
-                labelled, batched=True, num_proc=args.dataset_num_proc, desc="Dropping unlabelled examples"
-            )
+            alone = alone.with_format("arrow").filter(labelled, batched=True, desc="Dropping unlabelled examples")
         alone = alone.with_format(None)
     return FollowedData(prepared, alone if loose else None, len(whole))
 

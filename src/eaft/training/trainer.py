@@ -195,11 +195,21 @@ class EAFTTrainer(SFTTrainer):
         self.gated_lm_head = GatedLMHead(base_model, args.gate, args.gate_top_k, args.gate_params, reference)
         if needs_examples(args):
             self._check_examples_can_be_followed()
+            pad_token_id = self.data_collator.pad_token_id
             self.data_collator = ExampleCollator(self.data_collator)
             if self._followed is not None and self._followed.loose is not None:
                 if len(self._followed.loose) == 0:
                     raise ConfigurationError("No example has a labelled token to measure.")
-                self.add_callback(MeasureGate(self, self._followed.loose, self._followed.num_examples))
+                self.add_callback(
+                    MeasureGate(
+                        self.gated_lm_head,
+                        self._followed.loose,
+                        self._followed.num_examples,
+                        collator=ExampleCollator(DataCollatorForLanguageModeling(pad_token_id)),
+                        accelerator=self.accelerator,
+                        model=lambda: self.model_wrapped,
+                    )
+                )
         self._token_sums: dict[str, Tensor | float] = defaultdict(float)
         if args.forgetting_eval_steps:
             self.add_callback(ForgettingEval(self))
