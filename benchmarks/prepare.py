@@ -50,7 +50,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     """Every word is a token."""
     vocab = {word: i for i, word in enumerate(["<unk>", "<pad>", "</s>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocab=vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="</s>", model_max_length=10**9
     )
@@ -212,11 +212,13 @@ def table(lines: list[dict[str, Any]]) -> str:
 
     trls = {(x["rows"], x["tokens"], x["packing"]): x["runs"] for x in lines if x["contender"] == "TRL"}
     cells = []
-    for x in lines:
+    for x in sorted(lines, key=lambda x: (x["rows"] * x["tokens"], x["rows"], x["packing"])):
         runs = x["runs"]
         # Run by run: both had the same neighbours
         pairs = list(zip(runs, trls[x["rows"], x["tokens"], x["packing"]], strict=True))
-        ratios = {k: statistics.median(total(run, k) / total(trl, k) for run, trl in pairs) for k in ("cpu_s", "clock_s")}
+        ratios = {
+            k: statistics.median(total(run, k) / total(trl, k) for run, trl in pairs) for k in ("cpu_s", "clock_s")
+        }
         cells.append(
             {
                 "rows": f"{x['rows']:,}",

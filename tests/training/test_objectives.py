@@ -238,8 +238,8 @@ def test_the_fingerprint_is_of_tokens_labels_and_order():
 
 @pytest.mark.parametrize("q", [0, 0.1, 15, 50, 99.9, 100])
 def test_percentiles_of_a_histogram_are_numpys_to_its_bound(q):
-    values = np.random.default_rng(0).random(1001, dtype=np.float32)
-    for values in (values, values**8, np.repeat(values[:7] ** 3, 50), np.array([0.25], np.float32)):
+    drawn = np.random.default_rng(0).random(1001, dtype=np.float32)
+    for values in (drawn, drawn**8, np.repeat(drawn[:7] ** 3, 50), np.array([0.25], np.float32)):
         histogram = Histogram()
         for part in np.array_split(values, 5):
             histogram.add(torch.from_numpy(part))

@@ -57,21 +57,20 @@ def follow_examples(
 
     whole = prepare_train(dataset, False, formatting_func, max_length=None, shuffle_dataset=False)
     marked = mapped(whole.select_columns(["input_ids", "labels"]), mark, "Marking", with_indices=True)
-    alone = None
     if packing:
         prepared = mapped(prepare_train(marked, packing), unmark, "Numbering")
-        if loose and args.packing_strategy == "bfd":  # which cuts the end off, whatever the truncation mode
-            alone = cut(truncation_mode="keep_start")
-        elif loose:  # the other strategies split
-            alone = mapped(cut(max_length=None), split, "Splitting", fn_kwargs={"length": args.max_length})
     else:
         alone = cut()
         prepared = prepare_train(alone, max_length=None)  # shuffled, if TRL is asked to
-    if loose:
-        with global_then_local_main_first():
-            alone = alone.with_format("arrow").filter(labelled, batched=True, desc="Dropping unlabelled examples")
-        alone = alone.with_format(None)
-    return FollowedData(prepared, alone if loose else None, len(whole))
+    if not loose:
+        return FollowedData(prepared, None, len(whole))
+    if packing and args.packing_strategy == "bfd":  # which cuts the end off, whatever the truncation mode
+        alone = cut(truncation_mode="keep_start")
+    elif packing:  # the other strategies split
+        alone = mapped(cut(max_length=None), split, "Splitting", fn_kwargs={"length": args.max_length})
+    with global_then_local_main_first():
+        alone = alone.with_format("arrow").filter(labelled, batched=True, desc="Dropping unlabelled examples")
+    return FollowedData(prepared, alone.with_format(None), len(whole))
 
 
 def mark(table: pa.Table, indices: list[int]) -> pa.Table:

@@ -61,7 +61,7 @@ class Histogram:
         ranks = torch.tensor([int(position), int(np.ceil(position))])
         bins = torch.searchsorted(cumulative, ranks, right=True)
         ends = ((bins + 1 << self.SHIFT) - 1).int().view(torch.float32).clamp(max=1.0).double()
-        return float(torch.lerp(*ends, position - int(position)))
+        return float(ends[0] + (ends[1] - ends[0]) * (position - int(position)))
 
 
 class MeasureGate(TrainerCallback):
@@ -181,7 +181,7 @@ def fingerprint(dataset: Dataset) -> str:
     for table in dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(1024):
         for column in ("input_ids", "labels"):
             for numbers in flat(table[column])[::-1]:  # lengths, then tokens
-                digest.update(np.ascontiguousarray(numbers, dtype="<i8"))
+                digest.update(numbers.astype("<i8").tobytes())
     return digest.hexdigest()
 
 

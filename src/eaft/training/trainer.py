@@ -337,11 +337,12 @@ class EAFTTrainer(SFTTrainer):
             where = f"in process {self.accelerator.process_index} " if self.accelerator.num_processes > 1 else ""
             rows = describe_rows(batch, tokenizer, images=self._is_vision_dataset)
             found = loss.item(), f"{where}the batch's rows are {rows}"
-        values, rows = zip(*filter(None, gather_object([found])), strict=True)
+        everywhere = [x for x in gather_object([found]) if x is not None]
         doing = f"training, step {self.state.global_step + 1}" if self.model.training else "evaluation"
         raise NonFiniteError(
-            f"The loss is {values[0]} in {doing}; {'; '.join(rows)}. The weights are those of step "
-            f"{self.state.global_step}, and saved checkpoints are untouched. Look at these rows, or lower learning_rate."
+            f"The loss is {everywhere[0][0]} in {doing}; {'; '.join(rows for _, rows in everywhere)}. "
+            f"The weights are those of step {self.state.global_step}, and saved checkpoints are untouched. "
+            "Look at these rows, or lower learning_rate."
         )
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
