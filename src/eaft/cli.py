@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import sys
+import time
 
 from eaft.errors import EAFTError
 
@@ -42,9 +43,11 @@ def main(argv: list[str] | None = None) -> int:
             return env(argv[1:])
         importlib.import_module(MODULES[command]).main(argv[1:])
     except EAFTError as error:
-        # Under a launcher every process has the same complaint about the input; one is enough
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, ArithmeticError):
+        # Under a launcher every process has the same message, and one is enough
+        if os.environ.get("RANK", "0") == "0":
             print(f"eaft {command}: error: {error}", file=sys.stderr)
+        else:
+            time.sleep(2)  # a launcher ends the others as soon as one has left: let the first speak
         return 2
     return 0
 

@@ -155,7 +155,7 @@ def test_two_processes_equal_one(model_dir, data, tmp_path, gate):
     if gate in ("flow", "conflict-mask"):
         a, b = (json.loads((out / "gate_measurements.json").read_text()) for out in (one, two))
         assert a["inputs"] == b["inputs"]
-        assert a["params"] == pytest.approx(b["params"], rel=1e-5)
+        assert a["params"] == pytest.approx(b["params"], rel=1e-5 + 2**-15)  # a histogram's bin
         assert a.get("example_nll", []) == pytest.approx(b.get("example_nll", []), rel=1e-5)
 
 

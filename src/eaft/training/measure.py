@@ -3,68 +3,114 @@ One pass over the training data with the base model, before the first step: what
 
 Thresholds that are percentiles of the data's tokens (`masked`, `conflict-mask`), and each example's mean nll with their
 median (`flow`). Written to the output folder, and read from there when training is resumed.
+
+No token is kept: examples have sums, and percentiles come from histograms, so memory does not grow with the tokens.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from torch.utils.data import DataLoader
+from torch import Tensor
 from tqdm import tqdm
 from transformers import TrainerCallback
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from eaft.errors import ConfigurationError, NonFiniteError
 from eaft.objective.gates import missing_params, normalized_entropy
 from eaft.provenance import write_json
-
-if TYPE_CHECKING:
-    from eaft.training.trainer import EAFTTrainer
+from eaft.training.examples import ExampleCollator, flat
+from eaft.training.head import GatedLMHead
 
 MEASURED = ("entropy_threshold", "prob_threshold", "tau")  # parameters of gates that this module can find
 MEASUREMENTS_FILE = "gate_measurements.json"
 
 
+class Histogram:
+    """
+    Counts of numbers in [0, 1], for percentiles that are at most 2**-15 (relative) above the exact ones.
+
+    A bin holds the float32 numbers that share their upper 24 bits: 15 of their 23 bits of mantissa. Values are taken
+    at their bin's upper end, so that a value at its own percentile is never above it.
+    """
+
+    SHIFT = 8
+    BINS = (0x3F800000 >> SHIFT) + 1  # the last begins at 1.0
+
+    def __init__(self) -> None:
+        self.counts = torch.zeros(self.BINS, dtype=torch.int64)
+
+    def add(self, values: Tensor) -> None:
+        """Count `values` `[n]`. Those outside [0, 1], NaN included, count as its ends."""
+        # Floats that are not negative are in the order of their bits
+        bins = (values.float().cpu().view(torch.int32) >> self.SHIFT).long().clamp(0, self.BINS - 1)
+        self.counts.scatter_add_(0, bins, torch.ones_like(bins))
+
+    def percentile(self, q: float) -> float:
+        """Return what `numpy.percentile(values, q)` would, to the bound above; linear between neighbours, as there."""
+        cumulative = self.counts.cumsum(0)
+        position = (int(cumulative[-1]) - 1) * q / 100
+        ranks = torch.tensor([int(position), int(np.ceil(position))])
+        bins = torch.searchsorted(cumulative, ranks, right=True)
+        ends = ((bins + 1 << self.SHIFT) - 1).int().view(torch.float32).clamp(max=1.0).double()
+        return float(ends[0] + (ends[1] - ends[0]) * (position - int(position)))
+
+
 class MeasureGate(TrainerCallback):
     """
-    Completes the parameters of the trainer's gate when training begins.
+    Completes the parameters of the head's gate when training begins.
 
     Args:
-        trainer: whose model, at the first step, is the base model.
+        head: whose gate it is.
         dataset: the training examples, one a row or split over several, in a fixed order: `input_ids`, `labels`,
             `example_ids` (of every token, the index of its example).
         num_examples: examples of the training data, also those without a label left.
+        collator: makes a batch of rows, one a row of the batch.
+        accelerator: the trainer's.
+        model: returns the model to call when training begins, which is the base model, as the trainer wraps it.
 
     Raises:
         ConfigurationError: training is resumed, and the file is missing or is of other data or another gate.
         NonFiniteError: the base model's nll is NaN or infinite.
     """
 
-    def __init__(self, trainer: EAFTTrainer, dataset: Dataset, num_examples: int) -> None:
-        self.trainer, self.dataset, self.num_examples = trainer, dataset, num_examples
+    def __init__(
+        self,
+        head: GatedLMHead,
+        dataset: Dataset,
+        num_examples: int,
+        collator: ExampleCollator,
+        accelerator: Accelerator,
+        model: Callable[[], Any],
+    ) -> None:
+        self.head, self.dataset, self.num_examples = head, dataset, num_examples
+        self.collator, self.accelerator, self.model = collator, accelerator, model
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure, or read what was measured when this run began."""
-        head = self.trainer.gated_lm_head
+        head = self.head
         if not missing_params(head.gate, head.params) and (
             head.example_nll is not None or not head.gate.needs_example_nll
         ):
             return  # `train` was called before, so the model is no longer the base model
         path = Path(args.output_dir) / MEASUREMENTS_FILE
+        digest = [fingerprint(self.dataset) if self.accelerator.is_main_process else None]
         inputs = {
             "gate": {"name": args.gate, "top_k": args.gate_top_k, **args.gate_params},
-            "data_sha256": fingerprint(self.dataset),
+            "data_sha256": broadcast_object_list(digest)[0],
         }
         if state.global_step > 0:
             measured = read(path, inputs)
         else:
-            measured = {"inputs": inputs, **self.measure()}
+            measured = {"inputs": inputs, **self.measure(args.per_device_eval_batch_size)}
             if args.should_save:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_json(path, measured)
@@ -72,70 +118,70 @@ class MeasureGate(TrainerCallback):
         if head.gate.needs_example_nll:
             head.example_nll = torch.tensor(measured["example_nll"], dtype=torch.float32, device=args.device)
 
-    def measure(self) -> dict[str, Any]:
+    def measure(self, batch_size: int) -> dict[str, Any]:
         """Return the missing parameters, and each example's mean nll if the gate needs it."""
-        trainer, head = self.trainer, self.trainer.gated_lm_head
-        sums, counts, entropy, prob = self.run_base_model(head.params.get("entropy", "top-k"))
-        ids = [row["example_ids"][0] for row in self.dataset]
-        sums, counts = (np.bincount(ids, weights=x, minlength=self.num_examples) for x in (sums, counts))
+        head = self.head
+        sums, counts, g, prob = self.run_base_model(batch_size)
         if not np.isfinite(sums).all():
             first = int(np.flatnonzero(~np.isfinite(sums))[0])
             raise NonFiniteError(f"The base model's nll is not finite on example {first} of the training data.")
         labelled = counts > 0
         example_nll = np.where(labelled, sums / np.maximum(counts, 1), 0.0)
         find = {
-            "entropy_threshold": lambda: np.percentile(entropy, head.params.get("entropy_percentile", 15.0)),
-            "prob_threshold": lambda: np.percentile(prob, head.params.get("prob_percentile", 15.0)),
+            "entropy_threshold": lambda: g.percentile(head.params.get("entropy_percentile", 15.0)),
+            "prob_threshold": lambda: prob.percentile(head.params.get("prob_percentile", 15.0)),
             "tau": lambda: np.median(example_nll[labelled]),
         }
         measured: dict[str, Any] = {
-            "params": {name: float(find[name]()) for name in missing_params(head.gate, trainer.args.gate_params)},
+            "params": {name: float(find[name]()) for name in missing_params(head.gate, head.params)},
             "examples": int(labelled.sum()),
-            "tokens": len(prob),
+            "tokens": int(counts.sum()),
         }
         if head.gate.needs_example_nll:
             measured["example_nll"] = example_nll.tolist()
         return measured
 
     @torch.no_grad()
-    def run_base_model(self, entropy: str) -> tuple[np.ndarray, ...]:
-        """Return each row's nll and number of tokens `[rows]`, and each token's g and probability `[tokens]`."""
-        trainer, accelerator = self.trainer, self.trainer.accelerator
-        loader = accelerator.prepare_data_loader(
-            DataLoader(
-                self.dataset.select_columns(["input_ids", "labels"]),
-                batch_size=trainer.args.per_device_eval_batch_size,
-                collate_fn=DataCollatorForLanguageModeling(trainer.data_collator.collator.pad_token_id),
-            )
-        )
-        model, head = trainer.model_wrapped, trainer.gated_lm_head
-        rows_found, tokens_found = [], []
+    def run_base_model(self, batch_size: int) -> tuple[np.ndarray, np.ndarray, Histogram, Histogram]:
+        """Return each example's summed nll (float64) and tokens `[examples]`, and all tokens' g and probability."""
+        accelerator, head, model = self.accelerator, self.head, self.model()
+        entropy = head.params.get("entropy", "top-k")
+        sums, counts = (torch.zeros(self.num_examples, dtype=t) for t in (torch.float64, torch.int64))
+        g, prob = Histogram(), Histogram()
+        rows, device = self.dataset.with_format("numpy"), accelerator.device
+        begins = range(0, len(rows), batch_size * accelerator.num_processes)
         model.eval()
         # The order of the training data must not depend on whether something was measured before
-        devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), trainer.compute_loss_context_manager():
-            for batch in tqdm(loader, "Measuring the base model", disable=not accelerator.is_main_process):
-                model(**batch, fused_lm_head=True)
-                stats, labelled = head.losses.statistics, batch["labels"][:, 1:] != -100
-                rows = torch.full((3, *labelled.shape), -1.0, device=labelled.device)  # -1: no label
-                found = torch.stack([stats.nll, normalized_entropy(stats, entropy), stats.prob])
-                rows[:, labelled] = found.to(rows)
-                rows = accelerator.pad_across_processes(rows.transpose(0, 1), dim=2, pad_index=-1)
-                nll, g, prob = accelerator.gather_for_metrics(rows).unbind(1)
-                labelled = g != -1
-                rows_found.append(torch.stack([nll.where(labelled, 0.0).sum(-1), labelled.sum(-1)]).cpu().numpy())
-                tokens_found.append(torch.stack([g, prob])[:, labelled].cpu().numpy())
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            for begin in tqdm(begins, "Measuring the base model", disable=not accelerator.is_main_process):
+                mine = begin + batch_size * accelerator.process_index
+                own = range(mine, min(mine + batch_size, len(rows)))
+                # Out of rows before the others, a process still makes their calls, and counts nothing
+                batch = self.collator(rows.__getitems__(list(own or [0])))
+                example_ids = batch.pop("example_ids")[:, 1:]
+                labelled = batch["labels"][:, 1:] != -100
+                model(**{name: tensor.to(device) for name, tensor in batch.items()}, fused_lm_head=True)
+                if own:
+                    stats, examples = head.losses.statistics, example_ids[labelled].long()
+                    sums.index_add_(0, examples, stats.nll.cpu().double())
+                    counts.index_add_(0, examples, torch.ones_like(examples))
+                    g.add(normalized_entropy(stats, entropy))
+                    prob.add(stats.prob)
         model.train()
-        return *np.concatenate(rows_found, axis=1), *np.concatenate(tokens_found, axis=1)
+        if accelerator.num_processes > 1:
+            sums, counts, g.counts, prob.counts = (
+                accelerator.reduce(x.to(device), "sum").cpu() for x in (sums, counts, g.counts, prob.counts)
+            )
+        return sums.numpy(), counts.numpy(), g, prob
 
 
 def fingerprint(dataset: Dataset) -> str:
     """Return a digest of the examples' tokens and labels, in their order."""
     digest = hashlib.sha256()
-    for row in dataset.with_format("numpy"):
+    for table in dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(1024):
         for column in ("input_ids", "labels"):
-            tokens = np.asarray(row[column], dtype=np.int64)
-            digest.update(len(tokens).to_bytes(8, "little") + tokens.tobytes())
+            for numbers in flat(table[column])[::-1]:  # lengths, then tokens
+                digest.update(numbers.astype("<i8").tobytes())
     return digest.hexdigest()
 
 

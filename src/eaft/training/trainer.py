@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
+from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset
 from torch import Tensor
 from trl import SFTTrainer
@@ -27,6 +27,7 @@ from eaft.training.head import GatedLMHead, frozen_copy
 from eaft.training.logits_check import check_logits
 from eaft.training.measure import MeasureGate
 from eaft.training.model_card import model_card
+from eaft.training.rows import ROWS, RowCollator, describe_rows, number_rows
 
 logger = get_logger(__name__)
 
@@ -86,11 +87,21 @@ class EAFTTrainer(SFTTrainer):
         self.gated_lm_head = GatedLMHead(base_model, args.gate, args.gate_top_k, args.gate_params, reference)
         if needs_examples(args):
             self._check_examples_can_be_followed()
+            pad_token_id = self.data_collator.pad_token_id
             self.data_collator = ExampleCollator(self.data_collator)
             if self._followed is not None and self._followed.loose is not None:
                 if len(self._followed.loose) == 0:
                     raise ConfigurationError("No example has a labelled token to measure.")
-                self.add_callback(MeasureGate(self, self._followed.loose, self._followed.num_examples))
+                self.add_callback(
+                    MeasureGate(
+                        self.gated_lm_head,
+                        self._followed.loose,
+                        self._followed.num_examples,
+                        collator=ExampleCollator(DataCollatorForLanguageModeling(pad_token_id)),
+                        accelerator=self.accelerator,
+                        model=lambda: self.model_wrapped,
+                    )
+                )
         self._logits_checked = False
         self._token_sums: dict[str, Tensor | float] = defaultdict(float)
         if args.forgetting_eval_steps:
@@ -155,6 +166,17 @@ class EAFTTrainer(SFTTrainer):
             )
         return prepared
 
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Number a data set's rows for our messages; a stream's have no number, and Ulysses splits every tensor."""
+        parallelism = self.accelerator.parallelism_config
+        if not isinstance(dataset, Dataset) or (parallelism and parallelism.sp_enabled):
+            return super()._get_dataloader(dataset, *args, **kwargs)
+        collator, self.data_collator = self.data_collator, RowCollator(self.data_collator)
+        try:
+            return super()._get_dataloader(number_rows(dataset), *args, **kwargs)
+        finally:
+            self.data_collator = collator
+
     def _set_signature_columns_if_needed(self) -> None:
         """Let `example_ids` pass to the collator."""
         super()._set_signature_columns_if_needed()
@@ -166,6 +188,7 @@ class EAFTTrainer(SFTTrainer):
     ) -> Any:
         """Compute TRL's loss, whose per-token terms our head has gated, and keep the sums behind our metrics."""
         batch = dict(inputs)
+        inputs.pop(ROWS, None)
         if not self._logits_checked:
             check_logits(model, inputs, self.accelerator.gather)
             self._logits_checked = True
@@ -207,15 +230,22 @@ class EAFTTrainer(SFTTrainer):
         super().log(logs, start_time)
 
     def _require_finite(self, loss: Tensor, batch: dict[str, Any]) -> None:
-        """Stop every rank, before the backward pass, if the loss of any is not finite."""
+        """Stop every rank with the same message, before the backward pass, if the loss of any is not finite."""
         finite = torch.isfinite(loss.detach())
         if self.accelerator.gather(finite).all():
             return
-        rows = f"the batch's rows are {self._describe_rows(batch)}" if not finite else "in another process's batch"
+        found = None
+        if not finite:
+            tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+            where = f"in process {self.accelerator.process_index} " if self.accelerator.num_processes > 1 else ""
+            rows = describe_rows(batch, tokenizer, images=self._is_vision_dataset)
+            found = loss.item(), f"{where}the batch's rows are {rows}"
+        everywhere = [x for x in gather_object([found]) if x is not None]
         doing = f"training, step {self.state.global_step + 1}" if self.model.training else "evaluation"
         raise NonFiniteError(
-            f"The loss is {loss.item()} in {doing}; {rows}. The weights are those of step {self.state.global_step}, "
-            "and saved checkpoints are untouched. Look at these rows, or lower learning_rate."
+            f"The loss is {everywhere[0][0]} in {doing}; {'; '.join(rows for _, rows in everywhere)}. "
+            f"The weights are those of step {self.state.global_step}, and saved checkpoints are untouched. "
+            "Look at these rows, or lower learning_rate."
         )
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -230,26 +260,6 @@ class EAFTTrainer(SFTTrainer):
                 "and saved checkpoints are untouched. Lower learning_rate, or train in float32."
             )
         return grad_norm
-
-    def _describe_rows(self, batch: dict[str, Any]) -> str:
-        """Name a batch's rows: their index in the prepared training data, and how their text begins."""
-        input_ids = batch["input_ids"]
-        if (mask := batch.get("attention_mask")) is not None:
-            texts = [ids[keep.bool()] for ids, keep in zip(input_ids, mask, strict=True)]
-        else:  # padding-free: one row holds every sequence, each starting at position 0
-            starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
-            texts = list(input_ids[0].tensor_split(starts[1:]))
-        wanted = {tuple(ids.tolist()): ids for ids in texts}
-        index: dict[tuple[int, ...], int] = {}
-        if self.model.training:
-            for i, row in enumerate(self.train_dataset):
-                first = tuple(row["input_ids"][: row["seq_lengths"][0]] if "seq_lengths" in row else row["input_ids"])
-                if first in wanted:
-                    index.setdefault(first, i)
-        tokenizer: Any = getattr(self.processing_class, "tokenizer", self.processing_class)
-        return ", ".join(
-            f"{index.get(key, '(unnumbered)')}: {tokenizer.decode(ids[:32])!r}" for key, ids in wanted.items()
-        )
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
