@@ -41,6 +41,7 @@ def train(model_dir: str, out: str, gate: str, adapter: bool) -> list[dict[str, 
         if "lora_A" in name:
             torch.nn.init.normal_(parameter, generator=generator)
     trainer.train()
+    assert trainer.is_deepspeed_enabled == (PartialState().num_processes > 1)
     return trainer.state.log_history
 
 

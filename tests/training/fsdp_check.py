@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from eaft import EAFTConfig, EAFTTrainer
 from eaft.training.head import GatedLMHead, frozen_copy
 from tests.conftest import make_model, make_rows, make_tokenizer
+from tests.training import fsdp_on_cpu  # noqa: F401
 
 
 def gradients(model, ids):

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
@@ -67,7 +66,7 @@ def assert_logs_agree(one, two, tolerance, names=("loss", "nll", "mean_gate", "g
     ("gate", "tied", "precision"), [("eaft", False, "no"), ("sft-kl", True, "no"), ("sft-kl", False, "bf16")]
 )
 def test_fsdp2_as_accelerate_wraps_it(tmp_path, tokenizer, gate, tied, precision):
-    """`accelerate launch -m eaft train`: layer by layer, the last group [norm, lm_head], or with the embedding."""
+    """As a user launches `eaft train`: by layers, the last group [norm, lm_head], or with the tied embedding."""
     model = save(tmp_path / "model", tokenizer, tie_word_embeddings=tied)
     data = tmp_path / "data"
     data.mkdir()
@@ -80,13 +79,13 @@ def test_fsdp2_as_accelerate_wraps_it(tmp_path, tokenizer, gate, tied, precision
     batch = "--per_device_train_batch_size"
     assert cli.main(["train", *map(str, flags), "--output_dir", str(one), batch, "4"]) == 0
     config = {**FSDP2, "mixed_precision": precision}
-    launch(tmp_path, config, "eaft", "train", *flags, "--output_dir", two, batch, 2)
+    launch(tmp_path, config, "tests.training.fsdp_on_cpu", "train", *flags, "--output_dir", two, batch, 2)
 
     logs = [[json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[:6]] for out in (one, two)]
     assert [("eval_loss" in log, "loss" in log) for log in logs[0]] == [
         *[(False, True)] * 2, (True, False), *[(False, True)] * 2, (True, False),
     ]  # fmt: skip
-    if precision == "bf16":  # gradients are rounded to 8 bits before they are averaged
+    if precision == "bf16":  # FSDP2 rounds what the model returns, and gradients before it averages them
         assert_logs_agree(*logs, 2**-8, ("loss", "nll", "grad_norm", "eval_loss"))
         return
     assert_logs_agree(*logs, 1e-4)
