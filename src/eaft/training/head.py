@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -74,6 +75,13 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
         lambda frozen, *args, **kwargs: frozen.base_model(*args, **kwargs).last_hidden_state, frozen
     )
     return frozen
+
+
+def reshard(reference: Any) -> None:
+    """Free what FSDP2 has gathered of a frozen model: accelerate leaves its last group to a backward pass."""
+    for module in reference.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 class GatedLMHead:
@@ -171,7 +179,8 @@ class GatedLMHead:
             if self.example_nll is not None:
                 example_nll = self.example_nll.to(device)[example_ids.where(labelled, 0)]
         gate, params = (self.gate, self.params) if model.training else ("sft", {})
-        with self.gathered(lm_head) as (weight, bias):
+        reference_head = () if reference is None else (reference.weight, reference.bias)
+        with self.gathered(lm_head, *reference_head) as (weight, bias):
             total, self.losses = linear_gated_cross_entropy(
                 hidden[:, shift].to(device),
                 weight,
@@ -194,6 +203,8 @@ class GatedLMHead:
                 return_losses=True,
                 **params,
             )
+        if use_reference:
+            reshard(self.reference)
         num_items = labelled.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         loss = total / num_items.clamp(min=1)
         aux_loss = None
@@ -225,10 +236,10 @@ class GatedLMHead:
         return load_balancing_loss_func(backbone.router_logits, num_experts, top_k, attention_mask)
 
     @contextlib.contextmanager
-    def gathered(self, lm_head: Any) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Give the head's whole weight `[V, H]` and bias `[V]`, however they are sharded."""
+    def gathered(self, lm_head: Any, *others: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Give the head's whole weight `[V, H]` and bias `[V]`, however they are sharded; ZeRO-3 gathers others too."""
         weight, bias = full_parameter(lm_head.weight), full_parameter(lm_head.bias)
-        with maybe_gather_lm_head_ctx(weight, bias):
+        with maybe_gather_lm_head_ctx(weight, bias, *others):
             yield self.unpadded(weight), self.unpadded(bias)
 
     def unpadded(self, parameter: Any) -> Any:
