@@ -162,7 +162,7 @@ def train(
         write_json(output_dir / RUN_FILE, {**run, "finished": True})
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    trainer.end()
+    trainer.accelerator.end_training()  # `Trainer.end` is this, and new in transformers 5.18
 
 
 def dry_run(configs: list[Any], launch_args: list[str]) -> str:
