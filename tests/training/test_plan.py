@@ -13,7 +13,6 @@ from eaft import EAFTConfig, cli
 from eaft.training.plan import (
     GIB,
     GPUS,
-    LOGITS_BUDGET_GPU,
     RESERVE,
     Launch,
     count_active,
@@ -122,7 +121,17 @@ def test_memory_of_launches_by_hand(tmp_path):
     assert [*offload.values()][:3] == [0, 0, 0]
 
 
-KL = "KL term: second chunk, reference's output"
+HEAD, KL = "head: logits of a chunk, gradient sum", "KL term: second chunk, reference's output"
+CHUNK = 2000 * 151936 * 2  # of 2,000 tokens in 16 bit, which is one
+
+
+def test_memory_of_the_head_by_hand(tmp_path):
+    args = arguments(tmp_path, per_device_train_batch_size=1, bf16=True)
+    sums = 4 * 151936 * 2560
+    half = ModelConfig(dtype="bfloat16")
+    one, two = (memory(QWEN3_4B, half, args, 10**9, 10**9, length, Launch())[HEAD] for length in (8000, 16_384))
+    assert one == pytest.approx((8000 * 151936 * 2 + sums / 2) / GIB)  # a single chunk has no float32 sum
+    assert two == pytest.approx((8192 * 151936 * 2 + sums) / GIB)
 
 
 def test_memory_of_a_kl_term_by_hand(tmp_path):
@@ -130,17 +139,17 @@ def test_memory_of_a_kl_term_by_hand(tmp_path):
     args = arguments(tmp_path, gate="sft-kl", per_device_train_batch_size=2, bf16=True)
     half, head = ModelConfig(dtype="bfloat16"), 151936 * 2560
     one = memory(QWEN3_4B, half, args, 10**9, 10**9, 1000, Launch())
-    assert one[KL] == pytest.approx((LOGITS_BUDGET_GPU + 2000 * 2560 * 2) / GIB)
+    assert one[KL] == pytest.approx((CHUNK + 2000 * 2560 * 2) / GIB)
     # FSDP2 keeps what is trained in float32; the reference stays as it was loaded, a shard of it, and its head is whole
     fsdp2 = memory(QWEN3_4B, half, args, 10**9, 10**9, 1000, Launch(8, 8, 8, 8, upcast=True))
     assert fsdp2["weights"] == pytest.approx(4e9 / 8 / GIB)
     assert fsdp2["reference model"] == pytest.approx(2e9 / 8 / GIB)
     assert fsdp2["gathered layers and head"] == pytest.approx(2 * (1e9 * 2 / 36 + head) / GIB)
-    assert fsdp2[KL] == pytest.approx((LOGITS_BUDGET_GPU + 2000 * 2560 * 2 + head * 2) / GIB)
+    assert fsdp2[KL] == pytest.approx((CHUNK + 2000 * 2560 * 2 + head * 2) / GIB)
     # LoRA in float32 under autocast: no second model, but its head is cast for the reference too
     lora = memory(QWEN3_4B, ModelConfig(dtype="float32"), args, 10**9, 10**6, 1000, Launch())
     assert "reference model" not in lora
-    assert lora[KL] == pytest.approx((LOGITS_BUDGET_GPU + 2000 * 2560 * 4 + head * 2) / GIB)
+    assert lora[KL] == pytest.approx((CHUNK + 2000 * 2560 * 4 + head * 2) / GIB)
     offload = memory(QWEN3_4B, half, args, 10**9, 10**9, 1000, Launch(8, 8, 8, 8, offload=True))
     assert offload["reference model"] == 0
 

@@ -26,7 +26,7 @@ from trl import ModelConfig, get_peft_config
 from eaft.errors import ConfigurationError
 from eaft.evaluation.suite import load_suites
 from eaft.models import first_line, resolve_model
-from eaft.objective.fused import LOGITS_BUDGET_GPU
+from eaft.objective.fused import GPU_MEMORY_SHARE, chunk_rows
 from eaft.objective.gates import get_gate
 from eaft.training.config import EAFTConfig
 from eaft.training.forgetting import check_sharding
@@ -242,8 +242,8 @@ def memory(
     token: five times the hidden size (norms, residuals), queries and attention output, keys and values, four times the
     intermediate size (of the experts that a token goes through), at 2 bytes (the counting of Korthikanti et al. 2022,
     arXiv:2205.05198, Sec. 4.1, for a gated MLP and attention that stores no scores). With checkpointing, each layer's
-    input and one layer. The batch is taken as padded to the longest row. The head: its chunk of logits and a float32
-    sum of its weight's gradient (`eaft.objective.fused`). A KL term: a second chunk, the reference's hidden states and
+    input and one layer. The batch is taken as padded to the longest row, every token as labelled. The head: its chunk
+    of logits, and its weight's gradient, in float32 if there are several chunks (`eaft.objective.fused`). A KL term: a second chunk, the reference's hidden states and
     its head where that is gathered or cast; and, but for LoRA, the reference itself, sharded as the model is, in the
     dtype it is loaded in.
     """
@@ -269,14 +269,16 @@ def memory(
     layer = 2 * (5 * hidden + 2 * width + keys + 4 * intermediate)
     tokens = args.per_device_train_batch_size * longest
     kept = layers * 2 * hidden + layer if args.gradient_checkpointing else layers * layer
-    chunk = LOGITS_BUDGET_GPU
+    budget = min(capacity for capacity, _ in GPUS.values()) * GIB // GPU_MEMORY_SHARE
+    rows = chunk_rows(tokens, text.vocab_size, int(computed), budget)
+    chunk = rows * text.vocab_size * computed
     on_gpu = not launch.offload
     parts: dict[str, float] = {
         "weights": on_gpu * total * weight / launch.weights,
         "gradients": on_gpu * trainable * trained / launch.gradients,
         f"optimizer states ({optim})": on_gpu * trainable * states / launch.optimizer,
         f"activations of {tokens:,} tokens": tokens * kept,
-        "head: logits of a chunk, gradient sum": chunk + head * 4 * full,
+        "head: logits of a chunk, gradient sum": chunk + head * (4 if tokens > rows else trained) * full,
     }
     if sharded:
         parts["gathered layers and head"] = total * 2 / layers * min(weight, computed) + head * computed
