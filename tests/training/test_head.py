@@ -197,16 +197,16 @@ def test_evaluation_is_plain_nll(model):
 def test_full_logits_never_exist(gate, passes, model, monkeypatch):
     monkeypatch.setattr(fused, "LOGITS_BUDGET", FOUR_TOKENS)
     sizes = []
-    project = fused.Projection.__call__
+    project = fused.Projector.__call__
 
     def spy(projection, rows):
         z = project(projection, rows)
         sizes.append(len(z))
-        assert projection.logits.nbytes == FOUR_TOKENS
+        assert projection.memory.nbytes == FOUR_TOKENS
         return z
 
     GatedLMHead(model, gate, 20, {}, frozen_copy(model))
-    monkeypatch.setattr(fused.Projection, "__call__", spy)
+    monkeypatch.setattr(fused.Projector, "__call__", spy)
     ids, labels = batch()
     model.train()(input_ids=ids, labels=labels, fused_lm_head=True).loss.backward()
     assert max(sizes) == 4

@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial
@@ -163,15 +164,12 @@ class GatedLMHead:
         backbone = self.backbone(model)(*args, **kwargs)
         lm_head = model.get_output_embeddings()
         hidden = backbone.last_hidden_state
-        shift = slice(None)
-        if shift_labels is None:
-            shift, labels = slice(-1), labels[:, 1:]
-            example_ids = None if example_ids is None else example_ids[:, 1:]
-        else:
-            labels = shift_labels
+        if shift_labels is None:  # labels are moved, not hidden states, which would be copied
+            shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
+            example_ids = None if example_ids is None else F.pad(example_ids[:, 1:], (0, 1))
         # With `device_map`, the backbone can end on another device than the head
         device = lm_head.weight.device
-        labels = labels.to(device)
+        labels = shift_labels.to(device)
         labelled = labels != -100
         example_nll = None
         if example_ids is not None:
@@ -182,7 +180,7 @@ class GatedLMHead:
         reference_head = () if reference is None else (reference.weight, reference.bias)
         with self.gathered(lm_head, *reference_head) as (weight, bias):
             total, self.losses = linear_gated_cross_entropy(
-                hidden[:, shift].to(device),
+                hidden.to(device),
                 weight,
                 labels,
                 gate,
@@ -196,7 +194,7 @@ class GatedLMHead:
                 reference=reference
                 and replace(
                     reference,
-                    hidden=reference.hidden[:, shift].to(device),
+                    hidden=reference.hidden.to(device),
                     weight=self.unpadded(reference.weight),
                     bias=self.unpadded(reference.bias),
                 ),

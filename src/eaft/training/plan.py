@@ -243,9 +243,9 @@ def memory(
     intermediate size (of the experts that a token goes through), at 2 bytes (the counting of Korthikanti et al. 2022,
     arXiv:2205.05198, Sec. 4.1, for a gated MLP and attention that stores no scores). With checkpointing, each layer's
     input and one layer. The batch is taken as padded to the longest row, every token as labelled. The head: its chunk
-    of logits, and its weight's gradient, in float32 if there are several chunks (`eaft.objective.fused`). A KL term: a second chunk, the reference's hidden states and
-    its head where that is gathered or cast; and, but for LoRA, the reference itself, sharded as the model is, in the
-    dtype it is loaded in.
+    of logits, and its weight's gradient, in float32 if there are several chunks (`eaft.objective.fused`). A KL term:
+    a second chunk, the reference's hidden states and its head where that is gathered or cast; and, but for LoRA, the
+    reference itself, sharded as the model is, in the dtype it is loaded in.
     """
     text = config.get_text_config()
     hidden, layers, head = text.hidden_size, text.num_hidden_layers, text.vocab_size * text.hidden_size
