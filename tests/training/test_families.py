@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from trl import SFTTrainer
 
 from eaft import EAFTTrainer
+from eaft.training.head import GatedLMHead
 from tests.conftest import make_rows
 from tests.training.test_trainer import assert_same_training, build, steps
 
@@ -47,7 +48,6 @@ TRL, OWN = "TRL", "own forward"
 # name: model_type, what differs from the defaults, the trainer that it is compared with
 FAMILIES = {
     "Qwen3-MoE": ("qwen3_moe", {**HEADS, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}, TRL),
-    "Mixtral": ("mixtral", LOCAL, TRL),
     "GraniteMoE": ("granitemoe", {**LOCAL, "logits_scaling": 2.0}, OWN),
     "Granite-4": (
         "granitemoehybrid",
@@ -118,3 +118,43 @@ def test_trains_as_another_trainer_does(name, lora, tmp_path):
         trainer.train()
     assert steps(ours) == pytest.approx(steps(theirs), rel=TOLERANCE)
     assert_same_training(ours, theirs, untrained, TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["Qwen3-MoE", "GraniteMoE"])
+def test_eval_loss_of_experts_is_plain_nll(name, tmp_path):
+    model, rows = make(name), make_rows(5)
+    trainer = build(EAFTTrainer, tmp_path, eval_rows=rows, model=model, gate="sft", router_aux_loss_coef=0.5)
+    batch = trainer.data_collator(list(trainer.eval_dataset))
+    labels = batch["labels"][:, 1:]
+    with torch.no_grad():
+        logits = model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1).double(), labels.flatten())
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(nll.item(), rel=TOLERANCE)
+    assert metrics["eval_aux_loss"] > 1
+    trainer.train()
+    difference = steps(trainer)[0] - steps(trainer, "nll")[0]
+    assert difference == pytest.approx(0.5 * steps(trainer, "aux_loss")[0], rel=1e-3)
+
+
+def test_auxiliary_loss_where_models_have_none_of_their_own(tmp_path):
+    """E sum_e f_e P_e (arXiv:2101.03961, equation 4) over the tokens of all layers, for Llama 4's routers."""
+    model = make("Llama-4").train()
+    ids = torch.randint(3, 264, (2, 9))
+    GatedLMHead(model, "sft", 20, {})
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "output_router_logits": True}
+    found = model(**inputs, labels=ids, fused_lm_head=True).aux_loss
+    probs = torch.cat(model.model(**inputs).router_logits).softmax(-1).double()
+    used = torch.nn.functional.one_hot(probs.topk(2).indices, 4).sum(1).double()
+    assert found.item() == pytest.approx(4 * (used.mean(0) * probs.mean(0)).sum().item(), rel=TOLERANCE)
+
+
+def test_family_with_experts_in_a_size_without(tmp_path):
+    """Granite 4's dense hybrids: TRL asks for the logits of routers that they do not have."""
+    config = make("Granite-4").config
+    config.num_local_experts, config.num_experts_per_tok = 0, 0
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    trainer = build(EAFTTrainer, tmp_path, gate="sft", model=model, max_steps=2)
+    trainer.train()
+    assert steps(trainer) == pytest.approx(steps(trainer, "nll"), rel=1e-5)
+    assert steps(trainer, "aux_loss") == [0, 0]

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from eaft.training.head import GatedLMHead
 
 TOKENS = 4  # of a batch, that are compared
-ROUNDINGS = 8  # between hidden states and nll on both sides, see `rounding`
 REASON = (
     "The architecture does something to its logits that eaft does not know of, or its head is quantised, and the loss "
     "would be wrong. Load the head unquantised, or train another model; and tell us of this one."
@@ -93,7 +92,7 @@ def compare_logits(
     logits, hidden = own.logits.to(device), backbone.last_hidden_state[rows, columns].to(device)
     label = shift_labels[rows, columns].to(device).clamp(min=0)
     candidates = torch.stack([label, logits.argmax(-1), logits.argmin(-1)], -1)
-    own_nll = -logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1).gather(-1, candidates)
+    own_log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     with head.gathered(lm_head) as (weight, bias):
         if weight.shape[-1] != hidden.shape[-1]:
             sizes = f"the head's weight is {list(weight.shape)}, and its hidden states have {hidden.shape[-1]} elements"
@@ -108,17 +107,23 @@ def compare_logits(
             softcap=head.softcap,
             return_losses=True,
         )
-        z = head.logit_scale * F.linear(
-            hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-        )
-        norms = head.logit_scale * hidden.float().norm(dim=-1) * weight[candidates].float().norm(dim=-1).amax(-1)
-    allowed = rounding(z, norms, hidden.shape[-1], logits.dtype).repeat_interleave(3)
+        bias = None if bias is None else bias.to(hidden.dtype)
+        z = head.logit_scale * F.linear(hidden, weight.to(hidden.dtype), bias)
+        norms = head.logit_scale * hidden.float().norm(dim=-1, keepdim=True) * weight[candidates].float().norm(dim=-1)
+    operations = 4 + (head.logit_scale != 1) + 3 * (head.softcap is not None)
+    unit = max(torch.finfo(z.dtype).eps, torch.finfo(logits.dtype).eps)
+    if z.is_cuda and z.dtype == torch.float32:
+        unit = max(unit, 2**-10)  # the products may be in TF32, which has ten bits
+    size = z.float().abs()
+    size = size.clamp(min=size.square().mean(-1, keepdim=True).sqrt()).clamp(max=head.softcap or math.inf)
+    allowed = rounding(operations / 2 * unit * size, own_log_probs, candidates, hidden.shape[-1] ** 0.5 * norms)
+    own_nll = -own_log_probs.gather(-1, candidates)
     found = torch.zeros(3 * TOKENS + 1, 3, device=device)
-    found[:-1] = torch.stack([losses.statistics.nll, own_nll.flatten(), allowed], -1)
+    found[:-1] = torch.stack([losses.statistics.nll, own_nll.flatten(), allowed.flatten()], -1)
     if (own_aux_loss := getattr(own, "aux_loss", None)) is not None:
         aux_loss = head.aux_loss(model, backbone, kwargs.get("attention_mask"))
         # The same sum over tokens, in float32
-        error = ROUNDINGS * torch.finfo(torch.float32).eps * math.sqrt(labelled.numel()) * aux_loss
+        error = 8 * torch.finfo(torch.float32).eps * math.sqrt(labelled.numel()) * aux_loss
         found[-1] = torch.tensor([aux_loss, own_aux_loss, error])
     return found
 
@@ -159,24 +164,24 @@ def run_own_forward(
     return own, backbone[0]
 
 
-def rounding(z: Tensor, norms: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+def rounding(moved: Tensor, log_probs: Tensor, candidates: Tensor, spread: Tensor) -> Tensor:
     """
-    Return by how much two nll from the same hidden states may differ, `[n]`.
+    Return by how much two nll from the same hidden states may differ, `[n, k]`.
 
-    With u the spacing of numbers at 1, a rounding moves a logit z by at most u / 2 |z|, and a nll by at most twice what
-    it moves a logit. There are up to 8 on both sides together: of two products, of a scale, of a cap's three
-    operations, and two for products that a GPU sums in parts. Each sum of H products in float32 errs by about
-    4 sqrt(H) u / 2 |h| |w| (Higham and Mary, 2019, doi:10.1137/18M1226312: 4 standard deviations of independent
-    roundings).
+    With u the spacing of the logits' dtype at 1, a rounding moves a logit z by at most u / 2 |z|. On both sides
+    together there are two of a product, one of a scale and three of a cap, if there are such, and two for products that
+    a GPU sums in parts, which are about as large as the logits are on average. If each logit moves by m_v against the
+    label, its nll moves by m_y + ln sum_v p_v exp(m_v).
+
+    The float32 sum of H products itself errs by about 4 sqrt(H) 2^-24 |h| |w| (Higham and Mary, 2019,
+    doi:10.1137/18M1226312: four standard deviations of independent roundings), on both sides, for two logits.
 
     Args:
-        z: our logits without a cap, `[n, V]`, in the dtype of the product.
-        norms: length of the hidden state times that of the head's row times the scale, `[n]`.
-        width: H.
-        dtype: of the model's own logits.
+        moved: m, `[n, V]`.
+        log_probs: ln p, `[n, V]`.
+        candidates: labels y, `[n, k]`.
+        spread: sqrt(H) |h| |w_y|, `[n, k]`.
     """
-    unit = max(torch.finfo(z.dtype).eps, torch.finfo(dtype).eps)
-    sums = min(unit, torch.finfo(torch.float32).eps)
-    if z.is_cuda and z.dtype == torch.float32:
-        unit = max(unit, 2**-10)  # the products may be in TF32, which has ten bits
-    return ROUNDINGS * unit * z.abs().amax(-1).float() + 8 * sums * math.sqrt(width) * norms
+    normaliser = (log_probs.exp() * moved.expm1()).sum(-1, keepdim=True).log1p()
+    sums = 8 * torch.finfo(torch.float32).eps * spread.amax(-1, keepdim=True)
+    return moved.gather(-1, candidates) + normaliser + sums

@@ -1,0 +1,161 @@
+"""The check of the head against the model's own logits: what it refuses, what it lets through, what it leaves alone."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from eaft import EAFTTrainer
+from eaft.errors import ConfigurationError
+from eaft.training.head import GatedLMHead
+from eaft.training.logits_check import TOKENS, check_logits
+from tests.conftest import make_model, make_rows
+from tests.training.test_families import FAMILIES, make
+from tests.training.test_trainer import TEXTS, build, steps
+
+
+class Float8Head(torch.nn.Linear):
+    """A head whose weight is stored in 8 bits, as a multiple of a scale that its forward knows."""
+
+    def __init__(self, head):
+        torch.nn.Module.__init__(self)
+        self.scale = head.weight.detach().abs().max() / 448
+        self.weight = torch.nn.Parameter((head.weight.detach() / self.scale).to(torch.float8_e4m3fn), False)
+        self.bias = None
+
+    def forward(self, hidden):
+        return hidden @ (self.weight.to(hidden.dtype) * self.scale).T
+
+
+def quantised():
+    model = make_model(tie_word_embeddings=False)
+    model.lm_head = Float8Head(model.lm_head)
+    return model
+
+
+def with_logits(change):
+    """A model whose own forward changes its logits in a way that no field of its configuration tells of."""
+    model = make_model()
+    forward = model.forward
+
+    def changed(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = change(output.logits)
+        return output
+
+    model.forward = changed
+    return model
+
+
+def modernbert():
+    """Its head is a dense layer and a norm before the matrix that `get_output_embeddings` returns."""
+    sizes = {"vocab_size": 264, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+    config = AutoConfig.for_model("modernbert-decoder", **sizes, **tokens, num_attention_heads=4)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+
+
+HIDDEN = {
+    "8-bit head": quantised,
+    "dense layer in the head": modernbert,
+    "masked vocabulary": lambda: with_logits(lambda z: z.index_fill(-1, torch.arange(200, 220), -1e9)),
+    "soft cap": lambda: with_logits(lambda z: 5 * torch.tanh(z / 5)),
+    "scale": lambda: with_logits(lambda z: z / 1.1),
+}
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+@pytest.mark.parametrize("name", HIDDEN)
+def test_hidden_transformation_is_refused(name, bf16, tmp_path):
+    trainer = build(EAFTTrainer, tmp_path, model=HIDDEN[name](), bf16=bf16)
+    with pytest.raises(ConfigurationError, match=r"model_type='\S+': the nll of a token is .* where rounding explains"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_evaluation_alone_is_checked(tmp_path):
+    trainer = build(EAFTTrainer, tmp_path, model=HIDDEN["scale"](), eval_rows=make_rows(5))
+    with pytest.raises(ConfigurationError, match="the nll of a token"):
+        trainer.evaluate()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rounding_is_not_refused(name, dtype):
+    model = make(name).to(dtype)
+    GatedLMHead(model, "eaft", 20, {})
+    ids = torch.randint(3, 260, (2, 9), generator=torch.Generator().manual_seed(0))
+    check_logits(model, {"input_ids": ids, "labels": ids}, lambda x: x)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"padding_free": True, "max_length": None}, {"packing": True, "max_length": 64, "rows": TEXTS}],
+    ids=["padded", "padding-free", "packed"],
+)
+def test_changes_nothing_else(settings, tmp_path, monkeypatch):
+    """Training with dropout, with the check and without, ends in the same weights; and it runs once."""
+    calls = []
+
+    def counted(*args):
+        calls.append(args)
+        check_logits(*args)
+
+    def run(check):
+        monkeypatch.setattr("eaft.training.trainer.check_logits", check)
+        lora = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.5)
+        trainer = build(EAFTTrainer, tmp_path, model=make_model(attention_dropout=0.5), peft_config=lora, **settings)
+        trainer.train()
+        return trainer
+
+    checked, unchecked = run(counted), run(lambda *args: None)
+    assert len(calls) == 1
+    assert steps(checked) == steps(unchecked)
+    assert all(map(torch.equal, checked.model.parameters(), unchecked.model.parameters()))
+
+
+def test_modes_are_restored(model):
+    GatedLMHead(model, "eaft", 20, {})
+    model.train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    ids = torch.randint(3, 264, (2, 9))
+    check_logits(model, {"input_ids": ids, "labels": ids}, lambda x: x)
+    assert [module.training for module in model.modules()] == modes
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_logits_of_the_batch_never_exist(labelled, model):
+    GatedLMHead(model, "eaft", 20, {})
+    sizes = []
+    model.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.shape))
+    ids = torch.randint(3, 264, (8, 32))
+    labels = ids if labelled else torch.full_like(ids, -100)
+    check_logits(model, {"input_ids": ids, "labels": labels}, lambda x: x)
+    assert sizes == [(1, TOKENS, 264)]
+
+
+def test_other_auxiliary_loss_is_refused():
+    model = make("GraniteMoE").train()
+    ids = torch.randint(3, 264, (2, 9))
+    head = GatedLMHead(model, "eaft", 20, {})
+    inputs = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids), "output_router_logits": True}
+    check_logits(model, inputs, lambda x: x)
+    head.aux_loss = lambda *args: torch.tensor(2.5)
+    with pytest.raises(ConfigurationError, match=r"the router's auxiliary loss is .* and 2\.5 by ours"):
+        check_logits(model, inputs, lambda x: x)
+
+
+def test_sharded_model_is_checked_and_refused_by_every_rank():
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29544"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}"}
+    command += ["-m", "tests.training.logits_check_fsdp"]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("refused: the nll of a token") == 2
