@@ -3,13 +3,25 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+OLDEST := .venv-oldest
+OLDEST_TESTS := tests/objective/test_loss.py tests/training/test_head.py $(addprefix tests/, \
+    objective/test_fused.py::test_equals_the_reference_function \
+    objective/test_fused.py::test_the_kernels_equal_the_reference_function \
+    training/test_trainer.py::test_bf16_equals_trl_within_bf16 \
+    training/test_trainer.py::test_accumulating_4_x_1_equals_1_x_4 \
+    training/test_trainer.py::test_resumed_run_equals_uninterrupted \
+    training/test_trainer.py::test_eval_loss_is_plain_nll_whatever_the_gate \
+    training/test_train_command.py::test_trains_and_writes_what_it_promises \
+    training/test_train_command.py::test_yaml_lora_and_evaluation_from_a_folder_of_splits \
+    evaluation/test_evaluate.py::test_a_model_beside_itself \
+    comparison/test_compare.py::test_compares_reuses_and_resumes)
 # What the tests of BFCL need; tree_sitter of that age has no wheels after Python 3.12, and they are skipped there
 BFCL := bfcl-eval tree_sitter tree-sitter-java tree-sitter-javascript tenacity
 # Installed here, models come from packages and data from the repository: nothing asks the Hub
 export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test check clean
+.PHONY: demo test test-oldest check clean
 
 demo: $(VENV)/.installed  ## fine-tune a real model with SFT and EAFT; table and pictures in runs/demo (10 minutes)
 	$(PY) -m eaft compare --config recipes/demo/compare.yaml \
@@ -19,11 +31,20 @@ demo: $(VENV)/.installed  ## fine-tune a real model with SFT and EAFT; table and
 test: $(VENV)/.installed  ## the tests (13 minutes on 2 cores)
 	$(PY) -m pytest -q -n logical --maxprocesses 4 --dist worksteal $(PYTEST_FLAGS)
 
+test-oldest: $(OLDEST)/.installed  ## a few tests of each wing with the oldest versions allowed (7 GB of wheels; 5 minutes)
+	$(OLDEST)/bin/python -m pytest -q $(OLDEST_TESTS)
+
 check: $(VENV)/.installed  ## lint, format, types, and who imports whom
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(VENV)/bin/lint-imports --no-logo --no-cache
+
+# PyPI's torch of that age needs its CUDA libraries to be imported at all
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -q --no-cache-dir --no-compile -c constraints-oldest.txt -e '.[eval,gguf,peft]' pytest hypothesis
+	touch $@
 
 # torch first and alone: the index's newest would bring gigabytes of CUDA
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -35,4 +56,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(OLDEST) runs

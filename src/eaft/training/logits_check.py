@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,6 @@ from transformers import PreTrainedModel
 
 from eaft.errors import ConfigurationError
 from eaft.objective.fused import linear_gated_cross_entropy
-
-if TYPE_CHECKING:
-    from eaft.training.head import GatedLMHead
 
 TOKENS = 4  # of a batch, that are compared
 REASON = (
@@ -70,7 +67,7 @@ def model_type(model: Any) -> str:
 
 @torch.compiler.disable
 def compare_logits(
-    head: GatedLMHead, model: PreTrainedModel, *args: Any, labels: Any = None, shift_labels: Any = None, **kwargs: Any
+    head: Any, model: PreTrainedModel, *args: Any, labels: Any = None, shift_labels: Any = None, **kwargs: Any
 ) -> Tensor:
     """
     Return our nll, that of the model's own logits, and by how much they may differ, float32 `[3 * TOKENS + 1, 3]`.
@@ -129,7 +126,7 @@ def compare_logits(
 
 
 def run_own_forward(
-    head: GatedLMHead,
+    head: Any,
     model: PreTrainedModel,
     rows: Tensor,
     columns: Tensor,
