@@ -1,6 +1,8 @@
 """Run under accelerate by test_distributed.py: gradients under FSDP2, and how much of the reference is ever whole."""
 
+import json
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,7 @@ from eaft import EAFTConfig, EAFTTrainer
 from eaft.training.head import GatedLMHead, frozen_copy
 from tests.conftest import make_model, make_rows, make_tokenizer
 from tests.training import fsdp_on_cpu  # noqa: F401
+from tests.training.deepspeed_check import train
 
 
 def gradients(model, ids):
@@ -87,5 +90,9 @@ if __name__ == "__main__":
     for gate in ("eaft", "asft"):  # asft: with a reference model, sharded as well
         for head_alone in (True, False):
             check_gradients(gate, head_alone)
-    check_reference(sys.argv[1])
+    model_dir, out = sys.argv[1:]
+    check_reference(out)
+    logs = train(model_dir, out, "sft-kl", True)
+    if dist.get_rank() == 0:
+        Path(out, "logs.json").write_text(json.dumps(logs))
     dist.destroy_process_group()

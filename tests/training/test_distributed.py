@@ -9,14 +9,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from transformers import AutoModelForCausalLM
 
-from eaft import cli
+from eaft import EAFTTrainer, cli
+from eaft.errors import ConfigurationError
 from tests.conftest import make_model, make_rows
-from tests.training.deepspeed_check import train as train_under_deepspeed
+from tests.training.deepspeed_check import train as train_a_few_steps
 
 ROOT = Path(__file__).parents[2]
 FSDP2 = {
@@ -25,7 +27,7 @@ FSDP2 = {
         "fsdp_version": 2,
         "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
         "fsdp_cpu_ram_efficient_loading": True,
-        "fsdp_state_dict_type": "FULL_STATE_DICT",
+        "fsdp_state_dict_type": "SHARDED_STATE_DICT",  # what `accelerate config` proposes
     },
 }
 
@@ -94,8 +96,23 @@ def test_fsdp2_as_accelerate_wraps_it(tmp_path, tokenizer, gate, tied, precision
     assert sum((a[n] - b[n]).square().sum() for n in a).sqrt() / moved < 1e-3
 
 
-def test_fsdp2_gives_the_gradients_of_one_process_and_gathers_the_reference_in_layers(tmp_path):
-    launch(tmp_path, FSDP2, "tests.training.fsdp_check", tmp_path / "out")
+def test_fsdp2_gradients_reference_and_adapters(tmp_path, tokenizer):
+    """See fsdp_check.py; then LoRA with a KL term, whose reference is the sharded policy itself, as one process."""
+    model = save(tmp_path / "model", tokenizer, tie_word_embeddings=False)
+    launch(tmp_path, FSDP2, "tests.training.fsdp_check", model, tmp_path / "two")
+    two = json.loads((tmp_path / "two" / "logs.json").read_text())
+    assert_logs_agree(train_a_few_steps(str(model), str(tmp_path / "one"), "sft-kl", True), two, 1e-4)
+
+
+@pytest.mark.parametrize("sharding", ["ZeRO-3", "FSDP1"])
+def test_a_copy_that_cannot_be_sharded_is_refused(sharding):
+    zero3 = sharding == "ZeRO-3"
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3), fsdp_plugin=SimpleNamespace(fsdp_version=1))
+    trainer = SimpleNamespace(model=make_model(), args=SimpleNamespace(gate="sft-kl"))
+    trainer.accelerator = SimpleNamespace(state=state)
+    trainer.is_deepspeed_enabled, trainer.is_fsdp_enabled = zero3, not zero3
+    with pytest.raises(ConfigurationError, match=f"not with .*{sharding}"):
+        EAFTTrainer._make_reference(trainer)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -114,7 +131,7 @@ def test_zero(tmp_path, tokenizer, stage, gate, trained):
     }
     launch(tmp_path, config, "tests.training.deepspeed_check", model, tmp_path / "two", gate, trained)
     two = json.loads((tmp_path / "two" / "logs.json").read_text())
-    one = train_under_deepspeed(str(model), str(tmp_path / "one"), gate, trained == "LoRA")
+    one = train_a_few_steps(str(model), str(tmp_path / "one"), gate, trained == "LoRA")
     assert len(one) == 5
     assert_logs_agree(one, two, 1e-4)
     assert ("kl" in one[0]) == (gate == "sft-kl")

@@ -201,7 +201,7 @@ class GatedLMHead:
                 return_losses=True,
                 **params,
             )
-        if use_reference:
+        if use_reference and isinstance(self.reference, PreTrainedModel):
             reshard(self.reference)
         num_items = labelled.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         loss = total / num_items.clamp(min=1)

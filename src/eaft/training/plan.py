@@ -189,7 +189,12 @@ def experts_per_token(config: Any) -> int | None:
     """Return how many experts a token goes through, or None without experts: families name it differently."""
     text = config.get_text_config()
     names = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts")
-    return next((value for name in names if (value := getattr(text, name, None))), None)
+    return next((largest(value) for name in names if (value := getattr(text, name, None))), None)
+
+
+def largest(value: Any) -> int:
+    """Return a number that some families give for each layer."""
+    return max(value) if isinstance(value, list | tuple) else value
 
 
 def count_active(model: Any, config: Any) -> int:
@@ -249,9 +254,9 @@ def memory(
     """
     text = config.get_text_config()
     hidden, layers, head = text.hidden_size, text.num_hidden_layers, text.vocab_size * text.hidden_size
-    heads, intermediate = text.num_attention_heads, getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    heads, intermediate = text.num_attention_heads, largest(getattr(text, "intermediate_size", None) or 4 * hidden)
     if per_token := experts_per_token(config):
-        intermediate = per_token * (getattr(text, "moe_intermediate_size", None) or intermediate)
+        intermediate = per_token * largest(getattr(text, "moe_intermediate_size", None) or intermediate)
     width = (getattr(text, "head_dim", None) or hidden // heads) * heads
     keys = 2 * width // heads * (getattr(text, "num_key_value_heads", None) or heads)
     width_of = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
