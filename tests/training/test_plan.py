@@ -6,11 +6,23 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import AutoConfig, Glm4Config, Qwen2Config, Qwen3Config
+from transformers import AutoConfig, Glm4Config, MixtralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 from trl import ModelConfig
 
 from eaft import EAFTConfig, cli
-from eaft.training.plan import GIB, GPUS, RESERVE, Launch, count_parameters, flops, memory, meta_model, read_launch
+from eaft.training.plan import (
+    GIB,
+    GPUS,
+    LOGITS_BUDGET_GPU,
+    RESERVE,
+    Launch,
+    count_active,
+    count_parameters,
+    flops,
+    memory,
+    meta_model,
+    read_launch,
+)
 from eaft.training.train import parse
 from tests.conftest import make_model, make_rows
 
@@ -29,6 +41,14 @@ GLM4_9B = Glm4Config(
     vocab_size=151552, hidden_size=4096, intermediate_size=13696, num_hidden_layers=40, num_attention_heads=32,
     num_key_value_heads=2, head_dim=128, tie_word_embeddings=False,
 )  # fmt: skip
+QWEN3_30B_A3B = Qwen3MoeConfig(
+    vocab_size=151936, hidden_size=2048, moe_intermediate_size=768, num_hidden_layers=48, num_attention_heads=32,
+    num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8, tie_word_embeddings=False,
+)  # fmt: skip
+MIXTRAL_8X7B = MixtralConfig(
+    vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+    num_key_value_heads=8, num_local_experts=8, num_experts_per_tok=2,
+)  # fmt: skip
 
 
 def arguments(tmp_path, **changes):
@@ -41,6 +61,34 @@ def arguments(tmp_path, **changes):
 def test_parameters_are_the_published_ones(tmp_path, config, published):
     total, trainable = count_parameters(meta_model(config, ModelConfig(), arguments(tmp_path)))
     assert total == trainable == pytest.approx(published, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("config", "total", "active"), [(QWEN3_30B_A3B, 30.5e9, 3.3e9), (MIXTRAL_8X7B, 46.7e9, 12.9e9)], ids=["30B", "8x7B"]
+)
+def test_parameters_of_experts_are_the_published_ones(tmp_path, config, total, active):
+    model = meta_model(config, ModelConfig(), arguments(tmp_path))
+    assert count_parameters(model)[0] == pytest.approx(total, rel=5e-3)
+    assert count_active(model, config) == pytest.approx(active, rel=2e-2)  # they round to two digits
+
+
+@pytest.mark.parametrize("family", ["granitemoe", "phimoe", "hunyuan_v1_moe", "deepseek_v3", "llama"])
+def test_active_parameters_by_hand(tmp_path, family):
+    """Two layers of hidden size 32; of 4 experts of 3 x 16 x 32 a token goes through 2."""
+    sizes = {"vocab_size": 264, "hidden_size": 32, "intermediate_size": 16, "moe_intermediate_size": 16}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    if family == "hunyuan_v1_moe":
+        experts = {"num_experts": 4, "moe_topk": [2, 2]}
+    if family == "deepseek_v3":
+        sizes |= {"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "kv_lora_rank": 8, "q_lora_rank": 8}
+        experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_group": 1}
+        experts |= {"topk_group": 1}
+    config = AutoConfig.for_model(family, **sizes, **({} if family == "llama" else experts))
+    model = meta_model(config, ModelConfig(), arguments(tmp_path))
+    routed_layers = {"llama": 0, "deepseek_v3": 1}.get(family, 2)
+    idle = count_parameters(model)[0] - count_active(model, config)
+    assert idle == routed_layers * (4 - 2) * 3 * 16 * 32
 
 
 def test_adapters_are_counted(tmp_path):
@@ -57,7 +105,7 @@ def test_memory_by_hand(tmp_path):
     assert parts["optimizer states (adamw_torch_fused)"] == pytest.approx(4e9 * 8 / 8 / GIB)
     layer = 2 * (5 * 2560 + 2 * 4096 + 2 * 1024 + 4 * 9728)
     assert parts["activations of 2,000 tokens"] == pytest.approx(2000 * 36 * layer / GIB)
-    assert parts["gathered layers"] == pytest.approx(4e9 * 4 * 2 / 36 / GIB)
+    assert parts["gathered layers and head"] == pytest.approx(4 * (4e9 * 2 / 36 + 151936 * 2560) / GIB)
     args = arguments(tmp_path, gate="sft-kl", per_device_train_batch_size=2, gradient_checkpointing=True)
     parts = memory(QWEN3_4B, ModelConfig(dtype="bfloat16"), args, 10**9, 10**9, 1000, Launch())
     assert parts["reference model"] == parts["weights"] == pytest.approx(2e9 / GIB)
@@ -74,6 +122,36 @@ def test_memory_of_launches_by_hand(tmp_path):
     assert [*offload.values()][:3] == [0, 0, 0]
 
 
+KL = "KL term: second chunk, reference's output"
+
+
+def test_memory_of_a_kl_term_by_hand(tmp_path):
+    """Two rows of 1,000 tokens of hidden size 2,560."""
+    args = arguments(tmp_path, gate="sft-kl", per_device_train_batch_size=2, bf16=True)
+    half, head = ModelConfig(dtype="bfloat16"), 151936 * 2560
+    one = memory(QWEN3_4B, half, args, 10**9, 10**9, 1000, Launch())
+    assert one[KL] == pytest.approx((LOGITS_BUDGET_GPU + 2000 * 2560 * 2) / GIB)
+    # FSDP2 keeps what is trained in float32; the reference stays as it was loaded, a shard of it, and its head is whole
+    fsdp2 = memory(QWEN3_4B, half, args, 10**9, 10**9, 1000, Launch(8, 8, 8, 8, upcast=True))
+    assert fsdp2["weights"] == pytest.approx(4e9 / 8 / GIB)
+    assert fsdp2["reference model"] == pytest.approx(2e9 / 8 / GIB)
+    assert fsdp2["gathered layers and head"] == pytest.approx(2 * (1e9 * 2 / 36 + head) / GIB)
+    assert fsdp2[KL] == pytest.approx((LOGITS_BUDGET_GPU + 2000 * 2560 * 2 + head * 2) / GIB)
+    # LoRA in float32 under autocast: no second model, but its head is cast for the reference too
+    lora = memory(QWEN3_4B, ModelConfig(dtype="float32"), args, 10**9, 10**6, 1000, Launch())
+    assert "reference model" not in lora
+    assert lora[KL] == pytest.approx((LOGITS_BUDGET_GPU + 2000 * 2560 * 4 + head * 2) / GIB)
+    offload = memory(QWEN3_4B, half, args, 10**9, 10**9, 1000, Launch(8, 8, 8, 8, offload=True))
+    assert offload["reference model"] == 0
+
+
+def test_activations_of_experts_by_hand(tmp_path):
+    args = arguments(tmp_path, per_device_train_batch_size=1, gradient_checkpointing=False)
+    parts = memory(MIXTRAL_8X7B, ModelConfig(dtype="bfloat16"), args, 10**9, 10**9, 10, Launch())
+    layer = 2 * (5 * 4096 + 2 * 4096 + 2 * 1024 + 2 * 4 * 14336)
+    assert parts["activations of 10 tokens"] == pytest.approx(10 * 32 * layer / GIB)
+
+
 @pytest.mark.parametrize("recipe", [r for r in RECIPES if "fsdp2" not in r.name], ids=lambda r: r.stem)
 def test_paper_recipes_fit_eight_a100(recipe, monkeypatch):
     """With rows as long as max_length, by the plan's own formula and the real models' shapes."""
@@ -87,11 +165,11 @@ def test_paper_recipes_fit_eight_a100(recipe, monkeypatch):
 
 def test_operations_by_hand(tmp_path):
     args = arguments(tmp_path, gradient_checkpointing=False)
-    assert flops(QWEN3_4B, args, 100, 100, 10, 0) == 6 * 100 * 10
-    assert flops(QWEN3_4B, args, 100, 1, 10, 0) == 4 * 100 * 10
-    assert flops(QWEN3_4B, args, 0, 0, 1, 50) == 3 * 2 * 36 * 32 * 128 * 50
+    assert flops(QWEN3_4B, args, 100, True, 10, 0) == 6 * 100 * 10
+    assert flops(QWEN3_4B, args, 100, False, 10, 0) == 4 * 100 * 10
+    assert flops(QWEN3_4B, args, 0, True, 1, 50) == 3 * 2 * 36 * 32 * 128 * 50
     assert (
-        flops(QWEN3_4B, arguments(tmp_path, gradient_checkpointing=True, gate="sft-kl"), 100, 100, 10, 0) == 10 * 1000
+        flops(QWEN3_4B, arguments(tmp_path, gradient_checkpointing=True, gate="sft-kl"), 100, True, 10, 0) == 10 * 1000
     )
 
 

@@ -94,6 +94,7 @@ def plan(
     config = AutoConfig.from_pretrained(name, **source)
     model = meta_model(config, model_args, args)
     total, trainable = count_parameters(model)
+    active = count_active(model, config)
     counted = count_tokens(name, source, args, train_dataset, eval_dataset)
 
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * launch.processes
@@ -102,11 +103,12 @@ def plan(
     trained = counted.tokens * steps / per_epoch
     parts = memory(config, model_args, args, total, trainable, counted.longest, launch)
     need = RESERVE * sum(parts.values()) + 1
-    operations = flops(config, args, total, trainable, trained, counted.tokens / counted.rows)
+    operations = flops(config, args, active, trainable == total, trained, counted.tokens / counted.rows)
     rows = [
         f"Recipe is complete; gate {args.gate}. Nothing was trained or written.",
         "",
-        f"Parameters   {total:,}, of which {trainable:,} are trained",
+        f"Parameters   {total:,}, of which {trainable:,} are trained"
+        + (f" and {active:,} take part in each token" if active < total else ""),
         f"Data         {counted.rows:,} rows, {counted.tokens:,} tokens an epoch, {counted.labelled:,} labelled "
         f"({counted.labelled / counted.tokens:.0%}); longest row {counted.longest:,}, {counted.full_rows:,} rows of "
         f"max_length",
@@ -130,7 +132,8 @@ def plan(
         )
     if launch.offload:
         whole = memory(config, model_args, args, total, trainable, counted.longest, replace(launch, offload=False))
-        host = launch.processes * sum(list(whole.values())[:3])  # weights, gradients, optimizer states
+        # Weights, gradients, optimizer states
+        host = launch.processes * (sum(list(whole.values())[:3]) + whole.get("reference model", 0))
         rows += ["", f"Offloaded: {host:.0f} GiB of the machines' own memory. The time this costs is not counted."]
     if not fits:
         rows += ["", "To fit: shard over more processes (FSDP2), a smaller per_device_train_batch_size or max_length,"]
@@ -181,6 +184,35 @@ def count_parameters(model: Any) -> tuple[int, int]:
     return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
 
 
+def experts_per_token(config: Any) -> int | None:
+    """Return how many experts a token goes through, or None without experts: families name it differently."""
+    text = config.get_text_config()
+    names = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts")
+    return next((largest(value) for name in names if (value := getattr(text, name, None))), None)
+
+
+def largest(value: Any) -> int:
+    """Return a number that some families give for each layer."""
+    return max(value) if isinstance(value, list | tuple) else value
+
+
+def count_active(model: Any, config: Any) -> int:
+    """
+    Return how many parameters take part in one token: of a layer's experts, only those that it is routed to.
+
+    transformers keeps a layer's experts in a module `experts`, as a list or stacked: the first dimension is theirs.
+    """
+    active, _ = count_parameters(model)
+    per_token = experts_per_token(config)
+    for name, module in model.named_modules():
+        if per_token and name.endswith(".experts"):
+            parameters = list(module.parameters())
+            number = len(module) if isinstance(module, torch.nn.ModuleList) else parameters[0].shape[0]
+            size = sum(p.numel() for p in parameters)
+            active -= size - size * min(per_token, number) // number
+    return active
+
+
 def count_tokens(name: str, source: dict[str, Any], args: EAFTConfig, train_dataset: Any, eval_dataset: Any) -> Tokens:
     """Let the trainer prepare the data, as it would to train, and count it."""
     tokenizer = AutoTokenizer.from_pretrained(name, **source)
@@ -209,25 +241,31 @@ def memory(
     Return what one GPU holds at the peak of a step, in GiB.
 
     Weights, gradients and AdamW's two states have the dtype the model is loaded in, or are float32 (`Launch.upcast`);
-    bf16 autocast keeps bf16 copies of the weights for the forward and backward. DDP sends gradients in buckets that
-    copy them. Activations of one layer, elements a token: five times the hidden
-    size (norms, residuals), queries and attention output, keys and values, four times the intermediate size, at 2
-    bytes (the counting of Korthikanti et al. 2022, arXiv:2205.05198, Sec. 4.1, for a gated MLP and attention that
-    stores no scores). With checkpointing, each layer's input and one layer. The batch is taken as padded to the
-    longest row. The head: its chunk of logits and a float32 sum of its weight's gradient (`eaft.objective.fused`).
+    bf16 autocast keeps bf16 copies of the weights for the forward and backward, the head's too. Sharded, two layers at
+    a time and the head are whole. DDP sends gradients in buckets that copy them. Activations of one layer, elements a
+    token: five times the hidden size (norms, residuals), queries and attention output, keys and values, four times the
+    intermediate size (of the experts that a token goes through), at 2 bytes (the counting of Korthikanti et al. 2022,
+    arXiv:2205.05198, Sec. 4.1, for a gated MLP and attention that stores no scores). With checkpointing, each layer's
+    input and one layer. The batch is taken as padded to the longest row. The head: its chunk of logits and a float32
+    sum of its weight's gradient (`eaft.objective.fused`). A KL term: a second chunk, the reference's hidden states and
+    its head where that is gathered or cast; and, but for LoRA, the reference itself, sharded as the model is, in the
+    dtype it is loaded in.
     """
     text = config.get_text_config()
-    hidden, layers = text.hidden_size, text.num_hidden_layers
-    heads, intermediate = text.num_attention_heads, getattr(text, "intermediate_size", 4 * text.hidden_size)
+    hidden, layers, head = text.hidden_size, text.num_hidden_layers, text.vocab_size * text.hidden_size
+    heads, intermediate = text.num_attention_heads, largest(getattr(text, "intermediate_size", None) or 4 * hidden)
+    if per_token := experts_per_token(config):
+        intermediate = per_token * largest(getattr(text, "moe_intermediate_size", None) or intermediate)
     width = (getattr(text, "head_dim", None) or hidden // heads) * heads
     keys = 2 * width // heads * (getattr(text, "num_key_value_heads", None) or heads)
     width_of = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
     dtype = str(model_args.dtype or "float32").removeprefix("torch.")
     if dtype == "auto":
         dtype = str(config.dtype or "float32").removeprefix("torch.")
-    weight = 0.5 if model_args.load_in_4bit else 1.0 if model_args.load_in_8bit else width_of[dtype]
-    if launch.upcast and trainable == total:
-        weight = 4.0
+    loaded = 0.5 if model_args.load_in_4bit else 1.0 if model_args.load_in_8bit else width_of[dtype]
+    full, sharded, anchor = trainable == total, launch.weights > 1, get_gate(args.gate).anchor
+    weight = 4.0 if launch.upcast and full else loaded
+    computed = 2 if args.bf16 or args.fp16 else max(2, loaded)
     trained = 4 if weight < 2 or launch.upcast else weight
     optim = str(getattr(args.optim, "value", args.optim))
     states = 2 if "8bit" in optim else 0 if "adafactor" in optim or "sgd" in optim else 2 * trained
@@ -235,37 +273,42 @@ def memory(
     layer = 2 * (5 * hidden + 2 * width + keys + 4 * intermediate)
     tokens = args.per_device_train_batch_size * longest
     kept = layers * 2 * hidden + layer if args.gradient_checkpointing else layers * layer
+    chunk = LOGITS_BUDGET_GPU
     on_gpu = not launch.offload
     parts: dict[str, float] = {
         "weights": on_gpu * total * weight / launch.weights,
         "gradients": on_gpu * trainable * trained / launch.gradients,
         f"optimizer states ({optim})": on_gpu * trainable * states / launch.optimizer,
         f"activations of {tokens:,} tokens": tokens * kept,
-        "head: logits of a chunk, gradient sum": LOGITS_BUDGET_GPU
-        + text.vocab_size * hidden * 4 * (trainable == total),
+        "head: logits of a chunk, gradient sum": chunk + head * 4 * full,
     }
-    if weight == 4 and (args.bf16 or args.fp16):
-        # Sharded, two layers at a time are whole; else all are copied
-        parts["copies of weights in 16 bit"] = total * 2 * (2 / layers if launch.weights > 1 else 1)
-    elif launch.weights > 1:
-        parts["gathered layers"] = total * weight * 2 / layers
+    if sharded:
+        parts["gathered layers and head"] = total * 2 / layers * min(weight, computed) + head * computed
+    elif weight > computed:
+        parts["copies of weights in 16 bit"] = total * computed
     if launch.processes > launch.gradients:
         parts["DDP's buckets of gradients"] = trainable * trained
-    if get_gate(args.gate).anchor and trainable == total:
-        parts["reference model"] = total * weight / launch.weights
+    if anchor:
+        cast = sharded or loaded > computed
+        parts["KL term: second chunk, reference's output"] = (
+            chunk + tokens * hidden * max(2, loaded) + head * computed * cast
+        )
+    if anchor and full:
+        parts["reference model"] = on_gpu * total * loaded / launch.weights
     return {name: value / GIB for name, value in parts.items()}
 
 
-def flops(config: Any, args: EAFTConfig, total: int, trainable: int, tokens: float, length: float) -> float:
+def flops(config: Any, args: EAFTConfig, active: int, full: bool, tokens: float, length: float) -> float:
     """
-    Return a run's floating-point operations: 2 a parameter and token forward, 4 backward (2 where weights are frozen).
+    Return a run's floating-point operations: 2 a parameter that takes part in a token (`count_active`) forward, 4
+    backward (2 where weights are frozen, `full` being false).
 
     Checkpointing runs the forward once more, a reference model too. Attention adds 2 * layers * width * length forward
     (causal). Kaplan et al. 2020, arXiv:2001.08361, Sec. 2.1.
     """
     text = config.get_text_config()
     width = (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads) * text.num_attention_heads
-    forward = 2 * total + 2 * text.num_hidden_layers * width * length
-    passes = 3 if trainable == total else 2
+    forward = 2 * active + 2 * text.num_hidden_layers * width * length
+    passes = 3 if full else 2
     passes += bool(args.gradient_checkpointing) + bool(get_gate(args.gate).anchor)
     return tokens * forward * passes
