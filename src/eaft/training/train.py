@@ -225,6 +225,8 @@ def is_json(path: Path) -> bool:
 def save_model(trainer: EAFTTrainer, output_dir: Path) -> None:
     """Save the final model beside its place and move it there whole."""
     staging = output_dir / "saving"
+    if trainer.is_fsdp_enabled:  # by default FSDP2 saves shards, which `from_pretrained` does not read
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(staging))
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
