@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -61,6 +62,13 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
         lambda frozen, *args, **kwargs: frozen.base_model(*args, **kwargs).last_hidden_state, frozen
     )
     return frozen
+
+
+def reshard(reference: Any) -> None:
+    """Free what FSDP2 has gathered of a frozen model: accelerate leaves its last group to a backward pass."""
+    for module in reference.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 class GatedLMHead:
@@ -152,7 +160,8 @@ class GatedLMHead:
                 example_nll = self.example_nll.to(device)[example_ids.where(labelled, 0)]
         gate, params = (self.gate, self.params) if model.training else ("sft", {})
         weight, bias = full_parameter(lm_head.weight), full_parameter(lm_head.bias)
-        with maybe_gather_lm_head_ctx(weight, bias):
+        reference_head = () if reference is None else (reference.weight, reference.bias)
+        with maybe_gather_lm_head_ctx(weight, bias, *reference_head):
             total, self.losses = linear_gated_cross_entropy(
                 hidden[:, shift].to(device),
                 weight,
@@ -169,6 +178,8 @@ class GatedLMHead:
                 return_losses=True,
                 **params,
             )
+        if use_reference and isinstance(self.reference, PreTrainedModel):
+            reshard(self.reference)
         num_items = labelled.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         loss = total / num_items.clamp(min=1)
         aux_loss = None

@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
+from accelerate.utils import fsdp2_prepare_model, is_peft_model
 from datasets import Dataset
 from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 from trl import SFTConfig, SFTTrainer
-from trl.models.utils import prepare_fsdp
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import get_config_model_id
 
@@ -211,16 +210,14 @@ class EAFTTrainer(SFTTrainer):
             return self.model
         state = self.accelerator.state
         zero3 = self.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3
-        # Weights that only the first process has are handed to the others with the policy alone
-        fsdp = state.fsdp_plugin if self.is_fsdp_enabled else None
-        if zero3 or (fsdp and (fsdp.fsdp_version == 1 or fsdp.cpu_ram_efficient_loading)):
+        if zero3 or (self.is_fsdp_enabled and state.fsdp_plugin.fsdp_version == 1):
             raise ConfigurationError(
                 f"gate={self.args.gate!r} keeps a copy of the base model, which it can shard with FSDP2 but not with "
-                "ZeRO-3, FSDP1 or fsdp_cpu_ram_efficient_loading: use FSDP2 without it, or LoRA."
+                "ZeRO-3 or FSDP1: use FSDP2, or LoRA."
             )
         reference = frozen_copy(self.model)
         if self.is_fsdp_enabled:
-            return prepare_fsdp(reference, self.accelerator)
+            return fsdp2_prepare_model(self.accelerator, reference)  # layer by layer, as the policy will be
         return reference.to(self.args.device) if self.place_model_on_device else reference
 
     def _check_examples_can_be_followed(self) -> None:
