@@ -1,14 +1,22 @@
-"""Run under torchrun by test_distributed.py: the head under FSDP2 gives the gradients of one process, averaged."""
+"""Run under accelerate by test_distributed.py: gradients under FSDP2, and how much of the reference is ever whole."""
 
+import json
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
+from datasets import Dataset
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
+from eaft import EAFTConfig, EAFTTrainer
 from eaft.training.head import GatedLMHead, frozen_copy
-from tests.conftest import make_model
+from tests.conftest import make_model, make_rows, make_tokenizer
+from tests.training import fsdp_on_cpu  # noqa: F401
+from tests.training.deepspeed_check import train
 
 
 def gradients(model, ids):
@@ -23,8 +31,8 @@ def build(gate):
     return model, reference
 
 
-def main(gate: str, head_alone: bool):
-    dist.init_process_group("gloo")
+def check_gradients(gate: str, head_alone: bool):
+    """Each rank's gradients, averaged, are those that one process computes."""
     rank, world = dist.get_rank(), dist.get_world_size()
     ids = torch.randint(3, 264, (world, 9), generator=torch.Generator().manual_seed(0))
 
@@ -46,8 +54,45 @@ def main(gate: str, head_alone: bool):
             grad.full_tensor(), expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
         )
     assert expected["lm_head.weight"].norm() > 1e-2
-    dist.destroy_process_group()
+
+
+def check_reference(out: str):
+    """At no time is more of the reference whole than its largest unit; after a step, nothing is."""
+    arguments = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
+    trainer = EAFTTrainer(
+        make_model(num_hidden_layers=4, tie_word_embeddings=False),
+        EAFTConfig(out, gate="sft-kl", max_steps=1, gradient_checkpointing=False, **arguments),
+        train_dataset=Dataset.from_list(make_rows()),
+        processing_class=make_tokenizer(),
+    )
+    reference = trainer.gated_lm_head.reference
+    whole = []
+
+    def whole_now(*_):
+        whole.append(sum(p.numel() for p in reference.parameters() if not isinstance(p, DTensor)))
+
+    # Each layer's parts are asked once it is gathered: FSDP2's own hooks stand first
+    parts = [module for module in reference.modules() if not list(module.children())]
+    for module in parts:
+        module.register_forward_pre_hook(whole_now)
+    trainer.train()
+    assert isinstance(trainer.model, FSDPModule)
+    layer, head = reference.model.layers[0], reference.lm_head.weight
+    sizes = [sum(p.numel() for p in layer.parameters()), head.numel() + reference.model.norm.weight.numel()]
+    assert len(whole) == len(parts) - 1  # the head is read, not called
+    assert max(whole) == max(sizes), (whole, sizes)
+    whole_now()
+    assert whole[-1] == 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], head_alone=sys.argv[2] == "alone")
+    PartialState(cpu=True)
+    for gate in ("eaft", "asft"):  # asft: with a reference model, sharded as well
+        for head_alone in (True, False):
+            check_gradients(gate, head_alone)
+    model_dir, out = sys.argv[1:]
+    check_reference(out)
+    logs = train(model_dir, out, "sft-kl", True)
+    if dist.get_rank() == 0:
+        Path(out, "logs.json").write_text(json.dumps(logs))
+    dist.destroy_process_group()

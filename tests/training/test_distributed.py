@@ -1,19 +1,137 @@
-"""Sharded heads: FSDP2 over two gloo processes. (DDP is tested through `eaft train` in test_train_command.py.)"""
+"""
+Two gloo processes give what one gives, under FSDP2 and DeepSpeed, launched by accelerate.
 
+DDP is tested through `eaft train` in test_train_command.py.
+"""
+
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import yaml
+from transformers import AutoModelForCausalLM
+
+from eaft import EAFTTrainer, cli
+from eaft.errors import ConfigurationError
+from tests.conftest import make_model, make_rows
+from tests.training.deepspeed_check import train as train_a_few_steps
+
+ROOT = Path(__file__).parents[2]
+FSDP2 = {
+    "distributed_type": "FSDP",
+    "fsdp_config": {
+        "fsdp_version": 2,
+        "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "fsdp_cpu_ram_efficient_loading": True,
+        "fsdp_state_dict_type": "SHARDED_STATE_DICT",  # what `accelerate config` proposes
+    },
+}
 
 
-@pytest.mark.parametrize("head", ["in the root's unit", "alone"])
-@pytest.mark.parametrize("gate", ["eaft", "asft"])  # asft: with a reference model, sharded as well
-def test_fsdp2_gives_the_gradients_of_one_process(gate, head):
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29534"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    command += ["-m", "tests.training.fsdp_check", gate, head]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+def launch(folder, config, *command):
+    """Run a module in two processes on the CPU as `accelerate launch --config_file` does."""
+    file = folder / "accelerate.yaml"
+    file.write_text(yaml.safe_dump({"num_processes": 2, "use_cpu": True, "main_process_port": 0, **config}))
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), "-m"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
+    environment["DS_ACCELERATOR"] = "cpu"
+    done = subprocess.run(
+        [*launcher, *map(str, command)], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def save(folder, tokenizer, **overrides):
+    """The tiny model as a folder."""
+    make_model(**overrides).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def weights(folder):
+    return dict(AutoModelForCausalLM.from_pretrained(folder, dtype="float32").named_parameters())
+
+
+def assert_logs_agree(one, two, tolerance, names=("loss", "nll", "mean_gate", "grad_norm", "kl", "eval_loss")):
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys() & set(names):
+            # The first step's divergence is that of a model from itself: 0, within rounding
+            assert a[name] == pytest.approx(b[name], rel=tolerance, abs=1e-6), (name, a, b)
+
+
+@pytest.mark.parametrize(
+    ("gate", "tied", "precision"), [("eaft", False, "no"), ("sft-kl", True, "no"), ("sft-kl", False, "bf16")]
+)
+def test_fsdp2_as_accelerate_wraps_it(tmp_path, tokenizer, gate, tied, precision):
+    """As a user launches `eaft train`: by layers, the last group [norm, lm_head], or with the tied embedding."""
+    model = save(tmp_path / "model", tokenizer, tie_word_embeddings=tied)
+    data = tmp_path / "data"
+    data.mkdir()
+    for split, rows in (("train", make_rows()), ("test", make_rows()[:4])):
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--model_name_or_path", model, "--dataset_name", data, "--gate", gate, "--learning_rate", "1e-3"]
+    flags += ["--max_steps", 4, "--logging_steps", 1, "--eval_strategy", "steps", "--eval_steps", 2, "--use_cpu"]
+    flags += ["--bf16", precision == "bf16", "--report_to", "none", "--disable_tqdm", "true"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    batch = "--per_device_train_batch_size"
+    assert cli.main(["train", *map(str, flags), "--output_dir", str(one), batch, "4"]) == 0
+    config = {**FSDP2, "mixed_precision": precision}
+    launch(tmp_path, config, "tests.training.fsdp_on_cpu", "train", *flags, "--output_dir", two, batch, 2)
+
+    logs = [[json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[:6]] for out in (one, two)]
+    assert [("eval_loss" in log, "loss" in log) for log in logs[0]] == [
+        *[(False, True)] * 2, (True, False), *[(False, True)] * 2, (True, False),
+    ]  # fmt: skip
+    if precision == "bf16":  # FSDP2 rounds what the model returns, and gradients before it averages them
+        assert_logs_agree(*logs, 2**-8, ("loss", "nll", "grad_norm", "eval_loss"))
+        return
+    assert_logs_agree(*logs, 1e-4)
+    start, a, b = weights(model), weights(one), weights(two)
+    moved = sum((a[n] - start[n]).square().sum() for n in a).sqrt()
+    assert sum((a[n] - b[n]).square().sum() for n in a).sqrt() / moved < 1e-3
+
+
+def test_fsdp2_gradients_reference_and_adapters(tmp_path, tokenizer):
+    """See fsdp_check.py; then LoRA with a KL term, whose reference is the sharded policy itself, as one process."""
+    model = save(tmp_path / "model", tokenizer, tie_word_embeddings=False)
+    launch(tmp_path, FSDP2, "tests.training.fsdp_check", model, tmp_path / "two")
+    two = json.loads((tmp_path / "two" / "logs.json").read_text())
+    assert_logs_agree(train_a_few_steps(str(model), str(tmp_path / "one"), "sft-kl", True), two, 1e-4)
+
+
+@pytest.mark.parametrize("sharding", ["ZeRO-3", "FSDP1"])
+def test_a_copy_that_cannot_be_sharded_is_refused(sharding):
+    zero3 = sharding == "ZeRO-3"
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3), fsdp_plugin=SimpleNamespace(fsdp_version=1))
+    trainer = SimpleNamespace(model=make_model(), args=SimpleNamespace(gate="sft-kl"))
+    trainer.accelerator = SimpleNamespace(state=state)
+    trainer.is_deepspeed_enabled, trainer.is_fsdp_enabled = zero3, not zero3
+    with pytest.raises(ConfigurationError, match=f"not with .*{sharding}"):
+        EAFTTrainer._make_reference(trainer)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize(("gate", "trained"), [("eaft", "all"), ("sft-kl", "LoRA")])
+def test_zero(tmp_path, tokenizer, stage, gate, trained):
+    pytest.importorskip("deepspeed")
+    model = save(tmp_path / "model", tokenizer, tie_word_embeddings=False)
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}  # else parameters this small stay whole
+    content = {"zero_optimization": zero, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    file = tmp_path / "deepspeed.json"
+    file.write_text(json.dumps({**content, **dict.fromkeys(sizes, "auto")}))
+    config = {
+        "distributed_type": "DEEPSPEED",
+        "deepspeed_config": {"deepspeed_config_file": str(file), "zero3_init_flag": stage == 3},
+    }
+    launch(tmp_path, config, "tests.training.deepspeed_check", model, tmp_path / "two", gate, trained)
+    two = json.loads((tmp_path / "two" / "logs.json").read_text())
+    one = train_a_few_steps(str(model), str(tmp_path / "one"), gate, trained == "LoRA")
+    assert len(one) == 5
+    assert_logs_agree(one, two, 1e-4)
+    assert ("kl" in one[0]) == (gate == "sft-kl")

@@ -266,3 +266,37 @@ def test_generation_and_plain_forward_are_the_models_own(model):
 
 def test_logit_scale_is_one_without_a_field():
     assert logit_scale(make_model().config) == 1.0
+
+
+def test_reference_head_that_is_partitioned_outside_its_context(monkeypatch):
+    """As ZeRO-3 leaves the frozen head under LoRA with modules_to_save=["lm_head"]: it is not the policy's."""
+    ids, labels = batch()
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+
+    def adapted():
+        torch.manual_seed(0)
+        peft_model = get_peft_model(build("untied"), config).train()
+        model = peft_model.get_base_model()
+        with torch.no_grad():  # as after some steps
+            model.lm_head.weight.mul_(1.5)
+        GatedLMHead(model, "sft-kl", 20, {}, peft_model)
+        return model
+
+    model = adapted()
+    expected = model(input_ids=ids, labels=labels, fused_lm_head=True).loss
+
+    model = adapted()
+    weight = model.lm_head.original_module.weight
+    full, gathered = weight.data, []
+
+    @contextlib.contextmanager
+    def gather(*parameters):
+        gathered.extend(parameters)
+        weight.data = full if any(p is weight for p in parameters) else weight.data
+        yield
+        weight.data = torch.empty(0)
+
+    monkeypatch.setattr(head, "maybe_gather_lm_head_ctx", gather)
+    weight.data = torch.empty(0)
+    assert model(input_ids=ids, labels=labels, fused_lm_head=True).loss.item() == pytest.approx(expected.item())
+    assert any(p is model.lm_head.weight for p in gathered)

@@ -142,7 +142,7 @@ def test_two_processes_equal_one(model_dir, data, tmp_path, gate):
     shared += ["--learning_rate", "1e-3"]
     one, two = tmp_path / "one", tmp_path / "two"
     assert run(*shared, "--output_dir", one, "--per_device_train_batch_size", 4) == 0
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533"]
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     launch(torchrun, *shared, "--output_dir", two, "--per_device_train_batch_size", 2, cwd=tmp_path)
     start, a, b = weights(model_dir), weights(one), weights(two)
     moved = sum((a[n] - start[n]).square().sum() for n in a).sqrt()

@@ -1,0 +1,34 @@
+"""
+`eaft` under FSDP2 on the CPU, launched by `accelerate launch`.
+
+accelerate 1.15 sets up FSDP on accelerators only (`AcceleratorState.__init__`): of two CPU processes it makes DDP,
+without a word, whatever the config file says. Here it does for them what it does for GPUs; nothing else is changed.
+"""
+
+import sys
+from typing import Any
+
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+
+original = AcceleratorState.__init__
+
+
+def with_fsdp(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+    original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+        self.distributed_type = DistributedType.FSDP
+        if self._mixed_precision != "no":
+            fsdp_plugin.set_mixed_precision(self._mixed_precision)
+        self.fsdp_plugin = fsdp_plugin
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+
+AcceleratorState.__init__ = with_fsdp
+
+if __name__ == "__main__":
+    from eaft import cli
+
+    code = cli.main(sys.argv[1:])
+    assert AcceleratorState().distributed_type == DistributedType.FSDP
+    sys.exit(code)
