@@ -1,6 +1,7 @@
 """`eaft train --dry_run`: counts against published and hand-made numbers; nothing written, no weights needed."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -241,6 +242,26 @@ def test_dry_run_counts_and_writes_nothing(no_weights, tmp_path, tokenizer, caps
     assert f"Parameters   {sum(p.numel() for p in make_model().parameters()):,}" in output
     assert "12 of 4 rows (4 x 1 x 1 processes)" in output
     assert "A100 80 GB" in output
+
+
+def test_dry_run_of_experts_counts_the_time_of_those_a_token_goes_through(no_weights, capsys):
+    """Two layers of 64 experts of 3 x 64 x 32, a token through one: all but 3% of the model is idle."""
+    config = AutoConfig.for_model(
+        "qwen3_moe", vocab_size=264, hidden_size=32, moe_intermediate_size=64, num_hidden_layers=2, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, num_experts=64, num_experts_per_tok=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    config.save_pretrained(no_weights[1])
+    flags = ["--per_device_train_batch_size", "16", "--num_train_epochs", "1", "--gradient_checkpointing", "false"]
+    assert cli.main(["train", *no_weights, *flags, "--dry_run"]) == 0
+    output = capsys.readouterr().out
+    found = re.search(r"Parameters +(\S+), of .* and (\S+) take part", output)
+    total, active = (int(number.replace(",", "")) for number in found.groups())
+    assert total - active == 2 * 63 * 3 * 64 * 32
+    tokens = int(re.search(r"rows, (\S+) tokens an epoch", output)[1].replace(",", ""))
+    attention = 2 * 2 * 32 * tokens / 16
+    assert float(re.search(r"(\S+) FLOP", output)[1].strip("(")) == pytest.approx(
+        tokens * 3 * (2 * active + attention), rel=0.05
+    )
 
 
 @pytest.mark.parametrize("recipe", [r for r in RECIPES if "fsdp2" not in r.name], ids=lambda r: r.stem)
