@@ -5,7 +5,6 @@ VENV := .venv
 PY := $(VENV)/bin/python
 OLDEST := .venv-oldest
 OLDEST_TESTS := tests/objective/test_loss.py tests/training/test_head.py $(addprefix tests/, \
-    objective/test_fused.py::test_equals_the_reference_function \
     objective/test_fused.py::test_the_kernels_equal_the_reference_function \
     training/test_trainer.py::test_bf16_equals_trl_within_bf16 \
     training/test_trainer.py::test_accumulating_4_x_1_equals_1_x_4 \
