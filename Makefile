@@ -29,7 +29,7 @@ demo: $(VENV)/.installed  ## fine-tune a real model with SFT and EAFT; table and
 test: $(VENV)/.installed  ## the tests (13 minutes on 2 cores)
 	$(PY) -m pytest -q $(PYTEST_FLAGS)
 
-test-oldest: $(OLDEST)/.installed  ## a few tests of each wing with the oldest versions allowed (7 GB of wheels; 5 minutes)
+test-oldest: $(OLDEST)/.installed  ## a few tests of each wing with the oldest versions allowed (8 GB on disk)
 	$(OLDEST)/bin/python -m pytest -q $(OLDEST_TESTS)
 
 check: $(VENV)/.installed  ## lint, format and types
