@@ -497,3 +497,14 @@ def test_a_backend_that_cannot_be_had_is_refused(monkeypatch):
     monkeypatch.setattr(fused, "triton_backend", None)
     with pytest.raises(ConfigurationError, match="Triton is not installed"):
         linear_gated_cross_entropy(*arguments, backend="triton")
+
+
+@pytest.mark.parametrize("gate", ["sft-kl", "asft"])
+def test_a_model_does_not_diverge_from_itself(gate, backend):
+    """Over a vocabulary in which a difference between two ways of rounding would add up."""
+    problem = Problem(n=12, vocab=20_000, width=16).to(torch.float32)
+    reference = Reference(problem.hidden, problem.weight, problem.bias)
+    _, losses = linear_gated_cross_entropy(
+        problem.hidden, problem.weight, problem.labels, gate, problem.bias, reference=reference, return_losses=True
+    )
+    assert torch.equal(losses.kl, torch.zeros_like(losses.kl))

@@ -84,8 +84,11 @@ class TorchBackend:
         """See `chunk.Backend.diverge`."""
         logits = make_logits(projection, transform, torch.empty_like(scores.exps))
         reference_logits = make_logits(reference_projection, transform, torch.empty_like(scores.exps))
+        reference_shifted = reference_logits - reference_logits.amax(-1, keepdim=True)
+        # Both are normalised in the same way: between two ways of rounding, a small divergence would be lost
         log_probs = logits - scores.top - scores.total.log()
-        return Divergence(*anchor.kl_and_gradient(log_probs, reference_logits.log_softmax(-1)))
+        reference_log_probs = reference_shifted - reference_shifted.exp().sum(-1, keepdim=True).log()
+        return Divergence(*anchor.kl_and_gradient(log_probs, reference_log_probs))
 
     def gradient_(
         self,
