@@ -73,7 +73,7 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
         model.forward = forward
     # Logits are needed a chunk at a time; the copy is called as a whole, so that FSDP gathers it
     frozen.forward = types.MethodType(
-        lambda frozen, *args, **kwargs: frozen.base_model(*args, **kwargs).last_hidden_state, frozen
+        lambda frozen, *args, **kwargs: GatedLMHead.backbone(frozen)(*args, **kwargs).last_hidden_state, frozen
     )
     return frozen
 
@@ -219,7 +219,8 @@ class GatedLMHead:
             aux_loss=aux_loss,
         )
 
-    def backbone(self, model: PreTrainedModel) -> Any:
+    @staticmethod
+    def backbone(model: PreTrainedModel) -> Any:
         """Return the part of a model that ends in hidden states."""
         # A text model that keeps the prefix of a larger one, as Llama 4's, names itself as its base
         return model.model if model.base_model is model else model.base_model
@@ -253,7 +254,7 @@ class GatedLMHead:
         model.eval()  # the reference has no dropout
         try:
             with self.reference.disable_adapter():
-                hidden, lm_head = model.base_model(*args, **kwargs).last_hidden_state, model.get_output_embeddings()
+                hidden, lm_head = self.backbone(model)(*args, **kwargs).last_hidden_state, model.get_output_embeddings()
                 return Reference(hidden, full_parameter(lm_head.weight), full_parameter(lm_head.bias))
         finally:
             model.train()
