@@ -18,10 +18,9 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,7 +52,7 @@ class Gpu:
     """
     Peak figures: bandwidth, SMs, boost clock and dense bf16 rate from NVIDIA's data sheets and white papers.
 
-    Operations of a clock and SM are from the CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions".
+    Operations of a clock and SM are from the CUDA C++ Programming Guide, "Arithmetic Instructions".
     """
 
     name: str
@@ -277,7 +276,7 @@ def per_logit(launch: Launch, code: Code) -> dict[str, float]:
     return {
         "issue": count(lambda operation: True),
         **units,
-        "loads": count(lambda operation: operation.startswith(("LDG", "LDGSTS"))),
+        "loads": count(lambda operation: operation.startswith(("LDG.", "LDGSTS."))),
         "stores": count(lambda operation: operation.startswith("STG")),
         "exponentials": count(lambda operation: operation.startswith("MUFU.EX2")),
         "shuffles": count(lambda operation: operation.startswith("SHFL")),
@@ -349,42 +348,36 @@ def head_gradient_bytes(chunks: int) -> float:
     return 0.0 if chunks == 1 else 4 + 8 * (chunks - 1) + 4 + 2 - 2
 
 
-def head_gradient_bytes_before(chunks: int) -> float:
-    """Return the same of the loss as it was: zeros are written, every chunk is added, then scaled, then cast."""
-    return 4 + 8 * chunks + 8 + 6 - 2
+@dataclass(frozen=True)
+class Share:
+    """How the loss's time is made up, in seconds, and the share that is products."""
+
+    gpu: str
+    tokens: int  # labelled
+    rows: int  # of a chunk, at most
+    products: float
+    kernels: float
+    head_gradient: float
+    share: float
 
 
-def share_of_floor(gpu: Gpu, seconds: float, element_bytes: float, vocab: int, width: int, tokens: int) -> float:
-    """Return the time of three products over theirs with the kernels' (`seconds` a logit) and the gradient's traffic."""
-    products = 6 * vocab * width * tokens / (gpu.tensor * REACHED["tensor"])
-    traffic = element_bytes * vocab * width / (gpu.bandwidth * REACHED["bandwidth"])
-    return products / (products + seconds * vocab * tokens + traffic)
-
-
-def floors(lines: list[dict[str, Any]], vocab: int = 151936, width: int = 2560) -> list[dict[str, Any]]:
-    """Return the shares of the floor in bf16, with and without a KL term's kernels (its products are not counted)."""
-    shares = []
+def floors(lines: list[dict[str, Any]], chunk_rows: list[int], gradient_bytes: Callable[[int], float]) -> list[Share]:
+    """Return the shares of the floor of a gate without a reference in bf16, at `V` 151,936 and `H` 2,560."""
+    vocab, width, shares = 151936, 2560, []
     for gpu in GPUS:
-        of = {
+        seconds = {
             line["kernel"]: max(line["ns_per_logit"].values()) * 1e-9
             for line in lines
-            if line["gpu"] == gpu.name
-            and line["vocab"] == vocab
-            and line["dtype"] == "bfloat16"
-            and not line["softcap"]
+            if (line["gpu"], line["vocab"], line["dtype"], line["softcap"]) == (gpu.name, vocab, "bfloat16", None)
         }
+        kernels = seconds["score"] + seconds["gradient"]
         for tokens in (2048, 16384):
-            for rows in (4096, 8192):
-                seconds = of["score"] + of["gradient"]
-                chunks = triton.cdiv(tokens, rows)
-                shares.append(
-                    {
-                        "gpu": gpu.name,
-                        "tokens": tokens,
-                        "rows": rows,
-                        "share": share_of_floor(gpu, seconds, head_gradient_bytes(chunks), vocab, width, tokens),
-                    }
-                )
+            for rows in chunk_rows:
+                element_bytes = gradient_bytes(triton.cdiv(tokens, rows))
+                products = 6 * vocab * width * tokens / (gpu.tensor * REACHED["tensor"])
+                traffic = element_bytes * vocab * width / (gpu.bandwidth * REACHED["bandwidth"])
+                share = products / (products + kernels * vocab * tokens + traffic)
+                shares.append(Share(gpu.name, tokens, rows, products, kernels * vocab * tokens, traffic, share))
     return shares
 
 
@@ -431,14 +424,65 @@ def table(lines: list[dict[str, Any]]) -> str:
     return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
 
 
+def notes() -> str:
+    """Return what the table rests on."""
+    peaks = tabulate(
+        [{**asdict(gpu), **{k: f"{getattr(gpu, k):.4g}" for k in ("bandwidth", "clock", "tensor")}} for gpu in GPUS],
+        headers="keys",
+        tablefmt="github",
+        disable_numparse=True,
+    )
+    reached = ", ".join(f"{name} {share:.0%}" for name, share in REACHED.items())
+    return f"""A model, not a measurement: made by `benchmarks/kernels.py` from machine code, on no GPU.
+
+Time of a limit, a logit: bytes / bandwidth, or slots / (slots of a clock and SM * SMs * clock). A kernel's time is its
+largest. Instructions outside the loop are spread over a row's logits, those of branches that may not be taken too.
+Peaks are of NVIDIA's data sheets, slots of a clock and SM of the CUDA C++ Programming Guide; what is reached of them is
+assumed: {reached}.
+
+{peaks}
+"""
+
+
+def share_table(shares: list[dict[str, Any]]) -> str:
+    """Return the shares of the floor as a Markdown table."""
+    return tabulate(
+        [
+            {
+                "GPU": share["gpu"],
+                "labelled tokens": f"{share['tokens']:,}",
+                "rows of a chunk": f"{share['rows']:,}",
+                "products, ms": f"{1e3 * share['products']:.2f}",
+                "kernels, ms": f"{1e3 * share['kernels']:.2f}",
+                "head's gradient, ms": f"{1e3 * share['head_gradient']:.2f}",
+                "share of the floor": f"{share['share']:.0%}",
+            }
+            for share in shares
+        ],
+        headers="keys",
+        tablefmt="github",
+        disable_numparse=True,
+    )
+
+
 def main() -> None:
-    """Compile, count, write."""
+    """Compile, count, write; what an earlier version cost is kept under `before`."""
+    path = RESULTS / "kernels.json"
+    before = json.loads(path.read_text()).get("before") if path.exists() else None
     lines = [line for case in CASES for line in analyse(case)]
-    shares = floors(lines)
-    print(table(lines))
-    for share in shares:
-        print(share)
+    shares = [asdict(share) for share in floors(lines, [4096, 8192], head_gradient_bytes)]
+    result: dict[str, Any] = {
+        "environment": {**environment(), "triton": triton.__version__},
+        "gpus": [asdict(gpu) for gpu in GPUS],
+    }
+    result |= {"reached": REACHED, "kernels": lines, "shares": shares, "before": before}
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    text = f"{notes()}\n{table(lines)}\n\nIn bf16, V = 151,936, H = 2,560:\n\n{share_table(shares)}\n"
+    if before:
+        text += f"\nBefore, at {before['commit']}:\n\n{table(before['kernels'])}\n\n{share_table(before['shares'])}\n"
+    path.with_suffix(".md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

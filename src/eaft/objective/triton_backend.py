@@ -3,8 +3,8 @@ The three doors of `eaft.objective.chunk` as Triton kernels: a chunk's logits ar
 
 The same mathematics as the other backend, held to the same tests. With `TRITON_INTERPRET=1` they need no GPU.
 
-A row is walked in blocks. A lane, which is a thread, keeps to its own columns, with a maximum and sums of its own, so that
-nothing crosses lanes before the row's end.
+A row is walked in blocks. A lane, which is a thread, keeps to its own columns, with a maximum and sums of its own, so
+that nothing crosses lanes before the row's end.
 """
 
 from __future__ import annotations
@@ -53,7 +53,11 @@ class Divergence:
 
 @triton.jit
 def exp(x):
-    """Return e^x; `tl.exp` spends three more instructions on results below 1e-38, which are 0 here."""
+    """
+    Return e^x to |x| / 2^24 of it, as `tl.exp` does.
+
+    That one spends three more instructions on results below 1e-38, which are 0 here.
+    """
     return tl.exp2(x * LOG2_E)
 
 
@@ -276,7 +280,7 @@ def diverge_kernel(
     """
     One program a token: KL(q || p) forward, KL(p || q) reverse, of policy p and reference q.
 
-    With d = z_q - z_p, ln q - ln p = d - (top_q - top_p) - ln(total_q / total_p): between models that are nearly equal
+    ln q - ln p = d - ln(total_q / total_p) with d = (z_q - z_p) - (top_q - top_p): between models that are nearly equal
     every term is small, and so is its rounding.
     """
     row = tl.program_id(0).to(tl.int64)
@@ -284,7 +288,7 @@ def diverge_kernel(
     columns = block_columns(0, BLOCK, LANES, VECTOR)
     p_top, q_top = tl.full((LANES,), NOTHING, tl.float32), tl.full((LANES,), NOTHING, tl.float32)
     p_total, q_total = tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32)
-    weighted = tl.zeros((LANES,), tl.float32)  # sum of q's e * d forward, of p's reverse
+    weighted = tl.zeros((LANES,), tl.float32)  # sum of q's e * d forward, of p's reverse; d by the lane's tops
     for start in range(0, n_columns, BLOCK):
         p = load_logits(p_row, start + columns, n_columns, width, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
         q = load_logits(q_row, start + columns, n_columns, width, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
@@ -293,21 +297,23 @@ def diverge_kernel(
         e_p = exp(below(p, new_p_top[None, :, None]))
         e_q = exp(below(q, new_q_top[None, :, None]))
         e = e_q if FORWARD else e_p
+        apart = new_q_top - new_p_top
         # A token of probability 0 adds nothing, whatever the other model thinks of it
-        weighted = weighted * (q_scale if FORWARD else p_scale) + lane_sum(tl.where(e > 0, e * (q - p), 0.0))
+        added = lane_sum(tl.where(e > 0, e * (q - p - apart[None, :, None]), 0.0))
+        moved = weighted + (q_total if FORWARD else p_total) * (q_top - p_top - apart)
+        weighted = moved * (q_scale if FORWARD else p_scale) + added
         p_total = p_total * p_scale + lane_sum(e_p)
         q_total = q_total * q_scale + lane_sum(e_q)
         p_top, q_top = new_p_top, new_q_top
     top_p, top_q = tl.max(p_top, axis=0), tl.max(q_top, axis=0)
     p_scale, q_scale = exp(below(p_top, top_p)), exp(below(q_top, top_q))
-    weighted = tl.sum(weighted * (q_scale if FORWARD else p_scale), axis=0)
+    moved = weighted + (q_total if FORWARD else p_total) * (q_top - p_top - (top_q - top_p))
+    weighted = tl.sum(moved * (q_scale if FORWARD else p_scale), axis=0)
     total_p, total_q = tl.sum(p_total * p_scale, axis=0), tl.sum(q_total * q_scale, axis=0)
     # ln(total_q / total_p), by way of their difference where they are near each other
     x = (total_q - total_p) / total_p
     log_ratio = tl.where(tl.abs(x) < 1e-3, x - x * x * (0.5 - x / 3), tl.log(total_q / total_p))
-    constant = (top_q - top_p) + log_ratio
-    kl = weighted / total_q - constant if FORWARD else constant - weighted / total_p
-    tl.store(kl_ptr + row, kl)
+    tl.store(kl_ptr + row, weighted / total_q - log_ratio if FORWARD else log_ratio - weighted / total_p)
     tl.store(reference_top_ptr + row, top_q)
     tl.store(reference_log_total_ptr + row, tl.log(total_q))
 
