@@ -34,6 +34,7 @@ from triton.compiler import ASTSource
 
 from eaft.objective import triton_backend
 from eaft.objective.chunk import LogitTransform
+from eaft.objective.gates import Anchor
 from eaft.provenance import environment
 
 RESULTS = Path(__file__).parent / "results"
@@ -139,7 +140,7 @@ def launches(case: Case) -> dict[str, Launch]:
     transform = LogitTransform(case.logit_scale, case.softcap)
     with recorded_launches() as found:
         scores = triton_backend.score(projection, labels, case.top_k, transform)
-        divergence = triton_backend.diverge(projection, reference, scores, case.direction, transform)
+        divergence = triton_backend.diverge(projection, reference, scores, Anchor(1.0, case.direction), transform)
         triton_backend.gradient_(projection, labels, weights, scores, transform)
         triton_backend.gradient_(projection, labels, weights, scores, transform, divergence, 0.5)
     return dict(zip(("score", "diverge", "gradient", "gradient with KL"), found, strict=True))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div
 
-from eaft.objective.chunk import LogitTransform, Scores
+from eaft.objective.chunk import LogitTransform
 from eaft.objective.gates import Anchor
 from eaft.objective.statistics import token_statistics
 
@@ -70,7 +70,9 @@ def ours(problem, transform, top_k=20, kl_coef=0.0, direction="forward"):
     """The same through the doors."""
     args = problem.projection, problem.labels
     scores = triton_backend.score(*args, top_k, transform)
-    divergence = triton_backend.diverge(problem.projection, problem.reference, scores, direction, transform)
+    divergence = triton_backend.diverge(
+        problem.projection, problem.reference, scores, Anchor(1.0, direction), transform
+    )
     memory = padded(problem.projection)
     gradient = triton_backend.gradient_(
         memory, problem.labels, problem.weights, scores, transform, divergence if kl_coef else None, kl_coef
@@ -248,7 +250,7 @@ def test_rows_of_any_stride(width, dtype):
     memory = projection.as_strided((len(projection), width), (width, 1))
     memory[:, 64:] = 7.0
     found = triton_backend.score(projection, problem.labels, 20, LogitTransform())
-    divergence = triton_backend.diverge(projection, reference, found, "forward", LogitTransform())
+    divergence = triton_backend.diverge(projection, reference, found, Anchor(1.0, "forward"), LogitTransform())
     for field in FIELDS:
         # In another order of their sums: an ulp or two of numbers around 4, the log-totals
         torch.testing.assert_close(getattr(found.statistics, field), getattr(expected[0], field), rtol=1e-6, atol=1e-6)
@@ -329,6 +331,6 @@ def test_no_token():
     problem.projection, problem.reference = problem.projection[:0], problem.reference[:0]
     problem.labels, problem.weights = problem.labels[:0], problem.weights[:0]
     scores = triton_backend.score(problem.projection, problem.labels, 20, LogitTransform())
-    assert isinstance(scores, Scores)
+    assert isinstance(scores, triton_backend.Scores)
     assert len(scores.top) == len(scores.statistics.is_top1) == 0
     assert ours(problem, LogitTransform())[2].shape == (0, 70)
