@@ -18,6 +18,29 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 torch.set_num_threads(1 if parallel else 2)
 
+
+def let_triton_interpret_xor_with_numpy():
+    """Triton interprets sums with numpy, but xor by elements, hundreds of times slower; `tl.topk` is made of xor."""
+    try:
+        import numpy
+        from triton.language.standard import _xor_combine
+        from triton.runtime.interpreter import ReduceOps
+    except ImportError:
+        return
+    slow = ReduceOps.apply_impl
+
+    def apply_impl(self, input):
+        if self.combine_fn is not _xor_combine:
+            return slow(self, input)
+        data = numpy.bitwise_xor.reduce(input[0].handle.data, axis=self.axis, keepdims=self.keep_dims)
+        return self.to_tensor(data, input[0].dtype)
+
+    ReduceOps.apply_impl = apply_impl
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    let_triton_interpret_xor_with_numpy()
+
 # ChatML with the markers that assistant_only_loss needs
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"

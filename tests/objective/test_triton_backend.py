@@ -178,10 +178,10 @@ def test_above_128_torch_looks_for_the_top_k(transform, monkeypatch):
 @pytest.mark.parametrize("top_k", [2, 20])
 def test_ties(top_k, dtype):
     """At the Kth place any of the equals will do; the first of equals at the top is the one."""
-    levels = torch.randint(4, (6, 9000), generator=torch.Generator().manual_seed(0)).to(dtype)
+    levels = torch.randint(4, (6, 20000), generator=torch.Generator().manual_seed(0)).to(dtype)
     levels[1] = 1
     levels[2, 40:] = 0
-    problem = Problem(n=6, vocab=9000, dtype=dtype)
+    problem = Problem(n=6, vocab=20000, dtype=dtype)
     problem.projection.copy_(levels)
     problem.labels.copy_(torch.tensor([0, 0, 0, 8999, 0, 0]))
     firsts = problem.projection.float().argmax(-1)
@@ -254,7 +254,8 @@ def test_rows_of_any_stride(width, dtype):
     for field in FIELDS:
         # In another order of their sums: an ulp or two of numbers around 4, the log-totals
         torch.testing.assert_close(getattr(found.statistics, field), getattr(expected[0], field), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(divergence.kl, expected[1], rtol=1e-5, atol=3e-7)
+    # Two units in the last place of each of the two totals, between 1 and 2
+    torch.testing.assert_close(divergence.kl, expected[1], rtol=1e-5, atol=4 * torch.finfo(torch.float32).eps)
     gradient = triton_backend.gradient_(
         projection, problem.labels, problem.weights, scores, LogitTransform(), divergence, 0.3
     )
@@ -270,6 +271,7 @@ def test_rows_are_read_by_vectors_where_their_memory_allows():
     one_by_one = {"VECTOR": 1, "width": 50}
     assert triton_backend.layout(memory[:, 1:51]) == one_by_one  # starts between vectors
     assert triton_backend.layout(torch.zeros(4, 50)) == one_by_one
+    assert triton_backend.layout(torch.zeros(4, 72)[:, :50]) == one_by_one
     assert triton_backend.layout(memory.flatten()[48:].as_strided((3, 50), (64, 1))) == {"VECTOR": 8, "width": 64}
     # The last row's padding would be behind the end of the storage
     assert triton_backend.layout(memory.flatten()[:242].clone().as_strided((4, 50), (64, 1))) == one_by_one
