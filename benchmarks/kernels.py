@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import triton
@@ -87,7 +87,7 @@ class Case:
     vocab: int = 151936
     softcap: float | None = None
     logit_scale: float = 1.0
-    direction: str = "forward"
+    direction: Literal["forward", "reverse"] = "forward"
     top_k: int = 20
     padded: bool = True
 
