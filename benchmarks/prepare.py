@@ -166,14 +166,16 @@ def run_one(contender: str, packing: bool, tokens: int, workers: int, folder: Pa
     return found
 
 
-def measure(rows: int, tokens: int, workers: int, repeats: int, work: Path) -> list[dict[str, Any]]:
-    """Run every contender `repeats` times, in turn, and return a line for each."""
+def measure(
+    rows: int, tokens: int, workers: int, repeats: int, work: Path, contenders: list[str], packings: list[str]
+) -> list[dict[str, Any]]:
+    """Run the contenders `repeats` times, in turn, and return a line for each."""
     source = work / f"{rows}x{tokens}.arrow"
     make_data(source, rows, tokens)
     runs: dict[tuple[bool, str], list[dict[str, float]]] = {}
     for _ in range(repeats):
-        for packing in (False, True):
-            for contender in CONTENDERS:
+        for packing in (choice == "yes" for choice in packings):
+            for contender in contenders:
                 folder = work / "run"
                 folder.mkdir()
                 os.link(source, folder / "data.arrow")
@@ -249,6 +251,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200, help="tokens a row, on average")
     parser.add_argument("--workers", type=int, default=2, help="dataset_num_proc")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--contenders", nargs="+", default=CONTENDERS, choices=CONTENDERS, help="TRL is one of them")
+    parser.add_argument("--packing", nargs="+", default=["no", "yes"], choices=["no", "yes"])
     parser.add_argument("--work", type=Path, default=Path("/tmp/eaft-prepare"), help="scratch folder; is emptied")
     parser.add_argument("--append", action="store_true", help="keep the lines that are there")
     parser.add_argument("--note", default="", help="written into the results: what else ran meanwhile")
@@ -258,7 +262,7 @@ def main() -> None:
     for rows in flags.rows:
         shutil.rmtree(flags.work, ignore_errors=True)
         flags.work.mkdir(parents=True)
-        lines += measure(rows, flags.tokens, flags.workers, flags.repeats, flags.work)
+        lines += measure(rows, flags.tokens, flags.workers, flags.repeats, flags.work, flags.contenders, flags.packing)
         machine = environment()
         found = {"date": date.today().isoformat(), "environment": machine, "note": flags.note, "lines": lines}
         file.write_text(json.dumps(found, indent=1) + "\n")
