@@ -204,26 +204,16 @@ def status(field: str) -> int:
 
 def floor(size: Size) -> dict[str, float]:
     """Return the seconds of the three products, at the measured rate, and of the passes over the logits."""
+    from eaft.objective.check import best_seconds, product_rate
+
     vocab, width = HEADS[size.head]
     n = round(size.tokens * size.labelled)
     dtype = getattr(torch, size.dtype)
-    a, b = torch.randn(min(n, 1024), width).to(DEVICE, dtype), torch.randn(vocab, width).to(DEVICE, dtype)
-    big = torch.zeros(2**27 if DEVICE == "cpu" else 2**29, dtype=torch.uint8, device=DEVICE)
-
-    def best(run: Callable[[], Any]) -> float:
-        seconds = []
-        for _ in range(4):
-            synchronize()
-            start = time.perf_counter()
-            run()
-            synchronize()
-            seconds.append(time.perf_counter() - start)
-        return min(seconds)
-
-    product = torch.zeros(len(a), vocab, device=DEVICE, dtype=dtype)
-    rate = 2 * len(a) * vocab * width / best(lambda: torch.mm(a, b.T, out=product))
+    device = torch.device(DEVICE)
+    big = torch.zeros(2**27 if DEVICE == "cpu" else 2**29, dtype=torch.uint8, device=device)
     copy = torch.zeros_like(big)
-    copied = 2 * big.nbytes / best(lambda: copy.copy_(big))
+    rate = product_rate(min(n, 1024), vocab, width, dtype, device)
+    copied = 2 * big.nbytes / best_seconds(lambda: copy.copy_(big), device)
     return {
         "products_s": 3 * 2 * n * vocab * width / rate,
         "passes_s": 5 * n * vocab * dtype.itemsize / copied,
