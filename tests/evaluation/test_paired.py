@@ -189,3 +189,17 @@ def test_interval_of_a_ratio_of_sums():
     assert (low + high) / 2 == pytest.approx(ratio, abs=0.2 * error)
     assert bootstrap_interval(3.0 * counts, counts) == (3, 3)
     assert bootstrap_interval(sums[:1], counts[:1]) == (sums[0] / counts[0], sums[0] / counts[0])
+
+
+def test_a_single_item_that_differs_is_no_evidence():
+    before, after = np.full(50, 0.5), np.full(50, 0.5)
+    after[-1] = 0.4
+    found = paired_change(before, after)
+    assert found.p_value == 1.0  # of two swaps both are as far from 0
+    assert found.low < found.change < found.high
+
+
+def test_items_that_all_change_alike_are_no_certainty():
+    found = paired_change(np.full(3, 0.5), np.full(3, 0.1))
+    assert found.p_value == pytest.approx(2 / 2**3)  # two of the eight sign patterns
+    assert found.low < found.change < found.high

@@ -1,6 +1,7 @@
 """The fused loss: equal to the reference in value, statistics and gradients, as exact as plain cross-entropy."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from eaft.objective import fused, torch_backend
 from eaft.objective.fused import Reference
 from eaft.objective.gates import GATES
 from tests.objective.test_gates import GIVEN, SEEN
+
+# Where there is a GPU all of this runs on it, the kernels compiled
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 
 @pytest.fixture(params=["torch", "triton"])
@@ -52,7 +56,10 @@ class Problem:
         self.labels[0] = vocab - 1
         self.example_ids = torch.randint(4, (n,), generator=generator)
         self.example_nll = (normal(4).abs() + 0.1)[self.example_ids]
-        self.reference = Reference((self.hidden + 0.3 * normal(n, width)).to(dtype), self.weight, self.bias)
+        reference_hidden = (self.hidden + 0.3 * normal(n, width)).to(DEVICE, dtype)
+        for name, value in vars(self).items():
+            setattr(self, name, None if value is None else value.to(DEVICE))
+        self.reference = Reference(reference_hidden, self.weight, self.bias)
 
     def to(self, dtype):
         """The same numbers in another dtype."""
@@ -249,10 +256,10 @@ def test_the_rule_of_exactness_catches_a_gate_that_lets_gradient_through():
 
 
 def test_ties_at_the_kth_place(backend):
-    weight = torch.eye(50)
-    hidden = torch.zeros(3, 50)
+    weight = torch.eye(50, device=DEVICE)
+    hidden = torch.zeros(3, 50, device=DEVICE)
     hidden[:, 10:] = -1.0
-    labels = torch.tensor([0, 20, 49])
+    labels = torch.tensor([0, 20, 49], device=DEVICE)
     _, losses = linear_gated_cross_entropy(hidden, weight, labels, return_losses=True)
     expected = token_statistics(hidden, labels)
     torch.testing.assert_close(losses.statistics.top_k_entropy, expected.top_k_entropy)
@@ -264,8 +271,11 @@ def test_logits_that_are_minus_infinity(backend):
         bias = torch.full((64,), -math.inf)
         bias[:finite] = torch.randn(finite, generator=torch.Generator().manual_seed(0))
         problem = Problem(vocab=64, dtype=torch.float32)
-        problem.bias, problem.labels = bias, problem.labels.where(problem.labels < 0, problem.labels % finite)
-        problem.reference = Reference(problem.reference.hidden, problem.weight, bias)
+        problem.bias, problem.labels = (
+            bias.to(DEVICE),
+            problem.labels.where(problem.labels < 0, problem.labels % finite),
+        )
+        problem.reference = Reference(problem.reference.hidden, problem.weight, problem.bias)
         for gate in ("eaft", "asft", "sft-kl"):
             ours, theirs = flatten(fuse(problem, gate)), flatten(plain(problem, gate))
             for name in ours:
@@ -322,6 +332,14 @@ def test_labels_of_any_shape_and_their_context():
 def test_what_is_frozen_costs_no_product(frozen, monkeypatch, backend):
     problem, products = Problem(dtype=torch.float32), []
     monkeypatch.setattr(fused, "add_product", broken(fused.add_product, lambda p: products.append(p) or p))
+    mm, outs = torch.mm, []  # widths of what is multiplied into memory that is there: logits, and hidden states
+
+    def spy(*args, **kwargs):
+        if "out" in kwargs:
+            outs.append(kwargs["out"].shape[1])
+        return mm(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "mm", spy)
     leaves = problem.leaves()
     leaves[frozen].requires_grad_(False)
     linear_gated_cross_entropy(leaves["hidden"], leaves["weight"], problem.labels).backward()
@@ -330,6 +348,7 @@ def test_what_is_frozen_costs_no_product(frozen, monkeypatch, backend):
         torch.testing.assert_close(leaves[name].grad.double(), expected[f"gradient of {name}"], rtol=1e-4, atol=1e-6)
     assert leaves[frozen].grad is None
     assert len(products) == (0 if frozen == "weight" else 1)
+    assert outs.count(8) == (0 if frozen == "hidden" else 1)
 
 
 def plain_without_bias(problem):
@@ -342,7 +361,8 @@ def test_without_gradients_only_the_statistics_are_computed(monkeypatch, backend
     problem = Problem(dtype=torch.float32)
     leaves = problem.leaves()
     monkeypatch.setattr(fused, "add_product", None)
-    monkeypatch.setattr(torch.Tensor, "scatter_add_", None)  # where the gradient takes the label's 1 off
+    for doors in (torch_backend.TorchBackend, fused.triton_backend):
+        monkeypatch.setattr(doors, "gradient_", None)
     with torch.no_grad():
         loss = linear_gated_cross_entropy(leaves["hidden"], leaves["weight"], problem.labels)
     assert not loss.requires_grad
@@ -449,7 +469,7 @@ def test_a_gate_may_return_one_number_for_all(backend):
         (9000, 151_936, 2**33, 4608),  # 9000 > 8192: two of equal size, in 256s
         (16_384, 151_936, 2**33, 8192),
         (4096, 151_936, 3 * 2**28, 2048),  # 2650 fit: 2560, and two chunks are 2048 each
-        (1000, 151_936, 2**25, 110),  # fewer than 256 fit: as many as do
+        (1000, 151_936, 2**25, 100),  # 110 fit: ten of 100
     ],
 )
 def test_chunks_are_equal_and_in_whole_tiles(n, vocab_size, budget, rows):
@@ -508,3 +528,43 @@ def test_a_model_does_not_diverge_from_itself(gate, backend):
         problem.hidden, problem.weight, problem.labels, gate, problem.bias, reference=reference, return_losses=True
     )
     assert torch.equal(losses.kl, torch.zeros_like(losses.kl))
+
+
+@pytest.mark.parametrize("tokens_at_a_time", [10_000, 700])
+def test_float16_does_not_overflow_before_it_is_divided(tokens_at_a_time):
+    """4,096 tokens with one label: the sum of their gradients is beyond float16, their mean is not."""
+    hidden = torch.full((4096, 8), 50.0, dtype=torch.float16)
+    weight = torch.randn(45, 8, generator=torch.Generator().manual_seed(0)).to(torch.float16) / 100
+    labels = torch.full((4096,), 3)
+    leaves = [weight.clone().requires_grad_() for _ in range(2)]
+    linear_gated_cross_entropy(hidden, leaves[0], labels, "sft", logits_budget=tokens_at_a_time * 90).backward()
+    gated_cross_entropy(hidden.double() @ leaves[1].double().T, labels, "sft").backward()
+    assert relative_error(leaves[0].grad.double(), leaves[1].grad.double()) < 4 * torch.finfo(torch.float16).eps
+
+
+@pytest.mark.parametrize("tokens_at_a_time", [100, 3])
+@pytest.mark.parametrize(
+    ("hidden", "weight"),
+    [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.float16)],
+)
+def test_hidden_states_and_head_of_two_dtypes(hidden, weight, tokens_at_a_time):
+    """The products are in the hidden states' dtype; each gradient comes back in its own."""
+    problem = Problem().to(torch.bfloat16)
+    problem.hidden, problem.weight = problem.hidden.to(hidden), problem.weight.to(weight)
+    problem.bias, problem.reference = None, None
+    ours = fuse(problem, logits_budget=tokens_at_a_time * 45 * 4)
+    assert (ours[2]["hidden"].dtype, ours[2]["weight"].dtype) == (hidden, weight)
+    problem.weight = problem.weight.to(hidden)
+    truth, plainly = ({k: v.double() for k, v in fuse(p)[2].items()} for p in (problem.to(torch.float64), problem))
+    for name, gradient in ours[2].items():
+        ulp = max(torch.finfo(dtype).eps for dtype in (hidden, weight))
+        allowed = 1.5 * relative_error(plainly[name], truth[name]) + 2 * ulp
+        assert relative_error(gradient.double(), truth[name]) <= allowed, name
+
+
+def test_tensors_that_do_not_belong_together_are_refused():
+    labels = torch.zeros(3, 4, dtype=torch.int64)
+    with pytest.raises(ConfigurationError, match=r"labels \[3, 4\] do not go with a tensor \[4, 3, 8\]"):
+        linear_gated_cross_entropy(torch.zeros(4, 3, 8), torch.zeros(5, 8), labels)
+    with pytest.raises(ConfigurationError, match=r"labels \[3, 4\] do not go with a tensor \[4, 3\]"):
+        linear_gated_cross_entropy(torch.zeros(3, 4, 8), torch.zeros(5, 8), labels, example_ids=labels.T)

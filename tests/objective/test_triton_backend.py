@@ -336,3 +336,11 @@ def test_no_token():
     assert isinstance(scores, triton_backend.Scores)
     assert len(scores.top) == len(scores.statistics.is_top1) == 0
     assert ours(problem, LogitTransform())[2].shape == (0, 70)
+
+
+@pytest.mark.parametrize("label", [-1, 40, 10_000])
+def test_a_label_that_is_none_is_never_hidden(label):
+    projection = torch.randn(2, 40, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    scores = triton_backend.score(projection, torch.tensor([3, label], device=DEVICE), 20, LogitTransform())
+    assert scores.statistics.log_prob.isnan().tolist() == [False, True]
+    assert not scores.statistics.is_top1[1]

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from eaft import EAFTConfig, EAFTTrainer
 from eaft.training.head import GatedLMHead, frozen_copy
-from tests.conftest import make_model, make_rows, make_tokenizer
+from tests.conftest import leave, make_model, make_rows, make_tokenizer
 from tests.training import fsdp_on_cpu  # noqa: F401
 from tests.training.deepspeed_check import train
 
@@ -95,4 +95,4 @@ if __name__ == "__main__":
     logs = train(model_dir, out, "sft-kl", True)
     if dist.get_rank() == 0:
         Path(out, "logs.json").write_text(json.dumps(logs))
-    dist.destroy_process_group()
+    leave()

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from eaft.errors import ConfigurationError
 from eaft.training.head import GatedLMHead
 from eaft.training.logits_check import check_logits
-from tests.conftest import make_model
+from tests.conftest import leave, make_model
 
 
 def gather(x):
@@ -57,7 +57,7 @@ def main():
         check_logits(build(mesh, 2.0 if rank else 1.0), inputs, gather)
     except ConfigurationError as error:
         print("refused:", str(error).partition(": ")[2], file=sys.stdout, flush=True)
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from datasets import Dataset, load_dataset
 from eaft import EAFTConfig, EAFTTrainer
 from eaft.errors import NonFiniteError
 from eaft.training.measure import MEASUREMENTS_FILE
-from tests.conftest import make_model, make_rows, make_tokenizer
+from tests.conftest import leave, make_model, make_rows, make_tokenizer
 from tests.training.test_trainer import DEFAULTS
 
 
@@ -72,4 +72,4 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     same_message(Path(sys.argv[1]))
     measured_as_one(Path(sys.argv[1]))
-    dist.destroy_process_group()
+    leave()

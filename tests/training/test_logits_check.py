@@ -153,7 +153,7 @@ def test_other_auxiliary_loss_is_refused():
 
 def test_sharded_model_is_checked_and_refused_by_every_rank():
     root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29544"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}"}
     command += ["-m", "tests.training.logits_check_fsdp"]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)

@@ -141,7 +141,7 @@ def test_a_long_row_is_named_by_how_it_begins():
 def test_every_process_has_the_message_and_uneven_shares_are_measured_as_one(tmp_path):
     """Two processes: see `rows_check`, which they run."""
     root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29536"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(root), *sys.path[1:]])}
     command += ["-m", "tests.training.rows_check", str(tmp_path)]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
@@ -163,3 +163,29 @@ def test_the_command_prints_an_error_once(rank, printed, monkeypatch, capsys):
 
 def fail(argv):
     raise NonFiniteError("nan at 3")
+
+
+class Words:
+    def decode(self, ids):
+        return " ".join(map(str, ids.tolist()))
+
+
+def test_rows_of_a_collator_of_ones_own():
+    """It makes two rows of three, or has no mask: all texts are shown, with numbers only where they are known."""
+    ids, numbers = torch.tensor([[5, 6, 0], [7, 8, 9]]), torch.tensor([[4, 2], [1, 1], [3, 2]])
+    batch = {"input_ids": ids, "attention_mask": (ids > 0).long(), ROWS: numbers}
+    assert describe_rows(batch, Words(), images=False) == "(unnumbered): '5 6', (unnumbered): '7 8 9'"
+    without_mask = {"input_ids": ids, ROWS: numbers[:2]}
+    assert describe_rows(without_mask, Words(), images=False) == "4: '5 6 0', 1: '7 8 9'"
+
+
+def test_a_data_set_of_ones_own_class_keeps_its_ways(model, tokenizer, tmp_path):
+    class Own(Dataset):
+        def __getitems__(self, keys):
+            raise NotImplementedError
+
+    trainer = EAFTTrainer(model, train_dataset=Dataset.from_list(make_rows()), processing_class=tokenizer,
+                          args=EAFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none"))  # fmt: skip
+    trainer.train_dataset.__class__ = Own
+    with pytest.raises(NotImplementedError):
+        next(iter(trainer.get_train_dataloader()))

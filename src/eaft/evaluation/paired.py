@@ -79,9 +79,9 @@ def paired_change(before: np.ndarray, after: np.ndarray, num_choices: np.ndarray
     else:
         p_value = swap_test(before, after)
         low, high = bootstrap_interval(difference)
-        if not difference.any():  # nothing to draw from: as for scores of 0 and 1
-            high = Z * math.sqrt(2) / (n + 2)
-            low = -high
+        if np.ptp(difference) < 1e-12:  # nothing to draw from: as for scores of 0 and 1
+            half = Z * math.sqrt(2) / (n + 2)
+            low, high = low - half, high + half
         variance = float(difference.var())
     return Change(
         n=n,
@@ -182,9 +182,9 @@ def combine(tasks: list[Change]) -> tuple[float, float, float]:
 
 def swap_test(before: np.ndarray, after: np.ndarray) -> float:
     """Return the p-value of the sum of differences when each item's two scores are swapped at random."""
-    if (before == after).all():
-        return 1.0
     differs = before != after
+    if differs.sum() < 2:  # swapped or not, a single difference is as far from 0
+        return 1.0
     result = stats.permutation_test(
         (after[differs], before[differs]),
         lambda x, y, axis: (x - y).sum(axis=axis),

@@ -29,7 +29,7 @@ from eaft.objective.statistics import TokenStatistics, token_statistics
 
 MIN_TOKENS, MAX_TOKENS = 32, 16384
 SECONDS = 1.0  # that the products of one float64 truth, or of one timed loss, may take
-CHUNK_BYTES = 2**30  # of the logits that the specification sees at a time
+CHUNK_BYTES = 2**28  # of the logits that the specification sees at a time
 MEMORY_SHARE = 0.6  # of a GPU's free memory, for one case
 LOSS_PER_TOKEN = 6  # floating-point operations per V x H: three products, each a multiplication and an addition
 
@@ -51,13 +51,15 @@ class Case:
         return f"V={self.vocab:,} H={self.width:,}{head}"
 
 
-ODD = Case(50_257, 768, 0.5, 30.0)  # rows of an odd length: GPT-2's
+ODD = Case(50_257, 768, 0.5, 30.0, one_chunk=True)  # rows of an odd length: GPT-2's
 CPU_CASES = [Case(49_152, 576), Case(151_936, 576), ODD]
 GPU_CASES = [
     Case(49_152, 576),
     Case(151_936, 2_560),
     ODD,
-    Case(262_208, 1_152, softcap=30.0, tokens=8_256, one_chunk=True),  # more logits than an int32 counts
+    Case(
+        262_208, 1_152, softcap=30.0, tokens=9_363, one_chunk=True
+    ),  # 8,192 labelled: more logits than an int32 counts
 ]
 GATES_CASE = Case(50_257, 64, tokens=64)
 
@@ -305,7 +307,7 @@ def devices() -> list[torch.device]:
 
 def backends(device: torch.device) -> list[str]:
     """Return the backends of the fused loss that run on a device (not Triton's interpreter)."""
-    return ["torch"] if device.type == "cpu" or find_spec("triton") is None else ["torch", "triton"]
+    return ["torch", "triton"] if device.type == "cuda" and find_spec("triton") is not None else ["torch"]
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -389,9 +391,13 @@ def main(cases: Sequence[Case] | None = None, seconds: float = SECONDS) -> int:
             print(verdict, flush=True)
             verdicts.append(verdict)
     device = devices()[0]
-    chosen = [case for case in cases or (CPU_CASES if device.type == "cpu" else GPU_CASES) if fits(case, device)]
-    for dtype in (torch.float32, torch.bfloat16):
-        for line in measure_speed(device, dtype, chosen[min(1, len(chosen) - 1)], seconds):
+    chosen = cases or (CPU_CASES if device.type == "cpu" else GPU_CASES)
+    fitting = [case for case in chosen if fits(case, device)]
+    for case in chosen:
+        if case not in fitting:
+            print(f"skip  {device} {case}: too little free memory")
+    for dtype in (torch.float32, torch.bfloat16) if fitting else ():
+        for line in measure_speed(device, dtype, fitting[min(1, len(fitting) - 1)], seconds):
             print(line, flush=True)
     failed = sum(not verdict.ok for verdict in verdicts)
     took = time.perf_counter() - start

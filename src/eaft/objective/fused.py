@@ -106,15 +106,16 @@ def linear_gated_cross_entropy(
         example_nll: as in `gated_cross_entropy`.
         reference: for a gate with a KL term; the same scale and softcap apply.
         logits_budget: bytes of logits alive at a time, which caps the chunks; default 256 MiB, on a GPU a 16th of its
-            memory.
+            memory. The last chunk's are held until the backward pass. A KL term takes as much again for the reference's.
         backend: `torch` or `triton`; default: Triton on a GPU that has it, but for float64.
         return_losses: also return the `TokenLosses`.
         params: what the gate takes, e.g. `alpha=2.0` for `eaft`.
 
     Returns:
         Scalar in nats per token, float32 (float64 for float64 inputs); with `return_losses` also `TokenLosses`.
-        Gradients are computed here, accumulated in float32, and returned in the inputs' dtype by a single backward
-        pass. Where nothing needs a gradient, only the statistics are computed.
+        Gradients are computed here, accumulated in float32 (within a single bfloat16 product as torch does), and
+        returned in the inputs' dtype by a single backward pass. Where nothing needs a gradient, only the statistics
+        are computed.
 
     Raises:
         ConfigurationError: as in `gated_cross_entropy`; or there is no such backend here.
@@ -129,6 +130,8 @@ def linear_gated_cross_entropy(
     index = (labels.flatten() != ignore_index).nonzero().squeeze(-1)
 
     def labelled(values: Tensor) -> Tensor:
+        if values.shape[: labels.ndim] != labels.shape:
+            raise ConfigurationError(f"labels {list(labels.shape)} do not go with a tensor {list(values.shape)}.")
         return values.reshape(labels.numel(), *values.shape[labels.ndim :]).index_select(0, index)
 
     example_ids = labelled(example_ids)
@@ -154,8 +157,8 @@ def linear_gated_cross_entropy(
         grad_enabled=torch.is_grad_enabled(),
     )
     loss, losses = GatedLinear.apply(labelled(hidden), weight, bias, spec)
-    count = torch.as_tensor(len(index) if num_items is None else num_items, device=loss.device)
-    loss = loss / count.clamp(min=1)
+    count = len(index) if num_items is None else num_items
+    loss = loss / (count.to(loss.device).clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
     if not return_losses:
         return loss
     return loss, replace(losses, statistics=with_examples(losses.statistics, slice(None)))
@@ -189,10 +192,10 @@ def chunk_rows(n: int, vocab_size: int, itemsize: int, budget: int) -> int:
     A multiple of 256, if there are as many, so that products fill the tiles they are cut into.
     """
     most = max(1, min(CHUNK_ROWS, budget // (vocab_size * itemsize)))
-    if most > ROW_MULTIPLE:
-        most -= most % ROW_MULTIPLE
+    multiple = ROW_MULTIPLE if most >= ROW_MULTIPLE else 1
+    most -= most % multiple
     equal = math.ceil(n / max(1, math.ceil(n / most)))
-    return max(1, min(most, n, ROW_MULTIPLE * math.ceil(equal / ROW_MULTIPLE)))
+    return max(1, min(n, multiple * math.ceil(equal / multiple)))
 
 
 @dataclass(frozen=True)
@@ -269,9 +272,11 @@ class GatedLinear(torch.autograd.Function):
         hidden_dtype, weight_dtype = ctx.dtypes
         grad_weight = ctx.grad_weight
         if ctx.last_product is not None:
-            # Of several chunks the sum is exact, and rounded once, below; a single one's product needs no float32
-            dtype = weight_dtype if grad_weight is None else grad_weight.dtype
             grad_logits, hidden = ctx.last_product
+            # A single bfloat16 product needs no float32; in float16 a sum could overflow before it is divided
+            dtype = torch.promote_types(hidden.dtype, torch.float32)
+            if grad_weight is None and hidden.dtype == weight_dtype == torch.bfloat16:
+                dtype = torch.bfloat16
             with torch.autocast(hidden.device.type, enabled=False):
                 grad_weight = add_product(grad_weight, grad_logits.T, hidden, dtype)
         gradients = (
@@ -362,7 +367,7 @@ def add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) 
         return torch.addmm(total, a, b, out_dtype=dtype, out=total)
     # A CPU has no such product: cast a few rows at a time
     first = total is None
-    total = torch.empty((a.shape[0], b.shape[1]), dtype=dtype) if total is None else total
+    total = torch.empty((a.shape[0], b.shape[1]), dtype=dtype, device=a.device) if total is None else total
     b = b.to(dtype)
     size = max(1, CAST_BUDGET // (max(1, len(b)) * dtype.itemsize))
     with bfloat16_products(a.dtype):

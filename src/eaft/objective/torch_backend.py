@@ -42,7 +42,8 @@ class TorchBackend:
     def block_rows(self, projection: Tensor) -> int:
         """Return how many rows fit, two times in the dtype of the statistics."""
         budget = GPU_BUDGET if projection.is_cuda else CACHE_BUDGET
-        return max(1, budget // (2 * projection.shape[1] * torch.float32.itemsize))
+        itemsize = torch.promote_types(projection.dtype, torch.float32).itemsize
+        return max(1, budget // (2 * projection.shape[1] * itemsize))
 
     def score(self, projection: Tensor, labels: Tensor, top_k: int, transform: LogitTransform) -> Scores:
         """See `chunk.Backend.score`."""

@@ -213,7 +213,11 @@ def score_kernel(
     squares = tl.sum(scale * scale * squares, axis=0)
     log_total = tl.log(total)
     label = tl.load(labels_ptr + row).to(tl.int32)
-    label_logit = to_logits(tl.load(projection_row + label), logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+    # A label that is none is never hidden: its nll is NaN
+    known = (label >= 0) & (label < n_columns)
+    label_logit = tl.load(projection_row + label, mask=known, other=0.0)
+    label_logit = to_logits(label_logit, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+    label_logit = tl.where(known, label_logit, float("nan"))
     tl.store(top_ptr + row, top)
     tl.store(log_total_ptr + row, log_total)
     tl.store(log_prob_ptr + row, label_logit - top - log_total)
@@ -406,8 +410,8 @@ def launch_options() -> dict[str, int | bool]:
 
 
 def block_rows(projection: Tensor) -> int:
-    """Return how many rows the other doors take at a time: all."""
-    return max(1, len(projection))
+    """Return how many rows the other doors take at a time: all, as far as a grid's second axis goes."""
+    return min(max(1, len(projection)), 65535)
 
 
 def score(projection: Tensor, labels: Tensor, top_k: int, transform: LogitTransform) -> Scores:

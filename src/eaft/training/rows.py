@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-ROWS = "row_numbers"  # a batch's key; never reaches the model
+ROWS = "row_numbers"  # a batch's key, which `EAFTTrainer.compute_loss` takes out
 
 
 class NumberedRows(Dataset):
@@ -52,11 +52,15 @@ def describe_rows(batch: MutableMapping[str, Any], tokenizer: Any, images: bool)
     input_ids, numbers = batch["input_ids"], batch.get(ROWS)
     if (mask := batch.get("attention_mask")) is not None:
         texts = [ids[keep.bool()] for ids, keep in zip(input_ids, mask, strict=True)]
+    elif len(input_ids) > 1:
+        texts = list(input_ids)
     else:  # padding-free: one row holds every row; of a stream, every sequence, each starting at position 0
         starts = (batch["position_ids"][0] == 0).nonzero().flatten() if numbers is None else numbers[:, 1].cumsum(0)
         pieces = input_ids[0].tensor_split(starts.cpu())
         texts = list(pieces[1:] if numbers is None else pieces[:-1])  # what is left is nothing, or padding
     if images:
         texts = [ids.unique_consecutive() for ids in texts]
-    names = ["(unnumbered)"] * len(texts) if numbers is None else [str(index) for index in numbers[:, 0].tolist()]
+    names = ["(unnumbered)"] * len(texts)
+    if numbers is not None and len(numbers) == len(texts):  # a collator of one's own may make more rows, or fewer
+        names = [str(index) for index in numbers[:, 0].tolist()]
     return ", ".join(f"{name}: {tokenizer.decode(ids[:32])!r}" for name, ids in zip(names, texts, strict=True))

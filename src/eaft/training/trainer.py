@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections import defaultdict
 from pathlib import Path
@@ -29,6 +30,7 @@ from eaft.training.model_card import model_card
 from eaft.training.rows import ROWS, RowCollator, describe_rows, number_rows
 
 logger = get_logger(__name__)
+STREAM_ROWS = 1000  # of a stream, that are looked through for a label
 
 
 def must_be_measured(args: EAFTConfig) -> bool:
@@ -150,8 +152,9 @@ class EAFTTrainer(SFTTrainer):
             prepared = self._followed.prepared
         else:
             prepared = prepare(dataset, args=args, packing=packing, formatting_func=formatting_func, dataset_name=name)
-        # The first token is nobody's label
-        if not any(label != -100 for row in prepared for label in row["labels"][1:]):
+        # The first token is nobody's label; a stream may have no end
+        looked_at = prepared if isinstance(prepared, Dataset) else itertools.islice(prepared, STREAM_ROWS)
+        if not any(label != -100 for row in looked_at for label in row["labels"][1:]):
             raise ConfigurationError(
                 f"No row has a labelled token left after truncation to max_length={args.max_length}: raise max_length, "
                 "or check completion_only_loss and assistant_only_loss."
@@ -166,7 +169,8 @@ class EAFTTrainer(SFTTrainer):
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """Number a data set's rows for our messages; a stream's have no number, and Ulysses splits every tensor."""
         parallelism = self.accelerator.parallelism_config
-        if not isinstance(dataset, Dataset) or (parallelism and parallelism.sp_enabled):
+        # A class of one's own may fetch rows in its own way
+        if type(dataset) is not Dataset or (parallelism and parallelism.sp_enabled):
             return super()._get_dataloader(dataset, *args, **kwargs)
         collator, self.data_collator = self.data_collator, RowCollator(self.data_collator)
         try:
@@ -235,7 +239,10 @@ class EAFTTrainer(SFTTrainer):
         if not finite:
             tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
             where = f"in process {self.accelerator.process_index} " if self.accelerator.num_processes > 1 else ""
-            rows = describe_rows(batch, tokenizer, images=self._is_vision_dataset)
+            try:
+                rows = describe_rows(batch, tokenizer, images=self._is_vision_dataset)
+            except Exception as error:  # a batch of an unknown kind; other ranks wait for what this one has to say
+                rows = f"of a kind that cannot be shown ({type(error).__name__}: {error})"
             found = loss.item(), f"{where}the batch's rows are {rows}"
         everywhere = [x for x in gather_object([found]) if x is not None]
         doing = f"training, step {self.state.global_step + 1}" if self.model.training else "evaluation"
