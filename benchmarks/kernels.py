@@ -343,10 +343,10 @@ def head_gradient_bytes(chunks: int) -> float:
     """
     Return the bytes an element of the head's gradient takes, beside the 2 that writing it in bf16 does.
 
-    One chunk's product is that writing; a pass scales it. Of several, the first writes float32, others read and write
-    it, the last in the backward pass; then one pass scales and casts.
+    One chunk's product is that writing. Of several, the first writes float32, others read and write it, the last in the
+    backward pass; then one pass scales and casts.
     """
-    return 4.0 if chunks == 1 else 4 + 8 * (chunks - 1) + 4 + 2 - 2
+    return 0.0 if chunks == 1 else 4 + 8 * (chunks - 1) + 4 + 2 - 2
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,7 @@ SIZES = {
 }
 
 
-def check_as_exact_as_plain(gate, size, dtype, seeds=16):
+def check_as_exact_as_plain(gate, size, dtype, seeds=16, tokens_at_a_time=5):
     """
     The relative norm error of every number is at most that of the reference function in the same dtype.
 
@@ -174,7 +174,9 @@ def check_as_exact_as_plain(gate, size, dtype, seeds=16):
         problem = Problem(**{"n": 23, "vocab": 150, "width": 16, "seed": seed, **SIZES[size]}).to(dtype)
         found["truth"].append(flatten(plain(problem.to(torch.float64), gate)))
         found["plain"].append(flatten(plain(problem, gate)))
-        found["ours"].append(flatten(fuse(problem, gate, logits_budget=5 * problem.weight.shape[0] * dtype.itemsize)))
+        found["ours"].append(
+            flatten(fuse(problem, gate, logits_budget=tokens_at_a_time * problem.weight.shape[0] * dtype.itemsize))
+        )
     for name in found["truth"][0]:
         truth, naive, ours = (torch.cat([result[name].flatten() for result in found[key]]) for key in found)
         # Statistics and loss are float32 whatever the inputs, but of logits that were rounded to the inputs' dtype
@@ -188,6 +190,12 @@ def check_as_exact_as_plain(gate, size, dtype, seeds=16):
 @pytest.mark.parametrize("gate", ["sft", "eaft", "deft", "talr", "sft-kl", "asft"])
 def test_as_exact_as_plain_cross_entropy(gate, size, dtype):
     check_as_exact_as_plain(gate, size, dtype)
+
+
+@pytest.mark.parametrize("size", [size for size in SIZES if size != "in the thousands"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_single_chunk_is_as_exact(size, dtype):
+    check_as_exact_as_plain("eaft", size, dtype, tokens_at_a_time=100)
 
 
 @pytest.mark.parametrize("size", SIZES)

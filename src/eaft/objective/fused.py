@@ -106,7 +106,7 @@ def linear_gated_cross_entropy(
         example_nll: as in `gated_cross_entropy`.
         reference: for a gate with a KL term; the same scale and softcap apply.
         logits_budget: bytes of logits alive at a time, which caps the chunks; default 256 MiB, on a GPU a 16th of its
-            memory. The last chunk's are held until the backward pass. A KL term takes as much again for the reference's.
+            memory. The last chunk is held until the backward pass. A KL term takes as much again for the reference.
         backend: `torch` or `triton`; default: Triton on a GPU that has it, but for float64.
         return_losses: also return the `TokenLosses`.
         params: what the gate takes, e.g. `alpha=2.0` for `eaft`.
@@ -273,16 +273,20 @@ class GatedLinear(torch.autograd.Function):
         grad_weight = ctx.grad_weight
         if ctx.last_product is not None:
             grad_logits, hidden = ctx.last_product
-            # A single bfloat16 product needs no float32; in float16 a sum could overflow before it is divided
-            dtype = torch.promote_types(hidden.dtype, torch.float32)
-            if grad_weight is None and hidden.dtype == weight_dtype == torch.bfloat16:
-                dtype = torch.bfloat16
             with torch.autocast(hidden.device.type, enabled=False):
-                grad_weight = add_product(grad_weight, grad_logits.T, hidden, dtype)
+                if grad_weight is None and hidden.dtype == weight_dtype == torch.bfloat16:
+                    # A single product is the gradient, with the factor in the smaller of what is multiplied
+                    hidden = scaled(hidden.clone(), grad_loss, hidden.dtype)
+                    grad_weight = add_product(None, grad_logits.T, hidden, weight_dtype)
+                else:  # in float32, since a float16 sum could overflow before it is divided
+                    exact = torch.promote_types(hidden.dtype, torch.float32)
+                    grad_weight = scaled(
+                        add_product(grad_weight, grad_logits.T, hidden, exact), grad_loss, weight_dtype
+                    )
         gradients = (
-            scaled(ctx.grad_hidden, grad_loss, hidden_dtype),
-            scaled(grad_weight, grad_loss, weight_dtype),
-            scaled(ctx.grad_bias, grad_loss, weight_dtype),
+            None if ctx.grad_hidden is None else scaled(ctx.grad_hidden, grad_loss, hidden_dtype),
+            grad_weight,
+            None if ctx.grad_bias is None else scaled(ctx.grad_bias, grad_loss, weight_dtype),
         )
         ctx.spent, ctx.grad_hidden, ctx.grad_weight, ctx.grad_bias, ctx.last_product = True, None, None, None, None
         return *gradients, None
@@ -393,10 +397,8 @@ def bfloat16_products(dtype: torch.dtype) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-def scaled(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return gradient * factor (a scalar) in `dtype`, in one pass; in place of the gradient if that is its dtype."""
-    if gradient is None:
-        return None
     out = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
     # Of one dimension, so that it is not rounded to the gradient's dtype first: 1 / N in bfloat16 would be off by up
     # to 0.4% for every element alike. A CPU casts into new memory, so a few rows at a time
