@@ -69,17 +69,23 @@ def make_tokenizer():
     return fast
 
 
+# Of every tiny model, whatever its family
+SHAPE = {
+    "vocab_size": 264,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
 def make_model(seed=0, **overrides):
     """A Llama of two narrow layers with tied embeddings, random but sharp enough that entropies differ."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         **{
-            "vocab_size": 264,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
+            **SHAPE,
             "max_position_embeddings": 256,
             "tie_word_embeddings": True,
             "initializer_range": 0.2,

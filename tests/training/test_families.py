@@ -16,16 +16,11 @@ from trl import SFTTrainer
 
 from eaft import EAFTTrainer
 from eaft.training.head import GatedLMHead
-from tests.conftest import make_rows
+from tests.conftest import SHAPE, make_rows
 from tests.training.test_trainer import assert_same_training, build, steps
 
 SIZES = {
-    "vocab_size": 264,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    **SHAPE,
     "max_position_embeddings": 256,
     "initializer_range": 0.2,
     "pad_token_id": 0,

@@ -21,18 +21,10 @@ from eaft.objective import fused
 from eaft.objective.gates import GATES
 from eaft.training import head
 from eaft.training.head import GatedLMHead, frozen_copy, logit_scale
-from tests.conftest import make_model
+from tests.conftest import SHAPE, make_model
 from tests.objective.test_gates import GIVEN
 
-SIZES = {
-    "vocab_size": 264,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.3,
-}
+SIZES = {**SHAPE, "initializer_range": 0.3}
 CONFIGS = {
     "tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
     "untied": LlamaConfig(**SIZES, tie_word_embeddings=False),

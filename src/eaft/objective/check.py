@@ -1,5 +1,5 @@
 """
-`eaft env --check`: is the fused loss right on this machine, and how fast, in about a minute.
+`eaft env --check`: is the fused loss right on this machine, and how fast, in a minute or two.
 
 Every number of the fused loss (per-token statistics and weights, the loss, the gradients of hidden states and head) is
 compared with the specification's (`eaft.objective.loss`, written here from its pieces) in float64. The rule: the
