@@ -7,9 +7,8 @@ import gc
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
@@ -23,13 +22,12 @@ from eaft.evaluation.drift import PROMPTS, BaseAnswers, read_prompts
 from eaft.evaluation.scores import (
     SEED,
     Item,
-    common_dtype,
-    load_model,
+    Protocol,
+    load,
     load_tokenizer,
-    load_vllm,
+    own_dtype,
     processes,
     score,
-    wrap,
 )
 from eaft.evaluation.suite import Benchmark, Suite, load_suites, suites_help
 from eaft.models import resolve_model
@@ -49,22 +47,6 @@ suites (any lm-eval task, group or task file is one too; so is a YAML file with 
 """
 RESULTS_FILE = "results.json"
 WORST = 20  # regressions shown
-
-
-@dataclass
-class Protocol:
-    """How a model is measured: what must be the same for two models to be compared."""
-
-    apply_chat_template: bool | None = None  # None: if the base model has a template
-    num_fewshot: int | None = None  # None: what each task says
-    system_instruction: str | None = None
-    gen_kwargs: str | None = None
-    seed: int = SEED
-    batch_size: int = 8
-    dtype: str = "auto"
-    backend: str = "hf"
-    model_args: dict[str, Any] = field(default_factory=dict)
-    max_new_tokens: int = 128  # of each answer that drift is measured on
 
 
 def main(argv: list[str]) -> None:
@@ -98,8 +80,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--drift_prompts", type=int, default=32, metavar="N", help="at most so many; 0: no drift")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="of the base model's answers to them")
     flags = vars(parser.parse_args(argv))
-    protocol = Protocol(**{name: flags.pop(name) for name in Protocol.__dataclass_fields__})
-    results = evaluate(protocol=protocol, **flags)
+    protocol = Protocol(**{name: flags.pop(name) for name in Protocol.__dataclass_fields__ if name in flags})
+    results = evaluate(protocol=protocol, drift_prompts=protocol.drift_prompts, **flags)
     if results is not None:
         print((Path(results["output_path"]) / "results.md").read_text())
 
@@ -140,7 +122,7 @@ def evaluate(
         model, base = find_model(model), find_model(base) if base is not None else None
         tokenizer, base_tokenizer = shared_tokenizer(model, base, bool(questions))
         if protocol.dtype == "auto" and base is not None:
-            protocol.dtype = common_dtype(model, base)
+            protocol.dtype = own_dtype(base)
         suites, benchmarks = load_suites(suite, include_path, data_dir, limit)
     if protocol.apply_chat_template is None:
         protocol.apply_chat_template = tokenizer.chat_template is not None
@@ -233,31 +215,12 @@ def measure(
         prepare: what else to do with the loaded model, on the first process: drift.
     """
     state = processes()
-    loaded: Any = None
-    if protocol.backend == "hf" or (prepare and state.is_main_process):
-        loaded = load_model(model, protocol.dtype)
+    lm = load(model, tokenizer, protocol)
     if prepare and state.is_main_process:
-        prepare(loaded)
+        prepare(lm.model)
     state.wait_for_everyone()
-    with tempfile.TemporaryDirectory() as folder:
-        if protocol.backend == "vllm":
-            loaded = None
-            free_memory()
-            tokenizer.save_pretrained(folder)  # vLLM reads it from disk; the template may be the other model's
-            args = {"dtype": protocol.dtype, **protocol.model_args}
-            lm = load_vllm(model, folder, protocol.batch_size, args)
-        else:
-            lm = wrap(loaded, tokenizer, protocol.batch_size)
-        found = score(
-            lm,
-            benchmarks,
-            bool(protocol.apply_chat_template),
-            protocol.num_fewshot,
-            protocol.system_instruction,
-            protocol.gen_kwargs,
-            protocol.seed,
-        )
-    del lm, loaded
+    found = {name: score(lm, benchmark, protocol) for name, benchmark in benchmarks.items()}
+    del lm
     free_memory()
     return found
 

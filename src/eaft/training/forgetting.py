@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 
 from eaft.errors import ConfigurationError
 from eaft.evaluation.drift import BaseAnswers, read_prompts
-from eaft.evaluation.scores import score, wrap
+from eaft.evaluation.scores import Protocol, score, wrap
 from eaft.evaluation.suite import load_suites
 from eaft.training.config import EAFTConfig
 
@@ -120,8 +120,10 @@ class ForgettingEval(TrainerCallback):
     def measure(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure the model as it is, and log it."""
         with measuring(args, **kwargs) as (model, tokenizer):
-            lm = wrap(model, tokenizer, args.per_device_eval_batch_size)
-            items = score(lm, self.benchmarks, apply_chat_template=tokenizer.chat_template is not None)
+            chat = tokenizer.chat_template is not None
+            protocol = Protocol(apply_chat_template=chat, batch_size=args.per_device_eval_batch_size)
+            lm = wrap(model, tokenizer, protocol)
+            items = {name: score(lm, benchmark, protocol) for name, benchmark in self.benchmarks.items()}
             metrics: list[dict[str, float]] = [{}]
             if state.is_world_process_zero:
                 scores = {name: float(np.mean([item["score"] for item in found])) for name, found in items.items()}
