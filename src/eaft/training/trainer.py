@@ -106,7 +106,7 @@ class EAFTTrainer(SFTTrainer):
         self._logits_checked = False
         self._token_sums: dict[str, Tensor | float] = defaultdict(float)
         if args.forgetting_eval_steps:
-            sharded = {}
+            sharded: dict[str, Any] = {}
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 general_suite(args, sharded=True)  # what it refuses is said before anything is sampled
                 sharded["answers"] = answers_before_sharding(model, self.processing_class, args)
