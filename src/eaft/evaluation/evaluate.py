@@ -125,14 +125,8 @@ def main(argv: list[str]) -> int:
     if results is None:
         return 0
     print((Path(results["output_path"]) / "results.md").read_text())
-    return exit_code(results)
-
-
-def exit_code(results: dict[str, Any]) -> int:
-    """Return 3 if a loss beyond the budgets is shown, 1 if a task failed, else 0."""
-    if (results.get("verdict") or {}).get("over_budget"):
-        return 3
-    return 1 if results["failed"] else 0
+    over_budget = results["base"] is not None and results["verdict"]["over_budget"]
+    return 3 if over_budget else 1 if results["failed"] else 0
 
 
 def evaluate(
@@ -166,6 +160,8 @@ def evaluate(
     }
     check_folder(folder, inputs)
     check_packages(protocol.backend)
+    from eaft.evaluation.verdict import judge  # needs scipy, whose absence has been reported by now
+
     if base is None and (max_drop is not None or max_drift is not None):
         raise ConfigurationError("--max_drop and --max_drift are of a change: give the --base it is from.")
     questions = read_prompts(prompts, protocol.drift_prompts) if base is not None and protocol.drift_prompts else []
@@ -215,6 +211,7 @@ def evaluate(
             results.update(changes(items_before, items_after, several))
             results["worst"] = worst_regressions(items_before, items_after)
             results["drift"] = summarise(*sums) if sums is not None else None
+            results["verdict"] = judge(results, max_drop, max_drift)
         write_report(folder, results)
         return results
 
@@ -423,7 +420,7 @@ def changes(
     Tasks have their `metric`, and `p_holm`: p adjusted for their number. Filters are a task's other ways to read the
     same answers (GSM8K: strict and flexible); they count in no mean and no adjustment.
     """
-    from eaft.evaluation.paired import Change, mean_change, paired_change  # needs scipy, which comes with lm-eval
+    from eaft.evaluation.paired import Change, holm, mean_change, paired_change  # needs scipy, which comes with lm-eval
 
     scores: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     found: dict[str, Change] = {}
@@ -441,7 +438,7 @@ def changes(
         suite.name: mean_change([found[n] for n in suite.benchmarks], [scores[n] for n in suite.benchmarks])
         for suite in suites
     }
-    adjusted = [change.p_value for change in found.values()]
+    adjusted = holm([change.p_value for change in found.values()])
     return {
         "tasks": {
             name: {"metric": after[name][0]["metric"], **asdict(change), "p_holm": p}
