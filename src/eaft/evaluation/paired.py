@@ -74,8 +74,8 @@ def paired_change(before: np.ndarray, after: np.ndarray, num_choices: np.ndarray
     The interval is Bonett and Price's (2012, "Adjusted Wald confidence interval for a difference of binomial
     proportions based on paired data"): one lost and one gained item are added, so that no change in few items is not
     taken for certainty. For other scores the two added are as large as the largest difference seen. It covers 93 to
-    99% from 20 items on, more where few items differ, with one exception: where only three or so items differ, all the
-    same way and by unequal amounts, 87 to 92% (a bootstrap, plain, BCa or studentised, covers 30 to 90% there).
+    98% from 20 items on, more where few items differ; and 87 to 93% where it hangs on a few large differences, of which
+    a sample may hold none (a bootstrap, plain, BCa or studentised, covers 30 to 90% there).
 
     Args:
         before, after: scores `[n]` of the same items, in the same order.
@@ -140,9 +140,9 @@ def bootstrap_interval(sums: np.ndarray, counts: np.ndarray | None = None) -> tu
     same mean. Its purpose is drift: items are prompts, positive and skewed, each with its own number of tokens.
 
     Simulated with per-prompt drifts as skewed as we measured (their logarithms have a standard deviation of 0.36 to
-    0.67), it covers 94 to 96% with 128 prompts and 93 to 95% with 32; with far heavier tails (log-normal of 1.0,
-    Pareto of index 3, one prompt in twenty six times as large) 91 to 94% with 128, 88 to 91% with 32. BCa, which it
-    replaced, covers 1 to 3 points less, and the same on the logarithms is no better.
+    0.67), one or four answers each pooled in their prompt, it covers 93 to 95% with 128 prompts, and 94 to 96% with 32;
+    with heavier tails (log-normal of 1.0, Pareto of index 3, one prompt in twenty six times as large) 91 to 94% with
+    128, 88 to 92% with 32. BCa, which it replaced, covers 1 to 4 points less; the same on the logarithms, no more.
 
     Args:
         sums: `[n]`, each item's sum.
