@@ -96,7 +96,7 @@ def test_interval_of_graded_scores_covers_the_true_change(law, least, few_resamp
     """With many scores that do not change, as graded scores have; 1,000 trials each, three standard errors: 2.1%."""
     values, chances = GRADED[law]
     rng = np.random.default_rng(2)
-    for n, changed in ((20, 0.5), (20, 1), (50, 0.3), (100, 0.1), (300, 0.05), (1000, 0.03)):
+    for n, changed in ((20, 0.5), (20, 1), (100, 0.1), (1000, 0.03)):
         difference = rng.choice([0, *values], p=[1 - changed, *(changed * np.array(chances))], size=(1000, n))
         truth = changed * np.dot(values, chances)
         found = [paired_change(np.maximum(-d, 0), np.maximum(d, 0)) for d in difference]
@@ -261,11 +261,9 @@ def test_interval_of_a_ratio_of_sums():
     assert (high - low) / 2 == pytest.approx(stats.norm.ppf(0.975) * error, rel=0.05)
     assert (low + high) / 2 == pytest.approx(ratio, abs=0.2 * error)
     assert bootstrap_interval(3.0 * counts, counts) == (3, 3)
+    low, high = bootstrap_interval(0.1 * counts, counts)  # alike but for rounding
+    assert low == high == pytest.approx(0.1)
     assert bootstrap_interval(sums[:1], counts[:1]) == (sums[0] / counts[0], sums[0] / counts[0])
-    # Items that are alike are drawn as one: no other interval
-    twice = rng.integers(0, 5, size=60).astype(float)
-    nearly = twice + 1e-7 * rng.random(60)
-    assert bootstrap_interval(twice) == pytest.approx(bootstrap_interval(nearly), abs=0.02)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +274,7 @@ def test_interval_of_drift_covers_it(n, spread, answers_each, least, few_resampl
     """
     Per-prompt drifts like those of benchmarks/replication: log-normal, the logarithm's standard deviation 0.36 to 0.67
     (median 0.51), the answers' lengths very different and cut at 128, drift smaller in longer answers; then one far
-    heavier (1.0). 1,200 trials each: three standard errors 1.9% (10,000 find 93 to 95%, and 93% for the heavy one).
+    heavier (1.0). 1,000 trials each: three standard errors 2.1% (10,000 find 93 to 95%, and 93% for the heavy one).
     """
     rng = np.random.default_rng(11)
     # Less what answers differ within a prompt (trigamma(16)), and by their length
@@ -287,9 +285,9 @@ def test_interval_of_drift_covers_it(n, spread, answers_each, least, few_resampl
         drift = rng.lognormal(0, between, (*size, 1)) * rng.gamma(16, 1 / 16, tokens.shape) * (tokens / 60) ** -0.2
         return (drift * tokens).sum(-1), tokens.sum(-1)
 
-    sums, counts = draw((200_000,))
+    sums, counts = draw((100_000,))
     truth = sums.sum() / counts.sum()
-    intervals = [bootstrap_interval(s, c) for s, c in zip(*draw((1200, n)), strict=True)]
+    intervals = [bootstrap_interval(s, c) for s, c in zip(*draw((1000, n)), strict=True)]
     covered = np.mean([low <= truth <= high for low, high in intervals])
     assert least <= covered <= 0.97
 

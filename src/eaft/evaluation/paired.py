@@ -171,28 +171,30 @@ def studentised(sums: np.ndarray, counts: np.ndarray | None) -> tuple[float, flo
     Return a ratio's mean, its standard error (linearised; 0 where all items have the same mean), and by how many of
     their own standard errors the means of resamples are off it (seeded; resamples of one mean only are left out).
     """
-    sums = np.asarray(sums, dtype=float)
-    counts = np.ones(len(sums)) if counts is None else np.asarray(counts, dtype=float)
-    if np.ptp(sums / counts) == 0:
-        return float(sums[0] / counts[0]), 0.0, np.empty(0)
-    (s, c), times = np.unique([sums, counts], axis=1, return_counts=True)  # equal items are drawn as one
-    n = len(sums)
+    s = np.asarray(sums, dtype=float)
+    c = np.ones(len(s)) if counts is None else np.asarray(counts, dtype=float)
+    n, mean = len(s), float(s.sum() / c.sum())
+    if np.ptp(s / c) <= 1e-12 * abs(mean):
+        return mean, 0.0, np.empty(0)
+    s = s - mean * c  # so that means below are differences from the mean
 
     def mean_and_error(drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         total = drawn @ c
-        mean = drawn @ s / total
+        means = drawn @ s / total
         # Of sum((s - mean * c)^2), multiplied out
-        squares = drawn @ s**2 - 2 * mean * (drawn @ (s * c)) + mean**2 * (drawn @ c**2)
-        return mean, np.sqrt(np.maximum(squares, 0) * n / (n - 1)) / total
+        squares = drawn @ s**2 - 2 * means * (drawn @ (s * c)) + means**2 * (drawn @ c**2)
+        return means, np.sqrt(np.maximum(squares, 0) * n / (n - 1)) / total
 
-    mean, error = mean_and_error(times)
+    error = float(mean_and_error(np.ones(n))[1])
     rng, found = np.random.default_rng(0), []
-    batch = max(1, 2**22 // len(s))  # resamples at once: bounds the memory
+    batch = max(1, 2**20 // n)  # resamples at once: bounds the memory
     for start in range(0, RESAMPLES, batch):
-        means, errors = mean_and_error(rng.multinomial(n, times / n, size=min(batch, RESAMPLES - start)))
+        size = min(batch, RESAMPLES - start)
+        rows = rng.integers(0, n, (size, n)) + n * np.arange(size)[:, None]
+        means, errors = mean_and_error(np.bincount(rows.ravel(), minlength=size * n).reshape(size, n))
         spread = errors > 1e-6 * error
-        found.append((means[spread] - mean) / errors[spread])
-    return float(mean), float(error), np.concatenate(found)
+        found.append(means[spread] / errors[spread])
+    return mean, error, np.concatenate(found)
 
 
 def mean_change(tasks: list[Change], scores: list[tuple[np.ndarray, np.ndarray]]) -> Change:
