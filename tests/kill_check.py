@@ -46,9 +46,9 @@ if __name__ == "__main__":
     duration = time.monotonic() - began
     rng, killed = random.Random(seed), 0
     os.environ["EAFT_CACHE"] += "-disturbed"  # what the undisturbed run kept is not to help
-    for _ in range(kills):
+    for i in range(kills):
         pid = start(disturbed, log)
-        time.sleep(rng.uniform(0, duration))
+        time.sleep(duration * (i + rng.random()) / kills)  # later and later, since each begins where the last one was
         os.kill(pid, signal.SIGKILL)
         killed += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
     code = os.waitstatus_to_exitcode(os.waitpid(start(disturbed, log), 0)[1])

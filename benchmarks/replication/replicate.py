@@ -32,7 +32,7 @@ from tables import Numbers, best, read_runs, report
 from tqdm import tqdm
 
 from eaft.evaluation.drift import PROMPTS, Answer, BaseAnswers, answer_log_probs, read_prompts
-from eaft.evaluation.scores import Protocol, load_model, load_tokenizer, score, wrap
+from eaft.evaluation.scores import Protocol, load, load_tokenizer, score, wrap
 from eaft.evaluation.suite import load_suites
 from eaft.provenance import environment, write_json
 from eaft.training.train import RUN_FILE
@@ -134,7 +134,7 @@ def study(task: tuple[Settings, str, int]) -> None:
         points = []
         for epoch, path in checkpoints(run).items():
             if epoch in settings.recipe["epochs"]:
-                point = {"epoch": epoch, **measure.held_out(load_model(str(path)))}
+                point = {"epoch": epoch, **measure.held_out(measure.load(str(path)))}
                 points.append({**point, "items": measure.tasks(str(path), every_epoch)})
         about = {"objective": objective, "learning_rate": learning_rate, "seed": seed, "environment": environment()}
         about["trained"] = json.loads((run / RUN_FILE).read_text())["result"]
@@ -208,12 +208,16 @@ class Measure:
             whole = self.tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=False)
             self.validation.append(Answer(prompt, whole[len(prompt) :]))
 
+    def load(self, model: str, dtype: str = "auto") -> Any:
+        """Return a model."""
+        return load(model, self.tokenizer, Protocol(dtype=dtype)).model
+
     def base(self) -> None:
         """Measure the base model, unless it has been."""
         file = self.settings.folder / "base.json"
         if file.is_file() and self.answers.recorded:
             return
-        model, tasks = load_model(self.settings.model), self.settings.recipe["tasks"]
+        model, tasks = self.load(self.settings.model), self.settings.recipe["tasks"]
         self.answers.record(model, self.tokenizer, read_prompts(str(PROMPTS), 32), DRIFT_TOKENS, 16)
         write_json(file, {"epoch": 0, **self.held_out(model), "items": self.tasks(self.settings.model, list(tasks))})
 
@@ -237,7 +241,7 @@ class Measure:
         found: dict[str, list[float]] = {}
         if not names:
             return found
-        loaded = load_model(model, "bfloat16")
+        loaded = self.load(model, "bfloat16")
         for name in names:
             task = self.settings.recipe["tasks"][name]
             benchmarks = load_suites([task["task"]], data_dir=str(self.settings.data_dir), limit=task.get("limit"))[1]

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from eaft import cli
 from eaft.errors import ConfigurationError
 from eaft.evaluation.evaluate import changes, pair, worst_regressions
-from eaft.evaluation.scores import Protocol, load, load_model, load_tokenizer, own_dtype, score, vllm_args
+from eaft.evaluation.scores import Protocol, load, load_tokenizer, own_dtype, score, vllm_args
 from eaft.evaluation.suite import Suite, load_suites, suites_help, task_manager
 from tests.conftest import make_model
 
@@ -61,7 +61,7 @@ def measured(model_dir, task_path, names=("tiny",)):
 
 def test_scores_are_lm_evals(model_dir, task_path):
     items = measured(model_dir, task_path)["tiny"]
-    model, tokenizer = load_model(str(model_dir)), load_tokenizer(str(model_dir))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_dir), load_tokenizer(str(model_dir))
     # By hand: which of the two continuations has the larger log-likelihood?
     for i, item in enumerate(items):
         prompt = tokenizer(f"{i}?")["input_ids"]
@@ -114,7 +114,7 @@ def test_a_model_beside_itself(model_dir, task_path, tmp_path, capsys):
 
 def test_a_damaged_head_is_found(model_dir, damaged_dir, tmp_path):
     """Questions whose answers the base model decided itself: it has them all, the damaged model loses them."""
-    base, tokenizer = load_model(str(model_dir)), load_tokenizer(str(model_dir))
+    base, tokenizer = AutoModelForCausalLM.from_pretrained(model_dir), load_tokenizer(str(model_dir))
     choices = ["a", "b", "c", "d"]
     letters = [tokenizer(choice)["input_ids"][0] for choice in choices]
     with (tmp_path / "own.jsonl").open("w") as file:
@@ -138,7 +138,7 @@ def test_a_damaged_head_is_found(model_dir, damaged_dir, tmp_path):
     assert change["high"] < 0
     assert change["p_value"] < 1e-6
     assert change["lost"] >= 30
-    assert 0 < change["lost_beyond_chance"] <= 60 * 4 / 3
+    assert 0 < change["lost_beyond_chance"]["low"] <= change["lost_beyond_chance"]["estimate"] <= 60 * 4 / 3
     assert results["drift"]["mean"] > 0.1
     assert len(results["worst"]) == 20
     for item in results["worst"]:
