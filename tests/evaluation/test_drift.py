@@ -9,7 +9,17 @@ from peft import LoraConfig, get_peft_model
 
 from eaft.errors import ConfigurationError, NonFiniteError
 from eaft.evaluation import drift
-from eaft.evaluation.drift import Answer, BaseAnswers, Share, TopProbs, read_prompts, sample_answers, summarise
+from eaft.evaluation.drift import (
+    DRIFT_PROMPTS,
+    PROMPTS,
+    Answer,
+    BaseAnswers,
+    Share,
+    TopProbs,
+    read_prompts,
+    sample_answers,
+    summarise,
+)
 from eaft.evaluation.paired import bootstrap_interval
 from eaft.objective.statistics import kl_divergence
 from tests.conftest import make_model
@@ -160,3 +170,12 @@ def test_prompts(tmp_path):
         read_prompts(str(path), 5)
     with pytest.raises(ConfigurationError, match="no such file"):
         read_prompts("nowhere.jsonl", 5)
+
+
+def test_built_in_prompts_are_enough_for_the_interval_and_all_different():
+    prompts = read_prompts(str(PROMPTS), 1000)
+    assert len(prompts) == DRIFT_PROMPTS == 128
+    assert [[message.keys() for message in prompt] for prompt in prompts] == [[{"role", "content"}]] * 128
+    words = [frozenset(prompt[0]["content"].lower().split()) for prompt in prompts]
+    alike = max(len(a & b) / len(a | b) for i, a in enumerate(words) for b in words[:i])
+    assert alike < 0.6

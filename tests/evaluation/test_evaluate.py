@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -16,6 +17,7 @@ from eaft.evaluation.evaluate import changes, pair, worst_regressions
 from eaft.evaluation.scores import Protocol, load, load_tokenizer, own_dtype, score, vllm_args
 from eaft.evaluation.suite import Suite, load_suites, suites_help, task_manager
 from tests.conftest import make_model
+from tests.evaluation.test_report import SCHEMA
 
 
 @pytest.fixture
@@ -93,6 +95,8 @@ def test_a_model_beside_itself(model_dir, task_path, tmp_path, capsys):
     flags += ["--drift_prompts", 3, "--max_new_tokens", 6, "--output_path", out]
     assert run(*flags) == 0
     results = json.loads((out / "results.json").read_text())
+    jsonschema.validate(results, SCHEMA)
+    assert results["verdict"]["status"] == "no loss shown"
     for change in results["tasks"].values():
         assert (change["change"], change["p_value"], change["lost"], change["gained"]) == (0, 1, 0, 0)
     assert results["drift"]["mean"] == 0
@@ -192,6 +196,7 @@ def test_an_adapter_and_no_base(model_dir, task_path, tmp_path):
     assert json.loads((out / "results.json").read_text())["drift"]["mean"] > 1e-4
     assert run(model_dir, *common, "--limit", 4, "--output_path", tmp_path / "alone") == 0
     results = json.loads((tmp_path / "alone" / "results.json").read_text())
+    jsonschema.validate(results, SCHEMA)
     assert results["tasks"]["tiny"]["n"] == 4
     assert results["tasks"]["tiny"]["low"] < results["tasks"]["tiny"]["score"] < results["tasks"]["tiny"]["high"]
     assert "score %" in (tmp_path / "alone" / "results.md").read_text()

@@ -95,9 +95,11 @@ def test_beyond_chance_has_its_interval(results):
 def test_what_was_asked(results):
     text = report.evaluation(results)
     assert "Asked with the chat template, thinking off, in bfloat16, seed 1234." in text
-    assert rows(text, "prompts cut")[:2] == [
-        ["task", "version", "metric", "filter", "examples", "prompts cut", "answers cut", "thoughts cut"],
-        ["gsm8k", "3.0", "exact_match", "strict-match", "5", "0, 0", "0, 17", "0, 0"],
+    headers = ["task", "version", "metric", "filter", "examples", "answer tokens"]
+    assert rows(text, "prompts cut")[:3] == [
+        [*headers, "prompts cut", "answers cut", "thoughts cut"],
+        ["gsm8k", "3.0", "exact_match", "strict-match", "5", "256", "0, 0", "0, 17", "0, 0"],
+        ["mmlu", "1.0, 2.0", "acc", "none", "0", "", "0, 0", "0, 0", "0, 0"],
     ]
     assert "read from /cache/eaft: of the base model: gsm8k, answers." in text
     assert "## Failed\n\n- aime24: OutOfMemoryError: out of memory" in text

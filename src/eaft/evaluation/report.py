@@ -147,16 +147,18 @@ def asked_section(results: Result) -> list[str]:
         [
             *(
                 task,
-                a["version"],
+                of_each(a["version"]),
                 a["metric"],
                 a["filter"],
-                "as each task says" if a["num_fewshot"] is None else a["num_fewshot"],
+                of_each(a["num_fewshot"]),
+                of_each(a["max_gen_toks"]),
             ),
             *(", ".join(str(a["cut"][side][part]) for side in sides) for part in ("prompt", "answer", "thoughts")),
         ]
         for task, a in results["asked"].items()
     ]
-    headers = ["task", "version", "metric", "filter", "examples", "prompts cut", "answers cut", "thoughts cut"]
+    headers = ["task", "version", "metric", "filter", "examples", "answer tokens"]
+    headers += ["prompts cut", "answers cut", "thoughts cut"]
     if rows:
         found += [
             table(rows, headers),
@@ -170,6 +172,12 @@ def asked_section(results: Result) -> list[str]:
     if results["failed"]:
         found += ["## Failed", "\n".join(f"- {task}: {message}" for task, message in results["failed"].items())]
     return found
+
+
+def of_each(fact: Any) -> str:
+    """Return a fact of a task, or those that differ among a group's tasks; empty where it does not apply."""
+    values = fact.values() if isinstance(fact, dict) else [fact]
+    return ", ".join(sorted({str(value) for value in values if value is not None}))
 
 
 def worst_section(worst: list[Result]) -> list[str]:
