@@ -131,7 +131,8 @@ def test_a_damaged_head_is_found(model_dir, damaged_dir, tmp_path):
         "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
     )
     out = tmp_path / "out"
-    assert run(damaged_dir, "--base", model_dir, "--suite", task, "--output_path", out, "--no-apply_chat_template") == 0
+    flags = [damaged_dir, "--base", model_dir, "--suite", task, "--output_path", out, "--no-apply_chat_template"]
+    assert run(*flags, "--drift_prompts", 32) == 0
     results = json.loads((out / "results.json").read_text())
     change = results["tasks"][str(task)]
     assert change["before"] == 1
