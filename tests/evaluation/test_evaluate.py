@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -12,10 +13,13 @@ from transformers import AutoModelForCausalLM
 
 from eaft import cli
 from eaft.errors import ConfigurationError
+from eaft.evaluation import evaluate
 from eaft.evaluation.evaluate import changes, pair, worst_regressions
 from eaft.evaluation.scores import Protocol, load, load_tokenizer, own_dtype, score, vllm_args
 from eaft.evaluation.suite import Suite, load_suites, suites_help, task_manager
 from tests.conftest import make_model
+
+SCHEMA = Path(evaluate.__file__).with_name("results.schema.json")
 
 
 @pytest.fixture
@@ -99,6 +103,7 @@ def test_a_model_beside_itself(model_dir, task_path, tmp_path, capsys):
     assert len(results["drift"]["per_prompt"]) == 3
     assert results["worst"] == []
     assert results["protocol"]["apply_chat_template"] is True
+    jsonschema.validate(results, json.loads(SCHEMA.read_text()))
     markdown = (out / "results.md").read_text()
     assert markdown in capsys.readouterr().out
     assert "| tiny " in markdown
@@ -195,6 +200,7 @@ def test_an_adapter_and_no_base(model_dir, task_path, tmp_path):
     results = json.loads((tmp_path / "alone" / "results.json").read_text())
     assert results["tasks"]["tiny"]["n"] == 4
     assert results["tasks"]["tiny"]["low"] < results["tasks"]["tiny"]["score"] < results["tasks"]["tiny"]["high"]
+    jsonschema.validate(results, json.loads(SCHEMA.read_text()))
     assert "score %" in (tmp_path / "alone" / "results.md").read_text()
 
 
