@@ -39,7 +39,7 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Return the commit of the checkout eaft runs from; `-dirty` if files differ or are untracked; None if installed."""
+    """Return the commit of the checkout eaft runs from; `-dirty`: a file differs or is untracked; None: installed."""
     here = Path(__file__).parent
 
     def git(*args: str) -> str:

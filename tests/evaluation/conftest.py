@@ -49,12 +49,12 @@ def results():
     cut = {"prompt": 0, "answer": 0, "thoughts": 0}
     asked = {
         name: {
-            **{"version": "3.0", "filter": "none", "metric": "acc", "num_fewshot": 0},
+            **{"version": "3.0", "filter": "none", "metric": "acc", "num_fewshot": 0, "max_gen_toks": None},
             "cut": {"before": dict(cut), "after": dict(cut)},
         }
         for name in kinds
     }
-    asked["gsm8k"].update(filter="strict-match", metric="exact_match", num_fewshot=5)
+    asked["gsm8k"].update(filter="strict-match", metric="exact_match", num_fewshot=5, max_gen_toks=256)
     asked["gsm8k"]["cut"]["after"]["answer"] = 17
     changes = [paired_change(*scores(*kind)) for kind in kinds.values()]
     found = {

@@ -145,13 +145,7 @@ def asked_section(results: Result) -> list[str]:
     sides = ["after"] if results["base"] is None else ["before", "after"]
     rows = [
         [
-            *(
-                task,
-                a["version"],
-                a["metric"],
-                a["filter"],
-                "as each task says" if a["num_fewshot"] is None else a["num_fewshot"],
-            ),
+            *(task, briefly(a["version"]), a["metric"], a["filter"], briefly(a["num_fewshot"])),
             *(", ".join(str(a["cut"][side][part]) for side in sides) for part in ("prompt", "answer", "thoughts")),
         ]
         for task, a in results["asked"].items()
@@ -170,6 +164,12 @@ def asked_section(results: Result) -> list[str]:
     if results["failed"]:
         found += ["## Failed", "\n".join(f"- {task}: {message}" for task, message in results["failed"].items())]
     return found
+
+
+def briefly(value: Any) -> str:
+    """Return what the tasks of a benchmark have, each value once."""
+    values = value.values() if isinstance(value, dict) else [value]
+    return ", ".join(dict.fromkeys(map(str, values)))
 
 
 def worst_section(worst: list[Result]) -> list[str]:
