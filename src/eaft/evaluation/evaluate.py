@@ -255,7 +255,7 @@ def check_packages(backend: str) -> None:
             raise ConfigurationError("backend='vllm' uses several GPUs by itself: start it without a launcher.")
 
 
-def find_model(model: str) -> str:
+def find_model(model: str, model_args: dict[str, Any]) -> str:
     """
     Return what can be loaded: a folder with an adapter as it is, all else as `resolve_model` finds it.
 
@@ -263,7 +263,7 @@ def find_model(model: str) -> str:
         ConfigurationError: there is no such model, or PEFT is needed and not installed.
     """
     if adapter_of(model) is None:
-        return resolve_model(model)
+        return resolve_model(model, bool(model_args.get("trust_remote_code")))
     if find_spec("peft") is None:
         raise ConfigurationError(f"{model} holds a PEFT adapter: pip install 'eaft[peft]'.")
     return model
@@ -283,7 +283,8 @@ def side_by_side(
         ConfigurationError: a model is missing, or the vocabularies differ and drift is asked for.
     """
     protocol = copy.deepcopy(protocol)
-    model, base = find_model(model), find_model(base) if base is not None else None
+    model = find_model(model, protocol.model_args)
+    base = find_model(base, protocol.model_args) if base is not None else None
     if tokenizer is None:
         own, base_own = shared_tokenizer(model, base, drift, protocol.model_args)
     else:

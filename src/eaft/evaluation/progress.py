@@ -35,6 +35,7 @@ class Progress:
             bar_format="{desc}: {n:.0f} of {total} items{postfix}, {remaining} left",
             disable=True if os.environ.get("RANK", "0") != "0" else None,
             leave=False,
+            miniters=0,  # shown by the clock: an item may take minutes
         )
 
     def advance(self, items: float = 0, tokens: int = 0) -> None:

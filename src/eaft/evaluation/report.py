@@ -147,11 +147,11 @@ def asked_section(results: Result) -> list[str]:
         [
             *(
                 task,
-                of_each(a["version"]),
+                briefly(a["version"]),
                 a["metric"],
                 a["filter"],
-                of_each(a["num_fewshot"]),
-                of_each(a["max_gen_toks"]),
+                briefly(a["num_fewshot"]),
+                briefly(a["max_gen_toks"]),
             ),
             *(", ".join(str(a["cut"][side][part]) for side in sides) for part in ("prompt", "answer", "thoughts")),
         ]
@@ -174,10 +174,10 @@ def asked_section(results: Result) -> list[str]:
     return found
 
 
-def of_each(fact: Any) -> str:
-    """Return a fact of a task, or those that differ among a group's tasks; empty where it does not apply."""
-    values = fact.values() if isinstance(fact, dict) else [fact]
-    return ", ".join(sorted({str(value) for value in values if value is not None}))
+def briefly(value: Any) -> str:
+    """Return what the tasks of a benchmark have, each value once; empty where it does not apply."""
+    values = value.values() if isinstance(value, dict) else [value]
+    return ", ".join(dict.fromkeys(str(value) for value in values if value is not None))
 
 
 def worst_section(worst: list[Result]) -> list[str]:

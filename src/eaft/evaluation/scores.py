@@ -26,7 +26,7 @@ from eaft.errors import ConfigurationError
 from eaft.evaluation.drift import ANSWER_TOKENS, DRIFT_PROMPTS
 from eaft.evaluation.progress import Progress
 from eaft.evaluation.suite import Benchmark, quiet
-from eaft.evaluation.thinking import decide, find_thinking
+from eaft.evaluation.thinking import Thinking, decide, find_thinking
 from eaft.models import first_line
 
 Item = dict[str, Any]
@@ -310,8 +310,10 @@ def run(
     from lm_eval import evaluate
 
     if hasattr(lm, "think"):
-        found = find_thinking(lm.tokenizer, protocol.model_args.get("think_end_token"))
-        lm.think(thinking, found.switch if protocol.apply_chat_template else None, found.end)
+        found = Thinking(switch=None, opens=False, end=None)
+        if protocol.apply_chat_template:
+            found = find_thinking(lm.tokenizer, protocol.model_args.get("think_end_token"))
+        lm.think(thinking, found.switch, found.end)
     random.seed(protocol.seed)
     np.random.seed(protocol.seed)  # noqa: NPY002 - as lm-eval does
     torch.manual_seed(protocol.seed)

@@ -29,11 +29,14 @@ class Thinking:
 
 def find_thinking(tokenizer: Any, end: str | None = None) -> Thinking:
     """
-    Return how a tokenizer's chat template (which it must have) lets the model think.
+    Return how a tokenizer's chat template, if it has one, lets the model think.
 
     Args:
         end: what ends the thoughts; None to look for `</think>` in the template and the vocabulary.
     """
+
+    if tokenizer.chat_template is None:
+        return Thinking(None, False, None)
 
     def render(**settings: bool) -> str:
         chat = [{"role": "user", "content": "Hello"}]
