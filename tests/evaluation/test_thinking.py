@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from eaft.errors import ConfigurationError
 from eaft.evaluation.scores import Protocol, ask, asked, check_thinking, load, load_tokenizer, score, settled, wrap
 from eaft.evaluation.suite import Benchmark, load_suites
-from eaft.evaluation.thinking import Thinking, find_thinking
+from eaft.evaluation.thinking import Thinking, find_thinking, is_open, split_thoughts
 from tests.conftest import CHAT_TEMPLATE, make_model, make_tokenizer
 
 CHAT = (
@@ -59,6 +60,43 @@ def tokenizer_of(template):
 )
 def test_thinking_is_found_in_the_template(template, found):
     assert find_thinking(tokenizer_of(template)) == found
+
+
+def test_thinking_is_found_in_the_templates_of_real_models():
+    """TRL has their copies. None that can be turned off begins thoughts when it is."""
+    from trl import chat_template_utils
+
+    found = {}
+    for file in sorted((Path(chat_template_utils.__file__).parent / "chat_templates").glob("*.jinja")):
+        tokenizer = make_tokenizer()
+        tokenizer.chat_template = file.read_text()
+        tokenizer.bos_token = "<bos>"
+        found[file.stem] = find_thinking(tokenizer)
+        if found[file.stem].switch is not None:
+            assert not is_open(ask(tokenizer, "Hi", Protocol()), "</think>")
+    for name in ("qwen3", "glm4moe", "nemotron_3_nano"):
+        assert found[name] == Thinking("enable_thinking", False, "</think>")
+    assert found["deepseek_r1_distill"] == Thinking(None, True, "</think>")
+    for name in ("qwen2_5", "qwen3_instruct_2507", "llama3", "gemma3", "phi3"):
+        assert found[name] == Thinking(None, False, None)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "end", "answer"),
+    [
+        ("", "<think>a</think>b", None, "<think>a</think>b"),
+        ("", "<think>a</think>\n\nb", "</think>", "\n\nb"),
+        ("", "<think>a</think>b</think>c", "</think>", "c"),  # as lm-eval does
+        ("", " <think>a", "</think>", None),
+        ("", "a <think>", "</think>", "a <think>"),
+        ("<think>\n", "a", "</think>", None),
+        ("<think>\n\n</think>\n\n", "a", "</think>", "a"),
+        ("", "a", "<end>", None),  # whether these are thoughts cannot be told
+        ("", "a<end>b", "<end>", "b"),
+    ],
+)
+def test_thoughts_are_split_off(prompt, text, end, answer):
+    assert split_thoughts(prompt, text, end) == answer
 
 
 @pytest.mark.parametrize(

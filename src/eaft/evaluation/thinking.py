@@ -48,14 +48,15 @@ def find_thinking(tokenizer: Any, end: str | None = None) -> Thinking:
     return Thinking(switch, switch is None and end is not None and is_open(render(), end), end)
 
 
-def start_of(end: str) -> str:
-    """Return what begins the thoughts that `end` ends: `<think>` for `</think>`."""
-    return end.replace("/", "", 1)
+def start_of(end: str) -> str | None:
+    """Return what begins the thoughts that `end` ends: `<think>` for `</think>`; None if that cannot be told."""
+    return end.replace("/", "", 1) if "/" in end else None
 
 
 def is_open(prompt: str, end: str) -> bool:
     """Return whether what follows the prompt are thoughts."""
-    return prompt.rstrip().endswith(start_of(end))
+    start = start_of(end)
+    return start is not None and prompt.rstrip().endswith(start)
 
 
 def decide(tokenizer: Any, wanted: bool | None, end: str | None = None) -> bool:
@@ -91,6 +92,10 @@ def split_thoughts(prompt: str, text: str, end: str | None) -> str | None:
     Args:
         end: what ends the thoughts; None if the model does not think.
     """
-    if end is None or end in text:
-        return text.rpartition(end)[2] if end else text
-    return None if is_open(prompt, end) or text.lstrip().startswith(start_of(end)) else text
+    if end is None:
+        return text
+    if end in text:
+        return text.rpartition(end)[2]
+    start = start_of(end)
+    began = start is None or is_open(prompt, end) or text.lstrip().startswith(start)
+    return None if began else text
