@@ -32,7 +32,7 @@ from tables import Numbers, best, read_runs, report
 from tqdm import tqdm
 
 from eaft.evaluation.drift import PROMPTS, Answer, BaseAnswers, answer_log_probs, read_prompts
-from eaft.evaluation.scores import load_model, load_tokenizer, score, wrap
+from eaft.evaluation.scores import Protocol, load_model, load_tokenizer, score, wrap
 from eaft.evaluation.suite import load_suites
 from eaft.provenance import environment, write_json
 from eaft.training.train import RUN_FILE
@@ -237,13 +237,13 @@ class Measure:
         found: dict[str, list[float]] = {}
         if not names:
             return found
-        lm = wrap(load_model(model, "bfloat16"), self.tokenizer, 1)
+        loaded = load_model(model, "bfloat16")
         for name in names:
             task = self.settings.recipe["tasks"][name]
             benchmarks = load_suites([task["task"]], data_dir=str(self.settings.data_dir), limit=task.get("limit"))[1]
-            lm.batch_size_per_gpu = task["batch_size"]
-            items = score(lm, benchmarks, apply_chat_template=True, gen_kwargs=task.get("gen_kwargs"))
-            found[name] = [item["score"] for item in items[task["task"]]]
+            protocol = Protocol(True, gen_kwargs=task.get("gen_kwargs"), batch_size=task["batch_size"])
+            items = score(wrap(loaded, self.tokenizer, protocol), benchmarks[task["task"]], protocol)
+            found[name] = [item["score"] for item in items]
         return found
 
 

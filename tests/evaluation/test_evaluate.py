@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from eaft import cli
 from eaft.errors import ConfigurationError
 from eaft.evaluation.evaluate import changes, pair, worst_regressions
-from eaft.evaluation.scores import common_dtype, load_model, load_tokenizer, score, vllm_args, wrap
+from eaft.evaluation.scores import Protocol, load, load_model, load_tokenizer, own_dtype, score, vllm_args
 from eaft.evaluation.suite import Suite, load_suites, suites_help, task_manager
 from tests.conftest import make_model
 
@@ -54,8 +54,9 @@ def damaged_dir(model_dir, tmp_path):
 
 def measured(model_dir, task_path, names=("tiny",)):
     _, benchmarks = load_suites(list(names), task_path)
-    lm = wrap(load_model(str(model_dir)), load_tokenizer(str(model_dir)), 4)
-    return score(lm, benchmarks, apply_chat_template=False)
+    protocol = Protocol(apply_chat_template=False, batch_size=4)
+    lm = load(str(model_dir), load_tokenizer(str(model_dir)), protocol)
+    return {name: score(lm, benchmark, protocol) for name, benchmark in benchmarks.items()}
 
 
 def test_scores_are_lm_evals(model_dir, task_path):
@@ -154,22 +155,19 @@ def test_one_dtype_for_both(model_dir, task_path, tmp_path):
         load_tokenizer(str(model_dir)).save_pretrained(tmp_path / name)
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": f"{tmp_path}/wide"}))
-    assert common_dtype(str(tmp_path / "narrow")) == "bfloat16"
-    assert common_dtype(str(tmp_path / "narrow"), str(tmp_path / "lora")) == "float32"
+    assert own_dtype(str(tmp_path / "narrow")) == "bfloat16"
+    assert own_dtype(str(tmp_path / "lora")) == "float32"
     flags = [tmp_path / "wide", "--base", tmp_path / "narrow", "--suite", "copy", "--include_path", task_path]
     assert run(*flags, "--drift_prompts", 2, "--output_path", tmp_path / "out") == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["drift"]["mean"] == 0
-    assert results["protocol"]["dtype"] == "float32"
+    assert results["protocol"]["dtype"] == "bfloat16"
 
 
 def test_answers_are_cut_to_the_context(model_dir, task_path, caplog):
     file = Path(task_path) / "copy.yaml"
     file.write_text(file.read_text().replace("max_gen_toks: 4", "max_gen_toks: 32768"))
-    _, benchmarks = load_suites(["copy"], task_path)
-    assert (
-        len(score(wrap(load_model(str(model_dir)), load_tokenizer(str(model_dir)), 4), benchmarks, False)["copy"]) == 6
-    )
+    assert len(measured(model_dir, task_path, ["copy"])["copy"]) == 6
     assert "copy: answers are cut at 192 tokens instead of 32768" in caplog.text  # of a context of 256
 
 
@@ -177,8 +175,8 @@ def test_an_item_is_never_its_own_example(model_dir, tmp_path):
     rows = [{"question": f"number {i}?", "answer": f"#### {i}"} for i in range(6)]
     (tmp_path / "gsm8k_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     _, benchmarks = load_suites(["gsm8k"], data_dir=str(tmp_path))
-    lm = wrap(load_model(str(model_dir)), load_tokenizer(str(model_dir)), 4)
-    items = score(lm, benchmarks, False, num_fewshot=3, gen_kwargs="max_gen_toks=1")["gsm8k"]
+    protocol = Protocol(apply_chat_template=False, num_fewshot=3, gen_kwargs="max_gen_toks=1", batch_size=4)
+    items = score(load(str(model_dir), load_tokenizer(str(model_dir)), protocol), benchmarks["gsm8k"], protocol)
     for i, item in enumerate(items):
         assert item["prompt"].count("number") == 4
         assert item["prompt"].count(f"number {i}?") == 1
@@ -359,8 +357,9 @@ def test_gsm8k_and_ifeval_agree_with_lm_evals_own_run(model_dir, tmp_path, monke
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     _, benchmarks = load_suites(["gsm8k", "ifeval"], data_dir=str(tmp_path))
     settings = {"apply_chat_template": True, "num_fewshot": 2, "gen_kwargs": "max_gen_toks=24"}  # 2: gsm8k's sampling
-    lm = wrap(load_model(str(model_dir)), load_tokenizer(str(model_dir)), 3)
-    ours = score(lm, benchmarks, **settings)
+    protocol = Protocol(**settings, batch_size=3)
+    lm = load(str(model_dir), load_tokenizer(str(model_dir)), protocol)
+    ours = {name: score(lm, benchmark, protocol) for name, benchmark in benchmarks.items()}
     theirs = simple_evaluate(
         "hf",
         {"pretrained": str(model_dir), "device": "cpu"},

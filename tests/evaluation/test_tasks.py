@@ -6,7 +6,7 @@ import pytest
 from lm_eval.api.model import LM
 
 from eaft.errors import ConfigurationError
-from eaft.evaluation.scores import score
+from eaft.evaluation.scores import Protocol, score
 from eaft.evaluation.suite import load_suites
 from eaft.evaluation.tasks.cluewsc import target
 
@@ -37,7 +37,7 @@ def test_cluewsc(tmp_path, labels):
     right = {"第0句。": "是", "第1句。": "否"}
     for wrong in (False, True):
         oracle = Oracle(lambda prompt, choice, wrong=wrong: float((right[prompt[:4]] == choice.strip()) != wrong))
-        items = score(oracle, benchmarks, apply_chat_template=False)["cluewsc"]
+        items = score(oracle, benchmarks["cluewsc"], Protocol())
         assert [item["score"] for item in items] == [float(not wrong)] * 2
     assert items[0]["prompt"].startswith("第0句。\n上文中的“它”指的是“床”吗")
 
@@ -114,5 +114,5 @@ def test_bfcl(category):
         return good(prompt, doc).replace("(", "_damaged(", 1)
 
     for rule, expected in ((good, 1.0), (bad, 0.0)):
-        items = score(Oracle(rule), benchmarks, apply_chat_template=False)[f"bfcl_v3_{category}"]
+        items = score(Oracle(rule), benchmarks[f"bfcl_v3_{category}"], Protocol())
         assert [item["score"] for item in items] == [expected] * 12

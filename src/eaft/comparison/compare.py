@@ -19,7 +19,7 @@ import yaml
 from eaft.errors import ConfigurationError, EAFTError, nearest
 from eaft.evaluation.drift import PROMPTS, BaseAnswers, read_prompts
 from eaft.evaluation.evaluate import Protocol, changes, measure, read_items, shared_tokenizer, write_items
-from eaft.evaluation.scores import SEED, common_dtype
+from eaft.evaluation.scores import SEED, own_dtype
 from eaft.evaluation.suite import Benchmark, Suite, load_suites, suites_help
 from eaft.models import resolve_model
 from eaft.objective.gates import gates_help
@@ -315,7 +315,7 @@ def evaluate_runs(
 
     protocol = config.protocol
     if protocol.dtype == "auto":
-        protocol.dtype = common_dtype(base, *map(str, folders.values()))
+        protocol.dtype = own_dtype(base)
     _, tokenizer = shared_tokenizer(base, base, drift=True)
     if protocol.apply_chat_template is None:
         protocol.apply_chat_template = tokenizer.chat_template is not None

@@ -3,72 +3,71 @@
 from __future__ import annotations
 
 import argparse
-import gc
+import contextlib
+import copy
 import hashlib
 import json
+import logging
 import os
-import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+import shutil
+import sys
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from transformers import AutoConfig
 
 from eaft.errors import ConfigurationError
-from eaft.evaluation.drift import PROMPTS, BaseAnswers, read_prompts
+from eaft.evaluation.drift import ANSWER_TOKENS, DRIFT_PROMPTS, PROMPTS, TOP, read_prompts, summarise
+from eaft.evaluation.measured import MeasuredModel, read_jsonl, write_jsonl
 from eaft.evaluation.scores import (
     SEED,
     Item,
-    common_dtype,
-    load_model,
+    Progress,
+    Protocol,
+    asked,
+    ask,
+    check_thinking,
+    fit_context,
     load_tokenizer,
-    load_vllm,
+    own_dtype,
     processes,
-    score,
-    wrap,
 )
+from eaft.evaluation.store import Store
 from eaft.evaluation.suite import Benchmark, Suite, load_suites, suites_help
-from eaft.models import resolve_model
+from eaft.locks import locked
+from eaft.models import first_line, resolve_model
 from eaft.provenance import environment, write_json
 
 DESCRIPTION = """
 Run lm-evaluation-harness tasks on a model and write every item. With --base, run the base model under the same protocol
-too, and say what the fine-tuning changed: before, after, a 95% interval and a paired test, items lost and gained,
-drift, and the worst regressions. Writes results.json, results.md, changes.png and the items (JSON Lines).
+too, and say what the fine-tuning changed: whether a loss is shown, before, after, a 95% interval and a paired test, items
+lost and gained, drift, and the worst regressions. Writes results.json, results.md, changes.png and the items (JSON Lines).
 
   eaft eval out --base Qwen/Qwen3-0.6B --suite quick
   eaft eval out --base Qwen/Qwen3-0.6B --suite general math --output_path eval/out
+  eaft eval out --base Qwen/Qwen3-0.6B --suite general --max_drop 2 --max_drift 0.1   exits 3 if more is lost
   eaft eval adapter_folder --base Qwen/Qwen3-0.6B --suite gsm8k my_tasks/mine.yaml --data_dir data
+  eaft eval Qwen/Qwen3-0.6B --record                   only keep its answers, for drift while training
   accelerate launch -m eaft eval out --base Qwen/Qwen3-0.6B --suite general
+
+What is measured is kept (`eaft cache`): the base model is measured once, and a run that was stopped, or whose task
+failed, goes on where it was when it is started again. Exit code: 0; 1 if a task failed; 3 if a loss beyond --max_drop
+or --max_drift is shown; 2 for what is wrong with the command.
 
 suites (any lm-eval task, group or task file is one too; so is a YAML file with `suite`, `tasks` and perhaps `limit`):
 """
 RESULTS_FILE = "results.json"
+INPUTS_FILE = "inputs.json"  # of the evaluation that a folder holds, finished or not
 WORST = 20  # regressions shown
+logger = logging.getLogger(__name__)
 
 
-@dataclass
-class Protocol:
-    """How a model is measured: what must be the same for two models to be compared."""
-
-    apply_chat_template: bool | None = None  # None: if the base model has a template
-    num_fewshot: int | None = None  # None: what each task says
-    system_instruction: str | None = None
-    gen_kwargs: str | None = None
-    seed: int = SEED
-    batch_size: int = 8
-    dtype: str = "auto"
-    backend: str = "hf"
-    model_args: dict[str, Any] = field(default_factory=dict)
-    max_new_tokens: int = 128  # of each answer that drift is measured on
-
-
-def main(argv: list[str]) -> None:
-    """Parse the flags, evaluate, and print the report."""
+def main(argv: list[str]) -> int:
+    """Parse the flags, evaluate, print the report; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="eaft eval",
         description=DESCRIPTION + suites_help(),
@@ -76,32 +75,65 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("model", help="a Hub id, a folder (also of a PEFT adapter) or a .gguf file")
     parser.add_argument("--base", help="the model it was fine-tuned from: compare with it")
-    parser.add_argument("--suite", nargs="+", required=True, metavar="NAME", help="suites or tasks, as listed above")
+    parser.add_argument("--suite", nargs="+", default=[], metavar="NAME", help="suites or tasks, as listed above")
+    parser.add_argument("--record", action="store_true", help="only keep the model's answers, as the base of drift")
     parser.add_argument("--output_path", metavar="DIR", help="where results go (default: eval/MODEL)")
     parser.add_argument("--data_dir", metavar="DIR", help="local data: TASK.jsonl or TASK_test.jsonl, as on the Hub")
     parser.add_argument("--include_path", metavar="DIR", help="a folder with lm-eval task files of your own")
     parser.add_argument("--limit", type=int, metavar="N", help="at most the first N items of each lm-eval task")
+    parser.add_argument("--max_drop", type=float, metavar="POINTS", help="a task may lose so much: else exit code 3")
+    parser.add_argument("--max_drift", type=float, metavar="NATS", help="drift may be so large: else exit code 3")
     parser.add_argument("--num_fewshot", type=int, metavar="N", help="examples before each item (default: the task's)")
     parser.add_argument(
         "--apply_chat_template",
         action=argparse.BooleanOptionalAction,
         help="ask as a chat (default: if the base model, or without one the model, has a chat template)",
     )
+    parser.add_argument(
+        "--enable_thinking",
+        action=argparse.BooleanOptionalAction,
+        help="let models think before they answer (default: no, where the chat template can turn it off)",
+    )
+    parser.add_argument(
+        "--max_thinking_tokens", type=int, default=Protocol.max_thinking_tokens, help="room for it, beside the answer's"
+    )
     parser.add_argument("--system_instruction", metavar="TEXT", help="a system message before each item")
     parser.add_argument("--gen_kwargs", metavar="K=V,...", help="generation settings for all tasks, as lm-eval's")
     parser.add_argument("--seed", type=int, default=SEED, help=f"of few-shot examples and sampling (default: {SEED})")
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the wider of the two saved)")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: what the base was saved in)")
     parser.add_argument("--backend", choices=["hf", "vllm"], default="hf", help="lm-eval's model (default: hf)")
-    parser.add_argument("--model_args", type=json.loads, default={}, metavar="JSON", help="more for the vllm backend")
+    parser.add_argument(
+        "--model_args",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help="more for lm-eval's model, as '{\"parallelize\": true}'",
+    )
     parser.add_argument("--prompts", default=str(PROMPTS), metavar="FILE", help="JSON Lines with a `prompt`, for drift")
-    parser.add_argument("--drift_prompts", type=int, default=32, metavar="N", help="at most so many; 0: no drift")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="of the base model's answers to them")
+    parser.add_argument(
+        "--drift_prompts", type=int, default=DRIFT_PROMPTS, metavar="N", help="at most so many; 0: no drift"
+    )
+    parser.add_argument("--max_new_tokens", type=int, default=ANSWER_TOKENS, help="of the base model's answers to them")
     flags = vars(parser.parse_args(argv))
     protocol = Protocol(**{name: flags.pop(name) for name in Protocol.__dataclass_fields__})
+    if flags.pop("record"):
+        record(flags["model"], flags["prompts"], protocol)
+        return 0
+    if not flags["suite"]:
+        raise ConfigurationError("--suite is missing: name suites or tasks, as eaft eval --help lists them.")
     results = evaluate(protocol=protocol, **flags)
-    if results is not None:
-        print((Path(results["output_path"]) / "results.md").read_text())
+    if results is None:
+        return 0
+    print((Path(results["output_path"]) / "results.md").read_text())
+    return exit_code(results)
+
+
+def exit_code(results: dict[str, Any]) -> int:
+    """Return 3 if a loss beyond the budgets is shown, 1 if a task failed, else 0."""
+    if (results.get("verdict") or {}).get("over_budget"):
+        return 3
+    return 1 if results["failed"] else 0
 
 
 def evaluate(
@@ -112,8 +144,9 @@ def evaluate(
     data_dir: str | None = None,
     include_path: str | None = None,
     limit: int | None = None,
+    max_drop: float | None = None,
+    max_drift: float | None = None,
     prompts: str = str(PROMPTS),
-    drift_prompts: int = 32,
     protocol: Protocol | None = None,
 ) -> dict[str, Any] | None:
     """
@@ -123,75 +156,139 @@ def evaluate(
         what `results.json` holds, on the first process; None on others.
 
     Raises:
-        ConfigurationError: a missing model, task or data set, or an output folder that holds results.
+        ConfigurationError: whatever can be known to be wrong before a model is loaded.
     """
     protocol = protocol or Protocol()
     folder = Path(output_path or Path("eval") / Path(model).name)
-    if (folder / RESULTS_FILE).is_file():
+    inputs = {
+        **{"model": model, "base": base, "suite": suite, "data_dir": data_dir, "include_path": include_path},
+        **{"limit": limit, "prompts": prompts, "protocol": asdict(protocol)},
+    }
+    check_folder(folder, inputs)
+    check_packages(protocol.backend)
+    if base is None and (max_drop is not None or max_drift is not None):
+        raise ConfigurationError("--max_drop and --max_drift are of a change: give the --base it is from.")
+    questions = read_prompts(prompts, protocol.drift_prompts) if base is not None and protocol.drift_prompts else []
+    if max_drift is not None and not questions:
+        raise ConfigurationError(f"--max_drift {max_drift} needs drift: leave --drift_prompts 0 out.")
+    state = processes()
+    with state.main_process_first():
+        suites, benchmarks = load_suites(suite, include_path, data_dir, limit)
+        tuned, original = side_by_side(model, base, protocol, drift=bool(questions))
+        check_measurable([tuned] if original is None else [original, tuned], benchmarks, questions)
+    with contextlib.ExitStack() as stack:
+        if state.is_main_process:
+            stack.enter_context(locked(folder))
+            check_folder(folder, inputs)  # again: another process may just have ended
+            write_json(folder / INPUTS_FILE, inputs)
+        before, sums = None, None
+        if original is not None:
+            answers = original.answers(questions) if questions else None
+            before = run_tasks(original, benchmarks, folder / "items_before")
+            original.free()
+            sums = tuned.drift(answers) if answers is not None else None
+        after = run_tasks(tuned, benchmarks, folder / ("items" if original is None else "items_after"))
+        tuned.free()
+        if not state.is_main_process:
+            return None
+        failed = {**(before.failed if before else {}), **after.failed}
+        done = {name: benchmark for name, benchmark in benchmarks.items() if name not in failed}
+        results: dict[str, Any] = {
+            "output_path": str(folder),
+            "model": model,
+            "base": base,
+            "suites": {s.name: s.benchmarks for s in suites},
+            "protocol": {**asdict(tuned.protocol), "limit": limit, "data_sha256": data_digest(after.items)},
+            "environment": environment(),
+            "kept": {"model": tuned.kept, "base": original.kept if original else [], "folder": str(tuned.store.folder)},
+            "asked": {name: facts(benchmark, tuned.protocol, before, after) for name, benchmark in done.items()},
+            "failed": failed,
+        }
+        if before is None:
+            results["tasks"] = {name: score_summary(after.items[name]) for name in done}
+        else:
+            several = [s for s in suites if len(s.benchmarks) > 1 and not failed.keys() & set(s.benchmarks)]
+            items_before, items_after = ({name: side.items[name] for name in done} for side in (before, after))
+            results.update(changes(items_before, items_after, several))
+            results["worst"] = worst_regressions(items_before, items_after)
+            results["drift"] = summarise(*sums) if sums is not None else None
+            results["verdict"] = judge(results, max_drop, max_drift)
+        write_report(folder, results)
+        return results
+
+
+def check_folder(folder: Path, inputs: dict[str, Any]) -> None:
+    """
+    Refuse a folder that holds another evaluation, or a finished one: one that was stopped, or failed in part, goes on.
+
+    Raises:
+        ConfigurationError: as said.
+    """
+    held = folder / INPUTS_FILE
+    if held.is_file() and (old := json.loads(held.read_text())) != json.loads(json.dumps(inputs)):
+        changed = [name for name in inputs if old.get(name) != json.loads(json.dumps(inputs[name]))]
+        raise ConfigurationError(
+            f"output_path={str(folder)!r} holds another evaluation ({', '.join(changed)} differs): choose another folder, "
+            "or delete it."
+        )
+    results = folder / RESULTS_FILE
+    if results.is_file() and not json.loads(results.read_text()).get("failed"):
         raise ConfigurationError(f"output_path={str(folder)!r} holds results: choose another folder, or delete it.")
-    if protocol.backend == "vllm":
+
+
+def check_packages(backend: str) -> None:
+    """
+    Find out what is not installed before anything is measured.
+
+    Raises:
+        ConfigurationError: a package is missing, or vLLM is to be started by a launcher.
+    """
+    for package in ("lm_eval", "matplotlib", "scipy", "tabulate"):
+        if find_spec(package) is None:
+            raise ConfigurationError(f"Evaluating needs {package}: pip install 'eaft[eval]'.")
+    if backend == "vllm":
         if find_spec("vllm") is None:
             raise ConfigurationError("backend='vllm' needs vLLM: pip install vllm, or take backend='hf'.")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ConfigurationError("backend='vllm' uses several GPUs by itself: start it without a launcher.")
-    questions = read_prompts(prompts, drift_prompts) if base is not None and drift_prompts else []
-    state = processes()
-    with state.main_process_first():
-        model, base = find_model(model), find_model(base) if base is not None else None
-        tokenizer, base_tokenizer = shared_tokenizer(model, base, bool(questions))
-        if protocol.dtype == "auto" and base is not None:
-            protocol.dtype = common_dtype(model, base)
-        suites, benchmarks = load_suites(suite, include_path, data_dir, limit)
-    if protocol.apply_chat_template is None:
-        protocol.apply_chat_template = tokenizer.chat_template is not None
-
-    before = drift = None
-    if base is None:
-        after = measure(model, tokenizer, benchmarks, protocol)
-    else:
-        answers, found = BaseAnswers(folder), {}
-
-        def record(loaded: Any) -> None:
-            answers.record(loaded, base_tokenizer, questions, protocol.max_new_tokens, protocol.batch_size)
-
-        def compare(loaded: Any) -> None:
-            found.update(answers.drift(loaded))
-            answers.free()
-
-        before = measure(base, base_tokenizer, benchmarks, protocol, record if questions else None)
-        if state.is_main_process:
-            write_items(folder / "items_before", before)
-        after = measure(model, tokenizer, benchmarks, protocol, compare if questions else None)
-        drift = found or None
-    if not state.is_main_process:
-        return None
-
-    results: dict[str, Any] = {
-        "output_path": str(folder),
-        "model": model,
-        "base": base,
-        "suites": {s.name: s.benchmarks for s in suites},
-        "protocol": {**asdict(protocol), "limit": limit, "data_sha256": data_digest(after)},
-        "environment": environment(),
-    }
-    write_items(folder / ("items_after" if base else "items"), after)
-    if before is None:
-        results["tasks"] = {name: score_summary(found) for name, found in after.items()}
-    else:
-        several = [s for s in suites if len(s.benchmarks) > 1]
-        results.update(changes(before, after, several), drift=drift, worst=worst_regressions(before, after))
-    from eaft.evaluation import report  # needs the same extra as lm-eval, whose absence has been reported by now
-
-    (folder / "results.md").write_text(report.evaluation(results))
-    if before is not None:
-        report.draw_changes(results, folder / "changes.png")
-    write_json(folder / RESULTS_FILE, results)
-    return results
 
 
 def find_model(model: str) -> str:
-    """Return what `load_model` takes: a folder with an adapter as it is, all else as `resolve_model` finds it."""
-    return model if Path(model, "adapter_config.json").is_file() else resolve_model(model)
+    """
+    Return what can be loaded: a folder with an adapter as it is, all else as `resolve_model` finds it.
+
+    Raises:
+        ConfigurationError: there is no such model, or PEFT is needed and not installed.
+    """
+    if not Path(model, "adapter_config.json").is_file():
+        return resolve_model(model)
+    if find_spec("peft") is None:
+        raise ConfigurationError(f"{model} holds a PEFT adapter: pip install 'eaft[peft]'.")
+    return model
+
+
+def side_by_side(
+    model: str, base: str | None, protocol: Protocol, drift: bool, store: Store | None = None
+) -> tuple[MeasuredModel, MeasuredModel | None]:
+    """
+    Return a model and its base, to be asked alike: one protocol (completed here), tokenizer and template.
+
+    Args:
+        drift: whether it is to be measured, which needs one vocabulary.
+
+    Raises:
+        ConfigurationError: a model is missing, or the vocabularies differ and drift is asked for.
+    """
+    protocol = copy.deepcopy(protocol)
+    model, base = find_model(model), find_model(base) if base is not None else None
+    tokenizer, base_tokenizer = shared_tokenizer(model, base, drift)
+    if protocol.apply_chat_template is None:
+        protocol.apply_chat_template = tokenizer.chat_template is not None
+    protocol.enable_thinking = thinks(tokenizer, protocol)
+    if protocol.dtype == "auto":
+        protocol.dtype = own_dtype(base or model)
+    tuned = MeasuredModel(model, tokenizer, protocol, store)
+    return tuned, MeasuredModel(base, base_tokenizer, protocol, store) if base is not None else None
 
 
 def shared_tokenizer(model: str, base: str | None, drift: bool) -> tuple[Any, Any]:
@@ -218,76 +315,132 @@ def shared_tokenizer(model: str, base: str | None, drift: bool) -> tuple[Any, An
     return tokenizer, base_tokenizer
 
 
-def measure(
-    model: str,
-    tokenizer: Any,
-    benchmarks: dict[str, Benchmark],
-    protocol: Protocol,
-    prepare: Callable[[Any], Any] | None = None,
-) -> dict[str, list[Item]]:
+def check_measurable(models: list[MeasuredModel], benchmarks: dict[str, Benchmark], prompts: list[Any]) -> None:
     """
-    Return a model's items (on the first process; empty on others).
+    Check that what is to be asked fits the models' contexts and the disk, and cut the tasks' answers to the context.
 
-    Args:
-        model: see `eaft.evaluation.scores.load_model`.
-        prepare: what else to do with the loaded model, on the first process: drift.
+    Raises:
+        ConfigurationError: prompts for drift that do not fit, tasks that cannot be asked of a model that thinks, or no
+            room for drift's files.
     """
-    state = processes()
-    loaded: Any = None
-    if protocol.backend == "hf" or (prepare and state.is_main_process):
-        loaded = load_model(model, protocol.dtype)
-    if prepare and state.is_main_process:
-        prepare(loaded)
-    state.wait_for_everyone()
-    with tempfile.TemporaryDirectory() as folder:
-        if protocol.backend == "vllm":
-            loaded = None
-            free_memory()
-            tokenizer.save_pretrained(folder)  # vLLM reads it from disk; the template may be the other model's
-            args = {"dtype": protocol.dtype, **protocol.model_args}
-            lm = load_vllm(model, folder, protocol.batch_size, args)
-        else:
-            lm = wrap(loaded, tokenizer, protocol.batch_size)
-        found = score(
-            lm,
-            benchmarks,
-            bool(protocol.apply_chat_template),
-            protocol.num_fewshot,
-            protocol.system_instruction,
-            protocol.gen_kwargs,
-            protocol.seed,
+    first = models[0]
+    context = min(context_length(m.model) for m in models)
+    check_thinking(benchmarks, first.tokenizer, first.protocol)
+    for benchmark in benchmarks.values():
+        for task in benchmark.tasks.values():
+            fit_context(task, context, first.protocol)
+    if not prompts:
+        return
+    protocol = first.protocol
+    longest = max(len(first.tokenizer(ask(first.tokenizer, prompt, protocol))["input_ids"]) for prompt in prompts)
+    if longest + protocol.max_new_tokens > context:
+        raise ConfigurationError(
+            f"max_new_tokens={protocol.max_new_tokens}: with the longest prompt for drift ({longest} tokens) it is more "
+            f"than the context of {context}: lower it, or give shorter --prompts."
         )
-    del lm, loaded
-    free_memory()
+    need = len(prompts) * protocol.max_new_tokens * min(TOP, len(first.tokenizer)) * 8
+    folder = next(parent for parent in (first.store.folder, *first.store.folder.parents) if parent.is_dir())
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise ConfigurationError(
+            f"Drift keeps up to {need / 2**20:.0f} MiB in {first.store.folder}, where {free / 2**20:.0f} MiB are free: "
+            "lower --drift_prompts, or set EAFT_CACHE to a folder with room (`eaft cache --clear` empties this one)."
+        )
+    print(f"Drift: at most {need / 2**20:.0f} MiB of probabilities, kept in {first.store.folder}", file=sys.stderr)
+
+
+def context_length(model: str) -> int:
+    """Return how many tokens a model takes, as its configuration says; lm-eval's default where it does not."""
+    adapter = Path(model, "adapter_config.json")
+    name = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else model
+    config = AutoConfig.from_pretrained(name).get_text_config()
+    lengths = [getattr(config, field, None) for field in ("n_positions", "max_position_embeddings", "n_ctx")]
+    return next((length for length in lengths if length), 2048)
+
+
+def record(model: str, prompts: str, protocol: Protocol) -> None:
+    """Keep a base model's answers to prompts, and its probabilities: what drift is measured against."""
+    questions = read_prompts(prompts, protocol.drift_prompts)
+    base, _ = side_by_side(model, None, protocol, drift=True)
+    check_measurable([base], {}, questions)
+    answers = base.answers(questions)
+    if processes().is_main_process:
+        print(f"Kept {len(answers.answers)} answers of {model} in {base.store.folder}")
+
+
+@dataclass
+class Measured:
+    """What was measured of one model."""
+
+    items: dict[str, list[Item]]
+    failed: dict[str, str]  # tasks that could not be run, and why
+
+
+def run_tasks(model: MeasuredModel, benchmarks: dict[str, Benchmark], folder: Path) -> Measured:
+    """Return the items of all benchmarks (on the first process), each written as it ends; what fails does not stop the others."""
+    found = Measured({}, {})
+    progress = Progress(list(benchmarks.values()))
+    main = processes().is_main_process
+    for name, benchmark in benchmarks.items():
+        try:
+            items = model.items(benchmark, progress)
+        except Exception as error:
+            # Of several processes one that fails in the middle leaves the others waiting for it
+            if processes().num_processes > 1 and not isinstance(error, ConfigurationError):
+                raise
+            logger.exception(f"{name} failed on {model.model}")
+            found.failed[name] = f"{type(error).__name__}: {first_line(error)}"
+            continue
+        found.items[name] = items
+        if main:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_jsonl(folder / f"{Path(name).stem}.jsonl", items)
+    progress.close()
     return found
 
 
-def free_memory() -> None:
-    """Give back what deleted models held, so that the next one finds it free."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def facts(benchmark: Benchmark, protocol: Protocol, before: Measured | None, after: Measured) -> dict[str, Any]:
+    """Return what a benchmark asked, and what was cut of it on each side."""
+    found = asked(benchmark, protocol, after.items[benchmark.name])
+    found["cut"] = {"after": found["cut"]}
+    if before is not None:
+        found["cut"]["before"] = asked(benchmark, protocol, before.items[benchmark.name])["cut"]
+    return found
 
 
 def changes(
     before: dict[str, list[Item]], after: dict[str, list[Item]], suites: list[Suite]
 ) -> dict[str, dict[str, Any]]:
-    """Return `tasks` and `means` (one a suite): each a `Change` as a mapping, tasks with their `metric`."""
-    from eaft.evaluation.paired import mean_change, paired_change  # needs scipy, which comes with lm-eval
+    """
+    Return `tasks`, `filters` and `means` (one a suite): each a `Change` as a mapping.
+
+    Tasks have their `metric`, and `p_holm`: p adjusted for their number. Filters are a task's other ways to read the
+    same answers (GSM8K: strict and flexible); they count in no mean and no adjustment.
+    """
+    from eaft.evaluation.paired import holm, mean_change, paired_change  # needs scipy, which comes with lm-eval
 
     scores: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    found = {}
+    found, filters = {}, {}
     for name in after:
         pairs = pair(name, before[name], after[name])
         scores[name] = (np.array([a["score"] for a, _ in pairs]), np.array([b["score"] for _, b in pairs]))
         choices = np.array([len(item.get("choices", [])) for item in after[name]])
         found[name] = paired_change(*scores[name], num_choices=choices if choices.min() > 1 else None)
+        others = [key for key in after[name][0]["scores"] if key != after[name][0]["metric"].partition(",")[2]]
+        for key in others:
+            sides = (np.array([item["scores"][key] for item in side]) for side in zip(*pairs, strict=True))
+            filters.setdefault(name, {})[key] = asdict(paired_change(*sides))
     means = {
         suite.name: mean_change([found[n] for n in suite.benchmarks], [scores[n] for n in suite.benchmarks])
         for suite in suites
     }
+    adjusted = holm([change.p_value for change in found.values()])
     return {
-        "tasks": {name: {"metric": after[name][0]["metric"], **asdict(change)} for name, change in found.items()},
+        "tasks": {
+            name: {"metric": after[name][0]["metric"], **asdict(change), "p_holm": p}
+            for (name, change), p in zip(found.items(), adjusted, strict=True)
+        },
+        "filters": filters,
         "means": {name: asdict(change) for name, change in means.items()},
     }
 
@@ -356,19 +509,14 @@ def data_digest(items: dict[str, list[Item]]) -> str:
     return digest.hexdigest()
 
 
-def write_items(folder: Path, items: dict[str, list[Item]]) -> None:
-    """Write each benchmark's items as JSON Lines, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, found in items.items():
-        file = folder / f"{Path(name).stem}.jsonl"
-        staging = file.with_suffix(".tmp")
-        staging.write_text("".join(json.dumps(item) + "\n" for item in found))
-        os.replace(staging, file)
+def write_report(folder: Path, results: dict[str, Any]) -> None:
+    """Write results.md, changes.png and, last, results.json, which says that all is there."""
+    from eaft.evaluation import report
 
-
-def read_items(folder: Path, names: list[str]) -> dict[str, list[Item]]:
-    """Return what `write_items` wrote."""
-    return {
-        name: [json.loads(line) for line in (folder / f"{Path(name).stem}.jsonl").read_text().splitlines()]
-        for name in names
-    }
+    text = report.evaluation(results)
+    staging = folder / "results.md.tmp"
+    staging.write_text(text)
+    os.replace(staging, folder / "results.md")
+    if results["base"] is not None and results["tasks"]:
+        report.draw_changes(results, folder / "changes.png")
+    write_json(folder / RESULTS_FILE, results)

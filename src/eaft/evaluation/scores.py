@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import math
+import tempfile
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,25 @@ from eaft.models import first_line
 Item = dict[str, Any]
 logger = logging.getLogger(__name__)
 SEED = 1234  # lm-eval's own default for few-shot examples
+
+
+@dataclass
+class Protocol:
+    """How a model is measured: what must be the same for two models to be compared."""
+
+    apply_chat_template: bool | None = None  # None: if the tokenizer has a template
+    enable_thinking: bool | None = None  # None: off where the template can turn it off, on where it cannot
+    max_thinking_tokens: int = 8192  # of each generated answer, beside what the task gives the answer itself
+    num_fewshot: int | None = None  # None: what each task says
+    system_instruction: str | None = None
+    gen_kwargs: str | None = None
+    seed: int = SEED
+    batch_size: int = 8
+    dtype: str = "auto"  # the base model's own
+    backend: str = "hf"
+    model_args: dict[str, Any] = field(default_factory=dict)  # more for lm-eval's model
+    drift_prompts: int = 32
+    max_new_tokens: int = 128  # of each answer that drift is measured on
 
 
 def processes() -> PartialState:
@@ -53,18 +73,11 @@ def load_model(model: str, dtype: str = "auto") -> Any:
         raise ConfigurationError(f"{model} cannot be loaded. ({first_line(error)})") from error
 
 
-def common_dtype(*models: str) -> str:
-    """
-    Return the dtype in which several models can be compared: the widest they were saved in.
-
-    Each in its own would take the rounding of one for a change, and the narrowest would round small changes away.
-    """
-    saved = []
-    for model in models:
-        adapter = Path(model, "adapter_config.json")
-        name = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else model
-        saved.append(AutoConfig.from_pretrained(name).dtype or torch.float32)
-    return str(functools.reduce(torch.promote_types, saved)).removeprefix("torch.")
+def own_dtype(model: str) -> str:
+    """Return the dtype a model was saved in (`bfloat16`), an adapter's base model's; float32 where none is noted."""
+    adapter = Path(model, "adapter_config.json")
+    name = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else model
+    return str(AutoConfig.from_pretrained(name).dtype or torch.float32).removeprefix("torch.")
 
 
 def load_tokenizer(model: str) -> Any:
@@ -86,27 +99,52 @@ def load_tokenizer(model: str) -> Any:
     return tokenizer
 
 
-def score(
-    lm: Any,
-    benchmarks: dict[str, Benchmark],
-    apply_chat_template: bool,
-    num_fewshot: int | None = None,
-    system_instruction: str | None = None,
-    gen_kwargs: str | None = None,
-    seed: int = SEED,
-) -> dict[str, list[Item]]:
+def load(model: str, tokenizer: Any, protocol: Protocol) -> Any:
     """
-    Run an lm-eval model on benchmarks and return the items of each (on the first process; empty on others).
+    Return a model as lm-eval's, loaded once: `lm.model` is the torch model where the backend is `hf`.
+
+    Args:
+        model: a Hub id, a folder, or a folder with a PEFT adapter (its base model is found through it).
+
+    Raises:
+        ConfigurationError: the model cannot be loaded, or PEFT is needed and not installed.
+    """
+    if protocol.backend == "vllm":
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)  # vLLM reads it from disk; the template may be the other model's
+            args = {"dtype": protocol.dtype, **protocol.model_args}
+            return load_vllm(model, folder, protocol.batch_size, args)
+    return wrap(load_model(model, protocol.dtype), tokenizer, protocol)
+
+
+def ask(tokenizer: Any, prompt: Any, protocol: Protocol) -> str:
+    """
+    Return a prompt (a string or messages) as the text a model is asked with: by the chat template, or plainly.
+
+    Plain text is the messages' contents, a blank line between them. A system instruction comes first.
+    """
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if protocol.system_instruction:
+        messages.insert(0, {"role": "system", "content": protocol.system_instruction})
+    wanted = protocol.apply_chat_template
+    if (tokenizer.chat_template is not None) if wanted is None else wanted:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return "\n\n".join(message["content"] for message in messages)
+
+
+def score(lm: Any, benchmark: Benchmark, protocol: Protocol) -> list[Item]:
+    """
+    Run an lm-eval model on a benchmark and return its items (on the first process; none on others).
 
     An item's score is the first metric its task lists (with its first filter), which must be one number an item. It has
-    `task`, `doc_id`, `prompt`, `target`, `response`, `score`, where the task is multiple choice `choices` (their
+    `task`, `doc_id`, `prompt`, `target`, `response`, `score`, `scores` (of each filter the first metric has), `cut`
+    (what of `prompt`, `answer` and `thoughts` was), where the task is multiple choice `choices` (their
     log-likelihoods, nats), and hashes of prompt, target and row, by which two models' items are matched.
 
     Args:
-        lm: lm-eval's model, see `wrap`.
-        benchmarks: see `eaft.evaluation.suite.load_suites`.
-        num_fewshot, system_instruction, gen_kwargs: as in lm-eval; None keeps what the task says, but that answers
-            are cut to what fits the model's context (AIME asks for 32,768 tokens).
+        lm: lm-eval's model, see `load` and `wrap`.
+        protocol: its num_fewshot, system_instruction and gen_kwargs are as in lm-eval; None keeps what the task says,
+            but that answers are cut to what fits the model's context (AIME asks for 32,768 tokens).
 
     Raises:
         ConfigurationError: a task whose first metric is not one number an item.
@@ -114,13 +152,12 @@ def score(
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
+    tasks = benchmark.tasks
     limits = {
         name: list(range(min(benchmark.limit, len(task.eval_docs))))
-        for benchmark in benchmarks.values()
+        for name, task in tasks.items()
         if benchmark.limit is not None
-        for name, task in benchmark.tasks.items()
     }
-    tasks = {name: task for benchmark in benchmarks.values() for name, task in benchmark.tasks.items()}
     for task in tasks.values():
         fit_context(task, lm)
     with quiet():
@@ -129,23 +166,32 @@ def score(
             tasks=list(tasks.values()),
             task_manager=TaskManager(include_defaults=False),  # else it looks through its thousands of tasks
             samples=limits or None,
-            num_fewshot=num_fewshot,
-            apply_chat_template=apply_chat_template,
-            system_instruction=system_instruction,
-            gen_kwargs=gen_kwargs,
+            num_fewshot=protocol.num_fewshot,
+            apply_chat_template=bool(protocol.apply_chat_template),
+            system_instruction=protocol.system_instruction,
+            gen_kwargs=protocol.gen_kwargs,
             log_samples=True,
             bootstrap_iters=0,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
+            random_seed=protocol.seed,
+            numpy_random_seed=protocol.seed,
+            torch_random_seed=protocol.seed,
+            fewshot_random_seed=protocol.seed,
             confirm_run_unsafe_code=False,
         )
-    if output is None:
-        return {name: [] for name in benchmarks}
+    return [] if output is None else [item for name in tasks for item in items(name, tasks[name], output)]
+
+
+def asked(benchmark: Benchmark, protocol: Protocol, items: list[Item]) -> dict[str, Any]:
+    """Return what a benchmark asked and how much of it was cut, for the report."""
+    metric, _, metric_filter = items[0]["metric"].partition(",")
+    versions = {str(task.VERSION) for task in benchmark.tasks.values()}
+    fewshot = {task.config.num_fewshot for task in benchmark.tasks.values()}
     return {
-        name: [item for task in benchmark.tasks for item in items(task, tasks[task], output)]
-        for name, benchmark in benchmarks.items()
+        "version": ", ".join(sorted(versions)),
+        "metric": metric,
+        "filter": metric_filter,
+        "num_fewshot": fewshot.pop() if len(fewshot) == 1 else None,
+        "cut": {kind: sum(kind in item["cut"] for item in items) for kind in ("prompt", "answer", "thoughts")},
     }
 
 
@@ -178,7 +224,7 @@ def items(name: str, task: Any, output: dict[str, Any]) -> list[Item]:
             item["response"] = sample["arguments"][choices.index(max(choices))][1].strip()
         else:
             item["response"] = plain(sample["resps"][0][0])
-        item.update(target=plain(sample["target"]), score=float(value))
+        item.update(target=plain(sample["target"]), score=float(value), scores={metric_filter: float(value)}, cut=[])
         item.update({f"{part}_hash": sample[f"{part}_hash"] for part in ("prompt", "target", "doc")})
         found.append(item)
     return found
@@ -194,12 +240,12 @@ def plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
-def wrap(model: Any, tokenizer: Any, batch_size: int) -> Any:
+def wrap(model: Any, tokenizer: Any, protocol: Protocol) -> Any:
     """Return a loaded model as lm-eval's `hf` model, sharing the items among this launch's processes."""
     from lm_eval.models.huggingface import HFLM
 
     logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)  # it warns of what is set right below
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=protocol.batch_size)
     state = processes()
     if state.num_processes > 1:
         lm._rank, lm._world_size, lm.accelerator = state.process_index, state.num_processes, Accelerator()

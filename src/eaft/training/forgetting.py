@@ -1,8 +1,9 @@
 """
 While it trains: how far the model has drifted and what it has lost, every N steps, and which checkpoint to keep.
 
-The base model is the model at step 0. Its answers and their log-probabilities are kept in `OUTPUT_DIR/forgetting` until
-training ends, and read from there when it is resumed.
+The base model is the model at step 0. Its answers and its probabilities at their positions are kept in
+`OUTPUT_DIR/forgetting` until training ends, and read from there when it is resumed. Where FSDP or DeepSpeed shards the
+model only drift is measured, which takes forward passes alone: the answers are sampled before, by the first process.
 """
 
 from __future__ import annotations
@@ -22,22 +23,14 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
 from eaft.errors import ConfigurationError
-from eaft.evaluation.drift import BaseAnswers, read_prompts
-from eaft.evaluation.scores import score, wrap
+from eaft.evaluation.drift import ANSWER_TOKENS, DRIFT_PROMPTS, Answer, BaseAnswers, Share, read_prompts, sample_answers
+from eaft.evaluation.evaluate import context_length, side_by_side
+from eaft.evaluation.scores import Protocol, ask, score, wrap
 from eaft.evaluation.suite import load_suites
 from eaft.training.config import EAFTConfig
 
 FOLDER = "forgetting"
-PROMPTS, ANSWER_TOKENS = 32, 64  # drift costs a forward pass over these
-
-
-def check_sharding(sharded: bool) -> None:
-    """Raise a ConfigurationError if the model is to be sharded: measuring generates with the whole of it."""
-    if sharded:
-        raise ConfigurationError(
-            "forgetting_eval_steps needs the whole model on each process, and does not go with FSDP or DeepSpeed: "
-            "save checkpoints, and run `eaft eval` on them."
-        )
+GENERAL = ["everyday"]  # what is measured where `forgetting_suite` names nothing
 
 
 class ForgettingEval(TrainerCallback):

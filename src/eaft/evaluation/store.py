@@ -1,0 +1,100 @@
+"""
+What has been measured is kept, under a digest of everything it depends on: nothing is measured twice, nothing is stale.
+
+`eaft eval`, `eaft compare` and training share one folder; `eaft cache` says what it holds, and clears it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.constants import HF_HOME
+
+from eaft.evaluation.identity import digest
+from eaft.provenance import write_json
+
+DESCRIPTION = """
+What `eaft eval`, `eaft compare` and training have measured is kept, so that it is measured once: items, answers and
+probabilities, under a digest of weights, tokenizer, task, data, protocol and versions. This lists it, or deletes it.
+
+  eaft cache            what is kept, by model, with its size
+  eaft cache --clear    delete it all (what is deleted is measured again when it is needed)
+
+The folder is $EAFT_CACHE, by default $HF_HOME/eaft/measured.
+"""
+ABOUT_FILE = "about.json"
+
+
+class Store:
+    """
+    A folder with one subfolder for each measurement, named by the digest of its identity.
+
+    Args:
+        folder: by default `$EAFT_CACHE`, or `measured` in eaft's cache.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder or Path(os.environ.get("EAFT_CACHE") or Path(HF_HOME) / "eaft" / "measured")
+
+    def find(self, identity: dict[str, Any]) -> Path | None:
+        """Return the folder of a measurement, or None if there is none of this identity."""
+        folder = self.folder / digest(identity)
+        return folder if folder.is_dir() else None
+
+    @contextlib.contextmanager
+    def write(self, identity: dict[str, Any], model: str) -> Iterator[Path]:
+        """
+        Lend a folder to write a measurement into; it is kept, whole, when the block ends without an exception.
+
+        Args:
+            model: what the user calls it, for `eaft cache`.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix="writing-", dir=self.folder))
+        try:
+            yield staging
+            write_json(staging / ABOUT_FILE, {"model": model, "identity": identity})
+            # Another process may have been first; both measured the same
+            with contextlib.suppress(OSError):
+                os.replace(staging, self.folder / digest(identity))
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def sizes(self) -> dict[str, int]:
+        """Return how many bytes are kept of each model, and as `unfinished` of what a killed process left."""
+        found: dict[str, int] = defaultdict(int)
+        for folder in sorted(self.folder.glob("*/")):
+            about = folder / ABOUT_FILE
+            name = json.loads(about.read_text())["model"] if about.is_file() else "unfinished"
+            found[name] += sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        return found
+
+    def clear(self) -> None:
+        """Delete everything."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def main(argv: list[str]) -> None:
+    """List what is kept, or delete it."""
+    parser = argparse.ArgumentParser(
+        prog="eaft cache", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--clear", action="store_true", help="delete everything that is kept")
+    clear = parser.parse_args(argv).clear
+    store = Store()
+    sizes = store.sizes()
+    if clear:
+        store.clear()
+    for model, size in sorted(sizes.items(), key=lambda entry: -entry[1]):
+        print(f"{size / 2**20:10.1f} MiB  {model}")
+    total = f"{sum(sizes.values()) / 2**20:.1f} MiB in {store.folder}"
+    print(f"deleted {total}" if clear else total)
