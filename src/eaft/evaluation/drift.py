@@ -259,7 +259,7 @@ def summarise(sums: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
 
     Returns:
         `mean` (nats per token, over all tokens), `low` and `high` (95%, a bootstrap of the prompts), `tokens`,
-        `per_prompt` (each answer's own mean) and `quantiles` of these.
+        `per_prompt` (each prompt's own mean), `tokens_per_prompt`, and `quantiles` of the former.
     """
     from eaft.evaluation.paired import bootstrap_interval  # needs scipy, which comes with lm-eval
 
@@ -271,5 +271,6 @@ def summarise(sums: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
         "high": high,
         "tokens": int(counts.sum()),
         "per_prompt": per_prompt.tolist(),
+        "tokens_per_prompt": counts.tolist(),
         "quantiles": {f"{q}%": float(np.percentile(per_prompt, q)) for q in (0, 25, 50, 75, 100)},
     }
