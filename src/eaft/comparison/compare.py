@@ -1,4 +1,4 @@
-"""`eaft compare`: train with several objectives from one base model; say which learned more, which forgot less, how sure."""
+"""`eaft compare`: train with several objectives from one base; say which learned more, which forgot less, how sure."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from eaft.comparison.study import Study, prune, study
 from eaft.errors import EAFTError
 from eaft.evaluation.evaluate import check_packages
 from eaft.evaluation.identity import tokenizer_digest, weights_digest
-from eaft.evaluation.measured import shared
 from eaft.evaluation.scores import load_tokenizer, processes
 from eaft.evaluation.suite import Benchmark, Suite, load_suites, suites_help
-from eaft.locks import locked
 from eaft.models import first_line
 from eaft.objective.gates import gates_help
+from eaft.processes import locked
 
 logger = logging.getLogger(__name__)
 
 DESCRIPTION = """
 Train with several objectives from one base model, one data set and the same seeds; measure the base, every checkpoint's
-drift and held-out nll, and the tasks on the checkpoint each objective chooses and on the last; compare the objectives with
-each other. Writes results.md, which begins with what to do, results.json, pareto.png, curves.png and fronts.png.
+drift and held-out nll, and the tasks on the checkpoint that each objective chooses and on the last; compare the
+objectives with each other. Writes results.md, which begins with what to do, results.json, pareto.png, curves.png and
+fronts.png.
 
 The recipe (YAML):
 
@@ -60,8 +60,8 @@ The recipe (YAML):
   pairs: [[eaft, sft]]             # what is compared with what (default: each objective with sft)
   keep_checkpoints: all            # chosen: delete the others' weights once they are measured
 
-Run it again to go on after an interruption: what is finished is reused, what is not is resumed. A run that fails does not
-stop the others. Exit code: 0; 1 if a run or a task failed; 2 for what is wrong with the command.
+Run it again to go on after an interruption: what is finished is reused, what is not is resumed. A run that fails does
+not stop the others. Exit code: 0; 1 if a run or a task failed; 2 for what is wrong with the command.
 """
 
 

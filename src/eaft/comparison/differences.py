@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import optimize, stats
 
+from eaft.evaluation.paired import bootstrap_interval, bootstrap_test
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -68,7 +70,7 @@ def over_seeds(per_seed: np.ndarray, covariance: np.ndarray, items: int) -> Diff
     )
 
 
-def spread(per_seed: np.ndarray, covariance: np.ndarray, items: int) -> tuple[float, "Critical"]:
+def spread(per_seed: np.ndarray, covariance: np.ndarray, items: int) -> tuple[float, Critical]:
     """Return the standard error of the mean of `per_seed`, and its critical values; see `over_seeds`."""
     count = len(per_seed)
     if count == 1:
@@ -112,12 +114,18 @@ def ratio_difference(first: np.ndarray, second: np.ndarray, counts: np.ndarray) 
     """
     Return the difference of two means over all tokens: drift, or held-out nll.
 
+    With one seed it is `eaft.evaluation.paired`'s bootstrap of the items.
+
     Args:
         first, second: `[S, n]`, each seed's sums by prompt (or example).
         counts: `[n]`, the tokens of each.
     """
     difference = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
     per_seed = difference.sum(axis=1) / counts.sum()
+    if len(per_seed) == 1:
+        low, high = bootstrap_interval(difference[0], counts)
+        p = bootstrap_test(difference[0], counts, 0.0) if difference.any() else 1.0
+        return Difference(float(per_seed[0]), low, high, p, len(counts), 1, per_seed.tolist())
     influence = (difference - per_seed[:, None] * counts) / counts.mean()
     return over_seeds(per_seed, covariance_of_mean(influence), len(counts))
 
@@ -126,8 +134,9 @@ def score_difference(tasks: list[tuple[np.ndarray, np.ndarray]]) -> Difference:
     """
     Return the difference of two unweighted means over tasks (or of one task) of scores in [0, 1].
 
-    Each task is given one item lost and one gained by every seed, for the interval and the test only, so that no change
-    in few items is not taken for certainty (as Bonett and Price 2012 do for two proportions).
+    Each task is given one item lost and one gained by every seed, as large as the largest change seen, for the interval
+    and the test only, so that no change in few items is not taken for certainty (as Bonett and Price 2012 do for two
+    proportions).
 
     Args:
         tasks: each task's scores of the first and of the second objective, `[S, n]`.
@@ -135,7 +144,8 @@ def score_difference(tasks: list[tuple[np.ndarray, np.ndarray]]) -> Difference:
     per_seed, adjusted, covariance = 0.0, 0.0, 0.0
     for first, second in tasks:
         difference = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
-        ends = np.tile([-1.0, 1.0], (len(difference), 1))
+        largest = float(np.abs(difference).max()) or 1.0
+        ends = np.tile([-largest, largest], (len(difference), 1))
         widened = np.concatenate([difference, ends], axis=1)
         per_seed = per_seed + difference.mean(axis=1) / len(tasks)
         adjusted = adjusted + widened.mean(axis=1) / len(tasks)

@@ -8,8 +8,9 @@ rate and epoch, at every target, and not at one point. Fronts are taken seed by 
 
 The intervals carry the uncertainty of both axes: prompts (drift) and held-out examples or items (the target) are drawn
 anew, together, for all seeds and both objectives, and all fronts are taken again; what that gives and the
-spread over seeds are put together as in `eaft.comparison.differences`. They are pointwise: each holds the truth
-at its own target in about 95% of comparisons. The one number that is tested is the mean difference over all targets.
+spread over seeds are put together as in `eaft.comparison.differences`. The band is simultaneous: in about 95% of
+comparisons the whole true curve lies within (94 to 99% in `tests/comparison/test_fronts.py`), so that it may be read
+wherever it excludes 0. The one number that is tested is the mean difference over all targets.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from eaft.comparison.differences import Difference, over_seeds
+from eaft.comparison.differences import over_seeds
 
 TARGETS = 41  # at which fronts are read
 RESAMPLES = 1000
@@ -49,12 +50,9 @@ class Weights:
 
 def compare_fronts(
     first: list[list[Path]], second: list[list[Path]], prompt_tokens: np.ndarray, example_tokens: np.ndarray
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """
-    Compare two objectives' fronts at every target that both reach with every seed.
-
-    Targets go from the best that both reach to the easiest at which neither is read on its way to its first checkpoint
-    alone.
+    Compare two objectives' fronts at every target that both reach with every seed; see `reach`.
 
     Args:
         first, second: each seed's paths, one a learning rate; the same seeds.
@@ -62,8 +60,8 @@ def compare_fronts(
 
     Returns:
         `targets` `[TARGETS]`, from hard to easy; `first`, `second` (the fronts, means over seeds); `difference`, `low`,
-        `high` (first less second, pointwise 95%); `mean`, the `Difference` over all targets. None in place of all, if
-        there is no target that both reach.
+        `high` (first less second, the simultaneous 95% band); `mean`, the `Difference` over all targets. None if there
+        is no target that both reach.
     """
     tokens = (prompt_tokens, example_tokens)
     once = Weights(*(np.ones((1, len(counts))) for counts in tokens))

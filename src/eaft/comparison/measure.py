@@ -85,7 +85,7 @@ class Measure:
         nll, self.held_out_tokens = model.nll(self.rows) if self.rows else (np.array([]), np.array([]))
         measured = run_tasks(model, self.benchmarks, self.folder / "base" / ITEMS)
         model.free()
-        self.failed = shared(measured.failed)
+        self.failed = shared(lambda: measured.failed)
         self.benchmarks = {name: b for name, b in self.benchmarks.items() if name not in self.failed}
         nothing = {kind: np.zeros(len(tokens)) for kind, tokens in self.prompt_tokens.items()}
         self.base = Point(0, 0.0, nothing, nll, measured.items)
@@ -99,7 +99,7 @@ class Measure:
         Raises:
             EAFTError: a checkpoint cannot be measured.
         """
-        record = shared(self.record(run))
+        record = shared(lambda: self.record(run))
         found = {}
         there = {checkpoint.step: checkpoint for checkpoint in checkpoints(run)}
         for step in sorted({*there, *map(int, record)}):
@@ -137,10 +137,10 @@ class Measure:
         Raises:
             EAFTError: its checkpoint has been deleted, or a task fails.
         """
-        due = [name for name in self.benchmarks if name not in shared(list(point.items))]
+        due = [name for name in self.benchmarks if name not in shared(lambda: list(point.items))]
         if not due:
             return
-        kept = shared(self.record(run).get(str(point.step)))
+        kept = shared(lambda: self.record(run).get(str(point.step)))
         if kept is not None and kept["deleted"]:
             raise EAFTError(
                 f"{run.name}: the checkpoint of step {point.step} was deleted (keep_checkpoints: chosen), and "
@@ -155,7 +155,7 @@ class Measure:
         """Run tasks on a loaded point; see `all_tasks`."""
         wanted = {name: self.benchmarks[name] for name in names if name in self.benchmarks}
         measured = run_tasks(model, wanted, run.folder / ITEMS / f"step-{point.step}")
-        for name, message in shared(measured.failed).items():
+        for name, message in shared(lambda: measured.failed).items():
             raise EAFTError(f"{run.name}: {name} failed after step {point.step}: {message}")
         if processes().is_main_process:
             for name, items in measured.items.items():

@@ -1,4 +1,4 @@
-"""The recipe of a comparison: what it may say, and the runs of `eaft train` it stands for; checked before anything runs."""
+"""The recipe of a comparison: what it may say, and the runs of `eaft train` it stands for; checked before any runs."""
 
 from __future__ import annotations
 

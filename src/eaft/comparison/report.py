@@ -37,9 +37,7 @@ def write(results: Numbers, folder: Path) -> str:
 def headline(results: Numbers) -> str:
     """Return what to do, why, and how sure that is."""
     if not results["pairs"]:
-        return (
-            "Nothing was compared: call an objective `sft`, or name `pairs` in the recipe, and let both of a pair succeed."
-        )
+        return "Nothing was compared: there is no `sft` and no `pairs` in the recipe, or one of each pair failed."
     preferred = dict.fromkeys(v["prefer"] for v in results["verdicts"] if v["prefer"] is not None)
     beaten = {n for v in results["verdicts"] if v["prefer"] for n in (v["first"], v["second"]) if n != v["prefer"]}
     best = [name for name in preferred if name not in beaten]
@@ -102,8 +100,8 @@ def where(pair: Numbers, target: str) -> str:
     front, first, second = pair["fronts"][target], pair["first"], pair["second"]
     if front is None:
         return (
-            f"{first} and {second}: there is no {target} that both reach, with every seed, past their first checkpoint. "
-            "Save checkpoints earlier, or more of them."
+            f"{first} and {second}: there is no {target} that both reach, with every seed, past their first "
+            "checkpoint. Save checkpoints earlier, or more of them."
         )
     span = f"{shown(target, front['targets'][0])} to {shown(target, front['targets'][-1])}"
     stretches = told_apart(front)
@@ -138,7 +136,8 @@ def markdown(results: Numbers) -> str:
         lines += ["## What failed", "\n".join(f"- {failure['message']}" for failure in results["failed"])]
     lines += [
         "## Gained and forgotten",
-        f"Seeds: {', '.join(map(str, seeds))}" + ("; mean ± standard deviation over them" if len(seeds) > 1 else "")
+        f"Seeds: {', '.join(map(str, seeds))}"
+        + ("; mean ± standard deviation over them" if len(seeds) > 1 else "")
         + ". Drift: mean KL(base ‖ tuned), nats per token, over the base model's own answers.",
     ]
     views = [view for view in VIEWS if any(view in numbers for numbers in results["objectives"].values())]
@@ -159,8 +158,8 @@ def markdown(results: Numbers) -> str:
 
 MATCHED = (
     "The least drift with which each objective, at any of its learning rates and checkpoints, has a target at least so "
-    "good; linear between checkpoints. The band is simultaneous: in about 95% of comparisons it holds the "
-    "whole true curve, and it carries the uncertainty of drift (prompts) and of the target (held-out examples or items)."
+    "good; linear between checkpoints. The band is simultaneous: in about 95% of comparisons it holds the whole true "
+    "curve. It carries the uncertainty of drift (prompts), of the target (held-out examples or items) and of seeds."
 )
 
 
@@ -171,8 +170,8 @@ def how_tested(results: Numbers) -> str:
     counts = {len(pair["seeds"]) > 1 for pair in results["pairs"]}
     how = several if counts == {True} else one if counts == {False} else f"{several}; where there is {one}"
     return (
-        f"First less second, on the same items. 95% intervals; {how}. p is adjusted by Holm's method over the pairs and, "
-        f"together, means, drift and nll; or single tasks. **Bold**: adjusted p < {LEVEL}."
+        f"First less second, on the same items. 95% intervals; {how}. p is adjusted by Holm's method over the pairs "
+        f"and, together, means, drift and nll; or single tasks. **Bold**: adjusted p < {LEVEL}."
     )
 
 
@@ -219,7 +218,7 @@ def pairs_table(results: Numbers, view: str) -> str:
         drift = [bold(at["drift"][kind], nats) for kind in at["drift"]]
         tasks = [bold(d, points) for d in at["tasks"].values()]
         nll = [] if at["nll"] is None else [bold(at["nll"], nats)]
-        rows.append([f"{pair['first']} − {pair['second']}", len(pair["seeds"]), *scores, *drift, *nll, *tasks])
+        rows.append([f"{pair['first']} less {pair['second']}", len(pair["seeds"]), *scores, *drift, *nll, *tasks])
     first = results["pairs"][0]["views"][view]
     headers = ["pair", "seeds", "target", "general", *(f"drift, {kind}" for kind in first["drift"])]
     return github(rows, [*headers, *([] if first["nll"] is None else ["held-out nll"]), *first["tasks"]])
@@ -283,6 +282,10 @@ def draw_pareto(results: Numbers, path: Path) -> None:
             scale * base[quantity], 100 * base["target"], marker="*", s=160, color="black", label="base", zorder=3
         )
         for name, color in colors(results).items():
+            seeds = [c["numbers"][view] for c in results["choices"] if c["objective"] == name]
+            axis.scatter(
+                [scale * s[quantity] for s in seeds], [100 * s["target"] for s in seeds], s=16, alpha=0.5, color=color
+            )
             x, y = results["objectives"][name][view][quantity], results["objectives"][name][view]["target"]
             axis.errorbar(
                 scale * x["mean"],
@@ -347,7 +350,12 @@ def draw_fronts(results: Numbers, path: Path) -> None:
         for side in ("first", "second"):
             name = pair[side]
             left.plot(x, front[side], color=palette[name], label=name)
-            at = [measured(point, target) for run in results["runs"] if run["objective"] == name for point in run["points"]]
+            at = [
+                measured(point, target)
+                for run in results["runs"]
+                if run["objective"] == name
+                for point in run["points"]
+            ]
             left.scatter(*zip(*at, strict=True), color=palette[name], s=12, alpha=0.5)
         right.plot(x, front["difference"], color="black")
         right.fill_between(x, front["low"], front["high"], color="black", alpha=0.15, label="95%, whole curve")

@@ -1,4 +1,4 @@
-"""What a comparison found, as numbers: `results.json` (its schema: `results.schema.json`) holds all that the report says."""
+"""What a comparison found, as numbers: `results.json` (`results.schema.json`) holds all that the report says."""
 
 from __future__ import annotations
 
@@ -53,15 +53,14 @@ def collect(
         "prompts": {kind: {"tokens": tokens.tolist()} for kind, tokens in measure.prompt_tokens.items()},
         "held_out": {"tokens": measure.held_out_tokens.tolist()} if measure.rows else None,
         "base": {**numbers(base, measure, names), "point": describe(base, measure)},
-        "runs": [
-            about(run, path, measure, study) for study in studies.values() for run, path in study.paths.items()
-        ],
+        "runs": [about(run, path, measure, study) for study in studies.values() for run, path in study.paths.items()],
         "choices": [
             {
                 "objective": objective,
                 "seed": seed,
                 "learning_rate": study.run.learning_rate,
                 "steps": {view: point.step for view, point in study.views.items()},
+                "numbers": {view: numbers(point, measure, names) for view, point in study.views.items()},
                 "changes": {
                     view: changes(
                         {n: base.items[n] for n in measure.benchmarks},
@@ -189,10 +188,9 @@ def verdict(pair: Numbers) -> Numbers:
     at its own choice.
     """
     view = pair["views"].get("chosen") or pair["views"]["last"]
-    higher = {name: difference for name, difference in view["means"].items()}
     fronts = {f"drift at equal {name}": front["mean"] for name, front in pair["fronts"].items() if front is not None}
     lower = fronts or {"drift": view["drift"]["general"]}
-    signs = {**{name: (d, 1) for name, d in higher.items()}, **{name: (d, -1) for name, d in lower.items()}}
+    signs = {**{name: (d, 1) for name, d in view["means"].items()}, **{name: (d, -1) for name, d in lower.items()}}
     shown = {name: sign * d["change"] for name, (d, sign) in signs.items() if d["p_holm"] < LEVEL}
     better, worse = [n for n, gain in shown.items() if gain > 0], [n for n, gain in shown.items() if gain < 0]
     prefer = pair["first"] if better and not worse else pair["second"] if worse and not better else None
@@ -200,7 +198,7 @@ def verdict(pair: Numbers) -> Numbers:
 
 
 def told_apart(front: Numbers) -> list[Numbers]:
-    """Return the stretches of targets at which the band excludes 0: `from`, `to`, and the least and largest difference."""
+    """Return the stretches of targets where the band excludes 0: `sign`, `from`, `to` and all `differences` of each."""
     found: list[Numbers] = []
     before = 0
     for target, difference, low, high in zip(

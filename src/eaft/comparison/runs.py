@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -22,14 +21,11 @@ from eaft.comparison.recipe import Run
 from eaft.errors import ConfigurationError
 from eaft.evaluation.measured import shared
 from eaft.evaluation.scores import processes
-from eaft.locks import LOCK_FILE, locked
+from eaft.processes import LOCK_FILE, locked, without_launcher
 from eaft.provenance import write_json
 from eaft.training.train import RUN_FILE, last_complete_checkpoint
 
 MARK = "compare.json"  # in every folder that compare made
-# What torchrun, accelerate and Slurm's or MPI's launchers tell a process about the launch it belongs to
-LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
-LAUNCHER_PREFIXES = ("GROUP_", "ROLE_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_", "OMPI_", "PMI_", "PMIX_", "SLURM_")
 WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "model.safetensors.index.json")
 POLL = 0.5  # seconds
 
@@ -63,8 +59,8 @@ def check_folder(folder: Path, identity: Any) -> None:
         made_here = {LOCK_FILE, f"{MARK}.tmp"}
         if not folder.is_dir() or any(path.name not in made_here for path in folder.iterdir()):
             raise ConfigurationError(
-                f"output_dir: {str(folder)!r} was not made by eaft compare, which neither takes it over nor deletes it: "
-                "choose another output_dir, or move it away."
+                f"output_dir: {str(folder)!r} was not made by eaft compare, which neither takes it over nor deletes "
+                "it: choose another output_dir, or move it away."
             )
         return
     old = json.loads(mark.read_text())
@@ -121,7 +117,7 @@ def train_run(run: Run) -> str | None:
         (run.folder / "train.yaml").write_text(yaml.safe_dump(flags, sort_keys=False))
     print(f"{run.folder}: training" + (f" from {checkpoint}" if checkpoint else ""), flush=True)
     command = [sys.executable, "-m", "eaft", "train", "--config", str(run.folder / "train.yaml")]
-    code = subprocess.run(command, env=own_environment(), preexec_fn=end_with_parent).returncode
+    code = subprocess.run(command, env=without_launcher(), preexec_fn=end_with_parent).returncode
     return f"training ended with exit code {code}; its message is in the output" if code else None
 
 
@@ -130,11 +126,6 @@ def empty(folder: Path) -> None:
     for path in folder.iterdir():
         if path.name not in (MARK, LOCK_FILE):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def own_environment() -> dict[str, str]:
-    """Return the environment without the launch this process is part of."""
-    return {k: v for k, v in os.environ.items() if k not in LAUNCHER and not k.startswith(LAUNCHER_PREFIXES)}
 
 
 def end_with_parent() -> None:
@@ -152,7 +143,7 @@ class FirstAlone:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.prefix = f"_done-{shared(uuid.uuid4().hex)}"  # of this launch, not of one before
+        self.prefix = f"_done-{shared(lambda: uuid.uuid4().hex)}"  # of this launch, not of one before
         self.folder, self.count, self.state = folder, 0, processes()
 
     def __call__(self, work: Callable[[], Any]) -> Any:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from eaft.comparison.measure import Measure, Point
 from eaft.comparison.recipe import Run
 from eaft.evaluation.measured import shared
-from eaft.evaluation.scores import processes
 
 
 @dataclass
@@ -49,12 +48,13 @@ def study(measure: Measure, paths: dict[Run, list[Point]], keep_all: bool) -> St
 def choose(paths: dict[Run, list[Point]]) -> tuple[Run, Point | None]:
     """Return the run and the point with the lowest held-out nll; without held-out rows the only run, and None."""
     runs = list(paths)
-    best: tuple[int, int] | None = None
-    if processes().is_main_process:
+
+    def best() -> tuple[int, int] | None:
         nll = {(i, j): p.nll.sum() for i, run in enumerate(runs) for j, p in enumerate(paths[run]) if len(p.nll)}
-        best = min(nll, key=lambda place: nll[place]) if nll else None
-    best = shared(best)  # all processes run the same tasks on the same point
-    return (runs[0], None) if best is None else (runs[best[0]], paths[runs[best[0]]][best[1]])
+        return min(nll, key=lambda place: nll[place]) if nll else None
+
+    place = shared(best)  # all processes run the same tasks on the same point
+    return (runs[0], None) if place is None else (runs[place[0]], paths[runs[place[0]]][place[1]])
 
 
 def prune(measure: Measure, run: Run, path: list[Point]) -> None:
