@@ -1,9 +1,14 @@
 """A tiny model, tokenizer and data set that need no download."""
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
+if own_store := "EAFT_CACHE" not in os.environ:  # nothing measured before, nothing left behind
+    os.environ["EAFT_CACHE"] = tempfile.mkdtemp(prefix="eaft-measured-")
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 if not Path("/dev/nvidiactl").exists():  # before anything imports Triton: its kernels run without a GPU
@@ -17,6 +22,8 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+if own_store:
+    atexit.register(shutil.rmtree, os.environ["EAFT_CACHE"], ignore_errors=True)
 torch.set_num_threads(1 if parallel else 2)
 
 

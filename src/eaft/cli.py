@@ -1,4 +1,4 @@
-"""The command line: `eaft train | eval | compare | env`. Each command's code is in the module of its name."""
+"""The command line: `eaft train | eval | compare | cache | env`. Each command's code is in the module of its name."""
 
 from __future__ import annotations
 
@@ -17,12 +17,18 @@ Entropy-Adaptive Fine-Tuning: fine-tune a language model without making it worse
   eaft train     fine-tune with a gate on each token's loss (takes the flags and YAML of `trl sft`)
   eaft eval      score a model on suites of tasks; with --base, say what fine-tuning gained and forgot
   eaft compare   train with several objectives from one base, and show what each gained and forgot
+  eaft cache     say what has been measured and kept, or clear it
   eaft env       print versions and machine, for bug reports; with --check, test this machine
 
 `eaft COMMAND --help` explains each.
 """
 
-MODULES = {"train": "eaft.training.train", "eval": "eaft.evaluation.evaluate", "compare": "eaft.comparison.compare"}
+MODULES = {
+    "train": "eaft.training.train",
+    "eval": "eaft.evaluation.evaluate",
+    "compare": "eaft.comparison.compare",
+    "cache": "eaft.evaluation.store",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if command == "env":
             return env(argv[1:])
-        importlib.import_module(MODULES[command]).main(argv[1:])
+        return importlib.import_module(MODULES[command]).main(argv[1:]) or 0
     except EAFTError as error:
         # Under a launcher every process has the same message, and one is enough
         if os.environ.get("RANK", "0") == "0":
@@ -49,7 +55,6 @@ def main(argv: list[str] | None = None) -> int:
         else:
             time.sleep(2)  # a launcher ends the others as soon as one has left: let the first speak
         return 2
-    return 0
 
 
 def env(argv: list[str]) -> int:

@@ -16,6 +16,8 @@ from tests.conftest import leave, make_rows, make_tokenizer
 def train(model_dir: str, out: str, gate: str, adapter: bool) -> list[dict[str, float]]:
     """Return the logs of four steps, with LoRA if there is to be an `adapter`."""
     world = int(os.environ.get("WORLD_SIZE", 1))
+    prompts = Path(model_dir).with_name("prompts.jsonl")
+    prompts.write_text("".join(f'{{"prompt": "say {i}"}}\n' for i in range(3)))
     args = EAFTConfig(
         out,
         gate=gate,
@@ -28,6 +30,9 @@ def train(model_dir: str, out: str, gate: str, adapter: bool) -> list[dict[str, 
         use_cpu=True,
         bf16=False,
         disable_tqdm=True,
+        forgetting_eval_steps=2,
+        forgetting_suite=[] if world == 1 else None,
+        forgetting_prompts=str(prompts),
     )
     trainer = EAFTTrainer(
         model_dir,

@@ -77,13 +77,24 @@ def test_fsdp2_as_accelerate_wraps_it(tmp_path, tokenizer, gate, tied, precision
     flags = ["--model_name_or_path", model, "--dataset_name", data, "--gate", gate, "--learning_rate", "1e-3"]
     flags += ["--max_steps", 4, "--logging_steps", 1, "--eval_strategy", "steps", "--eval_steps", 2, "--use_cpu"]
     flags += ["--bf16", precision == "bf16", "--report_to", "none", "--disable_tqdm", "true"]
+    if drift := gate == "eaft":
+        prompts = tmp_path / "prompts.jsonl"
+        prompts.write_text("".join(f'{{"prompt": "say {i}"}}\n' for i in range(3)))
+        flags += ["--forgetting_eval_steps", 2, "--forgetting_prompts", prompts, "--per_device_eval_batch_size", 2]
+        record = ["eval", model, "--record", "--prompts", prompts, "--batch_size", 2]
+        assert cli.main(list(map(str, record))) == 0
     one, two = tmp_path / "one", tmp_path / "two"
     batch = "--per_device_train_batch_size"
     assert cli.main(["train", *map(str, flags), "--output_dir", str(one), batch, "4"]) == 0
     config = {**FSDP2, "mixed_precision": precision}
     launch(tmp_path, config, "tests.training.fsdp_on_cpu", "train", *flags, "--output_dir", two, batch, 2)
 
-    logs = [[json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[:6]] for out in (one, two)]
+    lines = [[json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (one, two)]
+    drifts = [[log["drift"] for log in side if "drift" in log] for side in lines]
+    assert len(drifts[1]) == (3 if drift else 0)
+    assert drifts[1] == pytest.approx(drifts[0], rel=1e-4)  # step 0 is 0 from itself
+    assert "score/everyday" not in str(lines[1])  # tasks need the whole model
+    logs = [[log for log in side if "drift" not in log][:6] for side in lines]
     assert [("eval_loss" in log, "loss" in log) for log in logs[0]] == [
         *[(False, True)] * 2, (True, False), *[(False, True)] * 2, (True, False),
     ]  # fmt: skip
@@ -132,6 +143,10 @@ def test_zero(tmp_path, tokenizer, stage, gate, trained):
     launch(tmp_path, config, "tests.training.deepspeed_check", model, tmp_path / "two", gate, trained)
     two = json.loads((tmp_path / "two" / "logs.json").read_text())
     one = train_a_few_steps(str(model), str(tmp_path / "one"), gate, trained == "LoRA")
+    drifts = [[log["drift"] for log in logs if "drift" in log] for logs in (one, two)]
+    assert drifts[1] == pytest.approx(drifts[0], rel=1e-3)
+    assert drifts[1][0] == 0 < drifts[1][1] < drifts[1][2]
+    one, two = ([log for log in logs if "drift" not in log] for logs in (one, two))
     assert len(one) == 5
     assert_logs_agree(one, two, 1e-4)
     assert ("kl" in one[0]) == (gate == "sft-kl")

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, TrainerState
 
 from eaft import EAFTConfig, EAFTTrainer, cli
 from eaft.errors import ConfigurationError
-from eaft.evaluation.drift import BaseAnswers
+from eaft.evaluation.drift import BaseAnswers, sample_answers
 from eaft.training.forgetting import ForgettingEval, history, pareto_front, select
 from tests.conftest import make_model, make_rows
 
@@ -67,11 +67,14 @@ def test_what_is_logged_is_what_eval_finds(train, model_dir):
     assert points[3]["drift"] > points[1]["drift"] > 0
     assert all(p["general"] == p["score/everyday"] for p in points)
     # The model that was saved drifted as far as the last line says, by a measurement of its own
-    answers = BaseAnswers(folder / "forgetting")
-    assert not answers.recorded
-    answers.record_log_probs(AutoModelForCausalLM.from_pretrained(model_dir).eval())
-    again = answers.drift(AutoModelForCausalLM.from_pretrained(folder).eval())
-    assert again["mean"] == pytest.approx(points[3]["drift"], rel=1e-4)
+    assert not (folder / "forgetting").exists()
+    out = folder.with_name("eval")
+    flags = [folder, "--base", model_dir, "--suite", folder.with_name("suite.yaml"), "--output_path", out]
+    assert cli.main(["eval", *map(str, flags), "--prompts", str(folder.with_name("prompts.jsonl"))]) == 0
+    again = json.loads((out / "results.json").read_text())
+    assert again["drift"]["mean"] == pytest.approx(points[3]["drift"], rel=1e-4)
+    assert again["tasks"]["everyday"]["before"] == points[0]["general"]
+    assert again["tasks"]["everyday"]["after"] == points[3]["general"]
     # Training's own lines are whole: each has the nll of all its steps
     assert [line["step"] for line in lines if "nll" in line] == [2, 4, 6]
 
@@ -104,12 +107,16 @@ def test_a_budget_passed_at_once(train, capsys):
     assert not (folder / "model.safetensors").exists()
 
 
-def test_a_resumed_run_measures_from_the_same_base(train, tmp_path):
+def test_a_resumed_run_measures_from_the_same_base(train, tokenizer):
     _, _, lines = train("whole", save_steps=2)
     _, folder, _ = train("cut", save_steps=2, max_steps=4)
     code, _, _ = train("cut", save_steps=2, resume_from_checkpoint="true")
     assert code == 2  # they were freed when that run ended
-    BaseAnswers(folder / "forgetting").record_log_probs(make_model().eval())
+    before = [{"role": "user", "content": f"say {i}"} for i in range(3)]
+    texts = [tokenizer.apply_chat_template([m], tokenize=False, add_generation_prompt=True) for m in before]
+    base = make_model().eval()
+    (folder / "forgetting").mkdir()
+    BaseAnswers.record(base, sample_answers(base, tokenizer, texts, 64, batch_size=8)).save(folder / "forgetting")
     code, _, again = train("cut", save_steps=2, resume_from_checkpoint="true")
     assert code == 0
     drift = [[line["drift"] for line in run if "drift" in line] for run in (lines, again)]
@@ -196,7 +203,11 @@ def test_bad_settings(tmp_path, changes, message):
 
 
 @pytest.mark.parametrize("enabled", ["is_fsdp_enabled", "is_deepspeed_enabled"])
-def test_a_sharded_model_is_refused(tmp_path, monkeypatch, tokenizer, enabled):
+@pytest.mark.parametrize(
+    ("suite", "message"),
+    [(["everyday"], "need the whole model on each process"), (None, "give the model by its name or folder")],
+)
+def test_what_a_sharded_model_cannot_do(tmp_path, monkeypatch, tokenizer, enabled, suite, message):
     make_accelerator = EAFTTrainer.create_accelerator_and_postprocess
 
     def make_sharded(self):
@@ -204,8 +215,8 @@ def test_a_sharded_model_is_refused(tmp_path, monkeypatch, tokenizer, enabled):
         setattr(self, enabled, True)
 
     monkeypatch.setattr(EAFTTrainer, "create_accelerator_and_postprocess", make_sharded)
-    args = EAFTConfig(str(tmp_path), use_cpu=True, report_to="none", forgetting_eval_steps=1)
-    with pytest.raises(ConfigurationError, match="does not go with FSDP or DeepSpeed"):
+    args = EAFTConfig(str(tmp_path), use_cpu=True, report_to="none", forgetting_eval_steps=1, forgetting_suite=suite)
+    with pytest.raises(ConfigurationError, match=message):
         EAFTTrainer(make_model(), args, train_dataset=Dataset.from_list(make_rows()), processing_class=tokenizer)
 
 

@@ -128,7 +128,7 @@ def sample_answers(
     add_special_tokens: bool = False,
     seed: int = 0,
     batch_size: int = 16,
-    share: Share = Share(),  # noqa: B008 - frozen
+    share: Share = Share(),
 ) -> list[Answer]:
     """
     Sample one answer to each text from the model's own distribution: temperature 1, nothing cut off.
@@ -206,7 +206,7 @@ class BaseAnswers:
         return sha.hexdigest()
 
     @classmethod
-    def record(cls, model: Any, answers: list[Answer], share: Share = Share()) -> BaseAnswers:  # noqa: B008
+    def record(cls, model: Any, answers: list[Answer], share: Share = Share()) -> BaseAnswers:
         """
         Take the base model's probabilities at the positions of its answers.
 
@@ -236,9 +236,9 @@ class BaseAnswers:
         names = ("ids", "log_probs", "rest")
         return cls(answers, [TopProbs(*(tensors[f"{i}.{name}"] for name in names)) for i in range(len(answers))])
 
-    def drift(self, tuned: Any, share: Share = Share()) -> tuple[np.ndarray, np.ndarray]:  # noqa: B008
+    def drift(self, tuned: Any, share: Share = Share()) -> tuple[np.ndarray, np.ndarray]:
         """
-        Return each answer's KL(base || tuned), summed over its tokens (nats), and its number of tokens: `[prompts]` each.
+        Return each answer's KL(base || tuned) summed over its tokens (nats), and their number: `[prompts]` each.
 
         Raises:
             NonFiniteError: the tuned model's probabilities are not finite.

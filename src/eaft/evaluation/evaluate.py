@@ -15,37 +15,35 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from transformers import AutoConfig
 
 from eaft.errors import ConfigurationError
-from eaft.evaluation.drift import ANSWER_TOKENS, DRIFT_PROMPTS, PROMPTS, TOP, read_prompts, summarise
-from eaft.evaluation.measured import MeasuredModel, read_jsonl, write_jsonl
+from eaft.evaluation.drift import ANSWER_TOKENS, DRIFT_PROMPTS, PROMPTS, TOP, BaseAnswers, read_prompts, summarise
+from eaft.evaluation.measured import MeasuredModel, write_jsonl
 from eaft.evaluation.scores import (
     SEED,
     Item,
-    Progress,
     Protocol,
-    asked,
     ask,
-    check_thinking,
+    asked,
     fit_context,
     load_tokenizer,
     own_dtype,
     processes,
 )
-from eaft.evaluation.store import Store
 from eaft.evaluation.suite import Benchmark, Suite, load_suites, suites_help
-from eaft.locks import locked
 from eaft.models import first_line, resolve_model
+from eaft.processes import locked
 from eaft.provenance import environment, write_json
 
 DESCRIPTION = """
 Run lm-evaluation-harness tasks on a model and write every item. With --base, run the base model under the same protocol
-too, and say what the fine-tuning changed: whether a loss is shown, before, after, a 95% interval and a paired test, items
-lost and gained, drift, and the worst regressions. Writes results.json, results.md, changes.png and the items (JSON Lines).
+too, and say what the fine-tuning changed: whether a loss is shown; before, after, a 95% interval and a paired test;
+items lost and gained; drift; the worst regressions. Writes results.json, results.md, changes.png, items (JSON Lines).
 
   eaft eval out --base Qwen/Qwen3-0.6B --suite quick
   eaft eval out --base Qwen/Qwen3-0.6B --suite general math --output_path eval/out
@@ -77,6 +75,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--base", help="the model it was fine-tuned from: compare with it")
     parser.add_argument("--suite", nargs="+", default=[], metavar="NAME", help="suites or tasks, as listed above")
     parser.add_argument("--record", action="store_true", help="only keep the model's answers, as the base of drift")
+    parser.add_argument("--tokenizer", metavar="NAME", help="a folder or Hub id (default: the base model's own)")
     parser.add_argument("--output_path", metavar="DIR", help="where results go (default: eval/MODEL)")
     parser.add_argument("--data_dir", metavar="DIR", help="local data: TASK.jsonl or TASK_test.jsonl, as on the Hub")
     parser.add_argument("--include_path", metavar="DIR", help="a folder with lm-eval task files of your own")
@@ -118,7 +117,7 @@ def main(argv: list[str]) -> int:
     flags = vars(parser.parse_args(argv))
     protocol = Protocol(**{name: flags.pop(name) for name in Protocol.__dataclass_fields__})
     if flags.pop("record"):
-        record(flags["model"], flags["prompts"], protocol)
+        record(flags["model"], flags["prompts"], flags["tokenizer"], protocol)
         return 0
     if not flags["suite"]:
         raise ConfigurationError("--suite is missing: name suites or tasks, as eaft eval --help lists them.")
@@ -147,6 +146,7 @@ def evaluate(
     max_drop: float | None = None,
     max_drift: float | None = None,
     prompts: str = str(PROMPTS),
+    tokenizer: str | None = None,
     protocol: Protocol | None = None,
 ) -> dict[str, Any] | None:
     """
@@ -162,7 +162,7 @@ def evaluate(
     folder = Path(output_path or Path("eval") / Path(model).name)
     inputs = {
         **{"model": model, "base": base, "suite": suite, "data_dir": data_dir, "include_path": include_path},
-        **{"limit": limit, "prompts": prompts, "protocol": asdict(protocol)},
+        **{"limit": limit, "prompts": prompts, "tokenizer": tokenizer, "protocol": asdict(protocol)},
     }
     check_folder(folder, inputs)
     check_packages(protocol.backend)
@@ -174,7 +174,7 @@ def evaluate(
     state = processes()
     with state.main_process_first():
         suites, benchmarks = load_suites(suite, include_path, data_dir, limit)
-        tuned, original = side_by_side(model, base, protocol, drift=bool(questions))
+        tuned, original = side_by_side(model, base, protocol, bool(questions), tokenizer)
         check_measurable([tuned] if original is None else [original, tuned], benchmarks, questions)
     with contextlib.ExitStack() as stack:
         if state.is_main_process:
@@ -186,7 +186,10 @@ def evaluate(
             answers = original.answers(questions) if questions else None
             before = run_tasks(original, benchmarks, folder / "items_before")
             original.free()
-            sums = tuned.drift(answers) if answers is not None else None
+            if answers is not None:
+                sums = tuned.drift(answers)
+                if state.is_main_process:
+                    write_json(folder / "answers.json", read_answers(original.tokenizer, answers, *sums))
         after = run_tasks(tuned, benchmarks, folder / ("items" if original is None else "items_after"))
         tuned.free()
         if not state.is_main_process:
@@ -212,7 +215,6 @@ def evaluate(
             results.update(changes(items_before, items_after, several))
             results["worst"] = worst_regressions(items_before, items_after)
             results["drift"] = summarise(*sums) if sums is not None else None
-            results["verdict"] = judge(results, max_drop, max_drift)
         write_report(folder, results)
         return results
 
@@ -228,8 +230,8 @@ def check_folder(folder: Path, inputs: dict[str, Any]) -> None:
     if held.is_file() and (old := json.loads(held.read_text())) != json.loads(json.dumps(inputs)):
         changed = [name for name in inputs if old.get(name) != json.loads(json.dumps(inputs[name]))]
         raise ConfigurationError(
-            f"output_path={str(folder)!r} holds another evaluation ({', '.join(changed)} differs): choose another folder, "
-            "or delete it."
+            f"output_path={str(folder)!r} holds another evaluation ({', '.join(changed)} differs): choose another "
+            "folder, or delete it."
         )
     results = folder / RESULTS_FILE
     if results.is_file() and not json.loads(results.read_text()).get("failed"):
@@ -268,27 +270,30 @@ def find_model(model: str) -> str:
 
 
 def side_by_side(
-    model: str, base: str | None, protocol: Protocol, drift: bool, store: Store | None = None
+    model: str, base: str | None, protocol: Protocol, drift: bool, tokenizer: str | None = None
 ) -> tuple[MeasuredModel, MeasuredModel | None]:
     """
     Return a model and its base, to be asked alike: one protocol (completed here), tokenizer and template.
 
     Args:
         drift: whether it is to be measured, which needs one vocabulary.
+        tokenizer: a folder or Hub id, in place of the models' own.
 
     Raises:
         ConfigurationError: a model is missing, or the vocabularies differ and drift is asked for.
     """
     protocol = copy.deepcopy(protocol)
     model, base = find_model(model), find_model(base) if base is not None else None
-    tokenizer, base_tokenizer = shared_tokenizer(model, base, drift)
+    if tokenizer is None:
+        own, base_own = shared_tokenizer(model, base, drift)
+    else:
+        own = base_own = load_tokenizer(tokenizer)
     if protocol.apply_chat_template is None:
-        protocol.apply_chat_template = tokenizer.chat_template is not None
-    protocol.enable_thinking = thinks(tokenizer, protocol)
+        protocol.apply_chat_template = own.chat_template is not None
     if protocol.dtype == "auto":
         protocol.dtype = own_dtype(base or model)
-    tuned = MeasuredModel(model, tokenizer, protocol, store)
-    return tuned, MeasuredModel(base, base_tokenizer, protocol, store) if base is not None else None
+    tuned = MeasuredModel(model, own, protocol)
+    return tuned, MeasuredModel(base, base_own, protocol) if base is not None else None
 
 
 def shared_tokenizer(model: str, base: str | None, drift: bool) -> tuple[Any, Any]:
@@ -325,18 +330,17 @@ def check_measurable(models: list[MeasuredModel], benchmarks: dict[str, Benchmar
     """
     first = models[0]
     context = min(context_length(m.model) for m in models)
-    check_thinking(benchmarks, first.tokenizer, first.protocol)
     for benchmark in benchmarks.values():
         for task in benchmark.tasks.values():
-            fit_context(task, context, first.protocol)
+            fit_context(task, SimpleNamespace(max_length=context))
     if not prompts:
         return
     protocol = first.protocol
     longest = max(len(first.tokenizer(ask(first.tokenizer, prompt, protocol))["input_ids"]) for prompt in prompts)
     if longest + protocol.max_new_tokens > context:
         raise ConfigurationError(
-            f"max_new_tokens={protocol.max_new_tokens}: with the longest prompt for drift ({longest} tokens) it is more "
-            f"than the context of {context}: lower it, or give shorter --prompts."
+            f"max_new_tokens={protocol.max_new_tokens}: with the longest prompt for drift ({longest} tokens) it is "
+            f"more than the context of {context}: lower it, or give shorter --prompts."
         )
     need = len(prompts) * protocol.max_new_tokens * min(TOP, len(first.tokenizer)) * 8
     folder = next(parent for parent in (first.store.folder, *first.store.folder.parents) if parent.is_dir())
@@ -358,14 +362,14 @@ def context_length(model: str) -> int:
     return next((length for length in lengths if length), 2048)
 
 
-def record(model: str, prompts: str, protocol: Protocol) -> None:
-    """Keep a base model's answers to prompts, and its probabilities: what drift is measured against."""
+def record(model: str, prompts: str, tokenizer: str | None, protocol: Protocol) -> None:
+    """Keep a base model's answers to prompts: what drift is measured on, also while a sharded model is trained."""
     questions = read_prompts(prompts, protocol.drift_prompts)
-    base, _ = side_by_side(model, None, protocol, drift=True)
+    base, _ = side_by_side(model, None, protocol, True, tokenizer)
     check_measurable([base], {}, questions)
-    answers = base.answers(questions)
+    answers = base.sampled(questions)
     if processes().is_main_process:
-        print(f"Kept {len(answers.answers)} answers of {model} in {base.store.folder}")
+        print(f"Kept {len(answers)} answers of {model} in {base.store.folder}")
 
 
 @dataclass
@@ -377,13 +381,16 @@ class Measured:
 
 
 def run_tasks(model: MeasuredModel, benchmarks: dict[str, Benchmark], folder: Path) -> Measured:
-    """Return the items of all benchmarks (on the first process), each written as it ends; what fails does not stop the others."""
+    """
+    Return the items of all benchmarks (on the first process), each written as it ends.
+
+    One that fails does not stop the others; under a launcher only what fails after its last forward pass does not.
+    """
     found = Measured({}, {})
-    progress = Progress(list(benchmarks.values()))
     main = processes().is_main_process
     for name, benchmark in benchmarks.items():
         try:
-            items = model.items(benchmark, progress)
+            items = model.items(benchmark)
         except Exception as error:
             # Of several processes one that fails in the middle leaves the others waiting for it
             if processes().num_processes > 1 and not isinstance(error, ConfigurationError):
@@ -395,7 +402,6 @@ def run_tasks(model: MeasuredModel, benchmarks: dict[str, Benchmark], folder: Pa
         if main:
             folder.mkdir(parents=True, exist_ok=True)
             write_jsonl(folder / f"{Path(name).stem}.jsonl", items)
-    progress.close()
     return found
 
 
@@ -417,10 +423,11 @@ def changes(
     Tasks have their `metric`, and `p_holm`: p adjusted for their number. Filters are a task's other ways to read the
     same answers (GSM8K: strict and flexible); they count in no mean and no adjustment.
     """
-    from eaft.evaluation.paired import holm, mean_change, paired_change  # needs scipy, which comes with lm-eval
+    from eaft.evaluation.paired import Change, mean_change, paired_change  # needs scipy, which comes with lm-eval
 
     scores: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    found, filters = {}, {}
+    found: dict[str, Change] = {}
+    filters: dict[str, dict[str, Any]] = {}
     for name in after:
         pairs = pair(name, before[name], after[name])
         scores[name] = (np.array([a["score"] for a, _ in pairs]), np.array([b["score"] for _, b in pairs]))
@@ -434,7 +441,7 @@ def changes(
         suite.name: mean_change([found[n] for n in suite.benchmarks], [scores[n] for n in suite.benchmarks])
         for suite in suites
     }
-    adjusted = holm([change.p_value for change in found.values()])
+    adjusted = [change.p_value for change in found.values()]
     return {
         "tasks": {
             name: {"metric": after[name][0]["metric"], **asdict(change), "p_holm": p}
@@ -507,6 +514,19 @@ def data_digest(items: dict[str, list[Item]]) -> str:
         for item in items[name]:
             digest.update(f"{name} {item['task']} {item['doc_hash']} {item['prompt_hash']}\n".encode())
     return digest.hexdigest()
+
+
+def read_answers(tokenizer: Any, answers: BaseAnswers, sums: np.ndarray, counts: np.ndarray) -> list[dict[str, Any]]:
+    """Return the base model's answers as text, each with its drift (nats per token) and its number of tokens."""
+    return [
+        {
+            "prompt": tokenizer.decode(answer.prompt_ids),
+            "answer": tokenizer.decode(answer.answer_ids),
+            "drift": float(kl / tokens),
+            "tokens": int(tokens),
+        }
+        for answer, kl, tokens in zip(answers.answers, sums, counts, strict=True)
+    ]
 
 
 def write_report(folder: Path, results: dict[str, Any]) -> None:

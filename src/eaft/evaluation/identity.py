@@ -23,8 +23,15 @@ CHUNK = 2**24  # bytes read at once
 
 
 def digest(value: Any) -> str:
-    """Return the SHA-256 of a value as canonical JSON; what JSON cannot hold goes in as `str` writes it."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+    """Return the SHA-256 of a value as canonical JSON."""
+
+    def plain(part: Any) -> Any:
+        if isinstance(part, set | frozenset):
+            return sorted(map(str, part))
+        text = str(part)
+        return type(part).__qualname__ if " at 0x" in text else text  # an address is another in each process
+
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=plain).encode()).hexdigest()
 
 
 def weights_digest(model: str, revision: str | None = None) -> str:
@@ -42,7 +49,9 @@ def weights_digest(model: str, revision: str | None = None) -> str:
         return digest(["hub", model, extract_commit_hash(cached_file(model, "config.json", revision=revision), None)])
     files = sorted({file for pattern in WEIGHTS for file in folder.glob(pattern) if file.name != "training_args.bin"})
     if not any(file.suffix in (".safetensors", ".bin", ".gguf") for file in files):
-        raise ConfigurationError(f"{model} holds no weights: expected *.safetensors or *.bin, as save_pretrained writes.")
+        raise ConfigurationError(
+            f"{model} holds no weights: expected *.safetensors or *.bin, as save_pretrained writes."
+        )
     found: list[Any] = []
     with tqdm(total=sum(f.stat().st_size for f in files), desc="Reading", unit="B", unit_scale=True, delay=2) as bar:
         for file in files:

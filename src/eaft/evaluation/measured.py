@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,15 +17,12 @@ from accelerate.utils import broadcast_object_list
 from eaft.errors import ConfigurationError
 from eaft.evaluation.drift import Answer, BaseAnswers, Share, answer_log_probs, sample_answers
 from eaft.evaluation.identity import digest, software, tasks_digest, tokenizer_digest, weights_digest
-from eaft.evaluation.scores import Item, Progress, Protocol, ask, load, processes, score
+from eaft.evaluation.scores import Item, Protocol, ask, load, processes, score
 from eaft.evaluation.store import Store
 from eaft.evaluation.suite import Benchmark
 from eaft.provenance import write_json
 
 T = TypeVar("T")
-# Of a protocol, what each kind of measurement depends on
-ASKED = ("apply_chat_template", "enable_thinking", "system_instruction")
-COMPUTED = ("dtype", "model_args")
 
 
 class MeasuredModel:
@@ -51,20 +48,53 @@ class MeasuredModel:
         self._lm: Any = None
         self._backend: str | None = None
 
-    def items(self, benchmark: Benchmark, progress: Progress | None = None) -> list[Item]:
+    def items(self, benchmark: Benchmark) -> list[Item]:
         """Return a benchmark's items, as `eaft.evaluation.scores.score` does."""
         protocol = {k: v for k, v in asdict(self.protocol).items() if k not in ("drift_prompts", "max_new_tokens")}
         if benchmark.digest is None:  # before the first run of its tasks, which changes their settings
             benchmark.digest = tasks_digest(benchmark.tasks, benchmark.limit, self.protocol.num_fewshot)
         identity = {"items": benchmark.digest, "protocol": protocol}
         return self._keep(
-            benchmark.name,
-            identity,
-            lambda: score(self._load(self.protocol.backend), benchmark, self.protocol, progress),
+            {**self._identity, **identity},
+            lambda: score(self._load(self.protocol.backend), benchmark, self.protocol),
             lambda items, folder: write_jsonl(folder / "items.jsonl", items),
             lambda folder: read_jsonl(folder / "items.jsonl"),
             otherwise=[],
+            name=benchmark.name,
         )
+
+    def sampled(self, prompts: list[Any]) -> list[Answer]:
+        """
+        Return the model's own answers to prompts (strings or messages).
+
+        Kept whatever computed them: a sample of one distribution, which a device's rounding does not make another.
+        """
+
+        def sample() -> list[Answer]:
+            lm, protocol = self._load("hf"), self.protocol
+            return sample_answers(
+                lm.model,
+                self.tokenizer,
+                [ask(self.tokenizer, prompt, protocol) for prompt in prompts],
+                protocol.max_new_tokens,
+                add_special_tokens=not protocol.apply_chat_template,
+                batch_size=protocol.batch_size,
+                share=share_of(lm),
+            )
+
+        found = self._keep(
+            self._sampled_identity(prompts),
+            sample,
+            lambda answers, folder: write_json(folder / "answers.json", [asdict(answer) for answer in answers]),
+            read_sampled,
+            otherwise=[],
+        )
+        return shared(lambda: found)
+
+    def find_sampled(self, prompts: list[Any]) -> list[Answer] | None:
+        """Return what `sampled` would, if it is kept; for the first process alone."""
+        folder = self.store.find(self._sampled_identity(prompts))
+        return None if folder is None else read_sampled(folder)
 
     def answers(self, prompts: list[Any]) -> BaseAnswers:
         """
@@ -72,34 +102,19 @@ class MeasuredModel:
 
         On every process, since each measures the drift of a part of them.
         """
+        sampled = self.sampled(prompts)
+        identity = {**self._identity, "probs": digest([asdict(answer) for answer in sampled]), **self._computed}
 
         def record() -> BaseAnswers:
-            lm, protocol = self._load("hf"), self.protocol
-            texts = [ask(self.tokenizer, prompt, protocol) for prompt in prompts]
-            answers = sample_answers(
-                lm.model,
-                self.tokenizer,
-                texts,
-                protocol.max_new_tokens,
-                add_special_tokens=not protocol.apply_chat_template,
-                batch_size=protocol.batch_size,
-                share=share_of(lm),
-            )
-            return BaseAnswers.record(lm.model, answers, share_of(lm))
+            lm = self._load("hf")
+            return BaseAnswers.record(lm.model, sampled, share_of(lm))
 
-        found = self._keep(
-            "answers",
-            self._answers_identity(prompts),
-            record,
-            BaseAnswers.save,
-            BaseAnswers.load,
-            otherwise=None,
-        )
-        return shared(found)
+        found = self._keep(identity, record, BaseAnswers.save, BaseAnswers.load, otherwise=None, name="answers")
+        return shared(lambda: found)
 
     def drift(self, answers: BaseAnswers) -> tuple[np.ndarray, np.ndarray]:
         """Return, for each of a base model's answers, summed KL(base || this) (nats) and tokens: `[prompts]` each."""
-        identity = {"drift": answers.digest, "protocol": {name: getattr(self.protocol, name) for name in COMPUTED}}
+        identity = {"drift": answers.digest, **self._computed}
 
         def measure() -> tuple[np.ndarray, np.ndarray]:
             lm = self._load("hf")
@@ -117,7 +132,7 @@ class MeasuredModel:
         Raises:
             ConfigurationError: a row without them, or one that does not fit the context.
         """
-        identity = {"nll": digest(rows), "protocol": {name: getattr(self.protocol, name) for name in COMPUTED}}
+        identity = {"nll": digest(rows), **self._computed}
         examples = [example(self.tokenizer, row) for row in rows]
 
         @torch.no_grad()
@@ -145,53 +160,76 @@ class MeasuredModel:
         weights = weights_digest(self.model, self.protocol.model_args.get("revision"))
         return {"weights": weights, "tokenizer": tokenizer_digest(self.tokenizer), "software": software()}
 
-    def _answers_identity(self, prompts: list[Any]) -> dict[str, Any]:
-        names = (*ASKED, *COMPUTED, "max_new_tokens", "batch_size")
-        return {"answers": digest(prompts), "protocol": {name: getattr(self.protocol, name) for name in names}}
+    @property
+    def _computed(self) -> dict[str, Any]:
+        """Of the protocol, what changes the probabilities that are computed."""
+        return {name: getattr(self.protocol, name) for name in ("dtype", "model_args")}
+
+    def _sampled_identity(self, prompts: list[Any]) -> dict[str, Any]:
+        names = ("apply_chat_template", "enable_thinking", "system_instruction", "max_new_tokens", "batch_size")
+        return {
+            **{name: self._identity[name] for name in ("weights", "tokenizer")},
+            **{"sampled": prompts, "eaft": self._identity["software"]["eaft"]},
+            **{name: getattr(self.protocol, name) for name in names},
+        }
 
     def _load(self, backend: str) -> Any:
         """Return lm-eval's model; `hf`'s has the torch model, as `.model`."""
         if self._backend != backend:
             self.free()
-            self._lm = load(self.model, self.tokenizer, self.protocol, backend)
+            args = self.protocol.model_args if backend == self.protocol.backend else {}
+            self._lm = load(self.model, self.tokenizer, replace(self.protocol, backend=backend, model_args=args))
             self._backend = backend
         return self._lm
 
     def _keep(
         self,
-        name: str,
         identity: dict[str, Any],
         measure: Callable[[], T],
         write: Callable[[T, Path], None],
         read: Callable[[Path], T],
         otherwise: Any,
+        name: str | None = None,
     ) -> T:
-        """Return what is kept under an identity, or measure and keep it; on other processes, `otherwise`."""
-        state = processes()
-        folder = None
-        if state.is_main_process:
-            identity = {**self._identity, **identity}
-            folder = self.store.find(identity)
-        if shared(folder is not None):
-            self.kept.append(name)
+        """
+        Return what is kept under an identity, or measure and keep it; on other processes, `otherwise`.
+
+        Args:
+            name: under which `kept` lists it.
+        """
+        main = processes().is_main_process
+        folder = self.store.find(identity) if main else None
+        if shared(lambda: folder is not None):
+            self.kept += [name] if name else []
             return read(folder) if folder is not None else otherwise
         found = measure()
-        if state.is_main_process:
+        if main:
             with self.store.write(identity, self.model) as staging:
                 write(found, staging)
-        return found if state.is_main_process else otherwise
+        return found if main else otherwise
 
     def _keep_sums(
         self, name: str, identity: dict[str, Any], measure: Callable[[], tuple[np.ndarray, np.ndarray]]
     ) -> tuple[np.ndarray, np.ndarray]:
         return self._keep(
-            name,
-            identity,
+            {**self._identity, **identity},
             measure,
             lambda found, folder: write_json(folder / "sums.json", [part.tolist() for part in found]),
-            lambda folder: tuple(np.array(part) for part in json.loads((folder / "sums.json").read_text())),
+            read_sums,
             otherwise=(np.array([]), np.array([])),
+            name=name,
         )
+
+
+def read_sums(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return the sums and numbers of tokens that `MeasuredModel.drift` and `nll` kept."""
+    sums, counts = json.loads((folder / "sums.json").read_text())
+    return np.array(sums), np.array(counts)
+
+
+def read_sampled(folder: Path) -> list[Answer]:
+    """Return the answers that `MeasuredModel.sampled` kept."""
+    return [Answer(**answer) for answer in json.loads((folder / "answers.json").read_text())]
 
 
 def share_of(lm: Any) -> Share:
@@ -199,13 +237,13 @@ def share_of(lm: Any) -> Share:
     return Share(lm.rank, lm.world_size)
 
 
-def shared(value: T) -> T:
-    """Return the first process's value on all."""
-    if processes().num_processes == 1:
-        return value
-    values = [value]
-    broadcast_object_list(values)
-    return values[0]
+def shared(find: Callable[[], T]) -> T:
+    """Return on all processes what the first one finds."""
+    state = processes()
+    values = [find() if state.is_main_process else None]
+    if state.num_processes > 1:
+        broadcast_object_list(values)
+    return values[0]  # type: ignore[return-value]
 
 
 def example(tokenizer: Any, row: dict[str, Any]) -> Answer:

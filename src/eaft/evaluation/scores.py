@@ -39,8 +39,8 @@ class Protocol:
     dtype: str = "auto"  # the base model's own
     backend: str = "hf"
     model_args: dict[str, Any] = field(default_factory=dict)  # more for lm-eval's model
-    drift_prompts: int = 32
-    max_new_tokens: int = 128  # of each answer that drift is measured on
+    drift_prompts: int = 128
+    max_new_tokens: int = 64  # of each answer that drift is measured on
 
 
 def processes() -> PartialState:

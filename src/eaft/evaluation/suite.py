@@ -28,11 +28,13 @@ class Benchmark:
         name: as the user or a suite names it.
         tasks: lm-eval's `Task` objects with their data, by name.
         limit: at most so many items of each task, the first ones; None for all.
+        digest: of all that, noted when it is first measured.
     """
 
     name: str
     tasks: dict[str, Any]
     limit: int | None
+    digest: str | None = None
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any
 from trl import SFTConfig
 
 from eaft.errors import ConfigurationError
-from eaft.evaluation.drift import PROMPTS
+from eaft.evaluation.drift import DRIFT_PROMPTS, PROMPTS
 from eaft.objective.gates import check_gate, get_gate
 from eaft.training.measure import MEASURED
 
@@ -34,10 +34,11 @@ class EAFTConfig(SFTConfig):
         gate_kwargs: the other parameters of the gate, e.g. `{"steepness": 20}` for `eaft-sigmoid`.
         forgetting_eval_steps: measure drift and the suites every so many steps (0: never); see
             `eaft.training.forgetting`.
-        forgetting_suite: suites or tasks of general ability, as `eaft eval --suite` takes them.
+        forgetting_suite: suites or tasks of general ability, as `eaft eval --suite` takes them (default: `everyday`;
+            where the model is sharded, none).
         target_suite: suites or tasks of what is being learned.
         forgetting_data_dir: a folder with local data for them.
-        forgetting_prompts: JSON Lines with a `prompt`, whose answers drift is measured on (the first 32).
+        forgetting_prompts: JSON Lines with a `prompt`, whose answers drift is measured on (the first 128).
         select_checkpoint: which checkpoint to keep: `budget`, `best-mean` or `pareto`
             (`RULES`).
         forgetting_budget: the drift (nats per token) at which training stops.
@@ -73,9 +74,9 @@ class EAFTConfig(SFTConfig):
     forgetting_eval_steps: int = field(
         default=0, metadata={"help": "Measure drift, forgetting_suite and target_suite every so many steps; 0: never."}
     )
-    forgetting_suite: list[str] = field(
-        default_factory=lambda: ["everyday"],
-        metadata={"help": "Suites or lm-eval tasks of general ability (default: 120 easy questions)."},
+    forgetting_suite: list[str] | None = field(
+        default=None,
+        metadata={"help": "Suites or lm-eval tasks of general ability (default: everyday, 120 easy questions)."},
     )
     target_suite: list[str] | None = field(
         default=None, metadata={"help": "Suites or lm-eval tasks of what is being learned."}
@@ -85,7 +86,7 @@ class EAFTConfig(SFTConfig):
     )
     forgetting_prompts: str = field(
         default=str(PROMPTS),
-        metadata={"help": "JSON Lines with a `prompt`; drift is measured on answers to 32 of them."},
+        metadata={"help": f"JSON Lines with a `prompt`; drift is measured on answers to {DRIFT_PROMPTS} of them."},
     )
     select_checkpoint: str | None = field(
         default=None,

@@ -12,6 +12,9 @@ import contextlib
 import copy
 import random
 import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,14 +22,16 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from eaft.errors import ConfigurationError
-from eaft.evaluation.drift import ANSWER_TOKENS, DRIFT_PROMPTS, Answer, BaseAnswers, Share, read_prompts, sample_answers
-from eaft.evaluation.evaluate import context_length, side_by_side
+from eaft.evaluation.drift import Answer, BaseAnswers, Share, read_prompts, sample_answers
+from eaft.evaluation.evaluate import side_by_side
+from eaft.evaluation.measured import shared
 from eaft.evaluation.scores import Protocol, ask, score, wrap
 from eaft.evaluation.suite import load_suites
+from eaft.processes import without_launcher
 from eaft.training.config import EAFTConfig
 
 FOLDER = "forgetting"
@@ -44,36 +49,70 @@ class ForgettingEval(TrainerCallback):
     Args:
         args: the trainer's; with `select_checkpoint`, they are told to load the best model at the end.
         log: `Trainer.log`, or what else takes the measurements on every process.
+        answers: of a model that is going to be sharded: see `answers_before_sharding`.
+        wrapped: returns that model as it is then called.
 
     Raises:
         ConfigurationError: a suite or its data is missing, or the first measurement is already over budget.
     """
 
-    def __init__(self, args: EAFTConfig, log: Callable[[dict[str, float]], None]) -> None:
-        self.log = log
-        names = [*args.forgetting_suite, *(args.target_suite or [])]
-        suites, self.benchmarks = load_suites(names, data_dir=args.forgetting_data_dir)
-        self.general = [name for suite in suites[: len(args.forgetting_suite)] for name in suite.benchmarks]
-        self.target = [name for suite in suites[len(args.forgetting_suite) :] for name in suite.benchmarks]
-        self.prompts = read_prompts(args.forgetting_prompts, PROMPTS)
-        self.answers = BaseAnswers(Path(args.output_dir) / FOLDER)
+    def __init__(
+        self,
+        args: EAFTConfig,
+        log: Callable[[dict[str, float]], None],
+        answers: list[Answer] | None = None,
+        wrapped: Callable[[], Any] | None = None,
+    ) -> None:
+        self.log, self.answers, self.wrapped = log, answers, wrapped
+        general = general_suite(args, sharded=answers is not None)
+        suites, self.benchmarks = load_suites([*general, *(args.target_suite or [])], data_dir=args.forgetting_data_dir)
+        self.general = [name for suite in suites[: len(general)] for name in suite.benchmarks]
+        self.target = [name for suite in suites[len(general) :] for name in suite.benchmarks]
+        self.folder = Path(args.output_dir) / FOLDER
+        self.base: BaseAnswers
         if args.select_checkpoint is not None:
             args.load_best_model_at_end = True  # of the step that this callback names
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record the base model, or find what was recorded when this run began."""
+        share = Share(PartialState().process_index, PartialState().num_processes)
+        kwargs = self.callable(kwargs)
         if state.global_step > 0:
-            if not self.answers.recorded:
-                raise ConfigurationError(
-                    f"{self.answers.log_probs} is missing: it holds the base model's probabilities, which a checkpoint "
-                    "no longer has. Copy it from the run's output folder, or start afresh."
-                )
+            self.base = shared(self.read)
             return
         with measuring(args, **kwargs) as (model, tokenizer):
-            if state.is_world_process_zero:
-                shutil.rmtree(self.answers.folder, ignore_errors=True)
-                self.answers.record(model, tokenizer, self.prompts, ANSWER_TOKENS, args.per_device_eval_batch_size)
+            answers = self.answers
+            if is_deepspeed_zero3_enabled():
+                tell_zero3_of_the_head(model.module)
+            if answers is None:
+                answers = sample(model, tokenizer, args, share)
+            self.base = BaseAnswers.record(model, answers, share)
+        if state.is_world_process_zero:
+            staging = self.folder.with_name(f"{FOLDER}.tmp")
+            for folder in (staging, self.folder):
+                shutil.rmtree(folder, ignore_errors=True)
+            staging.mkdir(parents=True)
+            self.base.save(staging)
+            staging.rename(self.folder)
         self.measure(args, state, control, **kwargs)
+
+    def callable(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return what a callback is given, with the model as DeepSpeed or FSDP has wrapped it."""
+        return kwargs if self.wrapped is None else {**kwargs, "model": self.wrapped()}
+
+    def read(self) -> BaseAnswers:
+        """
+        Return what was recorded when this run began.
+
+        Raises:
+            ConfigurationError: it is no longer there.
+        """
+        if not self.folder.is_dir():
+            raise ConfigurationError(
+                f"{self.folder} is missing: it holds the base model's probabilities, which a checkpoint no longer has. "
+                "Copy it from the run's output folder, or start afresh."
+            )
+        return BaseAnswers.load(self.folder)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure, and decide what to keep."""
@@ -108,26 +147,113 @@ class ForgettingEval(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Free the disk."""
         if state.is_world_process_zero:
-            self.answers.free()
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def measure(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure the model as it is, and log it."""
+        kwargs = self.callable(kwargs)
         with measuring(args, **kwargs) as (model, tokenizer):
-            lm = wrap(model, tokenizer, args.per_device_eval_batch_size)
-            items = score(lm, self.benchmarks, apply_chat_template=tokenizer.chat_template is not None)
-            metrics: list[dict[str, float]] = [{}]
+            protocol = protocol_of(args, tokenizer)
+            items = {}
+            if self.benchmarks:
+                lm = wrap(model, tokenizer, protocol)
+                items = {name: score(lm, benchmark, protocol) for name, benchmark in self.benchmarks.items()}
+            sums, counts = self.base.drift(model, Share(PartialState().process_index, PartialState().num_processes))
+            metrics: dict[str, float] = {}
             if state.is_world_process_zero:
                 scores = {name: float(np.mean([item["score"] for item in found])) for name, found in items.items()}
-                metrics = [{"drift": self.answers.drift(model)["mean"]}]
+                metrics["drift"] = float(sums.sum() / counts.sum())
                 for kind, names in (("general", self.general), ("target", self.target)):
                     if names:
-                        metrics[0][kind] = float(np.mean([scores[name] for name in names]))
-                metrics[0].update({f"score/{name}": value for name, value in scores.items()})
-            if args.world_size > 1:
-                broadcast_object_list(metrics)
+                        metrics[kind] = float(np.mean([scores[name] for name in names]))
+                metrics.update({f"score/{name}": value for name, value in scores.items()})
+            metrics = shared(lambda: metrics)
             should_log = control.should_log
-            self.log(metrics[0])  # still in evaluation mode: the training metrics' sums are left alone
+            self.log(metrics)  # still in evaluation mode: the training metrics' sums are left alone
             control.should_log = should_log  # whether the training metrics are due, which logging anything takes back
+
+
+def general_suite(args: EAFTConfig, sharded: bool) -> list[str]:
+    """
+    Return what is measured of general ability.
+
+    Raises:
+        ConfigurationError: suites are asked of a sharded model: their tasks take unlike numbers of forward passes.
+    """
+    if sharded and (args.forgetting_suite or args.target_suite):
+        raise ConfigurationError(
+            "forgetting_suite and target_suite need the whole model on each process: with FSDP or DeepSpeed only drift "
+            "is measured while training. Leave them out, save checkpoints, and run `eaft eval` on them."
+        )
+    return [] if sharded else GENERAL if args.forgetting_suite is None else args.forgetting_suite
+
+
+def protocol_of(args: EAFTConfig, tokenizer: Any) -> Protocol:
+    """Return how the model in training is measured: as `eaft eval` does by default."""
+    return Protocol(apply_chat_template=tokenizer.chat_template is not None, batch_size=args.per_device_eval_batch_size)
+
+
+def sample(model: Any, tokenizer: Any, args: EAFTConfig, share: Share) -> list[Answer]:
+    """Sample the base model's answers to `forgetting_prompts`."""
+    protocol = protocol_of(args, tokenizer)
+    prompts = read_prompts(args.forgetting_prompts, protocol.drift_prompts)
+    return sample_answers(
+        model,
+        tokenizer,
+        [ask(tokenizer, prompt, protocol) for prompt in prompts],
+        protocol.max_new_tokens,
+        add_special_tokens=not protocol.apply_chat_template,
+        batch_size=protocol.batch_size,
+        share=share,
+    )
+
+
+def answers_before_sharding(model: Any, tokenizer: Any, args: EAFTConfig) -> list[Answer]:
+    """
+    Return the base model's answers for a model that is going to be sharded, and cannot generate then.
+
+    Those that `eaft eval MODEL --record` has kept, or else it is run now, in one process beside the first.
+
+    Raises:
+        ConfigurationError: the model was not given by its name, or there is no room for it.
+    """
+    if not isinstance(model, str):
+        raise ConfigurationError(
+            "forgetting_eval_steps: before FSDP or DeepSpeed shards a model, its answers are sampled from the whole "
+            "one: give the model by its name or folder."
+        )
+    answers = None
+    if PartialState().is_main_process:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            base, _ = side_by_side(model, None, protocol_of(args, tokenizer), drift=True, tokenizer=folder)
+            prompts = read_prompts(args.forgetting_prompts, base.protocol.drift_prompts)
+            if base.find_sampled(prompts) is None:
+                flags = ["--tokenizer", folder, "--prompts", args.forgetting_prompts]
+                flags += ["--batch_size", str(base.protocol.batch_size)]
+                command = [sys.executable, "-m", "eaft", "eval", model, "--record", *flags]
+                subprocess.run(command, env=without_launcher())
+            answers = base.find_sampled(prompts)
+    if (answers := shared(lambda: answers)) is None:
+        raise ConfigurationError(
+            f"forgetting_eval_steps: the answers of {model} could not be sampled (see above). Where it is too large "
+            f"for one device: eaft eval {model} --record --model_args '{{\"parallelize\": true}}', and start again."
+        )
+    return answers
+
+
+def tell_zero3_of_the_head(model: Any) -> None:
+    """
+    Register what the gated head will use outside of its module, before the first forward pass of any kind.
+
+    ZeRO-3 notes the order in which a pass fetches parameters. The gated head makes it find out about the head's later,
+    and what it noted before, while measuring, would no longer hold.
+    """
+    from deepspeed.runtime.zero import register_external_parameter
+
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for parameter in model.get_output_embeddings().parameters():
+        register_external_parameter(model, parameter)
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ from eaft.models import first_line, resolve_model
 from eaft.objective.fused import GPU_MEMORY_SHARE, chunk_rows
 from eaft.objective.gates import get_gate
 from eaft.training.config import EAFTConfig
-from eaft.training.forgetting import check_sharding
+from eaft.training.forgetting import general_suite
 from eaft.training.trainer import EAFTTrainer
 
 GIB = 2**30
@@ -88,8 +88,8 @@ def plan(
     """
     launch = read_launch(launch_args)
     if args.forgetting_eval_steps:
-        check_sharding(launch.optimizer > 1)
-        load_suites([*args.forgetting_suite, *(args.target_suite or [])], data_dir=args.forgetting_data_dir)
+        general = general_suite(args, sharded=launch.optimizer > 1)
+        load_suites([*general, *(args.target_suite or [])], data_dir=args.forgetting_data_dir)
     name = resolve_model(str(model_args.model_name_or_path), args.trust_remote_code)
     source = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
     config = AutoConfig.from_pretrained(name, **source)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from trl.cli.commands.training import _subtract_subsequence as subtract_subseque
 from eaft.errors import ConfigurationError, nearest
 from eaft.models import first_line, resolve_model
 from eaft.objective.gates import gates_help
+from eaft.processes import locked
 from eaft.provenance import environment, peak_memory_gib, write_json
 from eaft.training.config import EAFTConfig
 from eaft.training.data import load_splits, select_split
@@ -108,7 +111,7 @@ def train(
     Everything that can be wrong with the input is found before the folder is touched.
     """
     state = PartialState()
-    checkpoint = find_checkpoint(args)
+    find_checkpoint(args)
     state.wait_for_everyone()  # no process may write before every one has looked
     train_dataset, eval_dataset = load_data(script_args, args, model_args, dataset_args)
     with state.main_process_first():
@@ -133,6 +136,24 @@ def train(
         raise ConfigurationError(f"model_name_or_path={model!r} cannot be loaded. ({first_line(error)})") from error
 
     output_dir = Path(args.output_dir)
+    with contextlib.ExitStack() as stack:
+        if trainer.is_world_process_zero():
+            stack.enter_context(locked(output_dir))
+        checkpoint = find_checkpoint(args)  # again: another process may just have ended
+        state.wait_for_everyone()
+        fit(trainer, checkpoint, script_args, args, model_args, dataset_args)
+
+
+def fit(
+    trainer: EAFTTrainer,
+    checkpoint: str | None,
+    script_args: ScriptArguments,
+    args: EAFTConfig,
+    model_args: ModelConfig,
+    dataset_args: DatasetMixtureConfig,
+) -> None:
+    """Train from a checkpoint or afresh, and write everything, in a folder that is this run's alone."""
+    output_dir = Path(args.output_dir)
     run = {
         "finished": False,
         "model": model_args.model_name_or_path,
@@ -143,7 +164,9 @@ def train(
         "environment": environment(),
     }
     if trainer.is_world_process_zero():
-        output_dir.mkdir(parents=True, exist_ok=True)
+        for path in output_dir.glob("checkpoint-*"):
+            if not is_complete(path):  # a killed run left it
+                shutil.rmtree(path)
         write_json(output_dir / RUN_FILE, run)
     trainer.add_callback(MetricsFile(output_dir / METRICS_FILE))
     result = trainer.train(resume_from_checkpoint=checkpoint)
@@ -190,35 +213,44 @@ def find_checkpoint(args: EAFTConfig) -> str | None:
     """
     Return the checkpoint to resume from, or None for a fresh start in a folder that holds no other run.
 
+    With `resume_from_checkpoint` true a run that was killed before its first checkpoint, or was never begun, starts
+    afresh: the same command can be given again until it ends.
+
     Raises:
         ConfigurationError: the folder holds another run, or there is nothing to resume from.
     """
-    folder, resume = Path(args.output_dir), args.resume_from_checkpoint
-    if not resume or str(resume).lower() == "false":
-        held = [RUN_FILE, METRICS_FILE, "config.json", "adapter_config.json", "checkpoint-*"]
-        if found := [path.name for pattern in held for path in folder.glob(pattern)]:
-            raise ConfigurationError(
-                f"output_dir={args.output_dir!r} holds another run ({found[0]}): choose another folder, delete this "
-                "one, or go on with it by --resume_from_checkpoint true."
-            )
-        return None
-    checkpoint = last_complete_checkpoint(folder) if str(resume).lower() == "true" else resume
-    if checkpoint is None or not Path(checkpoint, "trainer_state.json").is_file():
-        raise ConfigurationError(f"resume_from_checkpoint={resume!r}: there is no complete checkpoint in {folder}.")
-    return checkpoint
+    folder, resume = Path(args.output_dir), str(args.resume_from_checkpoint or "false")
+    if resume.lower() not in ("true", "false"):
+        if not is_complete(Path(resume)):
+            raise ConfigurationError(f"resume_from_checkpoint={resume!r} is no complete checkpoint.")
+        return resume
+    if resume.lower() == "true":
+        if checkpoint := last_complete_checkpoint(folder):
+            return checkpoint
+        run = folder / RUN_FILE
+        if run.is_file() and not json.loads(run.read_text())["finished"]:
+            return None
+    held = [RUN_FILE, METRICS_FILE, "config.json", "adapter_config.json", "checkpoint-*"]
+    if found := [path.name for pattern in held for path in folder.glob(pattern)]:
+        way = "has no complete checkpoint" if resume.lower() == "true" else "holds another run"
+        raise ConfigurationError(
+            f"output_dir={args.output_dir!r} {way} ({found[0]}): choose another folder, delete this one, or go on with "
+            "a run that was stopped by --resume_from_checkpoint true."
+        )
+    return None
 
 
 def last_complete_checkpoint(folder: Path) -> str | None:
-    """Return the newest checkpoint that was written whole: the trainer writes `trainer_state.json` last."""
-    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if is_json(path)]
+    """Return the newest checkpoint that was written whole."""
+    complete = [path for path in folder.glob("checkpoint-*") if is_complete(path)]
     return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
 
 
-def is_json(path: Path) -> bool:
-    """Return whether a file holds JSON, whole."""
+def is_complete(checkpoint: Path) -> bool:
+    """Return whether a checkpoint was written whole: the trainer writes `trainer_state.json` last."""
     try:
-        json.loads(path.read_text())
-    except ValueError:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
         return False
     return True
 
@@ -255,8 +287,9 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep the lines up to the step training starts at."""
         if state.is_world_process_zero:
-            lines = self.path.read_text().splitlines() if self.path.exists() else []
-            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+            lines = self.path.read_text().split("\n") if self.path.exists() else []
+            # What follows the last line's end is empty, or what a killed run did not get written
+            kept = [line for line in lines[:-1] if json.loads(line)["step"] <= state.global_step]
             staging = self.path.with_suffix(".tmp")
             staging.write_text("".join(line + "\n" for line in kept))
             os.replace(staging, self.path)

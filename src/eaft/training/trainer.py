@@ -22,7 +22,7 @@ from eaft.errors import ConfigurationError, NonFiniteError
 from eaft.objective.gates import get_gate, missing_params
 from eaft.training.config import EAFTConfig
 from eaft.training.examples import ExampleCollator, FollowedData, follow_examples
-from eaft.training.forgetting import ForgettingEval, check_sharding
+from eaft.training.forgetting import ForgettingEval, answers_before_sharding, general_suite
 from eaft.training.head import GatedLMHead, frozen_copy
 from eaft.training.logits_check import check_logits
 from eaft.training.measure import MeasureGate
@@ -106,8 +106,12 @@ class EAFTTrainer(SFTTrainer):
         self._logits_checked = False
         self._token_sums: dict[str, Tensor | float] = defaultdict(float)
         if args.forgetting_eval_steps:
-            check_sharding(self.is_fsdp_enabled or self.is_deepspeed_enabled)
-            self.add_callback(ForgettingEval(args, self.log))
+            sharded: dict[str, Any] = {}
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                general_suite(args, sharded=True)  # what it refuses is said before anything is sampled
+                sharded["answers"] = answers_before_sharding(model, self.processing_class, args)
+                sharded["wrapped"] = lambda: self.model_wrapped
+            self.add_callback(ForgettingEval(args, self.log, **sharded))
 
     def _make_reference(self) -> Any:
         """Return what the head runs as the reference model: the PEFT model around the policy, or a frozen copy."""

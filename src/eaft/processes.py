@@ -1,8 +1,9 @@
-"""One process at a time in an output folder."""
+"""One process at a time in an output folder; a process of its own, though a launcher started this one."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from filelock import FileLock, Timeout
 from eaft.errors import ConfigurationError
 
 LOCK_FILE = "_lock"  # with an underscore: `push_to_hub` leaves such files out
+# What torchrun and accelerate set for the processes they start
+LAUNCHER = ("ACCELERATE_", "FSDP_", "GROUP_", "LOCAL_", "MASTER_", "RANK", "ROLE_", "TORCHELASTIC_", "WORLD_SIZE")
 
 
 @contextlib.contextmanager
@@ -33,3 +36,8 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def without_launcher() -> dict[str, str]:
+    """Return this process's environment for one that is to run by itself, outside the launch that this one is of."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER)}
