@@ -112,9 +112,9 @@ def where(pair: Numbers, target: str) -> str:
     said = []
     for stretch in stretches:
         sizes = sorted(abs(d) for d in stretch["differences"])
-        ends = f"{shown(target, stretch['from'])} and {shown(target, stretch['to'])}"
+        ends = f"at {target} {shown(target, stretch['from'])} to {shown(target, stretch['to'])}"
         word = "more" if stretch["sign"] > 0 else "less"
-        said.append(f"between {target} {ends} {first} drifts {word} by {sizes[0]:.4f} to {sizes[-1]:.4f}")
+        said.append(f"{ends} {first} drifts {word}, by {sizes[0]:.4f} to {sizes[-1]:.4f}")
     whole = len(stretches) == 1 and len(stretches[0]["differences"]) == len(front["targets"])
     rest = "" if whole else f"; elsewhere from {span} they cannot be told apart"
     return f"{first} and {second}: {', '.join(said)}{rest} (on average {nats(front['mean'])})."
@@ -266,7 +266,9 @@ def github(rows: list[list[Any]], headers: list[str]) -> str:
 
 def colors(results: Numbers) -> dict[str, Any]:
     """Return one colour for each objective, the same in every picture."""
-    return {name: plt.get_cmap("tab20")(i % 20) for i, name in enumerate(results["objectives"])}
+    names = list(results["objectives"])
+    palette = plt.get_cmap("tab10" if len(names) <= 10 else "tab20")  # the latter in pairs that are hard to tell apart
+    return {name: palette(i % palette.N) for i, name in enumerate(names)}
 
 
 def draw_pareto(results: Numbers, path: Path) -> None:
