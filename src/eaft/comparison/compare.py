@@ -26,6 +26,7 @@ from eaft.objective.gates import gates_help
 from eaft.processes import locked
 
 logger = logging.getLogger(__name__)
+OURS = {"made_by": "eaft compare"}  # in the mark of an output folder
 
 DESCRIPTION = """
 Train with several objectives from one base model, one data set and the same seeds; measure the base, every checkpoint's
@@ -103,14 +104,13 @@ def compare(recipe: Recipe) -> dict[str, Any]:
     # Parsing the flags of training has set up its processes; measuring has its own
     AcceleratorState._reset_state(reset_partial_state=True)
     state, output_dir = processes(), Path(recipe.output_dir)
-    mark = {"made_by": "eaft compare"}
-    check_folder(output_dir, mark)
+    check_folder(output_dir, OURS)
     for run in runs:
         check_folder(run.folder, run.identity)
 
     with locked(output_dir) if state.is_main_process else contextlib.nullcontext():
         if state.is_main_process:
-            claim(output_dir, mark)
+            claim(output_dir, OURS)
         state.wait_for_everyone()
         measure = Measure(recipe.evaluate, base, benchmarks, output_dir)
         studies, failed = run_all(runs, measure, output_dir, recipe.keep_checkpoints == "all")

@@ -166,11 +166,10 @@ class Measure:
         """Delete a run's models but those after some steps; their numbers stay."""
         if processes().is_main_process:
             record = self.record(run)
-            gone = {int(step) for step in record} - keep
-            for step in gone:
+            for step in {int(step) for step in record} - keep:
                 record[str(step)]["deleted"] = True  # before it is: a deletion that is interrupted is gone on with
             write_json(run.folder / POINTS_FILE, record)
-            delete_models(run, gone)
+            delete_models(run, keep)
         processes().wait_for_everyone()
 
     def recorded(self, run: Run, step: int, kept: dict[str, Any]) -> Point:

@@ -116,9 +116,14 @@ def train_run(run: Run) -> str | None:
             empty(run.folder)
         (run.folder / "train.yaml").write_text(yaml.safe_dump(flags, sort_keys=False))
     print(f"{run.folder}: training" + (f" from {checkpoint}" if checkpoint else ""), flush=True)
-    command = [sys.executable, "-m", "eaft", "train", "--config", str(run.folder / "train.yaml")]
-    code = subprocess.run(command, env=without_launcher(), preexec_fn=end_with_parent).returncode
+    code = train_apart(run.folder / "train.yaml")
     return f"training ended with exit code {code}; its message is in the output" if code else None
+
+
+def train_apart(config: Path) -> int:
+    """Run `eaft train` in a process that is part of no launch, and return its exit code."""
+    command = [sys.executable, "-m", "eaft", "train", "--config", str(config)]
+    return subprocess.run(command, env=without_launcher(), preexec_fn=end_with_parent).returncode
 
 
 def empty(folder: Path) -> None:
@@ -182,17 +187,16 @@ def checkpoints(run: Run) -> list[Checkpoint]:
     return [found[step] for step in sorted(found)]
 
 
-def delete_models(run: Run, steps: set[int]) -> None:
-    """Delete a finished run's models after some steps."""
-    for checkpoint in checkpoints(run):
-        if checkpoint.step not in steps:
-            continue
-        if checkpoint.folder == run.folder:
-            for pattern in WEIGHTS:
-                for weights in run.folder.glob(pattern):
-                    weights.unlink()
-        else:
-            gone = run.folder / f"_deleted-{checkpoint.step}"  # first out of the way, whole: this may be killed
-            checkpoint.folder.replace(gone)
-    for gone in run.folder.glob("_deleted-*"):
-        shutil.rmtree(gone)
+def delete_models(run: Run, keep: set[int]) -> None:
+    """Delete a finished run's models but those after some steps; of the last step there is the run's own model."""
+    last = checkpoints(run)[-1].step
+    for folder in run.folder.glob("checkpoint-*"):
+        step = int(folder.name.rpartition("-")[2])
+        if step not in keep or step == last:
+            folder.replace(run.folder / f"_deleted-{step}")  # first out of the way, whole: this may be killed
+    if last not in keep:
+        for pattern in WEIGHTS:
+            for weights in run.folder.glob(pattern):
+                weights.unlink()
+    for folder in run.folder.glob("_deleted-*"):
+        shutil.rmtree(folder)
