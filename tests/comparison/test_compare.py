@@ -29,7 +29,7 @@ def write_rows(file, rows):
 
 def make_recipe(folder, model_dir, tasks):
     """A recipe of two objectives, with rows held out, in a folder of its own."""
-    rows = make_rows(24)
+    rows = make_rows(20)
     data, held_out = write_rows(folder / "rows.jsonl", rows[:16]), write_rows(folder / "held_out.jsonl", rows[16:])
     return {
         "output_dir": str(folder / "out"),
@@ -37,8 +37,9 @@ def make_recipe(folder, model_dir, tasks):
         "train": {
             "model_name_or_path": str(model_dir),
             "dataset_name": data,
-            "max_steps": 4,
-            "save_steps": 2,
+            "max_steps": 2,
+            "save_steps": 1,
+            "per_device_train_batch_size": 4,
             "learning_rate": 1e-2,
             "logging_steps": 1,
             "use_cpu": True,
@@ -98,7 +99,7 @@ def test_results_are_whole_and_as_the_schema_says(compared):
         (name, rate) for name in ("sft", "eaft2") for rate in (1e-3, 1e-2)
     ]
     for r in results["runs"]:
-        assert [point["step"] for point in r["points"]] == [2, 4]
+        assert [point["step"] for point in r["points"]] == [1, 2]
         for point in r["points"]:
             for kind, drift in point["drift"].items():
                 assert drift["mean"] == pytest.approx(sum(drift["sums"]) / sum(results["prompts"][kind]["tokens"]))
@@ -155,7 +156,7 @@ def test_only_the_chosen_are_kept_and_again_gives_the_same(compared, capsys):
     expected = set()
     for choice in compared.results["choices"]:
         folder = f"{choice['objective']}-lr{choice['learning_rate']:g}-seed0"
-        expected |= {folder if step == 4 else f"{folder}/checkpoint-{step}" for step in choice["steps"].values()}
+        expected |= {folder if step == 2 else f"{folder}/checkpoint-{step}" for step in choice["steps"].values()}
     assert kept == expected
     assert run(compared.content) == 0
     assert capsys.readouterr().out.count("already trained") == 4
@@ -172,7 +173,7 @@ def test_what_was_deleted_is_not_shown_under_another_measure(compared, tmp_path,
 def test_resumes_and_lets_others_go_on_when_one_fails(content, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runs, "train_apart", train_here)
     content["objectives"]["broken"] = {"gate": "sft", "max_length": 3}  # nothing is left to train on
-    del content["evaluate"]["held_out"]
+    content["evaluate"].update(held_out=None, every_checkpoint_tasks=[], target_prompts=None, general_tasks=["tiny"])
     out = tmp_path / "out"
     assert run(content, "--seeds", "0", "1") == 1
     results = read(out)
@@ -195,12 +196,12 @@ def test_resumes_and_lets_others_go_on_when_one_fails(content, tmp_path, monkeyp
     del content["objectives"]["broken"]
     interrupted = out / "eaft2-seed1"
     (interrupted / "model.safetensors").unlink()
-    shutil.rmtree(interrupted / "checkpoint-4")
+    shutil.rmtree(interrupted / "checkpoint-2")
     (interrupted / "run.json").write_text('{"finished": false}')
     assert run(content, "--seeds", "0", "1") == 0
     output = capsys.readouterr().out
     assert "sft-seed0: already trained" in output
-    assert f"eaft2-seed1: training from {interrupted / 'checkpoint-2'}" in output
+    assert f"eaft2-seed1: training from {interrupted / 'checkpoint-1'}" in output
     assert read(out)["pairs"] == results["pairs"]
 
     # Another setting does not silently reuse or overwrite; the same model and data elsewhere is the same
