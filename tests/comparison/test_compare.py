@@ -17,7 +17,6 @@ from eaft.errors import ConfigurationError
 from eaft.evaluation.paired import holm
 from eaft.processes import locked
 from tests.conftest import make_model, make_rows, make_tokenizer
-from tests.evaluation.test_evaluate import task_path  # noqa: F401 - a fixture
 
 SCHEMA = json.loads((Path(compare.__file__).parent / "results.schema.json").read_text())
 
@@ -27,8 +26,31 @@ def write_rows(file, rows):
     return str(file)
 
 
-def make_recipe(folder, model_dir, tasks):
+def make_tasks(folder):
+    """`tiny`, questions of two choices, and `copy`, which are to be repeated."""
+    questions = write_rows(
+        folder / "questions.jsonl", [{"question": f"{i}?", "choices": ["a", "bb"], "answer": i % 2} for i in range(6)]
+    )
+    tasks = folder / "tasks"
+    tasks.mkdir()
+    of_both = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": questions}},
+        "test_split": "test",
+        "doc_to_text": "{{question}}",
+    }
+    tiny = {"task": "tiny", "output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "answer"}
+    copy = {"task": "copy", "output_type": "generate_until", "doc_to_target": "{{question}}"}
+    copy["generation_kwargs"] = {"max_gen_toks": 4, "until": ["zzz"]}
+    for task, metric in ((tiny, "acc"), (copy, "exact_match")):
+        metrics = [{"metric": metric, "aggregation": "mean", "higher_is_better": True}]
+        (tasks / f"{task['task']}.yaml").write_text(yaml.safe_dump({**of_both, **task, "metric_list": metrics}))
+    return str(tasks)
+
+
+def make_recipe(folder, model_dir):
     """A recipe of two objectives, with rows held out, in a folder of its own."""
+    tasks = make_tasks(folder)
     rows = make_rows(20)
     data, held_out = write_rows(folder / "rows.jsonl", rows[:16]), write_rows(folder / "held_out.jsonl", rows[16:])
     return {
@@ -72,15 +94,15 @@ def train_here(config):
 
 
 @pytest.fixture
-def content(model_dir, tmp_path, task_path):  # noqa: F811
-    return make_recipe(tmp_path, model_dir, task_path)
+def content(model_dir, tmp_path):
+    return make_recipe(tmp_path, model_dir)
 
 
 @pytest.fixture(scope="module")
 def compared(model_dir, tmp_path_factory):
     """A comparison of two learning rates, of which only what is chosen is kept; do not change it."""
     folder = tmp_path_factory.mktemp("compared")
-    content = make_recipe(folder, model_dir, task_path.__wrapped__(folder))
+    content = make_recipe(folder, model_dir)
     content.update(keep_checkpoints="chosen", learning_rates=["1e-3", 1e-2])  # YAML reads 1e-3 as text
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "train_apart", train_here)
@@ -167,7 +189,9 @@ def test_what_was_deleted_is_not_shown_under_another_measure(compared, tmp_path,
     rows = write_rows(tmp_path / "other.jsonl", make_rows(30)[24:])
     content = {**compared.content, "evaluate": {**compared.content["evaluate"], "held_out": rows}}
     assert run(content) == 2
-    assert "was deleted (keep_checkpoints: chosen), and what it was measured with has changed" in capsys.readouterr().err
+    assert (
+        "was deleted (keep_checkpoints: chosen), and what it was measured with has changed" in capsys.readouterr().err
+    )
 
 
 def test_resumes_and_lets_others_go_on_when_one_fails(content, tmp_path, monkeypatch, capsys):
@@ -291,7 +315,10 @@ def test_emptying_a_folder_keeps_the_mark_that_it_is_ours(tmp_path):
         ({"pairs": [["sft", "sft"]]}, "is not two objectives"),
         ({"learning_rates": ["fast"]}, "learning_rates: expected a list of numbers"),
         ({"keep_checkpoints": "best"}, "keep_checkpoints='best': choose all or chosen"),
-        ({"evaluate": {"target_tasks": ["tiny"]}}, "evaluate: missing 1 required keyword-only argument: 'general_tasks'"),
+        (
+            {"evaluate": {"target_tasks": ["tiny"]}},
+            "evaluate: missing 1 required keyword-only argument: 'general_tasks'",
+        ),
         ({"evaluate": {"held_out": "none.jsonl"}}, "evaluate.held_out: none.jsonl: there is no such file"),
         ({"evaluate": {"held_out": None}, "learning_rates": [1, 2]}, "several learning_rates need evaluate.held_out"),
         ({"evaluate": {"every_checkpoint_tasks": ["copy"]}}, "every_checkpoint_tasks: 'copy' is none of tiny"),

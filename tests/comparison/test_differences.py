@@ -1,4 +1,4 @@
-"""Differences over seeds and items: by hand, against t-tests where one of the two is all that varies, and by simulation."""
+"""Differences over seeds and items: by hand, against t-tests where only one of the two varies, and by simulation."""
 
 import numpy as np
 import pytest
@@ -24,10 +24,10 @@ def simulate(rng, seeds, items, share, rest):
 @pytest.mark.parametrize(("seeds", "most"), [(2, 0.985), (3, 0.98), (5, 0.975)])
 def test_interval_covers_with_few_seeds(seeds, most):
     """
-    Whatever part of the variance is the seeds': of 500 intervals about 95% hold the truth (three standard errors: 2.9%).
+    Whatever part of the variance is the seeds': of 500 intervals 95% hold the truth (three standard errors: 2.9%).
 
-    With two seeds some are wider than they need be; a bootstrap of two seeds would cover half to two thirds where the
-    seeds are all that varies, since half of its draws are of one seed twice.
+    With two seeds some are wider than they need be; a percentile bootstrap of two seeds would cover half of the time
+    where the seeds are all that varies: its interval goes from one to the other.
     """
     rng = np.random.default_rng(seeds)
     for share, rest in ((0.0, 0.0), (0.0, 0.7), (0.3, 0.3), (0.7, 0.3), (0.95, 0.0), (1.0, 0.0)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +179,7 @@ def run_study(runs: list[Run], measure: Measure, first_alone: FirstAlone, keep_a
     """
     paths = {}
     for run in runs:
-        if (message := first_alone(lambda run=run: train_run(run))) is not None:
+        if (message := first_alone(partial(train_run, run))) is not None:
             raise EAFTError(f"{run.name}: {message}")
         measure.begin(run)
         paths[run] = measure.path(run)

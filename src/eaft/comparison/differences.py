@@ -141,7 +141,8 @@ def score_difference(tasks: list[tuple[np.ndarray, np.ndarray]]) -> Difference:
     Args:
         tasks: each task's scores of the first and of the second objective, `[S, n]`.
     """
-    per_seed, adjusted, covariance = 0.0, 0.0, 0.0
+    seeds = len(tasks[0][0])
+    per_seed, adjusted, covariance = np.zeros(seeds), np.zeros(seeds), np.zeros((seeds, seeds))
     for first, second in tasks:
         difference = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
         largest = float(np.abs(difference).max()) or 1.0
@@ -151,15 +152,14 @@ def score_difference(tasks: list[tuple[np.ndarray, np.ndarray]]) -> Difference:
         adjusted = adjusted + widened.mean(axis=1) / len(tasks)
         covariance = covariance + covariance_of_mean(widened) / len(tasks) ** 2
     items = sum(first.shape[1] for first, _ in tasks)
-    found = over_seeds(np.asarray(adjusted), np.asarray(covariance), items)
-    per_seed = np.asarray(per_seed)
+    found = over_seeds(adjusted, covariance, items)
     return Difference(
         change=float(per_seed.mean()),
         low=max(found.low, -1.0),
         high=min(found.high, 1.0),
         p_value=found.p_value,
         items=items,
-        seeds=len(per_seed),
+        seeds=seeds,
         per_seed=per_seed.tolist(),
     )
 

@@ -210,10 +210,11 @@ def plan_runs(recipe: Recipe, model_identity: Any) -> list[Run]:
         ConfigurationError: a bad flag, data that is missing or held out too, or a package that is not installed.
     """
     runs: list[Run] = []
+    rates: list[float | None] = [None] if recipe.learning_rates is None else [*recipe.learning_rates]
     held_out, seen, digests = recipe.evaluate.held_out_rows, set[str](), dict[Path, str]()
     for seed in recipe.seeds:
         for objective, own in recipe.objectives.items():
-            for rate in recipe.learning_rates or [None]:
+            for rate in rates:
                 flags = {**recipe.train, **own, "seed": seed}
                 name = f"{objective}-seed{seed}"
                 if rate is not None:

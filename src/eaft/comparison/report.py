@@ -112,12 +112,17 @@ def where(pair: Numbers, target: str) -> str:
     said = []
     for stretch in stretches:
         sizes = sorted(abs(d) for d in stretch["differences"])
-        ends = f"at {target} {shown(target, stretch['from'])} to {shown(target, stretch['to'])}"
+        at = up_to(shown(target, stretch["from"]), shown(target, stretch["to"]))
         word = "more" if stretch["sign"] > 0 else "less"
-        said.append(f"{ends} {first} drifts {word}, by {sizes[0]:.4f} to {sizes[-1]:.4f}")
+        said.append(f"at {target} {at} {first} drifts {word}, by {up_to(f'{sizes[0]:.4f}', f'{sizes[-1]:.4f}')}")
     whole = len(stretches) == 1 and len(stretches[0]["differences"]) == len(front["targets"])
     rest = "" if whole else f"; elsewhere from {span} they cannot be told apart"
     return f"{first} and {second}: {', '.join(said)}{rest} (on average {nats(front['mean'])})."
+
+
+def up_to(low: str, high: str) -> str:
+    """Return a range in words, or its only value."""
+    return low if low == high else f"{low} to {high}"
 
 
 def shown(target: str, shortfall: float) -> str:

@@ -104,23 +104,26 @@ def compare_pair(
     """Return two objectives' differences, first less second, by view, and their fronts."""
     found: Numbers = {"views": {}, "fronts": {}}
     for view in views:
-        points = [[study.views[view] for study in side] for side in sides]
-
-        def stacked(pick: Callable[[Point], np.ndarray], points: list[list[Point]] = points) -> list[np.ndarray]:
-            return [np.array([pick(point) for point in side]) for side in points]
-
-        scores = {name: stacked(lambda p, name=name: p.scores(name)) for name in measure.benchmarks}  # type: ignore[misc]
+        first, second = ([study.views[view] for study in side] for side in sides)
+        scores = {
+            name: [np.array([p.scores(name) for p in side]) for side in (first, second)] for name in measure.benchmarks
+        }
         found["views"][view] = {
             "tasks": {name: asdict(compare_scores([pair])) for name, pair in scores.items()},
             "means": {group: asdict(compare_scores([scores[n] for n in tasks])) for group, tasks in groups.items()},
             "drift": {
-                kind: asdict(ratio_difference(*stacked(lambda p, kind=kind: p.drift[kind]), tokens))  # type: ignore[misc]
+                kind: asdict(
+                    ratio_difference(
+                        np.array([p.drift[kind] for p in first]), np.array([p.drift[kind] for p in second]), tokens
+                    )
+                )
                 for kind, tokens in measure.prompt_tokens.items()
             },
-            "nll": asdict(ratio_difference(*stacked(lambda p: p.nll), measure.held_out_tokens))
-            if measure.rows
-            else None,
+            "nll": None,
         }
+        if measure.rows:
+            ours, theirs = (np.array([p.nll for p in side]) for side in (first, second))
+            found["views"][view]["nll"] = asdict(ratio_difference(ours, theirs, measure.held_out_tokens))
     shortfalls: dict[str, tuple[Callable[[Point], np.ndarray], np.ndarray]] = {}
     if measure.rows:
         shortfalls[NLL] = (lambda p: p.nll), measure.held_out_tokens
