@@ -42,7 +42,7 @@ check: $(VENV)/.installed  ## lint, format, types, and who imports whom
 # PyPI's torch of that age needs its CUDA libraries to be imported at all
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install -q --no-cache-dir --no-compile -c constraints-oldest.txt -e '.[eval,gguf,peft]' pytest hypothesis
+	$(OLDEST)/bin/python -m pip install -q --no-cache-dir --no-compile -c constraints-oldest.txt -e '.[eval,gguf,peft]' pytest hypothesis jsonschema
 	touch $@
 
 # torch first and alone: the index's newest would bring gigabytes of CUDA

@@ -39,7 +39,7 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Return the commit of the checkout eaft runs from, with `-dirty` if it has changes; None if installed."""
+    """Return the commit of the checkout eaft runs from; `-dirty`: a file differs or is untracked; None: installed."""
     here = Path(__file__).parent
 
     def git(*args: str) -> str:
@@ -49,7 +49,8 @@ def commit() -> str | None:
         # A virtual environment inside somebody's own repository is not our checkout
         if not (Path(git("rev-parse", "--show-toplevel")) / "src" / "eaft").samefile(here):
             return None
-        return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+        changed = git("status", "--porcelain", "--untracked-files=normal")
+        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -12,10 +13,13 @@ from transformers import AutoModelForCausalLM
 
 from eaft import cli
 from eaft.errors import ConfigurationError
+from eaft.evaluation import evaluate
 from eaft.evaluation.evaluate import changes, pair, worst_regressions
-from eaft.evaluation.scores import Protocol, load, load_model, load_tokenizer, own_dtype, score, vllm_args
+from eaft.evaluation.scores import Protocol, load, load_tokenizer, own_dtype, score, vllm_args
 from eaft.evaluation.suite import Suite, load_suites, suites_help, task_manager
 from tests.conftest import make_model
+
+SCHEMA = Path(evaluate.__file__).with_name("results.schema.json")
 
 
 @pytest.fixture
@@ -61,7 +65,7 @@ def measured(model_dir, task_path, names=("tiny",)):
 
 def test_scores_are_lm_evals(model_dir, task_path):
     items = measured(model_dir, task_path)["tiny"]
-    model, tokenizer = load_model(str(model_dir)), load_tokenizer(str(model_dir))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_dir), load_tokenizer(str(model_dir))
     # By hand: which of the two continuations has the larger log-likelihood?
     for i, item in enumerate(items):
         prompt = tokenizer(f"{i}?")["input_ids"]
@@ -99,6 +103,7 @@ def test_a_model_beside_itself(model_dir, task_path, tmp_path, capsys):
     assert len(results["drift"]["per_prompt"]) == 3
     assert results["worst"] == []
     assert results["protocol"]["apply_chat_template"] is True
+    jsonschema.validate(results, json.loads(SCHEMA.read_text()))
     markdown = (out / "results.md").read_text()
     assert markdown in capsys.readouterr().out
     assert "| tiny " in markdown
@@ -114,7 +119,7 @@ def test_a_model_beside_itself(model_dir, task_path, tmp_path, capsys):
 
 def test_a_damaged_head_is_found(model_dir, damaged_dir, tmp_path):
     """Questions whose answers the base model decided itself: it has them all, the damaged model loses them."""
-    base, tokenizer = load_model(str(model_dir)), load_tokenizer(str(model_dir))
+    base, tokenizer = AutoModelForCausalLM.from_pretrained(model_dir), load_tokenizer(str(model_dir))
     choices = ["a", "b", "c", "d"]
     letters = [tokenizer(choice)["input_ids"][0] for choice in choices]
     with (tmp_path / "own.jsonl").open("w") as file:
@@ -131,14 +136,15 @@ def test_a_damaged_head_is_found(model_dir, damaged_dir, tmp_path):
         "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
     )
     out = tmp_path / "out"
-    assert run(damaged_dir, "--base", model_dir, "--suite", task, "--output_path", out, "--no-apply_chat_template") == 0
+    flags = [damaged_dir, "--base", model_dir, "--suite", task, "--output_path", out, "--no-apply_chat_template"]
+    assert run(*flags, "--drift_prompts", 32) == 0
     results = json.loads((out / "results.json").read_text())
     change = results["tasks"][str(task)]
     assert change["before"] == 1
     assert change["high"] < 0
     assert change["p_value"] < 1e-6
     assert change["lost"] >= 30
-    assert 0 < change["lost_beyond_chance"] <= 60 * 4 / 3
+    assert 0 < change["lost_beyond_chance"]["low"] <= change["lost_beyond_chance"]["estimate"] <= 60 * 4 / 3
     assert results["drift"]["mean"] > 0.1
     assert len(results["worst"]) == 20
     for item in results["worst"]:
@@ -194,6 +200,7 @@ def test_an_adapter_and_no_base(model_dir, task_path, tmp_path):
     results = json.loads((tmp_path / "alone" / "results.json").read_text())
     assert results["tasks"]["tiny"]["n"] == 4
     assert results["tasks"]["tiny"]["low"] < results["tasks"]["tiny"]["score"] < results["tasks"]["tiny"]["high"]
+    jsonschema.validate(results, json.loads(SCHEMA.read_text()))
     assert "score %" in (tmp_path / "alone" / "results.md").read_text()
 
 

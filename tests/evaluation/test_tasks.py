@@ -8,6 +8,7 @@ from lm_eval.api.model import LM
 from eaft.errors import ConfigurationError
 from eaft.evaluation.scores import Protocol, score
 from eaft.evaluation.suite import load_suites
+from eaft.evaluation.tasks.bfcl import bfcl
 from eaft.evaluation.tasks.cluewsc import target
 
 
@@ -85,7 +86,7 @@ def call(answer):
     calls = []
     for function in answer:
         ((name, arguments),) = function.items()
-        given = {k: v[0] for k, v in arguments.items() if v[0] != ""}
+        given = {k: v[0] for k, v in arguments.items() if v and v[0] != ""}
         calls.append(f"{name}({', '.join(f'{k}={plain(v)!r}' for k, v in given.items())})")
     return f"[{', '.join(calls)}]"
 
@@ -93,7 +94,7 @@ def call(answer):
 def plain(value):
     """Return a value whose alternatives are listed (inside dictionaries) as the first of them."""
     if isinstance(value, dict):
-        return {k: plain(v[0] if isinstance(v, list) else v) for k, v in value.items() if v != [""]}
+        return {k: plain(v[0] if isinstance(v, list) and v else v) for k, v in value.items() if v != [""]}
     return [plain(v) for v in value] if isinstance(value, list) else value
 
 
@@ -116,3 +117,65 @@ def test_bfcl(category):
     for rule, expected in ((good, 1.0), (bad, 0.0)):
         items = score(Oracle(rule), benchmarks[f"bfcl_v3_{category}"], Protocol())
         assert [item["score"] for item in items] == [expected] * 12
+
+
+PYTHON = ["simple", "multiple", "parallel", "parallel_multiple"]
+PYTHON += [f"live_{category}" for category in PYTHON]
+COMPUTED = [
+    "[f(x=1+len([print('EXECUTED')]))]",
+    "f(x=1+exit())",
+    "[f(x=9**9**9)]",
+    "[f(x='a'*9**9)]",
+    "[g(x=1), f(x=[{'a': 1+exit()}])]",
+    "[f(x=-(9**9**9))]",
+    "[f(x=g(1+exit()))]",
+    "[f(x=data[1+exit()])]",
+    "[f(x=lambda: exit())]",
+    "[(lambda: exit())(x=1)]",
+    "[f(x=f'{exit()}')]",
+    "[f(x=[exit() for i in '1'])]",
+    "[f(x=(y := 2))]",
+    "[f(x=1 if exit() else 2)]",
+]
+
+
+@pytest.mark.parametrize("answer", COMPUTED)
+def test_bfcl_runs_nothing_that_a_model_wrote(answer, capsys):
+    """Python's `eval` would print, end this process or never return; a computed argument is wrong whatever is asked."""
+    pytest.importorskip("bfcl_eval")
+    function = {"name": "f", "parameters": {"properties": {"x": {"type": "integer"}}, "required": ["x"]}}
+    doc = {"functions": json.dumps([function]), "answer": '[{"f": {"x": [2]}}]'}
+    for category in ("simple", "irrelevance", "live_irrelevance", "live_relevance"):
+        assert bfcl.check({**doc, "category": category}, [answer]) == {"acc": 0.0}
+    assert bfcl.check({**doc, "category": "simple"}, ["[f(x=2)]"]) == {"acc": 1.0}
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("category", ["simple", "java", "javascript"])
+def test_bfcl_survives_what_is_nested_deeply(category):
+    """The parsers of Java and JavaScript, in C, end the process at some depth beyond 10,000."""
+    pytest.importorskip("bfcl_eval")
+    function = {"name": "g", "parameters": {"properties": {}, "required": []}}
+    doc = {"category": category, "functions": json.dumps([function]), "answer": '[{"g": {}}]'}
+    for before, after in (("(", ")"), ("f(x=", ")"), ("+-", ""), ("1+", ""), ("[", "]")):
+        for depth in (1_500, 50_000):
+            assert bfcl.check(doc, [f"[f(x={before * depth}1{after * depth})]"]) == {"acc": 0.0}
+
+
+def test_bfcl_decodes_as_the_package_does():
+    """Every possible answer of the package's data, and the forms of calls that are no literals but are not run."""
+    pytest.importorskip("bfcl_eval")
+    utils, _ = bfcl.package()
+    forms = [
+        "f(x=-1.5, y=true, z=None, w=...)",
+        "a.b.c(x=(1, 2)), g()",
+        "[f(x=g(y=[1]), z=h(2), w=data['sales'], v=variable)]",
+        "`[f(x={'a': [1, {'b': -2}]})]`",
+        "['f(x=1)']",
+    ]
+    answers = [call(json.loads(row["answer"])) for category in PYTHON for row in bfcl.load(category)["test"]]
+    assert len(answers) > 2_000
+    for text in forms + answers:
+        assert bfcl.decode(text, "Python") == utils.default_decode_ast_prompting(text, "Python") != []
+    for text in ("None of the functions fits.", "N/A", "1+1", "[f(x=1+2), 3]", "(lambda: 1)", "f(x=1", ""):
+        assert bfcl.decode(text, "Python") == []  # no call: right where none is to be made

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,16 +23,20 @@ from transformers import AutoConfig
 from eaft.errors import ConfigurationError
 from eaft.evaluation.drift import ANSWER_TOKENS, DRIFT_PROMPTS, PROMPTS, TOP, BaseAnswers, read_prompts, summarise
 from eaft.evaluation.measured import MeasuredModel, write_jsonl
+from eaft.evaluation.progress import Progress
 from eaft.evaluation.scores import (
     SEED,
     Item,
     Protocol,
+    adapter_of,
     ask,
     asked,
-    fit_context,
+    check_thinking,
     load_tokenizer,
     own_dtype,
     processes,
+    settled,
+    source,
 )
 from eaft.evaluation.suite import Benchmark, Suite, load_suites, suites_help
 from eaft.models import first_line, resolve_model
@@ -125,14 +128,8 @@ def main(argv: list[str]) -> int:
     if results is None:
         return 0
     print((Path(results["output_path"]) / "results.md").read_text())
-    return exit_code(results)
-
-
-def exit_code(results: dict[str, Any]) -> int:
-    """Return 3 if a loss beyond the budgets is shown, 1 if a task failed, else 0."""
-    if (results.get("verdict") or {}).get("over_budget"):
-        return 3
-    return 1 if results["failed"] else 0
+    over_budget = results["base"] is not None and results["verdict"]["over_budget"]
+    return 3 if over_budget else 1 if results["failed"] else 0
 
 
 def evaluate(
@@ -166,6 +163,8 @@ def evaluate(
     }
     check_folder(folder, inputs)
     check_packages(protocol.backend)
+    from eaft.evaluation.verdict import judge  # needs scipy, whose absence has been reported by now
+
     if base is None and (max_drop is not None or max_drift is not None):
         raise ConfigurationError("--max_drop and --max_drift are of a change: give the --base it is from.")
     questions = read_prompts(prompts, protocol.drift_prompts) if base is not None and protocol.drift_prompts else []
@@ -215,6 +214,7 @@ def evaluate(
             results.update(changes(items_before, items_after, several))
             results["worst"] = worst_regressions(items_before, items_after)
             results["drift"] = summarise(*sums) if sums is not None else None
+            results["verdict"] = judge(results, max_drop, max_drift)
         write_report(folder, results)
         return results
 
@@ -255,15 +255,15 @@ def check_packages(backend: str) -> None:
             raise ConfigurationError("backend='vllm' uses several GPUs by itself: start it without a launcher.")
 
 
-def find_model(model: str) -> str:
+def find_model(model: str, model_args: dict[str, Any]) -> str:
     """
     Return what can be loaded: a folder with an adapter as it is, all else as `resolve_model` finds it.
 
     Raises:
         ConfigurationError: there is no such model, or PEFT is needed and not installed.
     """
-    if not Path(model, "adapter_config.json").is_file():
-        return resolve_model(model)
+    if adapter_of(model) is None:
+        return resolve_model(model, bool(model_args.get("trust_remote_code")))
     if find_spec("peft") is None:
         raise ConfigurationError(f"{model} holds a PEFT adapter: pip install 'eaft[peft]'.")
     return model
@@ -283,30 +283,35 @@ def side_by_side(
         ConfigurationError: a model is missing, or the vocabularies differ and drift is asked for.
     """
     protocol = copy.deepcopy(protocol)
-    model, base = find_model(model), find_model(base) if base is not None else None
+    model = find_model(model, protocol.model_args)
+    base = find_model(base, protocol.model_args) if base is not None else None
     if tokenizer is None:
-        own, base_own = shared_tokenizer(model, base, drift)
+        own, base_own = shared_tokenizer(model, base, drift, protocol.model_args)
     else:
         own = base_own = load_tokenizer(tokenizer)
-    if protocol.apply_chat_template is None:
-        protocol.apply_chat_template = own.chat_template is not None
+    protocol = settled(protocol, own)
     if protocol.dtype == "auto":
-        protocol.dtype = own_dtype(base or model)
+        protocol.dtype = own_dtype(base or model, protocol.model_args)
+    lengths = {context_length(name, protocol.model_args) for name in (model, base) if name is not None}
+    if len(lengths) > 1 and "max_length" not in protocol.model_args:  # what one can be asked, the other can
+        protocol.model_args["max_length"] = min(lengths)
     tuned = MeasuredModel(model, own, protocol)
     return tuned, MeasuredModel(base, base_own, protocol) if base is not None else None
 
 
-def shared_tokenizer(model: str, base: str | None, drift: bool) -> tuple[Any, Any]:
+def shared_tokenizer(
+    model: str, base: str | None, drift: bool, model_args: dict[str, Any] | None = None
+) -> tuple[Any, Any]:
     """
     Return the tokenizers for model and base: the base's for both if they have one vocabulary; one template in any case.
 
     Raises:
         ConfigurationError: drift is asked for, and the vocabularies differ.
     """
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, model_args)
     if base is None:
         return tokenizer, None
-    base_tokenizer = load_tokenizer(base)
+    base_tokenizer = load_tokenizer(base, model_args)
     if base_tokenizer.chat_template is None:
         base_tokenizer.chat_template = tokenizer.chat_template
     if tokenizer.get_vocab() == base_tokenizer.get_vocab():
@@ -322,20 +327,18 @@ def shared_tokenizer(model: str, base: str | None, drift: bool) -> tuple[Any, An
 
 def check_measurable(models: list[MeasuredModel], benchmarks: dict[str, Benchmark], prompts: list[Any]) -> None:
     """
-    Check that what is to be asked fits the models' contexts and the disk, and cut the tasks' answers to the context.
+    Check that what is to be asked can be asked of the models, and fits their contexts and the disk.
 
     Raises:
         ConfigurationError: prompts for drift that do not fit, tasks that cannot be asked of a model that thinks, or no
             room for drift's files.
     """
-    first = models[0]
-    context = min(context_length(m.model) for m in models)
-    for benchmark in benchmarks.values():
-        for task in benchmark.tasks.values():
-            fit_context(task, SimpleNamespace(max_length=context))
+    first, protocol = models[0], models[0].protocol
+    for model in models:
+        check_thinking(benchmarks, model.tokenizer, protocol)
     if not prompts:
         return
-    protocol = first.protocol
+    context = context_length(first.model, protocol.model_args)
     longest = max(len(first.tokenizer(ask(first.tokenizer, prompt, protocol))["input_ids"]) for prompt in prompts)
     if longest + protocol.max_new_tokens > context:
         raise ConfigurationError(
@@ -353,11 +356,13 @@ def check_measurable(models: list[MeasuredModel], benchmarks: dict[str, Benchmar
     print(f"Drift: at most {need / 2**20:.0f} MiB of probabilities, kept in {first.store.folder}", file=sys.stderr)
 
 
-def context_length(model: str) -> int:
+def context_length(model: str, model_args: dict[str, Any]) -> int:
     """Return how many tokens a model takes, as its configuration says; lm-eval's default where it does not."""
-    adapter = Path(model, "adapter_config.json")
-    name = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else model
-    config = AutoConfig.from_pretrained(name).get_text_config()
+    if "max_length" in model_args:
+        return int(model_args["max_length"])
+    adapter = adapter_of(model)
+    name = adapter["base_model_name_or_path"] if adapter else model
+    config = AutoConfig.from_pretrained(name, **source(model_args)).get_text_config()
     lengths = [getattr(config, field, None) for field in ("n_positions", "max_position_embeddings", "n_ctx")]
     return next((length for length in lengths if length), 2048)
 
@@ -386,11 +391,11 @@ def run_tasks(model: MeasuredModel, benchmarks: dict[str, Benchmark], folder: Pa
 
     One that fails does not stop the others; under a launcher only what fails after its last forward pass does not.
     """
-    found = Measured({}, {})
+    found, progress = Measured({}, {}), Progress(len(benchmarks))
     main = processes().is_main_process
     for name, benchmark in benchmarks.items():
         try:
-            items = model.items(benchmark)
+            items = model.items(benchmark, progress)
         except Exception as error:
             # Of several processes one that fails in the middle leaves the others waiting for it
             if processes().num_processes > 1 and not isinstance(error, ConfigurationError):
@@ -402,6 +407,7 @@ def run_tasks(model: MeasuredModel, benchmarks: dict[str, Benchmark], folder: Pa
         if main:
             folder.mkdir(parents=True, exist_ok=True)
             write_jsonl(folder / f"{Path(name).stem}.jsonl", items)
+    progress.close()
     return found
 
 
@@ -423,7 +429,7 @@ def changes(
     Tasks have their `metric`, and `p_holm`: p adjusted for their number. Filters are a task's other ways to read the
     same answers (GSM8K: strict and flexible); they count in no mean and no adjustment.
     """
-    from eaft.evaluation.paired import Change, mean_change, paired_change  # needs scipy, which comes with lm-eval
+    from eaft.evaluation.paired import Change, holm, mean_change, paired_change  # needs scipy, which comes with lm-eval
 
     scores: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     found: dict[str, Change] = {}
@@ -433,7 +439,7 @@ def changes(
         scores[name] = (np.array([a["score"] for a, _ in pairs]), np.array([b["score"] for _, b in pairs]))
         choices = np.array([len(item.get("choices", [])) for item in after[name]])
         found[name] = paired_change(*scores[name], num_choices=choices if choices.min() > 1 else None)
-        others = [key for key in after[name][0]["scores"] if key != after[name][0]["metric"].partition(",")[2]]
+        others = [key for key in after[name][0].get("scores", []) if key != after[name][0]["metric"].partition(",")[2]]
         for key in others:
             sides = (np.array([item["scores"][key] for item in side]) for side in zip(*pairs, strict=True))
             filters.setdefault(name, {})[key] = asdict(paired_change(*sides))
@@ -441,7 +447,7 @@ def changes(
         suite.name: mean_change([found[n] for n in suite.benchmarks], [scores[n] for n in suite.benchmarks])
         for suite in suites
     }
-    adjusted = [change.p_value for change in found.values()]
+    adjusted = holm([change.p_value for change in found.values()])
     return {
         "tasks": {
             name: {"metric": after[name][0]["metric"], **asdict(change), "p_holm": p}

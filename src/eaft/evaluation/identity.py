@@ -83,7 +83,7 @@ def tasks_digest(tasks: dict[str, Any], limit: int | None, num_fewshot: int | No
     Return a digest of lm-eval tasks: their settings and functions, the rows asked, and those of the examples.
 
     Args:
-        tasks: lm-eval's `Task` objects, before they are run: that changes their settings.
+        tasks: lm-eval's `Task` objects.
         limit: at most so many rows of each.
         num_fewshot: overrides the tasks' own.
     """

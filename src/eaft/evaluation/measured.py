@@ -17,6 +17,7 @@ from accelerate.utils import broadcast_object_list
 from eaft.errors import ConfigurationError
 from eaft.evaluation.drift import Answer, BaseAnswers, Share, answer_log_probs, sample_answers
 from eaft.evaluation.identity import digest, software, tasks_digest, tokenizer_digest, weights_digest
+from eaft.evaluation.progress import Progress
 from eaft.evaluation.scores import Item, Protocol, ask, load, processes, score
 from eaft.evaluation.store import Store
 from eaft.evaluation.suite import Benchmark
@@ -48,15 +49,15 @@ class MeasuredModel:
         self._lm: Any = None
         self._backend: str | None = None
 
-    def items(self, benchmark: Benchmark) -> list[Item]:
+    def items(self, benchmark: Benchmark, progress: Progress | None = None) -> list[Item]:
         """Return a benchmark's items, as `eaft.evaluation.scores.score` does."""
         protocol = {k: v for k, v in asdict(self.protocol).items() if k not in ("drift_prompts", "max_new_tokens")}
-        if benchmark.digest is None:  # before the first run of its tasks, which changes their settings
+        if benchmark.digest is None:
             benchmark.digest = tasks_digest(benchmark.tasks, benchmark.limit, self.protocol.num_fewshot)
         identity = {"items": benchmark.digest, "protocol": protocol}
         return self._keep(
             {**self._identity, **identity},
-            lambda: score(self._load(self.protocol.backend), benchmark, self.protocol),
+            lambda: score(self._load(self.protocol.backend), benchmark, self.protocol, progress),
             lambda items, folder: write_jsonl(folder / "items.jsonl", items),
             lambda folder: read_jsonl(folder / "items.jsonl"),
             otherwise=[],

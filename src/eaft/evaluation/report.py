@@ -11,67 +11,178 @@ from tabulate import tabulate
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from eaft.evaluation.paired import ALPHA, FEWEST_ITEMS, FEWEST_PROMPTS
+from eaft.evaluation.verdict import p_text
 
-def evaluation(results: dict[str, Any]) -> str:
-    """Return an evaluation (`eaft eval`'s results) as Markdown: tables, drift and the worst regressions."""
+Result = dict[str, Any]
+
+
+def evaluation(results: Result) -> str:
+    """Return an evaluation (`eaft eval`'s results) as Markdown: with a base model, the verdict and what proves it."""
     name = Path(results["model"]).name
-    protocol = results["protocol"]
-    template = "with" if protocol["apply_chat_template"] else "without"
-    note = f"Asked {template} chat template, seed {protocol['seed']}"
-    note += f", at most {protocol['limit']} items a task." if protocol["limit"] else "."
     if results["base"] is None:
-        rows = [
-            [task, t["metric"], t["n"], f"{100 * t['score']:.1f}", f"{100 * t['low']:.1f} to {100 * t['high']:.1f}"]
-            for task, t in results["tasks"].items()
-        ]
-        headers = ["task", "metric", "items", "score %", "95% interval"]
-        return f"# {name}\n\n{tabulate(rows, headers, tablefmt='github', disable_numparse=True)}\n\n{note}\n"
+        parts = [f"# {name}", scores_table(results["tasks"])]
+    else:
+        parts = [results["verdict"]["sentence"], f"# {name}, beside {Path(results['base']).name}"]
+        if results["tasks"]:
+            parts += [changes_table(results), *beyond_chance_table(results), "![Changes and drift](changes.png)"]
+        parts += drift_text(results["drift"])
+    parts += asked_section(results)
+    if results["base"] is not None:
+        parts += worst_section(results["worst"])
+    return "\n\n".join(parts) + "\n"
 
-    means = {f"**mean: {suite}**": change for suite, change in results["means"].items()}
-    rows = []
-    for task, c in {**results["tasks"], **means}.items():
-        known = (
-            "" if c["lost_beyond_chance"] is None else f"{c['lost_beyond_chance']:.0f}, {c['gained_beyond_chance']:.0f}"
-        )
-        rows.append(
-            [
-                task,
-                c["n"],
-                f"{100 * c['before']:.1f}",
-                f"{100 * c['after']:.1f}",
-                f"{100 * c['change']:+.1f}",
-                f"{100 * c['low']:+.1f} to {100 * c['high']:+.1f}",
-                f"{c['p_value']:.2g}",
-                f"{c['lost']}, {c['gained']}",
-                known,
-                f"{100 * c['smallest_drop']:.1f}",
-            ]
-        )
-    headers = ["task", "items", "before %", "after %", "change", "95% interval", "p", "lost, gained"]
-    headers += ["beyond chance", "smallest drop"]
-    lines = [
-        f"# {name}, beside {Path(results['base']).name}",
-        tabulate(rows, headers, tablefmt="github", disable_numparse=True),
-        f"{note} Change: percentage points. p: exact McNemar test, or for scores between 0 and 1 a test that swaps the "
-        "models' scores. Beyond chance: items lost and gained less what guessing explains (multiple choice). Smallest "
-        "drop: what this many items would show four times in five; a smaller one can be there unseen.",
+
+def table(rows: list[list[Any]], headers: list[str]) -> str:
+    """Return a Markdown table."""
+    return str(tabulate(rows, headers, tablefmt="github", disable_numparse=True))
+
+
+def scores_table(tasks: Result) -> str:
+    """Return one model's scores."""
+    rows = [
+        [task, t["metric"], t["n"], f"{100 * t['score']:.1f}", f"{100 * t['low']:.1f} to {100 * t['high']:.1f}"]
+        for task, t in tasks.items()
     ]
-    if (drift := results["drift"]) is not None:
-        quantiles = ", ".join(f"{q} {value:.4f}" for q, value in drift["quantiles"].items())
-        lines.append(
-            f"**Drift** {drift['mean']:.4f} (95%: {drift['low']:.4f} to {drift['high']:.4f}): mean KL(base ‖ tuned), "
-            f"nats per token, over {drift['tokens']} tokens of the base model's own answers to "
-            f"{len(drift['per_prompt'])} prompts. Quantiles over prompts: {quantiles}."
-        )
-    lines += ["![Changes and drift](changes.png)", f"## The {len(results['worst'])} worst regressions"]
-    for i, item in enumerate(results["worst"], 1):
+    return table(rows, ["task", "metric", "items", "score %", "95% interval"])
+
+
+def changes_table(results: Result) -> str:
+    """Return what changed: a row for each task, its other filters beneath it, and the suites' means; and a legend."""
+    several = len(results["tasks"]) > 1
+    rows = []
+    for task, change in results["tasks"].items():
+        rows.append(changes_row(task, change, several))
+        for other, reading in results["filters"].get(task, {}).items():
+            rows.append(changes_row(f"… {other}", reading, several))
+    rows += [changes_row(f"mean: {suite}", change, several) for suite, change in results["means"].items()]
+    headers = ["task", "items", "before %", "after %", "change", "95% interval", "p", "Holm's p", "lost, gained"]
+    headers = [h for h in headers if several or h != "Holm's p"] + ["smallest drop"]
+    note = (
+        "Change: percentage points; **bold** where it is shown: "
+        + ("p, adjusted for the number of tasks (Holm), is below 0.05" if several else "p is below 0.05")
+        + ". p: exact McNemar test, or for scores between 0 and 1 a test that swaps the models' scores. Smallest drop: "
+        "what this many items would show four times in five; a smaller one can be there unseen."
+    )
+    if results["filters"]:
+        note += " Rows with …: the same answers, read by another filter; they count in no mean and no adjustment."
+    if few := [task for task, t in results["tasks"].items() if t["n"] < FEWEST_ITEMS]:
+        note += f" Fewer than {FEWEST_ITEMS} items, so that the interval is not to be relied on: {', '.join(few)}."
+    return f"{table(rows, headers)}\n\n{note}"
+
+
+def changes_row(name: str, c: Result, several: bool) -> list[Any]:
+    """Return a row of `changes_table`; only tasks have an adjusted p."""
+    change = f"{100 * c['change']:+.1f}"
+    adjusted = [p_text(c["p_holm"]) if "p_holm" in c else ""] if several else []
+    return [
+        name,
+        c["n"],
+        f"{100 * c['before']:.1f}",
+        f"{100 * c['after']:.1f}",
+        f"**{change}**" if shown(c) else change,
+        f"{100 * c['low']:+.1f} to {100 * c['high']:+.1f}",
+        p_text(c["p_value"]),
+        *adjusted,
+        f"{c['lost']}, {c['gained']}",
+        f"{100 * c['smallest_drop']:.1f}",
+    ]
+
+
+def shown(change: Result) -> bool:
+    """Return whether a change is shown: a task's by its adjusted p, a mean's or a filter's by its own."""
+    p: float = change["p_holm" if "p_holm" in change else "p_value"]
+    return p < ALPHA
+
+
+def beyond_chance_table(results: Result) -> list[str]:
+    """Return what was known and lost, or learned, of the multiple-choice tasks, if there are any."""
+
+    def cell(e: Result) -> str:
+        return f"{e['estimate']:.0f} ({e['low']:.0f} to {e['high']:.0f})"
+
+    rows = [
+        [name, c["n"], cell(c["lost_beyond_chance"]), cell(c["gained_beyond_chance"])]
+        for name, c in [*results["tasks"].items(), *((f"mean: {n}", c) for n, c in results["means"].items())]
+        if c["lost_beyond_chance"] is not None
+    ]
+    note = (
+        "Items known before and lost, or learned, beyond what guessing explains, with 95% intervals, if an item is "
+        "either known or guessed anew by each model. Models that guess alike lose fewer items by luck: then these are "
+        "lower bounds. They can be below 0, where guessing explains more than was lost."
+    )
+    return [table(rows, ["multiple choice", "items", "known and lost", "learned"]), note] if rows else []
+
+
+def drift_text(drift: Result | None) -> list[str]:
+    """Return the drift and its distribution, if it was measured."""
+    if drift is None:
+        return []
+    quantiles = ", ".join(f"{q} {value:.4f}" for q, value in drift["quantiles"].items())
+    prompts = len(drift["per_prompt"])
+    text = (
+        f"**Drift** {drift['mean']:.4f} (95%: {drift['low']:.4f} to {drift['high']:.4f}): mean KL(base ‖ tuned), nats "
+        f"per token, over {drift['tokens']} tokens of the base model's own answers to {prompts} prompts. Quantiles "
+        f"over prompts: {quantiles}."
+    )
+    if prompts < FEWEST_PROMPTS:
+        text += f" Fewer than {FEWEST_PROMPTS} prompts: the interval is not to be relied on."
+    return [text]
+
+
+def asked_section(results: Result) -> list[str]:
+    """Return how the tasks were asked, what was cut, what failed, and what was not measured anew."""
+    protocol = results["protocol"]
+    thinking = {True: "thinking on", False: "thinking off", None: "thinking as the template has it"}
+    parts = [
+        "with the chat template" if protocol["apply_chat_template"] else "in plain text, without a chat template",
+        *([thinking[protocol["enable_thinking"]]] if protocol["apply_chat_template"] else []),
+        f"in {protocol['dtype']}",
+        f"seed {protocol['seed']}",
+        *([f"at most {protocol['limit']} items of each lm-eval task"] if protocol["limit"] else []),
+    ]
+    found = ["## What was asked", f"Asked {', '.join(parts)}."]
+    sides = ["after"] if results["base"] is None else ["before", "after"]
+    rows = [
+        [
+            *(task, briefly(a["version"]), a["metric"], a["filter"], briefly(a["num_fewshot"])),
+            *(", ".join(str(a["cut"][side][part]) for side in sides) for part in ("prompt", "answer", "thoughts")),
+        ]
+        for task, a in results["asked"].items()
+    ]
+    headers = ["task", "version", "metric", "filter", "examples", "prompts cut", "answers cut", "thoughts cut"]
+    if rows:
+        found += [
+            table(rows, headers),
+            "Cut to fit the context or the limit: items" + (", before and after." if len(sides) > 1 else "."),
+        ]
+    kept = results["kept"]
+    names = {"base": "the base model", "model": "this model"}
+    read = [f"{names[side]}: {', '.join(kept[side])}" for side in names if kept[side]]
+    if read:
+        found.append(f"Not measured anew, but read from {kept['folder']}: of {'; of '.join(read)}.")
+    if results["failed"]:
+        found += ["## Failed", "\n".join(f"- {task}: {message}" for task, message in results["failed"].items())]
+    return found
+
+
+def briefly(value: Any) -> str:
+    """Return what the tasks of a benchmark have, each value once."""
+    values = value.values() if isinstance(value, dict) else [value]
+    return ", ".join(dict.fromkeys(map(str, values)))
+
+
+def worst_section(worst: list[Result]) -> list[str]:
+    """Return the worst regressions: prompt, before, after."""
+    found = [f"## The {len(worst)} worst regressions"] if worst else []
+    for i, item in enumerate(worst, 1):
         before, after = item["before"], item["after"]
-        lines.append(
+        found.append(
             f"### {i}. {item['task']}, item {item['doc_id']}: {before['score']:g} to {after['score']:g}\n\n"
             f"Prompt (its end):\n\n{quote(item['prompt'][-600:])}\n\nBefore:\n\n{quote(before['response'])}\n\n"
             f"After:\n\n{quote(after['response'])}\n\nTarget: `{str(item['target'])[-200:]}`"
         )
-    return "\n\n".join(lines) + "\n"
+    return found
 
 
 def quote(text: Any) -> str:
@@ -82,21 +193,20 @@ def quote(text: Any) -> str:
     )
 
 
-def draw_changes(results: dict[str, Any], path: Path) -> None:
-    """Draw every task's change with its 95% interval, and how drift is spread over prompts."""
+def draw_changes(results: Result, path: Path) -> None:
+    """Draw every task's change with its 95% interval, coloured if it is shown, and how drift is spread over prompts."""
     rows = [*results["tasks"].items(), *((f"mean: {name}", c) for name, c in results["means"].items())][::-1]
     height = max(2.2, 0.4 * len(rows) + 1.2)
     drift = results["drift"]
     figure, axes = plt.subplots(1, 1 if drift is None else 2, figsize=(10, height), layout="constrained", squeeze=False)
     axis = axes[0, 0]
     for y, (_, c) in enumerate(rows):
-        sure = c["low"] > 0 or c["high"] < 0
-        color = "tab:gray" if not sure else "tab:green" if c["change"] > 0 else "tab:red"
+        color = "tab:gray" if not shown(c) else "tab:green" if c["change"] > 0 else "tab:red"
         ends = [[100 * (c["change"] - c["low"])], [100 * (c["high"] - c["change"])]]
         axis.errorbar(100 * c["change"], y, xerr=ends, fmt="o", capsize=3, color=color)
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_yticks(range(len(rows)), [name for name, _ in rows])
-    axis.set(xlabel="change, percentage points (95% interval)", ylim=(-0.6, len(rows) - 0.4))
+    axis.set(xlabel="change, percentage points (95%; grey: not shown)", ylim=(-0.6, len(rows) - 0.4))
     axis.grid(alpha=0.3)
     if drift is not None:
         axis = axes[0, 1]

@@ -2,45 +2,115 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 import logging
 import math
+import random
 import tempfile
-from dataclasses import dataclass, field
+from collections import ChainMap
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from jinja2 import TemplateError
+from transformers import AutoConfig, AutoTokenizer
 
 from eaft.errors import ConfigurationError
+from eaft.evaluation.drift import ANSWER_TOKENS, DRIFT_PROMPTS
+from eaft.evaluation.progress import Progress
 from eaft.evaluation.suite import Benchmark, quiet
+from eaft.evaluation.thinking import Thinking, decide, find_thinking
 from eaft.models import first_line
 
 Item = dict[str, Any]
 logger = logging.getLogger(__name__)
 SEED = 1234  # lm-eval's own default for few-shot examples
+CUTS = ("prompt", "answer", "thoughts")
 
 
 @dataclass
 class Protocol:
-    """How a model is measured: what must be the same for two models to be compared."""
+    """
+    How a model is measured: what must be the same for two models to be compared.
 
-    apply_chat_template: bool | None = None  # None: if the tokenizer has a template
-    enable_thinking: bool | None = None  # None: off where the template can turn it off, on where it cannot
-    max_thinking_tokens: int = 8192  # of each generated answer, beside what the task gives the answer itself
-    num_fewshot: int | None = None  # None: what each task says
+    Attributes:
+        apply_chat_template: ask as a chat; None: if the tokenizer has a template.
+        enable_thinking: let the model think before it answers; None: where its template cannot turn that off.
+        max_thinking_tokens: room for the thoughts, beside what a task gives the answer; as the context allows.
+        num_fewshot: examples before each item; None: what each task says.
+        system_instruction: a system message before each item and prompt.
+        gen_kwargs: generation settings for all tasks, as lm-eval's.
+        dtype: `auto` is what a model was saved in; see `own_dtype`.
+        backend: lm-eval's model, `hf` or `vllm`.
+        model_args: more arguments for it.
+        drift_prompts: how many prompts drift is measured on.
+        max_new_tokens: the length of each answer that drift is measured on.
+    """
+
+    apply_chat_template: bool | None = None
+    enable_thinking: bool | None = None
+    max_thinking_tokens: int = 8192
+    num_fewshot: int | None = None
     system_instruction: str | None = None
     gen_kwargs: str | None = None
     seed: int = SEED
     batch_size: int = 8
-    dtype: str = "auto"  # the base model's own
+    dtype: str = "auto"
     backend: str = "hf"
-    model_args: dict[str, Any] = field(default_factory=dict)  # more for lm-eval's model
-    drift_prompts: int = 128
-    max_new_tokens: int = 64  # of each answer that drift is measured on
+    model_args: dict[str, Any] = field(default_factory=dict)
+    drift_prompts: int = DRIFT_PROMPTS
+    max_new_tokens: int = ANSWER_TOKENS
+
+
+def settled(protocol: Protocol, tokenizer: Any) -> Protocol:
+    """
+    Return the protocol with what it leaves to the chat template decided: `apply_chat_template`, `enable_thinking`.
+
+    Raises:
+        ConfigurationError: the template is asked for and missing, or cannot do what is asked of thinking.
+    """
+    if "enable_thinking" in protocol.model_args:
+        raise ConfigurationError("model_args: enable_thinking is a setting of its own (--enable_thinking).")
+    chat = tokenizer.chat_template is not None if protocol.apply_chat_template is None else protocol.apply_chat_template
+    if chat and tokenizer.chat_template is None:
+        raise ConfigurationError("apply_chat_template=True: the model has no chat template. Leave it out.")
+    if not chat and protocol.enable_thinking:
+        raise ConfigurationError("enable_thinking=True: a model thinks when it is asked by its chat template only.")
+    end = protocol.model_args.get("think_end_token")
+    thinks = chat and decide(tokenizer, protocol.enable_thinking, end)
+    return replace(protocol, apply_chat_template=chat, enable_thinking=thinks)
+
+
+def check_thinking(benchmarks: dict[str, Benchmark], tokenizer: Any, protocol: Protocol) -> None:
+    """
+    Refuse tasks that cannot be asked of a model that always thinks: those that read the likelihood of choices.
+
+    Where thinking can be turned off, it is for such tasks; a task that itself begins the answer leaves no thoughts.
+
+    Raises:
+        ConfigurationError: such a task; also what `settled` raises.
+    """
+    protocol = settled(protocol, tokenizer)
+    if not protocol.enable_thinking or find_thinking(tokenizer).switch is not None:
+        return
+    refused = [
+        name
+        for name, benchmark in benchmarks.items()
+        if any(task.OUTPUT_TYPE != "generate_until" and not task.config.gen_prefix for task in benchmark.tasks.values())
+    ]
+    if refused:
+        raise ConfigurationError(
+            f"{', '.join(refused)}: the likelihood of the choices is read where the answer begins, and there this "
+            "model's chat template begins thoughts, which it cannot turn off. Leave these tasks out, or take tasks "
+            "that are answered in words."
+        )
 
 
 def processes() -> PartialState:
@@ -48,50 +118,37 @@ def processes() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
-def load_model(model: str, dtype: str = "auto") -> Any:
-    """
-    Return a model, ready to be measured on this process's device.
-
-    Args:
-        model: a Hub id, a folder, or a folder with a PEFT adapter (its base model is found through it).
-        dtype: `auto` is what it was saved in.
-
-    Raises:
-        ConfigurationError: the model cannot be loaded, or PEFT is needed and not installed.
-    """
-    device = processes().device
-    loader: Any = AutoModelForCausalLM
-    if Path(model, "adapter_config.json").is_file():
-        if find_spec("peft") is None:
-            raise ConfigurationError(f"{model} holds a PEFT adapter: pip install 'eaft[peft]'.")
-        from peft import AutoPeftModelForCausalLM
-
-        loader = AutoPeftModelForCausalLM
-    try:
-        return loader.from_pretrained(model, dtype=dtype).to(device).eval()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigurationError(f"{model} cannot be loaded. ({first_line(error)})") from error
+def adapter_of(model: str) -> dict[str, Any] | None:
+    """Return the configuration of a folder with a PEFT adapter; None if it is none."""
+    file = Path(model, "adapter_config.json")
+    return json.loads(file.read_text()) if file.is_file() else None
 
 
-def own_dtype(model: str) -> str:
-    """Return the dtype a model was saved in (`bfloat16`), an adapter's base model's; float32 where none is noted."""
-    adapter = Path(model, "adapter_config.json")
-    name = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else model
-    return str(AutoConfig.from_pretrained(name).dtype or torch.float32).removeprefix("torch.")
+def own_dtype(model: str, model_args: dict[str, Any] | None = None) -> str:
+    """Return the dtype a model (an adapter's base model) was saved in, as `bfloat16`; float32 where none is noted."""
+    adapter = adapter_of(model)
+    config = AutoConfig.from_pretrained(adapter["base_model_name_or_path"] if adapter else model, **source(model_args))
+    return str(config.dtype or torch.float32).removeprefix("torch.")
 
 
-def load_tokenizer(model: str) -> Any:
+def source(model_args: dict[str, Any] | None) -> dict[str, Any]:
+    """Return those of lm-eval's arguments that say where a model, its config and its tokenizer come from."""
+    names = ("revision", "trust_remote_code", "subfolder")
+    return {name: value for name, value in (model_args or {}).items() if name in names}
+
+
+def load_tokenizer(model: str, model_args: dict[str, Any] | None = None) -> Any:
     """
     Return a model's tokenizer (an adapter's may be its base model's), padding left as generation needs it.
 
     Raises:
         ConfigurationError: there is none.
     """
-    adapter = Path(model, "adapter_config.json")
-    if adapter.is_file() and not Path(model, "tokenizer_config.json").is_file():
-        model = json.loads(adapter.read_text())["base_model_name_or_path"]
+    adapter = adapter_of(model)
+    if adapter is not None and not Path(model, "tokenizer_config.json").is_file():
+        model = adapter["base_model_name_or_path"]
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+        tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", **source(model_args))
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"{model} has no tokenizer that can be loaded. ({first_line(error)})") from error
     if tokenizer.pad_token is None:
@@ -101,133 +158,292 @@ def load_tokenizer(model: str) -> Any:
 
 def load(model: str, tokenizer: Any, protocol: Protocol) -> Any:
     """
-    Return a model as lm-eval's, loaded once: `lm.model` is the torch model where the backend is `hf`.
+    Return a model as lm-eval's, loaded once: with the backend `hf`, `lm.model` is the torch model.
+
+    All of lm-eval's arguments work (`model_args`): `parallelize`, `tp_plan`, `revision`, `trust_remote_code`, ...
+    Started by a launcher, each process loads the model and takes its share of the items; under `tp_plan` the processes
+    hold one model together and all do all items, so that each must call what runs the model.
 
     Args:
         model: a Hub id, a folder, or a folder with a PEFT adapter (its base model is found through it).
+        tokenizer: see `load_tokenizer`.
 
     Raises:
         ConfigurationError: the model cannot be loaded, or PEFT is needed and not installed.
     """
-    if protocol.backend == "vllm":
-        with tempfile.TemporaryDirectory() as folder:
-            tokenizer.save_pretrained(folder)  # vLLM reads it from disk; the template may be the other model's
-            args = {"dtype": protocol.dtype, **protocol.model_args}
-            return load_vllm(model, folder, protocol.batch_size, args)
-    return wrap(load_model(model, protocol.dtype), tokenizer, protocol)
+    adapter = adapter_of(model)
+    if adapter is not None and protocol.backend == "hf" and find_spec("peft") is None:
+        raise ConfigurationError(f"{model} holds a PEFT adapter: pip install 'eaft[peft]'.")
+    from eaft.evaluation.engine import HFModel, WatchedVLLM
+
+    try:
+        with quiet():
+            if protocol.backend == "vllm":
+                return load_vllm(WatchedVLLM, model, tokenizer, protocol)
+            args: dict[str, Any] = {"pretrained": model}
+            if adapter is not None:
+                args.update(pretrained=adapter["base_model_name_or_path"], peft=model)
+                args.update(revision=adapter.get("revision") or "main")
+            args.update(dtype=protocol.dtype, device=str(processes().device), backend="causal")
+            lm = HFModel(tokenizer=tokenizer, batch_size=protocol.batch_size, **{**args, **protocol.model_args})
+    except (OSError, ValueError, RuntimeError, TypeError, ImportError, AssertionError) as error:
+        hint = f", with model_args={protocol.model_args}" if protocol.model_args else ""
+        raise ConfigurationError(f"{model} cannot be loaded{hint}. ({first_line(error)})") from error
+    return lm if protocol.model_args.get("tp_plan") else share_items(lm)
+
+
+def wrap(model: Any, tokenizer: Any, protocol: Protocol) -> Any:
+    """Return a loaded model as lm-eval's `hf` model, sharing the items among this launch's processes."""
+    from eaft.evaluation.engine import HFModel
+
+    with quiet():  # it warns of what `share_items` sets
+        return share_items(HFModel(pretrained=model, tokenizer=tokenizer, batch_size=protocol.batch_size))
+
+
+def share_items(lm: Any) -> Any:
+    """Let each of this launch's processes take its share of the items; lm-eval does so on several GPUs only."""
+    state = processes()
+    if state.num_processes > 1:
+        lm._rank, lm._world_size, lm.accelerator = state.process_index, state.num_processes, Accelerator()
+    return lm
+
+
+def load_vllm(watched: type, model: str, tokenizer: Any, protocol: Protocol) -> Any:
+    """Return lm-eval's `vllm` model; a PEFT adapter runs on its base as vLLM's LoRA."""
+    from lm_eval.api.registry import get_model
+
+    folder = tempfile.TemporaryDirectory()  # vLLM reads the tokenizer from disk; the template may be the other model's
+    tokenizer.save_pretrained(folder.name)
+    args = {"dtype": protocol.dtype, "batch_size": protocol.batch_size, **protocol.model_args}
+    lm = type("VLLMModel", (watched, get_model("vllm")), {})(**vllm_args(model, folder.name, args))
+    lm.tokenizer_folder = folder  # deleted with the model
+    return lm
+
+
+def vllm_args(model: str, tokenizer: str, model_args: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of lm-eval's `vllm` model for a model or an adapter."""
+    args: dict[str, Any] = {"pretrained": model, "tokenizer": tokenizer}
+    if adapter := adapter_of(model):
+        args.update(pretrained=adapter["base_model_name_or_path"], lora_local_path=model, max_lora_rank=adapter["r"])
+    return {**args, **model_args}
 
 
 def ask(tokenizer: Any, prompt: Any, protocol: Protocol) -> str:
     """
-    Return a prompt (a string or messages) as the text a model is asked with: by the chat template, or plainly.
+    Return a prompt (a string or messages) as the text a model is asked with, as lm-eval does for tasks.
 
-    Plain text is the messages' contents, a blank line between them. A system instruction comes first.
+    By the chat template, thinking or not, or as plain text: the messages' contents, a blank line between them. A system
+    instruction comes first; a template that knows no system message does without.
+
+    Raises:
+        ConfigurationError: see `settled`.
     """
+    protocol = settled(protocol, tokenizer)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if protocol.system_instruction:
         messages.insert(0, {"role": "system", "content": protocol.system_instruction})
-    wanted = protocol.apply_chat_template
-    if (tokenizer.chat_template is not None) if wanted is None else wanted:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return "\n\n".join(message["content"] for message in messages)
+    if not protocol.apply_chat_template:
+        return "\n\n".join(message["content"] for message in messages)
+    switch = find_thinking(tokenizer).switch
+    settings = {**protocol.model_args.get("chat_template_args", {})}
+    if switch is not None:
+        settings[switch] = protocol.enable_thinking
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **settings)
+    except TemplateError:
+        messages = [message for message in messages if message["role"] != "system"]
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **settings)
 
 
-def score(lm: Any, benchmark: Benchmark, protocol: Protocol) -> list[Item]:
+def score(lm: Any, benchmark: Benchmark, protocol: Protocol, progress: Progress | None = None) -> list[Item]:
     """
     Run an lm-eval model on a benchmark and return its items (on the first process; none on others).
 
     An item's score is the first metric its task lists (with its first filter), which must be one number an item. It has
-    `task`, `doc_id`, `prompt`, `target`, `response`, `score`, `scores` (of each filter the first metric has), `cut`
-    (what of `prompt`, `answer` and `thoughts` was), where the task is multiple choice `choices` (their
-    log-likelihoods, nats), and hashes of prompt, target and row, by which two models' items are matched.
+    `task`, `doc_id`, `metric`, `prompt`, `target`, `response`, `score`, `cut` (what of `prompt`, `answer` and
+    `thoughts` was; unfinished thoughts are graded as an empty answer), hashes of prompt, target and row, by which two
+    models' items are matched; where the metric has several filters `scores` by filter; where the task is multiple
+    choice `choices` (their log-likelihoods, nats); where it is answered in words `max_gen_toks`.
 
     Args:
         lm: lm-eval's model, see `load` and `wrap`.
         protocol: its num_fewshot, system_instruction and gen_kwargs are as in lm-eval; None keeps what the task says,
             but that answers are cut to what fits the model's context (AIME asks for 32,768 tokens).
+        progress: shows how far it is.
 
     Raises:
-        ConfigurationError: a task whose first metric is not one number an item.
+        ConfigurationError: a task whose first metric is not one number an item; also what `check_thinking` raises.
     """
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
+    tokenizer = getattr(lm, "tokenizer", None)
+    if tokenizer is None:  # a model that is none of ours
+        protocol = replace(protocol, apply_chat_template=bool(protocol.apply_chat_template), enable_thinking=False)
+    else:
+        check_thinking({benchmark.name: benchmark}, tokenizer, protocol)
+        protocol = settled(protocol, tokenizer)
     tasks = benchmark.tasks
-    limits = {
-        name: list(range(min(benchmark.limit, len(task.eval_docs))))
-        for name, task in tasks.items()
-        if benchmark.limit is not None
-    }
-    for task in tasks.values():
-        fit_context(task, lm)
-    with quiet():
-        output = simple_evaluate(
-            model=lm,
-            tasks=list(tasks.values()),
-            task_manager=TaskManager(include_defaults=False),  # else it looks through its thousands of tasks
-            samples=limits or None,
-            num_fewshot=protocol.num_fewshot,
-            apply_chat_template=bool(protocol.apply_chat_template),
+    sizes = {name: len(task.eval_docs) for name, task in tasks.items()}
+    samples = None
+    if benchmark.limit is not None:
+        sizes = {name: min(benchmark.limit, size) for name, size in sizes.items()}
+        samples = {name: list(range(size)) for name, size in sizes.items()}
+    lm.progress = progress
+    if progress is not None:
+        progress.start(benchmark.name, sum(sizes.values()))
+    found: dict[str, list[Item]] = {}
+    for thinking in (False, True):
+        part = {name: task for name, task in tasks.items() if thinks(task, protocol) == thinking}
+        if part:
+            output = run(lm, part, samples, protocol, thinking)
+            found.update({name: items(name, task, output, lm) for name, task in part.items()} if output else {})
+    return [item for name in tasks for item in found.get(name, [])]
+
+
+def thinks(task: Any, protocol: Protocol) -> bool:
+    """Return whether a model thinks before it answers this task: if it thinks, and answers in words."""
+    return bool(protocol.enable_thinking) and task.OUTPUT_TYPE == "generate_until"
+
+
+def run(
+    lm: Any, tasks: dict[str, Any], samples: dict[str, list[int]] | None, protocol: Protocol, thinking: bool
+) -> Any:
+    """Return lm-eval's results of each task's rows of these numbers (None: all); None on other processes."""
+    from lm_eval import evaluate
+
+    if hasattr(lm, "think"):
+        found = Thinking(switch=None, opens=False, end=None)
+        if protocol.apply_chat_template:
+            found = find_thinking(lm.tokenizer, protocol.model_args.get("think_end_token"))
+        lm.think(thinking, found.switch, found.end)
+    random.seed(protocol.seed)
+    np.random.seed(protocol.seed)  # noqa: NPY002 - as lm-eval does
+    torch.manual_seed(protocol.seed)
+    with quiet(), contextlib.ExitStack() as stack:
+        for task in tasks.values():
+            stack.enter_context(settings(task, lm, protocol, thinking))
+        output = evaluate(
+            lm,
+            {"tasks": tasks},
+            samples=samples,
+            apply_chat_template=protocol.apply_chat_template,
+            fewshot_as_multiturn=True,
             system_instruction=protocol.system_instruction,
-            gen_kwargs=protocol.gen_kwargs,
             log_samples=True,
             bootstrap_iters=0,
-            random_seed=protocol.seed,
-            numpy_random_seed=protocol.seed,
-            torch_random_seed=protocol.seed,
-            fewshot_random_seed=protocol.seed,
-            confirm_run_unsafe_code=False,
         )
-    return [] if output is None else [item for name in tasks for item in items(name, tasks[name], output)]
+    cuts = [cuts for cuts in lm.gather_object(getattr(lm, "cuts", {}), dst=0) or [] if cuts]
+    # Under tp_plan every process has it all
+    return {**output, "cuts": dict(ChainMap(*cuts))} if processes().is_main_process else None
 
 
-def asked(benchmark: Benchmark, protocol: Protocol, items: list[Item]) -> dict[str, Any]:
-    """Return what a benchmark asked and how much of it was cut, for the report."""
-    metric, _, metric_filter = items[0]["metric"].partition(",")
-    versions = {str(task.VERSION) for task in benchmark.tasks.values()}
-    fewshot = {task.config.num_fewshot for task in benchmark.tasks.values()}
-    return {
-        "version": ", ".join(sorted(versions)),
-        "metric": metric,
-        "filter": metric_filter,
-        "num_fewshot": fewshot.pop() if len(fewshot) == 1 else None,
-        "cut": {kind: sum(kind in item["cut"] for item in items) for kind in ("prompt", "answer", "thoughts")},
-    }
+@contextlib.contextmanager
+def settings(task: Any, lm: Any, protocol: Protocol, thinking: bool) -> Iterator[None]:
+    """
+    Lend a task the protocol's settings, by lm-eval's own rules: what a task says of no examples stays.
+
+    Answers, with room for thoughts, are cut at three quarters of the model's context; lm-eval would fail midway.
+    """
+    own = copy.deepcopy((task.config.num_fewshot, task.config.generation_kwargs))
+    task.set_config("num_fewshot", num_fewshot(task, protocol))
+    task.set_fewshot_seed(protocol.seed)
+    if task.OUTPUT_TYPE == "generate_until":
+        task.set_config("generation_kwargs", generation_settings(task, lm, protocol, thinking))
+    try:
+        yield
+    finally:
+        task.set_config("num_fewshot", own[0])
+        task.set_config("generation_kwargs", own[1])
 
 
-def fit_context(task: Any, lm: Any) -> None:
-    """Let a task ask for no longer answers than three quarters of the model's context; lm-eval would fail midway."""
-    wanted = (task.config.generation_kwargs or {}).get("max_gen_toks", 0)
+def num_fewshot(task: Any, protocol: Protocol) -> int:
+    """Return how many examples an item of this task is asked with."""
+    own = task.config.num_fewshot
+    return (own or 0) if protocol.num_fewshot is None or own == 0 else protocol.num_fewshot
+
+
+def generation_settings(task: Any, lm: Any, protocol: Protocol, thinking: bool) -> dict[str, Any]:
+    """Return a task's generation settings, with `max_gen_toks` (thoughts and answer) that fit the model's context."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.utils import simple_parse_args_string
+
+    settings = {**(task.config.generation_kwargs or {}), **simple_parse_args_string(protocol.gen_kwargs)}
+    with quiet():
+        wanted = normalize_gen_kwargs(settings, getattr(lm, "max_gen_toks", 256))["max_gen_toks"]
+    wanted += protocol.max_thinking_tokens if thinking else 0
     most = 3 * getattr(lm, "max_length", wanted * 2) // 4
     if wanted > most:
         logger.warning(f"{task.config.task}: answers are cut at {most} tokens instead of {wanted}, to fit the context.")
-        task.set_config(key="generation_kwargs", value={"max_gen_toks": most}, update=True)
+    return {**settings, "max_gen_toks": min(wanted, most)}
 
 
-def items(name: str, task: Any, output: dict[str, Any]) -> list[Item]:
+def asked(benchmark: Benchmark, protocol: Protocol, items: list[Item]) -> dict[str, Any]:
+    """
+    Return what a benchmark asked, and of how many items what was cut, for the report.
+
+    Returns:
+        `version` and `num_fewshot` (of each task where they differ in a group), `metric`, `filter`, `max_gen_toks` (the
+        most that an answer could have, with its thoughts; None where choices are weighed) and `cut`.
+    """
+    metric, _, metric_filter = items[0]["metric"].partition(",")
+    return {
+        "version": one({name: task.VERSION for name, task in benchmark.tasks.items()}),
+        "metric": metric,
+        "filter": metric_filter,
+        "num_fewshot": one({name: num_fewshot(task, protocol) for name, task in benchmark.tasks.items()}),
+        "max_gen_toks": one({item["task"]: item.get("max_gen_toks") for item in items}),
+        "cut": {kind: sum(kind in item["cut"] for item in items) for kind in CUTS},
+    }
+
+
+def one(values: dict[str, Any]) -> Any:
+    """Return what all tasks of a group have in common, else each task's."""
+    first, *others = values.values()
+    return values if any(other != first for other in others) else first
+
+
+def items(name: str, task: Any, output: dict[str, Any], lm: Any) -> list[Item]:
     """Return one task's items from what lm-eval gives back, in the order of its rows."""
     key = metric_of(name, output)
     metric, metric_filter = key.split(",")
-    found = []
-    for sample in sorted(output["samples"][name], key=lambda sample: sample["doc_id"]):
-        if sample["filter"] != metric_filter:
+    samples: dict[int, dict[str, Any]] = {}
+    scores: dict[int, dict[str, float]] = {}
+    for sample in output["samples"][name]:
+        if metric not in sample:
             continue
         value = sample[metric]
         if not isinstance(value, int | float | bool) or not math.isfinite(value):
             raise ConfigurationError(
                 f"{name}: its first metric, {metric}, is not one finite number an item: {value!r}."
             )
-        item = {"task": name, "doc_id": sample["doc_id"], "metric": key, "prompt": sample["arguments"][0][0]}
+        scores.setdefault(sample["doc_id"], {})[sample["filter"]] = float(value)
+        if sample["filter"] == metric_filter:
+            samples[sample["doc_id"]] = sample
+    found = []
+    for doc_id in sorted(samples):
+        sample, by_filter = samples[doc_id], scores[doc_id]
+        item = {"task": name, "doc_id": doc_id, "metric": key, "prompt": sample["arguments"][0][0]}
         if task.OUTPUT_TYPE == "multiple_choice":
             choices = [response[0] for response in sample["filtered_resps"]][: len(sample["arguments"])]
             item["choices"] = choices
             item["response"] = sample["arguments"][choices.index(max(choices))][1].strip()
         else:
             item["response"] = plain(sample["resps"][0][0])
-        item.update(target=plain(sample["target"]), score=float(value), scores={metric_filter: float(value)}, cut=[])
+        if task.OUTPUT_TYPE == "generate_until":
+            item["max_gen_toks"] = sample["arguments"][0][1]["max_gen_toks"]
+        item.update(target=plain(sample["target"]), score=by_filter[metric_filter], cut=cut(name, sample, output, lm))
+        if len(by_filter) > 1:
+            item["scores"] = by_filter
         item.update({f"{part}_hash": sample[f"{part}_hash"] for part in ("prompt", "target", "doc")})
         found.append(item)
     return found
+
+
+def cut(name: str, sample: dict[str, Any], output: dict[str, Any], lm: Any) -> list[str]:
+    """Return what of an item was cut: any of its prompts on the left, its answer or its thoughts at the limit."""
+    found = set(output["cuts"].get((name, sample["doc_id"]), ()))
+    cuts_prompt = getattr(lm, "cuts_prompt", lambda *arguments: False)
+    if any(cuts_prompt(*arguments[:2]) for arguments in sample["arguments"]):
+        found.add("prompt")
+    return [part for part in CUTS if part in found]
 
 
 def metric_of(name: str, output: dict[str, Any]) -> str:
@@ -238,34 +454,3 @@ def metric_of(name: str, output: dict[str, Any]) -> str:
 def plain(value: Any) -> Any:
     """Return a value JSON can hold."""
     return json.loads(json.dumps(value, default=str))
-
-
-def wrap(model: Any, tokenizer: Any, protocol: Protocol) -> Any:
-    """Return a loaded model as lm-eval's `hf` model, sharing the items among this launch's processes."""
-    from lm_eval.models.huggingface import HFLM
-
-    logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)  # it warns of what is set right below
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=protocol.batch_size)
-    state = processes()
-    if state.num_processes > 1:
-        lm._rank, lm._world_size, lm.accelerator = state.process_index, state.num_processes, Accelerator()
-    return lm
-
-
-def load_vllm(model: str, tokenizer: str, batch_size: int, model_args: dict[str, Any]) -> Any:
-    """Return lm-eval's `vllm` model; a PEFT adapter runs on its base as vLLM's LoRA."""
-    from lm_eval.api.registry import get_model
-
-    return get_model("vllm").create_from_arg_obj(
-        vllm_args(model, tokenizer, model_args), {"batch_size": batch_size, "device": "cuda"}
-    )
-
-
-def vllm_args(model: str, tokenizer: str, model_args: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of lm-eval's `vllm` model for a model or an adapter."""
-    args: dict[str, Any] = {"pretrained": model, "tokenizer": tokenizer}
-    config = Path(model, "adapter_config.json")
-    if config.is_file():
-        adapter = json.loads(config.read_text())
-        args.update(pretrained=adapter["base_model_name_or_path"], lora_local_path=model, max_lora_rank=adapter["r"])
-    return {**args, **model_args}

@@ -297,11 +297,15 @@ def describe(manager: Any, task: str, error: Exception, data_dir: str | None) ->
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence lm-eval's notes on every task it loads."""
+    """Silence lm-eval's notes on every task and its bars while it builds their prompts."""
+    from lm_eval.api import task
+
     logger = logging.getLogger("lm_eval")
-    level = logger.level
+    level, bar = logger.level, task.tqdm
     logger.setLevel(logging.ERROR)
+    task.tqdm = functools.partial(bar, disable=True)
     try:
         yield
     finally:
         logger.setLevel(level)
+        task.tqdm = bar

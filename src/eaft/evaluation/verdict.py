@@ -7,7 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from eaft.evaluation.paired import ALPHA, FOUND, Change, Z, bootstrap_test, drop_test, holm, items_needed
+from eaft.evaluation.paired import (
+    ALPHA,
+    FEWEST_ITEMS,
+    FEWEST_PROMPTS,
+    FOUND,
+    Change,
+    Z,
+    bootstrap_test,
+    drop_test,
+    holm,
+    items_needed,
+)
 
 LOSS, NO_LOSS, TOO_FEW = "loss", "no loss shown", "too few items"
 SHOWN = 3  # tasks named in the sentence; the table has them all
@@ -21,7 +32,7 @@ def judge(results: dict[str, Any], max_drop: float | None = None, max_drift: flo
     adjusted by Holm's method over all tasks (and drift, if it has a budget), and the drop is larger than that. The
     tests are two-sided, so that with no budget it is the p of the table that decides. Where no loss is shown, items are
     too few if this many would not show a drop of the budget's size four times in five, and the interval does not rule
-    it out either.
+    it out either; or too few for the interval to be relied on.
 
     Args:
         results: `tasks` and `filters` (mappings of `Change`), `drift` and `failed` of `eaft eval`'s results.
@@ -42,8 +53,10 @@ def judge(results: dict[str, Any], max_drop: float | None = None, max_drift: flo
     for test, p in zip(tests, holm([test["p_value"] for test in tests]), strict=True):
         test["p_holm"] = p
         test["shown"] = p < ALPHA and test["loss"] > test["budget"]
-        test["too_few"] = test["budget"] > 0 and not test["shown"] and test["high"] > test["budget"] < test["smallest"]
-        test["n_needed"] = test["n_needed"] if test["too_few"] else None
+        fewest = FEWEST_ITEMS if test["kind"] == "task" else FEWEST_PROMPTS  # for an interval that can be relied on
+        unseen = test["n"] < fewest or test["high"] > test["budget"] < test["smallest"]
+        test["too_few"] = test["budget"] > 0 and not test["shown"] and unseen
+        test["n_needed"] = max(test["n_needed"], fewest) if test["too_few"] else None
     given = {"task": max_drop is not None, "drift": max_drift is not None}
     verdict: dict[str, Any] = {
         "status": status(tests),
@@ -53,11 +66,6 @@ def judge(results: dict[str, Any], max_drop: float | None = None, max_drift: flo
         "tests": tests,
     }
     return {**verdict, "sentence": sentence(verdict, results)}
-
-
-def exit_code(verdict: dict[str, Any]) -> int:
-    """Return 3 if a loss beyond a budget that was given is shown, else 0."""
-    return 3 if verdict["over_budget"] else 0
 
 
 def change_of(mapping: dict[str, Any]) -> Change:
@@ -164,10 +172,7 @@ def fallen(test: dict[str, Any], family: int) -> str:
 def coarse(test: dict[str, Any]) -> str:
     """Return in words that a test has too few items."""
     if test["kind"] == "drift":
-        return (
-            f"drift ({test['n']} prompts) would be shown to be beyond the budget only from "
-            f"{test['budget'] + test['smallest']:.3g} nats per token on (about {test['n_needed']:,} prompts would do)"
-        )
+        return f"drift over {test['n']} prompts is too uncertain (about {test['n_needed']:,} prompts would do)"
     return (
         f"{test['name']} ({test['n']:,} items) would show only drops of {test['smallest']:.1f} points or more "
         f"(one of {test['budget']:g} takes about {test['n_needed']:,} items)"

@@ -78,7 +78,8 @@ class ForgettingEval(TrainerCallback):
         share = Share(PartialState().process_index, PartialState().num_processes)
         kwargs = self.callable(kwargs)
         if state.global_step > 0:
-            self.base = shared(self.read)
+            if state.global_step < state.max_steps:  # else all is measured: it was stopped while it saved the model
+                self.base = shared(self.read)
             return
         with measuring(args, **kwargs) as (model, tokenizer):
             answers = self.answers

@@ -167,6 +167,8 @@ def fit(
         for path in output_dir.glob("checkpoint-*"):
             if not is_complete(path):  # a killed run left it
                 shutil.rmtree(path)
+        if checkpoint is None:
+            (output_dir / METRICS_FILE).unlink(missing_ok=True)
         write_json(output_dir / RUN_FILE, run)
     trainer.add_callback(MetricsFile(output_dir / METRICS_FILE))
     result = trainer.train(resume_from_checkpoint=checkpoint)
@@ -289,7 +291,9 @@ class MetricsFile(TrainerCallback):
         if state.is_world_process_zero:
             lines = self.path.read_text().split("\n") if self.path.exists() else []
             # What follows the last line's end is empty, or what a killed run did not get written
-            kept = [line for line in lines[:-1] if json.loads(line)["step"] <= state.global_step]
+            logs = {line: json.loads(line) for line in lines[:-1]}
+            # The end's summary is written again
+            kept = [line for line, log in logs.items() if log["step"] <= state.global_step and "train_loss" not in log]
             staging = self.path.with_suffix(".tmp")
             staging.write_text("".join(line + "\n" for line in kept))
             os.replace(staging, self.path)

@@ -1,12 +1,16 @@
 """
 BFCL v3's single-turn categories: data, prompts, parser and checker are the package's (bfcl-eval 2025.6.16), never ours.
 
+The package's parser runs sums (`x=60*5`) through `eval`, whatever stands in them. Here a call whose arguments are not
+written out is a wrong answer, and nothing that a model wrote is ever run.
+
 The checker's module imports the clients of every model vendor, for one table of their quirks; that table is put in its
 place beforehand, so that the package can be installed without its dependencies.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import sys
@@ -23,6 +27,12 @@ INSTALL = (
     "tree-sitter-javascript==0.21.4 tenacity"
 )
 LANGUAGES = {"java": "Java", "javascript": "JavaScript"}
+# Of Python's grammar: calls with values written out. Names, and calls and items of names, stay text
+LITERAL = (
+    ast.Call | ast.keyword | ast.Constant | ast.List | ast.Tuple | ast.Dict | ast.UnaryOp | ast.unaryop
+    | ast.Name | ast.Attribute | ast.Subscript | ast.expr_context
+)  # fmt: skip
+LONGEST = 10_000  # characters; at 20,000 what is nested ends the process within the parsers of Java and JavaScript
 
 
 def package() -> tuple[Any, Any]:
@@ -80,13 +90,13 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def check(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     """Return `acc`: 1 if the package's checker accepts the answer; for (ir)relevance, if it calls (nothing)."""
-    utils, ast_checker = package()
+    _, ast_checker = package()
     category = doc["category"]
     language = LANGUAGES.get(category, "Python")
     try:
-        calls = utils.default_decode_ast_prompting(results[0], language)
-    except Exception:  # whatever does not parse is no call, as in the package's own runner
-        calls = []
+        calls = decode(results[0], language)
+    except NotLiteralError:
+        return {"acc": 0.0}
     called = bool(calls) and all(isinstance(call, dict) and call for call in calls)
     if "relevance" in category:
         return {"acc": float(called != ("irrelevance" in category))}
@@ -95,3 +105,31 @@ def check(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     functions = json.loads(doc["functions"])
     checked = ast_checker.ast_checker(functions, calls, json.loads(doc["answer"]), language, category, "model")
     return {"acc": float(checked["valid"])}
+
+
+class NotLiteralError(Exception):
+    """A call with arguments that would have to be computed."""
+
+
+def decode(text: str, language: str) -> list[Any]:
+    """
+    Return the calls an answer makes, as the package's parser has them; none if it does not parse, as in its own runner.
+
+    Raises:
+        NotLiteralError: an argument is not written out, but to be computed.
+    """
+    utils, _ = package()
+    if len(text) > LONGEST:
+        return []
+    try:
+        if language == "Python":  # those of Java and JavaScript are only read
+            body = ast.parse(text.strip("`\n ").strip("[]'"), mode="eval").body  # what the package's parser takes off
+            if not all(isinstance(call, ast.Call) for call in getattr(body, "elts", [body])):
+                return []
+            if not all(isinstance(node, LITERAL) for node in ast.walk(body)):
+                raise NotLiteralError(text)
+        return utils.default_decode_ast_prompting(text, language)
+    except NotLiteralError:
+        raise
+    except Exception:
+        return []

@@ -1,0 +1,183 @@
+"""
+lm-eval's own models, with what they leave out: thoughts that never end, what was cut, and how far they are.
+
+Importing this needs lm-eval.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import handle_stop_sequences
+
+from eaft.evaluation.progress import Progress
+from eaft.evaluation.thinking import SWITCHES, split_thoughts
+
+# A tokenizer makes no more tokens of a text than it has bytes, and so many special ones
+MOST_SPECIAL = 8
+
+
+class Generation(NamedTuple):
+    """What a model wrote, thoughts and special tokens included, and whether only the limit on its length ended it."""
+
+    text: str
+    full: bool
+
+
+class Watched:
+    """
+    Put before one of lm-eval's models: says what was cut, takes unfinished thoughts for no answer, counts progress.
+
+    A model of lm-eval's answers in an order and in batches of its own, and tells its cache hook of each answer in that
+    order. That is how a row of a batch is known to be the answer to a request.
+    """
+
+    progress: Progress | None = None
+    end: str | None = None  # of the thoughts; None: there are none
+    cuts: dict[tuple[str, int], set[str]]  # of this process's items, by task and row: what of `answer` and `thoughts`
+
+    def think(self, thinking: bool, switch: str | None, end: str | None) -> None:
+        """Ask with thinking on or off from here on, and begin `cuts` anew; see `eaft.evaluation.thinking.Thinking`."""
+        self.cuts = {}
+        others = {name: value for name, value in self.chat_template_args.items() if name not in SWITCHES}
+        self.chat_template_args = {**others, **({} if switch is None else {switch: thinking})}
+        self.enable_thinking = thinking
+        self.end = self.think_end_token = end if thinking else None
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Return lm-eval's answers, empty where the thoughts never ended."""
+        self.generated: deque[Generation] = deque()
+        # Of equal prompts the first is answered first: lm-eval's sorting is stable
+        generations: defaultdict[str, deque[Generation]] = defaultdict(deque)
+        step = self.share(requests)
+
+        def note(kind: str, request: tuple[str, dict[str, Any]], answer: str) -> None:
+            generations[request[0]].append(self.generated.popleft())
+            self.advance(items=step)
+
+        self.cache_hook = SimpleNamespace(add_partial=note)
+        answers = super().generate_until(requests, disable_tqdm=True)  # type: ignore[misc]
+        for i, request in enumerate(requests):
+            prompt, settings = request.args[:2]
+            cut = cut_of(generations[prompt].popleft(), prompt, settings.get("until"), self.end)
+            if cut == "thoughts":
+                answers[i] = ""
+            self.cuts.setdefault((request.task_name, request.doc_id), set()).update([cut] if cut else [])
+        return answers
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Return lm-eval's log-likelihoods."""
+        step = self.share(requests)
+        self.cache_hook = SimpleNamespace(add_partial=lambda kind, request, answer: self.advance(items=step))
+        return super().loglikelihood(requests, disable_tqdm=True)  # type: ignore[misc]
+
+    def cuts_prompt(self, prompt: str, rest: str | dict[str, Any]) -> bool:
+        """Return whether a request (a choice, or the settings for an answer) was left-truncated, to fit the context."""
+        text, most = (prompt + rest, self.longest_pair) if isinstance(rest, str) else (prompt, self.max_length)
+        if isinstance(rest, dict):
+            most -= rest["max_gen_toks"]
+        return len(text.encode()) + MOST_SPECIAL > most and len(self.tok_encode(text)) > most
+
+    def share(self, requests: list[Any]) -> float:
+        """Return how many items, of all processes, a request of this one stands for."""
+        items = {(request.task_name, request.doc_id) for request in requests}
+        return len(items) / max(len(requests), 1) * self.world_size
+
+    def advance(self, items: float = 0, tokens: int = 0) -> None:
+        """Count, where it is shown."""
+        if self.progress is not None:
+            self.progress.advance(items, tokens * self.world_size)
+
+    # What lm-eval's models have, all of them
+    chat_template_args: dict[str, Any]
+    max_length: int
+    tok_encode: Any
+    tokenizer: Any
+    world_size: int
+    longest_pair: int  # tokens of a prompt and a choice; what is longer is cut on the left
+
+
+def cut_of(generation: Generation, prompt: str, until: str | list[str] | None, end: str | None) -> str | None:
+    """Return what the limit on its length took from an answer: `thoughts` (all of the answer), `answer` or nothing."""
+    answer = split_thoughts(prompt, generation.text, end)
+    if answer is None:
+        return "thoughts"
+    stopped = any(stop in answer for stop in handle_stop_sequences(until, eos=None) if stop)
+    return "answer" if generation.full and not stopped else None
+
+
+class HFModel(Watched, HFLM):
+    """lm-eval's `hf` model, watched. An adapter changes the size of its base model's vocabulary only to fit in."""
+
+    _model: Any
+
+    @property
+    def longest_pair(self) -> int:  # type: ignore[override]
+        """The last token is not read, but only predicted."""
+        return self.max_length + 1
+
+    def think(self, thinking: bool, switch: str | None, end: str | None) -> None:
+        """See `Watched.think`."""
+        super().think(thinking, switch, end)
+        if self.end is not None:
+            token = self.tokenizer.convert_tokens_to_ids(self.end)
+            added = self.tokenizer.added_tokens_decoder.get(token)
+            if added is not None and added.special:  # lm-eval decodes answers without special tokens
+                self.think_end_token = token
+
+    def _create_model(self, *args: Any, peft: str | None = None, **kwargs: Any) -> None:
+        super()._create_model(*args, **kwargs)
+        if peft is not None:
+            # lm-eval would cut the embeddings to the tokenizer's size, and many models have more rows than tokens
+            from peft import PeftModel
+
+            if len(self.tokenizer) > self._model.get_input_embeddings().weight.shape[0]:
+                self._model.resize_token_embeddings(len(self.tokenizer))
+            self._model = PeftModel.from_pretrained(self._model, peft)
+
+    def _model_generate(self, context: Any, max_length: int, stop: list[str], **kwargs: Any) -> Any:
+        if self.end is not None:
+            # The task's stop strings may stand in the thoughts; lm-eval cuts the answer at them afterwards
+            stop = [self.tok_decode(self.eot_token_id, skip_special_tokens=False)]
+        output = super()._model_generate(context, max_length=max_length, stop=stop, **kwargs)
+        own = self.model.generation_config.eos_token_id
+        ends = {self.eot_token_id, *(own if isinstance(own, list) else [own])}
+        for row in output[:, context.shape[1] :].tolist():
+            length = next((i + 1 for i, token in enumerate(row) if token in ends), None)
+            text = self.tok_decode(row[:length], skip_special_tokens=False)
+            self.generated.append(Generation(text, length is None and context.shape[1] + len(row) >= max_length))
+            self.advance(tokens=length or len(row))
+        return output
+
+    def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.advance(tokens=inps.numel())
+        return super()._model_call(inps, *args, **kwargs)
+
+
+class WatchedVLLM(Watched):
+    """To be put before lm-eval's `vllm` model, whose import needs vLLM."""
+
+    @property
+    def longest_pair(self) -> int:  # type: ignore[override]
+        """One token less than the context, which vLLM keeps for the one it must generate."""
+        return self.max_length - 1
+
+    def think(self, thinking: bool, switch: str | None, end: str | None) -> None:
+        """See `Watched.think`; lm-eval's hands `enable_thinking` to the template by itself."""
+        super().think(thinking, switch, end)
+        self.chat_template_args.pop("enable_thinking", None)
+
+    def _model_generate(self, requests: list[list[int]], generate: bool = False, sampling_params: Any = None) -> Any:
+        outputs = super()._model_generate(  # type: ignore[misc]
+            requests, generate=generate, sampling_params=sampling_params
+        )
+        for request, output in zip(requests, outputs, strict=True):
+            if generate:
+                written = output.outputs[0]
+                self.generated.append(Generation(written.text, written.finish_reason == "length"))
+            self.advance(tokens=len(written.token_ids) if generate else len(request))
+        return outputs

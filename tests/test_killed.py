@@ -1,0 +1,88 @@
+"""kill -9 at random moments: run again, `eaft eval` and `eaft train` give what an undisturbed run gives."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import make_model, make_rows
+from tests.evaluation.test_evaluate import task_path  # noqa: F401 - a fixture
+
+KILLS = 8
+
+
+def run_killed(folder, whole, disturbed, seed):
+    """Run both commands, the second with kills; returns how many of them hit, before it ended by itself."""
+    log = folder / "log"
+    environment = {**os.environ, "EAFT_CACHE": str(folder / "kept"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.kill_check", log, KILLS, seed]
+    done = subprocess.run(
+        [*map(str, command), *(json.dumps(list(map(str, argv))) for argv in (whole, disturbed))],
+        cwd=Path(__file__).parents[1],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-2000:] + log.read_text()[-3000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    return report, log.read_text()
+
+
+@pytest.mark.parametrize("seed", [0])
+def test_eval(model_dir, task_path, tmp_path, tokenizer, seed):  # noqa: F811
+    tuned = tmp_path / "tuned"
+    make_model(1).save_pretrained(tuned)
+    tokenizer.save_pretrained(tuned)
+    flags = [tuned, "--base", model_dir, "--suite", "tiny", "copy", "--include_path", task_path]
+    flags += ["--drift_prompts", 4, "--max_new_tokens", 8, "--output_path"]
+    commands = (["eval", *flags, tmp_path / name] for name in ("whole", "killed"))
+    report, log = run_killed(tmp_path, *commands, seed)
+    # A kill after the last file is written finds it complete
+    assert report["code"] == 0 or "holds results" in log.splitlines()[-1]
+    assert report["killed"] >= KILLS // 2, report
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "killed"))
+    for name in one.keys() - {"output_path", "environment", "kept"}:
+        assert one[name] == two[name], name
+    for part in ("items_before/tiny.jsonl", "items_after/copy.jsonl", "answers.json", "changes.png"):
+        assert (tmp_path / "whole" / part).read_bytes() == (tmp_path / "killed" / part).read_bytes()
+
+
+@pytest.mark.parametrize("seed", [0])
+def test_train(model_dir, tmp_path, seed):
+    data, prompts, suite = tmp_path / "data.jsonl", tmp_path / "prompts.jsonl", tmp_path / "suite.yaml"
+    suite.write_text("suite: few\ntasks: [everyday]\nlimit: 4\n")
+    data.write_text("".join(json.dumps(row) + "\n" for row in make_rows()))
+    prompts.write_text('{"prompt": "say a"}\n{"prompt": "say b"}\n')
+    flags = ["--model_name_or_path", model_dir, "--dataset_name", data, "--max_steps", 12, "--save_steps", 2]
+    flags += ["--learning_rate", 1e-3, "--logging_steps", 1, "--use_cpu", "--bf16", "false", "--report_to", "none"]
+    flags += ["--forgetting_eval_steps", 4, "--forgetting_suite", suite, "--forgetting_prompts", prompts]
+    flags += ["--resume_from_checkpoint", "true", "--output_dir"]
+    commands = (["train", *flags, tmp_path / name] for name in ("whole", "killed"))
+    report, log = run_killed(tmp_path, *commands, seed)
+    assert report["code"] == 0, log[-3000:]
+    assert report["killed"] >= KILLS // 2, report
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=0, atol=0)
+    since_resumed = (
+        "num_tokens",
+        "train_runtime",
+        "train_samples_per_second",
+        "train_steps_per_second",
+        "total_flos",
+        "train_loss",
+    )
+    logs = [
+        [
+            {key: value for key, value in json.loads(line).items() if key not in since_resumed}
+            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        ]
+        for name in ("whole", "killed")
+    ]
+    assert logs[0] == logs[1]
