@@ -166,6 +166,9 @@ def test_the_report_begins_with_what_to_do(compared):
     assert first == compared.results["sentence"]
     assert first.startswith("**No objective is shown to be better")
     assert "eaft2 and sft cannot be told apart" in first
+    assert "Asked in plain text, without a chat template, in float32, seed 1234." in text
+    assert compared.results["asked"]["copy"]["cut"]["sft"] == {"prompt": 0, "answer": 6, "thoughts": 0}
+    assert "base: 6 answers; sft: 6 answers" in text
     assert "One seed: the intervals hold no seed-to-seed variance" in first
     assert "| general avg. " in text
     for picture in ("pareto.png", "curves.png", "fronts.png"):
@@ -182,7 +185,10 @@ def test_only_the_chosen_are_kept_and_again_gives_the_same(compared, capsys):
     assert kept == expected
     assert run(compared.content) == 0
     assert capsys.readouterr().out.count("already trained") == 4
-    assert read(compared.out) == compared.results
+    again = read(compared.out)
+    kept = again.pop("kept")  # everything of what is still there
+    assert "answers" in kept["models"]["base"]
+    assert again == {name: found for name, found in compared.results.items() if name != "kept"}
 
 
 def test_what_was_deleted_is_not_shown_under_another_measure(compared, tmp_path, capsys):

@@ -21,7 +21,7 @@ from eaft.errors import EAFTError
 from eaft.evaluation.evaluate import check_measurable, pair, run_tasks, side_by_side
 from eaft.evaluation.identity import digest, tokenizer_digest
 from eaft.evaluation.measured import MeasuredModel, read_jsonl, shared
-from eaft.evaluation.scores import Item, processes
+from eaft.evaluation.scores import Item, Protocol, processes
 from eaft.evaluation.suite import Benchmark
 from eaft.provenance import write_json
 
@@ -60,9 +60,12 @@ class Measure:
         base: the base model's point, after `begin`.
         prompt_tokens: by kind, of each of its answers; `held_out_tokens`, of each held-out completion.
         benchmarks: without those that failed on the base model, which are in `failed`, with the reason.
+        protocol: how all are asked, complete; after `begin`.
+        kept: by model, what was read from the store instead of measured.
     """
 
     base: Point
+    protocol: Protocol
     prompt_tokens: dict[str, np.ndarray]
     held_out_tokens: np.ndarray
 
@@ -70,6 +73,7 @@ class Measure:
         self.config, self.base_path, self.benchmarks, self.folder = config, base, benchmarks, folder
         self.rows = config.held_out_rows
         self.failed: dict[str, str] = {}
+        self.kept: dict[str, list[str]] = {}
         self.inputs: str | None = None
 
     def begin(self, first: Run) -> None:
@@ -85,6 +89,7 @@ class Measure:
         nll, self.held_out_tokens = model.nll(self.rows) if self.rows else (np.array([]), np.array([]))
         measured = run_tasks(model, self.benchmarks, self.folder / "base" / ITEMS)
         model.free()
+        self.protocol, self.kept["base"], self.store = model.protocol, model.kept, model.store.folder
         self.failed = shared(lambda: measured.failed)
         self.benchmarks = {name: b for name, b in self.benchmarks.items() if name not in self.failed}
         nothing = {kind: np.zeros(len(tokens)) for kind, tokens in self.prompt_tokens.items()}
@@ -118,6 +123,7 @@ class Measure:
         point = Point(checkpoint.step, checkpoint.epoch, drift, nll)
         self.run_tasks(run, point, model, self.config.every_checkpoint_tasks)
         model.free()
+        self.kept[f"{run.name}, step {point.step}"] = model.kept
         if processes().is_main_process:
             record = self.record(run)
             record[str(point.step)] = {
@@ -150,6 +156,7 @@ class Measure:
         model = self.model(checkpoint.folder)
         self.run_tasks(run, point, model, due)
         model.free()
+        self.kept[f"{run.name}, step {point.step}"] += model.kept
 
     def run_tasks(self, run: Run, point: Point, model: MeasuredModel, names: list[str]) -> None:
         """Run tasks on a loaded point; see `all_tasks`."""

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 from tabulate import tabulate
 
 from eaft.comparison.results import LEVEL, NLL, told_apart, verdict
-from eaft.evaluation.report import save
+from eaft.evaluation.report import briefly, save
 from eaft.provenance import write_json
 from eaft.training.train import METRICS_FILE
 
@@ -156,6 +156,7 @@ def markdown(results: Numbers) -> str:
             lines += ["\n".join(f"- {where(pair, target)}" for target in targets for pair in results["pairs"])]
             lines += ["![The fronts, and their differences](fronts.png)"]
     lines += ["## Every benchmark", table_1(results, views[0])]
+    lines += ["## What was asked", *asked_section(results)]
     lines += ["## Every checkpoint", checkpoints_table(results)]
     lines += ["![Target against general ability and drift](pareto.png)", "![Training](curves.png)"]
     return "\n\n".join(lines) + "\n"
@@ -247,6 +248,32 @@ def table_1(results: Numbers, view: str) -> str:
             row += [cell(numbers[view], group, 100), cell(numbers[view], group, 100, minus=base[group])]
     note = f"{VIEWS[view]}. All in %, laid out as Table 1 of arXiv:2601.02151; tests against the base: results.json."
     return github(rows, headers) + "\n\n" + note
+
+
+def asked_section(results: Numbers) -> list[str]:
+    """Return how the tasks were asked, what was cut, and what was not measured anew."""
+    protocol = results["protocol"]
+    template = "with the chat template" if protocol["apply_chat_template"] else "in plain text, without a chat template"
+    thinking = {True: ", thinking on", False: ", thinking off", None: ""}[protocol["enable_thinking"]]
+    thinking = thinking if protocol["apply_chat_template"] else ""
+    limit = f", at most {protocol['limit']} items of each task" if protocol["limit"] else ""
+    rows = []
+    for task, a in results["asked"].items():
+        cut = [
+            f"{model}: {', '.join(f'{n} {kind}s' for kind, n in kinds.items() if n)}"
+            for model, kinds in a["cut"].items()
+            if any(kinds.values())
+        ]
+        about = (briefly(a["version"]), a["metric"], a["filter"], briefly(a["num_fewshot"]))
+        rows.append([task, *about, "; ".join(cut) or "nothing"])
+    kept = {model: what for model, what in results["kept"]["models"].items() if what}
+    read = f"Not measured anew, but read from {results['kept']['folder']}: what there is of {len(kept)} models."
+    return [
+        f"Asked {template}{thinking}, in {protocol['dtype']}, seed {protocol['seed']}{limit}. Cut: items, over all seeds, "
+        "to fit the context or the limit of an answer.",
+        github(rows, ["task", "version", "metric", "filter", "examples", "cut"]),
+        *([read] if kept else []),
+    ]
 
 
 def checkpoints_table(results: Numbers) -> str:

@@ -19,6 +19,7 @@ from eaft.comparison.study import Study
 from eaft.errors import EAFTError
 from eaft.evaluation.evaluate import changes
 from eaft.evaluation.paired import holm, mean_change, paired_change
+from eaft.evaluation.scores import asked
 from eaft.evaluation.suite import Suite
 from eaft.provenance import environment
 
@@ -46,9 +47,15 @@ def collect(
             raise EAFTError(f"None of the {group} tasks could be run on the base model: {measure.failed}")
     base = measure.base
     views = ["chosen", "last"] if measure.rows else ["last"]
+    models = {"base": [base]}
+    for (objective, _), study in studies.items():
+        models.setdefault(objective, []).append(study.views[views[0]])
     found: Numbers = {
         "recipe": described(recipe),
         "environment": environment(),
+        "protocol": {**asdict(measure.protocol), "limit": recipe.evaluate.limit},
+        "asked": {name: how_asked(name, models, measure) for name in measure.benchmarks},
+        "kept": {"folder": str(measure.store), "models": measure.kept},
         "groups": names,
         "prompts": {kind: {"tokens": tokens.tolist()} for kind, tokens in measure.prompt_tokens.items()},
         "held_out": {"tokens": measure.held_out_tokens.tolist()} if measure.rows else None,
@@ -214,6 +221,19 @@ def told_apart(front: Numbers) -> list[Numbers]:
             found.append({"sign": sign, "from": target, "to": target, "differences": [difference]})
         before = sign
     return found
+
+
+def how_asked(name: str, models: dict[str, list[Point]], measure: Measure) -> Numbers:
+    """Return what a benchmark asked, and of how many items what was cut, by objective (over all its seeds)."""
+    of_each = {
+        model: [asked(measure.benchmarks[name], measure.protocol, point.items[name]) for point in points]
+        for model, points in models.items()
+    }
+    cut = {
+        model: {kind: sum(one["cut"][kind] for one in found) for kind in found[0]["cut"]}
+        for model, found in of_each.items()
+    }
+    return {**of_each["base"][0], "cut": cut}
 
 
 def numbers(point: Point, measure: Measure, groups: dict[str, list[str]]) -> Numbers:
