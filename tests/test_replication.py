@@ -1,57 +1,61 @@
-"""The replication's comparison at matched target, by hand."""
+"""The replication's recipes are recipes of `eaft compare`, and their data is apart."""
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks" / "replication"))
-from tables import matched
+from eaft.comparison.compare import load_tasks
+from eaft.comparison.recipe import plan_runs, read_recipe
+
+ROOT = Path(__file__).parents[1]
+REPLICATION = ROOT / "benchmarks" / "replication"
 
 
-def measured(epoch, nll, drift, right):
-    """Two prompts that drift by d and 3 d, and a target task of 10 items."""
-    items = {"target": [1] * right + [0] * (10 - right)}
-    return {"epoch": epoch, "nll": nll, "drift_per_prompt": [drift, 3 * drift], "items": items}
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A repository's root with the data made, from a GSM8K of our own."""
+    root = tmp_path_factory.mktemp("root")
+    for name in ("benchmarks", "recipes"):
+        (root / name).symlink_to(ROOT / name)
+    rows = [{"question": f"{i} + 1?", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"} for i in range(80)]
+    rows.insert(3, {"question": "Long?", "answer": "x" * 240})
+    for split, first in (("train", 0), ("test", 1000)):
+        own = [{**row, "question": f"{first} + {row['question']}"} for row in rows]
+        (root / f"gsm8k_{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+    subprocess.run([sys.executable, REPLICATION / "make_data.py", root], cwd=root, check=True)
+    return root
 
 
-def run(objective, lr, *points):
-    points = [measured(i + 1, *point) for i, point in enumerate(points)]
-    return {"objective": objective, "learning_rate": lr, "seed": 0, "points": points}
+def read(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-BASE = measured(0, 2.0, 0.0, 0)
+def test_what_is_trained_on_chosen_by_and_scored_is_apart(root):
+    for name, sizes in (("gsm8k", (32, 32, 50)), ("function_calls", (48, 32, 68))):
+        parts = [read(root / "runs/replication/data" / f"{name}_{p}.jsonl") for p in ("train", "held_out", "test")]
+        assert tuple(map(len, parts)) == sizes
+        prompts = [row["prompt"][0]["content"] for part in parts for row in part]
+        assert len(set(prompts)) == len(prompts)
+        assert not any("Long" in prompt for prompt in prompts)
 
 
-def test_both_are_read_where_both_have_learned_as_much():
-    runs = [
-        run("sft", 0.1, (1.0, 0.1, 4), (0.8, 0.3, 8), (1.5, 0.9, 9)),
-        run("sft", 0.2, (0.9, 0.5, 6), (1.2, 0.8, 6), (1.9, 2.0, 6)),
-        run("eaft", 0.1, (1.5, 0.1, 2), (0.9, 0.2, 6), (1.0, 0.4, 7)),
-        run("eaft", 0.2, (1.9, 0.1, 0), (1.8, 0.2, 1), (1.7, 0.4, 2)),
-        run("sft", 0.3, (0.7, 0.01, 9)),  # EAFT was not run at this learning rate
-    ]
-    # Held-out nll: EAFT's best is 0.9, at drift 0.2; SFT passes it half-way from 0.1 to 0.3 at the lower learning rate
-    (row, difference) = matched(runs, BASE, "nll")["eaft", 0]
-    assert row[:5] == ["eaft", 0, "held-out nll", "0.900", "0.4000"]
-    assert difference == pytest.approx(np.array([0.2 - 0.2, 0.6 - 0.6]))
-    # Target: EAFT's best is 70%, at drift 0.4; SFT passes it three quarters of the way from 0.1 to 0.3
-    (row, difference) = matched(runs, BASE, "target")["eaft", 0]
-    assert row[2:4] == ["target score", "70.0%"]
-    assert difference == pytest.approx(np.array([0.4 - 0.25, 3 * (0.4 - 0.25)]))
-
-
-def test_the_better_one_is_read_where_the_other_ends():
-    runs = [run("sft", 0.1, (1.0, 0.4, 0), (1.2, 0.5, 0)), run("eaft", 0.1, (1.5, 0.1, 0), (0.5, 0.3, 0))]
-    (row, difference) = matched(runs, BASE, "nll")["eaft", 0]
-    assert row[3] == "1.000"
-    assert difference == pytest.approx(np.array([0.2 - 0.4, 3 * (0.2 - 0.4)]))
-
-
-def test_an_objective_that_learns_nothing_is_read_at_the_base():
-    runs = [run("sft", 0.1, (1.0, 0.4, 5)), run("dft", 0.1, (2.5, 0.7, 0))]
-    for by in ("nll", "target"):
-        assert matched(runs, BASE, by)["dft", 0][1] == pytest.approx(np.zeros(2))
-    del runs[1]["points"][0]["items"]["target"]
-    assert matched(runs, BASE, "target") == {}  # not taken at every epoch
+@pytest.mark.parametrize("name", ["gsm8k", "function_calls"])
+def test_a_recipe_can_be_run(root, name, model_dir, monkeypatch):
+    monkeypatch.chdir(root)
+    overrides = {"model_name_or_path": str(model_dir), "objectives": ["sft", "eaft", "talr"], "seeds": [0]}
+    recipe = read_recipe(f"benchmarks/replication/{name}.yaml", overrides)
+    runs = plan_runs(recipe, None)
+    assert len(runs) == 3 * len(recipe.learning_rates)
+    assert recipe.compared == [("eaft", "sft"), ("talr", "sft")]
+    recipe.evaluate.data_dir = None
+    recipe.evaluate.general_tasks = ["everyday"]  # the others' data is not here
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    benchmarks, (target, _) = load_tasks(recipe)
+    (task,) = benchmarks[target.benchmarks[0]].tasks.values()
+    assert len(task.eval_docs) == {"gsm8k": 50, "function_calls": 68}[name]
+    shown = task.doc_to_target(task.eval_docs[0])
+    assert shown == {"gsm8k": "1", "function_calls": shown}[name]

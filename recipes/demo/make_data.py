@@ -1,10 +1,11 @@
 """
-Write the demo's target task, `data/train.jsonl` and `data/test.jsonl`: requests in plain English, answered by a call.
+Write the demo's data, `train.jsonl`, `held_out.jsonl` and `test.jsonl`: requests in plain English, answered by a call.
 
     python recipes/demo/make_data.py
 
 The prompts do not list the functions: which there are, and how to call them, is what training must teach. Training and
-test share no phrasing and no value of a slot, so sentences learned by heart do not help.
+test share no phrasing and no value of a slot, so sentences learned by heart do not help. The held-out rows, which
+choose a checkpoint, are like the training rows, but none of them.
 """
 
 import itertools
@@ -13,7 +14,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-ROWS_PER_FUNCTION = {"train": 8, "test": 10}
+ROWS_PER_FUNCTION = {"train": 8, "held_out": 3, "test": 10}
 
 # The values of each slot: those for training, those for the test
 VALUES = {
@@ -122,23 +123,27 @@ FUNCTIONS = [
 ]
 
 
-def make_rows(split: str) -> list[dict]:
-    """Return the rows of a split, in TRL's conversational prompt-completion format."""
+def make_rows(split: str, taken: set[str]) -> list[dict]:
+    """Return the rows of a split, in TRL's conversational prompt-completion format, without the requests `taken`."""
     rng = random.Random(split)
-    column = ("train", "test").index(split)
+    column = int(split == "test")
     rows = []
     for call, *phrasings in FUNCTIONS:
         # Each list is gone through again and again in an order of its own, so that all of it is used alike
         requests = itertools.cycle(phrasings[column])
         slots = {slot: shuffled(both[column], rng) for slot, both in VALUES.items()}
-        for _ in range(ROWS_PER_FUNCTION[split]):
+        made = 0
+        while made < ROWS_PER_FUNCTION[split]:
             filled = {slot: next(values) for slot, values in slots.items()}
-            rows.append(
-                {
-                    "prompt": [{"role": "user", "content": next(requests).format(**filled)}],
-                    "completion": [{"role": "assistant", "content": call.format(**filled)}],
-                }
-            )
+            request = next(requests).format(**filled)
+            if request not in taken:
+                made += 1
+                rows.append(
+                    {
+                        "prompt": [{"role": "user", "content": request}],
+                        "completion": [{"role": "assistant", "content": call.format(**filled)}],
+                    }
+                )
     rng.shuffle(rows)
     return rows
 
@@ -156,9 +161,13 @@ def main() -> None:
     for call, train, test in FUNCTIONS:
         assert not set(train) & set(test), f"training and test share a phrasing of {call}"
     folder = Path(__file__).parent / "data"
+    taken: set[str] = set()
     for split in ROWS_PER_FUNCTION:
-        rows = make_rows(split)
-        assert len({row["prompt"][0]["content"] for row in rows}) == len(rows), f"{split} has a row twice"
+        rows = make_rows(split, taken)
+        requests = {row["prompt"][0]["content"] for row in rows}
+        assert len(requests) == len(rows), f"{split} has a row twice"
+        assert not requests & taken, f"{split} has a row of another split"
+        taken |= requests
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -1,29 +1,67 @@
-"""`eaft compare` on the tiny model: from recipe to table and pictures; reuse, resumption, and bad recipes."""
+"""`eaft compare` on the tiny model: from recipe to verdict; reuse, resumption, failures, folders, and bad recipes."""
 
 import json
 import shutil
+import threading
+from pathlib import Path
+from types import SimpleNamespace
 
+import jsonschema
+import numpy as np
 import pytest
 import yaml
 
 from eaft import cli
-from eaft.comparison import compare, report
-from tests.conftest import make_rows
-from tests.evaluation.test_evaluate import task_path  # noqa: F401 - a fixture
+from eaft.comparison import compare, measure, recipe, runs
+from eaft.errors import ConfigurationError
+from eaft.evaluation.paired import holm
+from eaft.processes import locked
+from tests.conftest import make_model, make_rows, make_tokenizer
+
+SCHEMA = json.loads((Path(compare.__file__).parent / "results.schema.json").read_text())
 
 
-@pytest.fixture
-def recipe(model_dir, tmp_path, task_path):  # noqa: F811
-    data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in make_rows()))
-    content = {
-        "output_dir": str(tmp_path / "out"),
+def write_rows(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def make_tasks(folder):
+    """`tiny`, questions of two choices, and `copy`, which are to be repeated."""
+    questions = write_rows(
+        folder / "questions.jsonl", [{"question": f"{i}?", "choices": ["a", "bb"], "answer": i % 2} for i in range(6)]
+    )
+    tasks = folder / "tasks"
+    tasks.mkdir()
+    of_both = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": questions}},
+        "test_split": "test",
+        "doc_to_text": "{{question}}",
+    }
+    tiny = {"task": "tiny", "output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "answer"}
+    copy = {"task": "copy", "output_type": "generate_until", "doc_to_target": "{{question}}"}
+    copy["generation_kwargs"] = {"max_gen_toks": 4, "until": ["zzz"]}
+    for task, metric in ((tiny, "acc"), (copy, "exact_match")):
+        metrics = [{"metric": metric, "aggregation": "mean", "higher_is_better": True}]
+        (tasks / f"{task['task']}.yaml").write_text(yaml.safe_dump({**of_both, **task, "metric_list": metrics}))
+    return str(tasks)
+
+
+def make_recipe(folder, model_dir):
+    """A recipe of two objectives, with rows held out, in a folder of its own."""
+    tasks = make_tasks(folder)
+    rows = make_rows(20)
+    data, held_out = write_rows(folder / "rows.jsonl", rows[:16]), write_rows(folder / "held_out.jsonl", rows[16:])
+    return {
+        "output_dir": str(folder / "out"),
         "objectives": {"sft": {"gate": "sft"}, "eaft2": {"gate": "eaft", "gate_alpha": 2.0}},
         "train": {
             "model_name_or_path": str(model_dir),
-            "dataset_name": str(data),
-            "max_steps": 4,
-            "save_steps": 2,
+            "dataset_name": data,
+            "max_steps": 2,
+            "save_steps": 1,
+            "per_device_train_batch_size": 4,
             "learning_rate": 1e-2,
             "logging_steps": 1,
             "use_cpu": True,
@@ -32,84 +70,241 @@ def recipe(model_dir, tmp_path, task_path):  # noqa: F811
         "evaluate": {
             "target_tasks": ["tiny"],
             "general_tasks": ["tiny", "copy"],
-            "general_prompts": str(data),
-            "target_prompts": str(data),
-            "include_path": task_path,
+            "every_checkpoint_tasks": ["tiny"],
+            "general_prompts": data,
+            "target_prompts": data,
+            "held_out": held_out,
+            "include_path": tasks,
             "drift_prompts": 3,
             "max_new_tokens": 5,
             "apply_chat_template": False,
         },
     }
 
-    def write(**changes):
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump({**content, **changes}, sort_keys=False))
-        return path
 
-    write.content = content
-    return write
-
-
-def run(path, *flags):
+def run(content, *flags):
+    path = Path(content["output_dir"]).parent / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
     return cli.main(["compare", "--config", str(path), *flags])
 
 
-def test_compares_reuses_and_resumes(recipe, tmp_path, capsys):
-    out = tmp_path / "out"
-    assert run(recipe(), "--seeds", "0", "1") == 0
-    results = json.loads((out / "results.json").read_text())
-    assert [(r["objective"], r["seed"]) for r in results["runs"]] == [
-        ("sft", 0),
-        ("eaft2", 0),
-        ("sft", 1),
-        ("eaft2", 1),
+def train_here(config):
+    """Training without a process of its own, whose start costs ten times what it does."""
+    return cli.main(["train", "--config", str(config)])
+
+
+@pytest.fixture
+def content(model_dir, tmp_path):
+    return make_recipe(tmp_path, model_dir)
+
+
+@pytest.fixture(scope="module")
+def compared(model_dir, tmp_path_factory):
+    """A comparison of two learning rates, of which only what is chosen is kept; do not change it."""
+    folder = tmp_path_factory.mktemp("compared")
+    content = make_recipe(folder, model_dir)
+    content.update(keep_checkpoints="chosen", learning_rates=["1e-3", 1e-2])  # YAML reads 1e-3 as text
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "train_apart", train_here)
+        assert run(content) == 0
+    return SimpleNamespace(content=content, out=folder / "out", results=read(folder / "out"))
+
+
+def read(out):
+    return json.loads((out / "results.json").read_text())
+
+
+def test_results_are_whole_and_as_the_schema_says(compared):
+    results = compared.results
+    jsonschema.Draft202012Validator(SCHEMA).validate(results)
+    assert [(r["objective"], r["learning_rate"]) for r in results["runs"]] == [
+        (name, rate) for name in ("sft", "eaft2") for rate in (1e-3, 1e-2)
     ]
     for r in results["runs"]:
-        assert r["drift_general"] > 0
-        assert r["tokens_per_s"] > 0
+        assert [point["step"] for point in r["points"]] == [1, 2]
+        for point in r["points"]:
+            for kind, drift in point["drift"].items():
+                assert drift["mean"] == pytest.approx(sum(drift["sums"]) / sum(results["prompts"][kind]["tokens"]))
+            assert point["nll"]["mean"] == pytest.approx(sum(point["nll"]["sums"]) / sum(results["held_out"]["tokens"]))
+            assert "tiny" in point["tasks"]
         assert r["peak_memory_gib"] > 0.1
-    sft = [r["drift_general"] for r in results["runs"] if r["objective"] == "sft"]
-    assert results["objectives"]["sft"]["drift_general"]["mean"] == pytest.approx(sum(sft) / 2)
-    assert results["objectives"]["sft"]["drift_general"]["std"] == pytest.approx(abs(sft[0] - sft[1]) / 2**0.5)
     assert results["environment"]["libraries"]["torch"]
-    table = (out / "results.md").read_text()
-    assert "| sft " in table
-    assert "| eaft2 " in table
-    assert "±" in table
-    assert table in capsys.readouterr().out.replace("\r", "") + "\n"
-    for picture in ("pareto.png", "curves.png"):
-        assert (out / picture).read_bytes().startswith(b"\x89PNG")
-    items = [json.loads(line) for line in (out / "sft-seed0" / "items" / "tiny.jsonl").read_text().splitlines()]
-    assert sum(item["score"] for item in items) / 6 == pytest.approx(results["runs"][0]["target"])
-    for r in results["runs"]:
-        assert r["general"] == pytest.approx((r["tasks"]["tiny"] + r["tasks"]["copy"]) / 2)
-        change = r["changes"]["target"]
-        assert change["after"] - change["before"] == pytest.approx(change["change"])
-        assert change["before"] == pytest.approx(results["base"]["target"])
-        assert 0 < change["p_value"] <= 1
-    assert "| general avg. " in table
-    assert not list(out.glob("base/*/log_probs"))
+
+
+def test_the_lowest_held_out_nll_chooses(compared):
+    results = compared.results
+    for choice in results["choices"]:
+        own = [r for r in results["runs"] if r["objective"] == choice["objective"]]
+        nll = {(r["learning_rate"], p["step"]): p["nll"]["mean"] for r in own for p in r["points"]}
+        assert (choice["learning_rate"], choice["steps"]["chosen"]) == min(nll, key=nll.get)
+        assert choice["numbers"]["chosen"]["nll"] == pytest.approx(min(nll.values()))
+        (chosen,) = [r for r in own if r["chosen"]]
+        assert choice["steps"]["last"] == chosen["points"][-1]["step"]
+        items = compared.out / chosen["folder"] / "items" / f"step-{choice['steps']['chosen']}" / "copy.jsonl"
+        assert len(items.read_text().splitlines()) == 6
+    assert results["base"]["point"]["nll"]["mean"] > results["objectives"]["sft"]["chosen"]["nll"]["mean"]
+
+
+def test_objectives_are_compared_on_the_same_items(compared):
+    results = compared.results
+    (pair,) = results["pairs"]
+    assert (pair["first"], pair["second"], pair["seeds"]) == ("eaft2", "sft", [0])
+    at = {c["objective"]: c["numbers"] for c in results["choices"]}
+    for view, found in pair["views"].items():
+        for measured, name in ((found["means"]["target"], "target"), (found["drift"]["general"], "drift_general")):
+            assert measured["change"] == pytest.approx(at["eaft2"][view][name] - at["sft"][view][name])
+        family = [*found["means"].values(), *found["drift"].values(), found["nll"]]
+        assert [d["p_holm"] for d in family] == pytest.approx(holm([d["p_value"] for d in family]))
+    front = pair["fronts"]["held-out nll"]
+    assert len(front["targets"]) == len(front["low"]) == len(front["first"])
+    assert np.subtract(front["first"], front["second"]) == pytest.approx(np.array(front["difference"]))
+
+
+def test_the_report_begins_with_what_to_do(compared):
+    text = (compared.out / "results.md").read_text()
+    first = text.splitlines()[0]
+    assert first == compared.results["sentence"]
+    assert first.startswith("**No objective is shown to be better")
+    assert "eaft2 and sft cannot be told apart" in first
+    assert "Asked in plain text, without a chat template, in float32, seed 1234." in text
+    assert compared.results["asked"]["copy"]["cut"]["sft"] == {"prompt": 0, "answer": 6, "thoughts": 0}
+    assert "base: 6 answers; sft: 6 answers" in text
+    assert "One seed: the intervals hold no seed-to-seed variance" in first
+    assert "| general avg. " in text
+    for picture in ("pareto.png", "curves.png", "fronts.png"):
+        assert (compared.out / picture).read_bytes().startswith(b"\x89PNG")
+        assert picture in text
+
+
+def test_only_the_chosen_are_kept_and_again_gives_the_same(compared, capsys):
+    kept = {p.parent.relative_to(compared.out).as_posix() for p in compared.out.glob("**/model.safetensors")}
+    expected = set()
+    for choice in compared.results["choices"]:
+        folder = f"{choice['objective']}-lr{choice['learning_rate']:g}-seed0"
+        expected |= {folder if step == 2 else f"{folder}/checkpoint-{step}" for step in choice["steps"].values()}
+    assert kept == expected
+    assert run(compared.content) == 0
+    assert capsys.readouterr().out.count("already trained") == 4
+    again = read(compared.out)
+    kept = again.pop("kept")  # everything of what is still there
+    assert "answers" in kept["models"]["base"]
+    assert again == {name: found for name, found in compared.results.items() if name != "kept"}
+
+
+def test_what_was_deleted_is_not_shown_under_another_measure(compared, tmp_path, capsys):
+    rows = write_rows(tmp_path / "other.jsonl", make_rows(30)[24:])
+    content = {**compared.content, "evaluate": {**compared.content["evaluate"], "held_out": rows}}
+    assert run(content) == 2
+    assert (
+        "was deleted (keep_checkpoints: chosen), and what it was measured with has changed" in capsys.readouterr().err
+    )
+
+
+def test_resumes_and_lets_others_go_on_when_one_fails(content, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "train_apart", train_here)
+    content["objectives"]["broken"] = {"gate": "sft", "max_length": 3}  # nothing is left to train on
+    content["evaluate"].update(held_out=None, every_checkpoint_tasks=[], target_prompts=None, general_tasks=["tiny"])
+    out = tmp_path / "out"
+    assert run(content, "--seeds", "0", "1") == 1
+    results = read(out)
+    jsonschema.Draft202012Validator(SCHEMA).validate(results)
+    assert [(f["objective"], f["seed"]) for f in results["failed"]] == [("broken", 0), ("broken", 1)]
+    assert "training ended with exit code 2" in results["failed"][0]["message"]
+    assert "## What failed" in (out / "results.md").read_text()
+    assert set(results["objectives"]) == {"sft", "eaft2"}
+    (pair,) = results["pairs"]
+    assert pair["seeds"] == [0, 1]
+    assert list(pair["views"]) == ["last"]
+    numbers = [c["numbers"]["last"]["drift_general"] for c in results["choices"] if c["objective"] == "sft"]
+    assert results["objectives"]["sft"]["last"]["drift_general"] == {
+        "mean": pytest.approx(sum(numbers) / 2),
+        "std": pytest.approx(abs(numbers[0] - numbers[1]) / 2**0.5),
+    }
 
     # Again: the finished is reused, the interrupted goes on from its checkpoint and ends in the same place
-    finished = (out / "sft-seed0" / "model.safetensors").stat().st_mtime_ns
-    broken = out / "eaft2-seed1"
-    for name in ("run.json", "evaluation.json", "model.safetensors"):
-        (broken / name).unlink()
-    shutil.rmtree(broken / "checkpoint-4")
-    (broken / "run.json").write_text('{"finished": false}')
-    assert run(recipe(), "--seeds", "0", "1") == 0
+    capsys.readouterr()
+    del content["objectives"]["broken"]
+    interrupted = out / "eaft2-seed1"
+    (interrupted / "model.safetensors").unlink()
+    shutil.rmtree(interrupted / "checkpoint-2")
+    (interrupted / "run.json").write_text('{"finished": false}')
+    assert run(content, "--seeds", "0", "1") == 0
     output = capsys.readouterr().out
     assert "sft-seed0: already trained" in output
-    assert f"eaft2-seed1: training from {broken / 'checkpoint-2'}" in output
-    assert (out / "sft-seed0" / "model.safetensors").stat().st_mtime_ns == finished
-    again = json.loads((out / "results.json").read_text())
-    for before, after in zip(results["runs"], again["runs"], strict=True):
-        assert after["drift_general"] == before["drift_general"]
+    assert f"eaft2-seed1: training from {interrupted / 'checkpoint-1'}" in output
+    assert read(out)["pairs"] == results["pairs"]
 
-    # Another setting does not silently reuse or overwrite
-    changed = {**recipe.content["train"], "learning_rate": 1e-4}
-    assert run(recipe(train=changed)) == 2
+    # Another setting does not silently reuse or overwrite; the same model and data elsewhere is the same
+    moved = shutil.copytree(content["train"]["model_name_or_path"], tmp_path / "moved")
+    content["train"]["model_name_or_path"] = str(moved)
+    assert run(content) == 0
+    content["train"]["learning_rate"] = 1e-4
+    assert run(content) == 2
     assert "holds another run: learning_rate changed since" in capsys.readouterr().err
+
+
+def test_training_is_a_process_of_its_own(content, tmp_path, monkeypatch):
+    """It ends with its own exit code, and knows nothing of the launch that compare is part of."""
+    monkeypatch.setenv("RANK", "1")  # as part of a launch it would wait for the other processes
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    flags = {**content["train"], "max_length": 3, "output_dir": str(tmp_path / "run")}
+    one = runs.Run("sft", 0, None, tmp_path / "run", flags, {})
+    assert "training ended with exit code 2" in runs.train_run(one)
+
+
+def test_the_others_wait_for_the_first_without_a_collective(tmp_path, monkeypatch):
+    """Two processes, here threads: the second gets what the first returns, and does nothing itself."""
+    local = threading.local()
+    monkeypatch.setattr(runs, "shared", lambda find: "launch")
+    monkeypatch.setattr(runs, "processes", lambda: local.state)
+    monkeypatch.setattr(runs, "POLL", 0.01)
+    barrier, worked, found = threading.Barrier(2), [], {}
+
+    def process(rank):
+        local.state = SimpleNamespace(is_main_process=rank == 0, num_processes=2, wait_for_everyone=barrier.wait)
+        first_alone = runs.FirstAlone(tmp_path)
+        for i in range(3):
+            found[rank, i] = first_alone(lambda i=i: worked.append((rank, i)) or [i, None])
+        first_alone.close()
+
+    (tmp_path / "_done-earlier-1.json").write_text("[7]")  # of a launch that was killed
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in (1, 0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert worked == [(0, 0), (0, 1), (0, 2)]
+    assert found == {(rank, i): [i, None] for rank in (0, 1) for i in range(3)}
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_somebody_else_is_left_alone(content, tmp_path, capsys):
+    theirs = tmp_path / "out" / "sft-seed0"
+    theirs.mkdir(parents=True)
+    (theirs / "thesis.txt").write_text("all of it")
+    assert run(content) == 2
+    assert "was not made by eaft compare" in capsys.readouterr().err
+    runs.claim(tmp_path / "out2", compare.OURS)
+    content["output_dir"] = str(tmp_path / "out2")
+    theirs.replace(tmp_path / "out2" / "sft-seed0")
+    assert run(content) == 2
+    assert f"{str(tmp_path / 'out2' / 'sft-seed0')!r} was not made by eaft compare" in capsys.readouterr().err
+    assert (tmp_path / "out2" / "sft-seed0" / "thesis.txt").read_text() == "all of it"
+
+
+def test_a_second_process_leaves(content, tmp_path, capsys):
+    runs.claim(tmp_path / "out", compare.OURS)
+    with locked(tmp_path / "out"):
+        assert run(content) == 2
+    assert "is in use: another eaft process writes there" in capsys.readouterr().err
+
+
+def test_emptying_a_folder_keeps_the_mark_that_it_is_ours(tmp_path):
+    runs.claim(tmp_path / "run", {"a": 1})
+    (tmp_path / "run" / "checkpoint-1").mkdir()
+    runs.empty(tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [runs.MARK]
+    runs.check_folder(tmp_path / "run", {"a": 1})
 
 
 @pytest.mark.parametrize(
@@ -117,58 +312,110 @@ def test_compares_reuses_and_resumes(recipe, tmp_path, capsys):
     [
         ({"objective": {}}, "'objective' is unknown. Did you mean 'objectives'?"),
         ({"objectives": {"a": {"gate": "eatf"}}}, "gate='eatf' is unknown. Did you mean 'eaft'"),
-        ({"objectives": {"a": {"gaet": "eaft"}}}, "--gaet=eaft is unknown. Did you mean '--gate'?"),
+        ({"objectives": {"a": {"gaet": "eaft"}}}, "--gaet is unknown. Did you mean '--gate'?"),
         ({"objectives": {"a/b": {}}}, "the objective 'a/b' names a folder"),
+        ({"objectives": {"a": {"seed": 3}}}, "seed is compare's to set"),
+        ({"objectives": {"a": {"learning_rate": 3}}, "learning_rates": [1]}, "a has a learning_rate"),
+        ({"objectives": {"a": {"load_best_model_at_end": True}}}, "with load_best_model_at_end the model is not"),
+        ({"pairs": [["eaft2", "stf"]]}, "pairs: 'stf' is none of sft, eaft2. Did you mean 'sft'?"),
+        ({"pairs": [["sft", "sft"]]}, "is not two objectives"),
+        ({"learning_rates": ["fast"]}, "learning_rates: expected a list of numbers"),
+        ({"keep_checkpoints": "best"}, "keep_checkpoints='best': choose all or chosen"),
         (
             {"evaluate": {"target_tasks": ["tiny"]}},
-            "evaluate: missing 1 required positional argument: 'general_tasks'",
+            "evaluate: missing 1 required keyword-only argument: 'general_tasks'",
         ),
-        ({"train": {"dataset_name": "x.jsonl"}}, "train: model_name_or_path is missing"),
+        ({"evaluate": {"held_out": "none.jsonl"}}, "evaluate.held_out: none.jsonl: there is no such file"),
+        ({"evaluate": {"held_out": None}, "learning_rates": [1, 2]}, "several learning_rates need evaluate.held_out"),
+        ({"evaluate": {"every_checkpoint_tasks": ["copy"]}}, "every_checkpoint_tasks: 'copy' is none of tiny"),
+        ({"evaluate": {"drift_prompts": 0}}, "drift_prompts=0 leaves nothing to compare"),
+        ({"evaluate": {"batchsize": 1}}, "evaluate: 'batchsize' is unknown. Did you mean 'batch_size'?"),
+        ({"train": {"dataset_name": "none.jsonl"}}, "dataset_name='none.jsonl': there is no such file"),
+        ({"train": {"model_name_or_path": None}}, "train: model_name_or_path is missing"),
     ],
 )
-def test_bad_recipe_is_one_message_and_nothing_written(recipe, tmp_path, capsys, changes, message):
-    assert run(recipe(**changes)) == 2
+def test_bad_recipe_is_one_message_and_nothing_written(content, tmp_path, capsys, changes, message):
+    for name, value in changes.items():
+        whole = name in ("train", "evaluate") and "general_tasks" not in message
+        content[name] = {**content[name], **value} if whole else value
+    assert run(content) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
+def test_rows_that_are_trained_on_cannot_choose(content, tmp_path, capsys):
+    content["evaluate"]["held_out"] = write_rows(tmp_path / "both.jsonl", make_rows(18)[15:])
+    assert run(content) == 2
+    assert "evaluate.held_out: row 0 is trained on" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_missing_recipe(tmp_path, capsys):
-    assert run(tmp_path / "none.yaml") == 2
+    assert cli.main(["compare", "--config", str(tmp_path / "none.yaml")]) == 2
     assert "No such file" in capsys.readouterr().err
 
 
-def test_failed_training_is_reported(recipe, capsys):
-    content = {**recipe.content["train"], "max_length": 3}
-    assert run(recipe(train=content)) == 2
-    assert "training ended with exit code 2" in capsys.readouterr().err
+def test_flags_take_a_part_of_the_recipe(content, tmp_path):
+    content["objectives"]["dft"] = {"gate": "dft"}
+    content["pairs"] = [["eaft2", "dft"], ["eaft2", "sft"]]
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(content))
+    found = recipe.read_recipe(str(file), {"objectives": ["sft", "eaft2"], "seeds": [3], "learning_rates": [0.5]})
+    assert list(found.objectives) == ["sft", "eaft2"]
+    assert found.compared == [("eaft2", "sft")]
+    assert [r.folder.name for r in recipe.plan_runs(found, None)] == ["sft-lr0.5-seed3", "eaft2-lr0.5-seed3"]
+    del content["pairs"]
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    assert recipe.read_recipe(str(file), {}).compared == [("eaft2", "sft"), ("dft", "sft")]
+    with pytest.raises(ConfigurationError, match="'eaft' is none of"):
+        recipe.read_recipe(str(file), {"objectives": ["eaft"]})
 
 
-def test_changed_data_is_noticed(tmp_path):
-    data = tmp_path / "data.jsonl"
-    data.write_text("a")
-    before = compare.fingerprint({"dataset_name": str(data)})
-    data.write_text("b")
-    assert compare.fingerprint({"dataset_name": str(data)}) != before
-    assert compare.fingerprint({"dataset_name": "trl-lib/Capybara"}) is None
+def test_a_run_is_known_by_what_it_depends_on(content, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(content))
+
+    def identity(model="digest"):
+        return recipe.plan_runs(recipe.read_recipe(str(file), {}), model)[0].identity
+
+    before = identity()
+    assert identity() == before != identity("another model, at the same path")
+    write_rows(tmp_path / "rows.jsonl", make_rows(15))
+    assert identity() != before
+    assert str(tmp_path) not in json.dumps(before)
 
 
-def test_tables_show_spread_only_with_several_seeds():
-    numbers = {"mean": 0.5, "std": None}
-    names = ("target", "general", "drift_general", "tokens_per_s", "peak_memory_gib")
-    results = {
-        "base": {"target": 0.1, "general": 0.6, "tasks": {"t": 0.1, "g": 0.7, "h": 0.5}},
-        "groups": {"target": ["t"], "general": ["g", "h"]},
-        "objectives": {"sft": {**dict.fromkeys(names, numbers), "tasks": dict.fromkeys("tgh", numbers)}},
-        "recipe": {"seeds": [3]},
-    }
-    row = report.table(results).splitlines()[3]
-    assert [cell.strip() for cell in row.split("|")[1:-1]] == [
-        "sft", "50.0", "+40.0", "50.0", "-10.0", "0.5000", "", "0", "0.50",
-    ]  # fmt: skip
-    results["objectives"]["sft"]["tasks"]["g"] = {"mean": 0.5, "std": 0.02}
-    head, _, base, sft = (
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in report.table_1(results).splitlines()[:4]
-    )
-    assert head == ["method", "g", "h", "general avg.", "change", "t", "target avg.", "change"]
-    assert base == ["base", "70.0", "50.0", "60.0", "", "10.0", "10.0", ""]
-    assert sft == ["sft", "50.0 ± 2.0", "50.0", "50.0", "-10.0", "50.0", "50.0", "+40.0"]
+def test_a_gate_of_ones_own_is_part_of_the_run(content, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    module = tmp_path / "own_gate_of_compare.py"
+    module.write_text("def gate(token):\n    return token.entropy * 0 + 1\n")
+    flags = {"gate": "own_gate_of_compare:gate"}
+    assert recipe.local_files(flags) == {"gate": module}
+
+
+def test_a_base_without_a_template_is_asked_as_the_tuned_model_is(tmp_path):
+    """As `eaft eval` does: in the template that training gave it."""
+    tokenizer = make_tokenizer()
+    for name in ("tuned", "base"):
+        make_model().save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        tokenizer.chat_template = None
+        (tmp_path / "base" / "chat_template.jinja").unlink(missing_ok=True)
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "Hello"}])
+    config = recipe.EvaluateConfig(target_tasks=[], general_tasks=[], general_prompts=prompts, max_new_tokens=2)
+    found = measure.Measure(config, str(tmp_path / "base"), {}, tmp_path)
+    found.begin(runs.Run("sft", 0, None, tmp_path / "tuned", {}, {}))
+    asked = make_tokenizer().decode(found.answers["general"].answers[0].prompt_ids)
+    assert asked == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_how_models_are_asked_is_a_protocol():
+    """All its fields, those that a later version adds too, and no list of them here."""
+    config = recipe.EvaluateConfig(target_tasks=[], general_tasks=[], backend="vllm", enable_thinking=True, seed=5)
+    assert (config.protocol.backend, config.protocol.enable_thinking, config.protocol.seed) == ("vllm", True, 5)
+
+
+def test_no_objective_that_succeeds_is_an_error(content, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "train_run", lambda run: "training ended with exit code 1")
+    assert run(content) == 2
+    assert "Nothing can be compared:\n  sft-seed0: training ended with exit code 1" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Tables and pictures of a comparison."""
+"""The report of a comparison: what to do and how sure that is, the tables that prove it, and pictures."""
 
 from __future__ import annotations
 
@@ -9,21 +9,233 @@ from typing import Any
 import matplotlib.pyplot as plt
 from tabulate import tabulate
 
-from eaft.evaluation.report import save
+from eaft.comparison.results import LEVEL, NLL, told_apart, verdict
+from eaft.evaluation.report import briefly, save
+from eaft.provenance import write_json
 from eaft.training.train import METRICS_FILE
 
 Numbers = dict[str, Any]
+VIEWS = {"chosen": "At each objective's own choice (lowest held-out nll)", "last": "After the last step"}
+
+
+def write(results: Numbers, folder: Path) -> str:
+    """Write results.md, the pictures and, last, results.json; return the Markdown."""
+    results["verdicts"] = [{"first": p["first"], "second": p["second"], **verdict(p)} for p in results["pairs"]]
+    results["sentence"] = headline(results)
+    text = markdown(results)
+    (folder / "results.md").write_text(text)
+    draw_pareto(results, folder / "pareto.png")
+    draw_curves(results, folder)
+    draw_fronts(results, folder / "fronts.png")
+    write_json(folder / "results.json", results)
+    return text
+
+
+# The sentence
+
+
+def headline(results: Numbers) -> str:
+    """Return what to do, why, and how sure that is."""
+    if not results["pairs"]:
+        return "Nothing was compared: there is no `sft` and no `pairs` in the recipe, or one of each pair failed."
+    preferred = dict.fromkeys(v["prefer"] for v in results["verdicts"] if v["prefer"] is not None)
+    beaten = {n for v in results["verdicts"] if v["prefer"] for n in (v["first"], v["second"]) if n != v["prefer"]}
+    best = [name for name in preferred if name not in beaten]
+    if len(best) == 1:
+        advice = f"**Choose {best[0]}.**"
+    elif best:
+        advice = f"**Choose one of {', '.join(best)}**, which were not shown to differ."
+    elif any(v["better"] for v in results["verdicts"]):
+        advice = "**Choose by what you need: what is gained is paid for.**"
+    else:
+        advice = "**No objective is shown to be better than another: take the simplest.**"
+    text = [advice, *(clause(pair, v) for pair, v in zip(results["pairs"], results["verdicts"], strict=True))]
+    if any(len(pair["seeds"]) == 1 for pair in results["pairs"]):
+        text.append("One seed: the intervals hold no seed-to-seed variance, and another seed may turn this round.")
+    return " ".join(text)
+
+
+def clause(pair: Numbers, found: Numbers) -> str:
+    """Return one pair's verdict, with the numbers it rests on."""
+    first, second = pair["first"], pair["second"]
+    view = pair["views"].get("chosen") or pair["views"]["last"]
+    if found["better"] and found["worse"]:
+        said = f"{first} is better than {second} in {listed(found['better'])} and worse in {listed(found['worse'])}"
+    elif found["better"]:
+        said = f"{first} is better than {second} in {listed(found['better'])}, and not shown to be worse in anything"
+    elif found["worse"]:
+        said = f"{first} is worse than {second} in {listed(found['worse'])}, and not shown to be better in anything"
+    else:
+        said = f"{first} and {second} cannot be told apart"
+    numbers = [f"{name} {points(view['means'][name])}" for name in ("target", "general")]
+    fronts = [(name, front["mean"]) for name, front in pair["fronts"].items() if front is not None]
+    numbers += [f"drift at equal {name} {nats(mean)}" for name, mean in fronts] or [
+        f"drift {nats(view['drift']['general'])}"
+    ]
+    return f"{said} ({first} less {second}: {'; '.join(numbers)})."
+
+
+def listed(names: list[str]) -> str:
+    """Return names as a sentence has them."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def points(d: Numbers) -> str:
+    """Return a difference of scores in percentage points, with interval and adjusted p."""
+    return f"{100 * d['change']:+.1f} points (95%: {100 * d['low']:+.1f} to {100 * d['high']:+.1f}; {p(d)})"
+
+
+def nats(d: Numbers) -> str:
+    """Return a difference of drift or nll in nats per token, with interval and adjusted p."""
+    return f"{d['change']:+.4f} (95%: {d['low']:+.4f} to {d['high']:+.4f}; {p(d)})"
+
+
+def p(d: Numbers) -> str:
+    """Return an adjusted p."""
+    return f"p {d['p_holm']:.2g}" if d["p_holm"] >= 1e-4 else "p < 0.0001"
+
+
+def where(pair: Numbers, target: str) -> str:
+    """Say at which targets a pair's fronts can be told apart."""
+    front, first, second = pair["fronts"][target], pair["first"], pair["second"]
+    if front is None:
+        return (
+            f"{first} and {second}: there is no {target} that both reach, with every seed, past their first "
+            "checkpoint. Save checkpoints earlier, or more of them."
+        )
+    span = f"{shown(target, front['targets'][0])} to {shown(target, front['targets'][-1])}"
+    stretches = told_apart(front)
+    if not stretches:
+        return (
+            f"{first} and {second} cannot be told apart at any {target} from {span} (on average {nats(front['mean'])})."
+        )
+    said = []
+    for stretch in stretches:
+        sizes = sorted(abs(d) for d in stretch["differences"])
+        at = up_to(shown(target, stretch["from"]), shown(target, stretch["to"]))
+        word = "more" if stretch["sign"] > 0 else "less"
+        said.append(f"at {target} {at} {first} drifts {word}, by {up_to(f'{sizes[0]:.4f}', f'{sizes[-1]:.4f}')}")
+    whole = len(stretches) == 1 and len(stretches[0]["differences"]) == len(front["targets"])
+    rest = "" if whole else f"; elsewhere from {span} they cannot be told apart"
+    return f"{first} and {second}: {', '.join(said)}{rest} (on average {nats(front['mean'])})."
+
+
+def up_to(low: str, high: str) -> str:
+    """Return a range in words, or its only value."""
+    return low if low == high else f"{low} to {high}"
+
+
+def shown(target: str, shortfall: float) -> str:
+    """Return a target as users read it: the nll as it is, a score in %."""
+    return f"{shortfall:.3f}" if target == NLL else f"{100 * (1 - shortfall):.1f}%"
+
+
+# The tables
+
+
+def markdown(results: Numbers) -> str:
+    """Return the whole report."""
+    seeds = results["recipe"]["seeds"]
+    lines = [results["sentence"]]
+    if results["failed"]:
+        lines += ["## What failed", "\n".join(f"- {failure['message']}" for failure in results["failed"])]
+    lines += [
+        "## Gained and forgotten",
+        f"Seeds: {', '.join(map(str, seeds))}"
+        + ("; mean ± standard deviation over them" if len(seeds) > 1 else "")
+        + ". Drift: mean KL(base ‖ tuned), nats per token, over the base model's own answers.",
+    ]
+    views = [view for view in VIEWS if any(view in numbers for numbers in results["objectives"].values())]
+    for view in views:
+        lines += [f"### {VIEWS[view]}", table(results, view)]
+    if results["pairs"]:
+        lines += ["## Objective against objective", how_tested(results)]
+        lines += [part for view in views for part in (f"### {VIEWS[view]}", pairs_table(results, view))]
+        if targets := list(results["pairs"][0]["fronts"]):
+            lines += ["## Drift at a matched target", MATCHED]
+            lines += ["\n".join(f"- {where(pair, target)}" for target in targets for pair in results["pairs"])]
+            lines += ["![The fronts, and their differences](fronts.png)"]
+    lines += ["## Every benchmark", table_1(results, views[0])]
+    lines += ["## What was asked", *asked_section(results)]
+    lines += ["## Every checkpoint", checkpoints_table(results)]
+    lines += ["![Target against general ability and drift](pareto.png)", "![Training](curves.png)"]
+    return "\n\n".join(lines) + "\n"
+
+
+MATCHED = (
+    "The least drift with which each objective, at any of its learning rates and checkpoints, has a target at least so "
+    "good; linear between checkpoints. The band is simultaneous: in about 95% of comparisons it holds the whole true "
+    "curve. It carries the uncertainty of drift (prompts), of the target (held-out examples or items) and of seeds."
+)
+
+
+def how_tested(results: Numbers) -> str:
+    """Return how the pairs were tested."""
+    several = "items (or prompts) and seeds both count (Cochran and Cox's t)"
+    one = "one seed, so items (or prompts) alone count: as `eaft eval` tests scores, Student's t for drift and nll"
+    counts = {len(pair["seeds"]) > 1 for pair in results["pairs"]}
+    how = several if counts == {True} else one if counts == {False} else f"{several}; where there is {one}"
+    return (
+        f"First less second, on the same items. 95% intervals; {how}. p is adjusted by Holm's method over the pairs "
+        f"and, together, means, drift and nll; or single tasks. **Bold**: adjusted p < {LEVEL}."
+    )
 
 
 def cell(numbers: Numbers, name: str, scale: float = 1, digits: int = 1, minus: float | None = None) -> str:
     """Return a mean, or its difference from `minus`, with its spread over seeds if there is one."""
+    if name not in numbers:
+        return ""
     mean, std = numbers[name]["mean"], numbers[name]["std"]
-    assert mean is not None
     text = f"{scale * mean:.{digits}f}" if minus is None else f"{scale * (mean - minus):+.{digits}f}"
     return text if std is None else f"{text} ± {scale * std:.{digits}f}"
 
 
-def table_1(results: dict[str, Any]) -> str:
+def table(results: Numbers, view: str) -> str:
+    """Return one row an objective: target, general, drift, held-out nll, cost."""
+    base = results["base"]
+    rows = [["base", f"{100 * base['target']:.1f}", "", f"{100 * base['general']:.1f}", "", "0", "0"]]
+    rows[0] += [f"{base['nll']:.3f}" if "nll" in base else "", "", ""]
+    for name, numbers in results["objectives"].items():
+        at, training = numbers[view], numbers["training"]
+        rows.append(
+            [
+                name,
+                cell(at, "target", 100),
+                cell(at, "target", 100, minus=base["target"]),
+                cell(at, "general", 100),
+                cell(at, "general", 100, minus=base["general"]),
+                cell(at, "drift_general", digits=4),
+                cell(at, "drift_target", digits=4),
+                cell(at, "nll", digits=3),
+                cell(training, "tokens_per_s", digits=0),
+                cell(training, "peak_memory_gib", digits=2),
+            ]
+        )
+    headers = ["objective", "target %", "change", "general %", "change", "drift, general", "drift, target"]
+    return github(rows, [*headers, "held-out nll", "tokens/s", "peak GiB"])
+
+
+def pairs_table(results: Numbers, view: str) -> str:
+    """Return one row a pair: every difference, with interval and adjusted p."""
+    rows = []
+    for pair in results["pairs"]:
+        at = pair["views"][view]
+        scores = [bold(at["means"][group], points) for group in ("target", "general")]
+        drift = [bold(at["drift"][kind], nats) for kind in at["drift"]]
+        tasks = [bold(d, points) for d in at["tasks"].values()]
+        nll = [] if at["nll"] is None else [bold(at["nll"], nats)]
+        rows.append([f"{pair['first']} less {pair['second']}", len(pair["seeds"]), *scores, *drift, *nll, *tasks])
+    first = results["pairs"][0]["views"][view]
+    headers = ["pair", "seeds", "target", "general", *(f"drift, {kind}" for kind in first["drift"])]
+    return github(rows, [*headers, *([] if first["nll"] is None else ["held-out nll"]), *first["tasks"]])
+
+
+def bold(d: Numbers, form: Any) -> str:
+    """Return a difference, in bold if it is significant."""
+    return f"**{form(d)}**" if d["p_holm"] < LEVEL else form(d)
+
+
+def table_1(results: Numbers, view: str) -> str:
     """Return the comparison laid out as the paper's Table 1: every benchmark, the averages, and their change."""
     base, groups = results["base"], results["groups"]
     headers = ["method"]
@@ -32,68 +244,88 @@ def table_1(results: dict[str, Any]) -> str:
         headers += [*groups[group], f"{group} avg.", "change"]
         rows[0] += [*(f"{100 * base['tasks'][name]:.1f}" for name in groups[group]), f"{100 * base[group]:.1f}", ""]
         for row, numbers in zip(rows[1:], results["objectives"].values(), strict=True):
-            row += [cell(numbers["tasks"], name, 100) for name in groups[group]]
-            row += [cell(numbers, group, 100), cell(numbers, group, 100, minus=base[group])]
-    note = "All in %, laid out as Table 1 of arXiv:2601.02151; tests of each run against the base: results.json."
-    return tabulate(rows, headers, tablefmt="github", disable_numparse=True) + "\n\n" + note
+            row += [cell(numbers[view]["tasks"], name, 100) for name in groups[group]]
+            row += [cell(numbers[view], group, 100), cell(numbers[view], group, 100, minus=base[group])]
+    note = f"{VIEWS[view]}. All in %, laid out as Table 1 of arXiv:2601.02151; tests against the base: results.json."
+    return github(rows, headers) + "\n\n" + note
 
 
-def table(results: dict[str, Any]) -> str:
-    """Return the comparison as a Markdown table: one row an objective, mean ± standard deviation over the seeds."""
-    base = results["base"]
-
-    rows = [["base", f"{100 * base['target']:.1f}", "", f"{100 * base['general']:.1f}", "", "0", "0", "", ""]]
-    for name, numbers in results["objectives"].items():
-        on_target = "drift_target" in numbers
-        rows.append(
-            [
-                name,
-                cell(numbers, "target", 100),
-                cell(numbers, "target", 100, minus=base["target"]),
-                cell(numbers, "general", 100),
-                cell(numbers, "general", 100, minus=base["general"]),
-                cell(numbers, "drift_general", digits=4),
-                cell(numbers, "drift_target", digits=4) if on_target else "",
-                cell(numbers, "tokens_per_s", digits=0),
-                cell(numbers, "peak_memory_gib", digits=2),
-            ]
-        )
-    headers = ["objective", "target %", "change", "general %", "change"]
-    headers += ["drift, general", "drift, target", "tokens/s", "peak GiB"]
-    seeds = results["recipe"]["seeds"]
-    note = f"Seeds: {', '.join(map(str, seeds))}" + ("; mean ± standard deviation" if len(seeds) > 1 else "")
-    note += ". Drift: mean KL(base ‖ tuned), nats per token, over the base model's own answers."
-    return tabulate(rows, headers, tablefmt="github", disable_numparse=True) + "\n\n" + note
+def asked_section(results: Numbers) -> list[str]:
+    """Return how the tasks were asked, what was cut, and what was not measured anew."""
+    protocol = results["protocol"]
+    template = "with the chat template" if protocol["apply_chat_template"] else "in plain text, without a chat template"
+    thinking = {True: ", thinking on", False: ", thinking off", None: ""}[protocol["enable_thinking"]]
+    thinking = thinking if protocol["apply_chat_template"] else ""
+    limit = f", at most {protocol['limit']} items of each task" if protocol["limit"] else ""
+    rows = []
+    for task, a in results["asked"].items():
+        cut = [
+            f"{model}: {', '.join(f'{n} {kind}s' for kind, n in kinds.items() if n)}"
+            for model, kinds in a["cut"].items()
+            if any(kinds.values())
+        ]
+        about = (briefly(a["version"]), a["metric"], a["filter"], briefly(a["num_fewshot"]))
+        rows.append([task, *about, "; ".join(cut) or "nothing"])
+    kept = {model: what for model, what in results["kept"]["models"].items() if what}
+    read = f"Not measured anew, but read from {results['kept']['folder']}: what there is of {len(kept)} models."
+    return [
+        f"Asked {template}{thinking}, in {protocol['dtype']}, seed {protocol['seed']}{limit}. Cut: items, over all seeds, "
+        "to fit the context or the limit of an answer.",
+        github(rows, ["task", "version", "metric", "filter", "examples", "cut"]),
+        *([read] if kept else []),
+    ]
 
 
-def colors(names: list[str]) -> dict[str, Any]:
+def checkpoints_table(results: Numbers) -> str:
+    """Return held-out nll and drift after every checkpoint of every run."""
+    rows = []
+    for run in results["runs"]:
+        for point in run["points"]:
+            nll = "" if point["nll"] is None else f"{point['nll']['mean']:.3f}"
+            rows.append(
+                [run["folder"], f"{point['epoch']:g}", point["step"], nll, f"{point['drift']['general']['mean']:.4f}"]
+            )
+    return github(rows, ["run", "epochs", "steps", "held-out nll", "drift"])
+
+
+def github(rows: list[list[Any]], headers: list[str]) -> str:
+    """Return a Markdown table."""
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+# The pictures
+
+
+def colors(results: Numbers) -> dict[str, Any]:
     """Return one colour for each objective, the same in every picture."""
-    return {name: plt.get_cmap("tab20")(i % 20) for i, name in enumerate(names)}
+    names = list(results["objectives"])
+    palette = plt.get_cmap("tab10" if len(names) <= 10 else "tab20")  # the latter in pairs that are hard to tell apart
+    return {name: palette(i % palette.N) for i, name in enumerate(names)}
 
 
-def draw_pareto(results: dict[str, Any], path: Path) -> None:
+def draw_pareto(results: Numbers, path: Path) -> None:
     """Draw target against general ability and against drift: every seed a dot, the mean with its spread on top."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
+    view = "chosen" if any("chosen" in numbers for numbers in results["objectives"].values()) else "last"
+    base = results["base"]
     for axis, quantity, scale, label in (
         (axes[0], "general", 100, "general ability (%)  →  better"),
         (axes[1], "drift_general", 1, "drift, KL(base ‖ tuned), nats per token  →  better"),
     ):
-        base = results["base"]
         axis.scatter(
             scale * base[quantity], 100 * base["target"], marker="*", s=160, color="black", label="base", zorder=3
         )
-        for name, color in colors(list(results["objectives"])).items():
-            runs = [run for run in results["runs"] if run["objective"] == name]
+        for name, color in colors(results).items():
+            seeds = [c["numbers"][view] for c in results["choices"] if c["objective"] == name]
             axis.scatter(
-                [scale * r[quantity] for r in runs], [100 * r["target"] for r in runs], s=16, alpha=0.5, color=color
+                [scale * s[quantity] for s in seeds], [100 * s["target"] for s in seeds], s=16, alpha=0.5, color=color
             )
-            x, y = results["objectives"][name][quantity], results["objectives"][name]["target"]
-            xerr, yerr = scale * (x["std"] or 0), 100 * (y["std"] or 0)
+            x, y = results["objectives"][name][view][quantity], results["objectives"][name][view]["target"]
             axis.errorbar(
                 scale * x["mean"],
                 100 * y["mean"],
-                yerr,
-                xerr,
+                100 * (y["std"] or 0),
+                scale * (x["std"] or 0),
                 fmt="o",
                 markersize=8,
                 capsize=3,
@@ -105,25 +337,79 @@ def draw_pareto(results: dict[str, Any], path: Path) -> None:
     axes[1].invert_xaxis()  # so that up and right is better in both
     axes[0].set_ylabel("target (%)  →  better")
     axes[0].legend()
+    figure.suptitle(VIEWS[view], fontsize=10)
     save(figure, path)
 
 
-def draw_curves(runs: dict[tuple[str, int], Path], path: Path) -> None:
-    """Draw the plain nll of training and held-out tokens, and the mean gate, over the steps of every run."""
-    logs = {run: [json.loads(line) for line in (f / METRICS_FILE).read_text().splitlines()] for run, f in runs.items()}
-    titles = {"nll": "training nll (nats)", "eval_nll": "held-out nll (nats)", "mean_gate": "mean gate, training"}
-    panels = {m: title for m, title in titles.items() if any(m in log for lines in logs.values() for log in lines)}
+def draw_curves(results: Numbers, folder: Path) -> None:
+    """Draw the plain nll of training and held-out tokens, and the mean gate, over the steps of the chosen runs."""
+    runs = [run for run in results["runs"] if run["chosen"]]
+    logs = []
+    for run in runs:
+        lines = (folder / run["folder"] / METRICS_FILE).read_text().splitlines()
+        log = [json.loads(line) for line in lines]
+        logs.append(log + [{"step": p["step"], NLL: p["nll"]["mean"]} for p in run["points"] if p["nll"]])
+    titles = {
+        "nll": "training nll (nats)",
+        "eval_nll": "evaluation nll (nats)",
+        NLL: "held-out nll (nats)",
+        "mean_gate": "mean gate, training",
+    }
+    panels = {m: title for m, title in titles.items() if any(m in line for log in logs for line in log)}
     figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.8), layout="constrained", squeeze=False)
-    palette = colors(list(dict.fromkeys(name for name, _ in runs)))
-    for (name, seed), lines in logs.items():
+    palette, labelled = colors(results), set()
+    for run, log in zip(runs, logs, strict=True):
         for axis, metric in zip(axes[0], panels, strict=True):
-            points = [(log["step"], log[metric]) for log in lines if metric in log]
-            first = seed == next(s for n, s in runs if n == name)
-            axis.plot(
-                *zip(*points, strict=True), color=palette[name], alpha=0.8, label=name if first else None
-            ) if points else None
+            drawn = [(line["step"], line[metric]) for line in log if metric in line]
+            label = None if run["objective"] in labelled else run["objective"]
+            if drawn:
+                axis.plot(*zip(*drawn, strict=True), color=palette[run["objective"]], alpha=0.8, label=label)
+        labelled.add(run["objective"])
     for axis, (metric, title) in zip(axes[0], panels.items(), strict=True):
         axis.set(xlabel="step", title=title, **({"ylim": (0, None)} if metric == "mean_gate" else {"yscale": "log"}))
         axis.grid(alpha=0.3)
     axes[0, 0].legend()
+    save(figure, folder / "curves.png")
+
+
+def draw_fronts(results: Numbers, path: Path) -> None:
+    """Draw, for each pair and target, both fronts over all checkpoints, and their difference with its band."""
+    drawn = [(pair, target) for pair in results["pairs"] for target, f in pair["fronts"].items() if f is not None]
+    rows = max(len(drawn), 1)
+    figure, axes = plt.subplots(rows, 2, figsize=(10, 3.6 * rows), layout="constrained", squeeze=False)
+    palette = colors(results)
+    for (left, right), (pair, target) in zip(axes, drawn, strict=False):
+        front = pair["fronts"][target]
+        x = [t if target == NLL else 100 * (1 - t) for t in front["targets"]]
+        for side in ("first", "second"):
+            name = pair[side]
+            left.plot(x, front[side], color=palette[name], label=name)
+            at = [
+                measured(point, target)
+                for run in results["runs"]
+                if run["objective"] == name
+                for point in run["points"]
+            ]
+            left.scatter(*zip(*at, strict=True), color=palette[name], s=12, alpha=0.5)
+        right.plot(x, front["difference"], color="black")
+        right.fill_between(x, front["low"], front["high"], color="black", alpha=0.15, label="95%, whole curve")
+        right.axhline(0, color="black", linewidth=0.8)
+        left.set(ylabel="drift, nats per token", title="The least drift at a target so good")
+        right.set(ylabel="drift, nats per token", title=f"{pair['first']} less {pair['second']}")
+        for axis in (left, right):
+            axis.set_xlabel(f"{target} (nats)" if target == NLL else f"{target} (%)")
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize=8)
+            if target == NLL:
+                axis.invert_xaxis()  # so that right is better, whatever the target
+    if not drawn:
+        for axis in axes[0]:
+            axis.set_axis_off()
+        axes[0, 0].set_title("No two fronts could be compared")
     save(figure, path)
+
+
+def measured(point: Numbers, target: str) -> tuple[float, float]:
+    """Return a point's target, as it is drawn, and its drift."""
+    at = point["nll"]["mean"] if target == NLL else 100 * point["tasks"][target]["mean"]
+    return at, point["drift"]["general"]["mean"]

@@ -1,0 +1,218 @@
+"""
+The base model and every checkpoint of every run, measured: drift and held-out nll of all, tasks of some.
+
+What is measured is kept in the store of `eaft.evaluation`, under a digest of the weights and of all else it depends
+on. The numbers of a checkpoint that has been deleted are in its run's `points.json`, with a digest of what they were
+measured with; if that has changed, the run cannot be used any more, and says so.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eaft.comparison.recipe import EvaluateConfig, Run
+from eaft.comparison.runs import Checkpoint, checkpoints, delete_models
+from eaft.errors import EAFTError
+from eaft.evaluation.evaluate import check_measurable, pair, run_tasks, side_by_side
+from eaft.evaluation.identity import digest, tokenizer_digest
+from eaft.evaluation.measured import MeasuredModel, read_jsonl, shared
+from eaft.evaluation.scores import Item, Protocol, processes
+from eaft.evaluation.suite import Benchmark
+from eaft.provenance import write_json
+
+POINTS_FILE = "points.json"
+ITEMS = "items"
+
+
+@dataclass
+class Point:
+    """
+    What was measured of one model.
+
+    Attributes:
+        step, epoch: of its run; 0 is the base model.
+        drift: by kind of prompts, each prompt's summed KL (nats).
+        nll: each held-out example's summed nll (nats); empty without held-out rows.
+        items: of the tasks that were run on it.
+    """
+
+    step: int
+    epoch: float
+    drift: dict[str, np.ndarray]
+    nll: np.ndarray
+    items: dict[str, list[Item]] = field(default_factory=dict)
+
+    def scores(self, task: str) -> np.ndarray:
+        """Return a task's scores, item by item."""
+        return np.array([item["score"] for item in self.items[task]])
+
+
+class Measure:
+    """
+    Measures a comparison's models. On processes other than the first, points hold no numbers.
+
+    Attributes:
+        base: the base model's point, after `begin`.
+        prompt_tokens: by kind, of each of its answers; `held_out_tokens`, of each held-out completion.
+        benchmarks: without those that failed on the base model, which are in `failed`, with the reason.
+        protocol: how all are asked, complete; after `begin`.
+        kept: by model, what was read from the store instead of measured.
+    """
+
+    base: Point
+    protocol: Protocol
+    prompt_tokens: dict[str, np.ndarray]
+    held_out_tokens: np.ndarray
+
+    def __init__(self, config: EvaluateConfig, base: str, benchmarks: dict[str, Benchmark], folder: Path) -> None:
+        self.config, self.base_path, self.benchmarks, self.folder = config, base, benchmarks, folder
+        self.rows = config.held_out_rows
+        self.failed: dict[str, str] = {}
+        self.kept: dict[str, list[str]] = {}
+        self.inputs: str | None = None
+
+    def begin(self, first: Run) -> None:
+        """Measure the base model, unless it has been; one without a chat template takes that of the first run."""
+        if self.inputs is not None:
+            return
+        _, model = side_by_side(str(first.folder), self.base_path, self.config.protocol, drift=True)
+        assert model is not None
+        self.answers = {kind: model.answers(prompts) for kind, prompts in self.config.prompts.items()}
+        self.prompt_tokens = {
+            kind: np.array([len(answer.answer_ids) for answer in a.answers]) for kind, a in self.answers.items()
+        }
+        nll, self.held_out_tokens = model.nll(self.rows) if self.rows else (np.array([]), np.array([]))
+        measured = run_tasks(model, self.benchmarks, self.folder / "base" / ITEMS)
+        model.free()
+        self.protocol, self.kept["base"], self.store = model.protocol, model.kept, model.store.folder
+        self.failed = shared(lambda: measured.failed)
+        self.benchmarks = {name: b for name, b in self.benchmarks.items() if name not in self.failed}
+        nothing = {kind: np.zeros(len(tokens)) for kind, tokens in self.prompt_tokens.items()}
+        self.base = Point(0, 0.0, nothing, nll, measured.items)
+        answered = {kind: a.digest for kind, a in self.answers.items()}
+        self.inputs = digest([answered, self.rows, tokenizer_digest(model.tokenizer), asdict(model.protocol)])
+
+    def path(self, run: Run) -> list[Point]:
+        """
+        Return a finished run's points, with drift, nll and the tasks that every checkpoint is asked.
+
+        Raises:
+            EAFTError: a checkpoint cannot be measured.
+        """
+        record = shared(lambda: self.record(run))
+        found = {}
+        there = {checkpoint.step: checkpoint for checkpoint in checkpoints(run)}
+        for step in sorted({*there, *map(int, record)}):
+            kept = record.get(str(step))
+            if kept is not None and kept["deleted"]:
+                found[step] = self.recorded(run, step, kept)
+            else:
+                found[step] = self.point(run, there[step])
+        return list(found.values())
+
+    def point(self, run: Run, checkpoint: Checkpoint) -> Point:
+        """Measure a checkpoint that is there."""
+        model = self.model(checkpoint.folder)
+        drift = {kind: model.drift(answers)[0] for kind, answers in self.answers.items()}
+        nll = model.nll(self.rows)[0] if self.rows else np.array([])
+        point = Point(checkpoint.step, checkpoint.epoch, drift, nll)
+        self.run_tasks(run, point, model, self.config.every_checkpoint_tasks)
+        model.free()
+        self.kept[f"{run.name}, step {point.step}"] = model.kept
+        if processes().is_main_process:
+            record = self.record(run)
+            record[str(point.step)] = {
+                "epoch": point.epoch,
+                "deleted": False,
+                "inputs": self.inputs,
+                "drift": {kind: sums.tolist() for kind, sums in drift.items()},
+                "nll": nll.tolist(),
+            }
+            write_json(run.folder / POINTS_FILE, record)
+        return point
+
+    def all_tasks(self, run: Run, point: Point) -> None:
+        """
+        Run what tasks have not been run on a point.
+
+        Raises:
+            EAFTError: its checkpoint has been deleted, or a task fails.
+        """
+        due = [name for name in self.benchmarks if name not in shared(lambda: list(point.items))]
+        if not due:
+            return
+        kept = shared(lambda: self.record(run).get(str(point.step)))
+        if kept is not None and kept["deleted"]:
+            raise EAFTError(
+                f"{run.name}: the checkpoint of step {point.step} was deleted (keep_checkpoints: chosen), and "
+                f"{', '.join(due)} cannot be run on it: delete the folder, and it is trained again."
+            )
+        checkpoint = next(c for c in checkpoints(run) if c.step == point.step)
+        model = self.model(checkpoint.folder)
+        self.run_tasks(run, point, model, due)
+        model.free()
+        self.kept[f"{run.name}, step {point.step}"] += model.kept
+
+    def run_tasks(self, run: Run, point: Point, model: MeasuredModel, names: list[str]) -> None:
+        """Run tasks on a loaded point; see `all_tasks`."""
+        wanted = {name: self.benchmarks[name] for name in names if name in self.benchmarks}
+        measured = run_tasks(model, wanted, run.folder / ITEMS / f"step-{point.step}")
+        for name, message in shared(lambda: measured.failed).items():
+            raise EAFTError(f"{run.name}: {name} failed after step {point.step}: {message}")
+        if processes().is_main_process:
+            for name, items in measured.items.items():
+                pair(name, self.base.items[name], items)
+        point.items.update(measured.items)
+
+    def delete(self, run: Run, keep: set[int]) -> None:
+        """Delete a run's models but those after some steps; their numbers stay."""
+        if processes().is_main_process:
+            record = self.record(run)
+            for step in {int(step) for step in record} - keep:
+                record[str(step)]["deleted"] = True  # before it is: a deletion that is interrupted is gone on with
+            write_json(run.folder / POINTS_FILE, record)
+            delete_models(run, keep)
+        processes().wait_for_everyone()
+
+    def recorded(self, run: Run, step: int, kept: dict[str, Any]) -> Point:
+        """Return the point of a checkpoint that has been deleted."""
+        if kept["inputs"] != self.inputs:
+            raise EAFTError(
+                f"{run.name}: the checkpoint of step {step} was deleted (keep_checkpoints: chosen), and what it was "
+                "measured with has changed: delete the folder, and it is trained and measured again."
+            )
+        drift = {kind: np.array(sums) for kind, sums in kept["drift"].items()}
+        point = Point(step, kept["epoch"], drift, np.array(kept["nll"]))
+        folder = run.folder / ITEMS / f"step-{step}"
+        for name in self.benchmarks:
+            file = folder / f"{Path(name).stem}.jsonl"
+            if file.is_file() and processes().is_main_process:
+                items = read_jsonl(file)
+                pair(name, self.base.items[name], items)
+                point.items[name] = items
+        return point
+
+    def model(self, folder: Path) -> MeasuredModel:
+        """Return a checkpoint as a model that is asked as the base model is."""
+        return side_by_side(str(folder), self.base_path, self.config.protocol, drift=True)[0]
+
+    def record(self, run: Run) -> dict[str, Any]:
+        """Return what `points.json` holds."""
+        file = run.folder / POINTS_FILE
+        return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def check_before_training(config: EvaluateConfig, base: str, benchmarks: dict[str, Benchmark]) -> None:
+    """
+    Check that what will be asked can be, while only the base model is there.
+
+    Raises:
+        ConfigurationError: prompts, held-out rows or tasks that do not fit the model, or no room for drift's files.
+    """
+    model, _ = side_by_side(base, None, config.protocol, drift=True)
+    check_measurable([model], benchmarks, [prompt for prompts in config.prompts.values() for prompt in prompts])

@@ -1,0 +1,316 @@
+"""The recipe of a comparison: what it may say, and the runs of `eaft train` it stands for; checked before any runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tempfile
+from dataclasses import asdict, dataclass, field, fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from eaft.errors import ConfigurationError, nearest
+from eaft.evaluation.drift import PROMPTS, read_prompts
+from eaft.evaluation.measured import read_jsonl
+from eaft.evaluation.scores import Protocol
+from eaft.models import resolve_model
+from eaft.training.train import load_data, parse
+
+REFERENCE = "sft"  # what every objective is compared with, where the recipe names no pairs
+KEEP = ("all", "chosen")
+LOCAL = ("dataset_name", "chat_template_path", "deepspeed", "fsdp_config")  # flags that may name a file
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig(Protocol):
+    """How each model is measured (the fields of `Protocol`), and on what."""
+
+    target_tasks: list[str]
+    general_tasks: list[str]
+    every_checkpoint_tasks: list[str] = field(default_factory=list)
+    general_prompts: str = str(PROMPTS)
+    target_prompts: str | None = None
+    held_out: str | None = None
+    include_path: str | None = None
+    data_dir: str | None = None
+    limit: int | None = None
+
+    @property
+    def protocol(self) -> Protocol:
+        """How each model is measured."""
+        return Protocol(**{f.name: getattr(self, f.name) for f in fields(Protocol)})
+
+    @property
+    def prompts(self) -> dict[str, list[Any]]:
+        """The prompts whose answers drift is measured on, by kind."""
+        files = {"general": self.general_prompts, "target": self.target_prompts}
+        return {kind: read_prompts(file, self.drift_prompts) for kind, file in files.items() if file is not None}
+
+    @property
+    def held_out_rows(self) -> list[dict[str, Any]]:
+        """The rows whose nll chooses learning rate and checkpoint; none without `held_out`."""
+        return read_rows(self.held_out) if self.held_out is not None else []
+
+
+@dataclass
+class Recipe:
+    """A comparison; see `eaft.comparison.compare.DESCRIPTION`."""
+
+    output_dir: str
+    objectives: dict[str, dict[str, Any]]
+    train: dict[str, Any]
+    evaluate: EvaluateConfig
+    seeds: list[int] = field(default_factory=lambda: [0])
+    learning_rates: list[float] | None = None
+    pairs: list[list[str]] | None = None
+    keep_checkpoints: str = "all"
+
+    @property
+    def compared(self) -> list[tuple[str, str]]:
+        """The pairs of objectives that are compared, those named or each with `sft`."""
+        if self.pairs is not None:
+            return [(first, second) for first, second in self.pairs]
+        names = [name for name in self.objectives if name != REFERENCE]
+        return [(name, REFERENCE) for name in names] if REFERENCE in self.objectives else []
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    One training of a comparison.
+
+    Attributes:
+        objective, seed: which it is of.
+        learning_rate: one of the recipe's; None where it names none.
+        folder: where it is.
+        flags: of `eaft train`.
+        identity: what it depends on, without paths: the same run has the same, wherever model and data are.
+    """
+
+    objective: str
+    seed: int
+    learning_rate: float | None
+    folder: Path
+    flags: dict[str, Any] = field(hash=False)
+    identity: dict[str, Any] = field(hash=False)
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages."""
+        return self.folder.name
+
+
+def read_recipe(path: str, overrides: dict[str, Any]) -> Recipe:
+    """
+    Read and check a recipe.
+
+    Args:
+        overrides: fields to take in place of the recipe's, where not None; `objectives` are names of some of them, and
+            `model_name_or_path` is `train`'s.
+
+    Raises:
+        ConfigurationError: it cannot be read, or a field is unknown, missing or of no use.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigurationError(f"--config {path}: {error}") from error
+    recipe = build(Recipe, content, path)
+    recipe = build(Recipe, content, path)
+    recipe.evaluate = build(EvaluateConfig, recipe.evaluate, f"{path}: evaluate")
+    given = {name: value for name, value in overrides.items() if value is not None}
+    if (model := given.pop("model_name_or_path", None)) is not None:
+        recipe.train["model_name_or_path"] = model
+    if (names := given.pop("objectives", None)) is not None:
+        check_names("--objectives", names, recipe.objectives)
+        recipe.objectives = {name: recipe.objectives[name] for name in names}
+        recipe.pairs = recipe.pairs and [pair for pair in recipe.pairs if set(pair) <= set(names)]
+    for name, value in given.items():
+        setattr(recipe, name, value)
+    check_fields(recipe, path)
+    return recipe
+
+
+def build(cls: Any, content: Any, where: str) -> Any:
+    """Make a dataclass of a mapping, naming fields that are unknown or missing."""
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"{where}: expected a mapping, got {type(content).__name__}.")
+    names = [f.name for f in fields(cls)]
+    for name in content:
+        if name not in names:
+            raise ConfigurationError(f"{where}: {name!r} is unknown.{nearest(name, names)}")
+    try:
+        return cls(**content)
+    except TypeError as error:
+        raise ConfigurationError(f"{where}: {str(error).partition('() ')[2]}") from error
+
+
+def check_names(where: str, names: list[str], known: Any) -> None:
+    """Raise a ConfigurationError for a name that is none of those known."""
+    for name in names:
+        if name not in known:
+            raise ConfigurationError(f"{where}: {name!r} is none of {', '.join(known)}.{nearest(name, known)}")
+
+
+def check_fields(recipe: Recipe, path: str) -> None:
+    """
+    Check what can be checked without a model.
+
+    Raises:
+        ConfigurationError: see the messages.
+    """
+    for name in recipe.objectives:
+        if not re.fullmatch(r"[\w.^-]+", name):
+            raise ConfigurationError(
+                f"{path}: the objective {name!r} names a folder; use letters, digits, '-', '_', '.'."
+            )
+    for pair in recipe.pairs or []:
+        if not isinstance(pair, list) or len(pair) != 2 or pair[0] == pair[1]:
+            raise ConfigurationError(f"{path}: pairs: {pair!r} is not two objectives, as [eaft, sft].")
+        check_names(f"{path}: pairs", pair, recipe.objectives)
+    if recipe.keep_checkpoints not in KEEP:
+        raise ConfigurationError(f"{path}: keep_checkpoints={recipe.keep_checkpoints!r}: choose {' or '.join(KEEP)}.")
+    if recipe.learning_rates is not None:
+        try:  # YAML reads 3e-5 as text
+            recipe.learning_rates = [float(rate) for rate in recipe.learning_rates]
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(f"{path}: learning_rates: expected a list of numbers ({error}).") from error
+        if own := [name for name, flags in recipe.objectives.items() if "learning_rate" in flags]:
+            raise ConfigurationError(f"{path}: {own[0]} has a learning_rate, and learning_rates are for all: drop one.")
+        if len(recipe.learning_rates) > 1 and recipe.evaluate.held_out is None:
+            raise ConfigurationError(
+                f"{path}: several learning_rates need evaluate.held_out, rows that choose among them and are neither "
+                "trained on nor scored."
+            )
+    if not recipe.evaluate.drift_prompts:
+        raise ConfigurationError(f"{path}: evaluate: drift_prompts=0 leaves nothing to compare forgetting by.")
+    for name in ("output_dir", "seed", "resume_from_checkpoint"):
+        if any(name in flags for flags in (recipe.train, *recipe.objectives.values())):
+            raise ConfigurationError(f"{path}: train: {name} is compare's to set, run by run: leave it out.")
+    for name in ("select_checkpoint", "forgetting_budget", "load_best_model_at_end"):
+        if any(flags.get(name) for flags in (recipe.train, *recipe.objectives.values())):
+            raise ConfigurationError(
+                f"{path}: train: with {name} the model is not the last checkpoint; compare chooses by "
+                "evaluate.held_out, alike for all: leave it out."
+            )
+
+
+def plan_runs(recipe: Recipe, model_identity: Any) -> list[Run]:
+    """
+    Return every run, seed by seed and objective by objective, its flags and data checked as `eaft train` does.
+
+    Args:
+        model_identity: a digest of the base model, with its tokenizer.
+
+    Raises:
+        ConfigurationError: a bad flag, data that is missing or held out too, or a package that is not installed.
+    """
+    runs: list[Run] = []
+    rates: list[float | None] = [None] if recipe.learning_rates is None else [*recipe.learning_rates]
+    held_out, seen, digests = recipe.evaluate.held_out_rows, set[str](), dict[Path, str]()
+    for seed in recipe.seeds:
+        for objective, own in recipe.objectives.items():
+            for rate in rates:
+                flags = {**recipe.train, **own, "seed": seed}
+                name = f"{objective}-seed{seed}"
+                if rate is not None:
+                    flags["learning_rate"], name = rate, f"{objective}-lr{rate:g}-seed{seed}"
+                files = {key: file_digest(path, digests) for key, path in local_files(flags).items()}
+                known = {key: value for key, value in flags.items() if key not in (*files, "model_name_or_path")}
+                if "gate" in files:
+                    known["gate"] = flags["gate"]
+                identity = {"model": model_identity, "flags": known, "files": files}
+                flags["output_dir"] = str(Path(recipe.output_dir) / name)
+                if (key := json.dumps([own, rate], default=str)) not in seen:  # another seed changes nothing here
+                    check_training(flags, held_out)
+                    seen.add(key)
+                identity = json.loads(json.dumps(identity, default=str))
+                runs.append(Run(objective, seed, rate, Path(flags["output_dir"]), flags, identity))
+    return runs
+
+
+def check_training(flags: dict[str, Any], held_out: list[dict[str, Any]]) -> None:
+    """
+    Check one run's flags and data.
+
+    Raises:
+        ConfigurationError: they cannot be used, or a row is both trained on and held out.
+    """
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump(flags, file)
+        file.flush()
+        (*configs, _), _, _ = parse(["--config", file.name])
+    if flags.get("use_peft") and find_spec("peft") is None:
+        raise ConfigurationError("use_peft: PEFT is not installed: pip install 'eaft[peft]'.")
+    train, _ = load_data(*configs)
+    if not held_out or not hasattr(train, "column_names") or "prompt" not in (train.column_names or []):
+        return
+    trained = {json.dumps(prompt) for prompt in train["prompt"]}
+    for i, row in enumerate(held_out):
+        if json.dumps(row["prompt"]) in trained:
+            raise ConfigurationError(
+                f"evaluate.held_out: row {i} is trained on, and cannot choose a checkpoint. Take rows that are not."
+            )
+
+
+def read_rows(path: str) -> list[dict[str, Any]]:
+    """
+    Return the rows of a JSON Lines file with `prompt` and `completion`.
+
+    Raises:
+        ConfigurationError: there is no such file, it is empty, or a row lacks one of them.
+    """
+    if not Path(path).is_file():
+        raise ConfigurationError(f"evaluate.held_out: {path}: there is no such file.")
+    rows = read_jsonl(Path(path))
+    if not rows or any(not {"prompt", "completion"} <= row.keys() for row in rows):
+        raise ConfigurationError(f"evaluate.held_out: {path}: expected JSON Lines with a `prompt` and `completion`.")
+    return rows
+
+
+def local_files(flags: dict[str, Any]) -> dict[str, Path]:
+    """Return the files and folders that flags name and training reads, also the module of a gate of one's own."""
+    found = {name: Path(flags[name]).expanduser() for name in LOCAL if isinstance(flags.get(name), str)}
+    if ":" in str(flags.get("gate", "")) and (spec := find_spec(flags["gate"].partition(":")[0])) and spec.origin:
+        found["gate"] = Path(spec.origin)
+    return {name: path for name, path in found.items() if path.exists()}
+
+
+def file_digest(path: Path, known: dict[Path, str]) -> str:
+    """Return a digest of a file, or of all files of a folder, so that a change is noticed; each is read once."""
+    if path not in known:
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        sha = hashlib.sha256()
+        for file in files:
+            sha.update(file.read_bytes())
+        known[path] = sha.hexdigest()
+    return known[path]
+
+
+def described(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe for the results, without this machine's paths, which tell others nothing."""
+    found = asdict(recipe)
+    if Path(model := recipe.train["model_name_or_path"]).exists():
+        found["train"]["model_name_or_path"] = Path(model).name
+    for name in ("general_prompts", "target_prompts", "held_out"):
+        if found["evaluate"][name] is not None:
+            found["evaluate"][name] = Path(found["evaluate"][name]).name
+    found["pairs"] = [list(pair) for pair in recipe.compared]
+    return found
+
+
+def base_model(recipe: Recipe) -> str:
+    """
+    Return the base model, as it can be loaded.
+
+    Raises:
+        ConfigurationError: none is named, or it cannot be read.
+    """
+    if recipe.train.get("model_name_or_path") is None:
+        raise ConfigurationError("train: model_name_or_path is missing.")
+    recipe.train["model_name_or_path"] = resolve_model(recipe.train["model_name_or_path"])
+    return recipe.train["model_name_or_path"]

@@ -1,0 +1,202 @@
+"""Runs on disk: trained in processes of their own, resumed, never mistaken for another's; and their checkpoints."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from eaft.comparison.recipe import Run
+from eaft.errors import ConfigurationError
+from eaft.evaluation.measured import shared
+from eaft.evaluation.scores import processes
+from eaft.processes import LOCK_FILE, locked, without_launcher
+from eaft.provenance import write_json
+from eaft.training.train import RUN_FILE, last_complete_checkpoint
+
+MARK = "compare.json"  # in every folder that compare made
+WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "model.safetensors.index.json")
+POLL = 0.5  # seconds
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """
+    One point of a run's path.
+
+    Attributes:
+        step, epoch: after how much training.
+        folder: where the model is, if it has not been deleted.
+    """
+
+    step: int
+    epoch: float
+    folder: Path
+
+
+def check_folder(folder: Path, identity: Any) -> None:
+    """
+    Refuse a folder that compare did not make, or made for something else.
+
+    Raises:
+        ConfigurationError: as said; the message names what changed.
+    """
+    if not folder.exists():
+        return
+    mark = folder / MARK
+    if not mark.is_file():
+        made_here = {LOCK_FILE, f"{MARK}.tmp"}
+        if not folder.is_dir() or any(path.name not in made_here for path in folder.iterdir()):
+            raise ConfigurationError(
+                f"output_dir: {str(folder)!r} was not made by eaft compare, which neither takes it over nor deletes "
+                "it: choose another output_dir, or move it away."
+            )
+        return
+    old = json.loads(mark.read_text())
+    if old != identity:
+        parts = [(part, old.get(part), identity.get(part)) for part in {**old, **identity}]
+        changed = [
+            name
+            for part, before, after in parts
+            for name in (
+                [key for key in {**before, **after} if before.get(key) != after.get(key)]
+                if isinstance(before, dict) and isinstance(after, dict)
+                else [part] * (before != after)
+            )
+        ]
+        raise ConfigurationError(
+            f"output_dir: {str(folder)!r} holds another run: {', '.join(changed)} changed since. Choose another "
+            "output_dir, or delete this folder."
+        )
+
+
+def claim(folder: Path, identity: Any) -> None:
+    """Make a folder and mark it as compare's; see `check_folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    check_folder(folder, identity)
+    write_json(folder / MARK, identity)
+
+
+def finished(run: Run) -> dict[str, Any] | None:
+    """Return a run's `run.json` if it has been trained to its end."""
+    file = run.folder / RUN_FILE
+    found = json.loads(file.read_text()) if file.is_file() else None
+    return found if found is not None and found["finished"] else None
+
+
+def train_run(run: Run) -> str | None:
+    """
+    Train in a process of its own, so that its peak memory is its own; reuse a finished run, resume an interrupted one.
+
+    Returns:
+        None, or what went wrong.
+    """
+    if finished(run):
+        print(f"{run.folder}: already trained")
+        return None
+    with locked(run.folder):  # a process that outlived the one that started it may still train here
+        claim(run.folder, run.identity)
+        flags = dict(run.flags)
+        # A checkpoint without the optimizer's state does not go on where it stopped
+        checkpoint = None if flags.get("save_only_model") else last_complete_checkpoint(run.folder)
+        if checkpoint is not None:
+            flags["resume_from_checkpoint"] = checkpoint
+        else:
+            empty(run.folder)
+        (run.folder / "train.yaml").write_text(yaml.safe_dump(flags, sort_keys=False))
+    print(f"{run.folder}: training" + (f" from {checkpoint}" if checkpoint else ""), flush=True)
+    code = train_apart(run.folder / "train.yaml")
+    return f"training ended with exit code {code}; its message is in the output" if code else None
+
+
+def train_apart(config: Path) -> int:
+    """Run `eaft train` in a process that is part of no launch, and return its exit code."""
+    command = [sys.executable, "-m", "eaft", "train", "--config", str(config)]
+    return subprocess.run(command, env=without_launcher(), preexec_fn=end_with_parent).returncode
+
+
+def empty(folder: Path) -> None:
+    """Delete what a folder of ours holds, but not the mark that it is ours, nor the lock."""
+    for path in folder.iterdir():
+        if path.name not in (MARK, LOCK_FILE):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def end_with_parent() -> None:
+    """Have Linux end this process when its parent is killed, so that nothing trains on unseen."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+class FirstAlone:
+    """
+    Lets the first process of a launch work alone for hours: the others look for a file, since a collective times out.
+
+    Args:
+        folder: seen by all.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.prefix = f"_done-{shared(lambda: uuid.uuid4().hex)}"  # of this launch, not of one before
+        self.folder, self.count, self.state = folder, 0, processes()
+
+    def __call__(self, work: Callable[[], Any]) -> Any:
+        """Return on every process what the first one's work returns, which must be JSON."""
+        self.count += 1
+        file = self.folder / f"{self.prefix}-{self.count}.json"
+        if self.state.is_main_process:
+            found = work()
+            if self.state.num_processes > 1:
+                write_json(file, found)
+            return found
+        while not file.is_file():
+            time.sleep(POLL)
+        return json.loads(file.read_text())
+
+    def close(self) -> None:
+        """Delete the files, once all have read them."""
+        self.state.wait_for_everyone()
+        if self.state.is_main_process:
+            for file in self.folder.glob("_done-*"):
+                file.unlink()
+
+
+def checkpoints(run: Run) -> list[Checkpoint]:
+    """Return the checkpoints of a finished run that there are, in order of steps; the last is the run's own model."""
+    trained = finished(run)
+    assert trained is not None
+    last = trained["result"]["steps"]
+    found = {}
+    for file in run.folder.glob("checkpoint-*/trainer_state.json"):
+        state = json.loads(file.read_text())
+        found[state["global_step"]] = Checkpoint(state["global_step"], state["epoch"], file.parent)
+    logged = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    epoch = max(line.get("epoch", 0) for line in logged)
+    found[last] = Checkpoint(last, found[last].epoch if last in found else epoch, run.folder)
+    return [found[step] for step in sorted(found)]
+
+
+def delete_models(run: Run, keep: set[int]) -> None:
+    """Delete a finished run's models but those after some steps; of the last step there is the run's own model."""
+    last = checkpoints(run)[-1].step
+    for folder in run.folder.glob("checkpoint-*"):
+        step = int(folder.name.rpartition("-")[2])
+        if step not in keep or step == last:
+            folder.replace(run.folder / f"_deleted-{step}")  # first out of the way, whole: this may be killed
+    if last not in keep:
+        for pattern in WEIGHTS:
+            for weights in run.folder.glob(pattern):
+                weights.unlink()
+    for folder in run.folder.glob("_deleted-*"):
+        shutil.rmtree(folder)

@@ -1,0 +1,122 @@
+"""What the report says, of numbers made up for it."""
+
+import pytest
+
+from eaft.comparison import report
+from eaft.comparison.results import NLL, adjust, mean_and_std, told_apart, verdict
+
+
+def difference(change, p=0.001, half=0.01):
+    return {"change": change, "low": change - half, "high": change + half, "p_value": p, "p_holm": p}
+
+
+def front(*differences, half=0.01):
+    targets = [1 + 0.1 * i for i in range(len(differences))]
+    return {
+        "targets": targets,
+        "first": [0.1] * len(targets),
+        "second": [0.1] * len(targets),
+        "difference": list(differences),
+        "low": [d - half for d in differences],
+        "high": [d + half for d in differences],
+        "mean": difference(sum(differences) / len(differences)),
+    }
+
+
+def make_pair(target=0.0, general=0.0, drift=0.0, fronts=None, first="eaft", second="sft", seeds=(0, 1)):
+    """A pair whose differences are significant unless they are 0."""
+    view = {
+        "means": {n: difference(c, 0.001 if c else 1.0) for n, c in (("target", target), ("general", general))},
+        "drift": {"general": difference(drift, 0.001 if drift else 1.0)},
+        "tasks": {},
+        "nll": None,
+    }
+    return {"first": first, "second": second, "seeds": list(seeds), "views": {"last": view}, "fronts": fronts or {}}
+
+
+def headline(*pairs):
+    verdicts = [{"first": pair["first"], "second": pair["second"], **verdict(pair)} for pair in pairs]
+    return report.headline({"pairs": pairs, "verdicts": verdicts})
+
+
+def test_a_gain_without_a_loss_is_chosen():
+    said = headline(make_pair(drift=-0.2), make_pair(target=-0.1, first="dft"))
+    assert said.startswith("**Choose eaft.** eaft is better than sft in drift, and not shown to be worse in anything")
+    assert "drift -0.2000 (95%: -0.2100 to -0.1900; p 0.001)" in said
+    assert "dft is worse than sft in target, and not shown to be better in anything" in said
+    assert "target -10.0 points (95%: -11.0 to -9.0; p 0.001)" in said
+    assert "One seed" not in said
+    assert headline(make_pair(target=-0.1)).startswith("**Choose sft.**")
+
+
+def test_a_trade_and_nothing_are_said_to_be_that():
+    said = headline(make_pair(target=-0.1, drift=-0.2))
+    assert said.startswith("**Choose by what you need: what is gained is paid for.** eaft is better than sft in drift")
+    assert "and worse in target" in said
+    said = headline(make_pair(seeds=[0]))
+    assert said.startswith("**No objective is shown to be better than another: take the simplest.**")
+    assert said.endswith("another seed may turn this round.")
+    both = headline(make_pair(drift=-0.2), make_pair(drift=-0.1, first="talr"))
+    assert both.startswith("**Choose one of eaft, talr**, which were not shown to differ.")
+    ranked = headline(make_pair(drift=-0.2), make_pair(drift=-0.1, first="talr"), make_pair(drift=-0.1, second="talr"))
+    assert ranked.startswith("**Choose eaft.**")
+    assert headline().startswith("Nothing was compared")
+
+
+def test_less_drift_for_less_learned_is_no_gain():
+    """Drift at each one's own choice is lower, but not where both have learned as much."""
+    found = verdict(make_pair(drift=-0.2, fronts={NLL: front(0.0, 0.0) | {"mean": difference(0.0, 1.0)}}))
+    assert found == {"better": [], "worse": [], "prefer": None}
+    found = verdict(make_pair(drift=-0.2, fronts={NLL: front(0.05, 0.07)}))
+    assert found == {"better": [], "worse": [f"drift at equal {NLL}"], "prefer": "sft"}
+    assert verdict(make_pair(drift=-0.2, fronts={NLL: None}))["prefer"] == "eaft"  # no common target
+
+
+def test_where_fronts_can_be_told_apart():
+    pair = make_pair(fronts={NLL: front(-0.03, -0.02, 0.0, 0.02, 0.005)})
+    assert [(s["sign"], s["from"], s["to"]) for s in told_apart(pair["fronts"][NLL])] == [
+        (-1, 1.0, pytest.approx(1.1)),
+        (1, pytest.approx(1.3), pytest.approx(1.3)),
+    ]
+    assert report.where(pair, NLL) == (
+        "eaft and sft: at held-out nll 1.000 to 1.100 eaft drifts less, by 0.0200 to 0.0300, at held-out nll 1.300 "
+        "eaft drifts more, by 0.0200; elsewhere from 1.000 to 1.400 they cannot be told apart (on average -0.0050 "
+        "(95%: -0.0150 to +0.0050; p 0.001))."
+    )
+    whole = make_pair(fronts={NLL: front(-0.03, -0.02)})
+    assert "elsewhere" not in report.where(whole, NLL)
+    nothing = make_pair(fronts={NLL: front(0.0, 0.001)})
+    assert "cannot be told apart at any held-out nll from 1.000 to 1.100" in report.where(nothing, NLL)
+    assert "there is no held-out nll that both reach" in report.where(make_pair(fronts={NLL: None}), NLL)
+    score = front(-0.03, -0.03)
+    score["targets"] = [0.3, 0.5]  # shortfalls
+    assert "at gsm8k 70.0% to 50.0% eaft drifts less" in report.where(make_pair(fronts={"gsm8k": score}), "gsm8k")
+
+
+def test_p_is_adjusted_within_each_kind_over_all_pairs():
+    pairs = [make_pair(0.1, 0.1, 0.1), make_pair(0.1, 0.1, 0.1, first="dft")]
+    adjust(pairs, ["last"])
+    assert [p["views"]["last"]["means"]["target"]["p_holm"] for p in pairs] == pytest.approx([0.006, 0.006])
+
+
+def test_tables_show_spread_only_with_several_seeds():
+    numbers = {"mean": 0.5, "std": None}
+    names = ("target", "general", "drift_general")
+    at = {**dict.fromkeys(names, numbers), "tasks": dict.fromkeys("tgh", numbers)}
+    results = {
+        "base": {"target": 0.1, "general": 0.6, "tasks": {"t": 0.1, "g": 0.7, "h": 0.5}},
+        "groups": {"target": ["t"], "general": ["g", "h"]},
+        "objectives": {"sft": {"last": at, "training": dict.fromkeys(("tokens_per_s", "peak_memory_gib"), numbers)}},
+    }
+    row = report.table(results, "last").splitlines()[3]
+    assert [cell.strip() for cell in row.split("|")[1:-1]] == [
+        "sft", "50.0", "+40.0", "50.0", "-10.0", "0.5000", "", "", "0", "0.50",
+    ]  # fmt: skip
+    at["tasks"]["g"] = {"mean": 0.5, "std": 0.02}
+    head, _, base, sft = (
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in report.table_1(results, "last").splitlines()[:4]
+    )
+    assert head == ["method", "g", "h", "general avg.", "change", "t", "target avg.", "change"]
+    assert base == ["base", "70.0", "50.0", "60.0", "", "10.0", "10.0", ""]
+    assert sft == ["sft", "50.0 ± 2.0", "50.0", "50.0", "-10.0", "50.0", "50.0", "+40.0"]
+    assert mean_and_std([1.0, 2.0]) == {"mean": 1.5, "std": pytest.approx(0.5**0.5)}
