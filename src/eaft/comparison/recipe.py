@@ -120,7 +120,6 @@ def read_recipe(path: str, overrides: dict[str, Any]) -> Recipe:
     except (OSError, yaml.YAMLError) as error:
         raise ConfigurationError(f"--config {path}: {error}") from error
     recipe = build(Recipe, content, path)
-    recipe = build(Recipe, content, path)
     recipe.evaluate = build(EvaluateConfig, recipe.evaluate, f"{path}: evaluate")
     given = {name: value for name, value in overrides.items() if value is not None}
     if (model := given.pop("model_name_or_path", None)) is not None:
