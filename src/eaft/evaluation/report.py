@@ -108,7 +108,7 @@ def beyond_chance_table(results: Result) -> list[str]:
     ]
     note = (
         "Items known before and lost, or learned, beyond what guessing explains, with 95% intervals, if an item is "
-        "either known or guessed anew by each model. Models that guess alike lose fewer items by luck, so that these are "
+        "either known or guessed anew by each. Models that guess alike lose fewer items by luck, so that these are "
         "lower bounds; an interval below 0 says that they do."
     )
     return [table(rows, ["multiple choice", "items", "known and lost", "learned"]), note] if rows else []
