@@ -165,8 +165,11 @@ def evaluate(
     check_packages(protocol.backend)
     from eaft.evaluation.verdict import judge  # needs scipy, whose absence has been reported by now
 
-    if base is None and (max_drop is not None or max_drift is not None):
-        raise ConfigurationError("--max_drop and --max_drift are of a change: give the --base it is from.")
+    for name, budget in (("max_drop", max_drop), ("max_drift", max_drift)):
+        if budget is not None and base is None:
+            raise ConfigurationError(f"--{name} is of a change: give the --base it is from.")
+        if budget is not None and not budget >= 0:
+            raise ConfigurationError(f"--{name} {budget}: expected a number that is not negative.")
     questions = read_prompts(prompts, protocol.drift_prompts) if base is not None and protocol.drift_prompts else []
     if max_drift is not None and not questions:
         raise ConfigurationError(f"--max_drift {max_drift} needs drift: leave --drift_prompts 0 out.")
