@@ -269,8 +269,8 @@ def asked_section(results: Numbers) -> list[str]:
     kept = {model: what for model, what in results["kept"]["models"].items() if what}
     read = f"Not measured anew, but read from {results['kept']['folder']}: what there is of {len(kept)} models."
     return [
-        f"Asked {template}{thinking}, in {protocol['dtype']}, seed {protocol['seed']}{limit}. Cut: items, over all seeds, "
-        "to fit the context or the limit of an answer.",
+        f"Asked {template}{thinking}, in {protocol['dtype']}, seed {protocol['seed']}{limit}. Cut: items, over all "
+        "seeds, to fit the context or the limit of an answer.",
         github(rows, ["task", "version", "metric", "filter", "examples", "cut"]),
         *([read] if kept else []),
     ]
