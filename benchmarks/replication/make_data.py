@@ -28,7 +28,7 @@ def main() -> None:
     flags.output_dir.mkdir(parents=True, exist_ok=True)
     for name, rows in {
         "gsm8k_train": train[:32],
-        "gsm8k_held_out": train[32:64],
+        "gsm8k_held_out": train[32:96],
         "gsm8k_test": test[:50],
         "function_calls_train": demo["train"][:48],
         "function_calls_held_out": demo["test"][68:],

@@ -350,6 +350,13 @@ def test_rows_that_are_trained_on_cannot_choose(content, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_held_out_rows_fit_the_model(content, tmp_path, capsys):
+    rows = [{"prompt": "a", "completion": "b" * 300}]
+    content["evaluate"]["held_out"] = write_rows(tmp_path / "long.jsonl", rows)
+    assert run(content) == 2
+    assert "evaluate.held_out: row 0 has 302 tokens, more than the model's context of 256" in capsys.readouterr().err
+
+
 def test_missing_recipe(tmp_path, capsys):
     assert cli.main(["compare", "--config", str(tmp_path / "none.yaml")]) == 2
     assert "No such file" in capsys.readouterr().err

@@ -17,10 +17,10 @@ import numpy as np
 
 from eaft.comparison.recipe import EvaluateConfig, Run
 from eaft.comparison.runs import Checkpoint, checkpoints, delete_models
-from eaft.errors import EAFTError
-from eaft.evaluation.evaluate import check_measurable, pair, run_tasks, side_by_side
+from eaft.errors import ConfigurationError, EAFTError
+from eaft.evaluation.evaluate import check_measurable, context_length, pair, run_tasks, side_by_side
 from eaft.evaluation.identity import digest, tokenizer_digest
-from eaft.evaluation.measured import MeasuredModel, read_jsonl, shared
+from eaft.evaluation.measured import MeasuredModel, example, read_jsonl, shared
 from eaft.evaluation.scores import Item, Protocol, processes
 from eaft.evaluation.suite import Benchmark
 from eaft.provenance import write_json
@@ -216,3 +216,13 @@ def check_before_training(config: EvaluateConfig, base: str, benchmarks: dict[st
     """
     model, _ = side_by_side(base, None, config.protocol, drift=True)
     check_measurable([model], benchmarks, [prompt for prompts in config.prompts.values() for prompt in prompts])
+    if model.tokenizer.chat_template is None:
+        return  # training may give it one
+    context = context_length(base)
+    for i, row in enumerate(config.held_out_rows):
+        answer = example(model.tokenizer, row)
+        if (length := len(answer.prompt_ids) + len(answer.answer_ids)) > context:
+            raise ConfigurationError(
+                f"evaluate.held_out: row {i} has {length} tokens, more than the model's context of {context}: leave it "
+                "out."
+            )
