@@ -172,7 +172,7 @@ def evaluate(
 
 
 def find_model(model: str) -> str:
-    """Return what `load_model` takes: a folder with an adapter as it is, all else as `resolve_model` finds it."""
+    """Return what `load` takes: a folder with an adapter as it is, all else as `resolve_model` finds it."""
     return model if Path(model, "adapter_config.json").is_file() else resolve_model(model)
 
 
@@ -211,7 +211,7 @@ def measure(
     Return a model's items (on the first process; empty on others).
 
     Args:
-        model: see `eaft.evaluation.scores.load_model`.
+        model: see `eaft.evaluation.scores.load`.
         prepare: what else to do with the loaded model, on the first process: drift.
     """
     state = processes()
