@@ -218,7 +218,7 @@ def check_before_training(config: EvaluateConfig, base: str, benchmarks: dict[st
     check_measurable([model], benchmarks, [prompt for prompts in config.prompts.values() for prompt in prompts])
     if model.tokenizer.chat_template is None:
         return  # training may give it one
-    context = context_length(base)
+    context = context_length(base, model.protocol.model_args)
     for i, row in enumerate(config.held_out_rows):
         answer = example(model.tokenizer, row)
         if (length := len(answer.prompt_ids) + len(answer.answer_ids)) > context:
