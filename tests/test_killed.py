@@ -1,4 +1,4 @@
-"""kill -9 at random moments: run again, `eaft eval` and `eaft train` give what an undisturbed run gives."""
+"""kill -9 at random moments: run again, `eaft eval`, `train` and `compare` give what an undisturbed run gives."""
 
 import json
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from tests.conftest import make_model, make_rows
@@ -16,11 +17,11 @@ from tests.evaluation.test_evaluate import task_path  # noqa: F401 - a fixture
 KILLS = 8
 
 
-def run_killed(folder, whole, disturbed, seed):
+def run_killed(folder, whole, disturbed, seed, kills=KILLS):
     """Run both commands, the second with kills; returns how many of them hit, before it ended by itself."""
     log = folder / "log"
     environment = {**os.environ, "EAFT_CACHE": str(folder / "kept"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.kill_check", log, KILLS, seed]
+    command = [sys.executable, "-m", "tests.kill_check", log, kills, seed]
     done = subprocess.run(
         [*map(str, command), *(json.dumps(list(map(str, argv))) for argv in (whole, disturbed))],
         cwd=Path(__file__).parents[1],
@@ -86,3 +87,36 @@ def test_train(model_dir, tmp_path, seed):
         for name in ("whole", "killed")
     ]
     assert logs[0] == logs[1]
+
+
+def test_compare(model_dir, task_path, tmp_path):  # noqa: F811
+    data, held_out = tmp_path / "data.jsonl", tmp_path / "held_out.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in make_rows()))
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in make_rows(20)[16:]))
+    train = {"model_name_or_path": str(model_dir), "dataset_name": str(data), "max_steps": 4, "save_steps": 2}
+    train |= {"learning_rate": 1e-3, "use_cpu": True, "bf16": False, "report_to": "none"}
+    evaluate = {"target_tasks": ["tiny"], "general_tasks": ["copy"], "include_path": task_path}
+    evaluate |= {"held_out": str(held_out), "drift_prompts": 4, "max_new_tokens": 8}
+    commands = []
+    for name in ("whole", "killed"):
+        recipe = {"output_dir": str(tmp_path / name), "objectives": {"sft": {"gate": "sft"}}}
+        (tmp_path / f"{name}.yaml").write_text(
+            yaml.safe_dump({**recipe, "train": train, "evaluate": evaluate, "keep_checkpoints": "chosen"})
+        )
+        commands.append(["compare", "--config", tmp_path / f"{name}.yaml"])
+    report, log = run_killed(tmp_path, *commands, seed=0, kills=4)
+    assert report["code"] == 0, log[-3000:]
+    assert report["killed"] >= 2, report
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "killed"))
+    measured = [name for name in one if name not in ("environment", "kept", "recipe")]
+    assert {"base", "objectives", "failed"} <= set(measured)
+    for name in measured:
+        assert without_times(one[name]) == without_times(two[name]), name
+
+
+def without_times(value):
+    """Leave out what a second start measures anew."""
+    if isinstance(value, dict):
+        timed = ("tokens_per_s", "peak_memory_gib", "train_runtime_s", "train_loss")
+        return {name: without_times(part) for name, part in value.items() if name not in timed}
+    return [without_times(part) for part in value] if isinstance(value, list) else value
