@@ -193,11 +193,13 @@ def test_only_the_chosen_are_kept_and_again_gives_the_same(compared, capsys):
 
 def test_what_was_deleted_is_not_shown_under_another_measure(compared, tmp_path, capsys):
     rows = write_rows(tmp_path / "other.jsonl", make_rows(30)[24:])
-    content = {**compared.content, "evaluate": {**compared.content["evaluate"], "held_out": rows}}
-    assert run(content) == 2
-    assert (
-        "was deleted (keep_checkpoints: chosen), and what it was measured with has changed" in capsys.readouterr().err
-    )
+    more = {"target_tasks": ["tiny", "copy"], "every_checkpoint_tasks": ["copy"]}
+    for changes, message in (
+        ({"held_out": rows}, "was deleted (keep_checkpoints: chosen), and what it was measured with has changed"),
+        (more, "was deleted (keep_checkpoints: chosen), and copy cannot be run on it"),
+    ):
+        assert run({**compared.content, "evaluate": {**compared.content["evaluate"], **changes}}) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_resumes_and_lets_others_go_on_when_one_fails(content, tmp_path, monkeypatch, capsys):
@@ -297,6 +299,12 @@ def test_a_second_process_leaves(content, tmp_path, capsys):
     with locked(tmp_path / "out"):
         assert run(content) == 2
     assert "is in use: another eaft process writes there" in capsys.readouterr().err
+
+
+def test_a_folder_in_which_something_trains_on_is_a_failure_that_all_hear_of(tmp_path):
+    one = runs.Run("sft", 0, None, tmp_path / "run", {}, {})
+    with locked(one.folder):
+        assert "is in use" in runs.train_run(one)
 
 
 def test_emptying_a_folder_keeps_the_mark_that_it_is_ours(tmp_path):

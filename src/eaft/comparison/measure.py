@@ -148,10 +148,7 @@ class Measure:
             return
         kept = shared(lambda: self.record(run).get(str(point.step)))
         if kept is not None and kept["deleted"]:
-            raise EAFTError(
-                f"{run.name}: the checkpoint of step {point.step} was deleted (keep_checkpoints: chosen), and "
-                f"{', '.join(due)} cannot be run on it: delete the folder, and it is trained again."
-            )
+            raise EAFTError(deleted(run, point.step, f"{', '.join(due)} cannot be run on it"))
         checkpoint = next(c for c in checkpoints(run) if c.step == point.step)
         model = self.model(checkpoint.folder)
         self.run_tasks(run, point, model, due)
@@ -164,10 +161,27 @@ class Measure:
         measured = run_tasks(model, wanted, run.folder / ITEMS / f"step-{point.step}")
         for name, message in shared(lambda: measured.failed).items():
             raise EAFTError(f"{run.name}: {name} failed after step {point.step}: {message}")
-        if processes().is_main_process:
-            for name, items in measured.items.items():
-                pair(name, self.base.items[name], items)
-        point.items.update(measured.items)
+        self.take(point, measured.items)
+
+    def take(self, point: Point, items: dict[str, list[Item]]) -> None:
+        """
+        Take items for a point's, if they are of what the base model was asked.
+
+        Raises:
+            ConfigurationError: they are not; on all processes.
+        """
+
+        def check() -> str | None:
+            try:
+                for name, found in items.items():
+                    pair(name, self.base.items[name], found)
+            except ConfigurationError as error:
+                return str(error)
+            return None
+
+        if (message := shared(check)) is not None:
+            raise ConfigurationError(message)
+        point.items.update(items)
 
     def delete(self, run: Run, keep: set[int]) -> None:
         """Delete a run's models but those after some steps; their numbers stay."""
@@ -180,21 +194,22 @@ class Measure:
         processes().wait_for_everyone()
 
     def recorded(self, run: Run, step: int, kept: dict[str, Any]) -> Point:
-        """Return the point of a checkpoint that has been deleted."""
+        """
+        Return the point of a checkpoint that has been deleted.
+
+        Raises:
+            EAFTError: it has to be measured in another way than it was.
+        """
         if kept["inputs"] != self.inputs:
-            raise EAFTError(
-                f"{run.name}: the checkpoint of step {step} was deleted (keep_checkpoints: chosen), and what it was "
-                "measured with has changed: delete the folder, and it is trained and measured again."
-            )
+            raise EAFTError(deleted(run, step, "what it was measured with has changed"))
         drift = {kind: np.array(sums) for kind, sums in kept["drift"].items()}
         point = Point(step, kept["epoch"], drift, np.array(kept["nll"]))
-        folder = run.folder / ITEMS / f"step-{step}"
-        for name in self.benchmarks:
-            file = folder / f"{Path(name).stem}.jsonl"
-            if file.is_file() and processes().is_main_process:
-                items = read_jsonl(file)
-                pair(name, self.base.items[name], items)
-                point.items[name] = items
+        files = {name: run.folder / ITEMS / f"step-{step}" / f"{Path(name).stem}.jsonl" for name in self.benchmarks}
+        there = shared(lambda: [name for name, file in files.items() if file.is_file()])
+        if missing := [n for n in self.config.every_checkpoint_tasks if n in self.benchmarks and n not in there]:
+            raise EAFTError(deleted(run, step, f"{', '.join(missing)} cannot be run on it"))
+        main = processes().is_main_process
+        self.take(point, {name: read_jsonl(files[name]) if main else [] for name in there})
         return point
 
     def model(self, folder: Path) -> MeasuredModel:
@@ -205,6 +220,14 @@ class Measure:
         """Return what `points.json` holds."""
         file = run.folder / POINTS_FILE
         return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def deleted(run: Run, step: int, what: str) -> str:
+    """Return what to say of a checkpoint that is needed, and gone."""
+    return (
+        f"{run.name}: the checkpoint of step {step} was deleted (keep_checkpoints: chosen), and {what}: delete the "
+        "folder, and it is trained again."
+    )
 
 
 def check_before_training(config: EvaluateConfig, base: str, benchmarks: dict[str, Benchmark]) -> None:

@@ -28,6 +28,7 @@ from eaft.training.train import RUN_FILE, last_complete_checkpoint
 MARK = "compare.json"  # in every folder that compare made
 WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "model.safetensors.index.json")
 POLL = 0.5  # seconds
+LIBC = ctypes.CDLL(None)  # loaded here, since little is safe between fork and exec
 
 
 @dataclass(frozen=True)
@@ -100,11 +101,26 @@ def train_run(run: Run) -> str | None:
     Train in a process of its own, so that its peak memory is its own; reuse a finished run, resume an interrupted one.
 
     Returns:
-        None, or what went wrong.
+        None, or what went wrong, also where the folder cannot be used: other processes wait for an answer.
     """
     if finished(run):
         print(f"{run.folder}: already trained")
         return None
+    try:
+        config = prepare(run)
+    except ConfigurationError as error:
+        return str(error)
+    code = train_apart(config)
+    return f"training ended with exit code {code}; its message is in the output" if code else None
+
+
+def prepare(run: Run) -> Path:
+    """
+    Make a run's folder ready to be trained in, and return the configuration it is trained with.
+
+    Raises:
+        ConfigurationError: the folder is in use, or not ours.
+    """
     with locked(run.folder):  # a process that outlived the one that started it may still train here
         claim(run.folder, run.identity)
         flags = dict(run.flags)
@@ -114,10 +130,10 @@ def train_run(run: Run) -> str | None:
             flags["resume_from_checkpoint"] = checkpoint
         else:
             empty(run.folder)
-        (run.folder / "train.yaml").write_text(yaml.safe_dump(flags, sort_keys=False))
+        config = run.folder / "train.yaml"
+        config.write_text(yaml.safe_dump(flags, sort_keys=False))
     print(f"{run.folder}: training" + (f" from {checkpoint}" if checkpoint else ""), flush=True)
-    code = train_apart(run.folder / "train.yaml")
-    return f"training ended with exit code {code}; its message is in the output" if code else None
+    return config
 
 
 def train_apart(config: Path) -> int:
@@ -136,7 +152,7 @@ def empty(folder: Path) -> None:
 def end_with_parent() -> None:
     """Have Linux end this process when its parent is killed, so that nothing trains on unseen."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 class FirstAlone:
