@@ -21,7 +21,7 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("root")
     for name in ("benchmarks", "recipes"):
         (root / name).symlink_to(ROOT / name)
-    rows = [{"question": f"{i} + 1?", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"} for i in range(80)]
+    rows = [{"question": f"{i} + 1?", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"} for i in range(100)]
     rows.insert(3, {"question": "Long?", "answer": "x" * 240})
     for split, first in (("train", 0), ("test", 1000)):
         own = [{**row, "question": f"{first} + {row['question']}"} for row in rows]
@@ -35,7 +35,7 @@ def read(file):
 
 
 def test_what_is_trained_on_chosen_by_and_scored_is_apart(root):
-    for name, sizes in (("gsm8k", (32, 32, 50)), ("function_calls", (48, 32, 68))):
+    for name, sizes in (("gsm8k", (32, 64, 50)), ("function_calls", (48, 32, 68))):
         parts = [read(root / "runs/replication/data" / f"{name}_{p}.jsonl") for p in ("train", "held_out", "test")]
         assert tuple(map(len, parts)) == sizes
         prompts = [row["prompt"][0]["content"] for part in parts for row in part]
