@@ -8,10 +8,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eaft import EAFTConfig, EAFTTrainer
+from eaft.evaluation.drift import PROMPTS, BaseAnswers, answer_log_probs, read_prompts, sample_answers
 from eaft.models import resolve_model
 from eaft.objective.gates import GATES
+from eaft.objective.statistics import kl_divergence
 
 ROOT = Path(__file__).parents[1]
 
@@ -75,3 +78,21 @@ def test_trains_and_resumes_exactly(gate, packing, peft, smollm2, rows, tmp_path
         assert torch.equal(p, q)
         changed += p.requires_grad
     assert changed
+
+
+@torch.no_grad()
+def test_drift_of_the_largest_probabilities_is_that_of_all_within_a_hundredth(smollm2):
+    base, tokenizer = (kind.from_pretrained(smollm2) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    texts = [
+        tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        for prompt in read_prompts(str(PROMPTS), 3)
+    ]
+    answers = sample_answers(base.eval(), tokenizer, texts, max_new_tokens=24)
+    tuned = AutoModelForCausalLM.from_pretrained(smollm2).eval()
+    torch.manual_seed(0)
+    for parameter in tuned.parameters():
+        parameter.add_(0.03 * parameter.std() * torch.randn_like(parameter) if parameter.ndim > 1 else 0)
+    sums, counts = BaseAnswers.record(base, answers).drift(tuned)
+    whole = sum(kl_divergence(answer_log_probs(base, a), answer_log_probs(tuned, a)).sum().item() for a in answers)
+    assert whole / counts.sum() > 0.01
+    assert 0.99 * whole < sums.sum() < whole
