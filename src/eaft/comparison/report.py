@@ -172,7 +172,7 @@ MATCHED = (
 def how_tested(results: Numbers) -> str:
     """Return how the pairs were tested."""
     several = "items (or prompts) and seeds both count (Cochran and Cox's t)"
-    one = "one seed, so items (or prompts) alone count: as `eaft eval` tests scores, Student's t for drift and nll"
+    one = "one seed, so items (or prompts) alone count: as in `eaft eval`"
     counts = {len(pair["seeds"]) > 1 for pair in results["pairs"]}
     how = several if counts == {True} else one if counts == {False} else f"{several}; where there is {one}"
     return (
