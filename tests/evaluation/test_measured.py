@@ -334,3 +334,71 @@ def test_drift_depends_on_the_bases_probabilities(model_dir, folder):
     assert tuned.kept == ["drift"]
     moved = BaseAnswers.record(make_model(2).eval(), answers.answers)
     assert not np.allclose(tuned.drift(moved)[0], first)
+
+
+def test_a_template_that_writes_the_day_is_another_question_tomorrow(monkeypatch):
+    """Else a base model kept from yesterday is not asked what the tuned one is asked today, and all is refused."""
+    from transformers.utils import chat_template_utils
+
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%d') }} {{ messages[0]['content'] }}"
+    digests = []
+    for day in (1, 1, 2):
+
+        class Day(chat_template_utils.datetime):
+            @classmethod
+            def now(cls, day=day):
+                return cls(2026, 1, day)
+
+        monkeypatch.setattr(chat_template_utils, "datetime", Day)
+        chat_template_utils._compile_jinja_template.cache_clear()
+        digests.append(identity.tokenizer_digest(tokenizer))
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_clearing_leaves_what_is_not_ours(store):
+    mine = store.folder / "thesis"
+    mine.mkdir(parents=True)
+    (mine / "chapter.txt").write_text("the only copy")
+    with store.write({"a": 1}, "model") as staging:
+        (staging / "items.jsonl").write_text("[]")
+    (store.folder / "writing-killed").mkdir()
+    assert list(store.sizes()) == ["model", "unfinished"]
+    assert cli.main(["cache", "--clear"]) == 0
+    assert [path.name for path in store.folder.iterdir()] == ["thesis"]
+    assert (mine / "chapter.txt").exists()
+
+
+def test_sampled_answers_are_to_the_prompts_as_they_are_asked(folder):
+    (folder / "chat_template.jinja").write_text("{{ effort }} {{ messages[0]['content'] }}")
+
+    def model(batch_size, **settings):
+        args = {"chat_template_args": settings}
+        protocol = Protocol(max_new_tokens=4, batch_size=batch_size, model_args=args)
+        return side_by_side(str(folder), None, protocol, True)[0]
+
+    answers = model(8, effort="low").sampled(["say a"])
+    assert model(1, effort="low").find_sampled(["say a"]) == answers
+    assert model(8, effort="high").find_sampled(["say a"]) is None
+
+
+def test_drift_beside_vllm_is_of_the_same_revision(model_dir, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(measured, "load", lambda model, tokenizer, protocol: loaded.append(protocol.model_args))
+    args = {"revision": "v1", "gpu_memory_utilization": 0.5}
+    protocol = Protocol(backend="vllm", model_args=args)
+    model = MeasuredModel(str(model_dir), load_tokenizer(str(model_dir)), protocol)
+    model._load("vllm")
+    model._load("hf")
+    assert loaded == [args, {"revision": "v1"}]
+
+
+def test_record_refuses_what_it_would_ignore(model_dir, capsys):
+    assert run(model_dir, "--record", "--base", model_dir) == 2
+    assert "leave --base and --suite out" in capsys.readouterr().err
+
+
+def test_thinking_is_set_in_one_place(model_dir):
+    for args in ({"enable_thinking": True}, {"chat_template_args": {"enable_thinking": True}}):
+        with pytest.raises(ConfigurationError, match="enable_thinking is a setting of its own"):
+            side_by_side(str(model_dir), None, Protocol(model_args=args), False)

@@ -120,6 +120,8 @@ def main(argv: list[str]) -> int:
     flags = vars(parser.parse_args(argv))
     protocol = Protocol(**{name: flags.pop(name) for name in Protocol.__dataclass_fields__})
     if flags.pop("record"):
+        if flags["base"] is not None or flags["suite"]:
+            raise ConfigurationError("--record only keeps MODEL's answers: leave --base and --suite out.")
         record(flags["model"], flags["prompts"], flags["tokenizer"], protocol)
         return 0
     if not flags["suite"]:

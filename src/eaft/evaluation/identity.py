@@ -75,7 +75,10 @@ def tokenizer_digest(tokenizer: Any) -> str:
     else:
         content = tokenizer.get_vocab()
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return digest([type(tokenizer).__name__, content, special, tokenizer.chat_template])
+    asked = None
+    if tokenizer.chat_template is not None:  # some write today's date (Llama 3.2): tomorrow is asked another question
+        asked = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+    return digest([type(tokenizer).__name__, content, special, tokenizer.chat_template, asked])
 
 
 def tasks_digest(tasks: dict[str, Any], limit: int | None, num_fewshot: int | None) -> str:

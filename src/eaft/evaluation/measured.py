@@ -18,7 +18,7 @@ from eaft.errors import ConfigurationError
 from eaft.evaluation.drift import Answer, BaseAnswers, Share, answer_log_probs, sample_answers
 from eaft.evaluation.identity import digest, software, tasks_digest, tokenizer_digest, weights_digest
 from eaft.evaluation.progress import Progress
-from eaft.evaluation.scores import Item, Protocol, ask, load, processes, score
+from eaft.evaluation.scores import Item, Protocol, ask, load, processes, score, source
 from eaft.evaluation.store import Store
 from eaft.evaluation.suite import Benchmark
 from eaft.provenance import write_json
@@ -68,7 +68,7 @@ class MeasuredModel:
         """
         Return the model's own answers to prompts (strings or messages).
 
-        Kept whatever computed them: a sample of one distribution, which a device's rounding does not make another.
+        Kept whatever computed them, in whatever batches: a sample of one distribution, which rounding does not change.
         """
 
         def sample() -> list[Answer]:
@@ -76,7 +76,7 @@ class MeasuredModel:
             return sample_answers(
                 lm.model,
                 self.tokenizer,
-                [ask(self.tokenizer, prompt, protocol) for prompt in prompts],
+                self._texts(prompts),
                 protocol.max_new_tokens,
                 add_special_tokens=not protocol.apply_chat_template,
                 batch_size=protocol.batch_size,
@@ -167,18 +167,23 @@ class MeasuredModel:
         return {name: getattr(self.protocol, name) for name in ("dtype", "model_args")}
 
     def _sampled_identity(self, prompts: list[Any]) -> dict[str, Any]:
-        names = ("apply_chat_template", "enable_thinking", "system_instruction", "max_new_tokens", "batch_size")
         return {
             **{name: self._identity[name] for name in ("weights", "tokenizer")},
-            **{"sampled": prompts, "eaft": self._identity["software"]["eaft"]},
-            **{name: getattr(self.protocol, name) for name in names},
+            **{"sampled": self._texts(prompts), "eaft": self._identity["software"]["eaft"]},
+            **{name: getattr(self.protocol, name) for name in ("apply_chat_template", "max_new_tokens")},
         }
+
+    def _texts(self, prompts: list[Any]) -> list[str]:
+        """Return prompts as they are asked: all that the protocol and the template's settings make of them."""
+        return [ask(self.tokenizer, prompt, self.protocol) for prompt in prompts]
 
     def _load(self, backend: str) -> Any:
         """Return lm-eval's model; `hf`'s has the torch model, as `.model`."""
         if self._backend != backend:
             self.free()
-            args = self.protocol.model_args if backend == self.protocol.backend else {}
+            args = self.protocol.model_args
+            if backend != self.protocol.backend:  # drift beside vLLM: the same model, without vLLM's own arguments
+                args = source(args)
             self._lm = load(self.model, self.tokenizer, replace(self.protocol, backend=backend, model_args=args))
             self._backend = backend
         return self._lm

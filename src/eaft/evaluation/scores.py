@@ -26,7 +26,7 @@ from eaft.errors import ConfigurationError
 from eaft.evaluation.drift import ANSWER_TOKENS, DRIFT_PROMPTS
 from eaft.evaluation.progress import Progress
 from eaft.evaluation.suite import Benchmark, quiet
-from eaft.evaluation.thinking import Thinking, decide, find_thinking
+from eaft.evaluation.thinking import SWITCHES, Thinking, decide, find_thinking
 from eaft.models import first_line
 
 Item = dict[str, Any]
@@ -76,8 +76,9 @@ def settled(protocol: Protocol, tokenizer: Any) -> Protocol:
     Raises:
         ConfigurationError: the template is asked for and missing, or cannot do what is asked of thinking.
     """
-    if "enable_thinking" in protocol.model_args:
-        raise ConfigurationError("model_args: enable_thinking is a setting of its own (--enable_thinking).")
+    for name in SWITCHES:
+        if name in {**protocol.model_args, **protocol.model_args.get("chat_template_args", {})}:
+            raise ConfigurationError(f"model_args: {name} is a setting of its own (--enable_thinking).")
     chat = tokenizer.chat_template is not None if protocol.apply_chat_template is None else protocol.apply_chat_template
     if chat and tokenizer.chat_template is None:
         raise ConfigurationError("apply_chat_template=True: the model has no chat template. Leave it out.")

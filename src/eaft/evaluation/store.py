@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections import defaultdict
@@ -32,6 +33,7 @@ probabilities, under a digest of weights, tokenizer, task, data, protocol and ve
 The folder is $EAFT_CACHE, by default $HF_HOME/eaft/measured.
 """
 ABOUT_FILE = "about.json"
+STAGING = "writing-"  # begins the name of a folder that is not whole yet
 
 
 class Store:
@@ -59,7 +61,7 @@ class Store:
             model: what the user calls it, for `eaft cache`.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix="writing-", dir=self.folder))
+        staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=self.folder))
         try:
             yield staging
             write_json(staging / ABOUT_FILE, {"model": model, "identity": identity})
@@ -69,18 +71,26 @@ class Store:
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
+    def entries(self) -> list[Path]:
+        """Return the measurements' folders, and those that a killed process left: the user may keep more beside."""
+        names = re.compile(rf"[0-9a-f]{{64}}|{STAGING}.+")
+        return [folder for folder in sorted(self.folder.glob("*/")) if names.fullmatch(folder.name)]
+
     def sizes(self) -> dict[str, int]:
         """Return how many bytes are kept of each model, and as `unfinished` of what a killed process left."""
         found: dict[str, int] = defaultdict(int)
-        for folder in sorted(self.folder.glob("*/")):
+        for folder in self.entries():
             about = folder / ABOUT_FILE
             name = json.loads(about.read_text())["model"] if about.is_file() else "unfinished"
             found[name] += sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         return found
 
     def clear(self) -> None:
-        """Delete everything."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Delete all measurements, and the folder if that leaves it empty."""
+        for folder in self.entries():
+            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
 
 
 def main(argv: list[str]) -> None:
