@@ -282,4 +282,4 @@ def test_recipes_parse():
     assert args.gate == "eaft"
     assert model_args.model_name_or_path
     assert not launch_args
-    assert set(read_recipe(str(recipes / "demo" / "compare.yaml")).objectives) == {"sft", "eaft"}
+    assert set(read_recipe(str(recipes / "demo" / "compare.yaml"), {}).objectives) == {"sft", "eaft"}

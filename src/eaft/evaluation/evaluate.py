@@ -185,43 +185,70 @@ def evaluate(
             stack.enter_context(locked(folder))
             check_folder(folder, inputs)  # again: another process may just have ended
             write_json(folder / INPUTS_FILE, inputs)
-        before, sums = None, None
-        if original is not None:
-            answers = original.answers(questions) if questions else None
-            before = run_tasks(original, benchmarks, folder / "items_before")
-            original.free()
-            if answers is not None:
-                sums = tuned.drift(answers)
-                if state.is_main_process:
-                    write_json(folder / "answers.json", read_answers(original.tokenizer, answers, *sums))
-        after = run_tasks(tuned, benchmarks, folder / ("items" if original is None else "items_after"))
-        tuned.free()
+        before, after, sums = measure_both(tuned, original, benchmarks, questions, folder)
         if not state.is_main_process:
             return None
-        failed = {**(before.failed if before else {}), **after.failed}
-        done = {name: benchmark for name, benchmark in benchmarks.items() if name not in failed}
-        results: dict[str, Any] = {
-            "output_path": str(folder),
-            "model": model,
-            "base": base,
-            "suites": {s.name: s.benchmarks for s in suites},
-            "protocol": {**asdict(tuned.protocol), "limit": limit, "data_sha256": data_digest(after.items)},
-            "environment": environment(),
-            "kept": {"model": tuned.kept, "base": original.kept if original else [], "folder": str(tuned.store.folder)},
-            "asked": {name: facts(benchmark, tuned.protocol, before, after) for name, benchmark in done.items()},
-            "failed": failed,
-        }
-        if before is None:
-            results["tasks"] = {name: score_summary(after.items[name]) for name in done}
-        else:
-            several = [s for s in suites if len(s.benchmarks) > 1 and not failed.keys() & set(s.benchmarks)]
-            items_before, items_after = ({name: side.items[name] for name in done} for side in (before, after))
-            results.update(changes(items_before, items_after, several))
-            results["worst"] = worst_regressions(items_before, items_after)
+        results = describe(tuned, original, suites, benchmarks, before, after)
+        results.update({"output_path": str(folder), "model": model, "base": base})
+        results["protocol"]["limit"] = limit
+        if before is not None:
             results["drift"] = summarise(*sums) if sums is not None else None
             results["verdict"] = judge(results, max_drop, max_drift)
         write_report(folder, results)
         return results
+
+
+def measure_both(
+    tuned: MeasuredModel,
+    original: MeasuredModel | None,
+    benchmarks: dict[str, Benchmark],
+    prompts: list[Any],
+    folder: Path,
+) -> tuple[Measured | None, Measured, tuple[np.ndarray, np.ndarray] | None]:
+    """Measure the base and the model, one after the other; return the tasks of each, and drift's sums and tokens."""
+    if original is None:
+        return None, run_tasks(tuned, benchmarks, folder / "items"), None
+    answers = original.answers(prompts) if prompts else None
+    before = run_tasks(original, benchmarks, folder / "items_before")
+    original.free()
+    sums = None
+    if answers is not None:
+        sums = tuned.drift(answers)
+        if processes().is_main_process:
+            write_json(folder / "answers.json", read_answers(original.tokenizer, answers, *sums))
+    after = run_tasks(tuned, benchmarks, folder / "items_after")
+    tuned.free()
+    return before, after, sums
+
+
+def describe(
+    tuned: MeasuredModel,
+    original: MeasuredModel | None,
+    suites: list[Suite],
+    benchmarks: dict[str, Benchmark],
+    before: Measured | None,
+    after: Measured,
+) -> dict[str, Any]:
+    """Return of `results.json` what the tasks, and how they were asked, make of it."""
+    failed = {**(before.failed if before else {}), **after.failed}
+    done = {name: benchmark for name, benchmark in benchmarks.items() if name not in failed}
+    results: dict[str, Any] = {
+        "suites": {s.name: s.benchmarks for s in suites},
+        "protocol": {**asdict(tuned.protocol), "data_sha256": data_digest(after.items)},
+        "environment": environment(),
+        "kept": {"model": tuned.kept, "base": original.kept if original else [], "folder": str(tuned.store.folder)},
+        "asked": {name: facts(benchmark, tuned.protocol, before, after) for name, benchmark in done.items()},
+        "failed": failed,
+    }
+    if before is None:
+        return {**results, "tasks": {name: score_summary(after.items[name]) for name in done}}
+    several = [s for s in suites if len(s.benchmarks) > 1 and not failed.keys() & set(s.benchmarks)]
+    items_before, items_after = ({name: side.items[name] for name in done} for side in (before, after))
+    return {
+        **results,
+        **changes(items_before, items_after, several),
+        "worst": worst_regressions(items_before, items_after),
+    }
 
 
 def check_folder(folder: Path, inputs: dict[str, Any]) -> None:
