@@ -5,6 +5,8 @@ import pytest
 from eaft.comparison import report
 from eaft.comparison.results import NLL, adjust, mean_and_std, told_apart, verdict
 
+GROUPS = {"target": ["t"], "general": ["g", "h"]}
+
 
 def difference(change, p=0.001, half=0.01):
     return {"change": change, "low": change - half, "high": change + half, "p_value": p, "p_holm": p}
@@ -23,20 +25,22 @@ def front(*differences, half=0.01):
     }
 
 
-def make_pair(target=0.0, general=0.0, drift=0.0, fronts=None, first="eaft", second="sft", seeds=(0, 1)):
+def make_pair(
+    target=0.0, general=0.0, drift=0.0, fronts=None, first="eaft", second="sft", seeds=(0, 1), g=0.0, h=0.0, nll=None
+):
     """A pair whose differences are significant unless they are 0."""
     view = {
         "means": {n: difference(c, 0.001 if c else 1.0) for n, c in (("target", target), ("general", general))},
         "drift": {"general": difference(drift, 0.001 if drift else 1.0)},
-        "tasks": {},
-        "nll": None,
+        "tasks": {name: difference(c, 0.001 if c else 1.0) for name, c in {"t": target, "g": g, "h": h}.items()},
+        "nll": None if nll is None else difference(nll),
     }
     return {"first": first, "second": second, "seeds": list(seeds), "views": {"last": view}, "fronts": fronts or {}}
 
 
-def headline(*pairs):
-    verdicts = [{"first": pair["first"], "second": pair["second"], **verdict(pair)} for pair in pairs]
-    return report.headline({"pairs": pairs, "verdicts": verdicts})
+def headline(*pairs, failed=()):
+    verdicts = [{"first": pair["first"], "second": pair["second"], **verdict(pair, GROUPS)} for pair in pairs]
+    return report.headline({"pairs": pairs, "verdicts": verdicts, "failed": list(failed)})
 
 
 def test_a_gain_without_a_loss_is_chosen():
@@ -57,19 +61,45 @@ def test_a_trade_and_nothing_are_said_to_be_that():
     assert said.startswith("**No objective is shown to be better than another: take the simplest.**")
     assert said.endswith("another seed may turn this round.")
     both = headline(make_pair(drift=-0.2), make_pair(drift=-0.1, first="talr"))
-    assert both.startswith("**Choose one of eaft, talr**, which were not shown to differ.")
+    assert both.startswith("**Choose one of eaft, talr**, none of which is shown to be better than another.")
     ranked = headline(make_pair(drift=-0.2), make_pair(drift=-0.1, first="talr"), make_pair(drift=-0.1, second="talr"))
     assert ranked.startswith("**Choose eaft.**")
     assert headline().startswith("Nothing was compared")
+    assert "What failed" not in said
+    failure = {"objective": "dft", "seed": 0, "message": "out of memory"}
+    assert headline(make_pair(drift=-0.2), failed=[failure]).endswith("What failed (below) is not judged.")
+
+
+def test_how_it_was_tested_is_what_was_done():
+    """With one seed drift's differences are a bootstrap's, as in `eaft eval`, not Student's."""
+    assert "Student" not in report.how_tested({"pairs": [make_pair(seeds=[0])]})
 
 
 def test_less_drift_for_less_learned_is_no_gain():
     """Drift at each one's own choice is lower, but not where both have learned as much."""
-    found = verdict(make_pair(drift=-0.2, fronts={NLL: front(0.0, 0.0) | {"mean": difference(0.0, 1.0)}}))
+    found = verdict(make_pair(drift=-0.2, fronts={NLL: front(0.0, 0.0) | {"mean": difference(0.0, 1.0)}}), GROUPS)
     assert found == {"better": [], "worse": [], "prefer": None}
-    found = verdict(make_pair(drift=-0.2, fronts={NLL: front(0.05, 0.07)}))
+    found = verdict(make_pair(drift=-0.2, fronts={NLL: front(0.05, 0.07)}), GROUPS)
     assert found == {"better": [], "worse": [f"drift at equal {NLL}"], "prefer": "sft"}
-    assert verdict(make_pair(drift=-0.2, fronts={NLL: None}))["prefer"] == "eaft"  # no common target
+    assert verdict(make_pair(drift=-0.2, fronts={NLL: None}), GROUPS)["prefer"] == "eaft"  # no common target
+
+
+def test_nothing_learned_is_no_gain():
+    """A run that never learns shares no target with another, and has drifted least of all."""
+    pair = make_pair(drift=-0.2, nll=0.5, fronts={NLL: None})
+    assert verdict(pair, GROUPS) == {"better": ["drift"], "worse": [NLL], "prefer": None}
+    assert "held-out nll +0.5000 (95%: +0.4900 to +0.5100; p 0.001)" in headline(pair)
+    # Where both reach common targets, drift there says all, and the nll of what a gate leaves out is not held against it
+    assert verdict(make_pair(nll=0.5, fronts={NLL: front(-0.05, -0.07)}), GROUPS)["prefer"] == "eaft"
+
+
+def test_a_loss_on_one_task_is_not_hidden_by_a_gain_on_another():
+    said = headline(make_pair(drift=-0.2, g=-0.1, h=0.1))
+    assert said.startswith("**Choose by what you need")
+    assert "eaft is better than sft in h and drift and worse in g" in said
+    assert "h +10.0 points" in said
+    assert "g -10.0 points (95%: -11.0 to -9.0; p 0.001)" in said
+    assert " t " not in headline(make_pair(target=0.1)).partition("(eaft less")[0]  # one task is its group's mean
 
 
 def test_where_fronts_can_be_told_apart():

@@ -17,7 +17,8 @@ def train(model_dir: str, out: str, gate: str, adapter: bool) -> list[dict[str, 
     """Return the logs of four steps, with LoRA if there is to be an `adapter`."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     prompts = Path(model_dir).with_name("prompts.jsonl")
-    prompts.write_text("".join(f'{{"prompt": "say {i}"}}\n' for i in range(3)))
+    # Not test_fsdp2's, whose answers are kept: sampled in other batches they are others
+    prompts.write_text("".join(f'{{"prompt": "tell {i}"}}\n' for i in range(3)))
     args = EAFTConfig(
         out,
         gate=gate,

@@ -20,7 +20,9 @@ VIEWS = {"chosen": "At each objective's own choice (lowest held-out nll)", "last
 
 def write(results: Numbers, folder: Path) -> str:
     """Write results.md, the pictures and, last, results.json; return the Markdown."""
-    results["verdicts"] = [{"first": p["first"], "second": p["second"], **verdict(p)} for p in results["pairs"]]
+    results["verdicts"] = [
+        {"first": p["first"], "second": p["second"], **verdict(p, results["groups"])} for p in results["pairs"]
+    ]
     results["sentence"] = headline(results)
     text = markdown(results)
     (folder / "results.md").write_text(text)
@@ -44,7 +46,7 @@ def headline(results: Numbers) -> str:
     if len(best) == 1:
         advice = f"**Choose {best[0]}.**"
     elif best:
-        advice = f"**Choose one of {', '.join(best)}**, which were not shown to differ."
+        advice = f"**Choose one of {', '.join(best)}**, none of which is shown to be better than another."
     elif any(v["better"] for v in results["verdicts"]):
         advice = "**Choose by what you need: what is gained is paid for.**"
     else:
@@ -52,6 +54,8 @@ def headline(results: Numbers) -> str:
     text = [advice, *(clause(pair, v) for pair, v in zip(results["pairs"], results["verdicts"], strict=True))]
     if any(len(pair["seeds"]) == 1 for pair in results["pairs"]):
         text.append("One seed: the intervals hold no seed-to-seed variance, and another seed may turn this round.")
+    if results["failed"]:
+        text.append("What failed (below) is not judged.")
     return " ".join(text)
 
 
@@ -69,9 +73,12 @@ def clause(pair: Numbers, found: Numbers) -> str:
         said = f"{first} and {second} cannot be told apart"
     numbers = [f"{name} {points(view['means'][name])}" for name in ("target", "general")]
     fronts = [(name, front["mean"]) for name, front in pair["fronts"].items() if front is not None]
-    numbers += [f"drift at equal {name} {nats(mean)}" for name, mean in fronts] or [
-        f"drift {nats(view['drift']['general'])}"
-    ]
+    numbers += [f"drift at equal {name} {nats(mean)}" for name, mean in fronts]
+    if not fronts:
+        lower = {"drift": view["drift"]["general"], NLL: view["nll"]}
+        numbers += [f"{name} {nats(d)}" for name, d in lower.items() if d is not None]
+    of_tasks = [n for n in (*found["better"], *found["worse"]) if n in view["tasks"] and n not in view["means"]]
+    numbers += [f"{name} {points(view['tasks'][name])}" for name in of_tasks]
     return f"{said} ({first} less {second}: {'; '.join(numbers)})."
 
 
@@ -172,7 +179,7 @@ MATCHED = (
 def how_tested(results: Numbers) -> str:
     """Return how the pairs were tested."""
     several = "items (or prompts) and seeds both count (Cochran and Cox's t)"
-    one = "one seed, so items (or prompts) alone count: as in `eaft eval`"
+    one = "one seed, so items (or prompts) alone count, as in `eaft eval`"
     counts = {len(pair["seeds"]) > 1 for pair in results["pairs"]}
     how = several if counts == {True} else one if counts == {False} else f"{several}; where there is {one}"
     return (

@@ -189,18 +189,23 @@ def adjust(pairs: list[Numbers], views: list[str]) -> None:
             difference["p_holm"] = p
 
 
-def verdict(pair: Numbers) -> Numbers:
+def verdict(pair: Numbers, groups: dict[str, list[str]]) -> Numbers:
     """
     Return in what the first of a pair is shown to be better and worse than the second: `better`, `worse`, `prefer`.
 
-    Shown is what is significant at 0.05, Holm-adjusted, at each objective's own choice: target and general score; and
-    drift at a matched target where fronts could be compared, since what has learned less has drifted less, else drift
-    at its own choice.
+    Shown is what is significant at 0.05, Holm-adjusted, at each objective's own choice: target and general score, and
+    each task of several, since a mean hides losses that gains cancel; and drift at a matched target where fronts could
+    be compared, since what has learned less has drifted less, else drift and held-out nll at its own choice.
+
+    Args:
+        groups: the tasks of each mean.
     """
     view = pair["views"].get("chosen") or pair["views"]["last"]
     fronts = {f"drift at equal {name}": front["mean"] for name, front in pair["fronts"].items() if front is not None}
-    lower = fronts or {"drift": view["drift"]["general"]}
-    signs = {**{name: (d, 1) for name, d in view["means"].items()}, **{name: (d, -1) for name, d in lower.items()}}
+    lower = fronts or {"drift": view["drift"]["general"], **({NLL: view["nll"]} if view["nll"] is not None else {})}
+    tasks = {name: view["tasks"][name] for names in groups.values() if len(names) > 1 for name in names}
+    higher = {**view["means"], **tasks}
+    signs = {**{name: (d, 1) for name, d in higher.items()}, **{name: (d, -1) for name, d in lower.items()}}
     shown = {name: sign * d["change"] for name, (d, sign) in signs.items() if d["p_holm"] < LEVEL}
     better, worse = [n for n, gain in shown.items() if gain > 0], [n for n, gain in shown.items() if gain < 0]
     prefer = pair["first"] if better and not worse else pair["second"] if worse and not better else None

@@ -193,7 +193,7 @@ def drift_told(verdict: dict[str, Any], drift: dict[str, Any] | None) -> list[st
 
 def only_form(results: dict[str, Any]) -> list[str]:
     """
-    Return where a task's score fell and another reading of the same answers (filter) did not, in words.
+    Return where a task's score fell and another reading of the same answers (filter) less, if at all, in words.
 
     That is where the other's change is not significant, and its interval rules out what the first lost.
     """
@@ -204,8 +204,9 @@ def only_form(results: dict[str, Any]) -> list[str]:
             continue
         read = task["metric"].partition(",")[2]
         found += [
-            f"On {name} the {read} score fell and the {other} score did not ({100 * c['change']:+.1f} points, p "
-            f"{p_text(c['p_value'])}): what changed is the form of the answers, not the ability."
+            f"On {name} the {read} score fell more than the {other} score ({100 * c['change']:+.1f} points, 95%: "
+            f"{100 * c['low']:+.1f} to {100 * c['high']:+.1f}), of which no loss is shown: at least part of what was "
+            "lost is the form of the answers."
             for other, c in filters.items()
             if (c["p_value"] >= ALPHA or c["change"] >= 0) and c["low"] > task["change"]
         ]
