@@ -89,7 +89,7 @@ def test_nothing_learned_is_no_gain():
     pair = make_pair(drift=-0.2, nll=0.5, fronts={NLL: None})
     assert verdict(pair, GROUPS) == {"better": ["drift"], "worse": [NLL], "prefer": None}
     assert "held-out nll +0.5000 (95%: +0.4900 to +0.5100; p 0.001)" in headline(pair)
-    # Where both reach common targets, drift there says all, and the nll of what a gate leaves out is not held against it
+    # Where both reach common targets drift there says all; the nll of what a gate leaves out is not held against it
     assert verdict(make_pair(nll=0.5, fronts={NLL: front(-0.05, -0.07)}), GROUPS)["prefer"] == "eaft"
 
 
