@@ -327,6 +327,8 @@ def test_emptying_a_folder_keeps_the_mark_that_it_is_ours(tmp_path):
         ({"objectives": {"a": {"load_best_model_at_end": True}}}, "with load_best_model_at_end the model is not"),
         ({"pairs": [["eaft2", "stf"]]}, "pairs: 'stf' is none of sft, eaft2. Did you mean 'sft'?"),
         ({"pairs": [["sft", "sft"]]}, "is not two objectives"),
+        ({"seeds": [0, 1, 0]}, "seeds: [0, 1, 0]: expected a list of values that differ"),  # a seed twice is no second
+        ({"seeds": []}, "an empty list leaves nothing to train"),
         ({"learning_rates": ["fast"]}, "learning_rates: expected a list of numbers"),
         ({"keep_checkpoints": "best"}, "keep_checkpoints='best': choose all or chosen"),
         (
@@ -359,10 +361,17 @@ def test_rows_that_are_trained_on_cannot_choose(content, tmp_path, capsys):
 
 
 def test_held_out_rows_fit_the_model(content, tmp_path, capsys):
-    rows = [{"prompt": "a", "completion": "b" * 300}]
+    rows = [{"prompt": "a", "completion": "b" * 300}, {"prompt": "b", "completion": "b"}]
     content["evaluate"]["held_out"] = write_rows(tmp_path / "long.jsonl", rows)
     assert run(content) == 2
     assert "evaluate.held_out: row 0 has 302 tokens, more than the model's context of 256" in capsys.readouterr().err
+
+
+def test_one_row_is_too_few_to_say_how_sure(content, tmp_path, capsys):
+    """Of a single prompt no variance can be had: it would end, or mislead, after all the training."""
+    content["evaluate"]["target_prompts"] = write_rows(tmp_path / "one.jsonl", make_rows(1))
+    assert run(content) == 2
+    assert "evaluate.target_prompts: 1 row: how sure a mean is takes two" in capsys.readouterr().err
 
 
 def test_missing_recipe(tmp_path, capsys):

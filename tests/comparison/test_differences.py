@@ -109,3 +109,12 @@ def test_one_seed_is_the_evaluations_own_interval():
     found = ratio_difference(sums, np.zeros_like(sums), tokens)
     assert (found.low, found.high) == bootstrap_interval(sums[0], tokens)
     assert found.seeds == 1
+
+
+def test_one_item_is_no_error_and_says_next_to_nothing():
+    """As a trial run with one item of each task has it (`limit: 1`), with several seeds."""
+    ones, zeros = np.ones((2, 1)), np.zeros((2, 1))
+    for first, second in ((ones, zeros), (ones, ones), (ones, np.array([[0.0], [1.0]]))):
+        found = score_difference([(first, second)])
+        assert (found.low, found.high) == (-1, 1)
+        assert found.p_value > 0.5

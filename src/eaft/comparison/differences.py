@@ -74,10 +74,10 @@ def spread(per_seed: np.ndarray, covariance: np.ndarray, items: int) -> tuple[fl
     """Return the standard error of the mean of `per_seed`, and its critical values; see `over_seeds`."""
     count = len(per_seed)
     if count == 1:
-        return math.sqrt(max(covariance[0, 0], 0.0)), Critical(1.0, items - 1, 0.0, 1)
+        return math.sqrt(max(covariance[0, 0], 0.0)), Critical(1.0, max(items - 1, 1), 0.0, 1)
     by_seed = float(per_seed.var(ddof=1)) / count
     by_item = max(float(covariance.sum() - np.trace(covariance)) / (count * (count - 1)), 0.0)
-    return math.sqrt(by_seed + by_item), Critical(by_item, items - 1, by_seed, count - 1)
+    return math.sqrt(by_seed + by_item), Critical(by_item, max(items - 1, 1), by_seed, count - 1)
 
 
 @dataclass(frozen=True)

@@ -239,6 +239,12 @@ def check_before_training(config: EvaluateConfig, base: str, benchmarks: dict[st
     """
     model, _ = side_by_side(base, None, config.protocol, drift=True)
     check_measurable([model], benchmarks, [prompt for prompts in config.prompts.values() for prompt in prompts])
+    asked = {f"{kind}_prompts": prompts for kind, prompts in config.prompts.items()}
+    for name, rows in {**asked, **({"held_out": config.held_out_rows} if config.held_out else {})}.items():
+        if len(rows) < 2:
+            raise ConfigurationError(
+                f"evaluate.{name}: {len(rows)} row: how sure a mean is takes two, better many more."
+            )
     if model.tokenizer.chat_template is None:
         return  # training may give it one
     context = context_length(base, model.protocol.model_args)

@@ -167,6 +167,12 @@ def check_fields(recipe: Recipe, path: str) -> None:
             raise ConfigurationError(
                 f"{path}: the objective {name!r} names a folder; use letters, digits, '-', '_', '.'."
             )
+    for name in ("seeds", "learning_rates", "pairs"):
+        values = getattr(recipe, name)
+        if values is not None and (not isinstance(values, list) or any(v in values[:i] for i, v in enumerate(values))):
+            raise ConfigurationError(f"{path}: {name}: {values!r}: expected a list of values that differ.")
+    if not recipe.seeds or recipe.learning_rates == []:
+        raise ConfigurationError(f"{path}: seeds and learning_rates: an empty list leaves nothing to train.")
     for pair in recipe.pairs or []:
         if not isinstance(pair, list) or len(pair) != 2 or pair[0] == pair[1]:
             raise ConfigurationError(f"{path}: pairs: {pair!r} is not two objectives, as [eaft, sft].")
