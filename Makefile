@@ -27,7 +27,7 @@ demo: $(VENV)/.installed  ## fine-tune a real model with SFT and EAFT; table and
 	    --model_name_or_path "$$($(PY) recipes/demo/find_model.py)" $(DEMO_FLAGS)
 
 # One process a core, four at most for the sake of memory; one alone: make test PYTEST_FLAGS="-n 0"
-test: $(VENV)/.installed  ## the tests (9 minutes on 2 cores)
+test: $(VENV)/.installed  ## the tests (12 minutes on 2 cores)
 	$(PY) -m pytest -q -n logical --maxprocesses 4 --dist worksteal $(PYTEST_FLAGS)
 
 test-oldest: $(OLDEST)/.installed  ## a few tests of each wing with the oldest versions allowed (8 GB on disk)
