@@ -8,6 +8,7 @@ import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,6 @@ def environment() -> dict[str, Any]:
     """Return eaft's version and commit, the libraries' versions and the machine, as plain JSON values."""
     import torch
 
-    libraries: dict[str, str | None] = {}
-    for name in LIBRARIES:
-        try:
-            libraries[name] = version(name)
-        except PackageNotFoundError:
-            libraries[name] = None
     return {
         "eaft": version("eaft"),
         "commit": commit(),
@@ -34,8 +29,19 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "libraries": libraries,
+        "libraries": versions(LIBRARIES),
     }
+
+
+def versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """Return the packages' versions; None for what is not installed."""
+    found: dict[str, str | None] = {}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 def commit() -> str | None:

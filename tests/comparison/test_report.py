@@ -38,9 +38,25 @@ def make_pair(
     return {"first": first, "second": second, "seeds": list(seeds), "views": {"last": view}, "fronts": fronts or {}}
 
 
-def headline(*pairs, failed=()):
+def beside(objective, *changes, p=0.001):
+    """What an objective has beside the base model, with one seed each: the change of its target and general task."""
+    return [
+        {
+            "objective": objective,
+            "changes": {
+                "last": {
+                    "means": {"target": {"change": target}, "general": {"change": general}},
+                    "tasks": {"t": {"change": target, "p_holm": p}, "g": {"change": general, "p_holm": p}},
+                }
+            },
+        }
+        for target, general in changes
+    ]
+
+
+def headline(*pairs, failed=(), choices=()):
     verdicts = [{"first": pair["first"], "second": pair["second"], **verdict(pair, GROUPS)} for pair in pairs]
-    return report.headline({"pairs": pairs, "verdicts": verdicts, "failed": list(failed)})
+    return report.headline({"pairs": pairs, "verdicts": verdicts, "failed": list(failed), "choices": choices})
 
 
 def test_a_gain_without_a_loss_is_chosen():
@@ -51,6 +67,19 @@ def test_a_gain_without_a_loss_is_chosen():
     assert "target -10.0 points (95%: -11.0 to -9.0; p 0.001)" in said
     assert "One seed" not in said
     assert headline(make_pair(target=-0.1)).startswith("**Choose sft.**")
+
+
+def test_the_best_of_them_may_still_be_nothing_to_ship():
+    """Better than the other objective, and worse than the base model."""
+    pair = make_pair(target=0.02)
+    both = [*beside("eaft", (0.5, -0.125), (0.25, -0.0625)), *beside("sft", (0.1, 0.1))]
+    said = headline(pair, choices=both)
+    assert "**Choose eaft.** Beside the base model eaft has target +37.5, general -9.4 points: " in said
+    assert "**do not ship it as it is, a loss is shown on g**" in said
+    assert "Beside the base model sft" not in said
+    unsure = headline(make_pair(), choices=[*beside("eaft", (0.5, -0.1), p=0.2), *beside("sft", (-0.1, 0.1))])
+    assert "eaft has target +50.0, general -10.0 points: no loss is shown." in unsure
+    assert "sft has target -10.0, general +10.0 points: **do not ship it as it is, a loss is shown on t**." in unsure
 
 
 def test_a_trade_and_nothing_are_said_to_be_that():

@@ -172,7 +172,7 @@ def test_a_change_of_protocol_is_measured_anew(model_dir, task_path, change):  #
 
 def test_another_version_measures_anew(model_dir, monkeypatch):
     before = identity_of(model_dir)
-    monkeypatch.setattr(identity, "version", lambda name: "0.0")
+    monkeypatch.setattr(identity, "versions", lambda names: dict.fromkeys(names, "0.0"))
     assert identity_of(model_dir) != before
 
 
@@ -182,7 +182,7 @@ def test_answers_are_kept_apart_from_what_computes_their_probabilities(model_dir
     model, _ = side_by_side(str(model_dir), None, Protocol(max_new_tokens=4), True)
     assert model.find_sampled(prompts) is None
     answers = model.sampled(prompts)
-    monkeypatch.setattr(identity, "version", lambda name: "0.0")
+    monkeypatch.setattr(identity, "versions", lambda names: dict.fromkeys(names, "0.0"))
     again, _ = side_by_side(str(model_dir), None, Protocol(max_new_tokens=4, dtype="bfloat16"), True)
     assert again.find_sampled(prompts) == answers
     assert model.find_sampled(prompts[:1]) is None

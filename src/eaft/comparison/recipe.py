@@ -18,10 +18,12 @@ from eaft.evaluation.drift import PROMPTS, read_prompts
 from eaft.evaluation.measured import read_jsonl
 from eaft.evaluation.scores import Protocol
 from eaft.models import resolve_model
+from eaft.provenance import versions
 from eaft.training.train import load_data, parse
 
 REFERENCE = "sft"  # what every objective is compared with, where the recipe names no pairs
 KEEP = ("all", "chosen")
+TRAINS = ("eaft", "torch", "transformers", "trl", "accelerate", "peft", "datasets")  # another version, another run
 LOCAL = ("dataset_name", "chat_template_path", "deepspeed", "fsdp_config")  # flags that may name a file
 
 
@@ -228,7 +230,7 @@ def plan_runs(recipe: Recipe, model_identity: Any) -> list[Run]:
                 known = {key: value for key, value in flags.items() if key not in (*files, "model_name_or_path")}
                 if "gate" in files:
                     known["gate"] = flags["gate"]
-                identity = {"model": model_identity, "flags": known, "files": files}
+                identity = {"model": model_identity, "flags": known, "files": files, "versions": versions(TRAINS)}
                 flags["output_dir"] = str(Path(recipe.output_dir) / name)
                 if (key := json.dumps([own, rate], default=str)) not in seen:  # another seed changes nothing here
                     check_training(flags, held_out)

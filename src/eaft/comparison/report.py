@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 from tabulate import tabulate
 
 from eaft.comparison.results import LEVEL, NLL, told_apart, verdict
@@ -20,6 +21,7 @@ VIEWS = {"chosen": "At each objective's own choice (lowest held-out nll)", "last
 
 def write(results: Numbers, folder: Path) -> str:
     """Write results.md, the pictures and, last, results.json; return the Markdown."""
+    (folder / "results.json").unlink(missing_ok=True)  # of an earlier run: it says that all beside it is of one
     results["verdicts"] = [
         {"first": p["first"], "second": p["second"], **verdict(p, results["groups"])} for p in results["pairs"]
     ]
@@ -51,12 +53,33 @@ def headline(results: Numbers) -> str:
         advice = "**Choose by what you need: what is gained is paid for.**"
     else:
         advice = "**No objective is shown to be better than another: take the simplest.**"
-    text = [advice, *(clause(pair, v) for pair, v in zip(results["pairs"], results["verdicts"], strict=True))]
+    compared = dict.fromkeys(name for pair in results["pairs"] for name in (pair["first"], pair["second"]))
+    text = [advice, *beside_base(results["choices"], best or list(compared))]
+    text += [clause(pair, v) for pair, v in zip(results["pairs"], results["verdicts"], strict=True)]
     if any(len(pair["seeds"]) == 1 for pair in results["pairs"]):
         text.append("One seed: the intervals hold no seed-to-seed variance, and another seed may turn this round.")
     if results["failed"]:
         text.append("What failed (below) is not judged.")
     return " ".join(text)
+
+
+def beside_base(choices: list[Numbers], names: list[str]) -> list[str]:
+    """Return what objectives gained and lost beside the base model, and whether that speaks against shipping them."""
+    found = []
+    for name in names:
+        views = [c["changes"].get("chosen") or c["changes"]["last"] for c in choices if c["objective"] == name]
+        if not views:
+            continue
+        change = {kind: np.mean([view["means"][kind]["change"] for view in views]) for kind in ("target", "general")}
+        numbers = ", ".join(f"{kind} {100 * value:+.1f}" for kind, value in change.items())
+        lost = [
+            task
+            for task in views[0]["tasks"]
+            if any(v["tasks"][task]["change"] < 0 and v["tasks"][task]["p_holm"] < LEVEL for v in views)
+        ]
+        said = f"**do not ship it as it is, a loss is shown on {listed(lost)}**" if lost else "no loss is shown"
+        found.append(f"Beside the base model {name} has {numbers} points: {said}.")
+    return found
 
 
 def clause(pair: Numbers, found: Numbers) -> str:

@@ -6,7 +6,6 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from eaft.errors import ConfigurationError
+from eaft.provenance import versions
 
 # Of a model's folder, what its outputs depend on; a run's folder holds much else
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.py", "config.json", "generation_config.json", "adapter_config.json")
@@ -126,13 +126,7 @@ def source(function: Callable[..., Any]) -> Any:
 
 def software() -> dict[str, Any]:
     """Return the versions of what computes, a digest of our own part of it, and the device."""
-    versions: dict[str, str | None] = {}
-    for name in LIBRARIES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
     here = Path(__file__).parent
     ours = [*here.glob("*.py"), here.parent / "objective" / "statistics.py"]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else str(torch.empty(0).device)
-    return {**versions, "eaft": digest([file.read_text() for file in sorted(ours)]), "device": device}
+    return {**versions(LIBRARIES), "eaft": digest([file.read_text() for file in sorted(ours)]), "device": device}
