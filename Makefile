@@ -22,7 +22,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 
 .PHONY: demo test test-oldest check clean
 
-demo: $(VENV)/.installed  ## fine-tune a real model with SFT and EAFT; report and pictures in runs/demo (12 minutes)
+demo: $(VENV)/.installed  ## fine-tune a real model with SFT and EAFT; report and pictures in runs/demo (10 minutes)
 	$(PY) -m eaft compare --config recipes/demo/compare.yaml \
 	    --model_name_or_path "$$($(PY) recipes/demo/find_model.py)" $(DEMO_FLAGS)
 
