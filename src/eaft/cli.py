@@ -1,4 +1,4 @@
-"""The command line: `eaft train | eval | compare | cache | env`. Each command's code is in the module of its name."""
+"""The command line: `eaft COMMAND`. Each command's code is in the module of `MODULES`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ Entropy-Adaptive Fine-Tuning: fine-tune a language model without making it worse
   eaft train     fine-tune with a gate on each token's loss (takes the flags and YAML of `trl sft`)
   eaft eval      score a model on suites of tasks; with --base, say what fine-tuning gained and forgot
   eaft compare   train with several objectives from one base, and show what each gained and forgot
+  eaft inspect   score data through a model: which tokens it fights, what each gate would do, is the data right?
+  eaft view      look around in what `inspect`, `compare` or `eval` wrote, in the browser
   eaft cache     say what has been measured and kept, or clear it
   eaft env       print versions and machine, for bug reports; with --check, test this machine
 
@@ -27,6 +29,8 @@ MODULES = {
     "train": "eaft.training.train",
     "eval": "eaft.evaluation.evaluate",
     "compare": "eaft.comparison.compare",
+    "inspect": "eaft.inspection.inspect",
+    "view": "eaft.inspection.view",
     "cache": "eaft.evaluation.store",
 }
 

@@ -129,3 +129,14 @@ def test_entropy_of_uniform_is_log_of_size():
     assert entropy_from_log_probs(torch.zeros(8, dtype=torch.float64).log_softmax(-1)).item() == pytest.approx(
         math.log(8)
     )
+
+
+def test_grad_norm_is_that_of_autograd():
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(40, 30, generator=generator, dtype=torch.float64)).requires_grad_()
+    labels = torch.randint(30, (40,), generator=generator)
+    stats = token_statistics(logits, labels)
+    stats.nll.sum().backward()
+    torch.testing.assert_close(stats.grad_norm, logits.grad.norm(dim=-1), rtol=1e-12, atol=0)
+    sure = token_statistics(torch.tensor([[200.0, 0.0]]), torch.tensor([0]))
+    assert sure.grad_norm.item() == 0  # not NaN, where rounding goes below 0

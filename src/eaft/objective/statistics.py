@@ -11,6 +11,8 @@ from torch import Tensor
 # A confident conflict: the model is sure (low entropy) of something else than the label (low probability).
 CONFLICT_MAX_ENTROPY = 0.5  # nats
 CONFLICT_MAX_PROB = 0.1
+# Tokens the paper's Figure 4 follows through training: at least, at most (nats)
+HIGH_ENTROPY, LOW_ENTROPY = 2.0, 0.5
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ class TokenStatistics:
     def is_conflict(self) -> Tensor:
         """Bool: a confident conflict, H < 0.5 nats and P(label) < 0.1."""
         return (self.entropy < CONFLICT_MAX_ENTROPY) & (self.prob < CONFLICT_MAX_PROB)
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """Norm of d nll / d logits, p - 1[label]: sqrt(sum_v p_v^2 - 2 P(label) + 1). A weight on the nll scales it."""
+        return (self.sum_sq_probs - 2 * self.prob.detach() + 1).clamp(min=0).sqrt()  # rounding can go below 0
 
     def detach(self) -> TokenStatistics:
         """Return the same statistics without any gradient."""
