@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from eaft.objective.chunk import LogitTransform
+from eaft.objective.chunk import LogitTransform, label_ranks
 from eaft.objective.gates import Anchor
 from eaft.objective.statistics import TokenStatistics, entropy_from_log_probs
 
@@ -23,6 +23,7 @@ class Scores:
     exps: Tensor  # [n, V]: exp(logit - the row's largest)
     total: Tensor  # [n, 1]: their sum
     top: Tensor  # [n, 1]: the largest logit
+    first: Tensor  # [n, 1]: whose it is
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,16 @@ class TorchBackend:
             is_top1=(first == labels).squeeze(-1),
             top_k=top_k,
         )
-        return Scores(statistics, exps, total, top)
+        return Scores(statistics, exps, total, top, first)
+
+    def rank(self, projection: Tensor, labels: Tensor, scores: Scores, transform: LogitTransform) -> TokenStatistics:
+        """See `chunk.Backend.rank`."""
+        return replace(
+            scores.statistics,
+            first_choice=scores.first.squeeze(-1),
+            first_prob=scores.total.reciprocal().squeeze(-1),
+            rank=label_ranks(projection, labels, transform),
+        )
 
     def diverge(
         self,
