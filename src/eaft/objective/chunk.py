@@ -25,7 +25,7 @@ class LogitTransform:
 
 
 def label_ranks(projection: Tensor, labels: Tensor, transform: LogitTransform) -> Tensor:
-    """Return 1 + how many logits are above the label's, `[n]` int64, of a projection `[n, V]`, whose order is theirs."""
+    """Return 1 + how many logits are above the label's, `[n]` int64; a projection `[n, V]` has the logits' order."""
     own = projection.gather(-1, labels.unsqueeze(-1))
     above = projection > own if transform.logit_scale >= 0 else projection < own
     # Bytes are added faster than booleans

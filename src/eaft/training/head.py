@@ -229,7 +229,7 @@ class GatedLMHead:
 
         Args:
             model: the model that was patched.
-            labels: as for training: the ids of labelled tokens, at their own positions, else -100; the first is nobody's.
+            labels: as for training: a labelled token's id at its own position, else -100; the first is nobody's.
             inputs: what else the backbone is called with.
         """
         labelled = F.pad(labels[:, 1:], (0, 1), value=-100)

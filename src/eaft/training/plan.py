@@ -3,7 +3,8 @@
 weights.
 
 The model is built on torch's meta device from its config, so nothing of its size is loaded. The data is prepared by the
-trainer itself (`eaft.training.prepare`), so what is checked and counted is what would be trained on. Memory and time are estimates from first principles; each formula is in its function.
+trainer itself (`eaft.training.prepare`), so what is checked and counted is what would be trained on. Memory and time
+are estimates from first principles; each formula is in its function.
 """
 
 from __future__ import annotations

@@ -65,11 +65,12 @@ def prepare_rows(tokenizer: Any, args: EAFTConfig, dataset: Any) -> PreparedRows
         raise ConfigurationError("Rows are numbered, which a stream's cannot be: set dataset_streaming false.")
     args = copy.copy(args)
     max_length = args.max_length
-    changes = {"packing": False, "eval_packing": False, "padding_free": False, "shuffle_dataset": False}
+    changes: dict[str, Any] = {"packing": False, "eval_packing": False, "padding_free": False, "shuffle_dataset": False}
     changes |= {"max_length": None, "gate": "sft", "gate_kwargs": None, "gate_alpha": 1.0, "gate_entropy": "top-k"}
     # What is of no interest before training must not stop it here
     changes |= {"report_to": [], "use_liger_kernel": False, "eval_strategy": "no", "parallelism_config": None}
-    vars(args).update(changes)
+    for name, value in changes.items():
+        setattr(args, name, value)
     try:
         trainer = narrow_trainer(tokenizer, args, dataset)
     except (ValueError, RuntimeError) as error:  # TRL's own complaints about data and flags
