@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from eaft.objective.gates import Anchor
@@ -24,12 +23,20 @@ class LogitTransform:
     softcap: float | None = None
 
 
-def label_ranks(projection: Tensor, labels: Tensor, transform: LogitTransform) -> Tensor:
-    """Return 1 + how many logits are above the label's, `[n]` int64; a projection `[n, V]` has the logits' order."""
-    own = projection.gather(-1, labels.unsqueeze(-1))
-    above = projection > own if transform.logit_scale >= 0 else projection < own
-    # Bytes are added faster than booleans
-    return 1 + above.view(torch.int8).sum(-1, dtype=torch.int32).long()
+def label_ranks(projection: Tensor, labels: Tensor, transform: LogitTransform, memory: Tensor) -> Tensor:
+    """
+    Return 1 + how many logits are above the label's, `[n]` int64.
+
+    Args:
+        projection: `[n, V]`, which has the logits' order.
+        labels: `[n]`.
+        transform: what makes logits of it; a scale below 0 turns the order round.
+        memory: `[n, V]`, at least float32, to be overwritten: floats are compared and counted fastest.
+    """
+    memory.copy_(projection)
+    own = memory.gather(-1, labels.unsqueeze(-1))
+    above = memory.gt_(own) if transform.logit_scale >= 0 else memory.lt_(own)
+    return 1 + above.sum(-1).long()
 
 
 class Scores(Protocol):
