@@ -3,8 +3,8 @@ What scoring costs beside a bare forward pass of the same batches (`model(input_
 
     .venv/bin/python benchmarks/scoring.py
 
-SmolLM2-135M-Instruct on GSM8K's first questions and answers, answers labelled and everything labelled; both are timed in
-turn, batch by batch. Then the whole command on the same rows: bytes a token on disk. Writes
+SmolLM2-135M-Instruct on GSM8K's first questions and answers, with answers labelled and with everything labelled; both
+are timed in turn, batch by batch. Then the whole command on the same rows: bytes a token on disk. Writes
 benchmarks/results/scoring.json.
 """
 

@@ -143,7 +143,7 @@ def find_largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     They are looked for in the k segments of a row that have the largest maxima, outside of which there is none: a
     plain maximum is ten times as fast as one with its index, or as a selection.
     """
-    n, width = logits.shape
+    width = logits.shape[1]
     whole = width - width % SEGMENT
     maxima = logits[:, :whole].unflatten(-1, (-1, SEGMENT)).amax(-1)
     if whole < width:
