@@ -307,7 +307,7 @@ def test_rollouts_are_the_models_own_answers(model_dir, tokenizer, tmp_path, alo
 
     # vLLM needs a GPU: a stand-in for lm-eval's model of it
     def generate(requests, generate, sampling_params):
-        assert (sampling_params.temperature, sampling_params.max_tokens) == (1.0, 7)
+        assert [(one.temperature, one.max_tokens) for one in sampling_params] == [(1.0, 7)] * 3
         return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=(70, 2))]) for _ in requests]
 
     monkeypatch.undo()
@@ -318,6 +318,34 @@ def test_rollouts_are_the_models_own_answers(model_dir, tokenizer, tmp_path, alo
     assert run(*flags, tmp_path / "vllm", "--rollout_backend", "vllm") == 0
     found = [e for e in Inspection(tmp_path / "vllm").examples().to_pylist() if e["origin"] == ROLLOUTS]
     assert [(e["text"][-11:], e["labelled"]) for e in found] == [(tokenizer.decode([70, 2])[-11:], 2)] * 3
+
+
+def test_sampled_logits_are_the_models(model_dir, tokenizer, monkeypatch):
+    from datasets import Dataset
+
+    from eaft.evaluation.scores import load_tokenizer
+    from eaft.inspection import score
+    from eaft.inspection.examples import Examples
+    from eaft.training.prepare import prepare_rows
+    from eaft.training.train import parse
+
+    (_, args, model_args, *_), *_ = parse(inspect.named([str(model_dir), "rows", *CPU]), inspect.make_parser())
+    dataset = Dataset.from_list(make_rows(8))
+    examples = Examples(prepare_rows(load_tokenizer(str(model_dir)), args, dataset), dataset, "rows", [])
+    scorer = score.Scorer(str(model_dir), score.Settings(args, model_args))
+    monkeypatch.setattr(score, "SAMPLE_TOKENS", 11)
+    monkeypatch.setattr(score, "SAMPLE_EXAMPLES", 4)
+    logits = score.sample_logits(scorer, examples, seed=0)
+    assert logits.shape == (11, 264)
+    rows = []
+    for i in (0, 2, 5, 7):  # spread evenly
+        tokens = examples.tokens(range(i, i + 1))
+        with torch.no_grad():
+            rows.append(make_model()(torch.tensor([tokens.ids.tolist()])).logits[0, tokens.labelled.nonzero()[0] - 1])
+    distances = torch.cdist(logits, torch.cat(rows))
+    assert (distances.amin(1) < 1e-3).all()
+    assert len(distances.argmin(1).unique()) == 11
+    assert torch.equal(score.sample_logits(scorer, examples, seed=0), logits)
 
 
 def test_what_is_refused(model_dir, tmp_path, alone, capsys, monkeypatch):
@@ -356,6 +384,7 @@ def test_a_recipe_of_training_names_another_folder(model_dir, tmp_path, alone, m
     recipe.write_text(
         f"model_name_or_path: {model_dir}\ndataset_name: {data}\noutput_dir: {tmp_path / 'training'}\nbf16: true\n"
         "packing: true\nmax_length: 64\ngate: masked\neval_strategy: steps\neval_steps: 10\nreport_to: wandb\n"
+        "accelerate_config: fsdp2\nnum_processes: 8\n"
     )
     monkeypatch.chdir(tmp_path)
     assert run("--config", recipe) == 0

@@ -53,14 +53,25 @@ class Examples:
         dataset: the same rows as they were.
         name: of the data set.
         rollouts: answers to rows' prompts.
+
+    Attributes:
+        lengths: int64 `[examples]`, tokens of each.
+        labelled: int64 `[rows]`, labelled tokens of each row of the data.
+
+    Raises:
+        ConfigurationError: the data has labels that are other tokens than its own.
     """
 
     def __init__(self, rows: PreparedRows, dataset: Dataset, name: str, rollouts: list[Rollout]) -> None:
         self.rows, self.dataset, self.name, self.rollouts = rows, dataset, name, rollouts
         self.cut, self.whole = (part.with_format("arrow") for part in (rows.cut, rows.whole))
-        lengths = [flat(table["input_ids"])[1] for table in self.cut.iter(1024)]
+        lengths, labelled = [], []
+        for table in self.cut.iter(1024):
+            tokens = labelled_tokens(table)
+            lengths.append(tokens.lengths)
+            labelled.append(count_labelled(tokens))
         lengths.append(np.array([len(r.prompt_ids) + len(r.answer_ids) for r in rollouts], dtype=np.int64))
-        self.lengths = np.concatenate(lengths).astype(np.int64)
+        self.lengths, self.labelled = np.concatenate(lengths), np.concatenate(labelled)
 
     def shards(self) -> list[range]:
         """Return the examples of each file, of about as many tokens; the same however many processes there are."""
@@ -85,12 +96,7 @@ class Examples:
         return example if rollout < 0 else self.rollouts[rollout].row
 
     def tokens(self, part: range) -> Tokens:
-        """
-        Return the tokens of a shard's examples.
-
-        Raises:
-            ConfigurationError: the data has labels that are other tokens than its own.
-        """
+        """Return the tokens of a shard's examples."""
         if self.origin(part) == DATA:
             return labelled_tokens(self.cut[part.start : part.stop])
         rollouts = self.rollouts[part.start - len(self.dataset) : part.stop - len(self.dataset)]

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import gc
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,8 @@ A run that was stopped goes on when it is given again, and so does one that --co
 OUTPUT_DIR = "inspection"
 PARTS = "parts"  # in the folder: what is not whole yet
 ROLLOUTS_FILE = "rollouts.json"
+# By which `accelerate launch` asks for shards of the model: here each process has the whole
+SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_PARALLELISM_CONFIG")
 
 
 @dataclass
@@ -109,8 +112,10 @@ def make_parser() -> TrlParser:
 
 
 def main(argv: list[str]) -> None:
-    """Inspect, as the flags say."""
-    configs, launch_args, inspect_args = parse(named(argv), make_parser())
+    """Inspect, as the flags say; a recipe's own `accelerate launch` is for training."""
+    for name in SHARDING:
+        os.environ.pop(name, None)
+    configs, launch_args, inspect_args = parse(named(argv), make_parser(), recipe_launches=False)
     if not launch("inspect", launch_args, inspect_args):
         inspect(*configs)
 
@@ -193,6 +198,11 @@ def inspect(
     asked = {name: getattr(inspect_args, name) for name in ("rollouts", "rollout_backend", "max_new_tokens")}
     settings = Settings(args, model_args)
     examples = Examples(rows, dataset, data, [])
+    if not examples.labelled.any():
+        raise ConfigurationError(
+            f"No row has a labelled token left after truncation to max_length={args.max_length}: raise max_length, or "
+            "check completion_only_loss and assistant_only_loss."
+        )
     prompts = examples.prompts(inspect_args.rollouts) if inspect_args.rollouts else []
 
     with contextlib.ExitStack() as stack:
@@ -400,7 +410,7 @@ def conclude(folder: Path) -> None:
         return
 
     inspection = Inspection(folder)
-    write_json(folder / SUMMARY_FILE, findings.find(inspection, inspection.run["top_k_curve"]))
+    write_json(folder / SUMMARY_FILE, findings.find(inspection, inspection.run.get("top_k_curve")))
     report.write(inspection)
     write_json(folder / RUN_FILE, {**inspection.run, "finished": True})
     print(report.page(inspection))

@@ -44,7 +44,9 @@ def sample_with_vllm(
     dtype = str(settings.autocast or settings.model_args.dtype or "auto").removeprefix("torch.")
     lm = load_lm(model, tokenizer, Protocol(backend="vllm", dtype=dtype))
     lm.generated = deque()  # what it tells lm-eval of each answer
-    parameters = SamplingParams(temperature=1.0, top_p=1.0, top_k=-1, max_tokens=max_new_tokens, seed=seed)
+    parameters = [
+        SamplingParams(temperature=1.0, max_tokens=max_new_tokens, seed=seed + i) for i in range(len(prompts))
+    ]
     outputs = lm._model_generate([ids for _, ids in prompts], generate=True, sampling_params=parameters)
     found = [
         Rollout(row, ids, list(output.outputs[0].token_ids))

@@ -282,14 +282,13 @@ def sample_logits(scorer: Scorer, examples: Examples, seed: int) -> Tensor:
     """Return logits `[n, V]` of labelled tokens drawn from examples that are spread over the data."""
     n = min(SAMPLE_TOKENS, max(1, SAMPLE_LOGITS // scorer.vocab_size))
     rng, found, left = np.random.default_rng(seed), [], n
-    candidates = np.linspace(0, len(examples.dataset) - 1, min(len(examples.dataset), SAMPLE_EXAMPLES))
-    candidates = candidates.round().astype(int).tolist()
+    rows = np.flatnonzero(examples.labelled)
+    candidates = rows[np.linspace(0, len(rows) - 1, min(len(rows), SAMPLE_EXAMPLES)).round().astype(int)].tolist()
     for tried, i in enumerate(candidates):
         tokens = examples.tokens(range(i, i + 1))
         positions = np.flatnonzero(tokens.labelled)
         share = min(len(positions), -(-left // (len(candidates) - tried)))
-        if share:
-            chosen = np.sort(rng.choice(positions, share, replace=False))
-            found.append(scorer.logits(tokens.ids.tolist(), chosen))
-            left -= share
-    return torch.cat(found) if found else torch.zeros(0, scorer.vocab_size)
+        chosen = np.sort(rng.choice(positions, share, replace=False))
+        found.append(scorer.logits(tokens.ids.tolist(), chosen))
+        left -= share
+    return torch.cat(found)

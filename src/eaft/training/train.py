@@ -87,12 +87,15 @@ def launch(command: str, launch_args: list[str], command_args: list[str]) -> boo
     return True
 
 
-def parse(argv: list[str], parser: TrlParser | None = None) -> tuple[list[Any], list[str], list[str]]:
+def parse(
+    argv: list[str], parser: TrlParser | None = None, recipe_launches: bool = True
+) -> tuple[list[Any], list[str], list[str]]:
     """
     Return the arguments of `train`, the flags meant for `accelerate launch`, and the other flags.
 
     Args:
         parser: of another command that takes these flags.
+        recipe_launches: whether the YAML file's settings for `accelerate launch` count too.
 
     Raises:
         ConfigurationError: an unknown flag, a value of the wrong type, a YAML file that cannot be read.
@@ -102,7 +105,7 @@ def parse(argv: list[str], parser: TrlParser | None = None) -> tuple[list[Any], 
         *configs, yaml_rest, flags_rest = parser.parse_args_and_config(
             argv, return_remaining_strings=True, separate_remaining_strings=True
         )
-        launch_args = resolve_accelerate_config_argument(yaml_rest + flags_rest)
+        launch_args = resolve_accelerate_config_argument((yaml_rest if recipe_launches else []) + flags_rest)
     except (OSError, ValueError, yaml.YAMLError) as error:  # transformers' and TRL's own complaints about flags
         raise ConfigurationError(str(error)) from error
     unknown = launch_command_parser().parse_known_args([*launch_args, "script"])[1]
