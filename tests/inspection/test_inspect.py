@@ -274,8 +274,12 @@ def test_compared_rows_are_the_same_rows(model_dir, tokenizer, tmp_path, alone, 
     late = tmp_path / "late"
     make_model(7).save_pretrained(late)
     assert run(*flags, "--compare", late) == 0
-    assert [m.name for m in Inspection(out).models] == [BASE, "late", *(name for name, _ in models)]
+    names = [BASE, *(name for name, _ in models), "late"]
+    assert [m.name for m in Inspection(out).models] == names
     assert {file: file.stat().st_mtime_ns for file in before} == before
+    next((out / "compared" / "sft").glob("*.parquet")).unlink()  # as if stopped there
+    assert run(*flags) == 0
+    assert [m.name for m in Inspection(out).models] == [name for name in names if name != "sft"]
 
     make_model(8).save_pretrained(late)
     assert "another model as 'late'" in refused(capsys, *flags, "--compare", late)
@@ -355,6 +359,7 @@ def test_what_is_refused(model_dir, tmp_path, alone, capsys, monkeypatch):
     flags = [*CPU, "--output_dir", out]
     assert "no row has a prompt" in refused(capsys, model_dir, text, *flags, "--rollouts", 2)
     assert "given twice" in refused(capsys, model_dir, data, "--dataset_name", data, *flags)
+    assert f"'{data}' belongs to no flag" in refused(capsys, model_dir, *flags, data)
     assert "dataset_name is missing" in refused(capsys, model_dir, *flags)
     assert "Did you mean '--rollouts'" in refused(capsys, model_dir, data, *flags, "--rolouts", 2)
     assert not out.exists()

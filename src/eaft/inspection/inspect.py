@@ -271,8 +271,8 @@ def begin(folder: Path, run: dict[str, Any]) -> None:
         if changed:
             raise ConfigurationError(f"output_dir={str(folder)!r} is an inspection of {' and '.join(changed)}. {way}")
         # What was compared before stays
-        kept = [model for model in before["models"] if model["name"] not in {m["name"] for m in run["models"]}]
-        run = {**run, "models": run["models"] + kept, "top_k_curve": before.get("top_k_curve")}
+        models = {model["name"]: model for model in [*before["models"], *run["models"]]}
+        run = {**run, "models": list(models.values()), "top_k_curve": before.get("top_k_curve")}
         new["compared"] = {**old["compared"], **new["compared"]}
     write_json(file, run)
 
@@ -382,8 +382,11 @@ def finish(job: Job) -> None:
     for file in job.parts.glob("*.parquet"):
         file.unlink()
     run = json.loads((job.folder / RUN_FILE).read_text())
+    # One that an earlier command was stopped at, and that this one does not name, is left out
+    shards = range(len(job.examples.shards()))
+    models = [m for m in run["models"] if all(job.file(m["name"], shard).is_file() for shard in shards)]
     write_parquet(vocabulary(job, Pieces(job.tokenizer)), VOCABULARY, job.folder / VOCABULARY_FILE)
-    write_json(job.folder / RUN_FILE, {**run, "scored": True})
+    write_json(job.folder / RUN_FILE, {**run, "models": models, "scored": True})
 
 
 def vocabulary(job: Job, pieces: Pieces) -> pa.Table:

@@ -108,10 +108,12 @@ def parse(
         launch_args = resolve_accelerate_config_argument((yaml_rest if recipe_launches else []) + flags_rest)
     except (OSError, ValueError, yaml.YAMLError) as error:  # transformers' and TRL's own complaints about flags
         raise ConfigurationError(str(error)) from error
-    unknown = launch_command_parser().parse_known_args([*launch_args, "script"])[1]
+    known_args, unknown = launch_command_parser().parse_known_args([*launch_args, "script"])
     if flags := [flag for flag in unknown if flag.startswith("-")]:
         known = [option for action in parser._actions for option in action.option_strings]
         raise ConfigurationError(f"{flags[0]} is unknown.{nearest(flags[0], known)} See {parser.prog} --help.")
+    if known_args.training_script != "script":
+        raise ConfigurationError(f"{known_args.training_script!r} belongs to no flag. See {parser.prog} --help.")
     return configs, launch_args, subtract_subsequence(argv, flags_rest)
 
 
