@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from eaft.objective.gates import Anchor
@@ -23,7 +24,7 @@ class LogitTransform:
     softcap: float | None = None
 
 
-def label_ranks(projection: Tensor, labels: Tensor, transform: LogitTransform, memory: Tensor) -> Tensor:
+def label_ranks(projection: Tensor, labels: Tensor, transform: LogitTransform, memory: Tensor | None = None) -> Tensor:
     """
     Return 1 + how many logits are above the label's, `[n]` int64.
 
@@ -31,12 +32,13 @@ def label_ranks(projection: Tensor, labels: Tensor, transform: LogitTransform, m
         projection: `[n, V]`, which has the logits' order.
         labels: `[n]`.
         transform: what makes logits of it; a scale below 0 turns the order round.
-        memory: `[n, V]`, at least float32, to be overwritten: floats are compared and counted fastest.
+        memory: `[n, V]`, at least float32, to be overwritten: a CPU compares and counts floats fastest.
     """
-    memory.copy_(projection)
-    own = memory.gather(-1, labels.unsqueeze(-1))
-    above = memory.gt_(own) if transform.logit_scale >= 0 else memory.lt_(own)
-    return 1 + above.sum(-1).long()
+    if memory is not None:
+        projection = memory.copy_(projection)
+    own = projection.gather(-1, labels.unsqueeze(-1))
+    compare = torch.gt if transform.logit_scale >= 0 else torch.lt
+    return 1 + compare(projection, own, out=memory).sum(-1).long()
 
 
 class Scores(Protocol):

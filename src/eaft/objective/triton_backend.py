@@ -470,7 +470,7 @@ def rank(projection: Tensor, labels: Tensor, scores: Scores, transform: LogitTra
         scores.statistics,
         first_choice=first,
         first_prob=scores.log_total.neg().exp(),
-        rank=label_ranks(projection, labels, transform, torch.empty_like(projection, dtype=torch.float32)),
+        rank=label_ranks(projection, labels, transform),
     )
 
 
