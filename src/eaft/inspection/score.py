@@ -36,7 +36,8 @@ BATCH_TOKENS, GPU_BATCH_TOKENS = 2**12, 2**14  # of a batch, padding included
 SAMPLE_TOKENS, SAMPLE_EXAMPLES, SAMPLE_LOGITS = 2048, 64, 10**8
 FLOATS = [field.name for field in STATISTICS if pa.types.is_floating(field.type)]
 Advance = Callable[[int], Any]
-# A token takes 14 to 18 bytes on disk (GSM8K, answers labelled and everything labelled): floats of a column have their upper bytes in common, and numbers count up
+# A token takes 14 bytes on disk where answers are labelled, 18 of text (GSM8K): floats of a column have their upper
+# bytes in common, and numbers count up
 DICTIONARY = ("token_id", "first_choice", "rank", "origin", "source")
 ENCODINGS = dict.fromkeys(FLOATS, "BYTE_STREAM_SPLIT")
 ENCODINGS |= dict.fromkeys(("example", "position", "end"), "DELTA_BINARY_PACKED")
