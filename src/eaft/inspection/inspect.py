@@ -23,8 +23,9 @@ from eaft.evaluation.evaluate import find_model
 from eaft.evaluation.identity import weights_digest
 from eaft.evaluation.measured import shared
 from eaft.evaluation.scores import load_tokenizer, processes
-from eaft.inspection import rollouts
+from eaft.inspection import findings, rollouts
 from eaft.inspection.compared import find_compared
+from eaft.inspection.curve import top_k_curve
 from eaft.inspection.examples import Examples, Rollout
 from eaft.inspection.folder import (
     BASE,
@@ -365,11 +366,6 @@ def keep_top_k_curve(job: Job, scorer: Lazy) -> None:
     """Measure how the top-K entropy goes with the exact one (the paper's figure 6), once, and note it in run.json."""
     run = json.loads((job.folder / RUN_FILE).read_text())
     if run.get("top_k_curve") is None:
-        try:
-            from eaft.inspection.curve import top_k_curve
-        except ImportError:
-            return
-
         curve = top_k_curve(sample_logits(scorer.get(), job.examples, job.settings.args.seed))
         write_json(job.folder / RUN_FILE, {**run, "top_k_curve": curve})
 
@@ -407,13 +403,12 @@ def vocabulary(job: Job, pieces: Pieces) -> pa.Table:
 
 def conclude(folder: Path) -> None:
     """Say what is found: summary.json, the report, and a page on the terminal."""
-    try:
-        from eaft.inspection import findings, report
-    except ImportError:
-        return
-
     inspection = Inspection(folder)
     write_json(folder / SUMMARY_FILE, findings.find(inspection, inspection.run.get("top_k_curve")))
+    try:
+        from eaft.inspection import report
+    except ImportError:
+        return
     report.write(inspection)
     write_json(folder / RUN_FILE, {**inspection.run, "finished": True})
     print(report.page(inspection))
