@@ -26,7 +26,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "scoring.json"
-ROUNDS = 5
+ROUNDS = 3
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -86,7 +86,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="/work/shared/data/gsm8k_train.jsonl", help="rows with question and answer")
-    parser.add_argument("--rows", type=int, default=48)
+    parser.add_argument("--rows", type=int, default=24)
     flags = parser.parse_args()
     find_model = [sys.executable, str(ROOT / "recipes" / "demo" / "find_model.py")]
     model = resolve_model(subprocess.run(find_model, capture_output=True, text=True, check=True).stdout.strip())
@@ -103,6 +103,7 @@ def main() -> None:
     scorer = Scorer(model, Settings(args, model_args))
     budget = GPU_BATCH_TOKENS if scorer.device.type == "cuda" else BATCH_TOKENS
     results: dict[str, Any] = {"model": "SmolLM2-135M-Instruct", "rows": flags.rows, "batch_tokens": budget}
+    results["threads"] = torch.get_num_threads()
     for name, data in (("answers", rows), ("everything", [{"messages": r["prompt"] + r["completion"]} for r in rows])):
         dataset = Dataset.from_list(data)
         examples = Examples(prepare_rows(load_tokenizer(model), args, dataset), dataset, "gsm8k", [])
