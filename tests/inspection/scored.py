@@ -1,4 +1,4 @@
-"""A folder of conversational rows, scored the plain way: whole logits, one row at a time. For tests of what is found."""
+"""A folder of conversational rows, scored the plain way: whole logits, one row at a time."""
 
 import json
 
@@ -35,7 +35,12 @@ def score_rows(folder, model, tokenizer, rows, rollouts=()):
                 {
                     **{"example": index, "origin": origin, "source": "rows", "row": number, "digest": f"{number:016x}"},
                     **{"text": text, "messages": json.dumps(row), "tokens": len(ids), "labelled": int(keep.sum())},
-                    **{"cut": 0, "cut_labelled": 0, "nll": float(nll.mean()), "entropy": float(stats.entropy[keep].mean())},
+                    **{
+                        "cut": 0,
+                        "cut_labelled": 0,
+                        "nll": float(nll.mean()),
+                        "entropy": float(stats.entropy[keep].mean()),
+                    },
                     "conflict_share": float(conflict.float().mean()),
                     "conflict_nll_share": float((nll * conflict).sum() / nll.sum()),
                 }
@@ -50,5 +55,3 @@ def score_rows(folder, model, tokenizer, rows, rollouts=()):
     run = {"scored": True, "finished": True, "model": "SmolLM2", "dataset": "rows", "top_k": TOP_K, "config": {}}
     (folder / "run.json").write_text(json.dumps({**run, "models": [{"name": BASE, "model": "SmolLM2"}]}))
     return folder
-
-

@@ -1,4 +1,4 @@
-"""Figure 6 of arXiv:2601.02151: how well the entropy of the K most likely tokens stands for that of all, and its cost."""
+"""Figure 6 of arXiv:2601.02151: how well the top-K entropy stands for the exact one, and its cost."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def top_k_curve(logits: Tensor, ks: Sequence[int] = KS) -> list[dict[str, Any]]:
         ks: those above V are left out.
 
     Returns:
-        Rows of `k`, `pearson`, `spearman` (None where an entropy does not vary), `seconds` (median of three, for these n
-        tokens, the logits given) and `mib`: on CUDA the peak above the logits, else computed, the largest probabilities
-        in float32, their indices in int64 and three tensors of their size at most.
+        Rows of `k`, `pearson`, `spearman` (None where an entropy does not vary), `seconds` (median of three for these n
+        tokens, from their logits) and `mib`: on CUDA the peak above the logits; else computed, the largest
+        probabilities in float32, their indices in int64, and three tensors of float32 of their size.
     """
     logits = logits.float()
     tokens, vocab_size = logits.shape
