@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import re
 from pathlib import Path
@@ -271,31 +272,21 @@ def top_k(summary: Numbers, used: int) -> Figure:
     return figure
 
 
-def write(figures: dict[str, Figure], folder: Path) -> list[Path]:
-    """Write each figure as PNG, and return the files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files = []
-    for name, figure in figures.items():
-        staging, file = folder / f"{name}.png.tmp", folder / f"{name}.png"
-        figure.savefig(staging, dpi=130, format="png")
-        staging.replace(file)
-        files.append(file)
-    return files
-
-
 def svg(figure: Figure, name: str) -> str:
     """
-    Return a figure as an `<svg>` element for an HTML page: no address in it, and no id that another one has.
+    Return a figure as an `<svg>` element for an HTML page: as wide as its place, with no address in it, and no id that
+    another one has.
 
     Args:
-        name: what its ids begin with.
+        name: of `CAPTIONS`; its ids begin with it.
     """
     file = io.StringIO()
     with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(file, format="svg", dpi=110)
     text = file.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)  # within HTML an <svg> needs none
     text = re.sub(r'\bid="', f'id="{name}-', text)
-    return re.sub(r'(href="|url\()#', rf"\1#{name}-", text)
+    text = re.sub(r'(href="|url\()#', rf"\1#{name}-", text)
+    label = html.escape(CAPTIONS[name])
+    return re.sub(r'^<svg[^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{label}">', text)
