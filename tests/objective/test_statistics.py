@@ -29,6 +29,9 @@ def truth(row, label, k):
         "top_k_entropy": entropy([p / math.fsum(top) for p in top]),
         "sum_sq_probs": math.fsum(p * p for p in probs),
         "is_top1": probs.index(max(probs)) == label,
+        "first_choice": probs.index(max(probs)),
+        "first_prob": max(probs),
+        "rank": 1 + sum(z > row[label] for z in row),
     }
 
 
@@ -62,7 +65,7 @@ def test_statistics_are_the_definitions(name, dtype):
     logits = cases()[name].to(dtype)
     label = 1
     expected = truth(logits.double().tolist(), label, k=20)
-    stats = token_statistics(logits.unsqueeze(0), torch.tensor([label]), top_k=20)
+    stats = token_statistics(logits.unsqueeze(0), torch.tensor([label]), top_k=20, ranked=True)
     # The input is given exactly; what is left is the rounding of sums of 50 terms
     tolerance = 1e-12 if dtype == torch.float64 else 2e-6
     for field, value in expected.items():

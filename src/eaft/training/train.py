@@ -68,37 +68,52 @@ def main(argv: list[str]) -> None:
     (*configs, dry), launch_args, train_args = parse(argv)
     if dry.dry_run:
         print(dry_run(configs, launch_args))
-        return
+    elif not launch("train", launch_args, train_args):
+        train(*configs)
+
+
+def launch(command: str, launch_args: list[str], command_args: list[str]) -> bool:
+    """Run an eaft command through `accelerate launch` if that is asked for, or there are several GPUs; else return
+    False.
+    """
     launched = "RANK" in os.environ or LAUNCHED in os.environ
     if launched or not (launch_args or torch.cuda.device_count() > 1):
-        train(*configs)
-        return
+        return False
     os.environ[LAUNCHED] = "1"
     try:
-        launch_command(launch_command_parser().parse_args([*launch_args, "-m", "eaft", "train", *train_args]))
+        launch_command(launch_command_parser().parse_args([*launch_args, "-m", "eaft", command, *command_args]))
     except subprocess.CalledProcessError as error:  # it has said why
         raise SystemExit(error.returncode) from None
+    return True
 
 
-def parse(argv: list[str]) -> tuple[list[Any], list[str], list[str]]:
+def parse(
+    argv: list[str], parser: TrlParser | None = None, recipe_launches: bool = True
+) -> tuple[list[Any], list[str], list[str]]:
     """
     Return the arguments of `train`, the flags meant for `accelerate launch`, and the other flags.
+
+    Args:
+        parser: of another command that takes these flags.
+        recipe_launches: whether the YAML file's settings for `accelerate launch` count too.
 
     Raises:
         ConfigurationError: an unknown flag, a value of the wrong type, a YAML file that cannot be read.
     """
-    parser = make_parser()
+    parser = parser or make_parser()
     try:
         *configs, yaml_rest, flags_rest = parser.parse_args_and_config(
             argv, return_remaining_strings=True, separate_remaining_strings=True
         )
-        launch_args = resolve_accelerate_config_argument(yaml_rest + flags_rest)
+        launch_args = resolve_accelerate_config_argument((yaml_rest if recipe_launches else []) + flags_rest)
     except (OSError, ValueError, yaml.YAMLError) as error:  # transformers' and TRL's own complaints about flags
         raise ConfigurationError(str(error)) from error
-    unknown = launch_command_parser().parse_known_args([*launch_args, "script"])[1]
+    known_args, unknown = launch_command_parser().parse_known_args([*launch_args, "script"])
     if flags := [flag for flag in unknown if flag.startswith("-")]:
         known = [option for action in parser._actions for option in action.option_strings]
-        raise ConfigurationError(f"{flags[0]} is unknown.{nearest(flags[0], known)} See eaft train --help.")
+        raise ConfigurationError(f"{flags[0]} is unknown.{nearest(flags[0], known)} See {parser.prog} --help.")
+    if known_args.training_script != "script":
+        raise ConfigurationError(f"{known_args.training_script!r} belongs to no flag. See {parser.prog} --help.")
     return configs, launch_args, subtract_subsequence(argv, flags_rest)
 
 
@@ -116,13 +131,7 @@ def train(
     train_dataset, eval_dataset = load_data(script_args, args, model_args, dataset_args)
     with state.main_process_first():
         model = resolve_model(model_args.model_name_or_path, args.trust_remote_code)
-    args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "trust_remote_code": args.trust_remote_code,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(args.model_init_kwargs or {}),
-    }
+    args.model_init_kwargs = model_init_kwargs(args, model_args)
     try:
         trainer = EAFTTrainer(
             model,
@@ -142,6 +151,17 @@ def train(
         checkpoint = find_checkpoint(args)  # again: another process may just have ended
         state.wait_for_everyone()
         fit(trainer, checkpoint, script_args, args, model_args, dataset_args)
+
+
+def model_init_kwargs(args: EAFTConfig, model_args: ModelConfig) -> dict[str, Any]:
+    """Return what the model is loaded with."""
+    return {
+        "revision": model_args.model_revision,
+        "trust_remote_code": args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(args.model_init_kwargs or {}),
+    }
 
 
 def fit(
