@@ -98,6 +98,7 @@ function drawTabs(views, chosen) {
     tabindex: view === chosen ? 0 : -1, title: `key ${index + 1}`, onclick: () => change({ view: view.name }),
   }, view.title, view.found?.(folder) ? h("span", { class: "badge" }, `${view.found(folder)}`) : null);
   fill(place("tabs"), ...views.map(tab));
+  place(`tab-${chosen.name}`).scrollIntoView({ block: "nearest", inline: "nearest" });
 }
 place("tabs").addEventListener("keydown", (event) => {
   const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];

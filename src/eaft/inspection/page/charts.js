@@ -49,7 +49,7 @@ With `onbox` a box is dragged by mouse or touch, or moved by the arrow keys (shi
 */
 export function plane({ answer, values, scale, title, corner, describe, width, box, onbox }) {
   const { entropy_edges: H, prob_edges: P } = answer;
-  const height = Math.round(Math.min(Math.max(width * 0.72, 260), 520));
+  const height = Math.round(Math.min(Math.max(width * 0.72, 320), 520));
   const top = Math.sqrt(H.at(-1));
   const conflict = [{ x1: 0, x2: Math.sqrt(CONFLICT.prob), y1: 0, y2: Math.sqrt(CONFLICT.entropy) }];
   const axis = (ticks, domain) => ({ domain, ticks: ticks.map(Math.sqrt).filter((tick) => tick <= domain[1]), tickFormat: (v) => `${Number((v * v).toPrecision(3))}`, labelArrow: "none" });

@@ -87,7 +87,7 @@ function draw(width, first, second) {
     return plane({
       answer, values, scale, width: size, box: currentBox(), onbox: setBox,
       title: difference ? `${names[0]}, less ${names[1]}` : names[index],
-      corner: difference ? "confident conflicts" : `confident conflicts: ${share(corner.tokens / total.tokens)} of the tokens, ${share(corner.nll / total.nll)} of the nll`,
+      corner: difference ? "confident conflicts" : `confident conflicts:\n${share(corner.tokens / total.tokens)} of tokens, ${share(corner.nll / total.nll)} of nll`,
       describe: (i, j) => difference
         ? `${share(matrices[0][i][j])} beside ${share(matrices[1][i][j])} of the ${state.colour}`
         : sumUp(answer.tokens[i][j], answer.nll[i][j], total),

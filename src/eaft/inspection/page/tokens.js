@@ -17,11 +17,12 @@ export default {
   title: "Tokens",
   has: (folder) => folder.kind !== "runs",
   mount(root, folder) {
-    const head = h("div", {}), list = h("section", { "aria-label": "Tokens" }), places = h("section", { "aria-label": "Places in context" });
+    const head = h("div", {}), list = h("section", { "aria-label": "Tokens" }), places = h("section", { class: "places", "aria-label": "Places in context" });
     root.append(head, h("div", { class: "beside even" }, list, places));
     const listing = part(list, (answer) => [tokenTable(folder, answer)]);
     const concordance = part(places, (answer) => drawPlaces(answer));
     return function update() {
+      root.classList.toggle("has-token", state.token !== "");
       fill(head, h("div", { class: "row" }, choice("Group", GROUPS, state.group, (group) => change({ group, token: "" })), h("span", { class: "quiet" }, MEANING[state.group])));
       listing.ask(url("tokens", selection({ without: ["token"], group: state.group, limit: TOKENS })));
       list.querySelectorAll("tr[data-token]").forEach((row) => row.setAttribute("aria-current", `${row.dataset.token === state.token}`));
@@ -42,8 +43,8 @@ function tokenTable(folder, { total, rows }) {
     table("Tokens", [
       { title: "token", cell: (row) => h("button", { class: "plain", "data-key": `token ${row.token_id}` }, token(row.text)) },
       { title: "count", numeric: true, cell: (row) => count(row.count) },
-      { title: "share", numeric: true, cell: (row) => share(row.share), help: "of the group's tokens" },
-      { title: "lift", numeric: true, cell: (row) => (row.lift === null ? "–" : `${number(row.lift, 1)}×`), help: "its share of the group over its share of all tokens" },
+      { title: "share", numeric: true, class: "optional", cell: (row) => share(row.share), help: "of the group's tokens" },
+      { title: "lift", numeric: true, class: "optional", cell: (row) => (row.lift === null ? "–" : `${number(row.lift, 1)}×`), help: "its share of the group over its share of all tokens" },
       { title: "nll", numeric: true, cell: (row) => number(row.nll), help: "mean, nats" },
       { title: "the model wanted", cell: (row) => wanted(row.wanted) },
     ], rows, { onrow }),
