@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +73,9 @@ def select_split(splits: DatasetDict, split: str, flag: str, text_field: str) ->
             "name the text column with --dataset_text_field."
         )
     return dataset
+
+
+def row_digest(row: dict[str, Any]) -> str:
+    """Return a digest of a row's content, 16 hexadecimal digits of a SHA-256: it names the row in whatever order."""
+    content = json.dumps(row, sort_keys=True, default=str, ensure_ascii=False)
+    return hashlib.sha256(content.encode(errors="surrogatepass")).hexdigest()[:16]
