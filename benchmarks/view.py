@@ -158,7 +158,9 @@ def slider(random: random.Random) -> SENT:
     """Return a gate with its sliders somewhere."""
     gate = random.choice(list(GATES))
     values = {"alpha": 4, "steepness": 60, "center": 1, "entropy_threshold": 1, "prob_threshold": 1, "tau": 5}
-    params = {name: round(0.01 + random.random() * most, 3) for name, most in values.items() if name in GATES[gate].params}
+    params = {
+        name: round(0.01 + random.random() * most, 3) for name, most in values.items() if name in GATES[gate].params
+    }
     return {"gate": gate, "params": json.dumps(params)}
 
 
@@ -291,7 +293,9 @@ def table(found: SENT) -> str:
         quantiles = [f"{1000 * np.quantile(times, q):.0f}" for q in (0.5, 0.99, 1)]
         size = np.median(found["bytes"][name]) / 1000 if name in found["bytes"] else None
         rows.append([name, len(times), *quantiles, "" if size is None else f"{size:.0f}"])
-    return tabulate(rows, ["action", "times", "median ms", "p99 ms", "most ms", "kB"], tablefmt="github", disable_numparse=True)
+    return tabulate(
+        rows, ["action", "times", "median ms", "p99 ms", "most ms", "kB"], tablefmt="github", disable_numparse=True
+    )
 
 
 def main() -> None:
