@@ -1,0 +1,64 @@
+"""
+The entropy-probability plane: where its bins end, and sums over them. The report's figures and the viewer share it.
+
+Figure 1b of arXiv:2601.02151 draws both axes linear, where the confident conflicts (H < 0.5 nats, p < 0.1) are a
+fiftieth of the plane. Here both are drawn **at the square root**: bins are equally wide in sqrt(H) and sqrt(p), and the
+conflicts' corner is a twelfth of the plane or more. Its borders, and H = 2 nats (high entropy), are edges of bins.
+
+    entropy  0.5 (i / 20)^2 nats, i = 0, 1, ...: 0.5 is edge 20 and 2.0 is edge 40; up to the data's largest
+    p        0.1 (j / 25)^2, j = 0 ... 78: 0.1 is edge 25; the last bin ends at 1
+
+A bin holds its lower edge; the last one its upper edge too.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eaft.objective.statistics import CONFLICT_MAX_ENTROPY, CONFLICT_MAX_PROB
+
+CONFLICT_ENTROPY_BINS, CONFLICT_PROB_BINS = 20, 25  # of the corner: the edge of that index is its border
+MIN_ENTROPY = 3.0  # nats that are always drawn
+ENTROPY_TICKS = (0, 0.1, 0.5, 1, 2, 3, 4, 6, 8, 10, 12)  # what the axes name, nats
+PROB_TICKS = (0, 0.01, 0.1, 0.25, 0.5, 0.75, 1)
+
+Floats = NDArray[np.floating]
+Indices = NDArray[np.intp]
+
+
+def entropy_edges(maximum: float) -> NDArray[np.float64]:
+    """Return the edges of the entropy's bins in nats, from 0 to the first that is not below `maximum`."""
+    last = math.ceil(CONFLICT_ENTROPY_BINS * math.sqrt(max(maximum, MIN_ENTROPY) / CONFLICT_MAX_ENTROPY))
+    return CONFLICT_MAX_ENTROPY * (np.arange(last + 1) / CONFLICT_ENTROPY_BINS) ** 2
+
+
+def prob_edges() -> NDArray[np.float64]:
+    """Return the edges of the probability's 79 bins, from 0 to 1."""
+    last = math.floor(CONFLICT_PROB_BINS / math.sqrt(CONFLICT_MAX_PROB))
+    edges = CONFLICT_MAX_PROB * (np.arange(last + 1) / CONFLICT_PROB_BINS) ** 2
+    edges[-1] = 1.0
+    return edges
+
+
+def bin_indices(values: Floats, edges: NDArray[np.float64]) -> Indices:
+    """Return the bin of each of `values` `[n]`; those outside the edges are in the nearest bin."""
+    return np.searchsorted(edges[1:-1], values, side="right")
+
+
+def bin_sums(
+    entropy_bins: Indices, prob_bins: Indices, shape: tuple[int, int], weights: Floats | None = None
+) -> NDArray[np.float64]:
+    """
+    Return the sum of `weights` (1 each if there are none) in every bin: rows are entropies, columns probabilities.
+
+    Args:
+        entropy_bins: `[n]`, from `bin_indices`.
+        prob_bins: `[n]`.
+        shape: the numbers of bins, one less than of edges.
+        weights: `[n]`, summed in float64.
+    """
+    flat = np.bincount(entropy_bins * shape[1] + prob_bins, weights, minlength=shape[0] * shape[1])
+    return flat.astype(np.float64).reshape(shape)

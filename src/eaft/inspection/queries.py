@@ -1,0 +1,641 @@
+"""
+Everything that the viewer asks of an inspection: the plane, gates, examples, tokens, places, and exports.
+
+A question is about a `Selection` of labelled tokens. What is in SQL are filters, sums and orders; entropies, conflicts,
+gradients, bins and gates are computed by `objective` and `landscape`. Values reach SQL as bound parameters only.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
+import torch
+
+from eaft.errors import EAFTError, nearest
+from eaft.inspection.folder import BASE, DATA, STATISTICS
+from eaft.inspection.landscape import bin_sums
+from eaft.inspection.tables import DRAWS, Tables
+from eaft.objective.gates import GATES, check_gate, gate_weights
+from eaft.objective.statistics import HIGH_ENTROPY, LOW_ENTROPY, TokenStatistics
+
+Answer = dict[str, Any]
+Where = tuple[str, list[Any]]  # a condition, and what is bound to its question marks
+Range = tuple[float | None, float | None]
+
+MOST_ROWS = 200  # of one answer
+MOST_CHARACTERS = 1000  # of a search
+GATE_TOKENS = 1_000_000  # that a gate is computed on; of more, a sample of about as many
+MUTED, WANTED = 50, 5  # tokens listed
+WEIGHT_BINS = 50
+CONTEXT = 80  # characters on each side of a place
+SNIPPET = 200  # characters
+CHUNK = 2000  # lines of an export at a time
+
+GROUPS = {
+    "conflict": "conflict",
+    "high_entropy": f"entropy >= {HIGH_ENTROPY}",
+    "low_entropy": f"entropy <= {LOW_ENTROPY}",
+}
+NUMBERS = ("tokens", "labelled", "cut", "nll", "entropy", "conflict_share", "conflict_nll_share")
+SORTED_BY = ("example", "row", *NUMBERS)
+STATISTICS_NAMES = [field.name for field in STATISTICS]
+
+# A slider for every parameter of a gate that moves its weights: where it begins if the data tells nothing, and its ends
+SLIDERS: dict[str, Answer] = {
+    "alpha": {"default": 1.0, "min": 0.0, "max": 4.0, "step": 0.1},
+    "steepness": {"default": 30.0, "min": 1.0, "max": 100.0, "step": 1.0},
+    "center": {"default": 0.17, "min": 0.0, "max": 1.0, "step": 0.01},
+    "entropy_threshold": {"default": 0.15, "min": 0.0, "max": 1.0, "step": 0.001},
+    "prob_threshold": {"default": 0.15, "min": 0.0, "max": 1.0, "step": 0.001},
+    "tau": {"default": 1.0, "min": 0.01, "max": 10.0, "step": 0.01},
+    "min_weight": {"default": 0.01, "min": 0.0, "max": 1.0, "step": 0.01},
+    "entropy": {"default": "top-k", "choices": ["top-k", "exact"]},
+}
+
+
+class RequestError(EAFTError):
+    """A question that cannot be answered as it is put; the message says why."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Labelled tokens: of which examples, under which model, and where in the plane."""
+
+    origin: str = DATA
+    model: str = BASE
+    sources: tuple[str, ...] = ()  # none: all
+    nll: Range = (None, None)  # of the example under the model: mean nll, nats; both ends are in
+    conflict: Range = (None, None)  # of the example under the model: share of its tokens that are conflicts
+    search: str = ""  # in the example's text, whatever the case
+    box: tuple[float, float, float, float] | None = None  # entropy from, to (nats), probability from, to
+    token: int | None = None  # the label's id
+
+
+def number(name: str, text: str) -> float:
+    """Return a finite number; raises `RequestError`."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise RequestError(f"{name}={text[:50]!r}: expected a number.")
+    return value
+
+
+def whole(name: str, text: str, least: int, most: int) -> int:
+    """Return a whole number within bounds; raises `RequestError`."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if not least <= value <= most:
+        raise RequestError(f"{name}={text[:50]!r}: expected a whole number from {least} to {most}.")
+    return value
+
+
+def one_of(name: str, text: str, known: Any) -> str:
+    """Return a name that is known; raises `RequestError`."""
+    if text not in known:
+        raise RequestError(f"{name}={text[:50]!r} is unknown.{nearest(text[:50], known)}")
+    return text
+
+
+class Queries:
+    """The questions; methods may be called from several threads at once."""
+
+    def __init__(self, tables: Tables) -> None:
+        self.tables, self.inspection = tables, tables.inspection
+        self.vocabulary = self.inspection.vocabulary()
+        # What the next question about the same selection needs again: a slider moves, a page is turned
+        self.gate_tokens = lru_cache(maxsize=4)(self.find_gate_tokens)
+        self.token_counts = lru_cache(maxsize=8)(self.find_token_counts)
+        self.landscape = lru_cache(maxsize=32)(self.find_landscape)
+        self.count_examples = lru_cache(maxsize=64)(self.find_count)
+
+    # Asking
+
+    def ask(self, sql: str, values: list[Any]) -> dict[str, Any]:
+        """Return the columns of an answer, as arrays."""
+        with self.tables.cursor() as cursor:
+            found: dict[str, Any] = cursor.execute(sql, values).fetchnumpy()
+            return found
+
+    def rows(self, sql: str, values: list[Any]) -> list[Answer]:
+        """Return the rows of an answer, with None for what is no number."""
+        with self.tables.cursor() as cursor:
+            cursor.execute(sql, values)
+            names = [column[0] for column in cursor.description]
+            return [dict(zip(names, map(plain, row), strict=True)) for row in cursor.fetchall()]
+
+    def tokens(self, selection: Selection) -> str:
+        """Return the name of the model's table of tokens."""
+        return f"tokens_{self.tables.number(selection.model)}"
+
+    def of_examples(self, selection: Selection) -> Where:
+        """Return which rows of `examples` joined with the model's means are in a selection, whatever their tokens."""
+        conditions, values = ["origin = ?"], [selection.origin]
+        if selection.sources:
+            conditions.append(f"source IN ({', '.join('?' * len(selection.sources))})")
+            values += selection.sources
+        for column, (low, high) in (("nll", selection.nll), ("conflict_share", selection.conflict)):
+            for sign, end in ((">=", low), ("<=", high)):
+                if end is not None:
+                    conditions.append(f"means.{column} {sign} ?")
+                    values.append(end)  # type: ignore[arg-type]
+        if selection.search:
+            conditions.append("example IN (SELECT example FROM texts WHERE contains(lower, lower(?)))")
+            values.append(selection.search)
+        return " AND ".join(conditions), values
+
+    def joined(self, selection: Selection) -> str:
+        """Return `examples` with the means under the model of a selection."""
+        # What the folder keeps are means under the base model
+        columns = "examples.* EXCLUDE (nll, entropy, conflict_share, conflict_nll_share), means.* EXCLUDE (example)"
+        means = f"means_{self.tables.number(selection.model)}"
+        return f"(SELECT {columns} FROM examples LEFT JOIN {means} AS means USING (example)) AS means"
+
+    def of_tokens(self, selection: Selection) -> Where:
+        """Return which rows of the model's tokens are in a selection."""
+        conditions, values = ["origin = ?"], [self.tables.origins.index(selection.origin)]
+        if selection.sources:
+            conditions.append(f"source IN ({', '.join('?' * len(selection.sources))})")
+            values += [self.tables.sources.index(source) for source in selection.sources]
+        if any(end is not None for end in (*selection.nll, *selection.conflict)) or selection.search:
+            where, more = self.of_examples(selection)
+            conditions.append(f"example IN (SELECT example FROM {self.joined(selection)} WHERE {where})")
+            values += more
+        if selection.token is not None:
+            conditions.append("token_id = ?")
+            values.append(selection.token)
+        if selection.box is not None:
+            inside, more = self.in_box(selection.box)
+            conditions.append(inside)
+            values += more
+        return " AND ".join(conditions), values
+
+    def in_box(self, box: tuple[float, float, float, float]) -> Where:
+        """Return the condition of a box: it has its lower sides; the upper ones only at the end of the plane."""
+        conditions: list[str] = []
+        values: list[float] = []
+        edges = (self.tables.entropy_edges, self.tables.prob_edges)
+        for column, low, high, axis in (("entropy", *box[:2], edges[0]), ("prob", *box[2:], edges[1])):
+            # The plane's first and last bins have all that is beyond them
+            if low > axis[0]:
+                conditions.append(f"{column}::DOUBLE >= ?")
+                values.append(low)
+            if high < axis[-1]:
+                conditions.append(f"{column}::DOUBLE < ?")
+                values.append(high)
+        return " AND ".join(conditions) or "true", values
+
+    def about(self) -> Answer:
+        """Return what a page is built from: names to choose from, sliders, and what was found."""
+        run = self.inspection.run
+        try:
+            summary = self.inspection.summary
+        except (OSError, ValueError):  # scored, and nothing found yet
+            summary = None
+        return {
+            "models": [vars(model) for model in self.inspection.models],
+            "origins": self.tables.origins,
+            "sources": self.tables.sources,
+            "counts": (summary or {}).get("counts"),
+            "top_k": self.inspection.top_k,
+            "entropy_max": self.tables.entropy_max,
+            "summary": summary,
+            "gates": self.gates(),
+            "run": run,
+            "commit": run.get("environment", {}).get("commit"),
+        }
+
+    # The plane
+
+    def find_landscape(self, selection: Selection) -> Answer:
+        """
+        Return sums of tokens, nll and gradient norms over the plane's bins, `[entropies, probabilities]`.
+
+        The grids, `total` and `corner` (confident conflicts) leave the box aside; `selected` is what is in it.
+        """
+        inside, of_box = self.in_box(selection.box) if selection.box is not None else ("true", [])
+        where, values = self.of_tokens(replace(selection, box=None))
+        found = self.ask(
+            f"""
+            SELECT entropy_bin, prob_bin, conflict, {inside} AS inside,
+                count(*) AS tokens, sum(-log_prob) AS nll, sum(grad_norm) AS gradient
+            FROM {self.tokens(selection)} WHERE {where} GROUP BY ALL""",
+            [*of_box, *values],
+        )
+        where, values = self.of_tokens(selection)
+        examples = self.rows(
+            f"SELECT count(*) AS n FROM (SELECT DISTINCT example FROM {self.tokens(selection)} WHERE {where})", values
+        )[0]["n"]
+        sums = {name: np.asarray(found[name], dtype=np.float64) for name in ("tokens", "nll", "gradient")}
+
+        def total(of: Any = slice(None)) -> Answer:
+            return {"tokens": int(sums["tokens"][of].sum())} | {
+                n: float(sums[n][of].sum()) for n in ("nll", "gradient")
+            }
+
+        return {
+            **self.edges,
+            **{name: self.grid(found, values) for name, values in sums.items()},
+            "total": total(),
+            "selected": {**total(np.asarray(found["inside"], dtype=bool)), "examples": examples},
+            "corner": total(np.asarray(found["conflict"], dtype=bool)),
+        }
+
+    @property
+    def edges(self) -> Answer:
+        """The edges of the plane's bins."""
+        return {"entropy_edges": self.tables.entropy_edges.tolist(), "prob_edges": self.tables.prob_edges.tolist()}
+
+    def grid(self, found: Answer, values: np.ndarray) -> list[list[float]]:
+        """Return the sums of `values` in the plane's bins, to 4 decimals."""
+        shape = len(self.tables.entropy_edges) - 1, len(self.tables.prob_edges) - 1
+        rows, columns = (np.asarray(found[name], dtype=np.intp) for name in ("entropy_bin", "prob_bin"))
+        sums: list[list[float]] = np.round(bin_sums(rows, columns, shape, values), 4).tolist()
+        return sums
+
+    # Gates
+
+    def gates(self) -> list[Answer]:
+        """Return every gate with the sliders of its parameters; those that it needs measured begin where they are."""
+        measured = self.measured
+        found = []
+        for name, gate in GATES.items():
+            params = []
+            for param, default in gate.params.items():
+                if slider := SLIDERS.get(param):
+                    start = default if isinstance(default, type(slider["default"])) else slider["default"]
+                    start = measured.get(param, start)
+                    params.append({"name": param, "choices": None, "min": None, "max": None, "step": None})
+                    params[-1].update(slider, default=start)
+                    if params[-1]["max"] is not None:
+                        params[-1]["max"] = max(params[-1]["max"], start)
+            needs = bool({param["name"] for param in params} & measured.keys())
+            found.append({"name": name, "help": gate.help, "params": params, "measured": needs})
+        return found
+
+    @property
+    def measured(self) -> dict[str, float]:
+        """Gates' parameters that are measured on this data, as far as they are known."""
+        try:
+            found = self.inspection.summary.get("measured") or {}
+        except (OSError, ValueError):
+            found = {}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def parameters(self, gate: str, given: Answer) -> Answer:
+        """Return a gate's parameters: those given, checked, and where its sliders begin for the others."""
+        one_of("gate", gate, GATES)
+        starts = next(found for found in self.gates() if found["name"] == gate)["params"]
+        params = {param["name"]: param["default"] for param in starts} | given
+        if not all(
+            isinstance(value, str) or (isinstance(value, int | float) and math.isfinite(value))
+            for value in params.values()
+        ):
+            raise RequestError(f"params={json.dumps(given)[:200]}: expected numbers and names.")
+        try:
+            check_gate(gate, params)
+        except (EAFTError, ValueError, TypeError, OverflowError, RuntimeError) as error:
+            raise RequestError(str(error)) from error
+        return params
+
+    def find_gate_tokens(self, selection: Selection) -> tuple[TokenStatistics, Answer, int]:
+        """Return a selection's statistics, the other columns that a gate's sums need, and how many tokens it has."""
+        where, values = self.of_tokens(selection)
+        table = self.tokens(selection)
+        count = self.rows(f"SELECT count(*) AS n FROM {table} WHERE {where}", values)[0]["n"]
+        draw = DRAWS if count <= GATE_TOKENS else math.ceil(DRAWS * GATE_TOKENS / count)
+        columns = [n for n in STATISTICS_NAMES if n not in ("first_choice", "first_prob")]
+        others = ["example", "token_id", "source", "grad_norm", "entropy_bin", "prob_bin"]
+        found = self.ask(
+            f"SELECT {', '.join(columns + others)} FROM {table} WHERE {where}"
+            + (f" AND draw < {draw}" if draw < DRAWS else ""),
+            values,
+        )
+        arrays = {name: np.asarray(values) for name, values in found.items()}
+        batch = pa.record_batch({name: arrays[name] for name in columns})
+        stats = replace(
+            self.inspection.statistics(batch),
+            example_ids=torch.from_numpy(arrays["example"].astype(np.int64)),
+            example_nll=torch.from_numpy(self.tables.example_nll[arrays["example"]].astype(np.float32)),
+        )
+        return stats, {name: arrays[name] for name in others}, count
+
+    def gate(self, selection: Selection, gate: str, given: Answer) -> Answer:
+        """
+        Return what a gate does to a selection.
+
+        `removed` is 1 - sum(w x) / sum(x) of the tokens (x = 1), the nll and the gradients' norms: negative where the
+        gate adds. Of a selection of more than `GATE_TOKENS` tokens it is computed on a fixed random sample (`sampled`
+        says of how many), and sums and counts are scaled up.
+        """
+        params = self.parameters(gate, given)
+        stats, columns, count = self.gate_tokens(selection)
+        used = len(stats.log_prob)
+        scale = count / max(used, 1)
+        weights = weigh(gate, stats, params)
+        measures = {"tokens": np.ones(used), "nll": stats.nll.numpy(), "gradient": columns["grad_norm"]}
+        removed = {name: removed_share(weights, values) for name, values in measures.items()}
+        sources = []
+        if used:
+            codes = columns["source"]
+            for code in np.unique(codes):
+                of = codes == code
+                shares = {name: removed_share(weights[of], values[of]) for name, values in measures.items()}
+                sources.append({"source": self.tables.sources[code], **shares})
+        top = max(1.0, float(weights.max())) if used else 1.0
+        counts, edges = np.histogram(weights, np.linspace(0, top, WEIGHT_BINS + 1))
+        muted = np.bincount(columns["token_id"], (1 - weights) * measures["nll"]) if used else np.zeros(0)
+        first = np.argsort(-muted, kind="stable")[:MUTED]
+        of_token = np.bincount(columns["token_id"]) if used else np.zeros(0)
+        return {
+            "gate": gate,
+            "params": params,
+            "removed": removed,
+            "mean_weight": float(weights.mean()) if used else None,
+            "weights": {"edges": edges.tolist(), "counts": np.round(counts * scale).astype(int).tolist()},
+            "gradient": self.grid(columns, weights * columns["grad_norm"] * scale),
+            **self.edges,
+            "by_source": sources,
+            "muted": [
+                {**self.named(int(i)), "count": round(of_token[i] * scale), "nll_removed": float(muted[i] * scale)}
+                for i in first
+                if muted[i] > 0
+            ],
+            "count": count,
+            "sampled": used if used < count else None,
+        }
+
+    # Examples
+
+    def find_count(self, selection: Selection) -> int:
+        """Return how many examples a selection has."""
+        where, values = self.examples_where(selection)
+        found: int = self.rows(f"SELECT count(*) AS n FROM {self.joined(selection)} WHERE {where}", values)[0]["n"]
+        return found
+
+    def examples_where(self, selection: Selection) -> Where:
+        """Return which examples are in a selection; if it is of certain tokens, those that have one."""
+        where, values = self.of_examples(selection)
+        if selection.box is not None or selection.token is not None:
+            tokens, more = self.of_tokens(replace(selection, nll=(None, None), conflict=(None, None), search=""))
+            where += f" AND example IN (SELECT DISTINCT example FROM {self.tokens(selection)} WHERE {tokens})"
+            values = [*values, *more]
+        return where, values
+
+    def examples(self, selection: Selection, sort: str, descending: bool, offset: int, limit: int) -> Answer:
+        """Return a page of the examples of a selection, in order of a column of `SORTED_BY`; nulls are last."""
+        one_of("sort", sort, SORTED_BY)
+        where, values = self.examples_where(selection)
+        order = f"{sort} {'DESC' if descending else 'ASC'} NULLS LAST, example"
+        # A search is shown where it is found; lower case may be longer or shorter, by a letter or two
+        found = "greatest(1, instr(lower, lower(?)) - 60)" if selection.search else "1"
+        rows = self.rows(
+            f"""
+            WITH page AS (
+                SELECT example, origin, source, row, {", ".join(NUMBERS)}
+                FROM {self.joined(selection)} WHERE {where} ORDER BY {order} LIMIT ? OFFSET ?)
+            SELECT page.*, substring(text, {found}, {SNIPPET}) AS snippet
+            FROM page JOIN texts USING (example) ORDER BY {order}""",
+            [*values, limit, offset, *([selection.search] if selection.search else [])],
+        )
+        return {"total": self.count_examples(selection), "rows": rows}
+
+    def example(self, number: int, model: str, gate: str | None, given: Answer) -> Answer:
+        """Return an example with all its tokens, under a model; with a gate's weights if one is named."""
+        known = len(self.tables.example_nll)
+        if number >= known:
+            raise RequestError(f"example={number}: there are {known}.")
+        selection = Selection(model=model)
+        row = self.rows(f"SELECT * FROM {self.joined(selection)} WHERE example = ?", [number])[0]
+        row |= self.rows("SELECT text, messages FROM texts WHERE example = ?", [number])[0]
+        text = row["text"]
+        row["messages"] = None if row["messages"] is None else json.loads(row["messages"])
+        only = ds.field("example") == number
+        places = self.tables.datasets[BASE].to_table(filter=only)
+        table = places if model == BASE else self.tables.datasets[model].to_table(filter=only)
+        tokens = table.select(STATISTICS_NAMES).to_pylist()
+        base = places["log_prob"].to_pylist()
+        scored = [i for i, token in enumerate(tokens) if token["log_prob"] is not None]
+        weights: list[float | None] = [None] * len(tokens)
+        batch = pa.record_batch(
+            [c.combine_chunks() for c in table.take(pa.array(scored, pa.int64())).columns], names=table.column_names
+        )
+        stats = replace(
+            self.inspection.statistics(batch),
+            example_ids=torch.full((len(scored),), number),
+            example_nll=torch.full((len(scored),), float(self.tables.example_nll[number])),
+        )
+        if gate is not None:
+            params = self.parameters(gate, given)
+            for i, weight in zip(scored, weigh(gate, stats, params).tolist(), strict=True):
+                weights[i] = plain(weight)
+        conflicts = dict(zip(scored, stats.is_conflict.tolist(), strict=True))
+        probs = dict(zip(scored, stats.prob.tolist(), strict=True))
+        start, found = 0, []
+        keys = places.select(["position", "token_id", "end", "labelled"]).to_pylist()
+        for i, (key, token) in enumerate(zip(keys, tokens, strict=True)):
+            first = token["first_choice"]
+            found.append(
+                {
+                    "position": key["position"],
+                    "token_id": key["token_id"],
+                    "token": self.named(key["token_id"])["text"],
+                    # Cut here: ends count characters, and a browser's strings UTF-16 units
+                    "text": text[start : key["end"]],
+                    "start": start,
+                    "end": key["end"],
+                    "labelled": key["labelled"],
+                    "log_prob": plain(token["log_prob"]),
+                    "prob": plain(probs.get(i)),
+                    "entropy": plain(token["entropy"]),
+                    "nll": None if token["log_prob"] is None else plain(-token["log_prob"]),
+                    "rank": token["rank"],
+                    "first_choice": first,
+                    "first_text": None if first is None else self.named(first)["text"],
+                    "first_prob": plain(token["first_prob"]),
+                    "conflict": conflicts.get(i),
+                    "weight": weights[i],
+                    "base_log_prob": plain(base[i]) if model != BASE else None,
+                }
+            )
+            start = key["end"]
+        return {**row, "tokens": found}
+
+    # Tokens
+
+    def named(self, token_id: int) -> Answer:
+        """Return a token's id and text."""
+        return {"token_id": token_id, "text": self.vocabulary.get(token_id, f"<{token_id}>")}
+
+    def find_token_counts(self, selection: Selection, group: str | None) -> Answer:
+        """Return, of each token of a group: count, nll and its count among all of the selection; the most first."""
+        where, values = self.of_tokens(selection)
+        of_group = GROUPS[group] if group else "true"
+        found = self.ask(
+            f"""
+            SELECT token_id, count(*) FILTER (WHERE {of_group}) AS n, count(*) AS among_all,
+                sum(-log_prob) FILTER (WHERE {of_group}) AS nll
+            FROM {self.tokens(selection)} WHERE {where} GROUP BY token_id""",
+            values,
+        )
+        arrays = {name: np.asarray(values) for name, values in found.items()}
+        totals = {"all_of_group": int(arrays["n"].sum()), "all": int(arrays["among_all"].sum())}
+        order = np.lexsort((arrays["token_id"], -arrays["n"]))
+        order = order[arrays["n"][order] > 0]
+        return {name: values[order] for name, values in arrays.items()} | totals
+
+    def token_table(self, selection: Selection, group: str | None, offset: int, limit: int) -> Answer:
+        """
+        Return a page of the tokens of a group, the most frequent first, with what the model wanted instead.
+
+        `share` is of the group's tokens; `lift` is that share over the token's share of all tokens of the selection;
+        `nll` is the mean.
+        """
+        if group is not None:
+            one_of("group", group, GROUPS)
+        counts = self.token_counts(selection, group)
+        page = slice(offset, offset + limit)
+        ids = counts["token_id"][page].tolist()
+        wanted: dict[int, list[Answer]] = {token: [] for token in ids}
+        if ids:
+            where, values = self.of_tokens(selection)
+            for row in self.rows(
+                f"""
+                SELECT token_id, first_choice, count(*) AS n FROM {self.tokens(selection)}
+                WHERE {where} AND {GROUPS[group] if group else "true"} AND token_id IN ({", ".join("?" * len(ids))})
+                GROUP BY token_id, first_choice
+                QUALIFY row_number() OVER (PARTITION BY token_id ORDER BY n DESC, first_choice) <= {WANTED}
+                ORDER BY n DESC, first_choice""",
+                [*values, *ids],
+            ):
+                wanted[row["token_id"]].append({**self.named(row["first_choice"]), "count": row["n"]})
+        rows = []
+        for token, n, among_all, nll in zip(
+            ids, *(counts[name][page].tolist() for name in ("n", "among_all", "nll")), strict=True
+        ):
+            share = n / counts["all_of_group"]
+            rows.append(
+                {
+                    **self.named(token),
+                    "count": n,
+                    "share": share,
+                    "lift": share / (among_all / counts["all"]),
+                    "nll": plain(nll / n),
+                    "wanted": wanted[token],
+                }
+            )
+        return {"total": len(counts["token_id"]), "rows": rows}
+
+    def concordance(self, selection: Selection, group: str | None, offset: int, limit: int) -> Answer:
+        """Return a page of the places of a selection's tokens, in order, each with the text around it."""
+        if group is not None:
+            one_of("group", group, GROUPS)
+        where, values = self.of_tokens(selection)
+        where += f" AND {GROUPS[group]}" if group else ""
+        table = self.tokens(selection)
+        total = self.rows(f"SELECT count(*) AS n FROM {table} WHERE {where}", values)[0]["n"]
+        places = self.rows(
+            f"""
+            SELECT example, position, token_id, "start", "end", first_choice, prob, entropy, -log_prob AS nll
+            FROM {table} WHERE {where} ORDER BY example, position LIMIT ? OFFSET ?""",
+            [*values, limit, offset],
+        )
+        ids = sorted({place["example"] for place in places})
+        texts = {}
+        if ids:
+            marks = ", ".join("?" * len(ids))
+            for row in self.rows(f"SELECT example, text FROM texts WHERE example IN ({marks})", ids):
+                texts[row["example"]] = row["text"]
+        rows = []
+        for place in places:
+            text, start, end = texts[place["example"]], place["start"], place["end"]
+            rows.append(
+                {
+                    **{name: place[name] for name in ("example", "position")},
+                    "left": text[max(0, start - CONTEXT) : start],
+                    # A token that ends no character has no text of its own there
+                    **self.named(place["token_id"]),
+                    **({"text": text[start:end]} if end > start else {}),
+                    "right": text[end : end + CONTEXT],
+                    "first_text": self.named(place["first_choice"])["text"],
+                    **{name: place[name] for name in ("prob", "entropy", "nll")},
+                }
+            )
+        return {"total": total, "rows": rows}
+
+    # Exports
+
+    def export_examples(self, selection: Selection) -> Iterator[str]:
+        """Yield the examples of a selection as JSON Lines: what `examples.parquet` has, means under the model."""
+        where, values = self.examples_where(selection)
+        with self.tables.cursor() as cursor:
+            cursor.execute(
+                f"""
+                SELECT chosen.*, text, messages FROM (SELECT * FROM {self.joined(selection)} WHERE {where}) AS chosen
+                JOIN texts USING (example) ORDER BY example""",
+                values,
+            )
+            names = [column[0] for column in cursor.description]
+            while rows := cursor.fetchmany(CHUNK):
+                lines = []
+                for row in rows:
+                    line = dict(zip(names, map(plain, row), strict=True))
+                    line["messages"] = None if line["messages"] is None else json.loads(line["messages"])
+                    lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+                yield "".join(lines)
+
+    def export_tokens(self, selection: Selection) -> Iterator[str]:
+        """
+        Yield the tokens of a selection as CSV.
+
+        Texts are JSON strings: a token that is `=1+1` is `"=1+1"` in its cell, which no spreadsheet takes for a
+        formula, and one that is a line's end is `"\\n"`.
+        """
+        where, values = self.of_tokens(selection)
+        names = ["example", "position", "token_id", *STATISTICS_NAMES, "prob", "grad_norm", "conflict"]
+        with self.tables.cursor() as cursor:
+            cursor.execute(
+                f"SELECT {', '.join(names)} FROM {self.tokens(selection)} WHERE {where} ORDER BY example, position",
+                values,
+            )
+            at = names.index("token_id"), names.index("first_choice")
+            yield ",".join([*names, "text", "first_text"]) + "\n"
+            while rows := cursor.fetchmany(CHUNK):
+                lines = io.StringIO()
+                csv.writer(lines, lineterminator="\n").writerows(
+                    [*row, *(json.dumps(self.named(row[i])["text"], ensure_ascii=False) for i in at)] for row in rows
+                )
+                yield lines.getvalue()
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON has it: None for NaN and the infinities."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def weigh(gate: str, stats: TokenStatistics, params: Answer) -> np.ndarray:
+    """Return a gate's weights, 0 where it has none (an example without nll); raises `RequestError`."""
+    try:
+        weights: np.ndarray = gate_weights(gate, stats, **params).nan_to_num(0).numpy()
+    except (EAFTError, ValueError, TypeError, RuntimeError) as error:
+        raise RequestError(str(error)) from error
+    return weights
+
+
+def removed_share(weights: np.ndarray, values: np.ndarray) -> float | None:
+    """Return 1 - sum(w x) / sum(x); None if the sum is 0."""
+    total = float(values.sum(dtype=np.float64))
+    return None if total == 0 else 1 - float((weights * values).sum(dtype=np.float64)) / total

@@ -1,0 +1,117 @@
+"""`eaft view`: a page on this machine to look around in what `inspect`, `compare` or `eval` wrote."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import secrets
+import socket
+import sys
+import webbrowser
+from importlib.util import find_spec
+from pathlib import Path
+
+from eaft.errors import ConfigurationError
+
+DESCRIPTION = """
+Look around, in the browser, in what `eaft inspect`, `eaft compare` or `eaft eval` wrote: tokens in the plane of entropy
+and probability, what gates do, examples as text, and runs beside each other.
+
+  eaft view inspected
+  eaft view runs                    every comparison and evaluation below it
+
+The page is served to this machine alone. To see a folder of another machine, start `eaft view FOLDER --no_browser`
+there, and here `ssh -N -L 8765:127.0.0.1:8765 MACHINE`; then open the address that it printed.
+"""
+PORT = 8765
+TRIED = 100  # ports, from that one on
+
+
+def main(argv: list[str]) -> None:
+    """Serve a folder until interrupted."""
+    parser = argparse.ArgumentParser(
+        prog="eaft view", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="what was written, or a folder that holds such folders")
+    parser.add_argument("--port", type=int, help=f"(default: {PORT}, or the next that is free)")
+    parser.add_argument("--no_browser", action="store_true", help="only print the address")
+    parser.add_argument("--token", help="what the address must have (default: made anew each time)")
+    flags = parser.parse_args(argv)
+    check_packages()
+    view(flags.folder, flags.port, flags.token, not flags.no_browser)
+
+
+def view(folder: Path, port: int | None = None, token: str | None = None, browser: bool = True) -> None:
+    """
+    Serve a folder until interrupted.
+
+    Raises:
+        ConfigurationError: nothing can be looked at in the folder, or the port is taken.
+    """
+    import uvicorn
+
+    from eaft.inspection.folder import RUN_FILE, Inspection
+    from eaft.inspection.queries import Queries
+    from eaft.inspection.runs import Runs
+    from eaft.inspection.server import make_app
+    from eaft.inspection.tables import Tables
+
+    token = token or secrets.token_urlsafe()
+    if not (token.isascii() and token.replace("-", "").replace("_", "").isalnum()):
+        raise ConfigurationError("--token: letters, digits, - and _ only, since it is part of an address.")
+    if not folder.is_dir():
+        raise ConfigurationError(f"{str(folder)!r} is no folder.")
+    runs = Runs(folder)
+    inspected = (folder / "tokens").is_dir() and (folder / RUN_FILE).is_file()
+    if not (inspected or runs.names):
+        raise ConfigurationError(f"{str(folder)!r} holds nothing that `eaft inspect`, `compare` or `eval` wrote.")
+    with contextlib.closing(listen(port)) as listening:
+        queries = Queries(Tables(Inspection(folder), progress)) if inspected else None
+        port = listening.getsockname()[1]
+        app = make_app(folder.resolve().name, queries, runs, port, token)
+        # The log would show the token
+        config = uvicorn.Config(app, access_log=False, log_level="warning", server_header=False, ws="none")
+        address = f"http://127.0.0.1:{port}/?token={token}"
+        print(f"\nOpen {address}\n(Ctrl-C ends it.)", flush=True)
+        if browser:
+            webbrowser.open(address)
+        with contextlib.suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run(sockets=[listening])
+
+
+def check_packages() -> None:
+    """
+    Find out what is not installed.
+
+    Raises:
+        ConfigurationError: a package is missing.
+    """
+    for package in ("duckdb", "starlette", "uvicorn"):
+        if find_spec(package) is None:
+            raise ConfigurationError(f"Viewing needs {package}: pip install 'eaft[inspect]'.")
+
+
+def listen(port: int | None) -> socket.socket:
+    """
+    Return a socket that listens on the loopback address: at a port, or the first that is free from `PORT` on.
+
+    Raises:
+        ConfigurationError: there is none, or that one is taken.
+    """
+    for candidate in range(PORT, PORT + TRIED) if port is None else [port]:
+        listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind(("127.0.0.1", candidate))
+            listening.listen()
+            return listening
+        except (OSError, OverflowError) as error:
+            listening.close()
+            problem = error
+    raise ConfigurationError(f"--port {candidate} cannot be used ({problem}): choose another.")
+
+
+def progress(line: str) -> None:
+    """Show how far the reading is, on one line of the terminal."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
