@@ -96,7 +96,7 @@ function drawTabs(views, chosen) {
   const tab = (view, index) => h("button", {
     role: "tab", id: `tab-${view.name}`, "data-key": `tab ${view.name}`, "aria-selected": `${view === chosen}`, "aria-controls": `view-${view.name}`,
     tabindex: view === chosen ? 0 : -1, title: `key ${index + 1}`, onclick: () => change({ view: view.name }),
-  }, view.title, view.found?.(folder) ? h("span", { class: "badge" }, `${view.found(folder)}`) : null);
+  }, view.title, view.found?.(folder) ? [" ", h("span", { class: "badge" }, `${view.found(folder)}`)] : null);
   fill(place("tabs"), ...views.map(tab));
   place(`tab-${chosen.name}`).scrollIntoView({ block: "nearest", inline: "nearest" });
 }

@@ -1,6 +1,6 @@
 // What is drawn with Observable Plot: the entropy-probability plane, histograms, and the colours of both themes.
 
-import { count, h, number, share, short } from "./dom.js";
+import { count, eachFrame, h, number, share, short } from "./dom.js";
 import { hideTip, showTip } from "./tip.js";
 
 const CONFLICT = { entropy: 0.5, prob: 0.1 }; // the borders of a confident conflict, as in eaft.objective.statistics
@@ -13,6 +13,19 @@ export function isDark() {
   return chosen ? chosen === "dark" : dark.matches;
 }
 dark.addEventListener("change", () => dispatchEvent(new Event("theme")));
+
+// Returns what gives the width to draw at; calls `redraw` when that, or the theme, is no longer the one drawn with
+export function watch(element, redraw) {
+  let drawn;
+  const now = () => `${element.clientWidth} ${isDark()}`;
+  const check = eachFrame(() => element.clientWidth && drawn && drawn !== now() && redraw());
+  addEventListener("theme", check);
+  new ResizeObserver(check).observe(element);
+  return () => {
+    drawn = now();
+    return element.clientWidth || 300; // out of sight: drawn again when it comes back
+  };
+}
 
 export const STYLE = { background: "none", color: "var(--ink)", fontFamily: "inherit", fontSize: "11.5px", overflow: "visible" };
 

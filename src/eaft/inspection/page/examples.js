@@ -25,8 +25,9 @@ export default {
     let lastAt;
     const text = part(opened, (answer) => {
       const shown = exampleText(answer, paintOf(answer), state.at);
-      requestAnimationFrame(() => state.at && lastAt !== state.example + state.at && shown.focusToken());
-      lastAt = state.example + state.at;
+      const at = `${state.example} ${state.at}`;
+      if (state.at && at !== lastAt) requestAnimationFrame(shown.focusToken);
+      lastAt = at;
       return drawExample(folder, answer, shown, move);
     });
 

@@ -7,7 +7,7 @@ import { change, isFiltered, noFilters, range, state } from "./state.js";
 const names = new Map(); // of tokens that are filtered by
 
 export function mountFilters(element, folder) {
-  const bar = h("div", { class: "row" });
+  const choices = h("div", { class: "row" });
   const chips = h("div", { class: "chips", "aria-label": "Active filters" });
   const search = h("input", {
     type: "search", id: "search", placeholder: "search the text", "aria-label": "Search the text of the examples",
@@ -20,16 +20,15 @@ export function mountFilters(element, folder) {
   const sources = h("select", { "aria-label": "Add a source", onchange: (event) => change({ source: [...state.source, event.target.value] }) });
   const more = h("details", { class: "menu" }, h("summary", {}, "Filter"), h("div", { class: "pop" }, fields.nll.element, fields.conflict.element,
     folder.sources.length > 1 && h("label", { class: "labelled" }, h("span", {}, "source"), sources)));
-  element.append(bar, chips);
+  // What is typed in stays in place
+  element.append(h("div", { class: "row" }, choices, more, search), chips);
 
   return function update() {
     const models = folder.models.map(({ name, step }) => [name, step === null || step === undefined ? name : `${name} (step ${step})`]);
     fill(
-      bar,
+      choices,
       models.length > 1 && h("label", { class: "inline" }, "scored by ", select("Scored by", models, state.model, (model) => change({ model }))),
       folder.origins.length > 1 && choice("Origin", folder.origins.map((name) => [name, name]), state.origin, (origin) => change({ origin })),
-      more,
-      search,
     );
     if (state.token && !names.has(state.token)) name(state.token, update);
     if (document.activeElement !== search) search.value = state.search;

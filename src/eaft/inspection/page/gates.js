@@ -1,7 +1,7 @@
 // What a gate would do to this data: its weights, what it removes, and the gradients that are left.
 
 import { url } from "./api.js";
-import { colourScale, histogram, legend, plane, sumUp } from "./charts.js";
+import { colourScale, histogram, legend, plane, sumUp, watch } from "./charts.js";
 import { announce, bar, count, eachFrame, fill, h, number, part, select, share, table, token } from "./dom.js";
 import { change, selection, state } from "./state.js";
 
@@ -20,16 +20,12 @@ export default {
       ),
       h("div", { class: "halves" }, h("div", {}, sources, h("section", { "aria-label": "Every gate" }, everyGate(folder))), muted),
     );
-    let shownGate, width;
+    let shownGate;
     const effect = part(effects, drawEffect);
-    const picture = part(pictures, (landscape, weighted) => {
-      width = pictures.clientWidth;
-      return drawPlanes(width, landscape, weighted);
-    });
+    const picture = part(pictures, (landscape, weighted) => drawPlanes(width(), landscape, weighted));
+    const width = watch(pictures, () => picture.redraw());
     const bySource = part(sources, ({ by_source }) => drawSources(by_source));
     const tokens = part(muted, (answer) => drawMuted(answer.muted));
-    addEventListener("theme", picture.redraw);
-    new ResizeObserver(eachFrame(() => pictures.clientWidth !== width && picture.redraw())).observe(pictures);
 
     return function update() {
       const gate = folder.gates.find(({ name }) => name === state.gate) ?? folder.gates[0];
@@ -80,7 +76,7 @@ function drawEffect({ removed: { tokens, nll, gradient }, mean_weight, weights, 
   const row = (name, value) => h("tr", {}, h("th", { scope: "row" }, name), h("td", {}, bar(value, "hot")));
   return [
     h("h2", {}, "It removes"),
-    h("table", { class: "removed", "aria-label": "What the gate removes" }, row("tokens", tokens), row("nll", nll), row("gradient", gradient)),
+    h("table", { class: "removed", "aria-label": "What the gate removes" }, h("tbody", {}, row("tokens", tokens), row("nll", nll), row("gradient", gradient))),
     h("p", { class: "quiet" }, `Mean weight ${number(mean_weight, 3)}. A gate removes 1 − Σwx / Σx of x.`, sampled && ` Of a sample of ${count(sampled)} tokens.`),
     histogram(weights, 340, "weight of a token"),
   ];

@@ -1,8 +1,8 @@
 // Where the tokens lie in the entropy-probability plane; a box in it, and what is inside.
 
 import { url } from "./api.js";
-import { colourScale, legend, plane, sumUp } from "./charts.js";
-import { announce, bar, choice, count, eachFrame, fill, h, later, number, part, prose, select, share, snippet, table, token, wanted } from "./dom.js";
+import { colourScale, legend, plane, sumUp, watch } from "./charts.js";
+import { announce, bar, choice, count, fill, h, later, number, part, prose, select, share, snippet, table, token, wanted } from "./dom.js";
 import { change, selection, state } from "./state.js";
 
 const COLOURS = [["tokens", "tokens"], ["nll", "nll"], ["gradient", "gradient"]];
@@ -32,10 +32,9 @@ export default {
       examples,
     );
 
-    let figures = [], width;
+    let figures = [];
     const picture = part(pictures, (first, second) => {
-      width = pictures.clientWidth;
-      const { drawn, scale } = draw(width, first, second);
+      const { drawn, scale } = draw(width(), first, second);
       figures = drawn;
       return [h("div", { class: "planes" }, drawn), h("div", { class: "under" }, legend(scale), h("p", { class: "quiet" }, HOW_TO_READ))];
     });
@@ -46,9 +45,7 @@ export default {
       rows.ask(url("examples", selection({ sort: "conflict_nll_share", order: "desc", limit: 6 })));
       kinds.ask(url("tokens", selection({ group: state.box || state.token ? "" : "conflict", limit: 8 })));
     }, 120);
-    const refresh = () => figures.length && picture.redraw();
-    addEventListener("theme", refresh);
-    new ResizeObserver(eachFrame(() => pictures.clientWidth !== width && refresh())).observe(pictures);
+    const width = watch(pictures, () => picture.redraw());
 
     let colour = "";
     return function update() {
@@ -60,7 +57,7 @@ export default {
       sums.ask(url("landscape", selection()));
       lists();
       const now = state.colour + state.as;
-      if (colour && colour !== now) refresh();
+      if (colour && colour !== now) picture.redraw();
       colour = now;
       figures.forEach((figure) => figure.moveBox(currentBox()));
     };

@@ -1,8 +1,8 @@
 // An `eaft compare` or `eaft eval` folder: tables, curves, target against drift, objective against objective, regressions.
 
 import { url } from "./api.js";
-import { STYLE, palette } from "./charts.js";
-import { count, eachFrame, fill, h, number, part, prose, select, share, table } from "./dom.js";
+import { STYLE, palette, watch } from "./charts.js";
+import { count, h, number, part, prose, select, share, table } from "./dom.js";
 import { change, state } from "./state.js";
 
 export default {
@@ -12,17 +12,15 @@ export default {
   mount(root) {
     const head = h("div", {}), body = h("div", {});
     root.append(head, body);
-    let width, list = [];
+    let list = [];
     const listing = part(head, (found) => {
       list = found;
       return chooser(list);
     });
     const run = part(body, (found) => {
-      width = body.clientWidth;
-      return found.kind === "compare" ? comparison(found, width) : evaluation(found, width);
+      return found.kind === "compare" ? comparison(found, width()) : evaluation(found, width());
     });
-    addEventListener("theme", run.redraw);
-    new ResizeObserver(eachFrame(() => body.clientWidth !== width && run.redraw())).observe(body);
+    const width = watch(body, () => run.redraw());
     let metric;
     return async function update() {
       await listing.ask(url("runs"));

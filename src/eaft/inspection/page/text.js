@@ -101,7 +101,10 @@ function listen(shown, parts, at) {
   });
   const start = all.find((part) => parts.get(part).some(({ position }) => `${position}` === at)) ?? all[0];
   if (start) start.tabIndex = 0;
-  shown.focusToken = () => at && start?.scrollIntoView({ block: "center" }) | start?.focus({ preventScroll: true });
+  shown.focusToken = () => {
+    start?.scrollIntoView({ block: "center" });
+    start?.focus({ preventScroll: true });
+  };
 }
 
 // What the tooltip says of a token
