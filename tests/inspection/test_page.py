@@ -25,6 +25,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is install
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = sync_api.expect
 
+MINUS = "\N{MINUS SIGN}"
 VIEWS = ("landscape", "gates", "examples", "tokens", "runs", "checks")
 ADVICE = "**A fact**: they are mostly `<<` & <b>format</b>."
 SUMMARY = {
@@ -173,7 +174,7 @@ def rows(page, name):
 
 
 def percent(text):
-    return float(text.replace("−", "-").rstrip("%")) / 100
+    return float(text.replace(MINUS, "-").rstrip("%")) / 100
 
 
 def fragment(page):
@@ -346,7 +347,8 @@ def test_an_opened_example_shows_its_tokens(visit, folder, examples, tokens):
     # Strength of the colour: 1 - p; a conflict is underlined
     labelled = mine[mine.labelled].set_index("position")
     parts = page.locator(".text .labelled").evaluate_all(
-        "all => all.map(e => [Number(e.dataset.at), Number(e.style.getPropertyValue('--strength')), e.className, e.textContent])"
+        """all => all.map(e =>
+            [Number(e.dataset.at), Number(e.style.getPropertyValue('--strength')), e.className, e.textContent])"""
     )
     grouped = 0
     for at, strength, names, shown in parts:
@@ -418,10 +420,10 @@ def test_runs_and_checks(visit):
     page = visit("view=runs")
     expect(page.locator(".lead")).to_contain_text("Choose sft.")
     assert page.locator("figure svg").count() >= 5
-    assert ["target", "−9.0 −16.1 to −1.6", "points", "0.045"] in rows(page, "eaft less sft")
+    assert ["target", "-9.0 -16.1 to -1.6".replace("-", MINUS), "points", "0.045"] in rows(page, "eaft less sft")
     page.get_by_label("Run", exact=True).select_option("runs/evaluated (eaft eval)")
     expect(page.locator(".lead")).to_have_text("A loss is shown on arithmetic.")
-    assert rows(page, "Tasks")[0][:4] == ["arithmetic", "50%", "40%", "−10.0 −20.0 to +0.0"]
+    assert rows(page, "Tasks")[0][:4] == ["arithmetic", "50%", "40%", "-10.0 -20.0 to +0.0".replace("-", MINUS)]
     expect(page.locator(".regressions")).to_contain_text("<i>2 + 2</i>")
     page.get_by_role("tab", name="Checks 1").click()
     page.get_by_role("button", name="3", exact=True).click()

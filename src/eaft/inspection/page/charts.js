@@ -35,12 +35,12 @@ const less = { true: ["#58a6ff", "#21262d", "#ff8f66"], false: ["#1f6fd0", "#ece
 const interpolate = (colours) => d3.piecewise(d3.interpolateLab, colours);
 
 // The scale of colours for matrices of sums: logarithmic; `difference` has two directions
-export function colourScale(matrices, { difference = false, label, format = short }) {
+export function colourScale(matrices, { difference = false, decades = 4, label, format = short }) {
   const values = matrices.flat(2).filter((value) => value !== 0);
   const largest = d3.max(values, Math.abs) ?? 1;
   const scale = difference
     ? { type: "diverging-symlog", constant: largest / 100, domain: [-largest, largest], interpolate: interpolate(less[isDark()]) }
-    : { type: "log", domain: [d3.max([d3.min(values) ?? 1, largest / 1e5]), largest], interpolate: interpolate(few[isDark()]), clamp: true };
+    : { type: "log", domain: [d3.max([d3.min(values) ?? 1, largest / 10 ** decades]), largest], interpolate: interpolate(few[isDark()]), clamp: true };
   if (scale.domain[0] === scale.domain[1]) scale.domain = [scale.domain[0] / 2, scale.domain[1]];
   return { ...scale, label, format };
 }

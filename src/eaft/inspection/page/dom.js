@@ -39,7 +39,19 @@ export const prose = (text) =>
 // What the model wanted instead of a token, with counts
 export const wanted = (list, most = 5) =>
   h("span", { class: "wanted" }, list.slice(0, most).map((item) => h("span", {}, token(item.text), h("span", { class: "quiet" }, ` ${count(item.count)} `))));
-export const snippet = (text) => h("span", { class: "snippet", dir: "auto" }, text);
+
+// Examples' first words, without what they all begin with (a template's)
+export function snippets(rows) {
+  const texts = rows.map(({ snippet }) => snippet);
+  const [first, last] = [d3.min(texts) ?? "", d3.max(texts) ?? ""];
+  let same = 0;
+  while (same < first.length && first[same] === last[same]) same += 1;
+  const cut = texts.length > 1 && same > 20 ? same : 0;
+  return texts.map((text) => h("span", { class: "snippet", dir: "auto" }, cut ? `…${text.slice(cut)}` : text));
+}
+
+// The last part of a file's path; a Hub id as it is
+export const fileName = (path) => (path?.startsWith("/") ? path.split("/").at(-1) : path);
 
 export const announce = (text) => (document.getElementById("live").textContent = text);
 

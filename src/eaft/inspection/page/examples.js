@@ -1,7 +1,7 @@
 // The examples as a table, sorted and filtered by the server; one opened as text with its tokens coloured.
 
 import { url } from "./api.js";
-import { announce, choice, count, fill, h, number, part, select, share, snippet, table } from "./dom.js";
+import { announce, choice, count, fileName, h, number, part, select, share, snippets, table } from "./dom.js";
 import { change, selection, state } from "./state.js";
 import { PAINTS, example as exampleText } from "./text.js";
 
@@ -20,7 +20,7 @@ export default {
       rows = answer.rows;
       pages = Math.max(1, Math.ceil(answer.total / ROWS));
       announce(`${count(answer.total)} examples`);
-      return [drawTable(answer), pager(answer.total, pages)];
+      return [drawTable(answer), pager(answer.total, ROWS, "examples")];
     });
     let lastAt;
     const text = part(opened, (answer) => {
@@ -76,7 +76,7 @@ function drawTable({ rows }) {
   };
   const columns = [
     numeric("row", "row", count, "of the data set"),
-    { title: "source", class: "optional", cell: (row) => row.source },
+    { title: "source", class: "optional", cell: (row) => fileName(row.source) },
     numeric("tokens", "tokens", count, null, true),
     numeric("labelled", "labelled", count, "tokens that are trained on", true),
     numeric("cut", "cut", (value) => (value ? count(value) : ""), "tokens lost to the maximal length", true),
@@ -84,8 +84,9 @@ function drawTable({ rows }) {
     numeric("entropy", "entropy", number, "mean over its labelled tokens, nats", true),
     numeric("conflicts", "conflict_share", share, "share of its tokens that are confident conflicts"),
     numeric("of its nll", "conflict_nll_share", share, "share of its nll that lies in confident conflicts"),
-    { title: "text", class: "text-cell", cell: (row) => h("button", { class: "plain", "data-key": `row ${row.example}` }, snippet(row.snippet)) },
+    { title: "text", class: "text-cell", cell: (row, index) => h("button", { class: "plain", "data-key": `row ${row.example}` }, texts[index]) },
   ];
+  const texts = snippets(rows);
   const onrow = (row) => ({
     "data-example": row.example,
     "aria-current": `${`${row.example}` === state.example}`,
@@ -94,13 +95,14 @@ function drawTable({ rows }) {
   return table("Examples", columns, rows, { onrow, sorted, empty: "No example has all of this." });
 }
 
-function pager(total, pages) {
+export function pager(total, rows, what) {
+  const pages = Math.max(1, Math.ceil(total / rows));
   const go = (page) => change({ page: Math.max(1, Math.min(page, pages)) });
   return h("div", { class: "row pager" },
     h("button", { disabled: state.page <= 1, "data-key": "previous page", onclick: () => go(state.page - 1) }, "← previous"),
     h("label", { class: "inline" }, "page ", h("input", { type: "number", min: 1, max: pages, value: state.page, "data-key": "page", onchange: (event) => go(Number(event.target.value)) }), ` of ${count(pages)}`),
     h("button", { disabled: state.page >= pages, "data-key": "next page", onclick: () => go(state.page + 1) }, "next →"),
-    h("span", { class: "quiet" }, `${count(total)} examples`),
+    h("span", { class: "quiet" }, `${count(total)} ${what}`),
   );
 }
 
@@ -117,7 +119,7 @@ function drawExample(folder, answer, shown, move) {
   ];
   return [
     h("div", { class: "row" },
-      h("h2", {}, answer.origin === "rollouts" ? "The model's answer to row " : "Row ", `${answer.row}`, h("span", { class: "quiet" }, ` ${answer.source}`)),
+      h("h2", {}, answer.origin === "rollouts" ? "The model's answer to row " : "Row ", `${answer.row}`, h("span", { class: "quiet" }, ` ${fileName(answer.source)}`)),
       h("span", { class: "spring" }),
       h("button", { "data-key": "previous", "aria-label": "Previous example (k)", onclick: () => move(-1) }, "↑"),
       h("button", { "data-key": "next", "aria-label": "Next example (j)", onclick: () => move(1) }, "↓"),

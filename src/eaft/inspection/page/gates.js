@@ -2,7 +2,7 @@
 
 import { url } from "./api.js";
 import { colourScale, histogram, legend, plane, sumUp, watch } from "./charts.js";
-import { announce, bar, count, eachFrame, fill, h, number, part, select, share, table, token } from "./dom.js";
+import { announce, bar, count, eachFrame, fileName, fill, h, number, part, select, share, table, token } from "./dom.js";
 import { change, selection, state } from "./state.js";
 
 const MUTED = 20; // tokens that are listed
@@ -85,7 +85,7 @@ function drawEffect({ removed: { tokens, nll, gradient }, mean_weight, weights, 
 function drawPlanes(width, landscape, weighted) {
   const size = width > 640 ? Math.floor((width - 16) / 2) : width;
   const pair = [landscape.gradient, weighted.gradient];
-  const scale = colourScale(pair, { label: "sum over the bin's tokens of  w · √(Σp² − 2p + 1),  the norm of the loss's gradient by the logits" });
+  const scale = colourScale(pair, { decades: 3, label: "sum over the bin's tokens of  w · √(Σp² − 2p + 1),  the norm of the loss's gradient by the logits" });
   const { corner, total } = landscape;
   const titles = ["SFT: w = 1", `${state.gate}${Object.entries(state.params).map(([name, value]) => `, ${name.replace(/_/g, " ")} ${value}`).join("")}`];
   const drawn = pair.map((values, index) => plane({
@@ -104,7 +104,7 @@ function cornerOf({ entropy_edges: H, prob_edges: P }, values) {
 const removed = (name) => ({ title: name, numeric: true, cell: (row) => bar(row[name], "hot") });
 
 function drawSources(rows) {
-  return [h("h2", {}, "By source, it removes"), table("By source", [{ title: "source", cell: (row) => row.source }, removed("tokens"), removed("nll"), removed("gradient")], rows)];
+  return [h("h2", {}, "By source, it removes"), table("By source", [{ title: "source", cell: (row) => fileName(row.source) }, removed("tokens"), removed("nll"), removed("gradient")], rows)];
 }
 
 function drawMuted(rows) {

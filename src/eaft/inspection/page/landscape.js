@@ -2,7 +2,7 @@
 
 import { url } from "./api.js";
 import { colourScale, legend, plane, sumUp, watch } from "./charts.js";
-import { announce, bar, choice, count, fill, h, later, number, part, prose, select, share, snippet, table, token, wanted } from "./dom.js";
+import { announce, bar, choice, count, fill, h, later, number, part, prose, select, share, snippets, table, token, wanted } from "./dom.js";
 import { change, selection, state } from "./state.js";
 
 const COLOURS = [["tokens", "tokens"], ["nll", "nll"], ["gradient", "gradient"]];
@@ -26,10 +26,9 @@ export default {
     const examples = h("section", { "aria-label": "Examples" }), tokens = h("section", { "aria-label": "Tokens" });
     root.append(
       h("div", { class: "beside" },
-        h("section", { class: "wide", "aria-label": "Landscape" }, controls, pictures),
-        h("section", { class: "narrow", "aria-label": "What this says" }, advice(folder), numbers, boxFields.element, tokens),
+        h("div", { class: "wide" }, h("section", { "aria-label": "Landscape" }, controls, pictures), examples),
+        h("div", { class: "narrow" }, advice(folder), numbers, boxFields.element, tokens),
       ),
-      examples,
     );
 
     let figures = [];
@@ -76,7 +75,7 @@ function draw(width, first, second) {
   const shown = difference ? [less(...matrices)] : matrices;
   const what = second ? `share of the ${state.colour}` : MEANING[state.colour];
   const label = difference ? `${what}: first less second` : what;
-  const scale = colourScale(shown, { difference, label, ...(second ? { format: d3.format(".1~%") } : {}) });
+  const scale = colourScale(shown, { difference, label, ...(second ? { format: d3.format(".1~p") } : {}) });
   const names = [nameOf(state), nameOf({ ...state, ...besideSelection() })];
   const drawn = shown.map((values, index) => {
     const answer = difference ? d3.greatest([first, second], ({ entropy_edges: H }) => H.length) : [first, second][index];
@@ -166,9 +165,10 @@ function makeBoxFields() {
 const where = () => (state.box ? "in the box" : state.token ? "chosen" : "in confident conflict");
 
 function exampleList({ total, rows }) {
-  const item = (row) => h("li", {}, h("button", { class: "plain", onclick: () => change({ view: "examples", example: `${row.example}`, at: "" }) },
+  const texts = snippets(rows);
+  const item = (row, index) => h("li", {}, h("button", { class: "plain", onclick: () => change({ view: "examples", example: `${row.example}`, at: "" }) },
     h("span", { class: "quiet" }, `row ${row.row} · nll ${number(row.nll)} · conflicts ${share(row.conflict_share)} of the tokens, ${share(row.conflict_nll_share)} of the nll`),
-    snippet(row.snippet)));
+    texts[index]));
   return [
     h("h2", {}, state.box || state.token ? "Examples with such tokens" : "Examples, those with most of their nll in conflicts first"),
     h("ol", { class: "examples" }, rows.map(item)),

@@ -2,6 +2,7 @@
 
 import { url } from "./api.js";
 import { announce, choice, count, fill, h, number, oneLine, part, share, table, token, wanted } from "./dom.js";
+import { pager } from "./examples.js";
 import { change, selection, state } from "./state.js";
 
 const GROUPS = [["conflict", "confident conflicts"], ["high_entropy", "high entropy"], ["low_entropy", "low entropy"]];
@@ -10,7 +11,7 @@ const MEANING = {
   high_entropy: "The model is unsure: entropy of at least 2 nats.",
   low_entropy: "The model is sure: entropy of at most 0.5 nats.",
 };
-const TOKENS = 100, PLACES = 50;
+const TOKENS = 200, PLACES = 50;
 
 export default {
   name: "tokens",
@@ -26,7 +27,7 @@ export default {
       fill(head, h("div", { class: "row" }, choice("Group", GROUPS, state.group, (group) => change({ group, token: "" })), h("span", { class: "quiet" }, MEANING[state.group])));
       listing.ask(url("tokens", selection({ without: ["token"], group: state.group, limit: TOKENS })));
       list.querySelectorAll("tr[data-token]").forEach((row) => row.setAttribute("aria-current", `${row.dataset.token === state.token}`));
-      if (state.token) concordance.ask(url("concordance", selection({ group: state.group, limit: PLACES })));
+      if (state.token) concordance.ask(url("concordance", selection({ group: state.group, offset: (state.page - 1) * PLACES, limit: PLACES })));
       else concordance.show([h("p", { class: "quiet" }, "Choose a token to see its places in context.")]);
     };
   },
@@ -62,9 +63,9 @@ function drawPlaces({ total, rows }) {
   );
   const open = (row) => change({ view: "examples", example: `${row.example}`, at: `${row.position}` });
   return [
-    h("h2", {}, `${count(total)} places`, total > rows.length && h("span", { class: "quiet" }, ` the first ${count(rows.length)}`)),
     h("div", { class: "scroll" }, h("table", { class: "concordance", "aria-label": "Places in context" },
       h("thead", {}, h("tr", {}, h("th", { class: "left" }, "before"), h("th", { class: "middle" }, "token"), h("th", {}, "after"), h("th", {}, "wanted"), h("th", { class: "numeric" }, "p"))),
       h("tbody", {}, rows.map(place)))),
+    pager(total, PLACES, "places"),
   ];
 }
