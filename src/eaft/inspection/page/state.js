@@ -70,8 +70,8 @@ function address() {
 
 // Changes what is shown. `passing`: on the way somewhere (a drag), which is no step to go back to
 export function change(patch, { passing = false } = {}) {
-  const filtered = SELECTION.some((name) => name in patch);
-  state = { ...state, ...(filtered ? { page: 1 } : {}), ...patch };
+  const other = ["view", "group", ...SELECTION].some((name) => name in patch);
+  state = { ...state, ...(other ? { page: 1 } : {}), ...patch };
   clearTimeout(writing);
   const same = address() === (location.hash || "#");
   if (passing) writing = setTimeout(() => history.replaceState(null, "", address()), 200); // browsers limit how often
