@@ -22,7 +22,7 @@ import pyarrow.dataset as ds
 import torch
 
 from eaft.errors import EAFTError, nearest
-from eaft.inspection.folder import BASE, DATA, STATISTICS
+from eaft.inspection.folder import BASE, DATA, EXAMPLES, STATISTICS
 from eaft.inspection.landscape import bin_sums
 from eaft.inspection.tables import DRAWS, Tables
 from eaft.objective.gates import GATES, check_gate, gate_weights
@@ -39,7 +39,7 @@ MUTED, WANTED = 50, 5  # tokens listed
 WEIGHT_BINS = 50
 CONTEXT = 80  # characters on each side of a place
 SNIPPET = 200  # characters
-CHUNK = 2000  # lines of an export at a time
+EXPORTED, CHUNK = 20_000, 2000  # examples, and lines, of an export at a time
 
 GROUPS = {
     "conflict": "conflict",
@@ -300,11 +300,11 @@ class Queries:
         one_of("gate", gate, GATES)
         starts = next(found for found in self.gates() if found["name"] == gate)["params"]
         params = {param["name"]: param["default"] for param in starts} | given
-        if not all(
-            isinstance(value, str) or (isinstance(value, int | float) and math.isfinite(value))
-            for value in params.values()
-        ):
-            raise RequestError(f"params={json.dumps(given)[:200]}: expected numbers and names.")
+        for name, value in params.items():
+            choices = SLIDERS.get(name, {}).get("choices")
+            if not (value in choices if choices else is_number(value)):
+                expected = f"one of {', '.join(choices)}" if choices else "a number"
+                raise RequestError(f"params: {name}={json.dumps(value)[:50]}: expected {expected}.")
         try:
             check_gate(gate, params)
         except (EAFTError, ValueError, TypeError, OverflowError, RuntimeError) as error:
@@ -578,24 +578,29 @@ class Queries:
 
     # Exports
 
+    def parts(self, columns: str, table: str, where: str, values: list[Any], order: str) -> Iterator[list[Any]]:
+        """Yield an answer's rows, many at a time, by ranges of examples: what is sorted at once is no larger."""
+        with self.tables.cursor() as cursor:
+            for first in range(0, len(self.tables.example_nll), EXPORTED):
+                cursor.execute(
+                    f"SELECT {columns} FROM {table} WHERE {where} AND example BETWEEN ? AND ? ORDER BY {order}",
+                    [*values, first, first + EXPORTED - 1],
+                )
+                while rows := cursor.fetchmany(CHUNK):
+                    yield rows
+
     def export_examples(self, selection: Selection) -> Iterator[str]:
         """Yield the examples of a selection as JSON Lines: what `examples.parquet` has, means under the model."""
         where, values = self.examples_where(selection)
-        with self.tables.cursor() as cursor:
-            cursor.execute(
-                f"""
-                SELECT chosen.*, text, messages FROM (SELECT * FROM {self.joined(selection)} WHERE {where}) AS chosen
-                JOIN texts USING (example) ORDER BY example""",
-                values,
-            )
-            names = [column[0] for column in cursor.description]
-            while rows := cursor.fetchmany(CHUNK):
-                lines = []
-                for row in rows:
-                    line = dict(zip(names, map(plain, row), strict=True))
-                    line["messages"] = None if line["messages"] is None else json.loads(line["messages"])
-                    lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-                yield "".join(lines)
+        names = [field.name for field in EXAMPLES]
+        table = f"{self.joined(selection)} JOIN texts USING (example)"
+        for rows in self.parts(", ".join(names), table, where, values, "example"):
+            lines = []
+            for row in rows:
+                line = dict(zip(names, map(plain, row), strict=True))
+                line["messages"] = None if line["messages"] is None else json.loads(line["messages"])
+                lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+            yield "".join(lines)
 
     def export_tokens(self, selection: Selection) -> Iterator[str]:
         """
@@ -606,19 +611,19 @@ class Queries:
         """
         where, values = self.of_tokens(selection)
         names = ["example", "position", "token_id", *STATISTICS_NAMES, "prob", "grad_norm", "conflict"]
-        with self.tables.cursor() as cursor:
-            cursor.execute(
-                f"SELECT {', '.join(names)} FROM {self.tokens(selection)} WHERE {where} ORDER BY example, position",
-                values,
+        at = names.index("token_id"), names.index("first_choice")
+        yield ",".join([*names, "text", "first_text"]) + "\n"
+        for rows in self.parts(", ".join(names), self.tokens(selection), where, values, "example, position"):
+            lines = io.StringIO()
+            csv.writer(lines, lineterminator="\n").writerows(
+                [*row, *(json.dumps(self.named(row[i])["text"], ensure_ascii=False) for i in at)] for row in rows
             )
-            at = names.index("token_id"), names.index("first_choice")
-            yield ",".join([*names, "text", "first_text"]) + "\n"
-            while rows := cursor.fetchmany(CHUNK):
-                lines = io.StringIO()
-                csv.writer(lines, lineterminator="\n").writerows(
-                    [*row, *(json.dumps(self.named(row[i])["text"], ensure_ascii=False) for i in at)] for row in rows
-                )
-                yield lines.getvalue()
+            yield lines.getvalue()
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value from JSON is a number that a float can hold."""
+    return type(value) in (int, float) and abs(value) < 1e300
 
 
 def plain(value: Any) -> Any:

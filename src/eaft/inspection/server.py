@@ -157,7 +157,7 @@ class Guard:
         """Return the answer to who may not ask; None for who may."""
         hosts = Headers(scope=scope).getlist("host")
         if len(hosts) != 1 or hosts[0].lower() not in self.hosts:
-            return error(403, "This is served to the loopback address alone: open it as the terminal says.")
+            return error(403, "Open the address that `eaft view` printed; over ssh, forward the same port.")
         if scope["method"] not in ("GET", "HEAD"):
             return error(405, "Nothing can be changed here: GET and HEAD only.")
         if not self.knows_token(HTTPConnection(scope)):
@@ -308,7 +308,7 @@ def download(lines: Any, name: str, kind: str) -> Response:
 
 def error(status: int, message: str) -> Response:
     """Return an error."""
-    return JSONResponse({"error": message}, status)
+    return JSONResponse({"error": message}, status, HEADERS)
 
 
 async def refuse(request: Request, found: Exception) -> Response:
