@@ -8,9 +8,6 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-
-pytest.importorskip("duckdb")
-pytest.importorskip("starlette")
 from starlette.testclient import TestClient
 
 from eaft.inspection import queries as queries_module

@@ -90,8 +90,9 @@ def make_app(name: str, queries: Queries | None, runs: Runs, port: int, token: s
 
     paging = (*SELECTION, "offset", "limit")
     gating = ("gate", "params")
+    index = PAGE / "index.html"
     routes = [
-        Route("/", lambda request: FileResponse(PAGE / "index.html")),
+        Route("/", lambda request: FileResponse(index)),
         Route("/api/folder", asked((), lambda q, r: about(name, q, runs))),
         Route("/api/landscape", of_tokens(SELECTION, lambda q, r: q.landscape(selection(q, r)))),
         Route("/api/gates", of_tokens((*SELECTION, *gating), gates)),
