@@ -38,7 +38,7 @@ from eaft.objective.statistics import CONFLICT_MAX_ENTROPY, CONFLICT_MAX_PROB
 from eaft.provenance import environment, write_json
 
 RESULTS = Path(__file__).parent / "results"
-VOCAB, SOURCES, SHARD_TOKENS = 30_000, 8, 2_000_000
+VOCAB, SOURCES, SHARD_TOKENS = 30_000, 8, 2**17  # as `eaft inspect` has them
 TOKEN, PORT = "benchmark", 8799
 SENT = dict[str, Any]
 
@@ -123,7 +123,6 @@ def make_folder(folder: Path, tokens: int, tokens_per_example: int, compared: bo
                 "conflict_nll_share": mean(conflict * nll) / mean(nll),
             }
             writer.write_table(pa.table(rows, EXAMPLES))
-            print(f"\r{first + count:,} of {examples:,} examples", end="", flush=True)
     vocabulary = {"token_id": range(VOCAB), "text": words, "special": [False] * VOCAB}
     pq.write_table(pa.table(vocabulary, VOCABULARY), folder / "vocabulary.parquet")
     write_json(folder / "summary.json", {"measured": {"entropy_threshold": 0.03, "prob_threshold": 0.1, "tau": 1.5}})
@@ -230,8 +229,13 @@ class Client:
     def get(self, slot: int, path: str) -> int:
         """Return how many bytes an answer has."""
         connection = self.connections[slot]
-        connection.request("GET", path, headers={"Authorization": f"token {TOKEN}"})
-        answer = connection.getresponse()
+        try:
+            connection.request("GET", path, headers={"Authorization": f"token {TOKEN}"})
+            answer = connection.getresponse()
+        except http.client.RemoteDisconnected:  # it was idle for long; a browser asks again too
+            connection.close()
+            connection.request("GET", path, headers={"Authorization": f"token {TOKEN}"})
+            answer = connection.getresponse()
         body = answer.read()
         if answer.status != 200:
             raise RuntimeError(f"{path}: {answer.status} {body[:300]!r}")

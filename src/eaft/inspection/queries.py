@@ -11,7 +11,8 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -22,7 +23,7 @@ import pyarrow.dataset as ds
 import torch
 
 from eaft.errors import EAFTError, nearest
-from eaft.inspection.folder import BASE, DATA, STATISTICS
+from eaft.inspection.folder import BASE, DATA, EXAMPLES, STATISTICS
 from eaft.inspection.landscape import bin_sums
 from eaft.inspection.tables import DRAWS, Tables
 from eaft.objective.gates import GATES, check_gate, gate_weights
@@ -39,7 +40,7 @@ MUTED, WANTED = 50, 5  # tokens listed
 WEIGHT_BINS = 50
 CONTEXT = 80  # characters on each side of a place
 SNIPPET = 200  # characters
-CHUNK = 2000  # lines of an export at a time
+EXPORTED, CHUNK = 20_000, 2000  # examples, and lines, of an export at a time
 
 GROUPS = {
     "conflict": "conflict",
@@ -80,6 +81,16 @@ class Selection:
     box: tuple[float, float, float, float] | None = None  # entropy from, to (nats), probability from, to
     token: int | None = None  # the label's id
 
+    @property
+    def filters_examples(self) -> bool:
+        """Whether it is of certain examples, beside their origin and source."""
+        return bool(self.search) or any(end is not None for end in (*self.nll, *self.conflict))
+
+    @property
+    def whole(self) -> Selection:
+        """The same examples, whatever their tokens."""
+        return replace(self, box=None, token=None)
+
 
 def number(name: str, text: str) -> float:
     """Return a finite number; raises `RequestError`."""
@@ -116,23 +127,32 @@ class Queries:
     def __init__(self, tables: Tables) -> None:
         self.tables, self.inspection = tables, tables.inspection
         self.vocabulary = self.inspection.vocabulary()
-        # What the next question about the same selection needs again: a slider moves, a page is turned
+        # What the next question about the same selection needs again: a slider moves, a box, a page is turned
+        self.chosen = lru_cache(maxsize=32)(self.find_chosen)
+        self.plane = lru_cache(maxsize=16)(self.find_plane)
+        self.ordered = lru_cache(maxsize=16)(self.find_ordered)
         self.gate_tokens = lru_cache(maxsize=4)(self.find_gate_tokens)
         self.token_counts = lru_cache(maxsize=8)(self.find_token_counts)
-        self.landscape = lru_cache(maxsize=32)(self.find_landscape)
-        self.count_examples = lru_cache(maxsize=64)(self.find_count)
 
     # Asking
 
-    def ask(self, sql: str, values: list[Any]) -> dict[str, Any]:
-        """Return the columns of an answer, as arrays."""
+    @contextmanager
+    def cursor(self, selection: Selection | None = None) -> Iterator[Any]:
+        """Lend a connection; in it `chosen` has the examples of a selection that filters them."""
         with self.tables.cursor() as cursor:
-            found: dict[str, Any] = cursor.execute(sql, values).fetchnumpy()
-            return found
+            if selection is not None and selection.filters_examples:
+                cursor.register("chosen", pa.table({"example": self.chosen(selection.whole)}))
+            yield cursor
 
-    def rows(self, sql: str, values: list[Any]) -> list[Answer]:
+    def ask(self, sql: str, values: list[Any], selection: Selection | None = None) -> dict[str, Any]:
+        """Return the columns of an answer, as arrays."""
+        with self.cursor(selection) as cursor:
+            found: dict[str, Any] = cursor.execute(sql, values).fetchnumpy()
+            return {name: np.asarray(values) for name, values in found.items()}
+
+    def rows(self, sql: str, values: list[Any], selection: Selection | None = None) -> list[Answer]:
         """Return the rows of an answer, with None for what is no number."""
-        with self.tables.cursor() as cursor:
+        with self.cursor(selection) as cursor:
             cursor.execute(sql, values)
             names = [column[0] for column in cursor.description]
             return [dict(zip(names, map(plain, row), strict=True)) for row in cursor.fetchall()]
@@ -141,39 +161,36 @@ class Queries:
         """Return the name of the model's table of tokens."""
         return f"tokens_{self.tables.number(selection.model)}"
 
-    def of_examples(self, selection: Selection) -> Where:
-        """Return which rows of `examples` joined with the model's means are in a selection, whatever their tokens."""
-        conditions, values = ["origin = ?"], [selection.origin]
-        if selection.sources:
-            conditions.append(f"source IN ({', '.join('?' * len(selection.sources))})")
-            values += selection.sources
+    def joined(self, model: str) -> str:
+        """Return `examples` with the means under a model; those that the folder keeps are under the base model."""
+        columns = "examples.* EXCLUDE (nll, entropy, conflict_share, conflict_nll_share), means.* EXCLUDE (example)"
+        means = f"means_{self.tables.number(model)}"
+        return f"(SELECT {columns} FROM examples LEFT JOIN {means} AS means USING (example)) AS means"
+
+    def find_chosen(self, selection: Selection) -> np.ndarray:
+        """Return the examples of a selection that filters them, in order."""
+        where, values = among("source", selection.sources)
+        conditions = ["origin = ?", where]
+        values = [selection.origin, *values]
         for column, (low, high) in (("nll", selection.nll), ("conflict_share", selection.conflict)):
             for sign, end in ((">=", low), ("<=", high)):
                 if end is not None:
-                    conditions.append(f"means.{column} {sign} ?")
-                    values.append(end)  # type: ignore[arg-type]
+                    conditions.append(f"{column} {sign} ?")
+                    values.append(end)
         if selection.search:
             conditions.append("example IN (SELECT example FROM texts WHERE contains(lower, lower(?)))")
             values.append(selection.search)
-        return " AND ".join(conditions), values
-
-    def joined(self, selection: Selection) -> str:
-        """Return `examples` with the means under the model of a selection."""
-        # What the folder keeps are means under the base model
-        columns = "examples.* EXCLUDE (nll, entropy, conflict_share, conflict_nll_share), means.* EXCLUDE (example)"
-        means = f"means_{self.tables.number(selection.model)}"
-        return f"(SELECT {columns} FROM examples LEFT JOIN {means} AS means USING (example)) AS means"
+        sql = f"SELECT example FROM {self.joined(selection.model)} WHERE {' AND '.join(conditions)} ORDER BY example"
+        found: np.ndarray = self.ask(sql, values)["example"].astype(np.int32)
+        return found
 
     def of_tokens(self, selection: Selection) -> Where:
         """Return which rows of the model's tokens are in a selection."""
-        conditions, values = ["origin = ?"], [self.tables.origins.index(selection.origin)]
-        if selection.sources:
-            conditions.append(f"source IN ({', '.join('?' * len(selection.sources))})")
-            values += [self.tables.sources.index(source) for source in selection.sources]
-        if any(end is not None for end in (*selection.nll, *selection.conflict)) or selection.search:
-            where, more = self.of_examples(selection)
-            conditions.append(f"example IN (SELECT example FROM {self.joined(selection)} WHERE {where})")
-            values += more
+        where, values = among("source", [self.tables.sources.index(source) for source in selection.sources])
+        conditions = ["origin = ?", where]
+        values = [self.tables.origins.index(selection.origin), *values]
+        if selection.filters_examples:
+            conditions.append("example IN (SELECT example FROM chosen)")
         if selection.token is not None:
             conditions.append("token_id = ?")
             values.append(selection.token)
@@ -183,10 +200,23 @@ class Queries:
             values += more
         return " AND ".join(conditions), values
 
+    def of_examples(self, selection: Selection) -> Where:
+        """Return which examples are in a selection; if it is of certain tokens, those that have one."""
+        where, values = among("source", selection.sources)
+        conditions = ["origin = ?", where]
+        values = [selection.origin, *values]
+        if selection.filters_examples:
+            conditions.append("example IN (SELECT example FROM chosen)")
+        if selection != selection.whole:
+            tokens, more = self.of_tokens(selection)
+            conditions.append(f"example IN (SELECT DISTINCT example FROM {self.tokens(selection)} WHERE {tokens})")
+            values += more
+        return " AND ".join(conditions), values
+
     def in_box(self, box: tuple[float, float, float, float]) -> Where:
         """Return the condition of a box: it has its lower sides; the upper ones only at the end of the plane."""
         conditions: list[str] = []
-        values: list[float] = []
+        values: list[Any] = []
         edges = (self.tables.entropy_edges, self.tables.prob_edges)
         for column, low, high, axis in (("entropy", *box[:2], edges[0]), ("prob", *box[2:], edges[1])):
             # The plane's first and last bins have all that is beyond them
@@ -220,26 +250,38 @@ class Queries:
 
     # The plane
 
-    def find_landscape(self, selection: Selection) -> Answer:
+    def landscape(self, selection: Selection) -> Answer:
         """
         Return sums of tokens, nll and gradient norms over the plane's bins, `[entropies, probabilities]`.
 
         The grids, `total` and `corner` (confident conflicts) leave the box aside; `selected` is what is in it.
         """
-        inside, of_box = self.in_box(selection.box) if selection.box is not None else ("true", [])
-        where, values = self.of_tokens(replace(selection, box=None))
+        plane = self.plane(replace(selection, box=None))
+        where, values = self.of_tokens(selection)
+        selected = self.rows(
+            f"""
+            SELECT coalesce(sum(tokens), 0)::BIGINT AS tokens, coalesce(sum(nll), 0) AS nll,
+                coalesce(sum(gradient), 0) AS gradient, count(*) AS examples
+            FROM (
+                SELECT count(*) AS tokens, sum(-log_prob) AS nll, sum(grad_norm) AS gradient
+                FROM {self.tokens(selection)} WHERE {where} GROUP BY example)""",
+            values,
+            selection,
+        )
+        return {**plane, "selected": selected[0]}
+
+    def find_plane(self, selection: Selection) -> Answer:
+        """Return what `landscape` has of a selection without a box."""
+        where, values = self.of_tokens(selection)
         found = self.ask(
             f"""
-            SELECT entropy_bin, prob_bin, conflict, {inside} AS inside,
+            SELECT entropy_bin, prob_bin, conflict,
                 count(*) AS tokens, sum(-log_prob) AS nll, sum(grad_norm) AS gradient
-            FROM {self.tokens(selection)} WHERE {where} GROUP BY ALL""",
-            [*of_box, *values],
+            FROM {self.tokens(selection)} WHERE {where} GROUP BY entropy_bin, prob_bin, conflict""",
+            values,
+            selection,
         )
-        where, values = self.of_tokens(selection)
-        examples = self.rows(
-            f"SELECT count(*) AS n FROM (SELECT DISTINCT example FROM {self.tokens(selection)} WHERE {where})", values
-        )[0]["n"]
-        sums = {name: np.asarray(found[name], dtype=np.float64) for name in ("tokens", "nll", "gradient")}
+        sums = {name: found[name].astype(np.float64) for name in ("tokens", "nll", "gradient")}
 
         def total(of: Any = slice(None)) -> Answer:
             return {"tokens": int(sums["tokens"][of].sum())} | {
@@ -250,8 +292,7 @@ class Queries:
             **self.edges,
             **{name: self.grid(found, values) for name, values in sums.items()},
             "total": total(),
-            "selected": {**total(np.asarray(found["inside"], dtype=bool)), "examples": examples},
-            "corner": total(np.asarray(found["conflict"], dtype=bool)),
+            "corner": total(found["conflict"].astype(bool)),
         }
 
     @property
@@ -300,11 +341,11 @@ class Queries:
         one_of("gate", gate, GATES)
         starts = next(found for found in self.gates() if found["name"] == gate)["params"]
         params = {param["name"]: param["default"] for param in starts} | given
-        if not all(
-            isinstance(value, str) or (isinstance(value, int | float) and math.isfinite(value))
-            for value in params.values()
-        ):
-            raise RequestError(f"params={json.dumps(given)[:200]}: expected numbers and names.")
+        for name, value in params.items():
+            choices = SLIDERS.get(name, {}).get("choices")
+            if not (value in choices if choices else is_number(value)):
+                expected = f"one of {', '.join(choices)}" if choices else "a number"
+                raise RequestError(f"params: {name}={json.dumps(value)[:50]}: expected {expected}.")
         try:
             check_gate(gate, params)
         except (EAFTError, ValueError, TypeError, OverflowError, RuntimeError) as error:
@@ -315,16 +356,13 @@ class Queries:
         """Return a selection's statistics, the other columns that a gate's sums need, and how many tokens it has."""
         where, values = self.of_tokens(selection)
         table = self.tokens(selection)
-        count = self.rows(f"SELECT count(*) AS n FROM {table} WHERE {where}", values)[0]["n"]
+        count = self.rows(f"SELECT count(*) AS n FROM {table} WHERE {where}", values, selection)[0]["n"]
         draw = DRAWS if count <= GATE_TOKENS else math.ceil(DRAWS * GATE_TOKENS / count)
         columns = [n for n in STATISTICS_NAMES if n not in ("first_choice", "first_prob")]
         others = ["example", "token_id", "source", "grad_norm", "entropy_bin", "prob_bin"]
-        found = self.ask(
-            f"SELECT {', '.join(columns + others)} FROM {table} WHERE {where}"
-            + (f" AND draw < {draw}" if draw < DRAWS else ""),
-            values,
-        )
-        arrays = {name: np.asarray(values) for name, values in found.items()}
+        sampled = f" AND draw < {draw}" if draw < DRAWS else ""
+        sql = f"SELECT {', '.join(columns + others)} FROM {table} WHERE {where}{sampled}"
+        arrays = self.ask(sql, values, selection)
         batch = pa.record_batch({name: arrays[name] for name in columns})
         stats = replace(
             self.inspection.statistics(batch),
@@ -380,46 +418,38 @@ class Queries:
 
     # Examples
 
-    def find_count(self, selection: Selection) -> int:
-        """Return how many examples a selection has."""
-        where, values = self.examples_where(selection)
-        found: int = self.rows(f"SELECT count(*) AS n FROM {self.joined(selection)} WHERE {where}", values)[0]["n"]
-        return found
-
-    def examples_where(self, selection: Selection) -> Where:
-        """Return which examples are in a selection; if it is of certain tokens, those that have one."""
+    def find_ordered(self, selection: Selection, sort: str, descending: bool) -> np.ndarray:
+        """Return the examples of a selection, in order of a column; nulls are last."""
         where, values = self.of_examples(selection)
-        if selection.box is not None or selection.token is not None:
-            tokens, more = self.of_tokens(replace(selection, nll=(None, None), conflict=(None, None), search=""))
-            where += f" AND example IN (SELECT DISTINCT example FROM {self.tokens(selection)} WHERE {tokens})"
-            values = [*values, *more]
-        return where, values
+        order = f"{sort} {'DESC' if descending else 'ASC'} NULLS LAST, example"
+        sql = f"SELECT example FROM {self.joined(selection.model)} WHERE {where} ORDER BY {order}"
+        found: np.ndarray = self.ask(sql, values, selection)["example"]
+        return found
 
     def examples(self, selection: Selection, sort: str, descending: bool, offset: int, limit: int) -> Answer:
         """Return a page of the examples of a selection, in order of a column of `SORTED_BY`; nulls are last."""
         one_of("sort", sort, SORTED_BY)
-        where, values = self.examples_where(selection)
-        order = f"{sort} {'DESC' if descending else 'ASC'} NULLS LAST, example"
+        ordered = self.ordered(selection, sort, descending)
+        page = ordered[offset : offset + limit].tolist()
+        where, values = among("example", page, "false")
         # A search is shown where it is found; lower case may be longer or shorter, by a letter or two
         found = "greatest(1, instr(lower, lower(?)) - 60)" if selection.search else "1"
+        columns = ", ".join(("example", "origin", "source", "row", *NUMBERS))
         rows = self.rows(
             f"""
-            WITH page AS (
-                SELECT example, origin, source, row, {", ".join(NUMBERS)}
-                FROM {self.joined(selection)} WHERE {where} ORDER BY {order} LIMIT ? OFFSET ?)
-            SELECT page.*, substring(text, {found}, {SNIPPET}) AS snippet
-            FROM page JOIN texts USING (example) ORDER BY {order}""",
-            [*values, limit, offset, *([selection.search] if selection.search else [])],
+            SELECT {columns}, substring(text, {found}, {SNIPPET}) AS snippet
+            FROM {self.joined(selection.model)} JOIN texts USING (example) WHERE {where}""",
+            [*([selection.search] if selection.search else []), *values],
         )
-        return {"total": self.count_examples(selection), "rows": rows}
+        by_example = {row["example"]: row for row in rows}
+        return {"total": len(ordered), "rows": [by_example[example] for example in page]}
 
     def example(self, number: int, model: str, gate: str | None, given: Answer) -> Answer:
         """Return an example with all its tokens, under a model; with a gate's weights if one is named."""
         known = len(self.tables.example_nll)
         if number >= known:
             raise RequestError(f"example={number}: there are {known}.")
-        selection = Selection(model=model)
-        row = self.rows(f"SELECT * FROM {self.joined(selection)} WHERE example = ?", [number])[0]
+        row = self.rows(f"SELECT * FROM {self.joined(model)} WHERE example = ?", [number])[0]
         row |= self.rows("SELECT text, messages FROM texts WHERE example = ?", [number])[0]
         text = row["text"]
         row["messages"] = None if row["messages"] is None else json.loads(row["messages"])
@@ -484,14 +514,14 @@ class Queries:
         """Return, of each token of a group: count, nll and its count among all of the selection; the most first."""
         where, values = self.of_tokens(selection)
         of_group = GROUPS[group] if group else "true"
-        found = self.ask(
+        arrays = self.ask(
             f"""
             SELECT token_id, count(*) FILTER (WHERE {of_group}) AS n, count(*) AS among_all,
                 sum(-log_prob) FILTER (WHERE {of_group}) AS nll
             FROM {self.tokens(selection)} WHERE {where} GROUP BY token_id""",
             values,
+            selection,
         )
-        arrays = {name: np.asarray(values) for name, values in found.items()}
         totals = {"all_of_group": int(arrays["n"].sum()), "all": int(arrays["among_all"].sum())}
         order = np.lexsort((arrays["token_id"], -arrays["n"]))
         order = order[arrays["n"][order] > 0]
@@ -510,18 +540,19 @@ class Queries:
         page = slice(offset, offset + limit)
         ids = counts["token_id"][page].tolist()
         wanted: dict[int, list[Answer]] = {token: [] for token in ids}
-        if ids:
-            where, values = self.of_tokens(selection)
-            for row in self.rows(
-                f"""
-                SELECT token_id, first_choice, count(*) AS n FROM {self.tokens(selection)}
-                WHERE {where} AND {GROUPS[group] if group else "true"} AND token_id IN ({", ".join("?" * len(ids))})
-                GROUP BY token_id, first_choice
-                QUALIFY row_number() OVER (PARTITION BY token_id ORDER BY n DESC, first_choice) <= {WANTED}
-                ORDER BY n DESC, first_choice""",
-                [*values, *ids],
-            ):
-                wanted[row["token_id"]].append({**self.named(row["first_choice"]), "count": row["n"]})
+        where, values = self.of_tokens(selection)
+        these, more = among("token_id", ids, none="false")
+        for row in self.rows(
+            f"""
+            SELECT token_id, first_choice, count(*) AS n FROM {self.tokens(selection)}
+            WHERE {where} AND {GROUPS[group] if group else "true"} AND {these}
+            GROUP BY token_id, first_choice
+            QUALIFY row_number() OVER (PARTITION BY token_id ORDER BY n DESC, first_choice) <= {WANTED}
+            ORDER BY n DESC, first_choice""",
+            [*values, *more],
+            selection,
+        ):
+            wanted[row["token_id"]].append({**self.named(row["first_choice"]), "count": row["n"]})
         rows = []
         for token, n, among_all, nll in zip(
             ids, *(counts[name][page].tolist() for name in ("n", "among_all", "nll")), strict=True
@@ -546,19 +577,17 @@ class Queries:
         where, values = self.of_tokens(selection)
         where += f" AND {GROUPS[group]}" if group else ""
         table = self.tokens(selection)
-        total = self.rows(f"SELECT count(*) AS n FROM {table} WHERE {where}", values)[0]["n"]
+        total = self.rows(f"SELECT count(*) AS n FROM {table} WHERE {where}", values, selection)[0]["n"]
         places = self.rows(
             f"""
             SELECT example, position, token_id, "start", "end", first_choice, prob, entropy, -log_prob AS nll
             FROM {table} WHERE {where} ORDER BY example, position LIMIT ? OFFSET ?""",
             [*values, limit, offset],
+            selection,
         )
-        ids = sorted({place["example"] for place in places})
-        texts = {}
-        if ids:
-            marks = ", ".join("?" * len(ids))
-            for row in self.rows(f"SELECT example, text FROM texts WHERE example IN ({marks})", ids):
-                texts[row["example"]] = row["text"]
+        these, examples = among("example", sorted({place["example"] for place in places}), none="false")
+        found = self.rows(f"SELECT example, text FROM texts WHERE {these}", examples)
+        texts = {row["example"]: row["text"] for row in found}
         rows = []
         for place in places:
             text, start, end = texts[place["example"]], place["start"], place["end"]
@@ -578,24 +607,29 @@ class Queries:
 
     # Exports
 
+    def parts(self, columns: str, table: str, where: Where, order: str, selection: Selection) -> Iterator[list[Any]]:
+        """Yield an answer's rows, many at a time, by ranges of examples: what is sorted at once is no larger."""
+        condition, values = where
+        with self.cursor(selection) as cursor:
+            for first in range(0, len(self.tables.example_nll), EXPORTED):
+                cursor.execute(
+                    f"SELECT {columns} FROM {table} WHERE {condition} AND example BETWEEN ? AND ? ORDER BY {order}",
+                    [*values, first, first + EXPORTED - 1],
+                )
+                while rows := cursor.fetchmany(CHUNK):
+                    yield rows
+
     def export_examples(self, selection: Selection) -> Iterator[str]:
         """Yield the examples of a selection as JSON Lines: what `examples.parquet` has, means under the model."""
-        where, values = self.examples_where(selection)
-        with self.tables.cursor() as cursor:
-            cursor.execute(
-                f"""
-                SELECT chosen.*, text, messages FROM (SELECT * FROM {self.joined(selection)} WHERE {where}) AS chosen
-                JOIN texts USING (example) ORDER BY example""",
-                values,
-            )
-            names = [column[0] for column in cursor.description]
-            while rows := cursor.fetchmany(CHUNK):
-                lines = []
-                for row in rows:
-                    line = dict(zip(names, map(plain, row), strict=True))
-                    line["messages"] = None if line["messages"] is None else json.loads(line["messages"])
-                    lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-                yield "".join(lines)
+        names = [field.name for field in EXAMPLES]
+        table = f"{self.joined(selection.model)} JOIN texts USING (example)"
+        for rows in self.parts(", ".join(names), table, self.of_examples(selection), "example", selection):
+            lines = []
+            for row in rows:
+                line = dict(zip(names, map(plain, row), strict=True))
+                line["messages"] = None if line["messages"] is None else json.loads(line["messages"])
+                lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+            yield "".join(lines)
 
     def export_tokens(self, selection: Selection) -> Iterator[str]:
         """
@@ -604,21 +638,26 @@ class Queries:
         Texts are JSON strings: a token that is `=1+1` is `"=1+1"` in its cell, which no spreadsheet takes for a
         formula, and one that is a line's end is `"\\n"`.
         """
-        where, values = self.of_tokens(selection)
+        where, table = self.of_tokens(selection), self.tokens(selection)
         names = ["example", "position", "token_id", *STATISTICS_NAMES, "prob", "grad_norm", "conflict"]
-        with self.tables.cursor() as cursor:
-            cursor.execute(
-                f"SELECT {', '.join(names)} FROM {self.tokens(selection)} WHERE {where} ORDER BY example, position",
-                values,
+        at = names.index("token_id"), names.index("first_choice")
+        yield ",".join([*names, "text", "first_text"]) + "\n"
+        for rows in self.parts(", ".join(names), table, where, "example, position", selection):
+            lines = io.StringIO()
+            csv.writer(lines, lineterminator="\n").writerows(
+                [*row, *(json.dumps(self.named(row[i])["text"], ensure_ascii=False) for i in at)] for row in rows
             )
-            at = names.index("token_id"), names.index("first_choice")
-            yield ",".join([*names, "text", "first_text"]) + "\n"
-            while rows := cursor.fetchmany(CHUNK):
-                lines = io.StringIO()
-                csv.writer(lines, lineterminator="\n").writerows(
-                    [*row, *(json.dumps(self.named(row[i])["text"], ensure_ascii=False) for i in at)] for row in rows
-                )
-                yield lines.getvalue()
+            yield lines.getvalue()
+
+
+def among(column: str, values: Sequence[Any], none: str = "true") -> Where:
+    """Return the condition that a column has one of these values, or `none` if there are none."""
+    return (f"{column} IN ({', '.join('?' * len(values))})", [*values]) if values else (none, [])
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value from JSON is a number that a float can hold."""
+    return type(value) in (int, float) and abs(value) < 1e300
 
 
 def plain(value: Any) -> Any:

@@ -18,10 +18,14 @@ They are read as plain files: `results.json`, and beside it each run's `metrics.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
+
+from eaft.errors import EAFTError
 
 Answer = dict[str, Any]
 
@@ -105,9 +109,13 @@ def read_lines(folder: Path, name: str, whole: bool = False) -> list[Any]:
         if not file.resolve().is_relative_to(folder.resolve()):
             return []
         text = file.read_text()
-        return [json.loads(part) for part in ([text] if whole else text.split("\n")) if part]
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return []
+    found = []
+    for part in [text] if whole else text.split("\n"):
+        with contextlib.suppress(ValueError, RecursionError):  # a killed run leaves half a line
+            found.append(json.loads(part))
+    return found
 
 
 def entry(name: str, results: Answer) -> Answer:
@@ -120,9 +128,11 @@ def entry(name: str, results: Answer) -> Answer:
 
 
 def trimmed(value: Any) -> Any:
-    """Return results without their lists by item."""
+    """Return results without their lists by item; None for what is no number in JSON."""
     if isinstance(value, dict):
         return {k: trimmed(v) for k, v in value.items() if k not in BY_ITEM}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     return [trimmed(v) for v in value] if isinstance(value, list) else value
 
 
@@ -150,7 +160,7 @@ def curves(place: Path, run: Answer) -> Answer:
     folder = within(place, run["folder"])
     for line in read_lines(folder, "metrics.jsonl") if folder else []:
         for name, value in line.items():
-            if isinstance(value, int | float) and name != "step":
+            if isinstance(value, int | float) and math.isfinite(value) and name != "step":
                 metrics.setdefault(name, []).append([line["step"], value])
     return {"run": run["folder"], **{name: run[name] for name in HELD[1:]}, "metrics": metrics}
 
@@ -171,7 +181,9 @@ def regressions(place: Path, choice: Answer, results: Answer) -> Answer:
             sides = read_lines(place / "base" / "items", file), read_lines(folder / "items" / f"step-{step}", file)
             if len(sides[0]) == len(sides[1]) > 0:
                 before[name], after[name] = sides
-    items = worst_regressions(before, after)
+    items = []
+    with contextlib.suppress(EAFTError):  # files of two evaluations, which cannot be compared
+        items = worst_regressions(before, after)
     return {"objective": choice["objective"], "seed": choice["seed"], "step": step, "items": items}
 
 

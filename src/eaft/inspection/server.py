@@ -90,8 +90,9 @@ def make_app(name: str, queries: Queries | None, runs: Runs, port: int, token: s
 
     paging = (*SELECTION, "offset", "limit")
     gating = ("gate", "params")
+    index = PAGE / "index.html"
     routes = [
-        Route("/", lambda request: FileResponse(PAGE / "index.html")),
+        Route("/", lambda request: FileResponse(index)),
         Route("/api/folder", asked((), lambda q, r: about(name, q, runs))),
         Route("/api/landscape", of_tokens(SELECTION, lambda q, r: q.landscape(selection(q, r)))),
         Route("/api/gates", of_tokens((*SELECTION, *gating), gates)),
@@ -157,7 +158,7 @@ class Guard:
         """Return the answer to who may not ask; None for who may."""
         hosts = Headers(scope=scope).getlist("host")
         if len(hosts) != 1 or hosts[0].lower() not in self.hosts:
-            return error(403, "This is served to the loopback address alone: open it as the terminal says.")
+            return error(403, "Open the address that `eaft view` printed; over ssh, forward the same port.")
         if scope["method"] not in ("GET", "HEAD"):
             return error(405, "Nothing can be changed here: GET and HEAD only.")
         if not self.knows_token(HTTPConnection(scope)):
@@ -308,7 +309,7 @@ def download(lines: Any, name: str, kind: str) -> Response:
 
 def error(status: int, message: str) -> Response:
     """Return an error."""
-    return JSONResponse({"error": message}, status)
+    return JSONResponse({"error": message}, status, HEADERS)
 
 
 async def refuse(request: Request, found: Exception) -> Response:

@@ -46,7 +46,11 @@ class Tables:
     def __init__(self, inspection: Inspection, tell: Callable[[str], None] = lambda line: None) -> None:
         self.inspection, self.tell = inspection, tell
         self.names = [model.name for model in inspection.models]
-        files = [*(file for name in self.names for file in inspection.files(name))]
+        if not inspection.files():
+            raise ConfigurationError(
+                f"{str(inspection.folder)!r} has no tokens: give its `eaft inspect` command again."
+            )
+        files = [file for name in self.names for file in inspection.files(name)]
         check_inside(inspection.folder, [*files, *(inspection.folder / n for n in (EXAMPLES_FILE, VOCABULARY_FILE))])
         # The files are read here and handed over: whatever a query were made to say, it could open nothing
         self.connection = duckdb.connect(config={"enable_external_access": "false", "temp_directory": ""})
@@ -54,12 +58,12 @@ class Tables:
         try:
             self.entropy_edges, self.prob_edges = entropy_edges(self.entropy_max), prob_edges()
             self.read_examples()
+            reader = ThreadPoolExecutor(1)
+            self.read: dict[str, Future[None]] = {name: reader.submit(self.read_model, name) for name in self.names}
+            reader.shutdown(wait=False)
+            self.number(BASE)
         except (OSError, pa.ArrowException, KeyError) as error:
             raise ConfigurationError(f"{str(inspection.folder)!r} cannot be read. ({error})") from error
-        reader = ThreadPoolExecutor(1)
-        self.read: dict[str, Future[None]] = {name: reader.submit(self.read_model, name) for name in self.names}
-        reader.shutdown(wait=False)
-        self.number(BASE)
 
     def cursor(self) -> Any:
         """Return a connection of one's own to the tables, for a thread."""
@@ -128,7 +132,7 @@ class Tables:
             means = f"""
                 SELECT example, avg(-log_prob) AS nll, avg(entropy) AS entropy,
                     avg(conflict::INTEGER) AS conflict_share,
-                    sum(-log_prob) FILTER (WHERE conflict) / nullif(sum(-log_prob), 0) AS conflict_nll_share
+                    sum(CASE WHEN conflict THEN -log_prob ELSE 0 END) / nullif(sum(-log_prob), 0) AS conflict_nll_share
                 FROM tokens_{number} GROUP BY example"""
         cursor.execute(f"CREATE TABLE means_{number} AS {means}")
 

@@ -50,7 +50,7 @@ def view(folder: Path, port: int | None = None, token: str | None = None, browse
     """
     import uvicorn
 
-    from eaft.inspection.folder import RUN_FILE, Inspection
+    from eaft.inspection.folder import Inspection
     from eaft.inspection.queries import Queries
     from eaft.inspection.runs import Runs
     from eaft.inspection.server import make_app
@@ -61,22 +61,44 @@ def view(folder: Path, port: int | None = None, token: str | None = None, browse
         raise ConfigurationError("--token: letters, digits, - and _ only, since it is part of an address.")
     if not folder.is_dir():
         raise ConfigurationError(f"{str(folder)!r} is no folder.")
-    runs = Runs(folder)
-    inspected = (folder / "tokens").is_dir() and (folder / RUN_FILE).is_file()
-    if not (inspected or runs.names):
+    runs, inspected = Runs(folder), find_inspection(folder)
+    if inspected is None and not runs.names:
         raise ConfigurationError(f"{str(folder)!r} holds nothing that `eaft inspect`, `compare` or `eval` wrote.")
     with contextlib.closing(listen(port)) as listening:
-        queries = Queries(Tables(Inspection(folder), progress)) if inspected else None
+        queries = None if inspected is None else Queries(Tables(Inspection(inspected), progress))
         port = listening.getsockname()[1]
         app = make_app(folder.resolve().name, queries, runs, port, token)
         # The log would show the token
-        config = uvicorn.Config(app, access_log=False, log_level="warning", server_header=False, ws="none")
+        config = uvicorn.Config(
+            app, access_log=False, log_level="warning", server_header=False, ws="none", proxy_headers=False
+        )
         address = f"http://127.0.0.1:{port}/?token={token}"
         print(f"\nOpen {address}\n(Ctrl-C ends it.)", flush=True)
         if browser:
             webbrowser.open(address)
         with contextlib.suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[listening])
+
+
+def find_inspection(folder: Path) -> Path | None:
+    """
+    Return the inspection that a folder is, or holds; None if there is none.
+
+    Raises:
+        ConfigurationError: it holds several.
+    """
+    home = folder.resolve()
+
+    def look(pattern: str) -> list[Path]:
+        """Return the folders in it; links that lead out of it are not followed."""
+        found = [file.resolve().parent for file in folder.glob(f"{pattern}examples.parquet")]
+        return sorted(place for place in found if place.is_relative_to(home) and (place / "tokens").is_dir())
+
+    inspections = look("") or look("*/") + look("*/*/")
+    if len(inspections) > 1:
+        names = ", ".join(place.relative_to(home).as_posix() for place in inspections)
+        raise ConfigurationError(f"{str(folder)!r} holds several inspections ({names}): give one of them.")
+    return inspections[0] if inspections else None
 
 
 def check_packages() -> None:
