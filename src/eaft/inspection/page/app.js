@@ -14,10 +14,16 @@ import tokens from "./tokens.js";
 
 const VIEWS = [landscape, gates, examples, tokens, runs, checks];
 const KEYS = [
-  ["1 – 6", "the views"], ["j, k", "next, previous example"], ["[, ]", "previous, next page of examples"],
-  ["← →", "in an example: from token to token"], ["c", "in an example: the next confident conflict"],
-  ["← → ↑ ↓", "in the plane: move the box by a bin; with shift, its upper right corner"], ["/", "search"],
-  ["Esc", "close the example, or remove the box"], ["t", "dark or light"], ["?", "this help"],
+  ["1 – 6", "the views"],
+  ["j, k", "next, previous example"],
+  ["[, ]", "previous, next page of examples"],
+  ["← →", "in an example: from token to token"],
+  ["c", "in an example: the next confident conflict"],
+  ["← → ↑ ↓", "in the plane: move the box by a bin; with shift, its upper right corner"],
+  ["/", "search"],
+  ["Esc", "close the example, or remove the box"],
+  ["t", "dark or light"],
+  ["?", "this help"],
 ];
 const place = (id) => document.getElementById(id);
 
@@ -53,7 +59,16 @@ async function start() {
   try {
     folder = await get(url("folder"));
   } catch (error) {
-    return fill(main, h("p", { class: "error", role: "alert" }, error.message, " ", h("button", { onclick: () => start() }, "Try again")));
+    return fill(
+      main,
+      h(
+        "p",
+        { class: "error", role: "alert" },
+        error.message,
+        " ",
+        h("button", { onclick: () => start() }, "Try again"),
+      ),
+    );
   }
   main.replaceChildren();
   document.title = `${folder.name} · eaft view`;
@@ -93,10 +108,22 @@ function update() {
 }
 
 function drawTabs(views, chosen) {
-  const tab = (view, index) => h("button", {
-    role: "tab", id: `tab-${view.name}`, "data-key": `tab ${view.name}`, "aria-selected": `${view === chosen}`, "aria-controls": `view-${view.name}`,
-    tabindex: view === chosen ? 0 : -1, title: `key ${index + 1}`, onclick: () => change({ view: view.name }),
-  }, view.title, view.found?.(folder) ? [" ", h("span", { class: "badge" }, `${view.found(folder)}`)] : null);
+  const tab = (view, index) =>
+    h(
+      "button",
+      {
+        role: "tab",
+        id: `tab-${view.name}`,
+        "data-key": `tab ${view.name}`,
+        "aria-selected": `${view === chosen}`,
+        "aria-controls": `view-${view.name}`,
+        tabindex: view === chosen ? 0 : -1,
+        title: `key ${index + 1}`,
+        onclick: () => change({ view: view.name }),
+      },
+      view.title,
+      view.found?.(folder) ? [" ", h("span", { class: "badge" }, `${view.found(folder)}`)] : null,
+    );
   fill(place("tabs"), ...views.map(tab));
   place(`tab-${chosen.name}`).scrollIntoView({ block: "nearest", inline: "nearest" });
 }
@@ -116,7 +143,16 @@ function drawTools() {
   fill(
     place("tools"),
     export_,
-    choice("Theme", [["", "auto"], ["light", "light"], ["dark", "dark"]], theme.chosen(), theme.set),
+    choice(
+      "Theme",
+      [
+        ["", "auto"],
+        ["light", "light"],
+        ["dark", "dark"],
+      ],
+      theme.chosen(),
+      theme.set,
+    ),
     h("button", { "aria-label": "Help", "data-key": "help", onclick: () => place("help").showModal() }, "?"),
   );
 }
@@ -126,26 +162,58 @@ function exporting() {
   const command = `eaft train ${folder.run?.model ? `--model_name_or_path ${folder.run.model} ` : ""}... --exclude_examples examples.jsonl`;
   const copied = h("span", { class: "quiet", role: "status" });
   const copy = async () => {
-    await navigator.clipboard.writeText(command).then(() => (copied.textContent = "copied"), () => (copied.textContent = "select it and copy"));
+    await navigator.clipboard.writeText(command).then(
+      () => (copied.textContent = "copied"),
+      () => (copied.textContent = "select it and copy"),
+    );
   };
-  const file = (name, what) => h("a", { class: "button", href: url(`export/${name}`, selection()), download: name, "data-key": name }, name, h("span", { class: "quiet" }, ` ${what}`));
-  return h("details", { class: "menu right" }, h("summary", { "data-key": "export" }, "Export"), h("div", { class: "pop" },
-    h("p", {}, "Everything that is selected now, filters and box included:"),
-    file("examples.jsonl", "its examples, a line each"), file("tokens.csv", "its labelled tokens"),
-    h("p", {}, "Train without these examples:"),
-    h("code", { class: "command" }, command), h("div", { class: "row" }, h("button", { "data-key": "copy", onclick: copy }, "copy"), copied),
-  ));
+  const file = (name, what) =>
+    h(
+      "a",
+      { class: "button", href: url(`export/${name}`, selection()), download: name, "data-key": name },
+      name,
+      h("span", { class: "quiet" }, ` ${what}`),
+    );
+  return h(
+    "details",
+    { class: "menu right" },
+    h("summary", { "data-key": "export" }, "Export"),
+    h(
+      "div",
+      { class: "pop" },
+      h("p", {}, "Everything that is selected now, filters and box included:"),
+      file("examples.jsonl", "its examples, a line each"),
+      file("tokens.csv", "its labelled tokens"),
+      h("p", {}, "Train without these examples:"),
+      h("code", { class: "command" }, command),
+      h("div", { class: "row" }, h("button", { "data-key": "copy", onclick: copy }, "copy"), copied),
+    ),
+  );
 }
 
 function drawHelp() {
   fill(
     place("help"),
     h("h2", {}, "What this is"),
-    h("p", {}, "Every labelled token of the data lies somewhere between sure and unsure (the model's entropy, in nats) and between likely and unlikely (the probability of the label). ",
-      "Where the model is sure and the label unlikely, they disagree: a ", h("b", {}, "confident conflict"), ". Training on those overwrites what the model knew; a gate weighs them down."),
-    h("p", {}, "Probability p of the label; nll = −ln p; gradient: the norm of the loss's gradient by the logits, √(Σp² − 2p + 1), times the gate's weight."),
+    h(
+      "p",
+      {},
+      "Every labelled token of the data lies somewhere between sure and unsure (the model's entropy, in nats) and between likely and unlikely (the probability of the label). ",
+      "Where the model is sure and the label unlikely, they disagree: a ",
+      h("b", {}, "confident conflict"),
+      ". Training on those overwrites what the model knew; a gate weighs them down.",
+    ),
+    h(
+      "p",
+      {},
+      "Probability p of the label; nll = −ln p; gradient: the norm of the loss's gradient by the logits, √(Σp² − 2p + 1), times the gate's weight.",
+    ),
     h("h2", {}, "Keys"),
-    h("dl", {}, KEYS.flatMap(([key, what]) => [h("dt", {}, h("kbd", {}, key)), h("dd", {}, what)])),
+    h(
+      "dl",
+      {},
+      KEYS.flatMap(([key, what]) => [h("dt", {}, h("kbd", {}, key)), h("dd", {}, what)]),
+    ),
     h("button", { onclick: () => place("help").close() }, "Close"),
   );
 }
@@ -172,7 +240,8 @@ addEventListener("keydown", (event) => {
   event.preventDefault();
 });
 addEventListener("click", (event) => {
-  for (const menu of document.querySelectorAll("details.menu[open]")) if (!menu.contains(event.target)) menu.open = false;
+  for (const menu of document.querySelectorAll("details.menu[open]"))
+    if (!menu.contains(event.target)) menu.open = false;
 });
 
 start();

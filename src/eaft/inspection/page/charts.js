@@ -27,10 +27,19 @@ export function watch(element, redraw) {
   };
 }
 
-export const STYLE = { background: "none", color: "var(--ink)", fontFamily: "inherit", fontSize: "11.5px", overflow: "visible" };
+export const STYLE = {
+  background: "none",
+  color: "var(--ink)",
+  fontFamily: "inherit",
+  fontSize: "11.5px",
+  overflow: "visible",
+};
 
 // From few to many, and from less to more; both begin near the page's background
-const few = { true: ["#1b2a41", "#1f5673", "#2a9d8f", "#9fd67b", "#fff3a3"], false: ["#e3eef4", "#a9d3de", "#4fa7bd", "#21638f", "#13224f"] };
+const few = {
+  true: ["#1b2a41", "#1f5673", "#2a9d8f", "#9fd67b", "#fff3a3"],
+  false: ["#e3eef4", "#a9d3de", "#4fa7bd", "#21638f", "#13224f"],
+};
 const less = { true: ["#58a6ff", "#21262d", "#ff8f66"], false: ["#1f6fd0", "#eceae6", "#c8431b"] };
 const interpolate = (colours) => d3.piecewise(d3.interpolateLab, colours);
 
@@ -39,18 +48,37 @@ export function colourScale(matrices, { difference = false, decades = 4, label, 
   const values = matrices.flat(2).filter((value) => value !== 0);
   const largest = d3.max(values, Math.abs) ?? 1;
   const scale = difference
-    ? { type: "diverging-symlog", constant: largest / 100, domain: [-largest, largest], interpolate: interpolate(less[isDark()]) }
-    : { type: "log", domain: [d3.max([d3.min(values) ?? 1, largest / 10 ** decades]), largest], interpolate: interpolate(few[isDark()]), clamp: true };
+    ? {
+        type: "diverging-symlog",
+        constant: largest / 100,
+        domain: [-largest, largest],
+        interpolate: interpolate(less[isDark()]),
+      }
+    : {
+        type: "log",
+        domain: [d3.max([d3.min(values) ?? 1, largest / 10 ** decades]), largest],
+        interpolate: interpolate(few[isDark()]),
+        clamp: true,
+      };
   if (scale.domain[0] === scale.domain[1]) scale.domain = [scale.domain[0] / 2, scale.domain[1]];
   return { ...scale, label, format };
 }
 
-export function legend({ format, label, ...scale }, width = 260) {
+export function legend({ format, label, ...scale }) {
   const [low, high] = scale.domain;
   const powers = d3.range(Math.ceil(Math.log10(low)), Math.log10(high)).map((power) => 10 ** power);
   const ticks = scale.type === "log" ? (powers.length > 1 ? powers : [low, high]) : [low, 0, high];
   const ramp = Plot.legend({
-    color: scale, width, height: 34, marginTop: 2, marginBottom: 18, marginLeft: 12, marginRight: 16, ticks, tickFormat: (v) => format(v), style: STYLE,
+    color: scale,
+    width: 260,
+    height: 34,
+    marginTop: 2,
+    marginBottom: 18,
+    marginLeft: 12,
+    marginRight: 16,
+    ticks,
+    tickFormat: (v) => format(v),
+    style: STYLE,
   });
   return h("div", { class: "legend" }, h("span", { class: "quiet" }, label), ramp);
 }
@@ -65,36 +93,80 @@ export function plane({ answer, values, scale, title, corner, describe, width, b
   const height = Math.round(Math.min(Math.max(width * 0.72, 320), 520));
   const top = Math.sqrt(H.at(-1));
   const conflict = [{ x1: 0, x2: Math.sqrt(CONFLICT.prob), y1: 0, y2: Math.sqrt(CONFLICT.entropy) }];
-  const axis = (ticks, domain) => ({ domain, ticks: ticks.map(Math.sqrt).filter((tick) => tick <= domain[1]), tickFormat: (v) => `${Number((v * v).toPrecision(3))}`, labelArrow: "none" });
-  const { format, label, ...color } = scale;
+  const axis = (ticks, domain) => ({
+    domain,
+    ticks: ticks.map(Math.sqrt).filter((tick) => tick <= domain[1]),
+    tickFormat: (v) => `${Number((v * v).toPrecision(3))}`,
+    labelArrow: "none",
+  });
   const svg = Plot.plot({
-    width, height, marginLeft: 40, marginRight: 12, marginTop: 26, marginBottom: 40, style: STYLE, ariaLabel: title,
+    width,
+    height,
+    marginLeft: 40,
+    marginRight: 12,
+    marginTop: 26,
+    marginBottom: 40,
+    style: STYLE,
+    ariaLabel: title,
     x: { ...axis(PROB_TICKS, [0, 1]), label: "unlikely ←  probability of the label  → likely", labelAnchor: "center" },
     y: { ...axis(ENTROPY_TICKS, [0, top]), label: "↑ unsure: entropy, nats" },
-    color,
+    color: scale,
     marks: [
       Plot.frame({ stroke: "var(--line)" }),
-      Plot.raster(values.flat().map((v) => v || NaN), {
-        width: P.length - 1, height: H.length - 1, x1: 0, x2: 1, y1: 0, y2: top, imageRendering: "pixelated",
+      Plot.raster(
+        values.flat().map((v) => v || NaN),
+        {
+          width: P.length - 1,
+          height: H.length - 1,
+          x1: 0,
+          x2: 1,
+          y1: 0,
+          y2: top,
+          imageRendering: "pixelated",
+        },
+      ),
+      Plot.rect(conflict, {
+        x1: "x1",
+        x2: "x2",
+        y1: "y1",
+        y2: "y2",
+        stroke: "var(--conflict)",
+        strokeWidth: 1.75,
+        fill: "none",
       }),
-      Plot.rect(conflict, { x1: "x1", x2: "x2", y1: "y1", y2: "y2", stroke: "var(--conflict)", strokeWidth: 1.75, fill: "none" }),
       Plot.text(conflict, {
-        x: "x2", y: "y2", text: () => corner, textAnchor: "start", lineAnchor: "bottom", dx: 5, dy: -4,
-        fill: "var(--conflict)", stroke: "var(--paper)", strokeWidth: 4, fontWeight: 600, fontSize: 12,
+        x: "x2",
+        y: "y2",
+        text: () => corner,
+        textAnchor: "start",
+        lineAnchor: "bottom",
+        dx: 5,
+        dy: -4,
+        fill: "var(--conflict)",
+        stroke: "var(--paper)",
+        strokeWidth: 4,
+        fontWeight: 600,
+        fontSize: 12,
       }),
     ],
   });
-  const x = squared(svg.scale("x")), y = squared(svg.scale("y"));
+  const x = squared(svg.scale("x")),
+    y = squared(svg.scale("y"));
   const figure = h("figure", { class: "plane" }, h("figcaption", {}, title), svg);
 
   svg.addEventListener("pointermove", (event) => {
     const [px, py] = d3.pointer(event, svg);
-    const prob = x.invert(px), entropy = y.invert(py);
+    const prob = x.invert(px),
+      entropy = y.invert(py);
     const inside = px >= x.range[0] && px <= x.range[1] && py <= y.range[0] && py >= y.range[1];
-    const row = Math.min(d3.bisectRight(H, entropy) - 1, H.length - 2), column = Math.min(d3.bisectRight(P, prob) - 1, P.length - 2);
+    const row = Math.min(d3.bisectRight(H, entropy) - 1, H.length - 2),
+      column = Math.min(d3.bisectRight(P, prob) - 1, P.length - 2);
     if (!inside || event.buttons || row < 0 || column < 0) return hideTip();
     const place = `entropy ${number(H[row])}–${number(H[row + 1])} nats, probability ${short(P[column])}–${short(P[column + 1])}`;
-    showTip([h("p", {}, describe(row, column)), h("p", { class: "quiet" }, place)], { left: event.clientX, top: event.clientY });
+    showTip([h("p", {}, describe(row, column)), h("p", { class: "quiet" }, place)], {
+      left: event.clientX,
+      top: event.clientY,
+    });
   });
   svg.addEventListener("pointerleave", hideTip);
 
@@ -103,14 +175,24 @@ export function plane({ answer, values, scale, title, corner, describe, width, b
 }
 
 // Plot's linear scale of the root, as one of the value
-const squared = ({ apply, invert, range }) => ({ range, apply: (value) => apply(Math.sqrt(value)), invert: (pixels) => Math.max(0, invert(pixels)) ** 2 });
+const squared = ({ apply, invert, range }) => ({
+  range,
+  apply: (value) => apply(Math.sqrt(value)),
+  invert: (pixels) => Math.max(0, invert(pixels)) ** 2,
+});
 
 function drag(figure, svg, x, y, H, P, box, onbox) {
   const round = (value, largest) => (value >= largest * 0.999 ? largest : Math.max(0, Number(value.toPrecision(3))));
   const toBox = ([[x0, y0], [x1, y1]]) => [
-    round(y.invert(y1), H.at(-1)), round(y.invert(y0), H.at(-1)), round(x.invert(x0), 1), round(x.invert(x1), 1),
+    round(y.invert(y1), H.at(-1)),
+    round(y.invert(y0), H.at(-1)),
+    round(x.invert(x0), 1),
+    round(x.invert(x1), 1),
   ];
-  const brush = d3.brush().extent([[x.range[0], y.range[1]], [x.range[1], y.range[0]]]);
+  const brush = d3.brush().extent([
+    [x.range[0], y.range[1]],
+    [x.range[1], y.range[0]],
+  ]);
   brush.on("brush end", ({ selection, sourceEvent, type }) => {
     if (sourceEvent) onbox(selection ? toBox(selection) : null, type === "brush");
   });
@@ -118,19 +200,29 @@ function drag(figure, svg, x, y, H, P, box, onbox) {
   let current = box;
   figure.moveBox = (now) => {
     current = now;
-    const pixels = now && [[x.apply(now[2]), y.apply(now[1])], [x.apply(now[3]), y.apply(now[0])]];
+    const pixels = now && [
+      [x.apply(now[2]), y.apply(now[1])],
+      [x.apply(now[3]), y.apply(now[0])],
+    ];
     layer.call(brush.move, pixels);
   };
   figure.moveBox(box);
 
   figure.tabIndex = 0;
   figure.setAttribute("role", "application");
-  figure.setAttribute("aria-label", "Entropy-probability plane. Arrow keys move the box by a bin, with shift its upper right corner; Escape removes it.");
+  figure.setAttribute(
+    "aria-label",
+    "Entropy-probability plane. Arrow keys move the box by a bin, with shift its upper right corner; Escape removes it.",
+  );
   figure.dataset.key = "plane";
   figure.addEventListener("keydown", (event) => {
     const step = { ArrowUp: [1, 0], ArrowDown: [-1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
     if (event.key === "Escape" && current) onbox((current = null), false);
-    else if (step) onbox((current = current ? moved(current, step, event.shiftKey, H, P) : [0, CONFLICT.entropy, 0, CONFLICT.prob]), false);
+    else if (step)
+      onbox(
+        (current = current ? moved(current, step, event.shiftKey, H, P) : [0, CONFLICT.entropy, 0, CONFLICT.prob]),
+        false,
+      );
     else return;
     event.preventDefault();
     event.stopPropagation();
@@ -153,16 +245,33 @@ function moved([h0, h1, p0, p1], [rows, columns], cornerOnly, H, P) {
 export function histogram({ edges, counts }, width, label) {
   const bins = counts.map((tokens, index) => ({ x1: edges[index], x2: edges[index + 1], tokens }));
   return Plot.plot({
-    width, height: 150, marginLeft: 48, marginTop: 22, marginBottom: 34, style: STYLE, ariaLabel: label,
+    width,
+    height: 150,
+    marginLeft: 48,
+    marginTop: 22,
+    marginBottom: 34,
+    style: STYLE,
+    ariaLabel: label,
     x: { label, labelAnchor: "center", labelArrow: "none" },
     y: { label: "tokens", grid: true, ticks: 3, tickFormat: short, labelArrow: "none" },
     marks: [
-      Plot.rectY(bins, { x1: "x1", x2: "x2", y: "tokens", fill: "var(--accent)", insetLeft: 0.5, insetRight: 0.5, title: (d) => `${number(d.x1)} to ${number(d.x2)}: ${count(d.tokens)} tokens` }),
+      Plot.rectY(bins, {
+        x1: "x1",
+        x2: "x2",
+        y: "tokens",
+        fill: "var(--accent)",
+        insetLeft: 0.5,
+        insetRight: 0.5,
+        title: (d) => `${number(d.x1)} to ${number(d.x2)}: ${count(d.tokens)} tokens`,
+      }),
       Plot.ruleY([0], { stroke: "var(--line)" }),
     ],
   });
 }
 
-export const sumUp = (tokens, nll, all) => `${count(tokens)} tokens (${share(tokens / all.tokens)}), ${share(nll / all.nll)} of the nll`;
-export const palette = () => (isDark() ? ["#6cb6ff", "#ffa657", "#7ee787", "#d2a8ff", "#ff7b72", "#79c0c0"] : ["#2166ac", "#d95f02", "#1b7837", "#762a83", "#b2182b", "#01665e"]);
-
+export const sumUp = (tokens, nll, all) =>
+  `${count(tokens)} tokens (${share(tokens / all.tokens)}), ${share(nll / all.nll)} of the nll`;
+export const palette = () =>
+  isDark()
+    ? ["#6cb6ff", "#ffa657", "#7ee787", "#d2a8ff", "#ff7b72", "#79c0c0"]
+    : ["#2166ac", "#d95f02", "#1b7837", "#762a83", "#b2182b", "#01665e"];

@@ -16,15 +16,32 @@ export default {
     // Rows that were dropped come before: at worst the table opens near it
     const open = async (row) => {
       const order = { sort: "row", order: "asc" };
-      const { rows } = await get(url("examples", { ...order, offset: row, limit: 1 }));
+      const { rows } = await get(url("examples", { ...order, offset: row, limit: 1 })).catch(() => ({ rows: [] }));
       const found = rows[0]?.row === row ? `${rows[0].example}` : "";
-      change({ ...noFilters(), ...order, view: "examples", origin: "data", page: 1 + Math.floor(row / ROWS), example: found, at: "" });
+      change({
+        ...noFilters(),
+        ...order,
+        view: "examples",
+        origin: "data",
+        page: 1 + Math.floor(row / ROWS),
+        example: found,
+        at: "",
+      });
     };
-    const item = ({ title, count: rows, text, rows: first }) => h("li", { class: rows ? "found" : "fine" },
-      h("h2", {}, title, " ", h("span", { class: "quiet" }, rows ? count(rows) : "none")),
-      h("p", { class: "quiet" }, text),
-      rows > 0 && h("p", {}, "rows ", first.map((row) => h("button", { class: "chip", onclick: () => open(row) }, `${row}`))),
-    );
+    const item = ({ title, count: rows, text, rows: first }) =>
+      h(
+        "li",
+        { class: rows ? "found" : "fine" },
+        h("h2", {}, title, " ", h("span", { class: "quiet" }, rows ? count(rows) : "none")),
+        h("p", { class: "quiet" }, text),
+        rows > 0 &&
+          h(
+            "p",
+            {},
+            "rows ",
+            first.map((row) => h("button", { class: "chip", onclick: () => open(row) }, `${row}`)),
+          ),
+      );
     const sorted = [...checksOf(folder)].sort((a, b) => (b.count > 0) - (a.count > 0));
     root.append(h("ul", { class: "checks" }, sorted.map(item)));
     return () => {};

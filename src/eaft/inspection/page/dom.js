@@ -1,6 +1,7 @@
 // Elements, text and numbers. Text from the data only ever becomes text nodes.
 
 import { get } from "./api.js";
+import { passing } from "./state.js";
 
 // An element: h("a", { href, class, onclick, "aria-label": ... }, "text", child, [children], null)
 export function h(tag, attributes = {}, ...children) {
@@ -34,11 +35,25 @@ export const token = (text) => h("bdi", { class: "token" }, visible(text));
 
 // Prose of ours with its marks: **bold**, `code`
 export const prose = (text) =>
-  text.split(/(\*\*.*?\*\*|`.*?`)/s).map((piece) => piece.startsWith("**") ? h("strong", {}, piece.slice(2, -2)) : piece.length > 1 && piece.startsWith("`") ? token(piece.slice(1, -1)) : piece);
+  text
+    .split(/(\*\*.*?\*\*|`.*?`)/s)
+    .map((piece) =>
+      piece.startsWith("**")
+        ? h("strong", {}, piece.slice(2, -2))
+        : piece.length > 1 && piece.startsWith("`")
+          ? token(piece.slice(1, -1))
+          : piece,
+    );
 
 // What the model wanted instead of a token, with counts
 export const wanted = (list, most = 5) =>
-  h("span", { class: "wanted" }, list.slice(0, most).map((item) => h("span", {}, token(item.text), h("span", { class: "quiet" }, ` ${count(item.count)} `))));
+  h(
+    "span",
+    { class: "wanted" },
+    list
+      .slice(0, most)
+      .map((item) => h("span", {}, token(item.text), h("span", { class: "quiet" }, ` ${count(item.count)} `))),
+  );
 
 // Examples' first words, without what they all begin with (a template's)
 export function snippets(rows) {
@@ -58,7 +73,11 @@ export const announce = (text) => (document.getElementById("live").textContent =
 // A choice among a few: buttons, one pressed
 export function choice(label, options, chosen, choose) {
   const button = ([value, text]) =>
-    h("button", { "aria-pressed": `${value === chosen}`, "data-key": `${label} ${value}`, onclick: () => choose(value) }, text);
+    h(
+      "button",
+      { "aria-pressed": `${value === chosen}`, "data-key": `${label} ${value}`, onclick: () => choose(value) },
+      text,
+    );
   return h("span", { class: "choice", role: "group", "aria-label": label }, options.map(button));
 }
 
@@ -80,7 +99,12 @@ export function table(label, columns, rows, { onrow, sorted, empty = "Nothing he
     const direction = sorted && column.sort === sorted.by ? sorted.order : null;
     const arrow = direction === "desc" ? " ↓" : direction === "asc" ? " ↑" : "";
     const title = column.sort
-      ? h("button", { "data-key": `sort ${column.sort}`, title: column.help, onclick: () => sorted.choose(column.sort) }, column.title, arrow)
+      ? h(
+          "button",
+          { "data-key": `sort ${column.sort}`, title: column.help, onclick: () => sorted.choose(column.sort) },
+          column.title,
+          arrow,
+        )
       : h("span", { title: column.help }, column.title);
     const order = direction && (direction === "desc" ? "descending" : "ascending");
     return h("th", { scope: "col", class: css(column), "aria-sort": order }, title);
@@ -90,7 +114,11 @@ export function table(label, columns, rows, { onrow, sorted, empty = "Nothing he
     return h("tr", onrow ? onrow(row) : {}, cells);
   });
   if (!rows.length) body.push(h("tr", {}, h("td", { colspan: columns.length, class: "quiet" }, empty)));
-  return h("div", { class: "scroll" }, h("table", { "aria-label": label }, h("thead", {}, h("tr", {}, head)), h("tbody", {}, body)));
+  return h(
+    "div",
+    { class: "scroll" },
+    h("table", { "aria-label": label }, h("thead", {}, h("tr", {}, head)), h("tbody", {}, body)),
+  );
 }
 const css = (column) => [column.numeric && "numeric", column.class].filter(Boolean).join(" ") || null;
 
@@ -107,15 +135,20 @@ export function fill(element, ...children) {
   if (key) element.querySelector(`[data-key="${CSS.escape(key)}"]`)?.focus({ preventScroll: true });
 }
 
-// A part of a view that shows answers: asks when the addresses change, draws what comes, says an error with a retry
+/*
+A part of a view that shows answers: asks when the addresses change, draws what comes, says an error with a retry.
+What is overtaken is aborted; during a drag the next question waits for the answer, so that the server is not flooded.
+*/
 export function part(element, draw) {
-  let wanted, controller, shown;
+  let wanted, controller, shown, next;
   function redraw() {
     if (shown) fill(element, draw(...shown));
   }
   async function ask(...addresses) {
     const now = addresses.join(" ");
-    if (now === wanted) return;
+    const busy = element.getAttribute("aria-busy") === "true";
+    next = passing && busy && now !== wanted ? addresses : null;
+    if (now === wanted || next) return;
     wanted = now;
     controller?.abort();
     controller = new AbortController();
@@ -133,6 +166,7 @@ export function part(element, draw) {
       if (error instanceof TypeError) console.error(error); // ours
     }
     element.setAttribute("aria-busy", "false");
+    if (next) ask(...next);
   }
   // Shows nodes that need no answer
   function show(nodes) {

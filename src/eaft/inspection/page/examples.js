@@ -12,10 +12,12 @@ export default {
   title: "Examples",
   has: (folder) => folder.kind !== "runs",
   mount(root, folder) {
-    const list = h("section", { class: "list", "aria-label": "Examples" }), opened = h("section", { class: "opened", "aria-label": "An example" });
+    const list = h("section", { class: "list", "aria-label": "Examples" }),
+      opened = h("section", { class: "opened", "aria-label": "An example" });
     root.classList.add("examples-view");
     root.append(list, opened);
-    let rows = [], pages = 1;
+    let rows = [],
+      pages = 1;
     const listing = part(list, (answer) => {
       rows = answer.rows;
       pages = Math.max(1, Math.ceil(answer.total / ROWS));
@@ -40,8 +42,15 @@ export default {
     let drawn;
     function update() {
       root.classList.toggle("has-open", state.example !== "");
-      listing.ask(url("examples", selection({ sort: state.sort, order: state.order, offset: (state.page - 1) * ROWS, limit: ROWS })));
-      list.querySelectorAll("tr[data-example]").forEach((row) => row.setAttribute("aria-current", `${row.dataset.example === state.example}`));
+      listing.ask(
+        url(
+          "examples",
+          selection({ sort: state.sort, order: state.order, offset: (state.page - 1) * ROWS, limit: ROWS }),
+        ),
+      );
+      list
+        .querySelectorAll("tr[data-example]")
+        .forEach((row) => row.setAttribute("aria-current", `${row.dataset.example === state.example}`));
       opened.hidden = state.example === "";
       if (state.example === "") return;
       const gate = state.paint === "weight" ? { gate: state.gate, params: JSON.stringify(state.params) } : {};
@@ -68,7 +77,14 @@ function paintOf({ tokens }) {
 }
 
 function drawTable({ rows }) {
-  const numeric = (title, sort, cell, help, optional) => ({ title, sort, numeric: true, cell: (row) => cell(row[sort]), help, class: optional && "optional" });
+  const numeric = (title, sort, cell, help, optional) => ({
+    title,
+    sort,
+    numeric: true,
+    cell: (row) => cell(row[sort]),
+    help,
+    class: optional && "optional",
+  });
   const sorted = {
     by: state.sort,
     order: state.order,
@@ -84,7 +100,11 @@ function drawTable({ rows }) {
     numeric("entropy", "entropy", number, "mean over its labelled tokens, nats", true),
     numeric("conflicts", "conflict_share", share, "share of its tokens that are confident conflicts"),
     numeric("of its nll", "conflict_nll_share", share, "share of its nll that lies in confident conflicts"),
-    { title: "text", class: "text-cell", cell: (row, index) => h("button", { class: "plain", "data-key": `row ${row.example}` }, texts[index]) },
+    {
+      title: "text",
+      class: "text-cell",
+      cell: (row, index) => h("button", { class: "plain", "data-key": `row ${row.example}` }, texts[index]),
+    },
   ];
   const texts = snippets(rows);
   const onrow = (row) => ({
@@ -98,10 +118,33 @@ function drawTable({ rows }) {
 export function pager(total, rows, what) {
   const pages = Math.max(1, Math.ceil(total / rows));
   const go = (page) => change({ page: Math.max(1, Math.min(page, pages)) });
-  return h("div", { class: "row pager" },
-    h("button", { disabled: state.page <= 1, "data-key": "previous page", onclick: () => go(state.page - 1) }, "← previous"),
-    h("label", { class: "inline" }, "page ", h("input", { type: "number", min: 1, max: pages, value: state.page, "data-key": "page", onchange: (event) => go(Number(event.target.value)) }), ` of ${count(pages)}`),
-    h("button", { disabled: state.page >= pages, "data-key": "next page", onclick: () => go(state.page + 1) }, "next →"),
+  return h(
+    "div",
+    { class: "row pager" },
+    h(
+      "button",
+      { disabled: state.page <= 1, "data-key": "previous page", onclick: () => go(state.page - 1) },
+      "← previous",
+    ),
+    h(
+      "label",
+      { class: "inline" },
+      "page ",
+      h("input", {
+        type: "number",
+        min: 1,
+        max: pages,
+        value: state.page,
+        "data-key": "page",
+        onchange: (event) => go(Number(event.target.value)),
+      }),
+      ` of ${count(pages)}`,
+    ),
+    h(
+      "button",
+      { disabled: state.page >= pages, "data-key": "next page", onclick: () => go(state.page + 1) },
+      "next →",
+    ),
     h("span", { class: "quiet" }, `${count(total)} ${what}`),
   );
 }
@@ -109,28 +152,67 @@ export function pager(total, rows, what) {
 function drawExample(folder, answer, shown, move) {
   const paint = paintOf(answer);
   const tuned = folder.models.find(({ name }) => name !== "base");
-  const paints = [["prob", "probability"], ["entropy", "entropy"], ["weight", "gate's weight"], ...(tuned ? [["change", "change after training"]] : [])];
-  const choosePaint = (chosen) => change({ paint: chosen, ...(chosen === "change" && state.model === "base" ? { model: tuned.name } : {}) });
+  const paints = [
+    ["prob", "probability"],
+    ["entropy", "entropy"],
+    ["weight", "gate's weight"],
+    ...(tuned ? [["change", "change after training"]] : []),
+  ];
+  const choosePaint = (chosen) =>
+    change({ paint: chosen, ...(chosen === "change" && state.model === "base" ? { model: tuned.name } : {}) });
   const facts = [
     `${count(answer.labelled)} of ${count(answer.tokens.length)} tokens labelled`,
     answer.cut > 0 && `${count(answer.cut)} cut at the end`,
-    `nll ${number(answer.nll)}`, `entropy ${number(answer.entropy)}`,
+    `nll ${number(answer.nll)}`,
+    `entropy ${number(answer.entropy)}`,
     `conflicts ${share(answer.conflict_share)} of the tokens, ${share(answer.conflict_nll_share)} of the nll`,
   ];
   return [
-    h("div", { class: "row" },
-      h("h2", {}, answer.origin === "rollouts" ? "The model's answer to row " : "Row ", `${answer.row}`, h("span", { class: "quiet" }, ` ${fileName(answer.source)}`)),
+    h(
+      "div",
+      { class: "row" },
+      h(
+        "h2",
+        {},
+        answer.origin === "rollouts" ? "The model's answer to row " : "Row ",
+        `${answer.row}`,
+        h("span", { class: "quiet" }, ` ${fileName(answer.source)}`),
+      ),
       h("span", { class: "spring" }),
       h("button", { "data-key": "previous", "aria-label": "Previous example (k)", onclick: () => move(-1) }, "↑"),
       h("button", { "data-key": "next", "aria-label": "Next example (j)", onclick: () => move(1) }, "↓"),
-      h("button", { "data-key": "close", "aria-label": "Close the example (Escape)", onclick: () => change({ example: "", at: "" }) }, "×"),
+      h(
+        "button",
+        {
+          "data-key": "close",
+          "aria-label": "Close the example (Escape)",
+          onclick: () => change({ example: "", at: "" }),
+        },
+        "×",
+      ),
     ),
     h("p", { class: "quiet" }, facts.filter(Boolean).join(" · ")),
-    h("div", { class: "row" },
+    h(
+      "div",
+      { class: "row" },
       choice("Colour of the tokens", paints, paint, choosePaint),
-      paint === "weight" && select("Gate", folder.gates.map(({ name }) => [name, name]), state.gate, (gate) => change({ gate, params: {} })),
+      paint === "weight" &&
+        select(
+          "Gate",
+          folder.gates.map(({ name }) => [name, name]),
+          state.gate,
+          (gate) => change({ gate, params: {} }),
+        ),
     ),
-    h("p", { class: `key paint-${paint} quiet` }, PAINTS[paint].ends[0], h("i", { class: "ramp" }), PAINTS[paint].ends[1], h("span", { class: "labelled conflict" }, "confident conflict"), h("span", { class: "unlabelled" }, "no label")),
+    h(
+      "p",
+      { class: `key paint-${paint} quiet` },
+      PAINTS[paint].ends[0],
+      h("i", { class: "ramp" }),
+      PAINTS[paint].ends[1],
+      h("span", { class: "labelled conflict" }, "confident conflict"),
+      h("span", { class: "unlabelled" }, "no label"),
+    ),
     shown,
   ];
 }

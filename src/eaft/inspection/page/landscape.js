@@ -2,10 +2,31 @@
 
 import { url } from "./api.js";
 import { colourScale, legend, plane, sumUp, watch } from "./charts.js";
-import { announce, bar, choice, count, fill, h, later, number, part, prose, select, share, snippets, table, token, wanted } from "./dom.js";
+import {
+  announce,
+  bar,
+  choice,
+  count,
+  fill,
+  h,
+  later,
+  number,
+  part,
+  prose,
+  select,
+  share,
+  snippets,
+  table,
+  token,
+  wanted,
+} from "./dom.js";
 import { change, selection, state } from "./state.js";
 
-const COLOURS = [["tokens", "tokens"], ["nll", "nll"], ["gradient", "gradient"]];
+const COLOURS = [
+  ["tokens", "tokens"],
+  ["nll", "nll"],
+  ["gradient", "gradient"],
+];
 const HOW_TO_READ =
   "Each token of the answers lies where the model puts it: higher up it is less sure what comes next, further right it finds the label likelier. Lower left it is sure of something else: training there works against what it knows.";
 const MEANING = {
@@ -23,9 +44,12 @@ export default {
     const pictures = h("div", { class: "pictures" });
     const numbers = h("div", { class: "numbers" });
     const boxFields = makeBoxFields();
-    const examples = h("section", { "aria-label": "Examples" }), tokens = h("section", { "aria-label": "Tokens" });
+    const examples = h("section", { "aria-label": "Examples" }),
+      tokens = h("section", { "aria-label": "Tokens" });
     root.append(
-      h("div", { class: "beside" },
+      h(
+        "div",
+        { class: "beside" },
         h("div", { class: "wide" }, h("section", { "aria-label": "Landscape" }, controls, pictures), examples),
         h("div", { class: "narrow" }, advice(folder), numbers, boxFields.element, tokens),
       ),
@@ -35,14 +59,17 @@ export default {
     const picture = part(pictures, (first, second) => {
       const { drawn, scale } = draw(width(), first, second);
       figures = drawn;
-      return [h("div", { class: "planes" }, drawn), h("div", { class: "under" }, legend(scale), h("p", { class: "quiet" }, HOW_TO_READ))];
+      return [
+        h("div", { class: "planes" }, drawn),
+        h("div", { class: "under" }, legend(scale), h("p", { class: "quiet" }, HOW_TO_READ)),
+      ];
     });
     const sums = part(numbers, (answer) => [shares(answer)]);
     const rows = part(examples, exampleList);
     const kinds = part(tokens, tokenList);
     const lists = later(() => {
       rows.ask(url("examples", selection({ sort: "conflict_nll_share", order: "desc", limit: 6 })));
-      kinds.ask(url("tokens", selection({ group: state.box || state.token ? "" : "conflict", limit: 8 })));
+      kinds.ask(url("tokens", selection({ group: group(), limit: 8 })));
     }, 120);
     const width = watch(pictures, () => picture.redraw());
 
@@ -60,7 +87,6 @@ export default {
       colour = now;
       figures.forEach((figure) => figure.moveBox(currentBox()));
     };
-
   },
 };
 
@@ -78,15 +104,25 @@ function draw(width, first, second) {
   const scale = colourScale(shown, { difference, label, ...(second ? { format: d3.format(".1~p") } : {}) });
   const names = [nameOf(state), nameOf({ ...state, ...besideSelection() })];
   const drawn = shown.map((values, index) => {
-    const answer = difference ? d3.greatest([first, second], ({ entropy_edges: H }) => H.length) : [first, second][index];
+    const answer = difference
+      ? d3.greatest([first, second], ({ entropy_edges: H }) => H.length)
+      : [first, second][index];
     const { corner, total } = answer;
     return plane({
-      answer, values, scale, width: size, box: currentBox(), onbox: setBox,
+      answer,
+      values,
+      scale,
+      width: size,
+      box: currentBox(),
+      onbox: setBox,
       title: difference ? `${names[0]}, less ${names[1]}` : names[index],
-      corner: difference ? "confident conflicts" : `confident conflicts:\n${share(corner.tokens / total.tokens)} of tokens, ${share(corner.nll / total.nll)} of nll`,
-      describe: (i, j) => difference
-        ? `${share(matrices[0][i][j])} beside ${share(matrices[1][i][j])} of the ${state.colour}`
-        : sumUp(answer.tokens[i][j], answer.nll[i][j], total),
+      corner: difference
+        ? "confident conflicts"
+        : `confident conflicts:\n${share(corner.tokens / total.tokens)} of tokens, ${share(corner.nll / total.nll)} of nll`,
+      describe: (i, j) =>
+        difference
+          ? `${share(matrices[0][i][j])} beside ${share(matrices[1][i][j])} of the ${state.colour}`
+          : sumUp(answer.tokens[i][j], answer.nll[i][j], total),
     });
   });
   return { drawn, scale };
@@ -100,8 +136,9 @@ function less(first, second) {
 }
 
 const currentBox = () => (state.box ? state.box.split(",").map(Number) : null);
-const setBox = (box, passing) => change({ box: box ? box.join(",") : "" }, { passing });
-const nameOf = ({ model, origin }) => `${origin === "data" ? "data" : "rollouts: the model's own answers"}, scored by ${model}`;
+const setBox = (box, onTheWay) => change({ box: box ? box.join(",") : "" }, { onTheWay });
+const nameOf = ({ model, origin }) =>
+  `${origin === "data" ? "data" : "rollouts: the model's own answers"}, scored by ${model}`;
 
 function besideSelection() {
   const [kind, ...rest] = state.beside.split(":");
@@ -111,42 +148,92 @@ function besideSelection() {
 function fillControls(element, folder) {
   const others = [
     ...folder.origins.filter((name) => name !== state.origin).map((name) => [`origin:${name}`, name]),
-    ...folder.models.filter(({ name }) => name !== state.model).map(({ name }) => [`model:${name}`, `scored by ${name}`]),
+    ...folder.models
+      .filter(({ name }) => name !== state.model)
+      .map(({ name }) => [`model:${name}`, `scored by ${name}`]),
   ];
   fill(
     element,
-    h("span", { class: "inline" }, "colour ", choice("Colour", COLOURS, state.colour, (colour) => change({ colour }))),
-    others.length > 0 && h("label", { class: "inline" }, "beside ", select("Beside", [["", "nothing"], ...others], state.beside, (beside) => change({ beside }))),
-    state.beside && choice("As", [["side", "side by side"], ["difference", "difference"]], state.as, (as) => change({ as })),
+    h(
+      "span",
+      { class: "inline" },
+      "colour ",
+      choice("Colour", COLOURS, state.colour, (colour) => change({ colour })),
+    ),
+    others.length > 0 &&
+      h(
+        "label",
+        { class: "inline" },
+        "beside ",
+        select("Beside", [["", "nothing"], ...others], state.beside, (beside) => change({ beside })),
+      ),
+    state.beside &&
+      choice(
+        "As",
+        [
+          ["side", "side by side"],
+          ["difference", "difference"],
+        ],
+        state.as,
+        (as) => change({ as }),
+      ),
   );
 }
 
+// What `eaft inspect` says of the data, its first sentence first
 function advice({ summary }) {
-  const said = summary?.advice;
-  return h("div", { class: "advice" }, said ? h("p", {}, prose(said.text)) : h("p", { class: "quiet" }, "No findings yet: summary.json is missing."));
+  if (!summary?.advice)
+    return h("p", { class: "advice quiet" }, "Nothing is said of this data: summary.json is missing.");
+  const [first, ...more] = summary.advice.text.split(/(?<=[.!?])\s+(?=[A-Z*`])/);
+  return h("div", { class: "advice" }, h("p", { class: "first" }, prose(first)), h("p", {}, prose(more.join(" "))));
 }
 
 function shares({ total, corner, selected }) {
-  const rows = [["all shown", total], ["confident conflicts", corner], ...(state.box ? [["in the box", selected]] : [])];
-  const cell = (name) => ([, sums]) => {
-    if (sums !== total) return bar(total[name] ? sums[name] / total[name] : 0, sums === corner ? "hot" : "");
-    return name === "tokens" ? count(sums.tokens) : `${number(sums[name] / sums.tokens)} each`;
-  };
-  announce(`${count(selected.tokens)} tokens in ${count(selected.examples)} examples, ${share(selected.nll / total.nll)} of the nll`);
-  return h("div", {},
-    table("Shares", [
-      { title: "share of", cell: ([name]) => name },
-      { title: "tokens", numeric: true, cell: cell("tokens") },
-      { title: "nll", numeric: true, cell: cell("nll"), help: "negative log-likelihood of the labels, nats" },
-      { title: "gradient", numeric: true, cell: cell("gradient"), help: "norm of the loss's gradient by the logits" },
-    ], rows),
-    h("p", { class: "quiet selected" }, `${count(selected.tokens)} tokens in ${count(selected.examples)} examples ${state.box ? "in the box" : "are shown"}`),
+  const rows = [
+    ["all shown", total],
+    ["confident conflicts", corner],
+    ...(state.box ? [["in the box", selected]] : []),
+  ];
+  const cell =
+    (name) =>
+    ([, sums]) => {
+      if (sums !== total) return bar(total[name] ? sums[name] / total[name] : 0, sums === corner ? "hot" : "");
+      return name === "tokens" ? count(sums.tokens) : `${number(sums[name] / sums.tokens)} each`;
+    };
+  announce(
+    `${count(selected.tokens)} tokens in ${count(selected.examples)} examples, ${share(selected.nll / total.nll)} of the nll`,
+  );
+  return h(
+    "div",
+    {},
+    table(
+      "Shares",
+      [
+        { title: "share of", cell: ([name]) => name },
+        { title: "tokens", numeric: true, cell: cell("tokens") },
+        { title: "nll", numeric: true, cell: cell("nll"), help: "negative log-likelihood of the labels, nats" },
+        { title: "gradient", numeric: true, cell: cell("gradient"), help: "norm of the loss's gradient by the logits" },
+      ],
+      rows,
+    ),
+    h(
+      "p",
+      { class: "quiet selected" },
+      `${count(selected.tokens)} tokens in ${count(selected.examples)} examples ${state.box ? "in the box" : "are shown"}`,
+    ),
   );
 }
 
 function makeBoxFields() {
-  const names = [["entropy from", 0], ["entropy to", 1], ["probability from", 2], ["probability to", 3]];
-  const fields = names.map(([name]) => h("input", { type: "number", step: "any", min: 0, "aria-label": `Box: ${name}`, onchange: set }));
+  const names = [
+    ["entropy from", 0],
+    ["entropy to", 1],
+    ["probability from", 2],
+    ["probability to", 3],
+  ];
+  const fields = names.map(([name]) =>
+    h("input", { type: "number", step: "any", min: 0, "aria-label": `Box: ${name}`, onchange: set }),
+  );
   const clear = h("button", { class: "plain", onclick: () => change({ box: "" }) }, "no box");
   function set() {
     const values = fields.map((field) => field.value);
@@ -157,33 +244,77 @@ function makeBoxFields() {
     fields.forEach((field, index) => document.activeElement !== field && (field.value = box ? box[index] : ""));
     clear.hidden = !box;
   }
-  const element = h("fieldset", { class: "boxfields" }, h("legend", {}, "Box: drag in the picture, or type"),
-    h("span", {}, "entropy ", fields[0], " – ", fields[1], " nats"), h("span", {}, "probability ", fields[2], " – ", fields[3]), clear);
+  const element = h(
+    "fieldset",
+    { class: "boxfields" },
+    h("legend", {}, "Box: drag in the picture, or type"),
+    h("span", {}, "entropy ", fields[0], " – ", fields[1], " nats"),
+    h("span", {}, "probability ", fields[2], " – ", fields[3]),
+    clear,
+  );
   return { element, update };
 }
 
+// Without a box, or a token, those of the confident conflicts
+const group = () => (state.box || state.token ? "" : "conflict");
 const where = () => (state.box ? "in the box" : state.token ? "chosen" : "in confident conflict");
 
 function exampleList({ total, rows }) {
   const texts = snippets(rows);
-  const item = (row, index) => h("li", {}, h("button", { class: "plain", onclick: () => change({ view: "examples", example: `${row.example}`, at: "" }) },
-    h("span", { class: "quiet" }, `row ${row.row} · nll ${number(row.nll)} · conflicts ${share(row.conflict_share)} of the tokens, ${share(row.conflict_nll_share)} of the nll`),
-    texts[index]));
+  const item = (row, index) =>
+    h(
+      "li",
+      {},
+      h(
+        "button",
+        { class: "plain", onclick: () => change({ view: "examples", example: `${row.example}`, at: "" }) },
+        h(
+          "span",
+          { class: "quiet" },
+          `row ${row.row} · nll ${number(row.nll)} · conflicts ${share(row.conflict_share)} of the tokens, ${share(row.conflict_nll_share)} of the nll`,
+        ),
+        texts[index],
+      ),
+    );
   return [
-    h("h2", {}, state.box || state.token ? "Examples with such tokens" : "Examples, those with most of their nll in conflicts first"),
+    h(
+      "h2",
+      {},
+      state.box || state.token
+        ? "Examples with such tokens"
+        : "Examples, those with most of their nll in conflicts first",
+    ),
     h("ol", { class: "examples" }, rows.map(item)),
-    h("button", { class: "plain more", onclick: () => change({ view: "examples", example: "" }) }, `all ${count(total)} examples →`),
+    h(
+      "button",
+      { class: "plain more", onclick: () => change({ view: "examples", example: "" }) },
+      `all ${count(total)} examples →`,
+    ),
   ];
 }
 
 function tokenList({ total, rows }) {
   return [
     h("h2", {}, `Tokens ${where()}`),
-    table("Tokens", [
-      { title: "token", cell: (row) => h("button", { class: "plain", onclick: () => change({ view: "tokens", token: `${row.token_id}` }) }, token(row.text)) },
-      { title: "count", numeric: true, cell: (row) => count(row.count) },
-      { title: "the model wanted", cell: (row) => wanted(row.wanted, 3) },
-    ], rows, { empty: "None." }),
-    total > rows.length && h("button", { class: "plain more", onclick: () => change({ view: "tokens" }) }, "more tokens →"),
+    table(
+      "Tokens",
+      [
+        {
+          title: "token",
+          cell: (row) =>
+            h(
+              "button",
+              { class: "plain", onclick: () => change({ view: "tokens", group: group(), token: `${row.token_id}` }) },
+              token(row.text),
+            ),
+        },
+        { title: "count", numeric: true, cell: (row) => count(row.count) },
+        { title: "the model wanted", cell: (row) => wanted(row.wanted, 3) },
+      ],
+      rows,
+      { empty: "None." },
+    ),
+    total > rows.length &&
+      h("button", { class: "plain more", onclick: () => change({ view: "tokens", group: group() }) }, "more tokens →"),
   ];
 }

@@ -35,6 +35,7 @@ const FILTERS = ["source", "nll", "conflict", "search", "box", "token"];
 const SELECTION = ["model", "origin", ...FILTERS];
 
 export let state = read();
+export let passing = false; // whether the last change was on the way somewhere: a drag
 const listeners = [];
 let writing;
 
@@ -68,13 +69,15 @@ function address() {
   return `#${given}`;
 }
 
-// Changes what is shown. `passing`: on the way somewhere (a drag), which is no step to go back to
-export function change(patch, { passing = false } = {}) {
+// Changes what is shown. On the way somewhere (a drag) it is no step to go back to
+export function change(patch, { onTheWay = false } = {}) {
+  passing = onTheWay;
   const other = ["view", "group", ...SELECTION].some((name) => name in patch);
   state = { ...state, ...(other ? { page: 1 } : {}), ...patch };
   clearTimeout(writing);
   const same = address() === (location.hash || "#");
-  if (passing) writing = setTimeout(() => history.replaceState(null, "", address()), 200); // browsers limit how often
+  if (passing)
+    writing = setTimeout(() => history.replaceState(null, "", address()), 200); // browsers limit how often
   else if (!same) history.pushState(null, "", address());
   listeners.forEach((listener) => listener());
 }
@@ -87,6 +90,7 @@ function follow() {
   clearTimeout(writing);
   if (address() === (location.hash || "#")) return;
   state = read();
+  passing = false;
   listeners.forEach((listener) => listener());
 }
 addEventListener("popstate", follow);

@@ -8,7 +8,11 @@ const LARGEST = { entropy: 4, change: 3 }; // nats that have the full colour
 // What the text can be coloured by: its name, what the two ends of the colours mean, the strength in [-1, 1]
 export const PAINTS = {
   prob: { title: "probability", ends: ["likely", "unlikely"], strength: (t) => 1 - t.prob },
-  entropy: { title: "entropy", ends: ["sure", `unsure (${LARGEST.entropy} nats)`], strength: (t) => Math.min(t.entropy / LARGEST.entropy, 1) },
+  entropy: {
+    title: "entropy",
+    ends: ["sure", `unsure (${LARGEST.entropy} nats)`],
+    strength: (t) => Math.min(t.entropy / LARGEST.entropy, 1),
+  },
   weight: { title: "weight", ends: ["muted: 0", "1"], strength: (t) => Math.min(t.weight ?? 0, 1) },
   change: {
     title: "change",
@@ -24,7 +28,8 @@ export function groups(tokens) {
   const text = tokens.map(({ text }) => text).join("");
   const ends = new Set([...graphemes.segment(text)].map(({ index, segment }) => index + segment.length));
   const found = [];
-  let group = [], end = 0;
+  let group = [],
+    end = 0;
   for (const item of tokens) {
     const before = end;
     end += item.text.length;
@@ -42,7 +47,12 @@ export function groups(tokens) {
 
 // The text's element; `at` is the position of a token that has the focus
 export function example({ tokens }, paint, at) {
-  const shown = h("div", { class: `text paint-${paint}`, dir: "auto", role: "group", "aria-label": "The example's text. Arrow keys go from token to token." });
+  const shown = h("div", {
+    class: `text paint-${paint}`,
+    dir: "auto",
+    role: "group",
+    "aria-label": "The example's text. Arrow keys go from token to token.",
+  });
   const parts = new Map();
   let grey = "";
   const endGrey = () => {
@@ -59,10 +69,18 @@ export function example({ tokens }, paint, at) {
     endGrey();
     const strengths = marked.map(PAINTS[paint].strength);
     const strongest = strengths[d3.maxIndex(strengths, Math.abs)] || 0;
-    const part = h("span", {
-      class: ["labelled", marked.some((item) => item.conflict) && "conflict", strongest < 0 && "less"].filter(Boolean).join(" "),
-      tabindex: -1, "data-at": group[0].position, "--strength": Math.abs(strongest).toFixed(3),
-    }, lines(text || "\ufffd"));
+    const part = h(
+      "span",
+      {
+        class: ["labelled", marked.some((item) => item.conflict) && "conflict", strongest < 0 && "less"]
+          .filter(Boolean)
+          .join(" "),
+        tabindex: -1,
+        "data-at": group[0].position,
+        "--strength": Math.abs(strongest).toFixed(3),
+      },
+      lines(text || "\ufffd"),
+    );
     parts.set(part, group);
     shown.append(part);
   }
@@ -74,18 +92,23 @@ export function example({ tokens }, paint, at) {
 // Text with its line ends marked
 function lines(text) {
   const pieces = text.split("\n");
-  return pieces.flatMap((piece, index) => (index < pieces.length - 1 ? [piece, h("span", { class: "newline" }, "\n")] : [piece])).filter((piece) => piece !== "");
+  return pieces
+    .flatMap((piece, index) => (index < pieces.length - 1 ? [piece, h("span", { class: "newline" }, "\n")] : [piece]))
+    .filter((piece) => piece !== "");
 }
 
 function listen(shown, parts, at) {
   const all = [...parts.keys()];
   const partOf = (event) => event.target.closest?.("[data-at]");
-  const show = (part) => showTip(parts.get(part).flatMap(describe), part.getClientRects()[0] ?? part.getBoundingClientRect());
+  const show = (part) =>
+    showTip(parts.get(part).flatMap(describe), part.getClientRects()[0] ?? part.getBoundingClientRect());
   shown.addEventListener("mouseover", (event) => (partOf(event) ? show(partOf(event)) : hideTip()));
   shown.addEventListener("mouseleave", hideTip);
   shown.addEventListener("click", (event) => partOf(event)?.focus());
   shown.addEventListener("focusin", (event) => {
-    all.forEach((part) => (part.tabIndex = part === event.target ? 0 : -1));
+    if (entry) entry.tabIndex = -1;
+    entry = event.target;
+    entry.tabIndex = 0;
     event.target.setAttribute("aria-describedby", "tip");
     requestAnimationFrame(() => show(event.target));
   });
@@ -100,7 +123,8 @@ function listen(shown, parts, at) {
     event.preventDefault();
   });
   const start = all.find((part) => parts.get(part).some(({ position }) => `${position}` === at)) ?? all[0];
-  if (start) start.tabIndex = 0;
+  let entry = start; // the one that the tab key comes to
+  if (entry) entry.tabIndex = 0;
   shown.focusToken = () => {
     start?.scrollIntoView({ block: "center" });
     start?.focus({ preventScroll: true });
@@ -109,18 +133,36 @@ function listen(shown, parts, at) {
 
 // What the tooltip says of a token
 function describe(item) {
-  const head = h("p", {}, token(item.token), h("span", { class: "quiet" }, ` token ${item.token_id}, position ${item.position}`));
+  const head = h(
+    "p",
+    {},
+    token(item.token),
+    h("span", { class: "quiet" }, ` token ${item.token_id}, position ${item.position}`),
+  );
   if (!item.labelled || item.log_prob === null) return [head, h("p", { class: "quiet" }, "no label: not trained on")];
   const facts = [
-    ["probability", share(item.prob)], ["entropy", `${number(item.entropy)} nats`], ["nll", `${number(item.nll)} nats`], ["rank", item.rank],
+    ["probability", share(item.prob)],
+    ["entropy", `${number(item.entropy)} nats`],
+    ["nll", `${number(item.nll)} nats`],
+    ["rank", item.rank],
     item.weight !== null && item.weight !== undefined && ["gate's weight", number(item.weight, 3)],
-    item.base_log_prob !== null && item.base_log_prob !== undefined && ["log-prob less base's", d3.format("+.2f")(item.log_prob - item.base_log_prob)],
+    item.base_log_prob !== null &&
+      item.base_log_prob !== undefined && [
+        "log-prob less base's",
+        d3.format("+.2f")(item.log_prob - item.base_log_prob),
+      ],
   ].filter(Boolean);
-  const expected = item.rank === 1 ? ["as the model expected"] : ["the model expected ", token(item.first_text), ` (${share(item.first_prob)})`];
+  const expected =
+    item.rank === 1
+      ? ["as the model expected"]
+      : ["the model expected ", token(item.first_text), ` (${share(item.first_prob)})`];
   return [
     head,
     h("p", { class: item.conflict ? "hot" : null }, expected, item.conflict && " · confident conflict"),
-    h("dl", {}, facts.flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, `${value}`)])),
+    h(
+      "dl",
+      {},
+      facts.flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, `${value}`)]),
+    ),
   ];
 }
-
