@@ -48,6 +48,7 @@ def view(folder: Path, port: int | None = None, token: str | None = None, browse
     Raises:
         ConfigurationError: nothing can be looked at in the folder, or the port is taken.
     """
+    import torch
     import uvicorn
 
     from eaft.inspection.folder import Inspection
@@ -56,6 +57,7 @@ def view(folder: Path, port: int | None = None, token: str | None = None, browse
     from eaft.inspection.server import make_app
     from eaft.inspection.tables import Tables
 
+    torch.set_num_threads(1)  # requests are threads already, and DuckDB has all cores
     token = token or secrets.token_urlsafe()
     if not (token.isascii() and token.replace("-", "").replace("_", "").isalnum()):
         raise ConfigurationError("--token: letters, digits, - and _ only, since it is part of an address.")
