@@ -13,8 +13,8 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import replace
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -22,22 +22,19 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import torch
 
-from eaft.errors import EAFTError, nearest
-from eaft.inspection.folder import BASE, DATA, EXAMPLES, STATISTICS
+from eaft.inspection.folder import BASE, EXAMPLES, STATISTICS
+from eaft.inspection.gating import effect, parameters, sliders, weigh
 from eaft.inspection.landscape import bin_sums
+from eaft.inspection.selection import RequestError, Selection, one_of
 from eaft.inspection.tables import DRAWS, Tables
-from eaft.objective.gates import GATES, check_gate, gate_weights
 from eaft.objective.statistics import HIGH_ENTROPY, LOW_ENTROPY, TokenStatistics
 
 Answer = dict[str, Any]
 Where = tuple[str, list[Any]]  # a condition, and what is bound to its question marks
-Range = tuple[float | None, float | None]
 
 MOST_ROWS = 200  # of one answer
-MOST_CHARACTERS = 1000  # of a search
 GATE_TOKENS = 1_000_000  # that a gate is computed on; of more, a sample of about as many
-MUTED, WANTED = 50, 5  # tokens listed
-WEIGHT_BINS = 50
+WANTED = 5  # tokens listed
 CONTEXT = 80  # characters on each side of a place
 SNIPPET = 200  # characters
 EXPORTED, CHUNK = 20_000, 2000  # examples, and lines, of an export at a time
@@ -50,75 +47,6 @@ GROUPS = {
 NUMBERS = ("tokens", "labelled", "cut", "nll", "entropy", "conflict_share", "conflict_nll_share")
 SORTED_BY = ("example", "row", *NUMBERS)
 STATISTICS_NAMES = [field.name for field in STATISTICS]
-
-# A slider for every parameter of a gate that moves its weights: where it begins if the data tells nothing, and its ends
-SLIDERS: dict[str, Answer] = {
-    "alpha": {"default": 1.0, "min": 0.0, "max": 4.0, "step": 0.1},
-    "steepness": {"default": 30.0, "min": 1.0, "max": 100.0, "step": 1.0},
-    "center": {"default": 0.17, "min": 0.0, "max": 1.0, "step": 0.01},
-    "entropy_threshold": {"default": 0.15, "min": 0.0, "max": 1.0, "step": 0.001},
-    "prob_threshold": {"default": 0.15, "min": 0.0, "max": 1.0, "step": 0.001},
-    "tau": {"default": 1.0, "min": 0.01, "max": 10.0, "step": 0.01},
-    "min_weight": {"default": 0.01, "min": 0.0, "max": 1.0, "step": 0.01},
-    "entropy": {"default": "top-k", "choices": ["top-k", "exact"]},
-}
-
-
-class RequestError(EAFTError):
-    """A question that cannot be answered as it is put; the message says why."""
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Labelled tokens: of which examples, under which model, and where in the plane."""
-
-    origin: str = DATA
-    model: str = BASE
-    sources: tuple[str, ...] = ()  # none: all
-    nll: Range = (None, None)  # of the example under the model: mean nll, nats; both ends are in
-    conflict: Range = (None, None)  # of the example under the model: share of its tokens that are conflicts
-    search: str = ""  # in the example's text, whatever the case
-    box: tuple[float, float, float, float] | None = None  # entropy from, to (nats), probability from, to
-    token: int | None = None  # the label's id
-
-    @property
-    def filters_examples(self) -> bool:
-        """Whether it is of certain examples, beside their origin and source."""
-        return bool(self.search) or any(end is not None for end in (*self.nll, *self.conflict))
-
-    @property
-    def whole(self) -> Selection:
-        """The same examples, whatever their tokens."""
-        return replace(self, box=None, token=None)
-
-
-def number(name: str, text: str) -> float:
-    """Return a finite number; raises `RequestError`."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise RequestError(f"{name}={text[:50]!r}: expected a number.")
-    return value
-
-
-def whole(name: str, text: str, least: int, most: int) -> int:
-    """Return a whole number within bounds; raises `RequestError`."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = least - 1
-    if not least <= value <= most:
-        raise RequestError(f"{name}={text[:50]!r}: expected a whole number from {least} to {most}.")
-    return value
-
-
-def one_of(name: str, text: str, known: Any) -> str:
-    """Return a name that is known; raises `RequestError`."""
-    if text not in known:
-        raise RequestError(f"{name}={text[:50]!r} is unknown.{nearest(text[:50], known)}")
-    return text
 
 
 class Queries:
@@ -228,22 +156,26 @@ class Queries:
                 values.append(high)
         return " AND ".join(conditions) or "true", values
 
+    @cached_property
+    def summary(self) -> Answer | None:
+        """What was found; None if the folder is scored, and nothing found yet."""
+        try:
+            return self.inspection.summary
+        except (OSError, ValueError):
+            return None
+
     def about(self) -> Answer:
         """Return what a page is built from: names to choose from, sliders, and what was found."""
         run = self.inspection.run
-        try:
-            summary = self.inspection.summary
-        except (OSError, ValueError):  # scored, and nothing found yet
-            summary = None
         return {
             "models": [vars(model) for model in self.inspection.models],
             "origins": self.tables.origins,
             "sources": self.tables.sources,
-            "counts": (summary or {}).get("counts"),
+            "counts": (self.summary or {}).get("counts"),
             "top_k": self.inspection.top_k,
             "entropy_max": self.tables.entropy_max,
-            "summary": summary,
-            "gates": self.gates(),
+            "summary": self.summary,
+            "gates": sliders(self.measured),
             "run": run,
             "commit": run.get("environment", {}).get("commit"),
         }
@@ -309,48 +241,11 @@ class Queries:
 
     # Gates
 
-    def gates(self) -> list[Answer]:
-        """Return every gate with the sliders of its parameters; those that it needs measured begin where they are."""
-        measured = self.measured
-        found = []
-        for name, gate in GATES.items():
-            params = []
-            for param, default in gate.params.items():
-                if slider := SLIDERS.get(param):
-                    start = default if isinstance(default, type(slider["default"])) else slider["default"]
-                    start = measured.get(param, start)
-                    params.append({"name": param, "choices": None, "min": None, "max": None, "step": None})
-                    params[-1].update(slider, default=start)
-                    if params[-1]["max"] is not None:
-                        params[-1]["max"] = max(params[-1]["max"], start)
-            needs = bool({param["name"] for param in params} & measured.keys())
-            found.append({"name": name, "help": gate.help, "params": params, "measured": needs})
-        return found
-
     @property
     def measured(self) -> dict[str, float]:
         """Gates' parameters that are measured on this data, as far as they are known."""
-        try:
-            found = self.inspection.summary.get("measured") or {}
-        except (OSError, ValueError):
-            found = {}
+        found = (self.summary or {}).get("measured") or {}
         return {name: value for name, value in found.items() if value is not None}
-
-    def parameters(self, gate: str, given: Answer) -> Answer:
-        """Return a gate's parameters: those given, checked, and where its sliders begin for the others."""
-        one_of("gate", gate, GATES)
-        starts = next(found for found in self.gates() if found["name"] == gate)["params"]
-        params = {param["name"]: param["default"] for param in starts} | given
-        for name, value in params.items():
-            choices = SLIDERS.get(name, {}).get("choices")
-            if not (value in choices if choices else is_number(value)):
-                expected = f"one of {', '.join(choices)}" if choices else "a number"
-                raise RequestError(f"params: {name}={json.dumps(value)[:50]}: expected {expected}.")
-        try:
-            check_gate(gate, params)
-        except (EAFTError, ValueError, TypeError, OverflowError, RuntimeError) as error:
-            raise RequestError(str(error)) from error
-        return params
 
     def find_gate_tokens(self, selection: Selection) -> tuple[TokenStatistics, Answer, int]:
         """Return a selection's statistics, the other columns that a gate's sums need, and how many tokens it has."""
@@ -373,45 +268,27 @@ class Queries:
 
     def gate(self, selection: Selection, gate: str, given: Answer) -> Answer:
         """
-        Return what a gate does to a selection.
+        Return what a gate does to a selection (`gating.effect`), and its gradients over the plane's bins.
 
-        `removed` is 1 - sum(w x) / sum(x) of the tokens (x = 1), the nll and the gradients' norms: negative where the
-        gate adds. Of a selection of more than `GATE_TOKENS` tokens it is computed on a fixed random sample (`sampled`
-        says of how many), and sums and counts are scaled up.
+        Of a selection of more than `GATE_TOKENS` tokens it is computed on a fixed random sample (`sampled` says of how
+        many), and sums and counts are scaled up.
         """
-        params = self.parameters(gate, given)
+        params = parameters(gate, given, self.measured)
         stats, columns, count = self.gate_tokens(selection)
         used = len(stats.log_prob)
         scale = count / max(used, 1)
         weights = weigh(gate, stats, params)
-        measures = {"tokens": np.ones(used), "nll": stats.nll.numpy(), "gradient": columns["grad_norm"]}
-        removed = {name: removed_share(weights, values) for name, values in measures.items()}
-        sources = []
-        if used:
-            codes = columns["source"]
-            for code in np.unique(codes):
-                of = codes == code
-                shares = {name: removed_share(weights[of], values[of]) for name, values in measures.items()}
-                sources.append({"source": self.tables.sources[code], **shares})
-        top = max(1.0, float(weights.max())) if used else 1.0
-        counts, edges = np.histogram(weights, np.linspace(0, top, WEIGHT_BINS + 1))
-        muted = np.bincount(columns["token_id"], (1 - weights) * measures["nll"]) if used else np.zeros(0)
-        first = np.argsort(-muted, kind="stable")[:MUTED]
-        of_token = np.bincount(columns["token_id"]) if used else np.zeros(0)
+        found = effect(weights, stats, columns, self.tables.sources)
+        found["weights"]["counts"] = np.round(found["weights"]["counts"] * scale).astype(int).tolist()
+        for muted in found["muted"]:
+            muted.update(self.named(muted["token_id"]), count=round(muted["count"] * scale))
+            muted["nll_removed"] *= scale
         return {
             "gate": gate,
             "params": params,
-            "removed": removed,
-            "mean_weight": float(weights.mean()) if used else None,
-            "weights": {"edges": edges.tolist(), "counts": np.round(counts * scale).astype(int).tolist()},
+            **found,
             "gradient": self.grid(columns, weights * columns["grad_norm"] * scale),
             **self.edges,
-            "by_source": sources,
-            "muted": [
-                {**self.named(int(i)), "count": round(of_token[i] * scale), "nll_removed": float(muted[i] * scale)}
-                for i in first
-                if muted[i] > 0
-            ],
             "count": count,
             "sampled": used if used < count else None,
         }
@@ -469,7 +346,7 @@ class Queries:
             example_nll=torch.full((len(scored),), float(self.tables.example_nll[number])),
         )
         if gate is not None:
-            params = self.parameters(gate, given)
+            params = parameters(gate, given, self.measured)
             for i, weight in zip(scored, weigh(gate, stats, params).tolist(), strict=True):
                 weights[i] = plain(weight)
         conflicts = dict(zip(scored, stats.is_conflict.tolist(), strict=True))
@@ -655,26 +532,6 @@ def among(column: str, values: Sequence[Any], none: str = "true") -> Where:
     return (f"{column} IN ({', '.join('?' * len(values))})", [*values]) if values else (none, [])
 
 
-def is_number(value: Any) -> bool:
-    """Return whether a value from JSON is a number that a float can hold."""
-    return type(value) in (int, float) and abs(value) < 1e300
-
-
 def plain(value: Any) -> Any:
     """Return a value as JSON has it: None for NaN and the infinities."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def weigh(gate: str, stats: TokenStatistics, params: Answer) -> np.ndarray:
-    """Return a gate's weights, 0 where it has none (an example without nll); raises `RequestError`."""
-    try:
-        weights: np.ndarray = gate_weights(gate, stats, **params).nan_to_num(0).numpy()
-    except (EAFTError, ValueError, TypeError, RuntimeError) as error:
-        raise RequestError(str(error)) from error
-    return weights
-
-
-def removed_share(weights: np.ndarray, values: np.ndarray) -> float | None:
-    """Return 1 - sum(w x) / sum(x); None if the sum is 0."""
-    total = float(values.sum(dtype=np.float64))
-    return None if total == 0 else 1 - float((weights * values).sum(dtype=np.float64)) / total

@@ -25,23 +25,12 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from eaft.errors import nearest
-from eaft.inspection.folder import BASE, DATA
-from eaft.inspection.queries import (
-    MOST_CHARACTERS,
-    MOST_ROWS,
-    Queries,
-    Range,
-    RequestError,
-    Selection,
-    number,
-    one_of,
-    whole,
-)
+from eaft.inspection.folder import BASE
+from eaft.inspection.queries import MOST_ROWS, Queries
 from eaft.inspection.runs import Runs
+from eaft.inspection.selection import LARGEST, NAMES, RequestError, Selection, one_of, read_selection, whole
 
 PAGE = Path(__file__).parent / "page"
-LARGEST = 2**31 - 1  # ids and offsets are int32
-SELECTION = ("origin", "model", "source", "nll", "conflict", "search", "box", "token")
 # Scripts and connections from here alone; charts set styles on their elements and make pictures of themselves
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
@@ -88,14 +77,14 @@ def make_app(name: str, queries: Queries | None, runs: Runs, port: int, token: s
 
         return asked(allowed, needs)
 
-    paging = (*SELECTION, "offset", "limit")
+    paging = (*NAMES, "offset", "limit")
     gating = ("gate", "params")
     index = PAGE / "index.html"
     routes = [
         Route("/", lambda request: FileResponse(index)),
         Route("/api/folder", asked((), lambda q, r: about(name, q, runs))),
-        Route("/api/landscape", of_tokens(SELECTION, lambda q, r: q.landscape(selection(q, r)))),
-        Route("/api/gates", of_tokens((*SELECTION, *gating), gates)),
+        Route("/api/landscape", of_tokens(NAMES, lambda q, r: q.landscape(selection(q, r)))),
+        Route("/api/gates", of_tokens((*NAMES, *gating), gates)),
         Route("/api/examples", of_tokens((*paging, "sort", "order"), examples)),
         Route("/api/example", of_tokens(("example", "model", *gating), example)),
         Route(
@@ -106,8 +95,8 @@ def make_app(name: str, queries: Queries | None, runs: Runs, port: int, token: s
             "/api/concordance",
             of_tokens((*paging, "group"), lambda q, r: q.concordance(selection(q, r), group(r), *page(r))),
         ),
-        Route("/api/export/examples.jsonl", of_tokens(SELECTION, export_examples)),
-        Route("/api/export/tokens.csv", of_tokens(SELECTION, export_tokens)),
+        Route("/api/export/examples.jsonl", of_tokens(NAMES, export_examples)),
+        Route("/api/export/tokens.csv", of_tokens(NAMES, export_tokens)),
         Route("/api/runs", asked((), lambda q, r: runs.list())),
         Route("/api/run", asked(("name",), lambda q, r: runs.run(one_of("name", parameter(r, "name"), runs.names)))),
         Mount("/page", StaticFiles(directory=PAGE, check_dir=False)),
@@ -203,40 +192,8 @@ def parameter(request: Request, name: str, default: str | None = None) -> str:
 
 
 def selection(queries: Queries, request: Request) -> Selection:
-    """Return the selection that a request is about; raises `RequestError` for what is not in the data."""
-    given, tables = request.query_params, queries.tables
-    search = given.get("search", "")
-    if len(search) > MOST_CHARACTERS or "\0" in search:
-        raise RequestError(f"search: at most {MOST_CHARACTERS} characters of text.")
-    box = given.get("box")
-    return Selection(
-        origin=one_of("origin", given.get("origin", DATA), tables.origins),
-        model=one_of("model", given.get("model", BASE), tables.names),
-        sources=tuple(sorted({one_of("source", source, tables.sources) for source in given.getlist("source")})),
-        nll=ends("nll", given.get("nll", ",")),
-        conflict=ends("conflict", given.get("conflict", ",")),
-        search=search,
-        box=None if box is None else four("box", box),
-        token=whole("token", given["token"], 0, LARGEST) if "token" in given else None,
-    )
-
-
-def ends(name: str, text: str) -> Range:
-    """Return the two ends of a range, `low,high`, either of which may be left out."""
-    parts = text.split(",")
-    if len(parts) != 2:
-        raise RequestError(f"{name}={text[:50]!r}: expected two numbers with a comma, either of which may be left out.")
-    low, high = (number(name, part) if part else None for part in parts)
-    return low, high
-
-
-def four(name: str, text: str) -> tuple[float, float, float, float]:
-    """Return four numbers."""
-    parts = text.split(",")
-    if len(parts) != 4:
-        raise RequestError(f"{name}={text[:50]!r}: expected four numbers: entropy from, to, probability from, to.")
-    a, b, c, d = (number(name, part) for part in parts)
-    return a, b, c, d
+    """Return the selection that a request is about."""
+    return read_selection(request.query_params, queries.tables)
 
 
 def page(request: Request) -> tuple[int, int]:

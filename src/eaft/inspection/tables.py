@@ -116,15 +116,17 @@ class Tables:
         number, rows = self.names.index(name), 0
         total = sum(pq.read_metadata(file).num_rows for file in self.inspection.files(name))
         random = np.random.default_rng(0)
-        table = f"tokens_{number}"
+        table, made, waiting = f"tokens_{number}", False, []
         for batch in self.batches(name):
             rows += len(batch)
-            tokens = self.labelled(batch, random)
-            with Handed(self.connection, tokens) as cursor:
-                made = self.cursor().execute("SELECT count(*) FROM duckdb_tables() WHERE table_name = ?", [table])
-                verb = f"INSERT INTO {table}" if made.fetchone()[0] else f"CREATE TABLE {table} AS"
-                cursor.execute(f"{verb} SELECT * FROM handed")
-            self.tell(f"{name}: {rows:,} of {total:,} tokens")
+            waiting.append(self.labelled(batch, random))
+            # Many rows at once: DuckDB takes them in with all cores
+            if sum(map(len, waiting)) >= BATCH_ROWS or rows == total:
+                with Handed(self.connection, pa.concat_tables(waiting)) as cursor:
+                    verb = f"INSERT INTO {table}" if made else f"CREATE TABLE {table} AS"
+                    cursor.execute(f"{verb} SELECT * FROM handed")
+                made, waiting = True, []
+                self.tell(f"{name}: {rows:,} of {total:,} tokens")
         cursor = self.cursor()
         if name == BASE:
             means = "SELECT example, nll, entropy, conflict_share, conflict_nll_share FROM examples"

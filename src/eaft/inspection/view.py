@@ -48,6 +48,7 @@ def view(folder: Path, port: int | None = None, token: str | None = None, browse
     Raises:
         ConfigurationError: nothing can be looked at in the folder, or the port is taken.
     """
+    import torch
     import uvicorn
 
     from eaft.inspection.folder import Inspection
@@ -56,6 +57,7 @@ def view(folder: Path, port: int | None = None, token: str | None = None, browse
     from eaft.inspection.server import make_app
     from eaft.inspection.tables import Tables
 
+    torch.set_num_threads(1)  # requests are threads already, and DuckDB has all cores
     token = token or secrets.token_urlsafe()
     if not (token.isascii() and token.replace("-", "").replace("_", "").isalnum()):
         raise ConfigurationError("--token: letters, digits, - and _ only, since it is part of an address.")
@@ -121,7 +123,8 @@ def listen(port: int | None) -> socket.socket:
         ConfigurationError: there is none, or that one is taken.
     """
     for candidate in range(PORT, PORT + TRIED) if port is None else [port]:
-        listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        # Named TCP, so that asyncio turns Nagle's algorithm off: it would hold small answers back for 40 ms
+        listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind(("127.0.0.1", candidate))
