@@ -551,6 +551,15 @@ def test_both_themes_and_widths(visit, width):
     assert len(papers) == 2
 
 
+def test_nothing_selected_is_no_error(visit):
+    page = visit("search=nosuchtext&example=3")
+    expect(page.locator(".selected")).to_have_text("0 tokens in 0 examples are shown")
+    for key in "2345":
+        page.keyboard.press(key)
+        settled(page)
+    expect(page.locator("[role=alert]")).to_have_count(0)
+
+
 def test_errors_are_said_in_words(visit):
     page = visit()
     page.route("**/api/tokens*", lambda route: route.abort())

@@ -19,10 +19,10 @@ export function h(tag, attributes = {}, ...children) {
 
 export const count = d3.format(",d");
 export const short = (value) => d3.format(Math.abs(value) < 1000 ? ".3~r" : ".3~s")(value);
-export const number = (value, digits = 2) => (value === null || value === undefined ? "–" : value.toFixed(digits));
+export const number = (value, digits = 2) => (Number.isFinite(value) ? value.toFixed(digits) : "–");
 
 export function share(value) {
-  if (value === null || value === undefined) return "–";
+  if (!Number.isFinite(value)) return "–";
   const size = Math.abs(value);
   if (size > 0 && size < 0.001) return `${value < 0 ? "−" : ""}<0.1%`;
   return d3.format(size < 0.1 ? ".1%" : ".0%")(value);

@@ -274,9 +274,12 @@ function everyGate({ summary }) {
           title: "parameters",
           class: "optional quiet",
           cell: (row) =>
-            Object.entries(row.params ?? {})
-              .map(([name, value]) => `${name} ${typeof value === "number" ? Number(value.toPrecision(3)) : value}`)
-              .join(", "),
+            [
+              ...Object.entries(row.params ?? {}).map(
+                ([name, value]) => `${name} ${typeof value === "number" ? Number(value.toPrecision(3)) : value}`,
+              ),
+              ...(row.note ? [row.note] : []),
+            ].join(", "),
         },
         removed("tokens"),
         removed("nll"),

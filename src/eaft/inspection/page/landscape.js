@@ -70,7 +70,7 @@ export default {
     const lists = later(() => {
       rows.ask(url("examples", selection({ sort: "conflict_nll_share", order: "desc", limit: 6 })));
       kinds.ask(url("tokens", selection({ group: group(), limit: 8 })));
-    }, 120);
+    }, 60);
     const width = watch(pictures, () => picture.redraw());
 
     let colour = "";
@@ -184,7 +184,7 @@ function fillControls(element, folder) {
 function advice({ summary }) {
   if (!summary?.advice)
     return h("p", { class: "advice quiet" }, "Nothing is said of this data: summary.json is missing.");
-  const [first, ...more] = summary.advice.text.split(/(?<=[.!?])\s+(?=[A-Z*`])/);
+  const [first, ...more] = summary.advice.text.split(/(?<=[.!?])\s+(?=[^a-z])/);
   return h("div", { class: "advice" }, h("p", { class: "first" }, prose(first)), h("p", {}, prose(more.join(" "))));
 }
 
