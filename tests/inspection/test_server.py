@@ -243,6 +243,36 @@ def test_odd_values_that_mean_something_are_answered(send):
         assert send(f"/api/gates?gate=eaft&params={quote(params)}")[0] == 200
 
 
+def test_what_the_page_has_given_up_is_not_computed(send, port, monkeypatch):
+    go, computed = threading.Event(), []
+
+    def slow(self, selection):
+        computed.append(selection.token)
+        go.wait(30)
+        return {}
+
+    monkeypatch.setattr(Queries, "landscape", slow)
+
+    def ask(token):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        connection.request("GET", f"/api/landscape?token={token}", headers={"Authorization": f"token {TOKEN}"})
+        return connection
+
+    running = [ask(token) for token in range(server_module.AT_ONCE)]
+    while len(computed) < len(running):
+        send("/page/app.js")
+    for connection in [ask(token) for token in range(100, 120)]:
+        send("/page/app.js")  # it has arrived, and waits for its turn
+        connection.close()
+    wanted = ask(200)
+    for _ in range(5):
+        send("/page/app.js")
+    go.set()
+    assert [connection.getresponse().status for connection in [*running, wanted]] == [200] * (len(running) + 1)
+    assert computed[-1] == 200
+    assert len(computed) == len(running) + 1
+
+
 def test_links_that_lead_out_are_not_followed(folder, tmp_path):
     copy = make_inspection(tmp_path / "copy", examples=3, rollouts=0)
     file = copy / "tokens" / "00000.parquet"

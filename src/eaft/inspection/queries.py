@@ -54,7 +54,7 @@ class Queries:
 
     def __init__(self, tables: Tables) -> None:
         self.tables, self.inspection = tables, tables.inspection
-        self.vocabulary = self.inspection.vocabulary()
+        self.vocabulary = tables.vocabulary
         # What the next question about the same selection needs again: a slider moves, a box, a page is turned
         self.chosen = lru_cache(maxsize=32)(self.find_chosen)
         self.plane = lru_cache(maxsize=16)(self.find_plane)

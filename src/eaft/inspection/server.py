@@ -8,6 +8,7 @@ send, and nothing can be changed: GET and HEAD only.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders, QueryParams
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -30,6 +32,7 @@ from eaft.inspection.queries import MOST_ROWS, Queries
 from eaft.inspection.runs import Runs
 from eaft.inspection.selection import LARGEST, NAMES, RequestError, Selection, one_of, read_selection, whole
 
+AT_ONCE = 4  # requests that are computed at the same time
 PAGE = Path(__file__).parent / "page"
 # Scripts and connections from here alone; charts set styles on their elements and make pictures of themselves
 POLICY = (
@@ -57,17 +60,26 @@ def make_app(name: str, queries: Queries | None, runs: Runs, port: int, token: s
         token: that a request must have.
     """
 
-    def asked(allowed: tuple[str, ...], answer: Callable[[Any, Request], Any]) -> Callable[[Request], Response]:
-        """Return an endpoint, run in a thread: it checks the names of what it is asked, and answers with JSON."""
+    turn = asyncio.Semaphore(AT_ONCE)
 
-        def endpoint(request: Request) -> Response:
+    def asked(allowed: tuple[str, ...], answer: Callable[[Any, Request], Any]) -> Callable[[Request], Any]:
+        """Return an endpoint: it checks the names of what it is asked, and answers with JSON, in a thread."""
+
+        def found(request: Request) -> Response:
+            result = answer(queries, request)
+            return result if isinstance(result, Response) else JSONResponse(result)
+
+        async def endpoint(request: Request) -> Response:
             check_names(request.query_params, allowed)
-            found = answer(queries, request)
-            return found if isinstance(found, Response) else JSONResponse(found)
+            async with turn:
+                # A slider that moves asks faster than it is answered: what the page has given up is not computed
+                if await request.is_disconnected():
+                    return Response(status_code=204)
+                return await run_in_threadpool(found, request)
 
         return endpoint
 
-    def of_tokens(allowed: tuple[str, ...], answer: Callable[[Any, Request], Any]) -> Callable[[Request], Response]:
+    def of_tokens(allowed: tuple[str, ...], answer: Callable[[Any, Request], Any]) -> Callable[[Request], Any]:
         """Return an endpoint that needs an inspection."""
 
         def needs(queries: Queries | None, request: Request) -> Any:

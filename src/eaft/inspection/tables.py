@@ -31,7 +31,7 @@ NAMES = [field.name for field in STATISTICS]
 
 class Tables:
     """
-    The tables of an inspection: `examples`, `texts`, `vocabulary`; and `tokens_N` and `means_N` of model N.
+    The tables of an inspection: `examples` and `texts`; `tokens_N` and `means_N` of its model number N.
 
     The base model's are there when this returns; the others' are read behind it, and `number` waits for them.
 
@@ -58,9 +58,9 @@ class Tables:
         try:
             self.entropy_edges, self.prob_edges = entropy_edges(self.entropy_max), prob_edges()
             self.read_examples()
-            reader = ThreadPoolExecutor(1)
-            self.read: dict[str, Future[None]] = {name: reader.submit(self.read_model, name) for name in self.names}
-            reader.shutdown(wait=False)
+            self.vocabulary = inspection.vocabulary()
+            self.reader = ThreadPoolExecutor(1)
+            self.read: dict[str, Future[None]] = {n: self.reader.submit(self.read_model, n) for n in self.names}
             self.number(BASE)
         except (OSError, pa.ArrowException, KeyError) as error:
             raise ConfigurationError(f"{str(inspection.folder)!r} cannot be read. ({error})") from error
@@ -68,6 +68,10 @@ class Tables:
     def cursor(self) -> Any:
         """Return a connection of one's own to the tables, for a thread."""
         return self.connection.cursor()
+
+    def close(self) -> None:
+        """Read no more models."""
+        self.reader.shutdown(cancel_futures=True)
 
     def number(self, model: str) -> int:
         """Return a model's N, when its tables are there."""
@@ -95,7 +99,7 @@ class Tables:
         }
 
     def read_examples(self) -> None:
-        """Make `examples`, `texts` (the text in lower case too, for searching) and `vocabulary`."""
+        """Make `examples` and `texts`: the text in lower case too, for searching."""
         examples = self.inspection.examples()
         self.sources = sorted(pc.unique(examples["source"]).to_pylist())
         self.origins = sorted(pc.unique(examples["origin"]).to_pylist())
@@ -108,8 +112,6 @@ class Tables:
         with Handed(self.connection, examples) as cursor:
             cursor.execute("CREATE TABLE examples AS SELECT * EXCLUDE (text, messages) FROM handed")
             cursor.execute("CREATE TABLE texts AS SELECT example, text, lower(text) AS lower, messages FROM handed")
-        with Handed(self.connection, pq.read_table(self.inspection.folder / VOCABULARY_FILE)) as cursor:
-            cursor.execute("CREATE TABLE vocabulary AS SELECT * FROM handed")
 
     def read_model(self, name: str) -> None:
         """Make `tokens_N` and `means_N` of a model."""

@@ -66,8 +66,12 @@ def view(folder: Path, port: int | None = None, token: str | None = None, browse
     runs, inspected = Runs(folder), find_inspection(folder)
     if inspected is None and not runs.names:
         raise ConfigurationError(f"{str(folder)!r} holds nothing that `eaft inspect`, `compare` or `eval` wrote.")
-    with contextlib.closing(listen(port)) as listening:
-        queries = None if inspected is None else Queries(Tables(Inspection(inspected), progress))
+    with contextlib.ExitStack() as stack:
+        listening = stack.enter_context(listen(port))
+        queries = None
+        if inspected is not None:
+            tables = stack.enter_context(contextlib.closing(Tables(Inspection(inspected), progress)))
+            queries = Queries(tables)
         port = listening.getsockname()[1]
         app = make_app(folder.resolve().name, queries, runs, port, token)
         # The log would show the token
