@@ -228,7 +228,7 @@ def test_a_box_dragged_equals_the_files(visit, tokens):
     assert int(rows(page, "Tokens")[0][1]) == most
     expect(page.get_by_text(f"all {inside.example.nunique()} examples →")).to_be_visible()
     # By keyboard: a bin up, its corner a bin to the right; then back, and back again
-    page.locator(".plane").focus()
+    page.locator(".plane > div").focus()
     page.keyboard.press("ArrowUp")
     up = list(map(float, fragment(page)["box"].split(",")))
     assert up[0] > h0

@@ -35,6 +35,16 @@ export const STYLE = {
   overflow: "visible",
 };
 
+// A plot that is one picture to a screen reader; with a legend it is a figure around the picture
+export function plot(label, options) {
+  const drawn = Plot.plot({ style: STYLE, ...options });
+  const picture = drawn.matches("svg") ? drawn : drawn.querySelector(":scope > svg:last-of-type");
+  picture.querySelectorAll("[aria-label]").forEach((mark) => mark.removeAttribute("aria-label"));
+  picture.setAttribute("role", "img");
+  picture.setAttribute("aria-label", label);
+  return drawn;
+}
+
 // From few to many, and from less to more; both begin near the page's background
 const few = {
   true: ["#1b2a41", "#1f5673", "#2a9d8f", "#9fd67b", "#fff3a3"],
@@ -99,15 +109,13 @@ export function plane({ answer, values, scale, title, corner, describe, width, b
     tickFormat: (v) => `${Number((v * v).toPrecision(3))}`,
     labelArrow: "none",
   });
-  const svg = Plot.plot({
+  const svg = plot(title, {
     width,
     height,
     marginLeft: 40,
     marginRight: 12,
     marginTop: 26,
     marginBottom: 40,
-    style: STYLE,
-    ariaLabel: title,
     x: { ...axis(PROB_TICKS, [0, 1]), label: "unlikely ←  probability of the label  → likely", labelAnchor: "center" },
     y: { ...axis(ENTROPY_TICKS, [0, top]), label: "↑ unsure: entropy, nats" },
     color: scale,
@@ -152,7 +160,8 @@ export function plane({ answer, values, scale, title, corner, describe, width, b
   });
   const x = squared(svg.scale("x")),
     y = squared(svg.scale("y"));
-  const figure = h("figure", { class: "plane" }, h("figcaption", {}, title), svg);
+  const area = h("div", {}, svg);
+  const figure = h("figure", { class: "plane" }, h("figcaption", {}, title), area);
 
   svg.addEventListener("pointermove", (event) => {
     const [px, py] = d3.pointer(event, svg);
@@ -170,7 +179,7 @@ export function plane({ answer, values, scale, title, corner, describe, width, b
   });
   svg.addEventListener("pointerleave", hideTip);
 
-  if (onbox) drag(figure, svg, x, y, H, P, box, onbox);
+  figure.moveBox = onbox && drag(area, svg, x, y, H, P, box, onbox);
   return figure;
 }
 
@@ -181,7 +190,8 @@ const squared = ({ apply, invert, range }) => ({
   invert: (pixels) => Math.max(0, invert(pixels)) ** 2,
 });
 
-function drag(figure, svg, x, y, H, P, box, onbox) {
+// Lets a box be drawn in the area, by pointer and by keys; returns what moves it there
+function drag(area, svg, x, y, H, P, box, onbox) {
   const round = (value, largest) => (value >= largest * 0.999 ? largest : Math.max(0, Number(value.toPrecision(3))));
   const toBox = ([[x0, y0], [x1, y1]]) => [
     round(y.invert(y1), H.at(-1)),
@@ -198,7 +208,7 @@ function drag(figure, svg, x, y, H, P, box, onbox) {
   });
   const layer = d3.select(svg).append("g").attr("class", "brush").call(brush);
   let current = box;
-  figure.moveBox = (now) => {
+  const moveBox = (now) => {
     current = now;
     const pixels = now && [
       [x.apply(now[2]), y.apply(now[1])],
@@ -206,16 +216,16 @@ function drag(figure, svg, x, y, H, P, box, onbox) {
     ];
     layer.call(brush.move, pixels);
   };
-  figure.moveBox(box);
+  moveBox(box);
 
-  figure.tabIndex = 0;
-  figure.setAttribute("role", "application");
-  figure.setAttribute(
+  area.tabIndex = 0;
+  area.setAttribute("role", "application");
+  area.setAttribute(
     "aria-label",
     "Entropy-probability plane. Arrow keys move the box by a bin, with shift its upper right corner; Escape removes it.",
   );
-  figure.dataset.key = "plane";
-  figure.addEventListener("keydown", (event) => {
+  area.dataset.key = "plane";
+  area.addEventListener("keydown", (event) => {
     const step = { ArrowUp: [1, 0], ArrowDown: [-1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
     if (event.key === "Escape" && current) onbox((current = null), false);
     else if (step)
@@ -227,6 +237,7 @@ function drag(figure, svg, x, y, H, P, box, onbox) {
     event.preventDefault();
     event.stopPropagation();
   });
+  return moveBox;
 }
 
 // The box, moved by bins, or with its upper right corner moved
@@ -244,14 +255,12 @@ function moved([h0, h1, p0, p1], [rows, columns], cornerOnly, H, P) {
 
 export function histogram({ edges, counts }, width, label) {
   const bins = counts.map((tokens, index) => ({ x1: edges[index], x2: edges[index + 1], tokens }));
-  return Plot.plot({
+  return plot(label, {
     width,
     height: 150,
     marginLeft: 48,
     marginTop: 22,
     marginBottom: 34,
-    style: STYLE,
-    ariaLabel: label,
     x: { label, labelAnchor: "center", labelArrow: "none" },
     y: { label: "tokens", grid: true, ticks: 3, tickFormat: short, labelArrow: "none" },
     marks: [

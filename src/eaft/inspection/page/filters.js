@@ -8,7 +8,7 @@ const names = new Map(); // of tokens that are filtered by
 
 export function mountFilters(element, folder) {
   const choices = h("div", { class: "row" });
-  const chips = h("div", { class: "chips", "aria-label": "Active filters" });
+  const chips = h("div", { class: "chips", role: "group", "aria-label": "Active filters" });
   const search = h("input", {
     type: "search",
     id: "search",

@@ -1,7 +1,7 @@
 // An `eaft compare` or `eaft eval` folder: tables, curves, target against drift, objective against objective, regressions.
 
 import { url } from "./api.js";
-import { STYLE, palette, watch } from "./charts.js";
+import { palette, plot, watch } from "./charts.js";
 import { count, h, number, part, prose, select, share, table } from "./dom.js";
 import { change, state } from "./state.js";
 
@@ -57,17 +57,9 @@ const between = (found, show) =>
     h("span", { class: "quiet" }, ` ${show(found.low)} to ${show(found.high)}`),
   );
 const half = (width) => (width > 900 ? Math.floor((width - 24) / 2) : width);
-const base = (options) => ({
-  style: STYLE,
-  marginLeft: 52,
-  marginTop: 26,
-  marginBottom: 40,
-  height: 300,
-  inset: 6,
-  grid: true,
-  ...options,
-});
-const figure = (title, plot) => h("figure", {}, h("figcaption", {}, title), plot);
+const SHAPE = { height: 300, marginLeft: 52, marginTop: 26, marginBottom: 40, inset: 6, grid: true };
+const figure = (title, options, label = title) =>
+  h("figure", {}, h("figcaption", {}, title), plot(label, { ...SHAPE, ...options }));
 const colours = (domain) => ({ domain, range: palette(), legend: true });
 
 function comparison({ results, points: rows, curves, regressions }, width) {
@@ -77,63 +69,60 @@ function comparison({ results, points: rows, curves, regressions }, width) {
     `${row.objective}, seed ${row.seed}${row.learning_rate ? `, lr ${row.learning_rate}` : ""}, step ${row.step}`;
   const lines = (data, x, y, xLabel, yLabel, dots = true) => {
     const drawn = data.filter((row) => row[x] !== null && row[y] !== null);
-    return Plot.plot(
-      base({
-        width: size,
-        color,
-        x: { label: `${xLabel} →`, labelAnchor: "center", labelArrow: "none" },
-        y: { label: `↑ ${yLabel}`, labelArrow: "none" },
-        marks: [
-          Plot.line(drawn, { x, y, z: "run", stroke: "objective", strokeOpacity: 0.6 }),
-          dots &&
-            Plot.dot(drawn, {
-              x,
-              y,
-              fill: "objective",
-              r: 3,
-              title: (row) => `${who(row)}: drift ${number(row.drift_general, 3)}, nll ${number(row.nll, 3)}`,
-            }),
-        ],
-      }),
-    );
-  };
-  const scored = rows.filter((row) => row.target !== null && (row.step === 0 || row.chosen));
-  const target = Plot.plot(
-    base({
+    return {
       width: size,
       color,
-      x: { label: "drift on general prompts, nats per token →", labelAnchor: "center", labelArrow: "none" },
-      y: { label: "↑ target score, %", percent: true, labelArrow: "none" },
+      x: { label: `${xLabel} →`, labelAnchor: "center", labelArrow: "none" },
+      y: { label: `↑ ${yLabel}`, labelArrow: "none" },
       marks: [
-        Plot.dot(
-          scored.filter(({ step }) => step > 0),
-          {
-            x: "drift_general",
-            y: "target",
+        Plot.line(drawn, { x, y, z: "run", stroke: "objective", strokeOpacity: 0.6 }),
+        dots &&
+          Plot.dot(drawn, {
+            x,
+            y,
             fill: "objective",
-            r: 5,
-            title: (row) =>
-              `${who(row)}: target ${share(row.target)}, general ${share(row.general)}, drift ${number(row.drift_general, 3)}`,
-          },
-        ),
-        Plot.dot(scored.filter(({ step }) => step === 0).slice(0, 1), {
-          x: "drift_general",
-          y: "target",
-          stroke: "var(--ink)",
-          symbol: "times",
-          r: 5,
-        }),
-        Plot.text(scored.filter(({ step }) => step === 0).slice(0, 1), {
-          x: "drift_general",
-          y: "target",
-          text: () => "base",
-          dx: 10,
-          textAnchor: "start",
-          fill: "var(--ink)",
-        }),
+            r: 3,
+            title: (row) => `${who(row)}: drift ${number(row.drift_general, 3)}, nll ${number(row.nll, 3)}`,
+          }),
       ],
-    }),
-  );
+    };
+  };
+  const scored = rows.filter((row) => row.target !== null);
+  const base = scored.filter(({ step }) => step === 0).slice(0, 1); // every run's has the same
+  const target = {
+    width: size,
+    color,
+    x: { label: "drift on general prompts, nats per token →", labelAnchor: "center", labelArrow: "none" },
+    y: { label: "↑ target score, %", percent: true, labelArrow: "none" },
+    marks: [
+      Plot.dot(
+        scored.filter(({ step, chosen }) => step > 0 && chosen),
+        {
+          x: "drift_general",
+          y: "target",
+          fill: "objective",
+          r: 5,
+          title: (row) =>
+            `${who(row)}: target ${share(row.target)}, general ${share(row.general)}, drift ${number(row.drift_general, 3)}`,
+        },
+      ),
+      Plot.dot(base, {
+        x: "drift_general",
+        y: "target",
+        stroke: "var(--ink)",
+        symbol: "times",
+        r: 5,
+      }),
+      Plot.text(base, {
+        x: "drift_general",
+        y: "target",
+        text: () => "base",
+        dx: 10,
+        textAnchor: "start",
+        fill: "var(--ink)",
+      }),
+    ],
+  };
   const metrics = [...new Set(curves.flatMap(({ metrics }) => Object.keys(metrics)))];
   const metric = metrics.includes(state.metric) ? state.metric : metrics.includes("nll") ? "nll" : metrics[0];
   const logged = curves.flatMap(({ metrics, ...run }) =>
@@ -169,6 +158,7 @@ function comparison({ results, points: rows, curves, regressions }, width) {
             ),
           ],
           lines(logged, "step", "value", "step", metric, false),
+          metric,
         ),
     ),
     h("h2", {}, "Objectives"),
@@ -247,21 +237,16 @@ function pairOf({ first, second, views, fronts }, size) {
         low: front.low[index],
         high: front.high[index],
       }));
-      return figure(
-        `Drift of ${first} less that of ${second}, at equal ${name}, with its 95% band`,
-        Plot.plot(
-          base({
-            width: size,
-            x: { label: `${name} →`, labelAnchor: "center", labelArrow: "none" },
-            y: { label: "↑ nats per token", labelArrow: "none" },
-            marks: [
-              Plot.areaY(data, { x: "at", y1: "low", y2: "high", fill: "var(--accent)", fillOpacity: 0.2 }),
-              Plot.line(data, { x: "at", y: "difference", stroke: "var(--accent)" }),
-              Plot.ruleY([0], { stroke: "var(--ink)", strokeOpacity: 0.4 }),
-            ],
-          }),
-        ),
-      );
+      return figure(`Drift of ${first} less that of ${second}, at equal ${name}, with its 95% band`, {
+        width: size,
+        x: { label: `${name} →`, labelAnchor: "center", labelArrow: "none" },
+        y: { label: "↑ nats per token", labelArrow: "none" },
+        marks: [
+          Plot.areaY(data, { x: "at", y1: "low", y2: "high", fill: "var(--accent)", fillOpacity: 0.2 }),
+          Plot.line(data, { x: "at", y: "difference", stroke: "var(--accent)" }),
+          Plot.ruleY([0], { stroke: "var(--ink)", strokeOpacity: 0.4 }),
+        ],
+      });
     });
   return [
     h("h2", {}, `${first} against ${second}`),
@@ -318,8 +303,7 @@ function evaluation({ results, regressions }, width) {
     low: found.low * 100,
     high: found.high * 100,
   }));
-  const forest = Plot.plot({
-    style: STYLE,
+  const forest = {
     width: half(width),
     height: 60 + 26 * data.length,
     marginLeft: Math.min(180, 20 + 7 * d3.max(data, ({ name }) => name.length)),
@@ -337,7 +321,9 @@ function evaluation({ results, regressions }, width) {
       Plot.ruleY(data, { x1: "low", x2: "high", y: "name", stroke: "var(--accent)", strokeWidth: 2 }),
       Plot.dot(data, { x: "change", y: "name", fill: "var(--accent)", r: 4 }),
     ],
-  });
+    inset: 0,
+    grid: false,
+  };
   const { drift } = results;
   return [
     h("p", { class: "lead" }, prose(results.verdict.sentence)),
