@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ import torch
 
 from eaft.inspection.folder import BASE, EXAMPLES, STATISTICS
 from eaft.inspection.gating import effect, parameters, sliders, weigh
+from eaft.inspection.kept import Kept
 from eaft.inspection.landscape import bin_sums
 from eaft.inspection.selection import RequestError, Selection, one_of
 from eaft.inspection.tables import DRAWS, Tables
@@ -56,11 +57,11 @@ class Queries:
         self.tables, self.inspection = tables, tables.inspection
         self.vocabulary = tables.vocabulary
         # What the next question about the same selection needs again: a slider moves, a box, a page is turned
-        self.chosen = lru_cache(maxsize=32)(self.find_chosen)
-        self.plane = lru_cache(maxsize=16)(self.find_plane)
-        self.ordered = lru_cache(maxsize=16)(self.find_ordered)
-        self.gate_tokens = lru_cache(maxsize=4)(self.find_gate_tokens)
-        self.token_counts = lru_cache(maxsize=8)(self.find_token_counts)
+        self.chosen = Kept(self.find_chosen, 32)
+        self.plane = Kept(self.find_plane, 16)
+        self.ordered = Kept(self.find_ordered, 16)
+        self.gate_tokens = Kept(self.find_gate_tokens, 4)
+        self.token_counts = Kept(self.find_token_counts, 8)
 
     # Asking
 
