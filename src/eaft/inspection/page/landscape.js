@@ -79,9 +79,11 @@ export default {
       boxFields.update();
       const other = besideSelection();
       const alone = selection({ without: ["box"] });
-      picture.ask(url("landscape", alone), ...(other ? [url("landscape", { ...alone, ...other })] : []));
-      sums.ask(url("landscape", selection()));
-      lists();
+      const drawn = [
+        picture.ask(url("landscape", alone), ...(other ? [url("landscape", { ...alone, ...other })] : [])),
+        sums.ask(url("landscape", selection())),
+      ];
+      Promise.all(drawn).then(lists); // the picture first
       const now = state.colour + state.as;
       if (colour && colour !== now) picture.redraw();
       colour = now;
