@@ -110,7 +110,7 @@ def make_folder(folder: Path, tokens: int, tokens_per_example: int, compared: bo
                 "origin": np.where(rollouts, ROLLOUTS, DATA),
                 "source": np.char.add("source ", (index % SOURCES).astype(str)),
                 "row": np.where(rollouts, index - examples * 5 // 6, index),
-                "digest": [f"{i:064x}" for i in index],
+                "digest": [f"{i:016x}" for i in index],
                 "text": texts,
                 "messages": [None] * count,
                 "tokens": lengths.astype(np.int32),
