@@ -190,6 +190,11 @@ class Queries:
         The grids, `total` and `corner` (confident conflicts) leave the box aside; `selected` is what is in it.
         """
         plane = self.plane(replace(selection, box=None))
+        if selection.box is None:
+            where, values = self.of_examples(selection)
+            # An example without labels has no nll, and no token here
+            sql = f"SELECT count(*) AS examples FROM {self.examples_of(selection.model)} WHERE {where} AND nll IS NOT NULL"
+            return {**plane, "selected": plane["total"] | self.rows(sql, values, selection)[0]}
         where, values = self.of_tokens(selection)
         selected = self.rows(
             f"""
