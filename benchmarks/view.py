@@ -7,8 +7,8 @@ The viewer's server at scale: how long a first picture, a box, a filter, a slide
 
 The folder is synthetic (`make_folder`): statistics with a realistic spread, eight sources, a sixth of it rollouts, one
 compared model. `eaft view` is started as a user starts it. What is timed is what a user does: an action's requests are
-sent at once, as the page does, and the last byte of the last answer ends it. Writes
-benchmarks/results/view_TOKENS_EXAMPLES.json and prints the table.
+sent at once, as the page does, and the last byte of the last answer ends it. Then the parts of answers, in one process:
+what the time goes to. Writes benchmarks/results/view_TOKENS_EXAMPLES.json and prints both tables.
 """
 
 from __future__ import annotations
@@ -30,9 +30,14 @@ from urllib.parse import urlencode
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from tabulate import tabulate
 
-from eaft.inspection.folder import BASE, COMPARED, DATA, EXAMPLES, ROLLOUTS, TOKENS, VOCABULARY
+from eaft.inspection.folder import BASE, COMPARED, DATA, EXAMPLES, ROLLOUTS, TOKENS, VOCABULARY, Inspection
+from eaft.inspection.gating import weigh
+from eaft.inspection.queries import Queries
+from eaft.inspection.selection import Selection
+from eaft.inspection.tables import Tables
 from eaft.objective.gates import GATES
 from eaft.objective.statistics import CONFLICT_MAX_ENTROPY, CONFLICT_MAX_PROB
 from eaft.provenance import environment, write_json
@@ -110,7 +115,7 @@ def make_folder(folder: Path, tokens: int, tokens_per_example: int, compared: bo
                 "origin": np.where(rollouts, ROLLOUTS, DATA),
                 "source": np.char.add("source ", (index % SOURCES).astype(str)),
                 "row": np.where(rollouts, index - examples * 5 // 6, index),
-                "digest": [f"{i:064x}" for i in index],
+                "digest": [f"{i:016x}" for i in index],
                 "text": texts,
                 "messages": [None] * count,
                 "tokens": lengths.astype(np.int32),
@@ -289,6 +294,44 @@ def measure(folder: Path, examples: int, compared: bool, rounds: int) -> SENT:
         server.wait()
 
 
+def parts(folder: Path, repeats: int = 5) -> dict[str, float]:
+    """Return what the time goes to: the median milliseconds of each part of an answer, one at a time, none kept."""
+    torch.set_num_threads(1)  # as the server has it
+    start = time.perf_counter()
+    tables = Tables(Inspection(folder))
+    found = {"reading the base model, at the start": 1000 * (time.perf_counter() - start)}
+    queries, whole = Queries(tables), Selection()
+    boxes = [Selection(box=(0.1, 0.5 + i / 10, 0.1, 0.6)) for i in range(repeats)]
+    plane = queries.landscape(whole)
+    gated = queries.gate_tokens(whole)
+    known = len(tables.example_nll)
+    jobs: dict[str, Callable[[int], Any]] = {
+        "sums over the plane's bins, all tokens": lambda i: queries.find_plane(whole),
+        "sums in a box": lambda i: queries.landscape(boxes[i]),
+        "examples by their nll": lambda i: queries.find_chosen(Selection(nll=(0.5, 1 + i / 10))),
+        "sums over the bins, of those examples": lambda i: queries.find_plane(Selection(nll=(0.5, 1 + i / 10))),
+        "search of all texts": lambda i: queries.find_chosen(Selection(search=f"w{1000 + i} ")),
+        "order of all examples": lambda i: queries.find_ordered(whole, "nll", bool(i % 2)),
+        "order of the examples with tokens in a box": lambda i: queries.find_ordered(boxes[i], "nll", True),
+        "a page's rows": lambda i: queries.examples(whole, "example", False, 100 * i, 100),
+        "a gate's tokens (a sample)": lambda i: queries.find_gate_tokens(whole),
+        "a gate's weights": lambda i: weigh("eaft", gated[0], {"alpha": 1 + i / 10}),
+        "a gate's weights and all sums of them": lambda i: queries.gate(whole, "eaft", {"alpha": 1 + i / 10}),
+        "one example, from Parquet": lambda i: queries.example((i + 1) * known // (repeats + 2), BASE, "eaft", {}),
+        "tokens' counts in a group": lambda i: queries.find_token_counts(whole, "conflict"),
+        "an answer's JSON": lambda i: json.dumps(plane),
+    }
+    for name, job in jobs.items():
+        times = []
+        for i in range(repeats):
+            start = time.perf_counter()
+            job(i)
+            times.append(1000 * (time.perf_counter() - start))
+        found[name] = float(np.median(times))
+    tables.close()
+    return found
+
+
 def table(found: SENT) -> str:
     """Return the times as a table: median, 99th percentile, largest."""
     rows = []
@@ -317,12 +360,15 @@ def main() -> None:
     if not (folder / "run.json").is_file():
         make_folder(folder, flags.tokens, flags.tokens_per_example, compared)
     found = measure(folder, examples, compared, flags.rounds)
+    found["parts_ms"] = parts(folder)
     facts = {"tokens": flags.tokens, "examples": examples, "models": 1 + compared, "note": flags.note}
     facts["disk_gib"] = sum(file.stat().st_size for file in folder.rglob("*.parquet")) / 2**30
     about = {"date": date.today().isoformat(), "environment": environment(), **facts}
     write_json(RESULTS / f"view_{flags.tokens:.0e}_{examples}.json".replace("e+0", "e"), {**about, **found})
     print({**facts, **{name: round(value, 2) for name, value in found.items() if isinstance(value, float)}})
     print(table(found))
+    rows = [[name, f"{value:.0f}"] for name, value in found["parts_ms"].items()]
+    print(tabulate(rows, ["what the time goes to", "ms"], tablefmt="github", disable_numparse=True))
 
 
 if __name__ == "__main__":

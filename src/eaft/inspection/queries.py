@@ -90,11 +90,9 @@ class Queries:
         """Return the name of the model's table of tokens."""
         return f"tokens_{self.tables.number(selection.model)}"
 
-    def joined(self, model: str) -> str:
-        """Return `examples` with the means under a model; those that the folder keeps are under the base model."""
-        columns = "examples.* EXCLUDE (nll, entropy, conflict_share, conflict_nll_share), means.* EXCLUDE (example)"
-        means = f"means_{self.tables.number(model)}"
-        return f"(SELECT {columns} FROM examples LEFT JOIN {means} AS means USING (example)) AS means"
+    def examples_of(self, model: str) -> str:
+        """Return the name of the model's table of examples."""
+        return f"examples_{self.tables.number(model)}"
 
     def find_chosen(self, selection: Selection) -> np.ndarray:
         """Return the examples of a selection that filters them, in order."""
@@ -109,7 +107,9 @@ class Queries:
         if selection.search:
             conditions.append("example IN (SELECT example FROM texts WHERE contains(lower, lower(?)))")
             values.append(selection.search)
-        sql = f"SELECT example FROM {self.joined(selection.model)} WHERE {' AND '.join(conditions)} ORDER BY example"
+        sql = (
+            f"SELECT example FROM {self.examples_of(selection.model)} WHERE {' AND '.join(conditions)} ORDER BY example"
+        )
         found: np.ndarray = self.ask(sql, values)["example"].astype(np.int32)
         return found
 
@@ -190,6 +190,11 @@ class Queries:
         The grids, `total` and `corner` (confident conflicts) leave the box aside; `selected` is what is in it.
         """
         plane = self.plane(replace(selection, box=None))
+        if selection.box is None:
+            where, values = self.of_examples(selection)
+            # An example without labels has no nll, and no token here
+            sql = f"SELECT count(*) AS examples FROM {self.examples_of(selection.model)} WHERE {where} AND nll IS NOT NULL"
+            return {**plane, "selected": plane["total"] | self.rows(sql, values, selection)[0]}
         where, values = self.of_tokens(selection)
         selected = self.rows(
             f"""
@@ -300,7 +305,7 @@ class Queries:
         """Return the examples of a selection, in order of a column; nulls are last."""
         where, values = self.of_examples(selection)
         order = f"{sort} {'DESC' if descending else 'ASC'} NULLS LAST, example"
-        sql = f"SELECT example FROM {self.joined(selection.model)} WHERE {where} ORDER BY {order}"
+        sql = f"SELECT example FROM {self.examples_of(selection.model)} WHERE {where} ORDER BY {order}"
         found: np.ndarray = self.ask(sql, values, selection)["example"]
         return found
 
@@ -316,7 +321,7 @@ class Queries:
         rows = self.rows(
             f"""
             SELECT {columns}, substring(text, {found}, {SNIPPET}) AS snippet
-            FROM {self.joined(selection.model)} JOIN texts USING (example) WHERE {where}""",
+            FROM {self.examples_of(selection.model)} JOIN texts USING (example) WHERE {where}""",
             [*([selection.search] if selection.search else []), *values],
         )
         by_example = {row["example"]: row for row in rows}
@@ -327,7 +332,7 @@ class Queries:
         known = len(self.tables.example_nll)
         if number >= known:
             raise RequestError(f"example={number}: there are {known}.")
-        row = self.rows(f"SELECT * FROM {self.joined(model)} WHERE example = ?", [number])[0]
+        row = self.rows(f"SELECT * FROM {self.examples_of(model)} WHERE example = ?", [number])[0]
         row |= self.rows("SELECT text, messages FROM texts WHERE example = ?", [number])[0]
         text = row["text"]
         row["messages"] = None if row["messages"] is None else json.loads(row["messages"])
@@ -500,7 +505,7 @@ class Queries:
     def export_examples(self, selection: Selection) -> Iterator[str]:
         """Yield the examples of a selection as JSON Lines: what `examples.parquet` has, means under the model."""
         names = [field.name for field in EXAMPLES]
-        table = f"{self.joined(selection.model)} JOIN texts USING (example)"
+        table = f"{self.examples_of(selection.model)} JOIN texts USING (example)"
         for rows in self.parts(", ".join(names), table, self.of_examples(selection), "example", selection):
             lines = []
             for row in rows:

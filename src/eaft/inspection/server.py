@@ -162,6 +162,8 @@ class Guard:
             return error(403, "Open the address that `eaft view` printed; over ssh, forward the same port.")
         if scope["method"] not in ("GET", "HEAD"):
             return error(405, "Nothing can be changed here: GET and HEAD only.")
+        if "\0" in scope["path"]:  # of which no file has a name, and to look for one fails
+            return error(404, "Not Found")
         if not self.knows_token(HTTPConnection(scope)):
             return error(403, "The token is missing or wrong: open the address that `eaft view` printed.")
         return None

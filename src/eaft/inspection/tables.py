@@ -31,7 +31,7 @@ NAMES = [field.name for field in STATISTICS]
 
 class Tables:
     """
-    The tables of an inspection: `examples` and `texts`; `tokens_N` and `means_N` of its model number N.
+    The tables of an inspection: `texts`; and of its model number N `tokens_N` and `examples_N`, with means under it.
 
     The base model's are there when this returns; the others' are read behind it, and `number` waits for them.
 
@@ -99,7 +99,7 @@ class Tables:
         }
 
     def read_examples(self) -> None:
-        """Make `examples` and `texts`: the text in lower case too, for searching."""
+        """Make the base model's `examples_0`, and `texts`: in lower case too, for searching."""
         examples = self.inspection.examples()
         self.sources = sorted(pc.unique(examples["source"]).to_pylist())
         self.origins = sorted(pc.unique(examples["origin"]).to_pylist())
@@ -110,11 +110,11 @@ class Tables:
         if not np.array_equal(examples["example"].to_numpy(), np.arange(len(examples))):
             raise KeyError(f"{EXAMPLES_FILE}: its rows are not in order")
         with Handed(self.connection, examples) as cursor:
-            cursor.execute("CREATE TABLE examples AS SELECT * EXCLUDE (text, messages) FROM handed")
+            cursor.execute("CREATE TABLE examples_0 AS SELECT * EXCLUDE (text, messages) FROM handed")
             cursor.execute("CREATE TABLE texts AS SELECT example, text, lower(text) AS lower, messages FROM handed")
 
     def read_model(self, name: str) -> None:
-        """Make `tokens_N` and `means_N` of a model."""
+        """Make `tokens_N` of a model, and its `examples_N` if it is not the base model."""
         number, rows = self.names.index(name), 0
         total = sum(pq.read_metadata(file).num_rows for file in self.inspection.files(name))
         random = np.random.default_rng(0)
@@ -129,16 +129,19 @@ class Tables:
                     cursor.execute(f"{verb} SELECT * FROM handed")
                 made, waiting = True, []
                 self.tell(f"{name}: {rows:,} of {total:,} tokens")
-        cursor = self.cursor()
-        if name == BASE:
-            means = "SELECT example, nll, entropy, conflict_share, conflict_nll_share FROM examples"
-        else:
-            means = f"""
-                SELECT example, avg(-log_prob) AS nll, avg(entropy) AS entropy,
-                    avg(conflict::INTEGER) AS conflict_share,
-                    sum(CASE WHEN conflict THEN -log_prob ELSE 0 END) / nullif(sum(-log_prob), 0) AS conflict_nll_share
-                FROM tokens_{number} GROUP BY example"""
-        cursor.execute(f"CREATE TABLE means_{number} AS {means}")
+        if name != BASE:
+            self.cursor().execute(
+                f"""
+                CREATE TABLE examples_{number} AS
+                SELECT kept.* EXCLUDE (nll, entropy, conflict_share, conflict_nll_share), means.* EXCLUDE (example)
+                FROM examples_0 AS kept LEFT JOIN (
+                    SELECT example, avg(-log_prob) AS nll, avg(entropy) AS entropy,
+                        avg(conflict::INTEGER) AS conflict_share,
+                        sum(CASE WHEN conflict THEN -log_prob ELSE 0 END) / nullif(sum(-log_prob), 0)
+                            AS conflict_nll_share
+                    FROM tokens_{number} GROUP BY example) AS means USING (example)
+                ORDER BY example"""
+            )
 
     def batches(self, name: str) -> Iterator[pa.Table]:
         """Yield a model's rows with what only the base model's files have of them, and where each token starts."""
