@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -367,3 +368,18 @@ def test_what_a_page_is_built_from(ask, everything):
     for name, gate in gates.items():  # each is answered as it starts
         assert ask("gates", gate=name)["params"] == starts[name]
         assert all(p["choices"] or p["min"] <= p["default"] <= p["max"] for p in gate["params"])
+
+
+def test_several_who_ask_at_once_get_their_own_answers(folder):
+    selections = [
+        queries_module.Selection(nll=(low / 10, None), box=(0.0, 1.0 + low / 10, 0.0, 0.9), search="w1" * (low % 2))
+        for low in range(24)
+    ]
+    one, many = (Queries(Tables(Inspection(folder))) for _ in range(2))
+    alone = [one.landscape(selection) for selection in selections]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(many.landscape, selections * 3))
+    for a, b in zip(alone * 3, together, strict=True):
+        assert a["selected"] == pytest.approx(b["selected"])
+        assert a["tokens"] == b["tokens"]
+    assert len({answer["selected"]["tokens"] for answer in alone}) > 12

@@ -193,7 +193,8 @@ class Queries:
         if selection.box is None:
             where, values = self.of_examples(selection)
             # An example without labels has no nll, and no token here
-            sql = f"SELECT count(*) AS examples FROM {self.examples_of(selection.model)} WHERE {where} AND nll IS NOT NULL"
+            table = self.examples_of(selection.model)
+            sql = f"SELECT count(*) AS examples FROM {table} WHERE {where} AND nll IS NOT NULL"
             return {**plane, "selected": plane["total"] | self.rows(sql, values, selection)[0]}
         where, values = self.of_tokens(selection)
         selected = self.rows(

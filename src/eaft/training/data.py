@@ -52,35 +52,6 @@ def load_splits(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig
         ) from error
 
 
-def select_split(splits: DatasetDict, split: str, flag: str, text_field: str) -> Any:
-    """
-    Return one split after checking that it has rows, in a format TRL's SFT takes.
-
-    Raises:
-        ConfigurationError: there is no such split, it is empty, or its columns are none of the expected.
-    """
-    if split not in splits:
-        raise ConfigurationError(f"{flag}={split!r}: the data has only {', '.join(splits)}.")
-    dataset = splits[split]
-    first = next(iter(dataset), None)
-    if first is None:
-        raise ConfigurationError(f"{flag}={split!r}: the data set is empty.")
-    expected = [{"messages"}, {"prompt", "completion"}, {text_field}, {"conversations"}, {"input_ids"}]
-    if not any(columns <= first.keys() for columns in expected):
-        names = ", ".join(" + ".join(sorted(columns, reverse=True)) for columns in expected)
-        raise ConfigurationError(
-            f"{flag}={split!r}: found the columns {', '.join(first)}; expected one of: {names}. Rename yours, or "
-            "name the text column with --dataset_text_field."
-        )
-    return dataset
-
-
-def row_digest(row: dict[str, Any]) -> str:
-    """Return a digest of a row's content, 16 hexadecimal digits of a SHA-256: it names the row in whatever order."""
-    content = json.dumps(row, sort_keys=True, default=str, ensure_ascii=False)
-    return hashlib.sha256(content.encode(errors="surrogatepass")).hexdigest()[:16]
-
-
 def exclude_rows(dataset: Any, file: str) -> Any:
     """
     Return a data set without the rows that a file names, the others in their order.
@@ -125,3 +96,32 @@ def exclude_rows(dataset: Any, file: str) -> Any:
     if len(excluded) == len(dataset):
         raise ConfigurationError(f"{name} names all {len(dataset)} rows: none is left to train on.")
     return dataset.select([row for row in range(len(dataset)) if row not in excluded])
+
+
+def select_split(splits: DatasetDict, split: str, flag: str, text_field: str) -> Any:
+    """
+    Return one split after checking that it has rows, in a format TRL's SFT takes.
+
+    Raises:
+        ConfigurationError: there is no such split, it is empty, or its columns are none of the expected.
+    """
+    if split not in splits:
+        raise ConfigurationError(f"{flag}={split!r}: the data has only {', '.join(splits)}.")
+    dataset = splits[split]
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ConfigurationError(f"{flag}={split!r}: the data set is empty.")
+    expected = [{"messages"}, {"prompt", "completion"}, {text_field}, {"conversations"}, {"input_ids"}]
+    if not any(columns <= first.keys() for columns in expected):
+        names = ", ".join(" + ".join(sorted(columns, reverse=True)) for columns in expected)
+        raise ConfigurationError(
+            f"{flag}={split!r}: found the columns {', '.join(first)}; expected one of: {names}. Rename yours, or "
+            "name the text column with --dataset_text_field."
+        )
+    return dataset
+
+
+def row_digest(row: dict[str, Any]) -> str:
+    """Return a digest of a row's content, 16 hexadecimal digits of a SHA-256: it names the row in whatever order."""
+    content = json.dumps(row, sort_keys=True, default=str, ensure_ascii=False)
+    return hashlib.sha256(content.encode(errors="surrogatepass")).hexdigest()[:16]
