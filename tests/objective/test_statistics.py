@@ -141,5 +141,15 @@ def test_grad_norm_is_that_of_autograd():
     stats = token_statistics(logits, labels)
     stats.nll.sum().backward()
     torch.testing.assert_close(stats.grad_norm, logits.grad.norm(dim=-1), rtol=1e-12, atol=0)
-    sure = token_statistics(torch.tensor([[200.0, 0.0]]), torch.tensor([0]))
-    assert sure.grad_norm.item() == 0  # not NaN, where rounding goes below 0
+
+
+@pytest.mark.parametrize("gap", [4, 8, 12, 16, 30, 200])
+def test_grad_norm_where_the_label_is_nearly_certain(gap):
+    """Float32 loses the others' probabilities beside the label's; the norm stays within sqrt(2) of the true one."""
+    logits = torch.full((1, 30), -float(gap))
+    logits[0, 0] = 0.0
+    other = math.exp(-gap) / (1 + 29 * math.exp(-gap))
+    truth = math.sqrt((29 * other) ** 2 + 29 * other**2)
+    found = token_statistics(logits, torch.tensor([0])).grad_norm.item()
+    assert 0 <= found <= 1.42 * truth + 2**-22
+    assert found >= 0.7 * truth - 2**-22

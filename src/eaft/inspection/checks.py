@@ -48,8 +48,8 @@ CHECKS = {
     ),
     "template_twice": (
         "A chat template applied twice",
-        "A message begins with a special token, or the text with the same special token twice: the data already had the "
-        "template, and got it once more. Give messages without it, or plain text.",
+        "A message begins with a special token, or the text with the same special token twice: the data already had "
+        "the template, and got it once more. Give messages without it, or plain text.",
     ),
     "special_in_text": (
         "Special tokens inside the messages' own text",
@@ -64,7 +64,7 @@ CHECKS = {
 
 
 def check(inspection: Inspection) -> list[dict[str, Any]]:
-    """Return for each check its name, title, number of rows, the first of them (row numbers of the data) and advice."""
+    """Return each check: its name, title, number of rows, the first rows (their numbers in the data) and advice."""
     vocabulary = Vocabulary(inspection)
     special = sorted((t for i in vocabulary.special if (t := vocabulary.texts[i]).strip()), key=len, reverse=True)
     pattern = re.compile("|".join(map(re.escape, special))) if special else None

@@ -1,8 +1,8 @@
 """
 What an inspection finds: the content of summary.json.
 
-Two passes over the base model's tokens and one over each other model's. Nothing is kept but sums, by token id, source and
-origin, and a few bytes an example; sums are in float64.
+Two passes over the base model's tokens and one over each other model's. Nothing is kept but sums, by token id, source
+and origin, and a few bytes an example; sums are in float64.
 """
 
 from __future__ import annotations

@@ -55,7 +55,10 @@ class TokenStatistics:
     @property
     def grad_norm(self) -> Tensor:
         """Norm of d nll / d logits, p - 1[label]: sqrt(sum_v p_v^2 - 2 P(label) + 1). A weight on the nll scales it."""
-        return (self.sum_sq_probs - 2 * self.prob.detach() + 1).clamp(min=0).sqrt()  # rounding can go below 0
+        # As (1 - P(label))^2 + the others' squares, which are at most that: where P is near 1 the formula cancels
+        others = -torch.expm1(self.log_prob.detach())
+        squares = (self.sum_sq_probs - self.prob.detach().square()).clamp(min=0).minimum(others.square())
+        return (others.square() + squares).sqrt()
 
     def detach(self) -> TokenStatistics:
         """Return the same statistics without any gradient."""

@@ -28,7 +28,7 @@ from eaft.objective.gates import gates_help
 from eaft.processes import locked
 from eaft.provenance import environment, peak_memory_gib, write_json
 from eaft.training.config import EAFTConfig
-from eaft.training.data import load_splits, select_split
+from eaft.training.data import exclude_rows, load_splits, select_split
 from eaft.training.plan import DryRunArguments, plan
 from eaft.training.trainer import EAFTTrainer
 
@@ -228,6 +228,8 @@ def load_data(
     if args.eval_strategy != "no":
         names.append((script_args.dataset_test_split, "dataset_test_split"))
     found = [select_split(splits, split, flag, args.dataset_text_field) for split, flag in names]
+    if args.exclude_examples is not None:
+        found[0] = exclude_rows(found[0], args.exclude_examples)
     return found[0], found[1] if len(found) > 1 else None
 
 

@@ -1,0 +1,133 @@
+"""The report of an inspection: report.html, the pictures, and the page that is printed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from eaft.evaluation.report import save, table
+from eaft.inspection.advice import percent, shown
+from eaft.inspection.figures import CAPTIONS, draw, svg
+from eaft.inspection.folder import BASE, DATA, REPORT_FILE, ROLLOUTS, SUMMARY_FILE, Inspection
+from eaft.inspection.labelled import Vocabulary
+
+Numbers = dict[str, Any]
+FIRST_EXAMPLES, EXAMPLE_TOKENS = 8, 400  # shown in the report
+TOKEN_ROWS = 15
+
+
+def write(inspection: Inspection) -> None:
+    """Write figures/*.png and report.html, from summary.json and the tokens."""
+    folder = inspection.folder / "figures"
+    folder.mkdir(exist_ok=True)
+    pictures = {}
+    for name, figure in draw(inspection, inspection.summary).items():
+        pictures[name] = Markup(svg(figure, name))
+        save(figure, folder / f"{name}.png")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"percent": optional_percent, "shown": shown, "nats": optional_nats}
+    template = environment.from_string(Path(__file__).with_name("report.html").read_text())
+    text = template.render(
+        run=inspection.run,
+        models=inspection.models,
+        s=inspection.summary,
+        origins=[o for o in (DATA, ROLLOUTS) if inspection.summary["counts"][o]],
+        pictures=pictures,
+        captions=CAPTIONS,
+        examples=list(first_examples(inspection)),
+        token_rows=TOKEN_ROWS,
+        base=BASE,
+    )
+    staging = inspection.folder / f"{REPORT_FILE}.tmp"
+    staging.write_text(text, errors="replace")
+    os.replace(staging, inspection.folder / REPORT_FILE)
+
+
+def optional_percent(share: float | None) -> str:
+    """Return a share in per cent; nothing for none."""
+    return "-" if share is None else percent(share) if share >= 0 else f"-{percent(-share)}"
+
+
+def optional_nats(value: float | None) -> str:
+    """Return nats; nothing for none."""
+    return "-" if value is None else f"{value:.2f}"
+
+
+def first_examples(inspection: Inspection) -> Iterator[Numbers]:
+    """Yield the first examples: number, row, source, nll, conflict share, and pieces of text with their colours."""
+    examples = inspection.examples(["example", "row", "source", "text", "nll", "conflict_share"])
+    examples = examples.slice(0, FIRST_EXAMPLES).to_pylist()
+    names = ["example", "end", "token_id", "log_prob", "entropy", "first_choice", "first_prob"]
+    wanted: list[pa.RecordBatch] = []
+    for batch in inspection.batches(names, rows=1 << 15):
+        wanted.append(batch.filter(pc.less(batch["example"], FIRST_EXAMPLES)))
+        if batch["example"][-1].as_py() >= FIRST_EXAMPLES:
+            break
+    tokens, vocabulary = pa.Table.from_batches(wanted), Vocabulary(inspection)
+    for example in examples:
+        rows = tokens.filter(pc.equal(tokens["example"], example["example"])).to_pylist()
+        pieces, start = [], 0
+        for row in rows[:EXAMPLE_TOKENS]:
+            text, start = example["text"][start : row["end"]], row["end"]
+            if not text:
+                continue  # of a character whose last token shows it
+            if row["log_prob"] is None:
+                pieces.append({"text": text, "style": "no", "title": ""})
+                continue
+            prob = min(1.0, 2.718281828459045 ** row["log_prob"])
+            first = shown(vocabulary.named(row["first_choice"])["text"])
+            title = f"p {prob:.3g}, H {row['entropy']:.2f}; the model: {first} ({row['first_prob']:.2f})"
+            pieces.append({"text": text, "style": f"p{min(9, int(10 * prob))}", "title": title})
+        yield {**example, "pieces": pieces, "more": max(0, len(rows) - EXAMPLE_TOKENS)}
+
+
+def page(inspection: Inspection) -> str:
+    """Return what is printed: the advice, the tables that prove it, and which files there are."""
+    s = inspection.summary
+    rows = [
+        [name, origin, *(optional_percent(shares[key]) for key in ("tokens", "nll", "gradient"))]
+        for name, of_model in s["conflicts"].items()
+        for origin, shares in of_model.items()
+        if shares is not None
+    ]
+    parts = [s["advice"]["text"], table(rows, ["in confident conflicts", "of", "tokens", "nll", "gradient"])]
+    if s["gates"]:
+        rows = [
+            [row["gate"], *(optional_percent(row[key]) for key in ("tokens", "nll", "gradient")), mutes(row)]
+            for row in s["gates"]
+            if row["source"] is None
+        ]
+        parts.append(table(rows, ["gate removes", "tokens", "nll", "gradient", "mutes most"]))
+    if s["tokens"]["conflict"]:
+        rows = [
+            [f"`{shown(row['text'])}`", row["count"], f"{row['lift']:.1f}", wanted(row)]
+            for row in s["tokens"]["conflict"][:10]
+        ]
+        parts.append(table(rows, ["conflict", "tokens", "lift", "the model wanted"]))
+    found = [check for check in s["checks"] if check["count"]]
+    parts += [
+        f"- {check['title']}: {check['count']} (rows {', '.join(map(str, check['rows'][:5]))}). {check['text']}"
+        for check in found
+    ]
+    if not found:
+        parts.append(f"- Checked, and nothing found: {'; '.join(c['title'].lower() for c in s['checks'])}.")
+    files = ", ".join([SUMMARY_FILE, REPORT_FILE, "figures/*.png"])
+    parts.append(f"In {inspection.folder}: {files}. To look around: eaft view {inspection.folder}")
+    return "\n\n".join(parts) + "\n"
+
+
+def mutes(row: Numbers) -> str:
+    """Return the tokens that a gate mutes most."""
+    return " ".join(dict.fromkeys(f"`{shown(token['text'])}`" for token in row["muted"][:5]))
+
+
+def wanted(row: Numbers) -> str:
+    """Return what the model wanted instead of a token."""
+    return " ".join(f"`{shown(token['text'])}` {token['count']}" for token in row["wanted"][:3])
