@@ -23,7 +23,7 @@ from eaft.evaluation.evaluate import find_model
 from eaft.evaluation.identity import weights_digest
 from eaft.evaluation.measured import shared
 from eaft.evaluation.scores import load_tokenizer, processes
-from eaft.inspection import findings, rollouts
+from eaft.inspection import findings, report, rollouts
 from eaft.inspection.compared import find_compared
 from eaft.inspection.curve import top_k_curve
 from eaft.inspection.examples import Examples, Rollout
@@ -405,10 +405,6 @@ def conclude(folder: Path) -> None:
     """Say what is found: summary.json, the report, and a page on the terminal."""
     inspection = Inspection(folder)
     write_json(folder / SUMMARY_FILE, findings.find(inspection, inspection.run.get("top_k_curve")))
-    try:
-        from eaft.inspection import report
-    except ImportError:
-        return
     report.write(inspection)
     write_json(folder / RUN_FILE, {**inspection.run, "finished": True})
     print(report.page(inspection))
