@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.colors import LogNorm
+from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.font_manager import findfont
 from matplotlib.patches import Rectangle
 from wordcloud import WordCloud
@@ -29,6 +29,8 @@ Numbers = dict[str, Any]
 TITLES = {DATA: "Your data", ROLLOUTS: "The model's own answers"}
 GROUP_NAMES = {"high_entropy": "high entropy (H ≥ 2)", "low_entropy": "low entropy (H ≤ 0.5)", "conflict": "conflicts"}
 GATE = "eaft"  # beside SFT in figure 3
+SEA = ListedColormap(plt.get_cmap("YlGnBu")(np.linspace(0.25, 1, 256)))  # no colour that is lost on white
+DARK = ListedColormap(SEA(np.linspace(0.45, 1, 256)))  # for words
 BLUE, ORANGE, RED = "#0072B2", "#E69F00", "#D55E00"  # Okabe and Ito's, which the colour-blind can tell apart
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "eaft", "text.parse_math": False, "font.size": 10}
 
@@ -86,9 +88,7 @@ def figures(inspection: Inspection) -> dict[str, Any]:
 def draw_plane(axis: Any, plane: Planes, values: NDArray[np.float64], norm: LogNorm, label_y: bool) -> Any:
     """Draw sums over the plane, with the conflicts' corner framed."""
     shown_values = np.ma.masked_less_equal(values.T, 0)
-    mesh = axis.pcolormesh(
-        plane.entropy_edges, plane.prob_edges, shown_values, norm=norm, cmap="viridis_r", rasterized=True
-    )
+    mesh = axis.pcolormesh(plane.entropy_edges, plane.prob_edges, shown_values, norm=norm, cmap=SEA, rasterized=True)
     axis.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
     axis.set_yscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
     axis.set_xticks([t for t in ENTROPY_TICKS if t <= plane.entropy_edges[-1]])
@@ -98,9 +98,9 @@ def draw_plane(axis: Any, plane: Planes, values: NDArray[np.float64], norm: LogN
     axis.add_patch(
         Rectangle((0, 0), CONFLICT_MAX_ENTROPY, CONFLICT_MAX_PROB, fill=False, edgecolor=RED, linewidth=2.5, zorder=4)
     )
-    axis.set_xlabel("entropy (nats)\n← sure          the model is          unsure →")
+    axis.set_xlabel("entropy (nats)\n← the model is sure  ·  unsure →")
     if label_y:
-        axis.set_ylabel("probability of the label\n← surprised          expected it →")
+        axis.set_ylabel("probability of the label\n← surprised  ·  expected →")
     return mesh
 
 
@@ -128,7 +128,7 @@ def landscape(plane: Planes, conflicts: Numbers) -> Any:
             arrowprops={"arrowstyle": "->", "color": RED, "linewidth": 1.5},
             zorder=5,
         )
-    figure.colorbar(mesh, ax=axes[0].tolist(), label="% of the tokens, by bin", pad=0.01)
+    figure.colorbar(mesh, ax=axes[0].tolist(), label="% of the tokens, by bin", pad=0.01, format="{x:g}")
     return figure
 
 
@@ -143,7 +143,7 @@ def gradients(plane: Planes, gate: str) -> Any:
         mesh = draw_plane(axis, plane, 100 * values / total, norm, i == 0)
         axis.set_title(f"{name.upper()}: {percent(values[corner].sum() / total)} in conflicts", fontweight="bold")
     label = "gradient, % of SFT's, by bin:\nw · √(Σp² - 2p_y + 1), the norm of the\nloss's gradient by the logits"
-    figure.colorbar(mesh, ax=axes.tolist(), label=label, pad=0.01, extend="min")
+    figure.colorbar(mesh, ax=axes.tolist(), label=label, pad=0.01, extend="min", format="{x:g}")
     return figure
 
 
@@ -197,8 +197,10 @@ def top_k(rows: list[Numbers], k: int) -> Any:
     axes[1].set(title="Time (ms)", ylim=(0, None))
     axes[2].plot(ks, [row["mib"] for row in rows], marker="o", color=BLUE)
     axes[2].set(title="Memory (MiB)", yscale="log")
+    axes[2].yaxis.set_major_formatter("{x:g}")
     for axis in axes:
         axis.set(xscale="log", xlabel="K")
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.axvline(k, color="black", linewidth=0.8, linestyle=":")
         axis.grid(alpha=0.3)
     return figure
@@ -215,7 +217,7 @@ def words(tokens: Numbers) -> Any:
         axis.set_title(title)
         if counts:
             font = findfont("DejaVu Sans")  # comes with matplotlib, and has more scripts than the package's own
-            cloud = WordCloud(font, 600, 400, background_color="white", colormap="cividis", random_state=0)
+            cloud = WordCloud(font, 600, 400, background_color="white", colormap=DARK, random_state=0)
             axis.imshow(cloud.generate_from_frequencies(counts).to_array(), interpolation="bilinear")
         else:
             axis.text(0.5, 0.5, "none", ha="center", va="center", color="grey")
@@ -230,4 +232,6 @@ def svg(figure: Any, title: str) -> str:
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)
-    return re.sub(r'^<svg[^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{title}">', text)
+    width = figure.get_figwidth()
+    opening = f'<svg viewBox="\\1" role="img" aria-label="{title}" style="max-width: {6.5 * width:.0f}rem">'
+    return re.sub(r'^<svg[^>]*?viewBox="([^"]*)"[^>]*>', opening, text)

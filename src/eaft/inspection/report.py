@@ -42,7 +42,7 @@ def write(inspection: Inspection) -> None:
         pictures[name] = Markup(svg(figure, html.escape(CAPTIONS[name])))
         save(figure, folder / f"{name}.png")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": optional_percent, "shown": shown, "nats": optional_nats}
+    environment.filters |= {"percent": optional_percent, "shown": shown, "nats": optional_nats, "code": code}
     template = environment.from_string(Path(__file__).with_name("report.html").read_text())
     text = template.render(
         run=inspection.run,
@@ -60,6 +60,12 @@ def write(inspection: Inspection) -> None:
     os.replace(staging, inspection.folder / REPORT_FILE)
 
 
+def code(text: str) -> Markup:
+    """Return text with what is in backticks as code."""
+    parts = text.split("`")
+    return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else p for i, p in enumerate(parts))
+
+
 def optional_percent(share: float | None) -> str:
     """Return a share in per cent; nothing for none."""
     return "-" if share is None else percent(share) if share >= 0 else f"-{percent(-share)}"
@@ -71,7 +77,7 @@ def optional_nats(value: float | None) -> str:
 
 
 def first_examples(inspection: Inspection) -> Iterator[Numbers]:
-    """Yield the first examples: number, row, source, nll, conflict share, and pieces of text with how to colour them."""
+    """Yield the first examples: row, source, nll, conflict share, and `pieces` of text with how to colour them."""
     examples = inspection.examples(["example", "row", "source", "text", "nll", "conflict_share"])
     examples = examples.slice(0, FIRST_EXAMPLES).to_pylist()
     names = ["example", "end", "token_id", "log_prob", "entropy", "first_choice", "first_prob"]
