@@ -22,9 +22,8 @@ TEXTS = [" Paris", " Rome", "PARIS", "<<", " 42", " 7", "<|im_end|>", "\n", "Ans
 class Words:
     """A vocabulary of `TEXTS`."""
 
-    texts = dict(enumerate(TEXTS))
-    special = frozenset([6])
-    size = len(TEXTS)
+    def __init__(self):
+        self.texts, self.special, self.size = dict(enumerate(TEXTS)), {TEXTS.index("<|im_end|>")}, len(TEXTS)
 
     def named(self, token):
         return {"token_id": int(token), "text": TEXTS[token]}
@@ -89,20 +88,21 @@ CAPITALS |= {"Portugal": "Lisbon", "Spain": "Madrid"}
 # Three rows of GSM8K (MIT licence), whose answers are full of `<<...>>`
 GSM8K = [
     (
-        "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many clips did "
-        "Natalia sell altogether in April and May?",
-        "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nNatalia sold 48+24 = <<48+24=72>>72 clips altogether in April and "
-        "May.\n#### 72",
+        "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many clips "
+        "did Natalia sell altogether in April and May?",
+        "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n"
+        "Natalia sold 48+24 = <<48+24=72>>72 clips altogether in April and May.\n#### 72",
     ),
     (
-        "Weng earns $12 an hour for babysitting. Yesterday, she just did 50 minutes of babysitting. How much did she earn?",
-        "Weng earns 12/60 = $<<12/60=0.2>>0.2 per minute.\nWorking 50 minutes, she earned 0.2 x 50 = $<<0.2*50=10>>10.\n"
-        "#### 10",
+        "Weng earns $12 an hour for babysitting. Yesterday, she just did 50 minutes of babysitting. How much did she "
+        "earn?",
+        "Weng earns 12/60 = $<<12/60=0.2>>0.2 per minute.\n"
+        "Working 50 minutes, she earned 0.2 x 50 = $<<0.2*50=10>>10.\n#### 10",
     ),
     (
         "James writes a 3-page letter to 2 different friends twice a week. How many pages does he write a year?",
-        "He writes each friend 3*2=<<3*2=6>>6 pages a week\nSo he writes 6*2=<<6*2=12>>12 pages every week\nThat means he "
-        "writes 12*52=<<12*52=624>>624 pages a year\n#### 624",
+        "He writes each friend 3*2=<<3*2=6>>6 pages a week\nSo he writes 6*2=<<6*2=12>>12 pages every week\n"
+        "That means he writes 12*52=<<12*52=624>>624 pages a year\n#### 624",
     ),
 ]
 

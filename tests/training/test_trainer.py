@@ -148,10 +148,12 @@ def test_best_checkpoint_is_kept_by_evaluation_during_training(tmp_path):
     assert trainer.state.best_metric == min(losses)
 
 
-def test_metrics_are_those_of_the_tokens(tmp_path):
+@pytest.mark.parametrize("accumulated", [1, 4])
+def test_metrics_are_those_of_the_tokens(tmp_path, accumulated):
     """One step on the whole data, with a model sure enough to have conflicts, against its own full logits."""
     model = make_model(initializer_range=0.6)
-    trainer = build(EAFTTrainer, tmp_path, model=model, max_steps=1, per_device_train_batch_size=16)
+    settings = {"per_device_train_batch_size": 16 // accumulated, "gradient_accumulation_steps": accumulated}
+    trainer = build(EAFTTrainer, tmp_path, model=model, max_steps=1, **settings)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(16)])
     with torch.no_grad():
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
@@ -166,6 +168,16 @@ def test_metrics_are_those_of_the_tokens(tmp_path):
     assert log["conflict_share"] == pytest.approx(conflict.double().mean().item())
     share = stats.log_prob[conflict].sum() / stats.log_prob.sum()
     assert log["conflict_nll_share"] == pytest.approx(share.item(), rel=1e-4)
+    for name, group in (("high", stats.entropy >= 2), ("low", stats.entropy <= 0.5)):
+        assert 0 < group.sum() < len(group)
+        assert log[f"nll_{name}_entropy"] == pytest.approx(-stats.log_prob[group].mean().item(), rel=1e-4)
+
+
+def test_there_is_no_mean_of_no_tokens(tmp_path):
+    trainer = train(EAFTTrainer, tmp_path, max_steps=1)  # as it begins, the model is sure of nothing
+    log = trainer.state.log_history[0]
+    assert "nll_low_entropy" not in log
+    assert log["nll_high_entropy"] == pytest.approx(log["nll"])
 
 
 @pytest.mark.parametrize("padding_free", [False, True])
