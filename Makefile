@@ -1,4 +1,4 @@
-# Two commands, each complete on a fresh machine with Python (3.10 or later) and pip: make demo, make test
+# Two commands, each complete on a fresh machine with Python (3.10 or later) and pip: make demo, make test. And: make inspect
 
 PYTHON ?= python3
 VENV := .venv
@@ -20,14 +20,18 @@ BFCL := bfcl-eval tree_sitter tree-sitter-java tree-sitter-javascript tenacity
 export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test test-oldest check clean
+.PHONY: demo inspect test test-oldest check browser clean
 
 demo: $(VENV)/.installed  ## fine-tune a real model with SFT and EAFT; report and pictures in runs/demo (10 minutes)
 	$(PY) -m eaft compare --config recipes/demo/compare.yaml \
 	    --model_name_or_path "$$($(PY) recipes/demo/find_model.py)" $(DEMO_FLAGS)
 
+inspect: $(VENV)/.installed  ## which tokens of GSM8K does a real model fight? report and pictures in runs/inspect (3 minutes)
+	$(PY) -m eaft inspect "$$($(PY) recipes/demo/find_model.py)" recipes/inspect/gsm8k.jsonl --output_dir runs/inspect \
+	    $(INSPECT_FLAGS)
+
 # One process a core, four at most for the sake of memory; one alone: make test PYTEST_FLAGS="-n 0"
-test: $(VENV)/.installed  ## the tests (12 minutes on 2 cores)
+test: $(VENV)/.installed browser  ## the tests (12 minutes on 2 cores)
 	$(PY) -m pytest -q -n logical --maxprocesses 4 --dist worksteal $(PYTEST_FLAGS)
 
 test-oldest: $(OLDEST)/.installed  ## a few tests of each wing with the oldest versions allowed (8 GB on disk)
@@ -42,7 +46,7 @@ check: $(VENV)/.installed  ## lint, format, types, and who imports whom
 # PyPI's torch of that age needs its CUDA libraries to be imported at all
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install -q --no-cache-dir --no-compile -c constraints-oldest.txt -e '.[eval,gguf,peft]' pytest hypothesis jsonschema
+	$(OLDEST)/bin/python -m pip install -q --no-cache-dir --no-compile -c constraints-oldest.txt -e '.[eval,gguf,inspect,peft]' pytest hypothesis jsonschema
 	touch $@
 
 # torch first and alone: the index's newest would bring gigabytes of CUDA
@@ -53,6 +57,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PY) -m pip install -q -c constraints.txt -e '.[dev]'
 	-$(PY) -m pip install -q -c constraints.txt --no-deps $(BFCL)
 	touch $@
+
+# Drives the page of `eaft view` in the tests; where it cannot be had, those are skipped and say so
+browser:
+	@command -v chromium > /dev/null || { apt-get update -qq && apt-get install -y -qq chromium > /dev/null; } \
+	    || echo "no chromium: the tests of eaft view's page will be skipped"
 
 clean:
 	rm -rf $(VENV) $(OLDEST) runs

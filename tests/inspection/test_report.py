@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from eaft.inspection.figures import CAPTIONS
 from eaft.inspection.findings import find
 from eaft.inspection.folder import Inspection
 from eaft.inspection.report import page, write
@@ -46,14 +47,14 @@ def test_is_one_small_file_with_the_sentence_first(inspection):
     assert "https:" not in text
     elements = Elements(text)
     assert "script" not in elements.tags
-    assert elements.tags.count("svg") == 6
+    assert elements.tags.count("svg") == len(CAPTIONS)
     assert "<script>alert(1)</script>" in elements.text  # a token of the made data
     addresses = [v for name, v in elements.attributes if name in ("src", "href", "xlink:href") and v]
     assert all(v.startswith(("#", "data:image/png")) for v in addresses)
     advice = inspection.summary["advice"]["headline"]
     assert elements.text.index(advice) < elements.text.index("Is the data what you think?")
     names = {path.name for path in (inspection.folder / "figures").iterdir()}
-    assert names == {f"{n}.png" for n in ("landscape", "gradients", "groups", "top_k", "gates", "words")}
+    assert names == {f"{n}.png" for n in CAPTIONS}
 
 
 def test_is_the_same_when_written_again(inspection):

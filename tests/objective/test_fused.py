@@ -377,6 +377,47 @@ def test_without_gradients_only_the_statistics_are_computed(monkeypatch, backend
     torch.testing.assert_close(loss.double(), flatten(plain_without_bias(problem))["loss"], rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (-0.7, 3.0)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_statistics_with_ranks_and_without_a_loss(scale, softcap, dtype, monkeypatch, backend):
+    monkeypatch.setattr(torch_backend, "CACHE_BUDGET", 2 * 45 * 4 * 2)  # two rows a block
+    problem = Problem(n=30).to(dtype)
+    labels = problem.labels.where(problem.labels >= 0, 3)
+    hidden, weight, bias = (t.requires_grad_() for t in (problem.hidden, problem.weight, problem.bias))
+    options = {"logit_scale": scale, "softcap": softcap}
+    budget = 7 * 45 * dtype.itemsize  # seven rows a chunk
+    found = fused.linear_token_statistics(hidden, weight, labels, bias, logits_budget=budget, **options)
+    with torch.no_grad():
+        z = capped(torch.addmm(bias, hidden, weight.T).double(), **options)
+    truth = token_statistics(z, labels, ranked=True)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    for name in ("log_prob", "entropy", "top_k_entropy", "sum_sq_probs", "first_prob"):
+        got = getattr(found, name)
+        assert not got.requires_grad
+        torch.testing.assert_close(got.double(), getattr(truth, name), rtol=tolerance, atol=tolerance)
+    assert torch.equal(found.rank, truth.rank)
+    # bfloat16 has ties, of which any is the first choice
+    assert torch.equal(z.gather(-1, found.first_choice.unsqueeze(-1)).squeeze(-1), z.amax(-1))
+    assert found.rank.unique().numel() > 5
+    empty = fused.linear_token_statistics(hidden[:0], weight, labels[:0], bias)
+    assert empty.rank.shape == (0,)
+
+
+@pytest.mark.parametrize("width", [5, 64, 130, 1000])
+def test_the_largest_are_found_as_torch_finds_them(width):
+    logits = torch.randn(40, width, generator=torch.Generator().manual_seed(0))
+    logits[::4] = logits[::4].round()  # with ties
+    logits[1, 1:] = -math.inf
+    logits[2, width // 2] = math.nan
+    for k in {2, min(20, width), width}:
+        top, first, largest = torch_backend.find_largest(logits, k)
+        expected, index = logits.max(-1, keepdim=True)
+        torch.testing.assert_close(top, expected, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(first, index)
+        expected = logits.topk(k).values
+        torch.testing.assert_close(largest.sort(descending=True).values, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_a_second_backward_pass_is_refused():
     problem = Problem()
     leaves = problem.leaves()

@@ -29,6 +29,9 @@ def truth(row, label, k):
         "top_k_entropy": entropy([p / math.fsum(top) for p in top]),
         "sum_sq_probs": math.fsum(p * p for p in probs),
         "is_top1": probs.index(max(probs)) == label,
+        "first_choice": probs.index(max(probs)),
+        "first_prob": max(probs),
+        "rank": 1 + sum(z > row[label] for z in row),
     }
 
 
@@ -62,7 +65,7 @@ def test_statistics_are_the_definitions(name, dtype):
     logits = cases()[name].to(dtype)
     label = 1
     expected = truth(logits.double().tolist(), label, k=20)
-    stats = token_statistics(logits.unsqueeze(0), torch.tensor([label]), top_k=20)
+    stats = token_statistics(logits.unsqueeze(0), torch.tensor([label]), top_k=20, ranked=True)
     # The input is given exactly; what is left is the rounding of sums of 50 terms
     tolerance = 1e-12 if dtype == torch.float64 else 2e-6
     for field, value in expected.items():
@@ -138,5 +141,15 @@ def test_grad_norm_is_that_of_autograd():
     stats = token_statistics(logits, labels)
     stats.nll.sum().backward()
     torch.testing.assert_close(stats.grad_norm, logits.grad.norm(dim=-1), rtol=1e-12, atol=0)
-    sure = token_statistics(torch.tensor([[200.0, 0.0]]), torch.tensor([0]))
-    assert sure.grad_norm.item() == 0  # not NaN, where rounding goes below 0
+
+
+@pytest.mark.parametrize("gap", [4, 8, 12, 16, 30, 200])
+def test_grad_norm_where_the_label_is_nearly_certain(gap):
+    """Float32 loses the others' probabilities beside the label's; the norm stays within sqrt(2) of the true one."""
+    logits = torch.full((1, 30), -float(gap))
+    logits[0, 0] = 0.0
+    other = math.exp(-gap) / (1 + 29 * math.exp(-gap))
+    truth = math.sqrt((29 * other) ** 2 + 29 * other**2)
+    found = token_statistics(logits, torch.tensor([0])).grad_norm.item()
+    assert 0 <= found <= 1.42 * truth + 2**-22
+    assert found >= 0.7 * truth - 2**-22

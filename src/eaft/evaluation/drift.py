@@ -123,7 +123,7 @@ def read_prompts(path: str, n: int) -> list[Any]:
 def sample_answers(
     model: Any,
     tokenizer: Any,
-    texts: list[str],
+    texts: list[str] | list[list[int]],
     max_new_tokens: int,
     add_special_tokens: bool = False,
     seed: int = 0,
@@ -137,7 +137,7 @@ def sample_answers(
     distributions over answers (chain rule), and not between their behaviours on text neither would write.
 
     Args:
-        texts: prompts as the model is to see them; see `eaft.evaluation.scores.ask`.
+        texts: prompts as the model is to see them; see `eaft.evaluation.scores.ask`. Or their token ids.
         add_special_tokens: whether the tokenizer adds its own; a chat template has written them.
         share: which batches are this process's. A batch is seeded by its place, so their number changes nothing.
     """
@@ -148,9 +148,17 @@ def sample_answers(
     devices = [model.device] if model.device.type == "cuda" else []
     mine = share.of(len(batches))
     for i in tqdm(mine, desc="Sampling the base model's answers", disable=None if share.rank == 0 else True):
-        batch = tokenizer(
-            batches[i], return_tensors="pt", padding=True, padding_side="left", add_special_tokens=add_special_tokens
-        ).to(model.device)
+        if isinstance(batches[i][0], str):
+            batch = tokenizer(
+                batches[i],
+                return_tensors="pt",
+                padding=True,
+                padding_side="left",
+                add_special_tokens=add_special_tokens,
+            )
+        else:
+            batch = tokenizer.pad({"input_ids": batches[i]}, return_tensors="pt", padding_side="left")
+        batch = batch.to(model.device)
         with torch.random.fork_rng(devices), plain_sampling(model):
             torch.manual_seed(seed + i)
             output = model.generate(**batch, max_new_tokens=max_new_tokens, use_cache=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import html
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,22 +15,13 @@ from markupsafe import Markup
 
 from eaft.evaluation.report import save, table
 from eaft.inspection.advice import percent, shown
-from eaft.inspection.figures import figures, svg
+from eaft.inspection.figures import CAPTIONS, draw, svg
 from eaft.inspection.folder import BASE, DATA, REPORT_FILE, ROLLOUTS, SUMMARY_FILE, Inspection
 from eaft.inspection.labelled import Vocabulary
 
 Numbers = dict[str, Any]
 FIRST_EXAMPLES, EXAMPLE_TOKENS = 8, 400  # shown in the report
 TOKEN_ROWS = 15
-CAPTIONS = {
-    "landscape": "Each token of the data by how sure the model is (left: sure) and how likely it finds the label "
-    "(bottom: unlikely). In the red corner it is sure of something else. Both axes are drawn at the square root.",
-    "gates": "An objective is a gate: a weight on each token's loss. What it removes, it does not learn.",
-    "words": "The most frequent tokens where the model is unsure, sure, and sure of something else.",
-    "gradients": "Where the gradient comes from, without a gate and with EAFT's.",
-    "groups": "Mean nll of the same tokens after each checkpoint; the groups are fixed under the base model.",
-    "top_k": "EAFT's gate takes the entropy of the K most likely tokens (dotted: the K used here).",
-}
 
 
 def write(inspection: Inspection) -> None:
@@ -38,11 +29,16 @@ def write(inspection: Inspection) -> None:
     folder = inspection.folder / "figures"
     folder.mkdir(exist_ok=True)
     pictures = {}
-    for name, figure in figures(inspection).items():
-        pictures[name] = Markup(svg(figure, html.escape(CAPTIONS[name])))
+    for name, figure in draw(inspection, inspection.summary).items():
+        pictures[name] = Markup(svg(figure, name))
         save(figure, folder / f"{name}.png")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": optional_percent, "shown": shown, "nats": optional_nats, "code": code}
+    environment.filters |= {
+        "percent": optional_percent,
+        "shown": functools.partial(shown, leading=True),
+        "nats": optional_nats,
+        "code": code,
+    }
     template = environment.from_string(Path(__file__).with_name("report.html").read_text())
     text = template.render(
         run=inspection.run,
@@ -98,7 +94,7 @@ def first_examples(inspection: Inspection) -> Iterator[Numbers]:
                 pieces.append({"text": text, "style": "no", "title": ""})
                 continue
             prob = min(1.0, 2.718281828459045 ** row["log_prob"])
-            first = shown(vocabulary.named(row["first_choice"])["text"])
+            first = shown(vocabulary.named(row["first_choice"])["text"], True)
             title = f"p {prob:.3g}, H {row['entropy']:.2f}; the model: {first} ({row['first_prob']:.2f})"
             pieces.append({"text": text, "style": f"p{min(9, int(10 * prob))}", "title": title})
         yield {**example, "pieces": pieces, "more": max(0, len(rows) - EXAMPLE_TOKENS)}
@@ -123,7 +119,7 @@ def page(inspection: Inspection) -> str:
         parts.append(table(rows, ["gate removes", "tokens", "nll", "gradient", "mutes most"]))
     if s["tokens"]["conflict"]:
         rows = [
-            [f"`{shown(row['text'])}`", row["count"], f"{row['lift']:.1f}", wanted(row)]
+            [f"`{shown(row['text'], True)}`", row["count"], f"{row['lift']:.1f}", wanted(row)]
             for row in s["tokens"]["conflict"][:10]
         ]
         parts.append(table(rows, ["conflict", "tokens", "lift", "the model wanted"]))
@@ -141,9 +137,9 @@ def page(inspection: Inspection) -> str:
 
 def mutes(row: Numbers) -> str:
     """Return the tokens that a gate mutes most."""
-    return " ".join(dict.fromkeys(f"`{shown(token['text'])}`" for token in row["muted"][:5]))
+    return " ".join(f"`{shown(token['text'], True)}`" for token in row["muted"][:5])
 
 
 def wanted(row: Numbers) -> str:
     """Return what the model wanted instead of a token."""
-    return " ".join(f"`{shown(token['text'])}` {token['count']}" for token in row["wanted"][:3])
+    return " ".join(f"`{shown(token['text'], True)}` {token['count']}" for token in row["wanted"][:3])

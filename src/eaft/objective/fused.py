@@ -164,6 +164,63 @@ def linear_gated_cross_entropy(
     return loss, replace(losses, statistics=with_examples(losses.statistics, slice(None)))
 
 
+@torch.no_grad()
+def linear_token_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    top_k: int = 20,
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    logits_budget: int | None = None,
+    backend: str | None = None,
+) -> TokenStatistics:
+    """
+    `token_statistics(hidden @ weight.T + bias, labels, top_k, ranked=True)` without its logits, and without gradient.
+
+    Args:
+        hidden: `[N, H]`, any floating dtype; under autocast the product is in its dtype.
+        weight: `[V, H]`.
+        labels: `[N]` int64, each in `[0, V)`; no ignored positions.
+        bias: `[V]`.
+        top_k: as in `token_statistics`.
+        logit_scale: what the projection is multiplied by.
+        softcap: c of c * tanh(logits / c), applied after the scale; None for none.
+        logits_budget: bytes of logits alive at a time; default as in `linear_gated_cross_entropy`.
+        backend: as there.
+
+    Returns:
+        Each token's, with `first_choice`, `first_prob` and `rank`; float32 (float64 for float64 inputs).
+    """
+    dtype = projection_dtype(hidden)
+    transform, top_k = LogitTransform(logit_scale, softcap), usable_top_k(top_k, len(weight))
+    doors = choose_backend(backend, hidden)
+    chunks = chunk_slices(len(hidden), len(weight), dtype, logits_budget or default_budget(hidden.device))
+    found = []
+    with torch.autocast(hidden.device.type, enabled=False):
+        project = Projector(hidden, weight, bias, dtype, chunks[0].stop)
+        for rows in chunks:
+            projection = project(rows)
+            for block, of_all in blocks(projection, rows, doors):
+                scores = doors.score(projection[block], labels[of_all], top_k, transform)
+                found.append(doors.rank(projection[block], labels[of_all], scores, transform))
+    return TokenStatistics.cat(found)
+
+
+def projection_dtype(hidden: Tensor) -> torch.dtype:
+    """Return the dtype of the products: autocast's where it is on, else the hidden states' own."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def chunk_slices(n: int, vocab_size: int, dtype: torch.dtype, budget: int) -> list[slice]:
+    """Return the rows of each chunk; of none, one that is empty."""
+    size = chunk_rows(n, vocab_size, dtype.itemsize, budget)
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)] or [slice(0, 0)]
+
+
 def choose_backend(name: str | None, hidden: Tensor) -> Backend:
     """Return the backend of this name, or by default the fastest for tensors like `hidden`."""
     if name is None:
@@ -222,12 +279,11 @@ class GatedLinear(torch.autograd.Function):
         """Return the sum and the `TokenLosses`; keep the gradients."""
         needs_hidden, needs_weight, needs_bias = (needs and spec.grad_enabled for needs in ctx.needs_input_grad[:3])
         wanted = needs_hidden or needs_weight or needs_bias
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        device, dtype = hidden.device.type, projection_dtype(hidden)
         exact = torch.promote_types(dtype, torch.float32)
-        n, vocab_size = len(hidden), len(weight)
-        size = chunk_rows(n, vocab_size, dtype.itemsize, spec.logits_budget)
-        chunks = [slice(start, min(start + size, n)) for start in range(0, n, size)] or [slice(0, 0)]
+        vocab_size = len(weight)
+        chunks = chunk_slices(len(hidden), vocab_size, dtype, spec.logits_budget)
+        size = chunks[0].stop
         grad_hidden = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if needs_hidden else None
         grad_weight = None  # of all chunks but the last; that one's product waits for the backward pass
         grad_bias = torch.zeros(vocab_size, dtype=exact, device=weight.device) if needs_bias else None

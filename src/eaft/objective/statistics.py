@@ -32,6 +32,10 @@ class TokenStatistics:
     # What a distribution does not tell, for the gates that need it
     example_ids: Tensor | None = None  # int64: which example each token is from
     example_nll: Tensor | None = None  # mean nll of that example under the base model, in nats
+    # What no gate needs, where it is asked for
+    first_choice: Tensor | None = None  # int64: the most likely token (of equals, any)
+    first_prob: Tensor | None = None  # its probability
+    rank: Tensor | None = None  # int64: 1 + how many tokens are more likely than the label
 
     @property
     def prob(self) -> Tensor:
@@ -51,7 +55,10 @@ class TokenStatistics:
     @property
     def grad_norm(self) -> Tensor:
         """Norm of d nll / d logits, p - 1[label]: sqrt(sum_v p_v^2 - 2 P(label) + 1). A weight on the nll scales it."""
-        return (self.sum_sq_probs - 2 * self.prob.detach() + 1).clamp(min=0).sqrt()  # rounding can go below 0
+        # As (1 - P(label))^2 + the others' squares, which are at most that: where P is near 1 the formula cancels
+        others = -torch.expm1(self.log_prob.detach())
+        squares = (self.sum_sq_probs - self.prob.detach().square()).clamp(min=0).minimum(others.square())
+        return (others.square() + squares).sqrt()
 
     def detach(self) -> TokenStatistics:
         """Return the same statistics without any gradient."""
@@ -60,7 +67,9 @@ class TokenStatistics:
     @classmethod
     def cat(cls, chunks: Sequence[TokenStatistics]) -> TokenStatistics:
         """Join the statistics of consecutive chunks of tokens (1-D each, the same K), without their examples."""
-        names = ("log_prob", "entropy", "top_k_entropy", "sum_sq_probs", "is_top1")
+        names = ["log_prob", "entropy", "top_k_entropy", "sum_sq_probs", "is_top1"]
+        if chunks[0].rank is not None:
+            names += ["first_choice", "first_prob", "rank"]
         joined = {name: torch.cat([getattr(chunk, name) for chunk in chunks]) for name in names}
         return cls(**joined, top_k=chunks[0].top_k)
 
@@ -84,7 +93,7 @@ def kl_divergence(log_probs: Tensor, other_log_probs: Tensor) -> Tensor:
     return (probs * torch.where(probs > 0, log_probs - other_log_probs, 0.0)).sum(-1)
 
 
-def token_statistics(logits: Tensor, labels: Tensor, top_k: int = 20) -> TokenStatistics:
+def token_statistics(logits: Tensor, labels: Tensor, top_k: int = 20, *, ranked: bool = False) -> TokenStatistics:
     """
     Compute the statistics every gate is a function of.
 
@@ -93,6 +102,7 @@ def token_statistics(logits: Tensor, labels: Tensor, top_k: int = 20) -> TokenSt
             cannot occur.
         labels: `[...]` int64, each in `[0, V)`; no ignored positions.
         top_k: K of the top-K entropy, at least 2 (arXiv:2601.02151 uses 20); a smaller vocabulary becomes K.
+        ranked: also find the first choice, its probability and the label's rank.
 
     Raises:
         ValueError: `top_k` is below 2, or the shapes do not belong together.
@@ -106,11 +116,21 @@ def token_statistics(logits: Tensor, labels: Tensor, top_k: int = 20) -> TokenSt
     log_probs = logits.log_softmax(-1)
     log_prob = log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     with torch.no_grad():
+        first_choice = logits.argmax(-1)
+        choices = {}
+        if ranked:
+            label_logit = logits.gather(-1, labels.unsqueeze(-1))
+            choices = {
+                "first_choice": first_choice,
+                "first_prob": log_probs.amax(-1).exp(),
+                "rank": 1 + (logits > label_logit).sum(-1),
+            }
         return TokenStatistics(
             log_prob=log_prob,
             entropy=entropy_from_log_probs(log_probs),
             top_k_entropy=entropy_from_log_probs(logits.topk(top_k, sorted=False).values.log_softmax(-1)),
             sum_sq_probs=log_probs.exp().square_().sum(-1),
-            is_top1=logits.argmax(-1) == labels,
+            is_top1=first_choice == labels,
             top_k=top_k,
+            **choices,
         )

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from eaft.objective.chunk import LogitTransform
+from eaft.objective.chunk import LogitTransform, label_ranks
 from eaft.objective.gates import Anchor
 from eaft.objective.statistics import TokenStatistics, entropy_from_log_probs
 
 # Bytes that a block of rows may take in its passes over the logits: the processor's cache, or what a GPU can spare
 CACHE_BUDGET, GPU_BUDGET = 2**23, 2**28
+SEGMENT = 64  # logits of a row that the largest are looked for among
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Scores:
     exps: Tensor  # [n, V]: exp(logit - the row's largest)
     total: Tensor  # [n, 1]: their sum
     top: Tensor  # [n, 1]: the largest logit
+    first: Tensor  # [n, 1]: whose it is
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,7 @@ class TorchBackend:
         labels = labels.unsqueeze(-1)
         shifted_memory, exps_memory = self.scratch_like(projection)
         logits = make_logits(projection, transform, shifted_memory)
-        top, first = logits.max(-1, keepdim=True)
-        largest = logits.topk(top_k, sorted=False).values
+        top, first, largest = find_largest(logits, top_k)
         label_logit = logits.gather(-1, labels)
         shifted = torch.sub(logits, top, out=shifted_memory)
         exps = torch.exp(shifted, out=exps_memory)
@@ -72,7 +73,16 @@ class TorchBackend:
             is_top1=(first == labels).squeeze(-1),
             top_k=top_k,
         )
-        return Scores(statistics, exps, total, top)
+        return Scores(statistics, exps, total, top, first)
+
+    def rank(self, projection: Tensor, labels: Tensor, scores: Scores, transform: LogitTransform) -> TokenStatistics:
+        """See `chunk.Backend.rank`."""
+        return replace(
+            scores.statistics,
+            first_choice=scores.first.squeeze(-1),
+            first_prob=scores.total.reciprocal().squeeze(-1),
+            rank=label_ranks(projection, labels, transform, self.scratch_like(projection)[0]),
+        )
 
     def diverge(
         self,
@@ -124,6 +134,32 @@ class TorchBackend:
         if self.scratch is None or self.scratch.shape[1] < len(projection):
             self.scratch = torch.empty((2, *projection.shape), dtype=dtype, device=projection.device)
         return self.scratch[:, : len(projection)]
+
+
+def find_largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    Return the largest logit `[n, 1]`, the index of its first `[n, 1]`, and the `k` largest `[n, k]` in any order.
+
+    They are looked for in the k segments of a row that have the largest maxima, outside of which there is none: a
+    plain maximum is ten times as fast as one with its index, or as a selection.
+    """
+    width = logits.shape[1]
+    whole = width - width % SEGMENT
+    maxima = logits[:, :whole].unflatten(-1, (-1, SEGMENT)).amax(-1)
+    if whole < width:
+        maxima = torch.cat([maxima, logits[:, whole:].amax(-1, keepdim=True)], -1)
+    within = torch.arange(SEGMENT, device=logits.device)
+
+    def read(segments: Tensor) -> tuple[Tensor, Tensor]:
+        columns = (segments.unsqueeze(-1) * SEGMENT + within).flatten(1)
+        values = logits.gather(-1, columns.clamp(max=width - 1))
+        return columns, values.masked_fill_(columns >= width, -torch.inf)
+
+    top, segment = maxima.max(-1, keepdim=True)
+    columns, values = read(segment)
+    first = columns.gather(-1, values.argmax(-1, keepdim=True))
+    _, values = read(maxima.topk(min(k, maxima.shape[-1]), sorted=False).indices)
+    return top, first, values.topk(k, sorted=False).values
 
 
 def make_logits(projection: Tensor, transform: LogitTransform, memory: Tensor) -> Tensor:

@@ -9,14 +9,14 @@ that nothing crosses lanes before the row's end.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from eaft.objective.chunk import LogitTransform
+from eaft.objective.chunk import LogitTransform, label_ranks
 from eaft.objective.gates import Anchor
 from eaft.objective.statistics import TokenStatistics, entropy_from_log_probs
 
@@ -461,6 +461,17 @@ def score(projection: Tensor, labels: Tensor, top_k: int, transform: LogitTransf
         top_k_entropy = entropy_of_top(projection, top_k, transform) + 0.0 * log_total  # as in the kernel
     stats = TokenStatistics(log_prob, entropy, top_k_entropy, sum_sq_probs, is_top1.bool(), top_k=top_k)
     return Scores(stats, top, log_total)
+
+
+def rank(projection: Tensor, labels: Tensor, scores: Scores, transform: LogitTransform) -> TokenStatistics:
+    """Return the statistics, with the first choice, its probability and the label's rank; two more passes in torch."""
+    first = projection.argmax(-1) if transform.logit_scale >= 0 else projection.argmin(-1)
+    return replace(
+        scores.statistics,
+        first_choice=first,
+        first_prob=scores.log_total.neg().exp(),
+        rank=label_ranks(projection, labels, transform),
+    )
 
 
 def entropy_of_top(projection: Tensor, top_k: int, transform: LogitTransform) -> Tensor:

@@ -32,6 +32,8 @@ class EAFTConfig(SFTConfig):
         gate_entropy: `top-k` or `exact`, for the gates that use the entropy.
         gate_top_k: K of the top-K entropy, and of the ln K that entropies are divided by.
         gate_kwargs: the other parameters of the gate, e.g. `{"steepness": 20}` for `eaft-sigmoid`.
+        exclude_examples: JSON Lines with the `row` and `digest` of rows of the training data to leave out, as
+            `eaft view` exports them (`eaft train` reads it; a trainer of your own is given its data as it is).
         forgetting_eval_steps: measure drift and the suites every so many steps (0: never); see
             `eaft.training.forgetting`.
         forgetting_suite: suites or tasks of general ability, as `eaft eval --suite` takes them (default: `everyday`;
@@ -69,6 +71,11 @@ class EAFTConfig(SFTConfig):
         metadata={
             "help": "Other parameters of the gate, as listed above: '{\"steepness\": 20}' (JSON, or a YAML map)."
         },
+    )
+
+    exclude_examples: str | None = field(
+        default=None,
+        metadata={"help": "Rows of the training data to leave out: a file of examples that `eaft view` exported."},
     )
 
     forgetting_eval_steps: int = field(

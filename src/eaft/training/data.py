@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
-from datasets import DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset
 from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
 
 from eaft.errors import ConfigurationError
@@ -50,6 +52,52 @@ def load_splits(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig
         ) from error
 
 
+def exclude_rows(dataset: Any, file: str) -> Any:
+    """
+    Return a data set without the rows that a file names, the others in their order.
+
+    Args:
+        dataset: a split, as loaded.
+        file: JSON Lines with `row` (its index, from 0) and `digest` (its `row_digest`), as `eaft view` exports them.
+
+    Raises:
+        ConfigurationError: the file cannot be read, or was not made of this data; or no row would be left.
+    """
+    name = f"exclude_examples={file!r}"
+    if not isinstance(dataset, Dataset):
+        raise ConfigurationError(f"{name} names rows by number, which a stream has not: leave dataset_streaming out.")
+    try:
+        lines = Path(file).expanduser().read_text().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{name} cannot be read. ({error})") from error
+    excluded = set()
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        where = f"{name}, line {number}"
+        try:
+            entry = json.loads(line)
+            row, digest = entry["row"], entry["digest"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigurationError(
+                f"{where}: expected a JSON map with `row` and `digest`, as `eaft view` exports examples."
+            ) from error
+        if entry.get("origin", "data") != "data":
+            raise ConfigurationError(
+                f"{where}: this is no row of the data but the model's own answer ({entry['origin']}). Export examples "
+                "of the data alone."
+            )
+        if type(row) is not int or not 0 <= row < len(dataset) or row_digest(dataset[row]) != digest:
+            raise ConfigurationError(
+                f"{where}: row {row!r} of this data ({len(dataset)} rows) is not the one that was exported. Inspect "
+                "this data as it is, with no rows excluded, and export again."
+            )
+        excluded.add(row)
+    if len(excluded) == len(dataset):
+        raise ConfigurationError(f"{name} names all {len(dataset)} rows: none is left to train on.")
+    return dataset.select([row for row in range(len(dataset)) if row not in excluded])
+
+
 def select_split(splits: DatasetDict, split: str, flag: str, text_field: str) -> Any:
     """
     Return one split after checking that it has rows, in a format TRL's SFT takes.
@@ -71,3 +119,9 @@ def select_split(splits: DatasetDict, split: str, flag: str, text_field: str) ->
             "name the text column with --dataset_text_field."
         )
     return dataset
+
+
+def row_digest(row: dict[str, Any]) -> str:
+    """Return a digest of a row's content, 16 hexadecimal digits of a SHA-256: it names the row in whatever order."""
+    content = json.dumps(row, sort_keys=True, default=str, ensure_ascii=False)
+    return hashlib.sha256(content.encode(errors="surrogatepass")).hexdigest()[:16]

@@ -46,11 +46,6 @@ def follow_examples(
         vars(changed).update(changes)
         return prepare(data, args=changed, packing=packing, formatting_func=formatting_func, dataset_name="train")
 
-    def mapped(data: Dataset, function: Callable[..., pa.Table], what: str, **kwargs: Any) -> Dataset:
-        with global_then_local_main_first():
-            data = data.with_format("arrow").map(function, batched=True, desc=f"{what} examples", **kwargs)
-        return data.with_format(None)
-
     def cut(**changes: Any) -> Dataset:
         """Return the examples in their order, a row each, as TRL cuts them."""
         return mapped(prepare_train(marked, shuffle_dataset=False, **changes), unmark, "Numbering")
@@ -71,6 +66,13 @@ def follow_examples(
     with global_then_local_main_first():
         alone = alone.with_format("arrow").filter(labelled, batched=True, desc="Dropping unlabelled examples")
     return FollowedData(prepared, alone.with_format(None), len(whole))
+
+
+def mapped(data: Dataset, function: Callable[..., pa.Table], what: str, **kwargs: Any) -> Dataset:
+    """Return the data after a function of Arrow tables; under a launcher one process computes, and all read."""
+    with global_then_local_main_first():
+        data = data.with_format("arrow").map(function, batched=True, desc=f"{what} examples", **kwargs)
+    return data.with_format(None)
 
 
 def mark(table: pa.Table, indices: list[int]) -> pa.Table:

@@ -25,8 +25,11 @@ from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
-from eaft.objective.fused import Reference, TokenLosses, linear_gated_cross_entropy
+from eaft.objective.chunk import LogitTransform
+from eaft.objective.fused import Reference, TokenLosses, linear_gated_cross_entropy, linear_token_statistics
 from eaft.objective.gates import get_anchor, get_gate
+from eaft.objective.statistics import TokenStatistics
+from eaft.objective.torch_backend import make_logits
 from eaft.training.logits_check import compare_logits
 
 
@@ -218,6 +221,39 @@ class GatedLMHead:
             label_mask=labelled,
             aux_loss=aux_loss,
         )
+
+    @torch.no_grad()
+    def statistics(self, model: PreTrainedModel, labels: Tensor, **inputs: Any) -> TokenStatistics:
+        """
+        Return the statistics of the labelled tokens of `labels` `[B, S]`, row by row, ranks included; nothing else.
+
+        Args:
+            model: the model that was patched.
+            labels: as for training: a labelled token's id at its own position, else -100; the first is nobody's.
+            inputs: what else the backbone is called with.
+        """
+        labelled = F.pad(labels[:, 1:], (0, 1), value=-100)
+        hidden, lm_head = self.hidden_states(model, labelled != -100, **inputs), model.get_output_embeddings()
+        labels = labelled[labelled != -100].to(hidden.device)
+        with self.gathered(lm_head) as (weight, bias):
+            return linear_token_statistics(
+                hidden, weight, labels, bias, self.top_k, logit_scale=self.logit_scale, softcap=self.softcap
+            )
+
+    @torch.no_grad()
+    def logits(self, model: PreTrainedModel, chosen: Tensor, **inputs: Any) -> Tensor:
+        """Return the logits `[n, V]` (float32) at the positions that are true in `chosen` `[B, S]`."""
+        hidden = self.hidden_states(model, chosen, **inputs)
+        with self.gathered(model.get_output_embeddings()) as (weight, bias):
+            projection = F.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
+        memory = torch.empty_like(projection, dtype=torch.float32)
+        return make_logits(projection, LogitTransform(self.logit_scale, self.softcap), memory)
+
+    def hidden_states(self, model: PreTrainedModel, chosen: Tensor, **inputs: Any) -> Tensor:
+        """Return the last hidden states `[n, H]` at the positions that are true in `chosen`, on the head's device."""
+        hidden = self.backbone(model)(**inputs, use_cache=False).last_hidden_state
+        # With `device_map`, the backbone can end on another device than the head
+        return hidden[chosen.to(hidden.device)].to(model.get_output_embeddings().weight.device)
 
     @staticmethod
     def backbone(model: PreTrainedModel) -> Any:

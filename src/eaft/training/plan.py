@@ -3,15 +3,13 @@
 weights.
 
 The model is built on torch's meta device from its config, so nothing of its size is loaded. The data is prepared by the
-trainer itself, around a model of eight hidden units with the real tokenizer, so what is checked and counted is what
-would be trained on. Memory and time are estimates from first principles; each formula is in its function.
+trainer itself (`eaft.training.prepare`), so what is checked and counted is what would be trained on. Memory and time
+are estimates from first principles; each formula is in its function.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ import numpy as np
 import torch
 import yaml
 from accelerate.commands.launch import launch_command_parser
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, get_peft_config
 
 from eaft.errors import ConfigurationError
@@ -30,7 +28,7 @@ from eaft.objective.fused import GPU_MEMORY_SHARE, chunk_rows
 from eaft.objective.gates import get_gate
 from eaft.training.config import EAFTConfig
 from eaft.training.forgetting import general_suite
-from eaft.training.trainer import EAFTTrainer
+from eaft.training.prepare import narrow_trainer
 
 GIB = 2**30
 # Memory in GiB, about what a program can have, and peak dense bf16 rate in FLOP/s, from NVIDIA's data sheets
@@ -216,21 +214,11 @@ def count_active(model: Any, config: Any) -> int:
 
 def count_tokens(name: str, source: dict[str, Any], args: EAFTConfig, train_dataset: Any, eval_dataset: Any) -> Tokens:
     """Let the trainer prepare the data, as it would to train, and count it."""
-    tokenizer = AutoTokenizer.from_pretrained(name, **source)
-    size = max(tokenizer.get_vocab().values()) + 1
-    narrow = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    args = copy.copy(args)
-    args.forgetting_eval_steps, args.model_init_kwargs, args.push_to_hub = 0, None, False
-    with tempfile.TemporaryDirectory() as folder:  # the trainer makes its output folder
-        args.output_dir = folder
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=size, **narrow))
-        trainer = EAFTTrainer(
-            model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=tokenizer
-        )
-        lengths, labelled = [], 0
-        for row in trainer.train_dataset:
-            lengths.append(len(row["input_ids"]))
-            labelled += int((np.asarray(row["labels"][1:]) != -100).sum())
+    trainer = narrow_trainer(AutoTokenizer.from_pretrained(name, **source), args, train_dataset, eval_dataset)
+    lengths, labelled = [], 0
+    for row in trainer.train_dataset:
+        lengths.append(len(row["input_ids"]))
+        labelled += int((np.asarray(row["labels"][1:]) != -100).sum())
     full = sum(length == args.max_length for length in lengths)
     return Tokens(len(lengths), sum(lengths), labelled, max(lengths), full)
 

@@ -28,7 +28,7 @@ from eaft.objective.gates import gates_help
 from eaft.processes import locked
 from eaft.provenance import environment, peak_memory_gib, write_json
 from eaft.training.config import EAFTConfig
-from eaft.training.data import load_splits, select_split
+from eaft.training.data import exclude_rows, load_splits, select_split
 from eaft.training.plan import DryRunArguments, plan
 from eaft.training.trainer import EAFTTrainer
 
@@ -68,37 +68,52 @@ def main(argv: list[str]) -> None:
     (*configs, dry), launch_args, train_args = parse(argv)
     if dry.dry_run:
         print(dry_run(configs, launch_args))
-        return
+    elif not launch("train", launch_args, train_args):
+        train(*configs)
+
+
+def launch(command: str, launch_args: list[str], command_args: list[str]) -> bool:
+    """Run an eaft command through `accelerate launch` if that is asked for, or there are several GPUs; else return
+    False.
+    """
     launched = "RANK" in os.environ or LAUNCHED in os.environ
     if launched or not (launch_args or torch.cuda.device_count() > 1):
-        train(*configs)
-        return
+        return False
     os.environ[LAUNCHED] = "1"
     try:
-        launch_command(launch_command_parser().parse_args([*launch_args, "-m", "eaft", "train", *train_args]))
+        launch_command(launch_command_parser().parse_args([*launch_args, "-m", "eaft", command, *command_args]))
     except subprocess.CalledProcessError as error:  # it has said why
         raise SystemExit(error.returncode) from None
+    return True
 
 
-def parse(argv: list[str]) -> tuple[list[Any], list[str], list[str]]:
+def parse(
+    argv: list[str], parser: TrlParser | None = None, recipe_launches: bool = True
+) -> tuple[list[Any], list[str], list[str]]:
     """
     Return the arguments of `train`, the flags meant for `accelerate launch`, and the other flags.
+
+    Args:
+        parser: of another command that takes these flags.
+        recipe_launches: whether the YAML file's settings for `accelerate launch` count too.
 
     Raises:
         ConfigurationError: an unknown flag, a value of the wrong type, a YAML file that cannot be read.
     """
-    parser = make_parser()
+    parser = parser or make_parser()
     try:
         *configs, yaml_rest, flags_rest = parser.parse_args_and_config(
             argv, return_remaining_strings=True, separate_remaining_strings=True
         )
-        launch_args = resolve_accelerate_config_argument(yaml_rest + flags_rest)
+        launch_args = resolve_accelerate_config_argument((yaml_rest if recipe_launches else []) + flags_rest)
     except (OSError, ValueError, yaml.YAMLError) as error:  # transformers' and TRL's own complaints about flags
         raise ConfigurationError(str(error)) from error
-    unknown = launch_command_parser().parse_known_args([*launch_args, "script"])[1]
+    known_args, unknown = launch_command_parser().parse_known_args([*launch_args, "script"])
     if flags := [flag for flag in unknown if flag.startswith("-")]:
         known = [option for action in parser._actions for option in action.option_strings]
-        raise ConfigurationError(f"{flags[0]} is unknown.{nearest(flags[0], known)} See eaft train --help.")
+        raise ConfigurationError(f"{flags[0]} is unknown.{nearest(flags[0], known)} See {parser.prog} --help.")
+    if known_args.training_script != "script":
+        raise ConfigurationError(f"{known_args.training_script!r} belongs to no flag. See {parser.prog} --help.")
     return configs, launch_args, subtract_subsequence(argv, flags_rest)
 
 
@@ -116,13 +131,7 @@ def train(
     train_dataset, eval_dataset = load_data(script_args, args, model_args, dataset_args)
     with state.main_process_first():
         model = resolve_model(model_args.model_name_or_path, args.trust_remote_code)
-    args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "trust_remote_code": args.trust_remote_code,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(args.model_init_kwargs or {}),
-    }
+    args.model_init_kwargs = model_init_kwargs(args, model_args)
     try:
         trainer = EAFTTrainer(
             model,
@@ -142,6 +151,17 @@ def train(
         checkpoint = find_checkpoint(args)  # again: another process may just have ended
         state.wait_for_everyone()
         fit(trainer, checkpoint, script_args, args, model_args, dataset_args)
+
+
+def model_init_kwargs(args: EAFTConfig, model_args: ModelConfig) -> dict[str, Any]:
+    """Return what the model is loaded with."""
+    return {
+        "revision": model_args.model_revision,
+        "trust_remote_code": args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(args.model_init_kwargs or {}),
+    }
 
 
 def fit(
@@ -208,6 +228,8 @@ def load_data(
     if args.eval_strategy != "no":
         names.append((script_args.dataset_test_split, "dataset_test_split"))
     found = [select_split(splits, split, flag, args.dataset_text_field) for split, flag in names]
+    if args.exclude_examples is not None:
+        found[0] = exclude_rows(found[0], args.exclude_examples)
     return found[0], found[1] if len(found) > 1 else None
 
 

@@ -51,8 +51,8 @@ class EAFTTrainer(SFTTrainer):
     The loss runs inside the model's forward, on labelled positions, in chunks (`eaft.training.head`). `eval_loss` is
     always the plain nll. Logged beside TRL's metrics, per labelled token: `nll` (ungated, nats), `conflict_share`
     (confident conflicts: H < 0.5 nats and P(label) < 0.1), `conflict_nll_share` (their share of the nll),
-    `nll_high_entropy` and `nll_low_entropy` (of the tokens with H >= 2 and H <= 0.5 nats under the model as it is then;
-    left out while there are none), and in training `mean_gate` and, with a reference model, `kl` (nats).
+    `nll_high_entropy` and `nll_low_entropy` (nats; tokens with H >= 2, H <= 0.5 nats, as the model is then; if
+    there are any), and in training `mean_gate` and, with a reference model, `kl` (nats).
 
     A gate with a KL term takes as its reference the model as it is handed over (a frozen copy), or under PEFT the same
     weights with the adapters off. One that must be measured takes a pass over the data first (`eaft.training.measure`).
@@ -210,11 +210,12 @@ class EAFTTrainer(SFTTrainer):
         self._require_finite(loss, batch)
 
         losses = self.gated_lm_head.losses
-        nll, weights, conflict = losses.statistics.nll, losses.weights, losses.statistics.is_conflict
-        high, low = losses.statistics.entropy >= HIGH_ENTROPY, losses.statistics.entropy <= LOW_ENTROPY
+        nll, conflict, entropy = losses.statistics.nll, losses.statistics.is_conflict, losses.statistics.entropy
         kl = torch.zeros_like(nll) if losses.kl is None else losses.kl
-        parts = (torch.ones_like(nll), nll, conflict, nll * conflict, weights, kl, high, nll * high, low, nll * low)
-        sums = [x.float().sum() for x in parts]
+        terms = [torch.ones_like(nll), nll, conflict, nll * conflict, losses.weights, kl]
+        for group in (entropy >= HIGH_ENTROPY, entropy <= LOW_ENTROPY):
+            terms += [group, nll * group]
+        sums = [x.float().sum() for x in terms]
         mode = "train" if self.model.training else "eval"
         self._token_sums[mode] = self._token_sums[mode] + torch.stack(sums)
         return result
@@ -228,14 +229,13 @@ class EAFTTrainer(SFTTrainer):
         """Add our metrics, averaged over all labelled tokens of all ranks since the last log."""
         mode, prefix = ("train", "") if self.model.training else ("eval", "eval_")
         if isinstance(sums := self._token_sums.pop(mode, 0.0), Tensor):
-            reduced = self.accelerator.reduce(sums, "sum").tolist()
-            tokens, nll, conflicts, conflict_nll, gate, kl, high, high_nll, low, low_nll = reduced
+            tokens, nll, conflicts, conflict_nll, gate, kl, *groups = self.accelerator.reduce(sums, "sum").tolist()
             logs[f"{prefix}nll"] = nll / max(tokens, 1)
             logs[f"{prefix}conflict_share"] = conflicts / max(tokens, 1)
             logs[f"{prefix}conflict_nll_share"] = conflict_nll / nll if nll > 0 else 0.0
-            for name, group_nll, count in (("high", high_nll, high), ("low", low_nll, low)):
-                if count:
-                    logs[f"{prefix}nll_{name}_entropy"] = group_nll / count
+            for name, number, of_group in zip(("high", "low"), groups[::2], groups[1::2], strict=True):
+                if number:
+                    logs[f"{prefix}nll_{name}_entropy"] = of_group / number
             if mode == "train":
                 logs["mean_gate"] = gate / max(tokens, 1)
                 if self.gated_lm_head.anchor is not None:

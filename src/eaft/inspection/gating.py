@@ -1,0 +1,113 @@
+"""What a gate does to tokens, and the sliders that move it. The formulas are those of `eaft.objective.gates`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from eaft.errors import EAFTError
+from eaft.inspection.selection import RequestError, one_of
+from eaft.objective.gates import GATES, check_gate, gate_weights
+from eaft.objective.statistics import TokenStatistics
+
+Answer = dict[str, Any]
+
+MUTED, MOST_MUTED = 0.5, 50  # a token is muted below this weight; so many are listed
+WEIGHT_BINS = 50
+
+# A slider for every parameter of a gate that moves its weights: where it begins if the data tells nothing, and its ends
+SLIDERS: dict[str, Answer] = {
+    "alpha": {"default": 1.0, "min": 0.0, "max": 4.0, "step": 0.1},
+    "steepness": {"default": 30.0, "min": 1.0, "max": 100.0, "step": 1.0},
+    "center": {"default": 0.17, "min": 0.0, "max": 1.0, "step": 0.01},
+    "entropy_threshold": {"default": 0.15, "min": 0.0, "max": 1.0, "step": 0.001},
+    "prob_threshold": {"default": 0.15, "min": 0.0, "max": 1.0, "step": 0.001},
+    "tau": {"default": 1.0, "min": 0.01, "max": 10.0, "step": 0.01},
+    "min_weight": {"default": 0.01, "min": 0.0, "max": 1.0, "step": 0.01},
+    "entropy": {"default": "top-k", "choices": ["top-k", "exact"]},
+}
+
+
+def sliders(measured: dict[str, float]) -> list[Answer]:
+    """
+    Return every gate with its sliders: name, help, params, and whether one of these begins where the data says.
+
+    Args:
+        measured: parameters as they are measured on this data. A `batch`'s, which a page has none of, are among them.
+    """
+    found = []
+    for name, gate in GATES.items():
+        params = []
+        for param, default in gate.params.items():
+            if slider := SLIDERS.get(param):
+                own = default if isinstance(default, type(slider["default"])) else slider["default"]
+                whole = {"name": param, "choices": None, "min": None, "max": None, "step": None, **slider}
+                params.append({**whole, "default": measured.get(param, own)})
+        needs = any(param["name"] in measured for param in params)
+        found.append({"name": name, "help": gate.help, "params": params, "measured": needs})
+    return found
+
+
+def parameters(gate: str, given: Answer, measured: dict[str, float]) -> Answer:
+    """Return a gate's parameters: those given, checked, the others as its sliders begin; raises `RequestError`."""
+    one_of("gate", gate, GATES)
+    starts = next(found for found in sliders(measured) if found["name"] == gate)["params"]
+    params = {param["name"]: param["default"] for param in starts} | given
+    for name, value in params.items():
+        choices = SLIDERS.get(name, {}).get("choices")
+        if not (value in choices if choices else type(value) in (int, float) and abs(value) < 1e300):
+            expected = f"one of {', '.join(choices)}" if choices else "a number"
+            raise RequestError(f"params: {name}={json.dumps(value)[:50]}: expected {expected}.")
+    try:
+        check_gate(gate, params)
+    except (EAFTError, ValueError, TypeError) as error:
+        raise RequestError(str(error)) from error
+    return params
+
+
+def weigh(gate: str, stats: TokenStatistics, params: Answer) -> np.ndarray:
+    """Return a gate's weights, float32; 0 where a formula has none, as at the far end of a slider."""
+    weights: np.ndarray = gate_weights(gate, stats, **params).nan_to_num(0).numpy()
+    return weights
+
+
+def effect(weights: np.ndarray, stats: TokenStatistics, columns: dict[str, np.ndarray], sources: list[str]) -> Answer:
+    """
+    Return what weights do to tokens.
+
+    A gate removes 1 - sum(w x) / sum(x) of the tokens (x = 1), the nll and the gradients' norms: less than nothing
+    where it adds, None where there is none.
+
+    Args:
+        weights: `[n]`.
+        stats: of the same tokens.
+        columns: `grad_norm`, `source` (a number) and `token_id` of the same tokens.
+        sources: the names of sources, by number.
+
+    Returns:
+        `removed` {tokens, nll, gradient}, `by_source`, `mean_weight`, `weights` (a histogram) and `muted`: the tokens
+        that lose the most nll, with how many are muted.
+    """
+    measures = {"tokens": np.ones_like(weights), "nll": stats.nll.numpy(), "gradient": columns["grad_norm"]}
+    source, token = columns["source"], columns["token_id"]
+    before = {name: np.bincount(source, values, len(sources)) for name, values in measures.items()}
+    after = {name: np.bincount(source, weights * values, len(sources)) for name, values in measures.items()}
+
+    def removed(of: Any) -> Answer:
+        sums = {name: (after[name][of].sum(), before[name][of].sum()) for name in measures}
+        return {name: 1 - float(left / all_) if all_ else None for name, (left, all_) in sums.items()}
+
+    top = max(1.0, float(weights.max(initial=0)))
+    counts, _ = np.histogram(weights, WEIGHT_BINS, (0.0, top))
+    lost = np.bincount(token, (1 - weights) * measures["nll"])
+    muted = np.bincount(token, weights < MUTED)
+    most = [i for i in np.argsort(-lost, kind="stable")[:MOST_MUTED].tolist() if lost[i] > 0]
+    return {
+        "removed": removed(slice(None)),
+        "by_source": [{"source": sources[i], **removed(i)} for i in np.flatnonzero(before["tokens"])],
+        "mean_weight": float(weights.mean()) if len(weights) else None,
+        "weights": {"edges": np.linspace(0, top, WEIGHT_BINS + 1).tolist(), "counts": counts},
+        "muted": [{"token_id": i, "count": muted[i], "nll_removed": float(lost[i])} for i in most],
+    }

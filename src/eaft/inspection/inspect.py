@@ -1,0 +1,414 @@
+"""`eaft inspect`: score data through a model, token by token, and say what is found."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from tqdm.auto import tqdm
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+
+from eaft.errors import ConfigurationError
+from eaft.evaluation.drift import Share
+from eaft.evaluation.evaluate import find_model
+from eaft.evaluation.identity import weights_digest
+from eaft.evaluation.measured import shared
+from eaft.evaluation.scores import load_tokenizer, processes
+from eaft.inspection import findings, rollouts
+from eaft.inspection.compared import find_compared
+from eaft.inspection.curve import top_k_curve
+from eaft.inspection.examples import Examples, Rollout
+from eaft.inspection.folder import (
+    BASE,
+    COMPARED,
+    EXAMPLES,
+    EXAMPLES_FILE,
+    RUN_FILE,
+    SUMMARY_FILE,
+    TOKENS,
+    VOCABULARY,
+    VOCABULARY_FILE,
+    Inspection,
+    ScoredModel,
+)
+from eaft.inspection.pieces import Pieces
+from eaft.inspection.score import (
+    Scorer,
+    Settings,
+    compared_table,
+    example_table,
+    sample_logits,
+    score_shard,
+    token_table,
+    write_parquet,
+)
+from eaft.objective.statistics import usable_top_k
+from eaft.processes import locked
+from eaft.provenance import environment, write_json
+from eaft.training.config import EAFTConfig
+from eaft.training.measure import fingerprint
+from eaft.training.prepare import prepare_rows
+from eaft.training.train import changed_arguments, launch, load_data, parse
+
+DESCRIPTION = """
+Score data through a model, token by token, as training would see it before its first step, and say what is found: how
+much of the data fights the model and which tokens, what each gate would do to it, and whether the data is what you
+think it is. Writes a folder with summary.json, report.html, figures/*.png, and every token's statistics as Parquet,
+which `eaft view` shows.
+
+  eaft inspect MODEL DATA                              a Hub id, a folder (also of a PEFT adapter) or a .gguf file; and
+                                                       a Hub id, a .jsonl, .json, .csv or .parquet file, or a folder
+  eaft inspect --config recipe.yaml                    what this recipe of `eaft train` would train on
+  eaft inspect MODEL DATA --rollouts 64                the model's own answers to 64 of the data's prompts beside it
+  eaft inspect MODEL DATA --compare runs/sft           the same tokens through each checkpoint of a training run
+  eaft inspect MODEL DATA --max_length 2048 --assistant_only_loss      any flag of `eaft train` (packing is off)
+  accelerate launch -m eaft inspect MODEL DATA
+
+A run that was stopped goes on when it is given again, and so does one that --compare is added to. Results are in
+--output_dir (default: inspection), whatever a recipe says, whose output_dir is the training's. A row's prompt, which
+--rollouts asks the model, is its tokens up to the first labelled one.
+"""
+OUTPUT_DIR = "inspection"
+PARTS = "parts"  # in the folder: what is not whole yet
+ROLLOUTS_FILE = "rollouts.json"
+# By which `accelerate launch` asks for shards of the model: here each process has the whole
+SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_PARALLELISM_CONFIG")
+
+
+@dataclass
+class InspectArguments:
+    """The flags of `eaft inspect` beside those of `eaft train`."""
+
+    rollouts: int = field(
+        default=0, metadata={"help": "Also score the model's own answers to the prompts of so many rows; 0: none."}
+    )
+    rollout_backend: str = field(
+        default="hf", metadata={"help": "What samples them, 'hf' or 'vllm'.", "choices": ["hf", "vllm"]}
+    )
+    max_new_tokens: int = field(default=256, metadata={"help": "The most tokens of such an answer."})
+    compare: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Models, adapters, or folders of training runs (each checkpoint) to score the same with."},
+    )
+
+
+def make_parser() -> TrlParser:
+    """Return the parser of `eaft inspect`."""
+    return TrlParser(
+        (ScriptArguments, EAFTConfig, ModelConfig, DatasetMixtureConfig, InspectArguments),
+        prog="eaft inspect",
+        usage="eaft inspect MODEL DATA [--output_dir DIR] [--rollouts N] [--compare OTHER ...] [flags of eaft train]",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def main(argv: list[str]) -> None:
+    """Inspect, as the flags say; a recipe's own `accelerate launch` is for training."""
+    for name in SHARDING:
+        os.environ.pop(name, None)
+    configs, launch_args, inspect_args = parse(named(argv), make_parser(), recipe_launches=False)
+    if not launch("inspect", launch_args, inspect_args):
+        inspect(*configs)
+
+
+def named(argv: list[str]) -> list[str]:
+    """Return the flags with MODEL and DATA named, several `--compare` joined, and what is not to be a recipe's."""
+    flags = ["--model_name_or_path", "--dataset_name"]
+    given = 0
+    while given < min(len(flags), len(argv)) and not argv[given].startswith("-"):
+        given += 1
+    argv, rest = [part for pair in zip(flags, argv[:given], strict=False) for part in pair], argv[given:]
+    if twice := [flag for flag in argv[::2] if flag in (part.partition("=")[0] for part in rest)]:
+        raise ConfigurationError(f"{twice[0]} is given twice: at the beginning, where it needs no flag, and as a flag.")
+    others: list[str] = []
+    while rest:
+        part, *rest = rest
+        if part.partition("=")[0] != "--compare":
+            argv.append(part)
+            continue
+        others += [part.partition("=")[2]] if "=" in part else []
+        while rest and not rest[0].startswith("-"):
+            others.append(rest.pop(0))
+    argv += ["--compare", *others] if others else []
+    names = {part.partition("=")[0].replace("-", "_") for part in argv if part.startswith("--")}
+    if "__output_dir" not in names:
+        argv += ["--output_dir", OUTPUT_DIR]
+    if "__use_cpu" not in names and not torch.accelerator.is_available():
+        argv += ["--use_cpu", "true"]  # else bf16 is refused here
+    return argv
+
+
+@dataclass
+class Job:
+    """What is to be scored, and where to."""
+
+    folder: Path
+    settings: Settings
+    tokenizer: Any
+    base: str
+    others: list[ScoredModel]
+    examples: Examples
+
+    @property
+    def parts(self) -> Path:
+        """Where what is not whole yet is kept."""
+        return self.folder / PARTS
+
+    def file(self, model: str, shard: int) -> Path:
+        """Return a shard's file of a model's tokens."""
+        parent = self.folder / "tokens" if model == BASE else self.folder / "compared" / model
+        return parent / f"{shard:05d}.parquet"
+
+
+def inspect(
+    script_args: ScriptArguments,
+    args: EAFTConfig,
+    model_args: ModelConfig,
+    dataset_args: DatasetMixtureConfig,
+    inspect_args: InspectArguments,
+) -> None:
+    """
+    Score the data, and write what `eaft.inspection.folder` describes to `args.output_dir`.
+
+    Everything that can be wrong with the input is found before the folder is touched.
+    """
+    state, folder = processes(), Path(args.output_dir)
+    args.eval_strategy = "no"  # the held-out data is not asked for
+    if inspect_args.rollouts < 0 or inspect_args.max_new_tokens < 1:
+        raise ConfigurationError("rollouts must not be negative, and max_new_tokens at least 1.")
+    if inspect_args.rollout_backend == "vllm" and state.num_processes > 1:
+        raise ConfigurationError("rollout_backend='vllm' has processes of its own: start one, or sample with hf.")
+    dataset, _ = load_data(script_args, args, model_args, dataset_args)
+    source = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
+    with state.main_process_first():
+        base = find_model(str(model_args.model_name_or_path), source)
+        tokenizer = load_tokenizer(base, source)
+        others = find_compared(inspect_args.compare, base, tokenizer, {"trust_remote_code": args.trust_remote_code})
+    rows = prepare_rows(tokenizer, args, dataset)
+    data = script_args.dataset_name or ", ".join(mixed.path for mixed in dataset_args.datasets)
+    asked = {name: getattr(inspect_args, name) for name in ("rollouts", "rollout_backend", "max_new_tokens")}
+    settings = Settings(args, model_args)
+    examples = Examples(rows, dataset, data, [])
+    if not examples.labelled.any():
+        raise ConfigurationError(
+            f"No row has a labelled token left after truncation to max_length={args.max_length}: raise max_length, or "
+            "check completion_only_loss and assistant_only_loss."
+        )
+    prompts = examples.prompts(inspect_args.rollouts) if inspect_args.rollouts else []
+
+    with contextlib.ExitStack() as stack:
+        if state.is_main_process:
+            stack.enter_context(locked(folder))
+            begin(
+                folder,
+                {
+                    "scored": False,
+                    "finished": False,
+                    "model": model_args.model_name_or_path,
+                    "dataset": data,
+                    "top_k": usable_top_k(args.gate_top_k, len(tokenizer)),
+                    "models": [asdict(ScoredModel(BASE, str(model_args.model_name_or_path))), *map(asdict, others)],
+                    "rollouts": asked if inspect_args.rollouts else None,
+                    "config": changed_arguments(args),
+                    "environment": environment(),
+                    "identity": {
+                        "model": weights_digest(base, model_args.model_revision),
+                        "data": fingerprint(rows.cut),
+                        "numbers": numbers(settings),
+                        "rollouts": {**asked, "seed": args.seed} if inspect_args.rollouts else None,
+                        "compared": {other.name: weights_digest(other.model) for other in others},
+                    },
+                },
+            )
+        state.wait_for_everyone()
+        job = Job(folder, settings, tokenizer, base, others, examples)
+        score_all(job, prompts, inspect_args)
+        if state.is_main_process:
+            finish(job)
+            conclude(folder)
+
+
+def numbers(settings: Settings) -> dict[str, Any]:
+    """Return the flags that change what is computed."""
+    model_args = settings.model_args
+    found = {
+        name: getattr(model_args, name) for name in ("dtype", "attn_implementation", "load_in_4bit", "load_in_8bit")
+    }
+    return {name: str(value) for name, value in {**found, "autocast": settings.autocast}.items()} | {
+        "top_k": settings.args.gate_top_k
+    }
+
+
+def begin(folder: Path, run: dict[str, Any]) -> None:
+    """
+    Write run.json, unless the folder holds another run.
+
+    Raises:
+        ConfigurationError: it does.
+    """
+    file = folder / RUN_FILE
+    if file.is_file():
+        before = json.loads(file.read_text())
+        way = "Choose another --output_dir, or delete this one."
+        if "identity" not in before or "compared" not in before["identity"]:
+            raise ConfigurationError(f"output_dir={str(folder)!r} holds another run, none of eaft inspect. {way}")
+        old, new = before["identity"], run["identity"]
+        what = {"model": "another model", "data": "other data", "rollouts": "other rollouts", "numbers": "other flags"}
+        changed = [words for name, words in what.items() if old[name] != new[name]]
+        both = old["compared"].keys() & new["compared"].keys()
+        changed += [
+            f"another model as {name!r}" for name in sorted(both) if old["compared"][name] != new["compared"][name]
+        ]
+        if changed:
+            raise ConfigurationError(f"output_dir={str(folder)!r} is an inspection of {' and '.join(changed)}. {way}")
+        # What was compared before stays
+        models = {model["name"]: model for model in [*before["models"], *run["models"]]}
+        run = {**run, "models": list(models.values()), "top_k_curve": before.get("top_k_curve")}
+        new["compared"] = {**old["compared"], **new["compared"]}
+    write_json(file, run)
+
+
+def score_all(job: Job, prompts: rollouts.Prompts, inspect_args: InspectArguments) -> None:
+    """Score with each model what is not scored yet, one model in memory at a time; every process its share."""
+    state, args = processes(), job.settings.args
+    scorer = Lazy(job.base, job.settings)
+    if prompts:
+        file = job.parts / ROLLOUTS_FILE
+        if not shared(file.is_file):
+            if inspect_args.rollout_backend == "vllm":
+                found = rollouts.sample_with_vllm(
+                    job.base, job.tokenizer, prompts, inspect_args.max_new_tokens, args.seed, job.settings
+                )
+            else:
+                share = Share(state.process_index, state.num_processes)
+                found = rollouts.sample(
+                    scorer.get(), job.tokenizer, prompts, inspect_args.max_new_tokens, args.seed, share
+                )
+            if state.is_main_process:
+                job.parts.mkdir(exist_ok=True)
+                write_json(file, [asdict(rollout) for rollout in found])
+            state.wait_for_everyone()
+        answers = [Rollout(**entry) for entry in json.loads(file.read_text())]
+        job.examples = Examples(job.examples.rows, job.examples.dataset, job.examples.name, answers)
+    pieces = Pieces(job.tokenizer)
+    score_model(job, ScoredModel(BASE, job.base), scorer, pieces)
+    if state.is_main_process:
+        keep_top_k_curve(job, scorer)
+    scorer.free()
+    for other in job.others:
+        scorer = Lazy(other.model, job.settings, is_base=False)
+        score_model(job, other, scorer, pieces)
+        scorer.free()
+    state.wait_for_everyone()
+
+
+class Lazy:
+    """A `Scorer` that is loaded when it is first needed."""
+
+    def __init__(self, model: str, settings: Settings, is_base: bool = True) -> None:
+        self.arguments = (model, settings, is_base)
+        self.scorer: Scorer | None = None
+
+    def get(self) -> Scorer:
+        """Return it."""
+        if self.scorer is None:
+            self.scorer = Scorer(*self.arguments)
+        return self.scorer
+
+    def free(self) -> None:
+        """Give back the memory, so that the next model finds it free."""
+        self.scorer = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def score_model(job: Job, model: ScoredModel, scorer: Lazy, pieces: Pieces) -> None:
+    """Write this process's share of a model's shards that are not there."""
+    state, shards = processes(), dict(enumerate(job.examples.shards()))
+    missing = shared(lambda: [shard for shard in shards if not job.file(model.name, shard).is_file()])
+    mine = missing[state.process_index :: state.num_processes]
+    counts = {shard: int(job.examples.lengths[list(shards[shard])].sum()) for shard in mine}
+    with tqdm(
+        total=sum(counts.values()),
+        desc=f"Scoring with {model.name}",
+        unit=" tokens",
+        unit_scale=True,
+        disable=None if state.is_main_process else True,
+    ) as bar:
+        for shard in mine:
+            part, before = shards[shard], bar.n
+            tokens, found = score_shard(scorer.get(), job.examples, part, bar.update)
+            if model.name == BASE:
+                table, texts = token_table(part, tokens, found, pieces)
+                about, top_k = job.examples.about(part), job.settings.args.gate_top_k
+                # First, so that a shard whose tokens are there has its examples too
+                described = example_table(about, tokens, found, texts, top_k)
+                write_parquet(described, EXAMPLES, job.parts / f"{shard:05d}.parquet")
+                write_parquet(table, TOKENS, job.file(BASE, shard))
+            else:
+                write_parquet(compared_table(part, tokens, found), COMPARED, job.file(model.name, shard))
+            bar.update(counts[shard] - (bar.n - before) if not bar.disable else 0)  # those without a label
+    state.wait_for_everyone()
+
+
+def keep_top_k_curve(job: Job, scorer: Lazy) -> None:
+    """Measure how the top-K entropy goes with the exact one (the paper's figure 6), once, and note it in run.json."""
+    run = json.loads((job.folder / RUN_FILE).read_text())
+    if run.get("top_k_curve") is None:
+        curve = top_k_curve(sample_logits(scorer.get(), job.examples, job.settings.args.seed))
+        write_json(job.folder / RUN_FILE, {**run, "top_k_curve": curve})
+
+
+def finish(job: Job) -> None:
+    """Write the tables of examples and of the vocabulary, and note that all is scored."""
+    if not (job.folder / EXAMPLES_FILE).is_file():
+        files = sorted(job.parts.glob("*.parquet"))
+        write_parquet((pq.read_table(file) for file in files), EXAMPLES, job.folder / EXAMPLES_FILE)
+    for file in job.parts.glob("*.parquet"):
+        file.unlink()
+    run = json.loads((job.folder / RUN_FILE).read_text())
+    # One that an earlier command was stopped at, and that this one does not name, is left out
+    shards = range(len(job.examples.shards()))
+    models = [m for m in run["models"] if all(job.file(m["name"], shard).is_file() for shard in shards)]
+    write_parquet(vocabulary(job, Pieces(job.tokenizer)), VOCABULARY, job.folder / VOCABULARY_FILE)
+    write_json(job.folder / RUN_FILE, {**run, "models": models, "scored": True})
+
+
+def vocabulary(job: Job, pieces: Pieces) -> pa.Table:
+    """Return the text of every token that occurs, in the data or as a model's first choice."""
+    seen: set[int] = set()
+    for file in [*job.folder.glob("tokens/*.parquet"), *job.folder.glob("compared/*/*.parquet")]:
+        for name in pq.read_schema(file).names:
+            if name in ("token_id", "first_choice"):
+                seen.update(pq.read_table(file, columns=[name])[name].drop_null().unique().to_pylist())
+    ids = sorted(seen)
+    columns = {
+        "token_id": ids,
+        "text": [pieces.text(i) for i in ids],
+        "special": [i in pieces.special for i in ids],
+    }
+    return pa.table(columns, VOCABULARY)
+
+
+def conclude(folder: Path) -> None:
+    """Say what is found: summary.json, the report, and a page on the terminal."""
+    inspection = Inspection(folder)
+    write_json(folder / SUMMARY_FILE, findings.find(inspection, inspection.run.get("top_k_curve")))
+    try:
+        from eaft.inspection import report
+    except ImportError:
+        return
+    report.write(inspection)
+    write_json(folder / RUN_FILE, {**inspection.run, "finished": True})
+    print(report.page(inspection))

@@ -1,0 +1,49 @@
+// Is the data what you think? What the checks of `eaft inspect` found, with the first rows.
+
+import { get, url } from "./api.js";
+import { count, h } from "./dom.js";
+import { ROWS } from "./examples.js";
+import { change, noFilters } from "./state.js";
+
+const checksOf = ({ summary }) => summary?.checks ?? [];
+
+export default {
+  name: "checks",
+  title: "Checks",
+  has: (folder) => checksOf(folder).length > 0,
+  found: (folder) => checksOf(folder).filter(({ count: rows }) => rows > 0).length,
+  mount(root, folder) {
+    // Rows that were dropped come before: at worst the table opens near it
+    const open = async (row) => {
+      const order = { sort: "row", order: "asc" };
+      const { rows } = await get(url("examples", { ...order, offset: row, limit: 1 })).catch(() => ({ rows: [] }));
+      const found = rows[0]?.row === row ? `${rows[0].example}` : "";
+      change({
+        ...noFilters(),
+        ...order,
+        view: "examples",
+        origin: "data",
+        page: 1 + Math.floor(row / ROWS),
+        example: found,
+        at: "",
+      });
+    };
+    const item = ({ title, count: rows, text, rows: first }) =>
+      h(
+        "li",
+        { class: rows ? "found" : "fine" },
+        h("h2", {}, title, " ", h("span", { class: "quiet" }, rows ? count(rows) : "none")),
+        h("p", { class: "quiet" }, text),
+        rows > 0 &&
+          h(
+            "p",
+            {},
+            "rows ",
+            first.map((row) => h("button", { class: "chip", onclick: () => open(row) }, `${row}`)),
+          ),
+      );
+    const sorted = [...checksOf(folder)].sort((a, b) => (b.count > 0) - (a.count > 0));
+    root.append(h("ul", { class: "checks" }, sorted.map(item)));
+    return () => {};
+  },
+};

@@ -1,0 +1,392 @@
+// An `eaft compare` or `eaft eval` folder: tables, curves, target against drift, objective against objective, regressions.
+
+import { url } from "./api.js";
+import { palette, plot, watch } from "./charts.js";
+import { count, h, number, part, prose, select, share, table } from "./dom.js";
+import { change, state } from "./state.js";
+
+export default {
+  name: "runs",
+  title: "Runs",
+  has: (folder) => folder.kind !== "inspection",
+  mount(root) {
+    const head = h("div", {}),
+      body = h("div", {});
+    root.append(head, body);
+    let list = [];
+    const listing = part(head, (found) => {
+      list = found;
+      return chooser(list);
+    });
+    const run = part(body, (found) => {
+      return found.kind === "compare" ? comparison(found, width()) : evaluation(found, width());
+    });
+    const width = watch(body, () => run.redraw());
+    let metric;
+    return async function update() {
+      await listing.ask(url("runs"));
+      if (list.length) run.ask(url("run", { name: chosen(list).name }));
+      if (metric !== undefined && metric !== state.metric) run.redraw();
+      metric = state.metric;
+    };
+  },
+};
+
+const chosen = (list) => list.find(({ name }) => name === state.run) ?? list[0];
+
+function chooser(list) {
+  const names = list.map(({ name, kind }) => [name, `${name} (eaft ${kind})`]);
+  if (names.length < 2) return [h("h2", {}, names[0]?.[1] ?? "No results.json here.")];
+  return [
+    h(
+      "label",
+      { class: "inline" },
+      "run ",
+      select("Run", names, chosen(list).name, (run) => change({ run })),
+    ),
+  ];
+}
+
+const signed = (value, digits = 3) => (value === null || value === undefined ? "–" : d3.format(`+.${digits}f`)(value));
+const points = (value) => `${signed(value * 100, 1)}`;
+const between = (found, show) =>
+  h(
+    "span",
+    { class: "interval" },
+    show(found.change),
+    h("span", { class: "quiet" }, ` ${show(found.low)} to ${show(found.high)}`),
+  );
+const half = (width) => (width > 900 ? Math.floor((width - 24) / 2) : width);
+const SHAPE = { height: 300, marginLeft: 52, marginTop: 26, marginBottom: 40, inset: 6, grid: true };
+const figure = (title, options, label = title) =>
+  h("figure", {}, h("figcaption", {}, title), plot(label, { ...SHAPE, ...options }));
+const colours = (domain) => ({ domain, range: palette(), legend: true });
+
+function comparison({ results, points: rows, curves, regressions }, width) {
+  const size = half(width);
+  const color = colours([...new Set(rows.map(({ objective }) => objective))]);
+  const who = (row) =>
+    `${row.objective}, seed ${row.seed}${row.learning_rate ? `, lr ${row.learning_rate}` : ""}, step ${row.step}`;
+  const lines = (data, x, y, xLabel, yLabel, dots = true) => {
+    const drawn = data.filter((row) => row[x] !== null && row[y] !== null);
+    return {
+      width: size,
+      color,
+      x: { label: `${xLabel} →`, labelAnchor: "center", labelArrow: "none" },
+      y: { label: `↑ ${yLabel}`, labelArrow: "none" },
+      marks: [
+        Plot.line(drawn, { x, y, z: "run", stroke: "objective", strokeOpacity: 0.6 }),
+        dots &&
+          Plot.dot(drawn, {
+            x,
+            y,
+            fill: "objective",
+            r: 3,
+            title: (row) => `${who(row)}: drift ${number(row.drift_general, 3)}, nll ${number(row.nll, 3)}`,
+          }),
+      ],
+    };
+  };
+  const scored = rows.filter((row) => row.target !== null);
+  const base = scored.filter(({ step }) => step === 0).slice(0, 1); // every run's has the same
+  const target = {
+    width: size,
+    color,
+    x: { label: "drift on general prompts, nats per token →", labelAnchor: "center", labelArrow: "none" },
+    y: { label: "↑ target score, %", percent: true, labelArrow: "none" },
+    marks: [
+      Plot.dot(
+        scored.filter(({ step, chosen }) => step > 0 && chosen),
+        {
+          x: "drift_general",
+          y: "target",
+          fill: "objective",
+          r: 5,
+          title: (row) =>
+            `${who(row)}: target ${share(row.target)}, general ${share(row.general)}, drift ${number(row.drift_general, 3)}`,
+        },
+      ),
+      Plot.dot(base, {
+        x: "drift_general",
+        y: "target",
+        stroke: "var(--ink)",
+        symbol: "times",
+        r: 5,
+      }),
+      Plot.text(base, {
+        x: "drift_general",
+        y: "target",
+        text: () => "base",
+        dx: 10,
+        textAnchor: "start",
+        fill: "var(--ink)",
+      }),
+    ],
+  };
+  const metrics = [...new Set(curves.flatMap(({ metrics }) => Object.keys(metrics)))];
+  const metric = metrics.includes(state.metric) ? state.metric : metrics.includes("nll") ? "nll" : metrics[0];
+  const logged = curves.flatMap(({ metrics, ...run }) =>
+    (metrics[metric] ?? []).map(([step, value]) => ({ ...run, step, value })),
+  );
+  return [
+    h("p", { class: "lead" }, prose(results.sentence)),
+    h(
+      "div",
+      { class: "figures" },
+      figure("Target against drift", target),
+      figure(
+        "Held-out nll against drift: the lower left is better",
+        lines(
+          rows.filter(({ step }) => step > 0),
+          "drift_general",
+          "nll",
+          "drift, nats per token",
+          "held-out nll",
+        ),
+      ),
+      figure("Held-out nll over training", lines(rows, "step", "nll", "step", "nats per token")),
+      figure("Drift over training", lines(rows, "step", "drift_general", "step", "nats per token")),
+      metrics.length > 0 &&
+        figure(
+          [
+            "Logged: ",
+            select(
+              "Metric",
+              metrics.map((name) => [name, name]),
+              metric,
+              (name) => change({ metric: name }),
+            ),
+          ],
+          lines(logged, "step", "value", "step", metric, false),
+          metric,
+        ),
+    ),
+    h("h2", {}, "Objectives"),
+    objectiveTable(results),
+    ...results.pairs.flatMap((pair) => pairOf(pair, size)),
+    ...regressions.flatMap((found) => worst(found)),
+    ...(results.failed.length
+      ? [
+          h("h2", {}, "Failed"),
+          table(
+            "Failed",
+            [
+              { title: "objective", cell: (row) => `${row.objective ?? ""}` },
+              { title: "seed", cell: (row) => `${row.seed ?? ""}` },
+              { title: "why", cell: (row) => row.message },
+            ],
+            results.failed,
+          ),
+        ]
+      : []),
+  ];
+}
+
+function objectiveTable(results) {
+  const spread = ({ mean, std } = {}, show) =>
+    mean === undefined ? "–" : `${show(mean)}${std === null ? "" : ` ± ${show(std)}`}`;
+  const alone = (value) => (value === undefined ? undefined : { mean: value, std: null });
+  const start = Object.fromEntries(
+    ["target", "general", "drift_general", "nll"].map((name) => [name, alone(results.base[name])]),
+  );
+  const rows = [
+    ["base", start, {}],
+    ...Object.entries(results.objectives).map(([name, found]) => [name, found.chosen ?? found.last, found.training]),
+  ];
+  const column = (title, name, show) => ({ title, numeric: true, cell: ([, found]) => spread(found[name], show) });
+  return table(
+    "Objectives",
+    [
+      { title: "objective", cell: ([name]) => name },
+      column("target", "target", share),
+      column("general", "general", share),
+      column("drift", "drift_general", (value) => number(value, 3)),
+      column("held-out nll", "nll", (value) => number(value, 3)),
+      {
+        title: "tokens/s",
+        numeric: true,
+        class: "optional",
+        cell: ([, , training]) => spread(training.tokens_per_s, (value) => count(Math.round(value))),
+      },
+      {
+        title: "GiB",
+        numeric: true,
+        class: "optional",
+        cell: ([, , training]) => spread(training.peak_memory_gib, (value) => number(value, 1)),
+      },
+    ],
+    rows,
+  );
+}
+
+// One objective against another: differences with their intervals, and the least drift at each target
+function pairOf({ first, second, views, fronts }, size) {
+  const view = views.chosen ?? views.last;
+  const rows = [
+    ...Object.entries(view.means).map(([name, found]) => [name, found, points, "points"]),
+    ...Object.entries(view.tasks).map(([name, found]) => [name, found, points, "points"]),
+    ...Object.entries(view.drift).map(([name, found]) => [`drift, ${name} prompts`, found, signed, "nats per token"]),
+    ...(view.nll ? [["held-out nll", view.nll, signed, "nats per token"]] : []),
+  ];
+  const drawn = Object.entries(fronts)
+    .filter(([, front]) => front)
+    .map(([name, front]) => {
+      const data = front.targets.map((at, index) => ({
+        at,
+        difference: front.difference[index],
+        low: front.low[index],
+        high: front.high[index],
+      }));
+      return figure(`Drift of ${first} less that of ${second}, at equal ${name}, with its 95% band`, {
+        width: size,
+        x: { label: `${name} →`, labelAnchor: "center", labelArrow: "none" },
+        y: { label: "↑ nats per token", labelArrow: "none" },
+        marks: [
+          Plot.areaY(data, { x: "at", y1: "low", y2: "high", fill: "var(--accent)", fillOpacity: 0.2 }),
+          Plot.line(data, { x: "at", y: "difference", stroke: "var(--accent)" }),
+          Plot.ruleY([0], { stroke: "var(--ink)", strokeOpacity: 0.4 }),
+        ],
+      });
+    });
+  return [
+    h("h2", {}, `${first} against ${second}`),
+    h(
+      "div",
+      { class: "figures" },
+      h(
+        "div",
+        {},
+        table(
+          `${first} less ${second}`,
+          [
+            { title: `${first} less ${second}`, cell: ([name]) => name },
+            { title: "difference (95%)", numeric: true, cell: ([, found, show]) => between(found, show) },
+            { title: "in", cell: ([, , , unit]) => h("span", { class: "quiet" }, unit), class: "optional" },
+            {
+              title: "p",
+              numeric: true,
+              cell: ([, found]) => d3.format(".2~g")(found.p_holm ?? found.p_value),
+              help: "Holm-adjusted",
+            },
+          ],
+          rows,
+        ),
+      ),
+      ...drawn,
+    ),
+  ];
+}
+
+function evaluation({ results, regressions }, width) {
+  if (!results.base) {
+    const rows = Object.entries(results.tasks);
+    return [
+      table(
+        "Scores",
+        [
+          { title: "task", cell: ([name]) => name },
+          { title: "score", numeric: true, cell: ([, found]) => share(found.score) },
+          { title: "95%", numeric: true, cell: ([, found]) => `${share(found.low)} to ${share(found.high)}` },
+          { title: "n", numeric: true, cell: ([, found]) => count(found.n) },
+        ],
+        rows,
+      ),
+    ];
+  }
+  const rows = [
+    ...Object.entries(results.means).map(([name, found]) => [`mean of ${name}`, found]),
+    ...Object.entries(results.tasks),
+  ];
+  const data = rows.map(([name, found]) => ({
+    name,
+    change: found.change * 100,
+    low: found.low * 100,
+    high: found.high * 100,
+  }));
+  const forest = {
+    width: half(width),
+    height: 60 + 26 * data.length,
+    marginLeft: Math.min(180, 20 + 7 * d3.max(data, ({ name }) => name.length)),
+    marginTop: 10,
+    marginBottom: 40,
+    x: {
+      label: "change beside the base, points, with its 95% interval",
+      labelAnchor: "center",
+      labelArrow: "none",
+      grid: true,
+    },
+    y: { domain: data.map(({ name }) => name), label: null },
+    marks: [
+      Plot.ruleX([0], { stroke: "var(--ink)", strokeOpacity: 0.4 }),
+      Plot.ruleY(data, { x1: "low", x2: "high", y: "name", stroke: "var(--accent)", strokeWidth: 2 }),
+      Plot.dot(data, { x: "change", y: "name", fill: "var(--accent)", r: 4 }),
+    ],
+    inset: 0,
+    grid: false,
+  };
+  const { drift } = results;
+  return [
+    h("p", { class: "lead" }, prose(results.verdict.sentence)),
+    h(
+      "div",
+      { class: "figures" },
+      h(
+        "div",
+        {},
+        table(
+          "Tasks",
+          [
+            { title: "task", cell: ([name]) => name },
+            { title: "before", numeric: true, cell: ([, found]) => share(found.before) },
+            { title: "after", numeric: true, cell: ([, found]) => share(found.after) },
+            { title: "change (95%)", numeric: true, cell: ([, found]) => between(found, points) },
+            {
+              title: "p",
+              numeric: true,
+              cell: ([, found]) => d3.format(".2~g")(found.p_holm ?? found.p_value),
+              help: "Holm-adjusted",
+            },
+            { title: "n", numeric: true, class: "optional", cell: ([, found]) => count(found.n) },
+          ],
+          rows,
+        ),
+        drift &&
+          h(
+            "p",
+            {},
+            `Drift ${number(drift.mean, 3)} nats per token (95%: ${number(drift.low, 3)} to ${number(drift.high, 3)}), over ${count(drift.tokens)} tokens.`,
+          ),
+      ),
+      figure("Change by task", forest),
+    ),
+    ...regressions.flatMap((found) => worst(found)),
+    ...Object.entries(results.failed).map(([name, why]) => h("p", { class: "error" }, `${name}: ${why}`)),
+  ];
+}
+
+function worst({ objective, seed, items }) {
+  if (!items.length) return [];
+  const who = objective ? ` with ${objective}${seed === null ? "" : `, seed ${seed}`}` : "";
+  return [
+    h("h2", {}, `What it could, and cannot any more${who}`),
+    h("ol", { class: "regressions" }, items.map(regression)),
+  ];
+}
+
+const plain = (value) => (typeof value === "string" ? value : JSON.stringify(value));
+function regression({ task, prompt, target, before, after }) {
+  const block = (title, text, css) => [h("dt", {}, title), h("dd", { class: css, dir: "auto" }, plain(text))];
+  return h(
+    "li",
+    {},
+    h("h3", {}, task),
+    h(
+      "dl",
+      {},
+      block("prompt", prompt, "prompt"),
+      block("right", target),
+      block("before", before.response),
+      block("after", after.response, "hot"),
+    ),
+  );
+}

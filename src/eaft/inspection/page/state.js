@@ -1,0 +1,107 @@
+// What is shown, held in the address's fragment: a link shows the same view, and back and forward work.
+
+const DEFAULTS = {
+  view: "",
+  // The selection: what every answer is of
+  model: "base",
+  origin: "data",
+  source: [],
+  nll: "", // "LO,HI", either may be empty
+  conflict: "",
+  search: "",
+  box: "", // "H0,H1,P0,P1"
+  token: "", // id
+  // Landscape
+  colour: "tokens",
+  beside: "", // "origin:rollouts" or "model:tuned"
+  as: "side",
+  // Gates
+  gate: "eaft",
+  params: {},
+  // Examples
+  sort: "conflict_nll_share",
+  order: "desc",
+  page: 1,
+  example: "",
+  at: "", // the position of a token in it
+  paint: "prob",
+  // Tokens
+  group: "conflict",
+  // Runs
+  run: "",
+  metric: "",
+};
+const FILTERS = ["source", "nll", "conflict", "search", "box", "token"];
+const SELECTION = ["model", "origin", ...FILTERS];
+
+export let state = read();
+export let passing = false; // whether the last change was on the way somewhere: a drag
+const listeners = [];
+let writing;
+
+function read() {
+  const given = new URLSearchParams(location.hash.slice(1));
+  const found = structuredClone(DEFAULTS);
+  for (const [name, value] of Object.entries(DEFAULTS)) {
+    if (!given.has(name)) continue;
+    if (Array.isArray(value)) found[name] = given.getAll(name);
+    else if (typeof value === "object") found[name] = parse(given.get(name)) ?? value;
+    else found[name] = typeof value === "number" ? Number(given.get(name)) || value : given.get(name);
+  }
+  return found;
+}
+
+function parse(text) {
+  try {
+    return JSON.parse(text);
+  } catch {
+    return null; // a link that was cut
+  }
+}
+
+function address() {
+  const given = new URLSearchParams();
+  for (const [name, value] of Object.entries(state)) {
+    if (JSON.stringify(value) === JSON.stringify(DEFAULTS[name])) continue;
+    if (Array.isArray(value)) value.forEach((item) => given.append(name, item));
+    else given.set(name, typeof value === "object" ? JSON.stringify(value) : value);
+  }
+  return `#${given}`;
+}
+
+// Changes what is shown. On the way somewhere (a drag) it is no step to go back to
+export function change(patch, { onTheWay = false } = {}) {
+  passing = onTheWay;
+  const other = ["view", "group", ...SELECTION].some((name) => name in patch);
+  state = { ...state, ...(other ? { page: 1 } : {}), ...patch };
+  clearTimeout(writing);
+  const same = address() === (location.hash || "#");
+  if (passing)
+    writing = setTimeout(() => history.replaceState(null, "", address()), 200); // browsers limit how often
+  else if (!same) history.pushState(null, "", address());
+  listeners.forEach((listener) => listener());
+}
+
+export function subscribe(listener) {
+  listeners.push(listener);
+}
+
+function follow() {
+  clearTimeout(writing);
+  if (address() === (location.hash || "#")) return;
+  state = read();
+  passing = false;
+  listeners.forEach((listener) => listener());
+}
+addEventListener("popstate", follow);
+addEventListener("hashchange", follow);
+
+// The parameters of a request: the selection, less the names in `without`
+export function selection({ without = [], ...other } = {}) {
+  const chosen = SELECTION.filter((name) => !without.includes(name)).map((name) => [name, state[name]]);
+  return { ...Object.fromEntries(chosen), ...other };
+}
+
+export const noFilters = () => Object.fromEntries(FILTERS.map((name) => [name, DEFAULTS[name]]));
+export const isFiltered = () => FILTERS.some((name) => state[name].length > 0);
+export const range = (text) => text.split(",").map((part) => (part === "" ? null : Number(part)));

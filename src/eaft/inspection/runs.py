@@ -1,0 +1,193 @@
+"""
+The folders of `eaft compare` and `eaft eval` that a folder holds, as the viewer's page draws them.
+
+They are read as plain files: `results.json`, and beside it each run's `metrics.jsonl` and the items of its tasks.
+
+`list` has an entry for each: `name` (its path), `kind` ("compare" or "eval"), `sentence` (what it found), `model`,
+`base` (None: none). `run` has of one of them, beside these:
+
+    results      results.json, without its lists by item, prompt or held-out example
+    points       one for each checkpoint that was measured, and the base model's before each run's first:
+                 run, objective, seed, learning_rate, chosen (the run), step, epoch, nll, drift_general, drift_target
+                 (nats per token), target, general (mean scores), tasks {name: score}; null: not measured there
+    curves       one for each run: run, objective, seed, learning_rate, chosen, and metrics {name: [[step, value]]}
+    regressions  one for each objective and seed (`eval`: one): objective, seed, step, and items, the worst first, as
+                 `worst` in the results of `eaft eval`: benchmark, task, doc_id, prompt, target, before and after
+                 {response, score}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from eaft.errors import EAFTError
+
+Answer = dict[str, Any]
+
+RESULTS_FILE = "results.json"
+DEPTH = 3  # folders down that are looked into
+HELD = ("run", "objective", "seed", "learning_rate", "chosen")
+BY_ITEM = ("sums", "scores", "per_prompt", "tokens_per_prompt")
+
+
+class Runs:
+    """
+    What a folder holds of comparisons and evaluations.
+
+    Args:
+        folder: one of them, or a folder with some in it.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder).resolve()
+        self.found = {self.name_of(place): place for place in find(self.folder, DEPTH)}
+
+    def name_of(self, place: Path) -> str:
+        """Return a folder's path below ours; our own name if it is ours."""
+        return place.relative_to(self.folder).as_posix() if place != self.folder else self.folder.name
+
+    @property
+    def names(self) -> list[str]:
+        """The names that `run` takes."""
+        return list(self.found)
+
+    def list(self) -> list[Answer]:
+        """Return an entry for each, as said above."""
+        return [entry(name, read_results(place)) for name, place in self.found.items()]
+
+    def run(self, name: str) -> Answer:
+        """Return one of them, as said above."""
+        place = self.found[name]
+        results = read_results(place)
+        about = entry(name, results)
+        if about["kind"] == "eval":
+            worst = [{"objective": None, "seed": None, "step": None, "items": results.get("worst", [])}]
+            return {**about, "results": trimmed(results), "points": [], "curves": [], "regressions": worst}
+        return {
+            **about,
+            "results": trimmed({name: value for name, value in results.items() if name != "runs"}),
+            "points": [point for run in results["runs"] for point in points(run, results)],
+            "curves": [curves(place, run) for run in results["runs"]],
+            "regressions": [regressions(place, choice, results) for choice in results["choices"]],
+        }
+
+
+def find(folder: Path, depth: int) -> list[Path]:
+    """Return the folders with results, in order; links are not followed, nor folders below one with results."""
+    if read_results(folder):
+        return [folder]
+    if not depth:
+        return []
+    try:
+        inner = sorted(Path(e.path) for e in os.scandir(folder) if e.is_dir(follow_symlinks=False))
+    except OSError:
+        return []
+    return [place for below in inner for place in find(below, depth - 1)]
+
+
+def read_results(folder: Path) -> Answer:
+    """Return a folder's results; nothing if it has none of ours."""
+    found = read_json(folder, RESULTS_FILE)
+    return found if isinstance(found, dict) and "asked" in found and {"objectives", "tasks"} & found.keys() else {}
+
+
+def read_json(folder: Path, name: str) -> Any:
+    """Return what a file in a folder holds; None if it is not there, no JSON, or elsewhere when links are followed."""
+    lines = read_lines(folder, name, whole=True)
+    return lines[0] if lines else None
+
+
+def read_lines(folder: Path, name: str, whole: bool = False) -> list[Any]:
+    """Return what the lines of a file hold, or the file as one; nothing as in `read_json`."""
+    file = folder / name
+    try:
+        if not file.resolve().is_relative_to(folder.resolve()):
+            return []
+        text = file.read_text()
+    except (OSError, ValueError):
+        return []
+    found = []
+    for part in [text] if whole else text.split("\n"):
+        with contextlib.suppress(ValueError, RecursionError):  # a killed run leaves half a line
+            found.append(json.loads(part))
+    return found
+
+
+def entry(name: str, results: Answer) -> Answer:
+    """Return what `list` says of one."""
+    if "objectives" in results:
+        base = results["recipe"]["train"].get("model_name_or_path")
+        return {"name": name, "kind": "compare", "sentence": results["sentence"], "model": base, "base": base}
+    sentence = results["verdict"]["sentence"] if results.get("verdict") else None
+    return {"name": name, "kind": "eval", "sentence": sentence, "model": results["model"], "base": results["base"]}
+
+
+def trimmed(value: Any) -> Any:
+    """Return results without their lists by item; None for what is no number in JSON."""
+    if isinstance(value, dict):
+        return {k: trimmed(v) for k, v in value.items() if k not in BY_ITEM}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return [trimmed(v) for v in value] if isinstance(value, list) else value
+
+
+def points(run: Answer, results: Answer) -> list[Answer]:
+    """Return the base model's point and a run's."""
+    held = {"run": run["folder"], **{name: run[name] for name in HELD[1:]}}
+    found = []
+    for point in [results["base"]["point"], *run["points"]]:
+        tasks = {task: value["mean"] for task, value in point["tasks"].items()}
+        means = {
+            group: sum(tasks[name] for name in names) / len(names) if set(names) <= tasks.keys() else None
+            for group, names in results["groups"].items()
+        }
+        drift = {f"drift_{kind}": point["drift"].get(kind, {}).get("mean") for kind in ("general", "target")}
+        nll = None if point["nll"] is None else point["nll"]["mean"]
+        found.append(
+            {**held, "step": point["step"], "epoch": point["epoch"], "nll": nll, **drift, **means, "tasks": tasks}
+        )
+    return found
+
+
+def curves(place: Path, run: Answer) -> Answer:
+    """Return what a run has logged, by metric."""
+    metrics: dict[str, list[list[float]]] = {}
+    folder = within(place, run["folder"])
+    for line in read_lines(folder, "metrics.jsonl") if folder else []:
+        for name, value in line.items():
+            if isinstance(value, int | float) and math.isfinite(value) and name != "step":
+                metrics.setdefault(name, []).append([line["step"], value])
+    return {"run": run["folder"], **{name: run[name] for name in HELD[1:]}, "metrics": metrics}
+
+
+def regressions(place: Path, choice: Answer, results: Answer) -> Answer:
+    """Return the worst regressions of what an objective chose, from the items that were kept."""
+    from eaft.evaluation.evaluate import worst_regressions  # imports what measures models
+
+    view = "chosen" if "chosen" in choice["steps"] else "last"
+    step = choice["steps"][view]
+    keys = ("objective", "seed", "learning_rate")
+    run = next((r for r in results["runs"] if all(r[key] == choice[key] for key in keys)), None)
+    folder = within(place, run["folder"]) if run else None
+    before, after = {}, {}
+    if folder is not None:
+        for name in [name for names in results["groups"].values() for name in names]:
+            file = f"{Path(name).stem}.jsonl"
+            sides = read_lines(place / "base" / "items", file), read_lines(folder / "items" / f"step-{step}", file)
+            if len(sides[0]) == len(sides[1]) > 0:
+                before[name], after[name] = sides
+    items = []
+    with contextlib.suppress(EAFTError):  # files of two evaluations, which cannot be compared
+        items = worst_regressions(before, after)
+    return {"objective": choice["objective"], "seed": choice["seed"], "step": step, "items": items}
+
+
+def within(place: Path, name: str) -> Path | None:
+    """Return a folder that results name, if it is below theirs."""
+    folder = (place / name).resolve()
+    return folder if folder.is_relative_to(place.resolve()) and folder.is_dir() else None

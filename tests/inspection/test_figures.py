@@ -1,0 +1,67 @@
+"""The pictures: what is in them beside brute force, and that they stand in a page without an address."""
+
+import re
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from eaft.inspection.figures import CAPTIONS, Planes, draw, svg
+from eaft.inspection.findings import find
+from eaft.inspection.folder import DATA, ROLLOUTS, Inspection
+from tests.inspection.made import make_inspection
+
+CURVE = [{"k": k, "pearson": 1 - 1 / k, "spearman": None, "seconds": 0.1 * k, "mib": 0.2 * k} for k in (2, 20, 54)]
+
+
+@pytest.fixture(scope="module")
+def inspected(tmp_path_factory):
+    inspection = Inspection(make_inspection(tmp_path_factory.mktemp("made"), examples=30, rollouts=10))
+    return inspection, find(inspection, CURVE)
+
+
+def labelled(inspection):
+    table = pq.read_table(inspection.folder / "tokens").to_pandas()
+    origin = inspection.examples()["origin"].to_pandas()
+    table["origin"] = origin.iloc[table["example"]].to_numpy()
+    return table[table["labelled"]].astype({"log_prob": float, "sum_sq_probs": float})
+
+
+def test_planes_hold_every_token_and_its_gradient(inspected):
+    inspection, summary = inspected
+    planes = Planes(inspection, summary, "dft")
+    tokens = labelled(inspection)
+    corner = (tokens["entropy"] < 0.5) & (np.exp(tokens["log_prob"]) < 0.1)
+    rows, columns = planes.entropy_edges[:-1] < 0.5 - 1e-9, planes.prob_edges[:-1] < 0.1 - 1e-9
+    for origin in (DATA, ROLLOUTS):
+        here = tokens["origin"] == origin
+        assert planes.tokens[origin].sum() == here.sum()
+        assert planes.tokens[origin][np.ix_(rows, columns)].sum() == (here & corner).sum() > 0
+    data = tokens[tokens["origin"] == DATA]
+    prob = np.exp(data["log_prob"])
+    norms = np.sqrt(np.maximum(data["sum_sq_probs"] - 2 * prob + 1, 0))
+    # Float32 statistics leave 1e-3 of a norm open where p is near 1
+    assert planes.gradient.sum() == pytest.approx(norms.sum(), abs=1e-3 * len(data))
+    assert planes.gated.sum() == pytest.approx((prob * norms).sum(), abs=1e-3 * len(data))  # DFT's weight is p
+    assert planes.gated.sum() < 0.1 * planes.gradient.sum()
+
+
+def test_figures_stand_in_a_page(inspected):
+    inspection, summary = inspected
+    figures = draw(inspection, summary)
+    assert figures.keys() == CAPTIONS.keys()
+    page = "".join(svg(figure, name) for name, figure in figures.items())
+    assert "://" not in page
+    assert page.count("<svg") == page.count("</svg>") == len(CAPTIONS)
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    referred = re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', page)
+    assert {a or b for a, b in referred} <= set(ids)
+    assert referred
+
+
+def test_only_what_there_is_something_of_is_drawn(tmp_path):
+    inspection = Inspection(make_inspection(tmp_path, examples=3, rollouts=0, compared=()))
+    assert draw(inspection, find(inspection, None)).keys() == {"landscape", "gradient", "gates", "words"}
+    nothing = {"measured": None, "top_k": None}
+    assert draw(inspection, nothing) == {}

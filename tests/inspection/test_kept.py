@@ -1,0 +1,55 @@
+"""What is kept, and that those who ask at once compute it once."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from eaft.inspection.kept import Kept
+
+
+def test_the_last_answers_are_kept():
+    asked = []
+    kept = Kept(lambda x, y: asked.append((x, y)) or [x, y], 2)
+    first = kept(1, 2)
+    assert kept(1, 2) is first
+    kept(3, 4)
+    kept(1, 2)
+    kept(5, 6)  # forgets 3, 4, which was asked for least lately
+    kept(1, 2)
+    kept(3, 4)
+    assert asked == [(1, 2), (3, 4), (5, 6), (3, 4)]
+
+
+def test_those_who_ask_at_once_get_one_answer():
+    started, go, times = threading.Event(), threading.Event(), []
+
+    def slow(x):
+        times.append(x)
+        started.set()
+        go.wait(30)
+        return object()
+
+    kept = Kept(slow, 4)
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(kept, 1)
+        started.wait(30)
+        others = [pool.submit(kept, 1) for _ in range(2)]
+        go.set()
+        assert {id(answer.result()) for answer in [first, *others]} == {id(first.result())}
+    assert times == [1]
+
+
+def test_an_exception_is_raised_and_not_kept():
+    answers = iter([ValueError("no"), 1])
+
+    def sometimes():
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    kept = Kept(sometimes, 4)
+    with pytest.raises(ValueError, match="no"):
+        kept()
+    assert kept() == 1

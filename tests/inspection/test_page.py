@@ -1,0 +1,575 @@
+"""The viewer's page in Chromium against its server: what is shown equals what the folder's files say."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.dataset as ds
+import pytest
+import torch
+import uvicorn
+from playwright import sync_api
+
+from eaft.inspection.folder import Inspection
+from eaft.inspection.queries import Queries
+from eaft.inspection.runs import Runs
+from eaft.inspection.server import make_app
+from eaft.inspection.tables import Tables
+from eaft.inspection.view import listen
+from eaft.objective.gates import gate_weights
+from eaft.objective.statistics import TokenStatistics
+from tests.inspection.made import TOP_K, VOCAB, make_inspection
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
+expect = sync_api.expect
+
+MINUS = "\N{MINUS SIGN}"
+VIEWS = ("landscape", "gates", "examples", "tokens", "runs", "checks")
+ADVICE = "**A fact**: they are mostly `<<` & <b>format</b>."
+SUMMARY = {
+    "counts": {"data": {"examples": 120, "tokens": 4000, "labelled": 2600}, "rollouts": None},
+    "measured": {"entropy_threshold": 0.2, "prob_threshold": 0.1, "tau": 2.0},
+    "gates": [{"gate": "dft", "params": {}, "source": None, "tokens": 0.5, "nll": 0.8, "gradient": 0.7, "muted": []}],
+    "checks": [
+        {"name": "unlabelled", "title": "Rows without a label", "count": 1, "rows": [3], "text": "Not trained on."},
+        {"name": "twice", "title": "A template applied twice", "count": 0, "rows": [], "text": "None."},
+    ],
+    "advice": {"kind": "format", "text": ADVICE, "facts": {}},
+}
+CHANGE = {
+    "n": 40,
+    "before": 0.5,
+    "after": 0.4,
+    "change": -0.1,
+    "low": -0.2,
+    "high": 0.0,
+    "p_value": 0.04,
+    "p_holm": 0.04,
+}
+EVALUATION = {
+    "model": "made/tuned",
+    "base": "made/base",
+    "asked": {},
+    "failed": {},
+    "tasks": {"arithmetic": CHANGE},
+    "means": {},
+    "drift": {"mean": 0.25, "low": 0.2, "high": 0.3, "tokens": 640, "quantiles": {}},
+    "worst": [
+        {
+            "benchmark": "arithmetic",
+            "task": "arithmetic",
+            "doc_id": 1,
+            "prompt": "<i>2 + 2</i>",
+            "target": "4",
+            "before": {"response": "four", "score": 1.0},
+            "after": {"response": "a fish", "score": 0.0},
+        }
+    ],
+    "verdict": {"sentence": "A loss is shown on arithmetic.", "tests": []},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = make_inspection(tmp_path_factory.mktemp("view") / "made", examples=120, rollouts=60, summary=SUMMARY)
+    comparison = Path(__file__).parents[2] / "benchmarks" / "results" / "demo" / "results.json"
+    for name, results in (("compared-runs", json.loads(comparison.read_text())), ("evaluated", EVALUATION)):
+        (folder / "runs" / name).mkdir(parents=True)
+        (folder / "runs" / name / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+@contextmanager
+def serve(folder):
+    """Serve a folder as `eaft view` does; the address has the token."""
+    listening = listen(None)
+    port = listening.getsockname()[1]
+    queries = Queries(Tables(Inspection(folder))) if (folder / "run.json").exists() else None
+    app = make_app("made", queries, Runs(folder), port, "secret")
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{port}/?token=secret"
+    server.should_exit = True
+    thread.join()
+    listening.close()
+
+
+@pytest.fixture(scope="module")
+def address(folder):
+    with serve(folder) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=sandbox)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser, address):
+    """Open the page with a fragment; at the end nothing may be in the console, and no other host was asked."""
+    contexts, told, hosts = [], [], set()
+
+    def visit(fragment="", width=1280, theme="light", address=address):
+        context = browser.new_context(
+            viewport={"width": width, "height": 800}, color_scheme=theme, accept_downloads=True
+        )
+        context.set_default_timeout(20_000)
+        context.on("console", lambda message: told.append(message.text))
+        context.on("weberror", lambda error: told.append(str(error.error)))
+        context.on("request", lambda request: hosts.add(request.url.split("/")[2]))
+        contexts.append(context)
+        page = context.new_page()
+        page.on("dialog", lambda dialog: told.append(f"a script ran: {dialog.message}"))
+        page.told = told
+        page.goto(f"{address}#{fragment}")
+        settled(page)
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
+    assert told == []
+    assert all(host.startswith("127.0.0.1:") for host in hosts)
+
+
+def settled(page):
+    """Wait until the page has drawn all that it asks for."""
+    expect(page.locator("[role=tabpanel]:not([hidden])")).to_be_visible()
+    page.wait_for_timeout(200)  # lists are asked for a moment after a change
+    expect(page.locator("[role=tabpanel]:not([hidden]) [aria-busy=true]")).to_have_count(0)
+
+
+@pytest.fixture(scope="module")
+def tokens(folder):
+    """The labelled tokens with what they are of, by pandas."""
+    found = ds.dataset(sorted((folder / "tokens").glob("*.parquet"))).to_table().to_pandas()
+    examples = pd.read_parquet(folder / "examples.parquet")
+    found = found[found.labelled].merge(examples[["example", "origin", "source"]], on="example")
+    found["prob"] = np.exp(found.log_prob)
+    found["conflict"] = (found.entropy < 0.5) & (found.prob < 0.1)
+    return found
+
+
+@pytest.fixture(scope="module")
+def examples(folder):
+    return pd.read_parquet(folder / "examples.parquet")
+
+
+def rows(page, name):
+    """Return the cells of the body of a table."""
+    table = page.get_by_role("table", name=name, exact=True)
+    expect(table).to_be_visible()
+    return table.evaluate("t => [...t.tBodies[0].rows].map(r => [...r.cells].map(c => c.innerText.trim()))")
+
+
+def percent(text):
+    return float(text.replace(MINUS, "-").rstrip("%")) / 100
+
+
+def fragment(page):
+    page.wait_for_timeout(300)  # a drag's address is written a moment later
+    return page.evaluate("Object.fromEntries(new URLSearchParams(location.hash.slice(1)))")
+
+
+def test_landscape_shows_the_advice_and_the_shares(visit, tokens):
+    page = visit()
+    assert page.url.endswith("/")  # the token is out of sight
+    expect(page.locator(".advice")).to_contain_text("A fact: they are mostly << & <b>format</b>.")
+    data = tokens[tokens.origin == "data"]
+    (name, count, nll, _), (_, *conflicts) = rows(page, "Shares")
+    assert (name, int(count.replace(",", ""))) == ("all shown", len(data))
+    assert float(nll.split()[0]) == pytest.approx(-data.log_prob.mean(), abs=0.006)
+    grad = np.sqrt(np.clip(data.sum_sq_probs - 2 * data.prob + 1, 0, None))
+    wanted = [
+        data.conflict.mean(),
+        data.log_prob[data.conflict].sum() / data.log_prob.sum(),
+        grad[data.conflict].sum() / grad.sum(),
+    ]
+    assert [percent(text) for text in conflicts] == pytest.approx(wanted, abs=0.006)
+    expect(page.locator(".plane svg")).to_contain_text("confident conflicts")
+
+
+def test_a_box_dragged_equals_the_files(visit, tokens):
+    page = visit()
+    overlay = page.locator(".plane .overlay").bounding_box()
+    page.mouse.move(overlay["x"] + 20, overlay["y"] + 30)
+    page.mouse.down()
+    page.mouse.move(overlay["x"] + 150, overlay["y"] + 90)
+    page.mouse.move(overlay["x"] + 300, overlay["y"] + 160)
+    page.mouse.up()
+    settled(page)
+    h0, h1, p0, p1 = map(float, fragment(page)["box"].split(","))
+    assert 0 < h0 < h1
+    assert 0 < p0 < p1 < 1
+    data = tokens[tokens.origin == "data"]
+    inside = data[(data.entropy >= h0) & (data.entropy < h1) & (data.prob >= p0) & (data.prob < p1)]
+    assert len(inside) > 20
+    selected = f"{len(inside):,} tokens in {inside.example.nunique():,} examples in the box"
+    expect(page.locator(".selected")).to_have_text(selected)
+    assert percent(rows(page, "Shares")[2][2]) == pytest.approx(inside.log_prob.sum() / data.log_prob.sum(), abs=0.006)
+    most = inside.token_id.value_counts().max()
+    assert int(rows(page, "Tokens")[0][1]) == most
+    expect(page.get_by_text(f"all {inside.example.nunique()} examples →")).to_be_visible()
+    # By keyboard: a bin up, its corner a bin to the right; then back, and back again
+    page.locator(".plane > div").focus()
+    page.keyboard.press("ArrowUp")
+    up = list(map(float, fragment(page)["box"].split(",")))
+    assert up[0] > h0
+    assert up[1] > h1
+    page.keyboard.press("Shift+ArrowRight")
+    wide = list(map(float, fragment(page)["box"].split(",")))
+    assert wide[:3] == up[:3]
+    assert wide[3] > up[3]
+    page.go_back()
+    page.go_back()
+    expect(page.locator(".selected")).to_have_text(selected)
+    # By number
+    for label, value in (("entropy from", 0), ("entropy to", 0.5), ("probability from", 0), ("probability to", 0.1)):
+        page.get_by_label(f"Box: {label}").fill(str(value))
+        page.keyboard.press("Tab")
+    expect(page.locator(".selected")).to_contain_text(f"{data.conflict.sum():,} tokens")
+
+
+def test_two_landscapes_beside_each_other_and_their_difference(visit, tokens):
+    page = visit()
+    page.get_by_label("Beside").select_option("rollouts")
+    expect(page.locator(".plane")).to_have_count(2)
+    own = tokens[tokens.origin == "rollouts"]
+    nll = own.log_prob[own.conflict].sum() / own.log_prob.sum()
+    shown = page.locator(".plane svg").nth(1).text_content()
+    assert percent(re.search(r"([\d.]+%) of nll", shown)[1]) == pytest.approx(nll, abs=0.006)
+    page.get_by_role("button", name="difference").click()
+    expect(page.locator(".plane")).to_have_count(1)
+    expect(page.locator(".plane figcaption")).to_contain_text("less")
+    page.get_by_label("Beside").select_option("scored by tuned")
+    expect(page.locator(".plane figcaption")).to_contain_text("scored by tuned")
+
+
+def test_a_gate_moved_equals_gate_weights(visit, tokens):
+    page = visit("view=gates")
+    data = tokens[tokens.origin == "data"]
+    column = {
+        name: torch.from_numpy(data[name].to_numpy().copy())
+        for name in ("log_prob", "entropy", "top_k_entropy", "sum_sq_probs")
+    }
+    stats = TokenStatistics(**column, is_top1=torch.tensor((data["rank"] == 1).tolist()), top_k=TOP_K)
+
+    def check(**params):
+        settled(page)
+        weights = gate_weights("eaft", stats, **params).double()
+        for row, x in zip(
+            rows(page, "What the gate removes"), (torch.ones_like(weights), stats.nll, stats.grad_norm), strict=True
+        ):
+            assert percent(row[1]) == pytest.approx(1 - float((weights * x).sum() / x.sum()), abs=0.006)
+        lost = pd.Series(((1 - weights) * stats.nll).numpy()).groupby(data.token_id.to_numpy()).sum()
+        assert float(rows(page, "Muted tokens")[0][2]) == pytest.approx(lost.max(), abs=0.06)
+
+    check(alpha=1.0)
+    before = rows(page, "What the gate removes")
+    page.get_by_role("slider", name="alpha").focus()
+    for _ in range(5):
+        page.keyboard.press("ArrowRight")
+    expect(page.get_by_label("alpha, as a number")).to_have_value("1.5")
+    expect(page.locator(".removed")).not_to_contain_text(before[0][1])
+    check(alpha=1.5)
+    assert json.loads(fragment(page)["params"]) == {"alpha": 1.5}
+    page.get_by_label("alpha, as a number").fill("3")
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("slider", name="alpha")).to_have_value("3")
+    check(alpha=3.0)
+    page.get_by_role("button", name="dft").click()
+    expect(page.locator(".plane figcaption").nth(1)).to_have_text("dft")
+
+
+def test_examples_are_sorted_filtered_and_searched(visit, examples):
+    data = examples[(examples.origin == "data") & examples.nll.notna()]
+    page = visit("view=examples")
+
+    def shown():
+        settled(page)
+        return [int(row[0]) for row in rows(page, "Examples")]
+
+    assert shown() == data.sort_values(["conflict_nll_share", "example"], ascending=[False, True]).row.tolist()[:50]
+    page.get_by_role("button", name="nll", exact=True).click()
+    assert shown()[0] == data.sort_values("nll").row.iloc[-1]
+    page.get_by_role("button", name="nll ↓").focus()
+    page.keyboard.press("Enter")
+    assert shown() == data.sort_values("nll").row.tolist()[:50]
+    page.keyboard.press("]")
+    assert shown() == data.sort_values("nll").row.tolist()[50:100]
+    page.get_by_text("Filter", exact=True).click()
+    page.get_by_label("nll of the example, from").fill("3")
+    page.get_by_label("nll of the example, to").fill("5")
+    page.keyboard.press("Tab")
+    between = data[data.nll.between(3, 5)]
+    expect(page.locator(".pager")).to_contain_text(f"{len(between)} examples")
+    page.get_by_label("Add a source").select_option("source-1")
+    both = between[between.source == "source-1"]
+    expect(page.locator(".pager")).to_contain_text(f"{len(both)} examples")
+    assert shown() == both.sort_values("nll").row.tolist()[:50]
+    page.get_by_role("button", name="clear all").click()
+    page.keyboard.press("/")
+    page.keyboard.type("paris")
+    found = examples[(examples.origin == "data") & examples.text.str.lower().str.contains("paris")]
+    expect(page.locator(".pager")).to_contain_text(f"{len(found)} examples")
+
+
+def test_an_opened_example_shows_its_tokens(visit, folder, examples, tokens):
+    found = ds.dataset(sorted((folder / "tokens").glob("*.parquet"))).to_table().to_pandas()
+    # One with a labelled emoji, markup and Hebrew
+    emoji = set(found[(found.token_id == len(VOCAB) - 1) & found.labelled].example)
+    chosen = next(
+        row for row in examples.itertuples() if row.example in emoji and "<script>" in row.text and "שלום" in row.text
+    )
+    page = visit(f"view=examples&origin={chosen.origin}&example={chosen.example}")
+    text = page.locator(".text")
+    assert text.text_content() == chosen.text
+    assert text.evaluate("t => [getComputedStyle(t).unicodeBidi, t.querySelectorAll('script').length]") == [
+        "plaintext",
+        0,
+    ]
+    mine = found[found.example == chosen.example]
+    unlabelled = "".join(page.locator(".text .unlabelled").all_text_contents())
+    assert unlabelled == chosen.text[: mine[~mine.labelled].end.max()]
+    colour = "e => getComputedStyle(e).backgroundColor"
+    assert page.locator(".text .unlabelled").first.evaluate(colour) == "rgba(0, 0, 0, 0)"
+    # Strength of the colour: 1 - p; a conflict is underlined
+    labelled = mine[mine.labelled].set_index("position")
+    parts = page.locator(".text .labelled").evaluate_all(
+        """all => all.map(e =>
+            [Number(e.dataset.at), Number(e.style.getPropertyValue('--strength')), e.className, e.textContent])"""
+    )
+    grouped = 0
+    for at, strength, names, shown in parts:
+        token = labelled.loc[at]
+        if shown == "🙂":
+            grouped += 1
+            group = labelled.loc[at : at + 2]
+            assert strength == pytest.approx(1 - np.exp(group.log_prob).min(), abs=1e-3)
+            continue
+        assert shown == VOCAB[int(token.token_id)]
+        assert strength == pytest.approx(1 - np.exp(token.log_prob), abs=1e-3)
+        assert ("conflict" in names) == (token.entropy < 0.5 and np.exp(token.log_prob) < 0.1)
+    assert grouped == (labelled.token_id == len(VOCAB) - 1).sum()
+    strongest, weakest = (pick(parts, key=lambda part: part[1])[0] for pick in (max, min))
+    shades = [page.locator(f".text [data-at='{at}']").evaluate(colour) for at in (strongest, weakest)]
+    assert shades[0] != shades[1]
+    # What the model expected
+    page.locator(f".text [data-at='{strongest}']").hover()
+    wanted = labelled.loc[strongest]
+    tip = page.locator("#tip")
+    expect(tip).to_contain_text("the model expected " + VOCAB[int(wanted.first_choice)].replace(" ", "␣"))
+    expect(tip).to_contain_text(f"{wanted.entropy:.2f} nats")
+    expect(tip).to_contain_text(f"{-wanted.log_prob:.2f} nats")
+    # The emoji's tooltip lists its three tokens
+    page.locator(".text .labelled", has_text="🙂").first.hover()
+    for name in VOCAB[-3:]:
+        expect(tip).to_contain_text(name)
+    # Other colours
+    page.get_by_role("button", name="change after training").click()
+    settled(page)
+    expect(page.locator(".text.paint-change")).to_be_visible()
+    tuned = ds.dataset(sorted((folder / "compared" / "tuned").glob("*.parquet"))).to_table().to_pandas()
+    tuned = tuned[tuned.example == chosen.example].set_index("position")
+    change = (tuned.log_prob - mine.set_index("position").log_prob).loc[weakest]
+    shown = page.locator(f".text [data-at='{weakest}']")
+    assert float(shown.evaluate("e => e.style.getPropertyValue('--strength')")) == pytest.approx(
+        min(abs(change) / 3, 1), abs=1e-3
+    )
+    assert ("less" in shown.get_attribute("class")) == (change < 0)
+    page.get_by_role("button", name="gate's weight").click()
+    settled(page)
+    expect(page.locator(".text.paint-weight")).to_be_visible()
+
+
+def test_tokens_and_their_places_lead_to_the_example(visit, tokens):
+    page = visit("view=tokens")
+    conflicts = tokens[(tokens.origin == "data") & tokens.conflict]
+    counts = conflicts.token_id.value_counts()
+    shown = rows(page, "Tokens")
+    assert len(shown) == len(counts)
+    assert [int(row[1]) for row in shown] == sorted(counts, reverse=True)
+    named = {row[0]: int(row[1]) for row in shown}
+    assert named["<script>alert(1)</script>"] == counts[VOCAB.index("<script>alert(1)</script>")]
+    assert named["↵"] == counts[VOCAB.index("\n")]
+    page.get_by_role("table", name="Tokens").get_by_role("button", name="␣Paris", exact=True).click()
+    settled(page)
+    paris = conflicts[conflicts.token_id == VOCAB.index(" Paris")].sort_values(["example", "position"])
+    assert len(rows(page, "Places in context")) == min(len(paris), 50)
+    expect(page.get_by_role("button", name="Remove the filter: token ␣Paris")).to_be_visible()
+    page.get_by_role("table", name="Places in context").get_by_role("button").first.click()
+    settled(page)
+    first = paris.iloc[0]
+    assert fragment(page)["example"] == str(first.example)
+    expect(page.locator(f".text [data-at='{first.position}']")).to_be_focused()
+    expect(page.locator("#tip")).to_contain_text("confident conflict")
+
+
+def test_runs_and_checks(visit):
+    page = visit("view=runs")
+    expect(page.locator(".lead")).to_contain_text("Choose sft.")
+    assert page.locator("figure svg").count() >= 5
+    assert ["target", "-9.0 -16.1 to -1.6".replace("-", MINUS), "points", "0.045"] in rows(page, "eaft less sft")
+    page.get_by_label("Run", exact=True).select_option("runs/evaluated (eaft eval)")
+    expect(page.locator(".lead")).to_have_text("A loss is shown on arithmetic.")
+    assert rows(page, "Tasks")[0][:4] == ["arithmetic", "50%", "40%", "-10.0 -20.0 to +0.0".replace("-", MINUS)]
+    expect(page.locator(".regressions")).to_contain_text("<i>2 + 2</i>")
+    page.get_by_role("tab", name="Checks 1").click()
+    page.get_by_role("button", name="3", exact=True).click()
+    expect(page.get_by_role("heading", name="Row 3")).to_be_visible()
+
+
+def test_a_folder_of_runs_alone(visit, folder):
+    with serve(folder / "runs") as address:
+        page = visit(address=address)
+        expect(page.get_by_role("tab")).to_have_text(["Runs"])
+        expect(page.locator(".lead")).to_contain_text("Choose sft.")
+        expect(page.get_by_text("Export")).to_have_count(0)
+        page.close()
+
+
+def test_exports_are_what_is_filtered(visit, examples, tokens, tmp_path):
+    page = visit("source=source-1&nll=3,&box=0,0.5,0,0.1")
+    page.get_by_text("Export", exact=True).click()
+    kept = examples[(examples.origin == "data") & (examples.source == "source-1") & (examples.nll >= 3)]
+    wanted = tokens[tokens.conflict & tokens.example.isin(kept.example)]
+    for name in ("examples.jsonl", "tokens.csv"):
+        with page.expect_download() as download:
+            page.get_by_role("link", name=name).click()
+        download.value.save_as(tmp_path / name)
+    lines = [json.loads(line) for line in (tmp_path / "examples.jsonl").read_text().splitlines()]
+    assert [(line["row"], line["digest"]) for line in lines] == [
+        (row.row, row.digest) for row in kept[kept.example.isin(wanted.example)].itertuples()
+    ]
+    with (tmp_path / "tokens.csv").open(newline="") as file:
+        found = [(int(row["example"]), int(row["position"])) for row in csv.DictReader(file)]
+    assert found == list(zip(wanted.example, wanted.position, strict=True))
+    expect(page.locator(".command")).to_contain_text("--exclude_examples examples.jsonl")
+
+
+def test_a_link_shows_the_same(visit):
+    page = visit()
+    page.keyboard.press("3")
+    page.get_by_role("button", name="rollouts").click()
+    page.keyboard.press("/")
+    page.keyboard.type("<script>")
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("button", name="Remove the filter: “<script>”")).to_be_visible()
+    settled(page)
+    page.keyboard.press("j")
+    settled(page)
+    page.get_by_role("button", name="entropy", exact=True).last.click()
+    settled(page)
+    shown = page.locator("main").inner_text()
+    other = visit(page.url.partition("#")[2])
+    assert other.locator("main").inner_text() == shown
+    expect(other.locator(".text.paint-entropy")).to_be_visible()
+    page.go_back()
+    expect(page.locator(".text.paint-prob")).to_be_visible()
+
+
+def test_it_works_by_keyboard(visit):
+    page = visit()
+    for key, view in zip("23456", VIEWS[1:], strict=True):
+        page.keyboard.press(key)
+        expect(page.locator(f"#tab-{view}")).to_have_attribute("aria-selected", "true")
+    page.locator("#tab-checks").focus()
+    page.keyboard.press("ArrowRight")  # around the end
+    expect(page.locator("#tab-landscape")).to_be_focused()
+    page.keyboard.press("3")
+    settled(page)
+    page.keyboard.press("j")
+    settled(page)
+    first = page.locator(".opened h2").inner_text()
+    page.keyboard.press("j")
+    expect(page.locator(".opened h2")).not_to_have_text(first)
+    page.keyboard.press("k")
+    expect(page.locator(".opened h2")).to_have_text(first)
+    settled(page)
+    # From token to token, each with its tooltip
+    page.locator(".text .labelled[tabindex='0']").focus()
+    page.keyboard.press("ArrowRight")
+    expect(page.locator(".text .labelled").nth(1)).to_be_focused()
+    expect(page.locator("#tip")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator(".opened")).to_be_hidden()
+    page.keyboard.press("?")
+    expect(page.get_by_role("dialog", name="Help")).to_be_visible()
+    page.keyboard.press("Escape")
+    # Everything that can be clicked can be reached
+    page.keyboard.press("1")
+    settled(page)
+    reached = set()
+    page.locator("#tab-landscape").focus()
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        reached.add(
+            page.evaluate("document.activeElement.ariaLabel || document.activeElement.innerText.split('\\n')[0]")
+        )
+    assert {
+        "Scored by",
+        "rollouts",
+        "Filter",
+        "Search the text of the examples",
+        "nll",
+        "Beside",
+        "Box: entropy from",
+    } <= reached
+    assert any(name.startswith("Entropy-probability plane") for name in reached)
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_both_themes_and_widths(visit, width):
+    papers = set()
+    for theme in ("light", "dark"):
+        page = visit("example=1", width, theme)
+        for key in "123456":
+            page.keyboard.press(key)
+            settled(page)
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), (theme, key)
+        papers.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        page.keyboard.press("t")  # from what the system says to dark, to light
+        page.keyboard.press("t")
+        papers.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+    assert len(papers) == 2
+
+
+def test_nothing_selected_is_no_error(visit):
+    page = visit("search=nosuchtext&example=3")
+    expect(page.locator(".selected")).to_have_text("0 tokens in 0 examples are shown")
+    for key in "2345":
+        page.keyboard.press(key)
+        settled(page)
+    expect(page.locator("[role=alert]")).to_have_count(0)
+
+
+def test_errors_are_said_in_words(visit):
+    page = visit()
+    page.route("**/api/tokens*", lambda route: route.abort())
+    page.keyboard.press("4")
+    problem = page.locator("[role=alert]").first
+    expect(problem).to_contain_text("The server does not answer")
+    page.unroute("**/api/tokens*")
+    problem.get_by_role("button", name="Try again").click()
+    expect(page.get_by_role("table", name="Tokens")).to_be_visible()
+    page.told.clear()  # the browser's own line about the request
+    page = visit("search=" + "x" * 1001)
+    expect(page.locator("[role=alert]").first).to_contain_text("at most 1000 characters")
+    page.told.clear()
