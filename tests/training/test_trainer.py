@@ -148,10 +148,12 @@ def test_best_checkpoint_is_kept_by_evaluation_during_training(tmp_path):
     assert trainer.state.best_metric == min(losses)
 
 
-def test_metrics_are_those_of_the_tokens(tmp_path):
+@pytest.mark.parametrize("accumulated", [1, 4])
+def test_metrics_are_those_of_the_tokens(tmp_path, accumulated):
     """One step on the whole data, with a model sure enough to have conflicts, against its own full logits."""
     model = make_model(initializer_range=0.6)
-    trainer = build(EAFTTrainer, tmp_path, model=model, max_steps=1, per_device_train_batch_size=16)
+    settings = {"per_device_train_batch_size": 16 // accumulated, "gradient_accumulation_steps": accumulated}
+    trainer = build(EAFTTrainer, tmp_path, model=model, max_steps=1, **settings)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(16)])
     with torch.no_grad():
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]

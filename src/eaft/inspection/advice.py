@@ -197,8 +197,16 @@ def what_they_are(mostly: str, facts: Numbers) -> str:
     return f"They are mostly {what}: {named(mostly)}."
 
 
-def shown(text: str) -> str:
-    """Return a token's text so that it can be seen in a sentence: white space as symbols, at most 24 characters."""
+def shown(text: str, leading: bool = False) -> str:
+    """
+    Return a token's text so that it can be seen: white space as symbols, at most 24 characters.
+
+    Args:
+        text: of the token.
+        leading: show a leading space too, which tells ` the` from `the` in tables.
+    """
+    if leading and text.startswith(" ") and not text.isspace():
+        return f"␣{shown(text[1:])}"
     text = text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣") if text.isspace() else text.strip()
     text = text.replace("\n", "⏎").replace("`", "'")
     return text if len(text) <= 24 else f"{text[:23]}…"

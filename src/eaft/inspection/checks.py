@@ -137,7 +137,7 @@ def messages(row: dict[str, Any]) -> list[tuple[str, str]]:
 
 def prompt_is_trained(row: dict[str, Any], text: str, tokens: Tokens) -> bool:
     """
-    Return whether a token with a label lies wholly within the text of a message that is not the assistant's.
+    Return whether a token with a label ends within the text of a message that is not the assistant's.
 
     Of a row with a plain prompt: within the prompt, with which the prepared text begins. What the template writes
     between messages is no prompt here, nor is a message that is not found in the prepared text, as where it was cut.
@@ -152,7 +152,7 @@ def prompt_is_trained(row: dict[str, Any], text: str, tokens: Tokens) -> bool:
         if begin < 0 or not content:
             continue
         cursor = begin + len(content)
-        if role not in LEARNED_FROM and (visible & (starts >= begin) & (tokens["end"] <= cursor)).any():
+        if role not in LEARNED_FROM and (visible & (tokens["end"] > begin) & (tokens["end"] <= cursor)).any():
             return True
     return False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +33,12 @@ def write(inspection: Inspection) -> None:
         pictures[name] = Markup(svg(figure, name))
         save(figure, folder / f"{name}.png")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": optional_percent, "shown": shown, "nats": optional_nats}
+    environment.filters |= {
+        "percent": optional_percent,
+        "shown": functools.partial(shown, leading=True),
+        "nats": optional_nats,
+        "code": code,
+    }
     template = environment.from_string(Path(__file__).with_name("report.html").read_text())
     text = template.render(
         run=inspection.run,
@@ -50,6 +56,12 @@ def write(inspection: Inspection) -> None:
     os.replace(staging, inspection.folder / REPORT_FILE)
 
 
+def code(text: str) -> Markup:
+    """Return text with what is in backticks as code."""
+    parts = text.split("`")
+    return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else p for i, p in enumerate(parts))
+
+
 def optional_percent(share: float | None) -> str:
     """Return a share in per cent; nothing for none."""
     return "-" if share is None else percent(share) if share >= 0 else f"-{percent(-share)}"
@@ -61,7 +73,7 @@ def optional_nats(value: float | None) -> str:
 
 
 def first_examples(inspection: Inspection) -> Iterator[Numbers]:
-    """Yield the first examples: number, row, source, nll, conflict share, and pieces of text with their colours."""
+    """Yield the first examples: row, source, nll, conflict share, and `pieces` of text with how to colour them."""
     examples = inspection.examples(["example", "row", "source", "text", "nll", "conflict_share"])
     examples = examples.slice(0, FIRST_EXAMPLES).to_pylist()
     names = ["example", "end", "token_id", "log_prob", "entropy", "first_choice", "first_prob"]
@@ -82,7 +94,7 @@ def first_examples(inspection: Inspection) -> Iterator[Numbers]:
                 pieces.append({"text": text, "style": "no", "title": ""})
                 continue
             prob = min(1.0, 2.718281828459045 ** row["log_prob"])
-            first = shown(vocabulary.named(row["first_choice"])["text"])
+            first = shown(vocabulary.named(row["first_choice"])["text"], True)
             title = f"p {prob:.3g}, H {row['entropy']:.2f}; the model: {first} ({row['first_prob']:.2f})"
             pieces.append({"text": text, "style": f"p{min(9, int(10 * prob))}", "title": title})
         yield {**example, "pieces": pieces, "more": max(0, len(rows) - EXAMPLE_TOKENS)}
@@ -107,7 +119,7 @@ def page(inspection: Inspection) -> str:
         parts.append(table(rows, ["gate removes", "tokens", "nll", "gradient", "mutes most"]))
     if s["tokens"]["conflict"]:
         rows = [
-            [f"`{shown(row['text'])}`", row["count"], f"{row['lift']:.1f}", wanted(row)]
+            [f"`{shown(row['text'], True)}`", row["count"], f"{row['lift']:.1f}", wanted(row)]
             for row in s["tokens"]["conflict"][:10]
         ]
         parts.append(table(rows, ["conflict", "tokens", "lift", "the model wanted"]))
@@ -125,9 +137,9 @@ def page(inspection: Inspection) -> str:
 
 def mutes(row: Numbers) -> str:
     """Return the tokens that a gate mutes most."""
-    return " ".join(dict.fromkeys(f"`{shown(token['text'])}`" for token in row["muted"][:5]))
+    return " ".join(f"`{shown(token['text'], True)}`" for token in row["muted"][:5])
 
 
 def wanted(row: Numbers) -> str:
     """Return what the model wanted instead of a token."""
-    return " ".join(f"`{shown(token['text'])}` {token['count']}" for token in row["wanted"][:3])
+    return " ".join(f"`{shown(token['text'], True)}` {token['count']}" for token in row["wanted"][:3])

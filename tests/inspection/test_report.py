@@ -1,0 +1,98 @@
+"""The report: one file without an outside, text that stays text, opened in a real browser."""
+
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+
+from eaft.inspection.figures import CAPTIONS
+from eaft.inspection.findings import find
+from eaft.inspection.folder import Inspection
+from eaft.inspection.report import page, write
+from eaft.provenance import write_json
+from tests.inspection.made import make_inspection
+
+CURVE = [{"k": k, "pearson": 0.9, "spearman": None, "seconds": 0.1, "mib": 1.0} for k in (2, 20)]
+
+
+@pytest.fixture(scope="module")
+def inspection(tmp_path_factory):
+    inspection = Inspection(make_inspection(tmp_path_factory.mktemp("made")))
+    write_json(inspection.folder / "summary.json", find(inspection, CURVE))
+    write(inspection)
+    return inspection
+
+
+class Elements(HTMLParser):
+    """Keeps tags, attributes and text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.text = [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_is_one_small_file_with_the_sentence_first(inspection):
+    text = (inspection.folder / "report.html").read_text()
+    assert len(text) < 1_500_000
+    assert "http:" not in text
+    assert "https:" not in text
+    elements = Elements(text)
+    assert "script" not in elements.tags
+    assert elements.tags.count("svg") == len(CAPTIONS)
+    assert "<script>alert(1)</script>" in elements.text  # a token of the made data
+    addresses = [v for name, v in elements.attributes if name in ("src", "href", "xlink:href") and v]
+    assert all(v.startswith(("#", "data:image/png")) for v in addresses)
+    advice = inspection.summary["advice"]["headline"]
+    assert elements.text.index(advice) < elements.text.index("Is the data what you think?")
+    names = {path.name for path in (inspection.folder / "figures").iterdir()}
+    assert names == {f"{n}.png" for n in CAPTIONS}
+
+
+def test_is_the_same_when_written_again(inspection):
+    before = (inspection.folder / "report.html").read_text()
+    write(inspection)
+    assert (inspection.folder / "report.html").read_text() == before
+
+
+def test_the_printed_page_has_the_numbers(inspection):
+    text = page(inspection)
+    assert text.startswith(inspection.summary["advice"]["text"])
+    share = inspection.summary["conflicts"]["base"]["data"]["nll"]
+    assert re.search(rf"base +\| data +\|.*\| {100 * share:.0f}%", text)
+    assert f"eaft view {inspection.folder}" in text
+    assert "Rows without a label: 1 (rows 3)" in text
+
+
+def test_a_folder_with_little_in_it(tmp_path):
+    inspection = Inspection(make_inspection(tmp_path, examples=3, rollouts=0, compared=(), shards=1))
+    write_json(inspection.folder / "summary.json", find(inspection, None))
+    write(inspection)
+    assert page(inspection)
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium is installed")
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_opens_in_a_browser_alone(inspection, width, scheme):
+    playwright = pytest.importorskip("playwright.sync_api")
+    said, asked = [], []
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        tab = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        tab.on("console", lambda message: said.append(message.text))
+        tab.on("dialog", lambda dialog: said.append("a script ran"))
+        tab.on("request", lambda request: asked.append(request.url))
+        tab.goto((inspection.folder / "report.html").as_uri())
+        assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert tab.locator("svg").first.bounding_box()["height"] > 100
+        browser.close()
+    assert said == []
+    assert [url for url in asked if not url.startswith("data:")] == [(inspection.folder / "report.html").as_uri()]
