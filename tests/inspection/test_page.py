@@ -85,7 +85,21 @@ def folder(tmp_path_factory):
     for name, results in (("compared-runs", json.loads(comparison.read_text())), ("evaluated", EVALUATION)):
         (folder / "runs" / name).mkdir(parents=True)
         (folder / "runs" / name / "results.json").write_text(json.dumps(results))
+    kept = folder / "runs" / "compared-runs"
+    for side, answers in (("base/items", ["4", "5"]), ("sft-seed0/items/step-40", ["4", "<b>fish</b>"])):
+        (kept / side).mkdir(parents=True)
+        lines = [json.dumps(item(i, text, text != "<b>fish</b>")) for i, text in enumerate(answers)]
+        (kept / side / "everyday.jsonl").write_text("\n".join(lines) + "\n")
+    logs = [{"step": step, "nll": 2 / step, "mean_gate": 0.5} for step in (1, 2, 3)]
+    (kept / "sft-seed0" / "metrics.jsonl").write_text("".join(json.dumps(log) + "\n" for log in logs))
     return folder
+
+
+def item(number, response, right):
+    """An answer as `eaft compare` keeps it."""
+    hashes = dict.fromkeys(("prompt_hash", "target_hash", "doc_hash"), f"{number}")
+    asked = {"task": "everyday", "doc_id": number, "prompt": f"{number}?", "target": "4"}
+    return {**asked, **hashes, "response": response, "score": float(right), "metric": "acc,none"}
 
 
 @contextmanager
@@ -426,6 +440,10 @@ def test_runs_and_checks(visit):
     page = visit("view=runs")
     expect(page.locator(".lead")).to_contain_text("Choose sft.")
     assert page.locator("figure svg").count() >= 5
+    page.get_by_label("Metric").select_option("mean_gate")
+    expect(page.get_by_role("img", name="mean_gate")).to_be_visible()
+    expect(page.locator(".regressions li")).to_have_count(1)
+    expect(page.locator(".regressions")).to_contain_text("<b>fish</b>")
     assert ["target", "-9.0 -16.1 to -1.6".replace("-", MINUS), "points", "0.045"] in rows(page, "eaft less sft")
     page.get_by_label("Run", exact=True).select_option("runs/evaluated (eaft eval)")
     expect(page.locator(".lead")).to_have_text("A loss is shown on arithmetic.")
@@ -461,7 +479,7 @@ def test_exports_are_what_is_filtered(visit, examples, tokens, tmp_path):
     with (tmp_path / "tokens.csv").open(newline="") as file:
         found = [(int(row["example"]), int(row["position"])) for row in csv.DictReader(file)]
     assert found == list(zip(wanted.example, wanted.position, strict=True))
-    expect(page.locator(".command")).to_contain_text("--exclude_examples examples.jsonl")
+    expect(page.locator(".command")).to_have_text(re.compile("made.jsonl --exclude_examples examples.jsonl$"))
 
 
 def test_a_link_shows_the_same(visit):

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -13,7 +14,7 @@ from starlette.testclient import TestClient
 
 from eaft.inspection import queries as queries_module
 from eaft.inspection.folder import Inspection
-from eaft.inspection.queries import Queries
+from eaft.inspection.queries import Queries, train_command
 from eaft.inspection.runs import Runs
 from eaft.inspection.server import make_app
 from eaft.inspection.tables import Tables
@@ -85,6 +86,8 @@ SELECTIONS = {
     "to the ends": {"box": "0.5,99,0.25,1"},
     "no token": {"box": "3,1,0,1"},
     "one token": {"token": 3},
+    "one row": {"row": 7},
+    "one row of the rollouts": {"row": 7, "origin": "rollouts"},
     "together": {
         **{"model": "tuned", "origin": "rollouts", "source": "source-0", "nll": "0.1,9", "conflict": ",0.9"},
         **{"search": "W1", "box": "0,2,0,0.9", "token": 3},
@@ -107,6 +110,8 @@ def expected(everything, asked, box=True):
     for name, column in (("nll", "nll"), ("conflict", "conflict_share")):
         if name in asked:
             chosen &= examples[column].between(*numbers(asked[name]))
+    if "row" in asked:
+        chosen &= examples["row"] == asked["row"]
     if "search" in asked:
         chosen &= examples["text"].map(lambda text: asked["search"].lower() in text.lower())
     examples = examples[chosen]
@@ -365,9 +370,21 @@ def test_what_a_page_is_built_from(ask, everything):
     assert starts["eaft-sigmoid"] == {"steepness": 30.0, "center": 0.17, "entropy": "top-k"}
     assert starts["flow"] == {"tau": MEASURED["tau"]}
     assert [name for name, gate in gates.items() if gate["measured"]] == ["masked", "conflict-mask", "talr", "flow"]
+    assert found["train"] == (
+        "eaft train --model_name_or_path made/base --dataset_name made.jsonl --exclude_examples examples.jsonl"
+    )
     for name, gate in gates.items():  # each is answered as it starts
         assert ask("gates", gate=name)["params"] == starts[name]
         assert all(p["choices"] or p["min"] <= p["default"] <= p["max"] for p in gate["params"])
+
+
+def test_the_command_is_safe_to_paste():
+    run = {"model": "a b'; touch x; '", "dataset": "$(id).jsonl"}
+    run["config"] = {"output_dir": "inspection", "max_length": 512, "assistant_only_loss": True}
+    flags = {"model_name_or_path": run["model"], "dataset_name": run["dataset"], "max_length": "512"}
+    flags |= {"assistant_only_loss": "true", "exclude_examples": "examples.jsonl"}
+    words = subprocess.run(["sh", "-c", f"printf '%s\\0' {train_command(run)}"], capture_output=True, text=True).stdout
+    assert words.split("\0")[:-1] == ["eaft", "train", *(word for n, v in flags.items() for word in (f"--{n}", v))]
 
 
 def test_several_who_ask_at_once_get_their_own_answers(folder):

@@ -168,6 +168,7 @@ BAD = {
     "origin": ["x", "'; DROP TABLE examples; --", "data' OR '1'='1", "rollouts\0", ""],
     "model": ["x", "../tuned", "tokens_0; DROP TABLE tokens_0", "base'", ""],
     "source": ["x", "source-0' OR 1=1 --", "source-0\0", ""],
+    "row": ["x", "-1", "1.5", str(2**31), "1 OR 1=1", ""],
     "nll": ["x", "1", "1,2,3", "nan,", ",inf", "-inf,1", "1e400,", "0x1,", "1;2", "'"],
     "conflict": ["x", "nan,nan", "1,2,3", "(SELECT 1),1"],
     "search": ["a" * 1001, "a\0b"],
@@ -202,15 +203,15 @@ BAD["params"] += [
 ]
 BAD["params"] += ["[" * 100_000, '{"alpha": "batch"}', '{"__class__": 1}', '{"stats": 1}']
 TAKES = {
-    "landscape": "origin model source nll conflict search box token",
-    "gates": "origin model source nll conflict search box token gate params",
-    "examples": "origin model source nll conflict search box token sort order offset limit",
+    "landscape": "origin model source row nll conflict search box token",
+    "gates": "origin model source row nll conflict search box token gate params",
+    "examples": "origin model source row nll conflict search box token sort order offset limit",
     "example": "example model gate params",
-    "tokens": "origin model source nll conflict search box token group offset limit",
-    "concordance": "origin model source nll conflict search box token group offset limit",
+    "tokens": "origin model source row nll conflict search box token group offset limit",
+    "concordance": "origin model source row nll conflict search box token group offset limit",
     "run": "name",
-    "export/examples.jsonl": "origin model source nll conflict search box token",
-    "export/tokens.csv": "origin model source nll conflict search box token",
+    "export/examples.jsonl": "origin model source row nll conflict search box token",
+    "export/tokens.csv": "origin model source row nll conflict search box token",
 }
 NEEDED = {"gates": {"gate": "eaft"}, "example": {"example": "0", "gate": "eaft"}}
 

@@ -7,19 +7,22 @@ is what the first step of training would see. A KL term of a gate is no weight, 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from eaft.inspection.folder import DATA
-from eaft.inspection.labelled import Examples, Labelled, Vocabulary
+from eaft.inspection.labelled import Examples, Labelled, Vocabulary, with_examples
 from eaft.objective.gates import GATES, gate_weights, normalized_entropy
 from eaft.training.measure import MEASURED, Histogram
 
 Numbers = dict[str, Any]
+Floats = NDArray[np.floating]
+Ints = NDArray[np.integer]
+
+QUANTITIES = ("tokens", "nll", "gradient")  # as `Labelled.quantities`
 MUTED = 0.5  # a token whose weight is below is counted as muted
 MOST_MUTED = 12  # tokens named for each gate
 KL_NOTE = "Its KL term is no weight on a token and does not show here."
@@ -55,14 +58,54 @@ def complete(gate: str, measured: dict[str, float]) -> Numbers:
     return {**defaults, **{name: measured[name] for name in MEASURED if name in defaults}}
 
 
-def weights(gate: str, params: Numbers, tokens: Labelled, example_nll: NDArray[np.float64]) -> NDArray[np.float64]:
+def weights(gate: str, params: Numbers, tokens: Labelled, example_nll: Floats) -> NDArray[np.float64]:
     """Return a gate's weight on each token `[n]`, given every example's mean nll under the base model."""
-    stats = replace(
-        tokens.stats,
-        example_ids=torch.from_numpy(tokens.example.astype(np.int64)),
-        example_nll=torch.from_numpy(example_nll[tokens.example].astype(np.float32)),
-    )
+    stats = with_examples(tokens.stats, tokens.example, example_nll)
     return gate_weights(gate, stats, **params).double().numpy()
+
+
+class Removed:
+    """
+    Sums over tokens of what a gate's weights take away, by source and by token id.
+
+    Args:
+        sources: how many there are.
+        size: of the vocabulary; ids are below it.
+    """
+
+    def __init__(self, sources: int, size: int) -> None:
+        self.totals = {name: np.zeros(sources) for name in QUANTITIES}
+        self.removed = {name: np.zeros(sources) for name in QUANTITIES}
+        self.muted, self.muted_nll = np.zeros(size, dtype=np.int64), np.zeros(size)
+
+    def add(self, weights: Floats, quantities: Mapping[str, Floats], source: Ints, token_id: Ints) -> None:
+        """Add tokens, `[n]` each: their weights, `QUANTITIES`, sources (numbers) and ids."""
+        removed, sources, size = 1 - weights, len(self.totals["tokens"]), len(self.muted)
+        for name, values in quantities.items():
+            self.totals[name] += np.bincount(source, values, sources)
+            self.removed[name] += np.bincount(source, removed * values, sources)
+        self.muted += np.bincount(token_id[weights < MUTED], minlength=size)
+        self.muted_nll += np.bincount(token_id, removed * quantities["nll"], size)
+
+    @property
+    def present(self) -> NDArray[np.intp]:
+        """The sources that have tokens."""
+        return np.flatnonzero(self.totals["tokens"])
+
+    def shares(self, source: int | None = None) -> dict[str, float | None]:
+        """Return the shares that are removed, of all or of one source; None of what there is nothing of."""
+        of = slice(None) if source is None else slice(source, source + 1)
+        sums = {name: (self.removed[name][of].sum(), self.totals[name][of].sum()) for name in QUANTITIES}
+        return {name: float(part / total) if total else None for name, (part, total) in sums.items()}
+
+    def most_muted(self, n: int) -> list[Numbers]:
+        """Return the tokens that lose most nll: token_id, count (of a weight below `MUTED`) and nll (nats, removed)."""
+        most = np.argsort(-self.muted_nll, kind="stable")[:n].tolist()
+        return [
+            {"token_id": i, "count": int(self.muted[i]), "nll": float(self.muted_nll[i])}
+            for i in most
+            if self.muted_nll[i] > 0
+        ]
 
 
 class Effects:
@@ -71,51 +114,27 @@ class Effects:
     def __init__(self, examples: Examples, vocabulary: Vocabulary, measured: dict[str, float]) -> None:
         self.examples, self.vocabulary = examples, vocabulary
         self.params = {gate: complete(gate, measured) for gate in GATES}
-        sources = len(examples.sources)
-        self.totals = {name: np.zeros(sources) for name in ("tokens", "nll", "gradient")}
-        self.removed = {gate: {name: np.zeros(sources) for name in self.totals} for gate in GATES}
-        self.muted = {gate: np.zeros(vocabulary.size, dtype=np.int64) for gate in GATES}
-        self.muted_nll = {gate: np.zeros(vocabulary.size) for gate in GATES}
+        self.removed = {gate: Removed(len(examples.sources), vocabulary.size) for gate in GATES}
 
     def add(self, tokens: Labelled) -> None:
         """Add tokens of the data."""
-        source, size = self.examples.source[tokens.example], self.vocabulary.size
-        for name, values in tokens.quantities.items():
-            self.totals[name] += np.bincount(source, values, len(self.examples.sources))
+        source = self.examples.source[tokens.example]
         for gate, params in self.params.items():
-            removed = 1 - weights(gate, params, tokens, self.examples.nll)
-            for name, values in tokens.quantities.items():
-                self.removed[gate][name] += np.bincount(source, removed * values, len(self.examples.sources))
-            self.muted[gate] += np.bincount(tokens.token_id[removed > 1 - MUTED], minlength=size)
-            self.muted_nll[gate] += np.bincount(tokens.token_id, removed * tokens.quantities["nll"], size)
+            found = weights(gate, params, tokens, self.examples.nll)
+            self.removed[gate].add(found, tokens.quantities, source, tokens.token_id)
 
     def result(self) -> list[Numbers]:
         """Return a row for each gate, and with several sources one for each gate and source after it."""
         rows = []
         for gate, params in self.params.items():
-            most = np.argsort(-self.muted_nll[gate], kind="stable")[:MOST_MUTED]
-            muted = [
-                {
-                    **self.vocabulary.named(token),
-                    "count": int(self.muted[gate][token]),  # of weight below MUTED
-                    "nll": float(self.muted_nll[gate][token]),  # removed, nats
-                }
-                for token in most
-                if self.muted_nll[gate][token] > 0
-            ]
+            removed = self.removed[gate]
+            muted = [{**self.vocabulary.named(m["token_id"]), **m} for m in removed.most_muted(MOST_MUTED)]
             note = KL_NOTE if GATES[gate].anchor else TALR_NOTE if gate == "talr" else None
             row = {"gate": gate, "params": params, "note": note}
-            rows.append({**row, "source": None, **self.shares(gate, slice(None)), "muted": muted})
-            present = np.flatnonzero(self.totals["tokens"])
-            if len(present) > 1:
+            rows.append({**row, "source": None, **removed.shares(), "muted": muted})
+            if len(removed.present) > 1:
                 rows += [
-                    {**row, "source": self.examples.sources[s], **self.shares(gate, slice(s, s + 1)), "muted": []}
-                    for s in present
+                    {**row, "source": self.examples.sources[s], **removed.shares(s), "muted": []}
+                    for s in removed.present
                 ]
         return rows
-
-    def shares(self, gate: str, sources: slice) -> dict[str, float | None]:
-        """Return the shares that a gate removes over some of the sources; None of what there is nothing of."""
-        totals = {name: total[sources].sum() for name, total in self.totals.items()}
-        removed = self.removed[gate]
-        return {name: float(removed[name][sources].sum() / total) if total else None for name, total in totals.items()}

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 
 from eaft.errors import EAFTError
+from eaft.inspection.effects import Removed
 from eaft.inspection.selection import RequestError, one_of
 from eaft.objective.gates import GATES, check_gate, gate_weights
 from eaft.objective.statistics import TokenStatistics
 
 Answer = dict[str, Any]
 
-MUTED, MOST_MUTED = 0.5, 50  # a token is muted below this weight; so many are listed
+MOST_MUTED = 50  # tokens that are listed
 WEIGHT_BINS = 50
 
 # A slider for every parameter of a gate that moves its weights: where it begins if the data tells nothing, and its ends
@@ -77,9 +78,6 @@ def effect(weights: np.ndarray, stats: TokenStatistics, columns: dict[str, np.nd
     """
     Return what weights do to tokens.
 
-    A gate removes 1 - sum(w x) / sum(x) of the tokens (x = 1), the nll and the gradients' norms: less than nothing
-    where it adds, None where there is none.
-
     Args:
         weights: `[n]`.
         stats: of the same tokens.
@@ -87,27 +85,18 @@ def effect(weights: np.ndarray, stats: TokenStatistics, columns: dict[str, np.nd
         sources: the names of sources, by number.
 
     Returns:
-        `removed` {tokens, nll, gradient}, `by_source`, `mean_weight`, `weights` (a histogram) and `muted`: the tokens
-        that lose the most nll, with how many are muted.
+        `removed` {tokens, nll, gradient} and `by_source` (shares, as `Removed` has them), `mean_weight`, `weights` (a
+        histogram) and `muted`: the tokens that lose the most nll, with how many are muted.
     """
-    measures = {"tokens": np.ones_like(weights), "nll": stats.nll.numpy(), "gradient": columns["grad_norm"]}
-    source, token = columns["source"], columns["token_id"]
-    before = {name: np.bincount(source, values, len(sources)) for name, values in measures.items()}
-    after = {name: np.bincount(source, weights * values, len(sources)) for name, values in measures.items()}
-
-    def removed(of: Any) -> Answer:
-        sums = {name: (after[name][of].sum(), before[name][of].sum()) for name in measures}
-        return {name: 1 - float(left / all_) if all_ else None for name, (left, all_) in sums.items()}
-
+    quantities = {"tokens": np.ones_like(weights), "nll": stats.nll.numpy(), "gradient": columns["grad_norm"]}
+    removed = Removed(len(sources), int(columns["token_id"].max(initial=-1)) + 1)
+    removed.add(weights, quantities, columns["source"], columns["token_id"])
     top = max(1.0, float(weights.max(initial=0)))
     counts, _ = np.histogram(weights, WEIGHT_BINS, (0.0, top))
-    lost = np.bincount(token, (1 - weights) * measures["nll"])
-    muted = np.bincount(token, weights < MUTED)
-    most = [i for i in np.argsort(-lost, kind="stable")[:MOST_MUTED].tolist() if lost[i] > 0]
     return {
-        "removed": removed(slice(None)),
-        "by_source": [{"source": sources[i], **removed(i)} for i in np.flatnonzero(before["tokens"])],
+        "removed": removed.shares(),
+        "by_source": [{"source": sources[i], **removed.shares(i)} for i in removed.present],
         "mean_weight": float(weights.mean()) if len(weights) else None,
         "weights": {"edges": np.linspace(0, top, WEIGHT_BINS + 1).tolist(), "counts": counts},
-        "muted": [{"token_id": i, "count": muted[i], "nll_removed": float(lost[i])} for i in most],
+        "muted": removed.most_muted(MOST_MUTED),
     }

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
 from numpy.typing import NDArray
 
 from eaft.errors import ConfigurationError
@@ -59,6 +60,24 @@ def labelled_pairs(inspection: Inspection, model: str) -> Iterator[tuple[Labelle
         if not np.array_equal(scored["example"].to_numpy(), tokens.example):
             raise ConfigurationError(f"The tokens of {model!r} are not those of {BASE!r}: score that model again.")
         yield tokens, inspection.statistics(scored)
+
+
+def with_examples(
+    stats: TokenStatistics, example: NDArray[np.int32], example_nll: NDArray[np.floating]
+) -> TokenStatistics:
+    """
+    Return statistics that also say which example each token is of, and its mean nll: gates by example need these.
+
+    Args:
+        stats: of `n` tokens.
+        example: `[n]`, the token's example.
+        example_nll: `[examples]`, nats, under the base model; NaN where nothing is labelled.
+    """
+    return replace(
+        stats,
+        example_ids=torch.from_numpy(example.astype(np.int64)),
+        example_nll=torch.from_numpy(example_nll[example].astype(np.float32)),
+    )
 
 
 class Examples:

@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import math
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,11 +21,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
-import torch
 
 from eaft.inspection.folder import BASE, EXAMPLES, STATISTICS
 from eaft.inspection.gating import effect, parameters, sliders, weigh
 from eaft.inspection.kept import Kept
+from eaft.inspection.labelled import with_examples
 from eaft.inspection.landscape import bin_sums
 from eaft.inspection.selection import RequestError, Selection, one_of
 from eaft.inspection.tables import DRAWS, Tables
@@ -47,6 +48,11 @@ GROUPS = {
 }
 NUMBERS = ("tokens", "labelled", "cut", "nll", "entropy", "conflict_share", "conflict_nll_share")
 SORTED_BY = ("example", "row", *NUMBERS)
+# Flags of `eaft train` that say what a row becomes
+DATA_FLAGS = (
+    *("max_length", "truncation_mode", "completion_only_loss", "assistant_only_loss"),
+    *("dataset_text_field", "dataset_kwargs", "chat_template_path"),
+)
 STATISTICS_NAMES = [field.name for field in STATISTICS]
 
 
@@ -99,6 +105,9 @@ class Queries:
         where, values = among("source", selection.sources)
         conditions = ["origin = ?", where]
         values = [selection.origin, *values]
+        if selection.row is not None:
+            conditions.append("row = ?")
+            values.append(selection.row)
         for column, (low, high) in (("nll", selection.nll), ("conflict_share", selection.conflict)):
             for sign, end in ((">=", low), ("<=", high)):
                 if end is not None:
@@ -179,6 +188,7 @@ class Queries:
             "gates": sliders(self.measured),
             "run": run,
             "commit": run.get("environment", {}).get("commit"),
+            "train": train_command(run),
         }
 
     # The plane
@@ -266,11 +276,7 @@ class Queries:
         sql = f"SELECT {', '.join(columns + others)} FROM {table} WHERE {where}{sampled}"
         arrays = self.ask(sql, values, selection)
         batch = pa.record_batch({name: arrays[name] for name in columns})
-        stats = replace(
-            self.inspection.statistics(batch),
-            example_ids=torch.from_numpy(arrays["example"].astype(np.int64)),
-            example_nll=torch.from_numpy(self.tables.example_nll[arrays["example"]].astype(np.float32)),
-        )
+        stats = with_examples(self.inspection.statistics(batch), arrays["example"], self.tables.example_nll)
         return stats, {name: arrays[name] for name in others}, count
 
     def gate(self, selection: Selection, gate: str, given: Answer) -> Answer:
@@ -289,7 +295,7 @@ class Queries:
         found["weights"]["counts"] = np.round(found["weights"]["counts"] * scale).astype(int).tolist()
         for muted in found["muted"]:
             muted.update(self.named(muted["token_id"]), count=round(muted["count"] * scale))
-            muted["nll_removed"] *= scale
+            muted["nll_removed"] = muted.pop("nll") * scale
         return {
             "gate": gate,
             "params": params,
@@ -347,11 +353,7 @@ class Queries:
         batch = pa.record_batch(
             [c.combine_chunks() for c in table.take(pa.array(scored, pa.int64())).columns], names=table.column_names
         )
-        stats = replace(
-            self.inspection.statistics(batch),
-            example_ids=torch.full((len(scored),), number),
-            example_nll=torch.full((len(scored),), float(self.tables.example_nll[number])),
-        )
+        stats = with_examples(self.inspection.statistics(batch), np.full(len(scored), number), self.tables.example_nll)
         if gate is not None:
             params = parameters(gate, given, self.measured)
             for i, weight in zip(scored, weigh(gate, stats, params).tolist(), strict=True):
@@ -537,6 +539,18 @@ class Queries:
 def among(column: str, values: Sequence[Any], none: str = "true") -> Where:
     """Return the condition that a column has one of these values, or `none` if there are none."""
     return (f"{column} IN ({', '.join('?' * len(values))})", [*values]) if values else (none, [])
+
+
+def train_command(run: Answer) -> str:
+    """Return the command line that trains on what was inspected, less the exported examples; quoted for a shell."""
+    flags = {"model_name_or_path": run.get("model"), "dataset_name": run.get("dataset")}
+    flags |= {name: run.get("config", {}).get(name) for name in DATA_FLAGS}
+    flags["exclude_examples"] = "examples.jsonl"
+    parts = ["eaft", "train"]
+    for name, value in flags.items():
+        if value is not None:
+            parts += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
+    return shlex.join(parts)
 
 
 def plain(value: Any) -> Any:

@@ -14,7 +14,7 @@ from eaft.inspection.tables import Tables
 
 Range = tuple[float | None, float | None]
 
-NAMES = ("origin", "model", "source", "nll", "conflict", "search", "box", "token")  # of a selection's parameters
+NAMES = ("origin", "model", "source", "row", "nll", "conflict", "search", "box", "token")  # of a selection's parameters
 LARGEST = 2**31 - 1  # ids and offsets are int32
 MOST_CHARACTERS = 1000  # of a search
 
@@ -30,6 +30,7 @@ class Selection:
     origin: str = DATA
     model: str = BASE
     sources: tuple[str, ...] = ()  # none: all
+    row: int | None = None  # of the data set
     nll: Range = (None, None)  # of the example under the model: mean nll, nats; both ends are in
     conflict: Range = (None, None)  # of the example under the model: share of its tokens that are conflicts
     search: str = ""  # in the example's text, whatever the case
@@ -39,7 +40,7 @@ class Selection:
     @property
     def filters_examples(self) -> bool:
         """Whether it is of certain examples, beside their origin and source."""
-        return bool(self.search) or any(end is not None for end in (*self.nll, *self.conflict))
+        return bool(self.search) or any(end is not None for end in (self.row, *self.nll, *self.conflict))
 
     @property
     def whole(self) -> Selection:
@@ -56,6 +57,7 @@ def read_selection(given: QueryParams, tables: Tables) -> Selection:
         origin=one_of("origin", given.get("origin", DATA), tables.origins),
         model=one_of("model", given.get("model", BASE), tables.names),
         sources=tuple(sorted({one_of("source", source, tables.sources) for source in given.getlist("source")})),
+        row=whole("row", given["row"], 0, LARGEST) if "row" in given else None,
         nll=ends("nll", given.get("nll", ",")),
         conflict=ends("conflict", given.get("conflict", ",")),
         search=search,

@@ -159,10 +159,9 @@ function drawTools() {
 
 // What is selected as files, and the command that trains without it
 function exporting() {
-  const command = `eaft train ${folder.run?.model ? `--model_name_or_path ${folder.run.model} ` : ""}... --exclude_examples examples.jsonl`;
   const copied = h("span", { class: "quiet", role: "status" });
   const copy = async () => {
-    await navigator.clipboard.writeText(command).then(
+    await navigator.clipboard.writeText(folder.train).then(
       () => (copied.textContent = "copied"),
       () => (copied.textContent = "select it and copy"),
     );
@@ -184,8 +183,8 @@ function exporting() {
       h("p", {}, "Everything that is selected now, filters and box included:"),
       file("examples.jsonl", "its examples, a line each"),
       file("tokens.csv", "its labelled tokens"),
-      h("p", {}, "Train without these examples:"),
-      h("code", { class: "command" }, command),
+      h("p", {}, "Train without these examples, beside the other flags of your training:"),
+      h("code", { class: "command" }, folder.train),
       h("div", { class: "row" }, h("button", { "data-key": "copy", onclick: copy }, "copy"), copied),
     ),
   );

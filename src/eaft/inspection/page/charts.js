@@ -262,7 +262,7 @@ export function histogram({ edges, counts }, width, label) {
     marginTop: 22,
     marginBottom: 34,
     x: { label, labelAnchor: "center", labelArrow: "none" },
-    y: { label: "tokens", grid: true, ticks: 3, tickFormat: short, labelArrow: "none" },
+    y: { label: "tokens", domain: [0, d3.max(counts) || 1], grid: true, ticks: 3, tickFormat: short, labelArrow: "none" },
     marks: [
       Plot.rectY(bins, {
         x1: "x1",

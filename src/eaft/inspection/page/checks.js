@@ -13,18 +13,16 @@ export default {
   has: (folder) => checksOf(folder).length > 0,
   found: (folder) => checksOf(folder).filter(({ count: rows }) => rows > 0).length,
   mount(root, folder) {
-    // Rows that were dropped come before: at worst the table opens near it
     const open = async (row) => {
-      const order = { sort: "row", order: "asc" };
-      const { rows } = await get(url("examples", { ...order, offset: row, limit: 1 })).catch(() => ({ rows: [] }));
-      const found = rows[0]?.row === row ? `${rows[0].example}` : "";
+      const { rows } = await get(url("examples", { row, limit: 1 })).catch(() => ({ rows: [] }));
       change({
         ...noFilters(),
-        ...order,
         view: "examples",
         origin: "data",
+        sort: "row",
+        order: "asc",
         page: 1 + Math.floor(row / ROWS),
-        example: found,
+        example: rows.length ? `${rows[0].example}` : "",
         at: "",
       });
     };

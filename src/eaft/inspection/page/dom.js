@@ -30,7 +30,11 @@ export function share(value) {
 
 // Text on a line, and a token's text, with what is invisible shown
 export const oneLine = (text) => text.replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/\r/g, "␍");
-export const visible = (text) => oneLine(text).replace(/^ | $/g, "␣");
+const UNSEEN = /[\p{Cc}\p{Zl}\p{Zp}\u00ad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff]/gu;
+export const visible = (text) =>
+  oneLine(text)
+    .replace(/^ | $/g, "␣")
+    .replace(UNSEEN, (c) => `<U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}>`);
 export const token = (text) => h("bdi", { class: "token" }, visible(text));
 
 // Prose of ours with its marks: **bold**, `code`

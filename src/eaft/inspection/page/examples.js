@@ -55,8 +55,9 @@ export default {
       if (state.example === "") return;
       const gate = state.paint === "weight" ? { gate: state.gate, params: JSON.stringify(state.params) } : {};
       text.ask(url("example", { example: state.example, model: state.model, ...gate }));
-      if (drawn !== state.paint + state.at) text.redraw();
-      drawn = state.paint + state.at;
+      const now = state.paint + state.raw + state.at;
+      if (drawn !== now) text.redraw();
+      drawn = now;
     }
     update.keys = {
       j: () => move(1),
@@ -92,7 +93,7 @@ function drawTable({ rows }) {
   };
   const columns = [
     numeric("row", "row", count, "of the data set"),
-    { title: "source", class: "optional", cell: (row) => fileName(row.source) },
+    { title: "source", class: "optional by-source", cell: (row) => fileName(row.source) },
     numeric("tokens", "tokens", count, null, true),
     numeric("labelled", "labelled", count, "tokens that are trained on", true),
     numeric("cut", "cut", (value) => (value ? count(value) : ""), "tokens lost to the maximal length", true),
@@ -214,5 +215,20 @@ function drawExample(folder, answer, shown, move) {
       h("span", { class: "unlabelled" }, "no label"),
     ),
     shown,
+    answer.messages && drawMessages(answer.messages),
   ];
 }
+
+function toggleRaw(event) {
+  event.preventDefault(); // drawn open or closed
+  change({ raw: state.raw ? "" : "open" });
+}
+
+// The row as it is in the data set, before the template
+const drawMessages = (messages) =>
+  h(
+    "details",
+    { class: "raw", open: state.raw !== "" },
+    h("summary", { "data-key": "raw", onclick: toggleRaw }, "The row as it was"),
+    h("pre", { tabindex: 0, "aria-label": "The row as it was" }, JSON.stringify(messages, null, 2)),
+  );

@@ -213,7 +213,7 @@ function drawSources(rows) {
     table(
       "By source",
       [
-        { title: "source", cell: (row) => fileName(row.source) },
+        { title: "source", class: "by-source", cell: (row) => fileName(row.source) },
         removed("tokens"),
         removed("nll"),
         removed("gradient"),

@@ -76,14 +76,15 @@ function comparison({ results, points: rows, curves, regressions }, width) {
       y: { label: `↑ ${yLabel}`, labelArrow: "none" },
       marks: [
         Plot.line(drawn, { x, y, z: "run", stroke: "objective", strokeOpacity: 0.6 }),
-        dots &&
-          Plot.dot(drawn, {
-            x,
-            y,
-            fill: "objective",
-            r: 3,
-            title: (row) => `${who(row)}: drift ${number(row.drift_general, 3)}, nll ${number(row.nll, 3)}`,
-          }),
+        dots
+          ? Plot.dot(drawn, {
+              x,
+              y,
+              fill: "objective",
+              r: 3,
+              title: (row) => `${who(row)}: drift ${number(row.drift_general, 3)}, nll ${number(row.nll, 3)}`,
+            })
+          : null,
       ],
     };
   };

@@ -25,6 +25,7 @@ const DEFAULTS = {
   example: "",
   at: "", // the position of a token in it
   paint: "prob",
+  raw: "", // "open": the row as it was is shown
   // Tokens
   group: "conflict",
   // Runs

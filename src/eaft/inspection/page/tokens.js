@@ -118,7 +118,7 @@ function drawPlaces({ total, rows }) {
       ),
       h("td", { class: "right" }, h("bdi", {}, oneLine(row.right))),
       h("td", {}, token(row.first_text)),
-      h("td", { class: "numeric" }, share(row.prob)),
+      h("td", { class: "numeric optional" }, share(row.prob)),
     );
   const open = (row) => change({ view: "examples", example: `${row.example}`, at: `${row.position}` });
   return [
@@ -138,7 +138,7 @@ function drawPlaces({ total, rows }) {
             h("th", { class: "middle" }, "token"),
             h("th", {}, "after"),
             h("th", {}, "wanted"),
-            h("th", { class: "numeric" }, "p"),
+            h("th", { class: "numeric optional" }, "p"),
           ),
         ),
         h("tbody", {}, rows.map(place)),
