@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -115,6 +116,14 @@ def make_inspection(folder, examples=40, rollouts=20, compared=("tuned",), shard
     if summary is not None:
         (folder / "summary.json").write_text(json.dumps(summary))
     return folder
+
+
+def grad_norm(sum_sq_probs, log_prob):
+    """sqrt(sum p^2 - 2 p_y + 1) in float64, which float32 statistics tell where p_y is near 1 only by its bounds."""
+    log_prob = np.asarray(log_prob, dtype=float)
+    other = -np.expm1(log_prob)  # the others' probabilities are at most this together: their squares lie between
+    squares = np.asarray(sum_sq_probs, dtype=float) - 2 * np.exp(log_prob) + 1
+    return np.sqrt(np.clip(squares, other**2, 2 * other**2))
 
 
 def write_shards(folder, parts, schema, shards):
