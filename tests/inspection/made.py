@@ -38,7 +38,7 @@ def make_logits(ids, generator, sharpness):
     """Random logits, some sure of the label, some sure of another token."""
     logits = sharpness * torch.randn(len(ids), len(VOCAB), generator=generator)
     kind = torch.rand(len(ids), generator=generator)
-    logits[kind < 0.4, torch.tensor(ids)[kind < 0.4]] += 12
+    logits[kind < 0.4, torch.tensor(ids)[kind < 0.4]] += 6
     logits[kind > 0.85, 3] += 15
     return logits
 
@@ -72,7 +72,7 @@ def make_inspection(folder, examples=40, rollouts=20, compared=("tuned",), shard
         sharpness = 2.0 if origin == DATA else 3.0
         logits = make_logits(ids, generator, sharpness)
         if origin == ROLLOUTS:
-            logits[range(len(ids)), ids] += 8
+            logits[range(len(ids)), ids] += 5
         found, stats = columns(logits, ids, labelled)
         keys = {"example": [example] * len(ids), "position": list(range(len(ids)))}
         tokens.append({**keys, "token_id": ids, "end": ends, "labelled": labelled, **found})
