@@ -130,7 +130,7 @@ def page(inspection: Inspection) -> str:
     ]
     if not found:
         parts.append(f"- Checked, and nothing found: {'; '.join(c['title'].lower() for c in s['checks'])}.")
-    files = ", ".join([SUMMARY_FILE, REPORT_FILE, "figures/*.png"])
+    files = ", ".join([REPORT_FILE, "figures/landscape.png and others", SUMMARY_FILE])
     parts.append(f"In {inspection.folder}: {files}. To look around: eaft view {inspection.folder}")
     return "\n\n".join(parts) + "\n"
 
