@@ -58,7 +58,7 @@ def parameters(gate: str, given: Answer, measured: dict[str, float]) -> Answer:
     params = {param["name"]: param["default"] for param in starts} | given
     for name, value in params.items():
         choices = SLIDERS.get(name, {}).get("choices")
-        if not (value in choices if choices else type(value) in (int, float) and abs(value) < 1e300):
+        if not (value in choices if choices else type(value) in (int, float) and abs(value) < 1e9):
             expected = f"one of {', '.join(choices)}" if choices else "a number"
             raise RequestError(f"params: {name}={json.dumps(value)[:50]}: expected {expected}.")
     try:

@@ -157,8 +157,7 @@ def points(run: Answer, results: Answer) -> list[Answer]:
 def curves(place: Path, run: Answer) -> Answer:
     """Return what a run has logged, by metric."""
     metrics: dict[str, list[list[float]]] = {}
-    folder = within(place, run["folder"])
-    for line in read_lines(folder, "metrics.jsonl") if folder else []:
+    for line in read_lines(place, f"{run['folder']}/metrics.jsonl"):
         for name, value in line.items():
             if isinstance(value, int | float) and math.isfinite(value) and name != "step":
                 metrics.setdefault(name, []).append([line["step"], value])
@@ -172,22 +171,15 @@ def regressions(place: Path, choice: Answer, results: Answer) -> Answer:
     view = "chosen" if "chosen" in choice["steps"] else "last"
     step = choice["steps"][view]
     keys = ("objective", "seed", "learning_rate")
-    run = next((r for r in results["runs"] if all(r[key] == choice[key] for key in keys)), None)
-    folder = within(place, run["folder"]) if run else None
+    run = next((r["folder"] for r in results["runs"] if all(r[key] == choice[key] for key in keys)), None)
     before, after = {}, {}
-    if folder is not None:
-        for name in [name for names in results["groups"].values() for name in names]:
-            file = f"{Path(name).stem}.jsonl"
-            sides = read_lines(place / "base" / "items", file), read_lines(folder / "items" / f"step-{step}", file)
-            if len(sides[0]) == len(sides[1]) > 0:
-                before[name], after[name] = sides
+    for name in [name for names in results["groups"].values() for name in names] if run else []:
+        file = f"{Path(name).stem}.jsonl"
+        folders = "base/items", f"{run}/items/step-{step}"
+        sides = [read_lines(place, f"{folder}/{file}") for folder in folders]
+        if len(sides[0]) == len(sides[1]) > 0:
+            before[name], after[name] = sides
     items = []
-    with contextlib.suppress(EAFTError):  # files of two evaluations, which cannot be compared
+    with contextlib.suppress(EAFTError, KeyError, TypeError):  # of two evaluations, or another version's
         items = worst_regressions(before, after)
     return {"objective": choice["objective"], "seed": choice["seed"], "step": step, "items": items}
-
-
-def within(place: Path, name: str) -> Path | None:
-    """Return a folder that results name, if it is below theirs."""
-    folder = (place / name).resolve()
-    return folder if folder.is_relative_to(place.resolve()) and folder.is_dir() else None
