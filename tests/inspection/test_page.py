@@ -449,9 +449,16 @@ def test_runs_and_checks(visit):
     expect(page.locator(".lead")).to_have_text("A loss is shown on arithmetic.")
     assert rows(page, "Tasks")[0][:4] == ["arithmetic", "50%", "40%", "-10.0 -20.0 to +0.0".replace("-", MINUS)]
     expect(page.locator(".regressions")).to_contain_text("<i>2 + 2</i>")
+    page.go_back()
+    expect(page.locator(".lead")).to_contain_text("Choose sft.")
+    expect(page.get_by_label("Run", exact=True)).to_have_value("runs/compared-runs")
     page.get_by_role("tab", name="Checks 1").click()
     page.get_by_role("button", name="3", exact=True).click()
     expect(page.get_by_role("heading", name="Row 3")).to_be_visible()
+    expect(page.locator(".raw pre")).to_be_hidden()
+    page.get_by_text("The row as it was").click()
+    expect(page.locator(".raw pre")).to_contain_text('"completion":')
+    assert "raw=open" in page.url
 
 
 def test_a_folder_of_runs_alone(visit, folder):

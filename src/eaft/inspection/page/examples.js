@@ -62,7 +62,7 @@ export default {
     update.keys = {
       j: () => move(1),
       k: () => move(-1),
-      Escape: () => state.example !== "" && change({ example: "", at: "" }),
+      Escape: () => change(state.example ? { example: "", at: "" } : { box: "" }),
       "[": () => state.page > 1 && change({ page: state.page - 1 }),
       "]": () => state.page < pages && change({ page: state.page + 1 }),
     };
@@ -93,7 +93,7 @@ function drawTable({ rows }) {
   };
   const columns = [
     numeric("row", "row", count, "of the data set"),
-    { title: "source", class: "optional by-source", cell: (row) => fileName(row.source) },
+    { title: "source", class: "optional long-name", cell: (row) => fileName(row.source) },
     numeric("tokens", "tokens", count, null, true),
     numeric("labelled", "labelled", count, "tokens that are trained on", true),
     numeric("cut", "cut", (value) => (value ? count(value) : ""), "tokens lost to the maximal length", true),

@@ -213,7 +213,7 @@ function drawSources(rows) {
     table(
       "By source",
       [
-        { title: "source", class: "by-source", cell: (row) => fileName(row.source) },
+        { title: "source", class: "long-name", cell: (row) => fileName(row.source) },
         removed("tokens"),
         removed("nll"),
         removed("gradient"),
@@ -238,7 +238,7 @@ function drawMuted(rows) {
               token(row.text),
             ),
         },
-        { title: "count", numeric: true, cell: (row) => count(row.count) },
+        { title: "muted", numeric: true, cell: (row) => count(row.count), help: "how many have a weight below 0.5" },
         { title: "nll removed", numeric: true, cell: (row) => number(row.nll_removed, 1) },
       ],
       rows.slice(0, MUTED),

@@ -2,7 +2,7 @@
 
 import { url } from "./api.js";
 import { palette, plot, watch } from "./charts.js";
-import { count, h, number, part, prose, select, share, table } from "./dom.js";
+import { count, fileName, h, number, part, prose, select, share, table } from "./dom.js";
 import { change, state } from "./state.js";
 
 export default {
@@ -22,12 +22,13 @@ export default {
       return found.kind === "compare" ? comparison(found, width()) : evaluation(found, width());
     });
     const width = watch(body, () => run.redraw());
-    let metric;
+    let drawn;
     return async function update() {
       await listing.ask(url("runs"));
       if (list.length) run.ask(url("run", { name: chosen(list).name }));
-      if (metric !== undefined && metric !== state.metric) run.redraw();
-      metric = state.metric;
+      if (drawn && drawn.run !== state.run) listing.redraw();
+      if (drawn && drawn.metric !== state.metric) run.redraw();
+      drawn = state;
     };
   },
 };
@@ -165,7 +166,7 @@ function comparison({ results, points: rows, curves, regressions }, width) {
     h("h2", {}, "Objectives"),
     objectiveTable(results),
     ...results.pairs.flatMap((pair) => pairOf(pair, size)),
-    ...regressions.flatMap((found) => worst(found)),
+    ...regressions.map(worst),
     ...(results.failed.length
       ? [
           h("h2", {}, "Failed"),
@@ -260,7 +261,7 @@ function pairOf({ first, second, views, fronts }, size) {
         table(
           `${first} less ${second}`,
           [
-            { title: `${first} less ${second}`, cell: ([name]) => name },
+            { title: `${first} less ${second}`, class: "long-name", cell: ([name]) => name },
             { title: "difference (95%)", numeric: true, cell: ([, found, show]) => between(found, show) },
             { title: "in", cell: ([, , , unit]) => h("span", { class: "quiet" }, unit), class: "optional" },
             {
@@ -278,14 +279,16 @@ function pairOf({ first, second, views, fronts }, size) {
   ];
 }
 
-function evaluation({ results, regressions }, width) {
+function evaluation({ model, base, results, regressions }, width) {
+  const who = h("p", { class: "quiet" }, fileName(model), base && ` beside ${fileName(base)}`);
   if (!results.base) {
     const rows = Object.entries(results.tasks);
     return [
+      who,
       table(
         "Scores",
         [
-          { title: "task", cell: ([name]) => name },
+          { title: "task", class: "long-name", cell: ([name]) => name },
           { title: "score", numeric: true, cell: ([, found]) => share(found.score) },
           { title: "95%", numeric: true, cell: ([, found]) => `${share(found.low)} to ${share(found.high)}` },
           { title: "n", numeric: true, cell: ([, found]) => count(found.n) },
@@ -311,12 +314,12 @@ function evaluation({ results, regressions }, width) {
     marginTop: 10,
     marginBottom: 40,
     x: {
-      label: "change beside the base, points, with its 95% interval",
+      label: "points →",
       labelAnchor: "center",
       labelArrow: "none",
       grid: true,
     },
-    y: { domain: data.map(({ name }) => name), label: null },
+    y: { domain: data.map(({ name }) => name), label: null, tickFormat: (name) => cut(name, 24) },
     marks: [
       Plot.ruleX([0], { stroke: "var(--ink)", strokeOpacity: 0.4 }),
       Plot.ruleY(data, { x1: "low", x2: "high", y: "name", stroke: "var(--accent)", strokeWidth: 2 }),
@@ -328,6 +331,7 @@ function evaluation({ results, regressions }, width) {
   const { drift } = results;
   return [
     h("p", { class: "lead" }, prose(results.verdict.sentence)),
+    who,
     h(
       "div",
       { class: "figures" },
@@ -337,7 +341,7 @@ function evaluation({ results, regressions }, width) {
         table(
           "Tasks",
           [
-            { title: "task", cell: ([name]) => name },
+            { title: "task", class: "long-name", cell: ([name]) => name },
             { title: "before", numeric: true, cell: ([, found]) => share(found.before) },
             { title: "after", numeric: true, cell: ([, found]) => share(found.after) },
             { title: "change (95%)", numeric: true, cell: ([, found]) => between(found, points) },
@@ -358,22 +362,26 @@ function evaluation({ results, regressions }, width) {
             `Drift ${number(drift.mean, 3)} nats per token (95%: ${number(drift.low, 3)} to ${number(drift.high, 3)}), over ${count(drift.tokens)} tokens.`,
           ),
       ),
-      figure("Change by task", forest),
+      figure("Change beside the base, with its 95% interval", forest),
     ),
-    ...regressions.flatMap((found) => worst(found)),
+    ...regressions.map(worst),
     ...Object.entries(results.failed).map(([name, why]) => h("p", { class: "error" }, `${name}: ${why}`)),
   ];
 }
 
-function worst({ objective, seed, items }) {
-  if (!items.length) return [];
+// The first are shown, the others of many seeds when they are opened
+function worst({ objective, seed, items }, index) {
+  if (!items.length) return null;
   const who = objective ? ` with ${objective}${seed === null ? "" : `, seed ${seed}`}` : "";
-  return [
-    h("h2", {}, `What it could, and cannot any more${who}`),
+  return h(
+    "details",
+    { open: index === 0 },
+    h("summary", { class: "plain" }, h("h2", {}, `What it could, and cannot any more${who}`)),
     h("ol", { class: "regressions" }, items.map(regression)),
-  ];
+  );
 }
 
+const cut = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);
 const plain = (value) => (typeof value === "string" ? value : JSON.stringify(value));
 function regression({ task, prompt, target, before, after }) {
   const block = (title, text, css) => [h("dt", {}, title), h("dd", { class: css, dir: "auto" }, plain(text))];
