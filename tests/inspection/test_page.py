@@ -578,7 +578,7 @@ def test_both_themes_and_widths(visit, width):
 
 def test_nothing_selected_is_no_error(visit):
     page = visit("search=nosuchtext&example=3")
-    expect(page.locator(".selected")).to_have_text("0 tokens in 0 examples are shown")
+    expect(page.locator(".selected")).to_have_text("0 tokens in 0 examples shown")
     for key in "2345":
         page.keyboard.press(key)
         settled(page)

@@ -2,7 +2,7 @@
 
 import { get, url } from "./api.js";
 import checks from "./checks.js";
-import { choice, count, eachFrame, fileName, fill, h } from "./dom.js";
+import { choice, eachFrame, fileName, fill, h, many } from "./dom.js";
 import examples from "./examples.js";
 import { mountFilters } from "./filters.js";
 import gates from "./gates.js";
@@ -85,7 +85,7 @@ function describe({ counts, models, run }) {
   if (!counts?.data) return "";
   const { examples, labelled } = counts.data;
   const model = fileName(run?.model ?? models?.[0]?.model);
-  return `${count(labelled)} labelled tokens in ${count(examples)} examples${run?.dataset ? ` of ${fileName(run.dataset)}` : ""}${model ? `, scored by ${model}` : ""}`;
+  return `${many(labelled, "labelled token")} in ${many(examples, "example")}${run?.dataset ? ` of ${fileName(run.dataset)}` : ""}${model ? `, scored by ${model}` : ""}`;
 }
 
 const shown = () => VIEWS.filter((view) => view.has(folder));

@@ -1,6 +1,6 @@
 // What is drawn with Observable Plot: the entropy-probability plane, histograms, and the colours of both themes.
 
-import { count, eachFrame, h, number, share, short } from "./dom.js";
+import { eachFrame, h, many, number, share, short } from "./dom.js";
 import { hideTip, showTip } from "./tip.js";
 
 const CONFLICT = { entropy: 0.5, prob: 0.1 }; // the borders of a confident conflict, as in eaft.objective.statistics
@@ -271,7 +271,7 @@ export function histogram({ edges, counts }, width, label) {
         fill: "var(--accent)",
         insetLeft: 0.5,
         insetRight: 0.5,
-        title: (d) => `${number(d.x1)} to ${number(d.x2)}: ${count(d.tokens)} tokens`,
+        title: (d) => `${number(d.x1)} to ${number(d.x2)}: ${many(d.tokens, "token")}`,
       }),
       Plot.ruleY([0], { stroke: "var(--line)" }),
     ],
@@ -279,7 +279,7 @@ export function histogram({ edges, counts }, width, label) {
 }
 
 export const sumUp = (tokens, nll, all) =>
-  `${count(tokens)} tokens (${share(tokens / all.tokens)}), ${share(nll / all.nll)} of the nll`;
+  `${many(tokens, "token")} (${share(tokens / all.tokens)}), ${share(nll / all.nll)} of the nll`;
 export const palette = () =>
   isDark()
     ? ["#6cb6ff", "#ffa657", "#7ee787", "#d2a8ff", "#ff7b72", "#79c0c0"]

@@ -18,6 +18,7 @@ export function h(tag, attributes = {}, ...children) {
 }
 
 export const count = d3.format(",d");
+export const many = (number, noun) => `${count(number)} ${noun}${number === 1 ? "" : "s"}`;
 export const short = (value) => d3.format(Math.abs(value) < 1000 ? ".3~r" : ".3~s")(value);
 export const number = (value, digits = 2) => (Number.isFinite(value) ? value.toFixed(digits) : "–");
 

@@ -1,7 +1,7 @@
 // The examples as a table, sorted and filtered by the server; one opened as text with its tokens coloured.
 
 import { url } from "./api.js";
-import { announce, choice, count, fileName, h, number, part, select, share, snippets, table } from "./dom.js";
+import { announce, choice, count, fileName, h, many, number, part, select, share, snippets, table } from "./dom.js";
 import { change, selection, state } from "./state.js";
 import { PAINTS, example as exampleText } from "./text.js";
 
@@ -21,8 +21,8 @@ export default {
     const listing = part(list, (answer) => {
       rows = answer.rows;
       pages = Math.max(1, Math.ceil(answer.total / ROWS));
-      announce(`${count(answer.total)} examples`);
-      return [drawTable(answer), pager(answer.total, ROWS, "examples")];
+      announce(many(answer.total, "example"));
+      return [drawTable(answer), pager(answer.total, ROWS, "example")];
     });
     let lastAt;
     const text = part(opened, (answer) => {
@@ -146,7 +146,7 @@ export function pager(total, rows, what) {
       { disabled: state.page >= pages, "data-key": "next page", onclick: () => go(state.page + 1) },
       "next →",
     ),
-    h("span", { class: "quiet" }, `${count(total)} ${what}`),
+    h("span", { class: "quiet" }, many(total, what)),
   );
 }
 
@@ -163,7 +163,7 @@ function drawExample(folder, answer, shown, move) {
     change({ paint: chosen, ...(chosen === "change" && state.model === "base" ? { model: tuned.name } : {}) });
   const facts = [
     `${count(answer.labelled)} of ${count(answer.tokens.length)} tokens labelled`,
-    answer.cut > 0 && `${count(answer.cut)} cut at the end`,
+    answer.cut > 0 && `${count(answer.cut)} lost to the maximal length`,
     `nll ${number(answer.nll)}`,
     `entropy ${number(answer.entropy)}`,
     `conflicts ${share(answer.conflict_share)} of the tokens, ${share(answer.conflict_nll_share)} of the nll`,

@@ -121,7 +121,7 @@ function field({ name, default: usual, min, max, step, choices }) {
     min,
     max,
     step: "any",
-    value,
+    value: Number(Number(value).toPrecision(4)),
     "aria-label": `${title}, as a number`,
     onchange: () => {
       slider.value = typed.value;

@@ -10,6 +10,7 @@ import {
   fill,
   h,
   later,
+  many,
   number,
   part,
   prose,
@@ -203,7 +204,7 @@ function shares({ total, corner, selected }) {
       return name === "tokens" ? count(sums.tokens) : `${number(sums[name] / sums.tokens)} each`;
     };
   announce(
-    `${count(selected.tokens)} tokens in ${count(selected.examples)} examples, ${share(selected.nll / total.nll)} of the nll`,
+    `${many(selected.tokens, "token")} in ${many(selected.examples, "example")}, ${share(selected.nll / total.nll)} of the nll`,
   );
   return h(
     "div",
@@ -221,7 +222,7 @@ function shares({ total, corner, selected }) {
     h(
       "p",
       { class: "quiet selected" },
-      `${count(selected.tokens)} tokens in ${count(selected.examples)} examples ${state.box ? "in the box" : "are shown"}`,
+      `${many(selected.tokens, "token")} in ${many(selected.examples, "example")} ${state.box ? "in the box" : "shown"}`,
     ),
   );
 }
@@ -286,12 +287,13 @@ function exampleList({ total, rows }) {
         ? "Examples with such tokens"
         : "Examples, those with most of their nll in conflicts first",
     ),
-    h("ol", { class: "examples" }, rows.map(item)),
-    h(
-      "button",
-      { class: "plain more", onclick: () => change({ view: "examples", example: "" }) },
-      `all ${count(total)} examples →`,
-    ),
+    rows.length ? h("ol", { class: "examples" }, rows.map(item)) : h("p", { class: "quiet" }, "None."),
+    total > rows.length &&
+      h(
+        "button",
+        { class: "plain more", onclick: () => change({ view: "examples", example: "" }) },
+        `all ${count(total)} examples →`,
+      ),
   ];
 }
 

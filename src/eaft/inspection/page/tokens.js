@@ -1,7 +1,7 @@
 // The tokens of a group, and the places of one in context.
 
 import { url } from "./api.js";
-import { announce, choice, count, fill, h, number, oneLine, part, share, table, token, wanted } from "./dom.js";
+import { announce, choice, count, fill, h, many, number, oneLine, part, share, table, token, wanted } from "./dom.js";
 import { pager } from "./examples.js";
 import { change, selection, state } from "./state.js";
 
@@ -56,7 +56,7 @@ export default {
 };
 
 function tokenTable(folder, { total, rows }) {
-  announce(`${count(total)} tokens`);
+  announce(many(total, "token"));
   const onrow = (row) => ({
     "data-token": row.token_id,
     "aria-current": `${`${row.token_id}` === state.token}`,
@@ -144,6 +144,6 @@ function drawPlaces({ total, rows }) {
         h("tbody", {}, rows.map(place)),
       ),
     ),
-    pager(total, PLACES, "places"),
+    pager(total, PLACES, "place"),
   ];
 }
