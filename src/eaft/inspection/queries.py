@@ -187,7 +187,6 @@ class Queries:
             "summary": self.summary,
             "gates": sliders(self.measured),
             "run": run,
-            "commit": run.get("environment", {}).get("commit"),
             "train": train_command(run),
         }
 

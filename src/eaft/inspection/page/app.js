@@ -183,9 +183,13 @@ function exporting() {
       h("p", {}, "Everything that is selected now, filters and box included:"),
       file("examples.jsonl", "its examples, a line each"),
       file("tokens.csv", "its labelled tokens"),
-      h("p", {}, "Train without these examples, beside the other flags of your training:"),
-      h("code", { class: "command" }, folder.train),
-      h("div", { class: "row" }, h("button", { "data-key": "copy", onclick: copy }, "copy"), copied),
+      state.origin === "data"
+        ? [
+            h("p", {}, "Train without these examples, beside the other flags of your training:"),
+            h("code", { class: "command" }, folder.train),
+            h("div", { class: "row" }, h("button", { "data-key": "copy", onclick: copy }, "copy"), copied),
+          ]
+        : h("p", {}, "Only examples of the data can be left out of training."),
     ),
   );
 }
