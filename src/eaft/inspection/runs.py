@@ -32,6 +32,9 @@ Answer = dict[str, Any]
 RESULTS_FILE = "results.json"
 DEPTH = 3  # folders down that are looked into
 HELD = ("run", "objective", "seed", "learning_rate", "chosen")
+# What tells our results from somebody else's, or from those of a version that wrote others
+COMPARISON = {"asked", "recipe", "objectives", "sentence", "groups", "base", "runs", "choices"}
+EVALUATION = {"asked", "model", "base", "tasks"}
 BY_ITEM = ("sums", "scores", "per_prompt", "tokens_per_prompt")
 
 
@@ -93,7 +96,8 @@ def find(folder: Path, depth: int) -> list[Path]:
 def read_results(folder: Path) -> Answer:
     """Return a folder's results; nothing if it has none of ours."""
     found = read_json(folder, RESULTS_FILE)
-    return found if isinstance(found, dict) and "asked" in found and {"objectives", "tasks"} & found.keys() else {}
+    names = found.keys() if isinstance(found, dict) else set()
+    return found if names >= COMPARISON or names >= EVALUATION else {}
 
 
 def read_json(folder: Path, name: str) -> Any:

@@ -91,6 +91,8 @@ function comparison({ results, points: rows, curves, regressions }, width) {
   };
   const scored = rows.filter((row) => row.target !== null);
   const base = scored.filter(({ step }) => step === 0).slice(0, 1); // every run's has the same
+  const key = ({ objective, seed, learning_rate }, step) => [objective, seed, learning_rate, step].join();
+  const steps = new Set(results.choices.map((choice) => key(choice, choice.steps.chosen ?? choice.steps.last)));
   const target = {
     width: size,
     color,
@@ -102,7 +104,10 @@ function comparison({ results, points: rows, curves, regressions }, width) {
         {
           x: "drift_general",
           y: "target",
+          stroke: "objective",
           fill: "objective",
+          fillOpacity: (row) => (steps.has(key(row, row.step)) ? 1 : 0),
+          strokeWidth: 2,
           r: 5,
           title: (row) =>
             `${who(row)}: target ${share(row.target)}, general ${share(row.general)}, drift ${number(row.drift_general, 3)}`,
@@ -135,7 +140,7 @@ function comparison({ results, points: rows, curves, regressions }, width) {
     h(
       "div",
       { class: "figures" },
-      figure("Target against drift", target),
+      figure("Target against drift; hollow: a checkpoint that was not chosen", target),
       figure(
         "Held-out nll against drift: the lower left is better",
         lines(
