@@ -317,7 +317,8 @@ def test_rollouts_are_the_models_own_answers(model_dir, tokenizer, tmp_path, alo
     monkeypatch.undo()
     monkeypatch.setattr(inspect, "conclude", lambda folder: None)
     monkeypatch.setattr(inspect, "keep_top_k_curve", lambda job, scorer: None)
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=lambda **given: SimpleNamespace(**given)))
+    vllm = SimpleNamespace(SamplingParams=lambda **given: SimpleNamespace(**given), __spec__="found")
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
     monkeypatch.setattr(rollouts, "load_lm", lambda *given: SimpleNamespace(_model_generate=generate))
     assert run(*flags, tmp_path / "vllm", "--rollout_backend", "vllm") == 0
     found = [e for e in Inspection(tmp_path / "vllm").examples().to_pylist() if e["origin"] == ROLLOUTS]
@@ -362,6 +363,9 @@ def test_what_is_refused(model_dir, tmp_path, alone, capsys, monkeypatch):
     assert f"'{data}' belongs to no flag" in refused(capsys, model_dir, *flags, data)
     assert "dataset_name is missing" in refused(capsys, model_dir, *flags)
     assert "Did you mean '--rollouts'" in refused(capsys, model_dir, data, *flags, "--rolouts", 2)
+    if find_spec("vllm") is None:
+        asked = ("--rollouts", 2, "--rollout_backend", "vllm")
+        assert "pip install vllm" in refused(capsys, model_dir, write_rows(data, make_rows(4)), *flags, *asked)
     assert not out.exists()
     assert run(model_dir, data, *flags) == 0
     assert "of other flags" in refused(capsys, model_dir, data, *flags, "--gate_top_k", 10)

@@ -31,6 +31,10 @@ NO_BENEFIT_SEEN, BENEFIT_SEEN = 0.19, 0.44
 MOSTLY = 0.7  # of the conflicts' nll: format, or content
 RECURRING_SHARE, RECURRING_EXAMPLES = 0.2, 3
 NAMED = 3  # tokens of a kind that the sentence names
+# What ends a line would break a table, and the word clouds
+SYMBOLS = str.maketrans(
+    {"\n": "⏎", "\r": "␍", "\t": "⇥", "`": "'"} | dict.fromkeys("\v\f\x1c\x1d\x1e\x85\u2028\u2029", "␤")
+)
 
 
 class Conflicts:
@@ -207,8 +211,7 @@ def shown(text: str, leading: bool = False) -> str:
     """
     if leading and text.startswith(" ") and not text.isspace():
         return f"␣{shown(text[1:])}"
-    text = text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣") if text.isspace() else text.strip()
-    text = text.replace("\n", "⏎").replace("`", "'")
+    text = (text.replace(" ", "␣") if text.isspace() else text.strip()).translate(SYMBOLS)
     return text if len(text) <= 24 else f"{text[:23]}…"
 
 

@@ -8,6 +8,7 @@ import gc
 import json
 import os
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 from eaft.errors import ConfigurationError
 from eaft.evaluation.drift import Share
+from eaft.evaluation.evaluate import check_packages as check_evaluation
 from eaft.evaluation.evaluate import find_model
 from eaft.evaluation.identity import weights_digest
 from eaft.evaluation.measured import shared
 from eaft.evaluation.scores import load_tokenizer, processes
-from eaft.inspection import findings, report, rollouts
+from eaft.inspection import findings, rollouts
 from eaft.inspection.compared import find_compared
 from eaft.inspection.curve import top_k_curve
 from eaft.inspection.examples import Examples, Rollout
@@ -114,11 +116,24 @@ def make_parser() -> TrlParser:
 
 def main(argv: list[str]) -> None:
     """Inspect, as the flags say; a recipe's own `accelerate launch` is for training."""
+    check_packages()
     for name in SHARDING:
         os.environ.pop(name, None)
     configs, launch_args, inspect_args = parse(named(argv), make_parser(), recipe_launches=False)
     if not launch("inspect", launch_args, inspect_args):
         inspect(*configs)
+
+
+def check_packages() -> None:
+    """
+    Find out what is not installed before anything is scored.
+
+    Raises:
+        ConfigurationError: a package is missing.
+    """
+    for package in ("jinja2", "matplotlib", "scipy", "tabulate", "wordcloud"):
+        if find_spec(package) is None:
+            raise ConfigurationError(f"Inspecting needs {package}: pip install 'eaft[inspect]'.")
 
 
 def named(argv: list[str]) -> list[str]:
@@ -186,8 +201,12 @@ def inspect(
     args.eval_strategy = "no"  # the held-out data is not asked for
     if inspect_args.rollouts < 0 or inspect_args.max_new_tokens < 1:
         raise ConfigurationError("rollouts must not be negative, and max_new_tokens at least 1.")
-    if inspect_args.rollout_backend == "vllm" and state.num_processes > 1:
-        raise ConfigurationError("rollout_backend='vllm' has processes of its own: start one, or sample with hf.")
+    if inspect_args.rollout_backend == "vllm":
+        if state.num_processes > 1:
+            raise ConfigurationError(
+                "rollout_backend='vllm' has processes of its own: add --num_processes 1, or sample with hf."
+            )
+        check_evaluation("vllm")  # it is lm-eval's
     dataset, _ = load_data(script_args, args, model_args, dataset_args)
     source = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
     with state.main_process_first():
@@ -403,6 +422,8 @@ def vocabulary(job: Job, pieces: Pieces) -> pa.Table:
 
 def conclude(folder: Path) -> None:
     """Say what is found: summary.json, the report, and a page on the terminal."""
+    from eaft.inspection import report  # needs the extra, whose absence has been reported by now
+
     inspection = Inspection(folder)
     write_json(folder / SUMMARY_FILE, findings.find(inspection, inspection.run.get("top_k_curve")))
     report.write(inspection)
