@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eaft.inspection.labelled import Labelled, Vocabulary
+from eaft.inspection.pieces import BYTE_TOKEN
 
 Numbers = dict[str, Any]
 
@@ -46,7 +47,7 @@ class Conflicts:
         self.digits = np.zeros(vocabulary.size, dtype=bool)
         for token, text in vocabulary.texts.items():
             self.plain[token] = token not in vocabulary.special and any(c.isalnum() for c in text)
-            self.digits[token] = any(c.isdigit() for c in text)
+            self.digits[token] = any(c.isdigit() for c in BYTE_TOKEN.sub("", text))
         # Of all conflicts, and of those in which the label and the first choice are two different words or numbers
         self.nll, self.words_nll = np.zeros(vocabulary.size), np.zeros(vocabulary.size)
         self.counts, self.words_counts = (np.zeros(vocabulary.size, dtype=np.int64) for _ in range(2))

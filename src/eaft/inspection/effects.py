@@ -22,6 +22,7 @@ from eaft.training.measure import MEASURED, Histogram
 Numbers = dict[str, Any]
 MUTED = 0.5  # a token whose weight is below is counted as muted
 MOST_MUTED = 12  # tokens named for each gate
+MOST_SOURCES = 20  # the largest, which have a row: a column `source` may be an address that no two examples share
 KL_NOTE = "Its KL term is no weight on a token and does not show here."
 TALR_NOTE = "In training tau is the median of each batch; here it is the median of all examples."
 
@@ -90,8 +91,10 @@ class Effects:
             self.muted_nll[gate] += np.bincount(tokens.token_id, removed * tokens.quantities["nll"], size)
 
     def result(self) -> list[Numbers]:
-        """Return a row for each gate, and with several sources one for each gate and source after it."""
+        """Return a row for each gate, and with several sources one for each gate and large source after it."""
         rows = []
+        present = np.flatnonzero(self.totals["tokens"])
+        largest = present[np.argsort(-self.totals["tokens"][present], kind="stable")[:MOST_SOURCES]]
         for gate, params in self.params.items():
             most = np.argsort(-self.muted_nll[gate], kind="stable")[:MOST_MUTED]
             muted = [
@@ -106,11 +109,10 @@ class Effects:
             note = KL_NOTE if GATES[gate].anchor else TALR_NOTE if gate == "talr" else None
             row = {"gate": gate, "params": params, "note": note}
             rows.append({**row, "source": None, **self.shares(gate, slice(None)), "muted": muted})
-            present = np.flatnonzero(self.totals["tokens"])
             if len(present) > 1:
                 rows += [
                     {**row, "source": self.examples.sources[s], **self.shares(gate, slice(s, s + 1)), "muted": []}
-                    for s in present
+                    for s in np.sort(largest)
                 ]
         return rows
 

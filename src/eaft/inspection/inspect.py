@@ -7,6 +7,7 @@ import contextlib
 import gc
 import json
 import os
+import sys
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from tqdm.auto import tqdm
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
-from eaft.errors import ConfigurationError
+from eaft.errors import ConfigurationError, EAFTError
 from eaft.evaluation.drift import Share
 from eaft.evaluation.evaluate import check_packages as check_evaluation
 from eaft.evaluation.evaluate import find_model
@@ -57,6 +58,7 @@ from eaft.objective.statistics import usable_top_k
 from eaft.processes import locked
 from eaft.provenance import environment, write_json
 from eaft.training.config import EAFTConfig
+from eaft.training.data import rows_digest
 from eaft.training.measure import fingerprint
 from eaft.training.prepare import prepare_rows
 from eaft.training.train import changed_arguments, launch, load_data, parse
@@ -242,7 +244,7 @@ def inspect(
                     "environment": environment(),
                     "identity": {
                         "model": weights_digest(base, model_args.model_revision),
-                        "data": fingerprint(rows.cut),
+                        "data": [fingerprint(rows.cut), rows_digest(dataset)],
                         "numbers": numbers(settings),
                         "rollouts": {**asked, "seed": args.seed} if inspect_args.rollouts else None,
                         "compared": {other.name: weights_digest(other.model) for other in others},
@@ -366,8 +368,15 @@ def score_model(job: Job, model: ScoredModel, scorer: Lazy, pieces: Pieces) -> N
         disable=None if state.is_main_process else True,
     ) as bar:
         for shard in mine:
-            part, before = shards[shard], bar.n
-            tokens, found = score_shard(scorer.get(), job.examples, part, bar.update)
+            part, before, loaded = shards[shard], bar.n, scorer.get()
+            try:
+                tokens, found = score_shard(loaded, job.examples, part, bar.update)
+            except EAFTError as error:
+                if (
+                    not state.is_main_process
+                ):  # of these rows, which the first process, that speaks for all, has not seen
+                    print(f"eaft inspect: error: {error}", file=sys.stderr)
+                raise
             if model.name == BASE:
                 table, texts = token_table(part, tokens, found, pieces)
                 about, top_k = job.examples.about(part), job.settings.args.gate_top_k
