@@ -27,7 +27,7 @@ demo: $(VENV)/.installed  ## fine-tune a real model with SFT and EAFT; report an
 	    --model_name_or_path "$$($(PY) recipes/demo/find_model.py)" $(DEMO_FLAGS)
 
 inspect: $(VENV)/.installed  ## which tokens of GSM8K does a real model fight? report and pictures in runs/inspect (3 minutes)
-	$(PY) -m eaft inspect "$$($(PY) recipes/demo/find_model.py)" recipes/inspect/gsm8k.jsonl --output_dir runs/inspect \
+	$(PY) -m eaft inspect "$$($(PY) recipes/demo/find_model.py)" recipes/inspect/gsm8k.jsonl --rollouts 16 --max_new_tokens 64 --output_dir runs/inspect \
 	    $(INSPECT_FLAGS)
 
 # One process a core, four at most for the sake of memory; one alone: make test PYTEST_FLAGS="-n 0"

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -37,7 +38,7 @@ def make_logits(ids, generator, sharpness):
     """Random logits, some sure of the label, some sure of another token."""
     logits = sharpness * torch.randn(len(ids), len(VOCAB), generator=generator)
     kind = torch.rand(len(ids), generator=generator)
-    logits[kind < 0.4, torch.tensor(ids)[kind < 0.4]] += 12
+    logits[kind < 0.4, torch.tensor(ids)[kind < 0.4]] += 6
     logits[kind > 0.85, 3] += 15
     return logits
 
@@ -71,7 +72,7 @@ def make_inspection(folder, examples=40, rollouts=20, compared=("tuned",), shard
         sharpness = 2.0 if origin == DATA else 3.0
         logits = make_logits(ids, generator, sharpness)
         if origin == ROLLOUTS:
-            logits[range(len(ids)), ids] += 8
+            logits[range(len(ids)), ids] += 5
         found, stats = columns(logits, ids, labelled)
         keys = {"example": [example] * len(ids), "position": list(range(len(ids)))}
         tokens.append({**keys, "token_id": ids, "end": ends, "labelled": labelled, **found})
@@ -115,6 +116,14 @@ def make_inspection(folder, examples=40, rollouts=20, compared=("tuned",), shard
     if summary is not None:
         (folder / "summary.json").write_text(json.dumps(summary))
     return folder
+
+
+def grad_norm(sum_sq_probs, log_prob):
+    """sqrt(sum p^2 - 2 p_y + 1) in float64, which float32 statistics tell where p_y is near 1 only by its bounds."""
+    log_prob = np.asarray(log_prob, dtype=float)
+    other = -np.expm1(log_prob)  # the others' probabilities are at most this together: their squares lie between
+    squares = np.asarray(sum_sq_probs, dtype=float) - 2 * np.exp(log_prob) + 1
+    return np.sqrt(np.clip(squares, other**2, 2 * other**2))
 
 
 def write_shards(folder, parts, schema, shards):

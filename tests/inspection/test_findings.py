@@ -11,7 +11,7 @@ from eaft.inspection.findings import find
 from eaft.inspection.folder import DATA, STATISTICS, Inspection
 from eaft.objective.gates import GATES
 from eaft.provenance import write_json
-from tests.inspection.made import TOP_K, make_inspection
+from tests.inspection.made import TOP_K, grad_norm, make_inspection
 
 QUANTITIES = ("tokens", "nll", "gradient")
 
@@ -35,7 +35,7 @@ def frame(inspection, model="base"):
     table["base_entropy"] = pa.Table.from_batches(inspection.batches(["entropy"])).to_pandas()["entropy"]
     table = table.dropna(subset="log_prob").astype({name.name: np.float64 for name in STATISTICS})
     table["p"], table["nll"], table["tokens"] = np.exp(table.log_prob), -table.log_prob, 1.0
-    table["gradient"] = np.sqrt(np.maximum(table.sum_sq_probs - 2 * table.p + 1, 0))
+    table["gradient"] = grad_norm(table.sum_sq_probs, table.log_prob)
     table["conflict"] = (table.entropy < 0.5) & (table.p < 0.1)
     return table
 

@@ -26,7 +26,7 @@ from eaft.inspection.tables import Tables
 from eaft.inspection.view import listen
 from eaft.objective.gates import gate_weights
 from eaft.objective.statistics import TokenStatistics
-from tests.inspection.made import TOP_K, VOCAB, make_inspection
+from tests.inspection.made import TOP_K, VOCAB, grad_norm, make_inspection
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
@@ -196,7 +196,7 @@ def test_landscape_shows_the_advice_and_the_shares(visit, tokens):
     (name, count, nll, _), (_, *conflicts) = rows(page, "Shares")
     assert (name, int(count.replace(",", ""))) == ("all shown", len(data))
     assert float(nll.split()[0]) == pytest.approx(-data.log_prob.mean(), abs=0.006)
-    grad = np.sqrt(np.clip(data.sum_sq_probs - 2 * data.prob + 1, 0, None))
+    grad = grad_norm(data.sum_sq_probs, data.log_prob)
     wanted = [
         data.conflict.mean(),
         data.log_prob[data.conflict].sum() / data.log_prob.sum(),

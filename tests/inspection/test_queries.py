@@ -17,7 +17,7 @@ from eaft.inspection.queries import Queries
 from eaft.inspection.runs import Runs
 from eaft.inspection.server import make_app
 from eaft.inspection.tables import Tables
-from tests.inspection.made import TOP_K, VOCAB, make_inspection
+from tests.inspection.made import TOP_K, VOCAB, grad_norm, make_inspection
 
 MEASURED = {"entropy_threshold": 0.2, "prob_threshold": 0.3, "tau": 2.5}
 MEANS = ["nll", "entropy", "conflict_share", "conflict_nll_share"]
@@ -55,7 +55,7 @@ def everything(folder):
         tokens = table[table["labelled"]].astype({"log_prob": float, "entropy": float, "sum_sq_probs": float})
         tokens = tokens.astype({"rank": int, "first_choice": int, "top_k_entropy": float})
         tokens["nll"], tokens["prob"] = -tokens["log_prob"], np.exp(tokens["log_prob"])
-        tokens["gradient"] = np.sqrt((tokens["sum_sq_probs"] - 2 * tokens["prob"] + 1).clip(lower=0))
+        tokens["gradient"] = grad_norm(tokens["sum_sq_probs"], tokens["log_prob"])
         tokens["conflict"] = (tokens["entropy"] < 0.5) & (tokens["prob"] < 0.1)
         grouped = tokens.assign(lost=tokens["nll"] * tokens["conflict"]).groupby("example")
         means = grouped.agg(nll=("nll", "mean"), entropy=("entropy", "mean"), conflict_share=("conflict", "mean"))

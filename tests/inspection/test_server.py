@@ -402,12 +402,16 @@ def test_what_cannot_be_served_is_one_message(tmp_path, capsys, monkeypatch):
     folder = make_inspection(tmp_path / "a", examples=3, rollouts=0)
     make_inspection(tmp_path / "b", examples=3, rollouts=0)
     (tmp_path / "empty").mkdir()
+    unfinished = tmp_path / "c"
+    (unfinished / "tokens").mkdir(parents=True)
+    (unfinished / "run.json").write_text('{"scored": false}')
     with listen(None) as taken:
         port = str(taken.getsockname()[1])
         for flags, message in (
             ([tmp_path / "none"], "is no folder"),
             ([tmp_path / "empty"], "holds nothing that `eaft inspect`, `compare` or `eval` wrote"),
             ([tmp_path], "holds several inspections (a, b): give one of them"),
+            ([unfinished], "is not finished: give its `eaft inspect` command again"),
             ([folder, "--port", port], f"--port {port} cannot be used"),
             ([folder, "--port", "99999"], "--port 99999 cannot be used"),
             ([folder, "--token", "a&b"], "--token: letters, digits"),

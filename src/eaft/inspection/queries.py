@@ -34,7 +34,7 @@ Answer = dict[str, Any]
 Where = tuple[str, list[Any]]  # a condition, and what is bound to its question marks
 
 MOST_ROWS = 200  # of one answer
-GATE_TOKENS = 1_000_000  # that a gate is computed on; of more, a sample of about as many
+GATE_TOKENS = 500_000  # that a gate is computed on; of more, a sample of about as many
 WANTED = 5  # tokens listed
 CONTEXT = 80  # characters on each side of a place
 SNIPPET = 200  # characters

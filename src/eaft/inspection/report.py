@@ -127,7 +127,7 @@ def page(inspection: Inspection) -> str:
     parts += [f"- {check['title']}: {check['count']} (row {first_rows(check)}). {check['text']}" for check in found]
     if not found:
         parts.append(f"- Checked, and nothing found: {'; '.join(c['title'].lower() for c in s['checks'])}.")
-    files = ", ".join([SUMMARY_FILE, REPORT_FILE, "figures/*.png"])
+    files = ", ".join([REPORT_FILE, "figures/landscape.png and others", SUMMARY_FILE])
     parts.append(f"In {inspection.folder}: {files}. To look around: eaft view {inspection.folder}")
     return "\n\n".join(parts) + "\n"
 

@@ -172,7 +172,7 @@ class Guard:
         """Return whether a request has the token: in its address, its cookie, or its Authorization header."""
         scheme, _, value = request.headers.get("authorization", "").partition(" ")
         given = [
-            request.query_params.get("token") if request.url.path == "/" else None,
+            request.query_params.get("token") if request.scope["path"] == "/" else None,
             request.cookies.get(self.cookie),
             value.strip() if scheme.lower() == "token" else None,
         ]

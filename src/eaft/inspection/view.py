@@ -94,13 +94,15 @@ def find_inspection(folder: Path) -> Path | None:
         ConfigurationError: it holds several.
     """
     home = folder.resolve()
+    if (home / "tokens").is_dir():  # even if it is not finished, which is then said
+        return home
 
     def look(pattern: str) -> list[Path]:
         """Return the folders in it; links that lead out of it are not followed."""
         found = [file.resolve().parent for file in folder.glob(f"{pattern}examples.parquet")]
         return sorted(place for place in found if place.is_relative_to(home) and (place / "tokens").is_dir())
 
-    inspections = look("") or look("*/") + look("*/*/")
+    inspections = look("*/") + look("*/*/")
     if len(inspections) > 1:
         names = ", ".join(place.relative_to(home).as_posix() for place in inspections)
         raise ConfigurationError(f"{str(folder)!r} holds several inspections ({names}): give one of them.")
