@@ -37,9 +37,9 @@ CHECKS = {
         "completion_only_loss) does not fit the chat template.",
     ),
     "truncated": (
-        "Truncated before their end",
-        "Their answer is cut at max_length, so that its end is never learned, and such rows teach not to stop. Raise "
-        "max_length or drop them.",
+        "Truncated answers",
+        "A part of their answer is cut at max_length. Where it is the end (truncation_mode keep_start), such rows teach "
+        "not to stop. Raise max_length or drop them.",
     ),
     "prompt_trained": (
         "Prompt tokens that are trained on",

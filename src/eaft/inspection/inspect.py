@@ -265,9 +265,8 @@ def numbers(settings: Settings) -> dict[str, Any]:
     found = {
         name: getattr(model_args, name) for name in ("dtype", "attn_implementation", "load_in_4bit", "load_in_8bit")
     }
-    return {name: str(value) for name, value in {**found, "autocast": settings.autocast}.items()} | {
-        "top_k": settings.args.gate_top_k
-    }
+    found |= {"autocast": settings.autocast, "model_init_kwargs": settings.args.model_init_kwargs}
+    return {name: str(value) for name, value in found.items()} | {"top_k": settings.args.gate_top_k}
 
 
 def begin(folder: Path, run: dict[str, Any]) -> None:
