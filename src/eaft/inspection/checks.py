@@ -38,8 +38,8 @@ CHECKS = {
     ),
     "truncated": (
         "Truncated answers",
-        "A part of their answer is cut at max_length. Where it is the end (truncation_mode keep_start), such rows teach "
-        "not to stop. Raise max_length or drop them.",
+        "A part of their answer is cut at max_length. Where it is the end (truncation_mode keep_start), such rows "
+        "teach not to stop. Raise max_length or drop them.",
     ),
     "prompt_trained": (
         "Prompt tokens that are trained on",
