@@ -82,7 +82,7 @@ def test_kinds_and_words(share, kind):
 def test_what_sentences_show():
     assert [percent(x) for x in (0.0, 0.0123, 0.0996, 0.59)] == ["0%", "1.2%", "10%", "59%"]
     assert [shown(x) for x in ("\n\n", " the", "a`b", "x" * 30)] == ["⏎⏎", "the", "a'b", "x" * 23 + "…"]
-    assert [shown(x) for x in ("\r\n", "a\u2029b\x85c", "\t")] == ["␍⏎", "a␤b␤c", "⇥"]
+    assert [shown(x) for x in ("\r\n", "a\u2029b\x85c", "\t")] == ["⇤⏎", "a↓b↓c", "⇥"]
     assert [shown(x, leading=True) for x in (" the", "the", " ")] == ["␣the", "the", "␣"]
 
 

@@ -34,7 +34,7 @@ RECURRING_SHARE, RECURRING_EXAMPLES = 0.2, 3
 NAMED = 3  # tokens of a kind that the sentence names
 # What ends a line would break a table, and the word clouds
 SYMBOLS = str.maketrans(
-    {"\n": "⏎", "\r": "␍", "\t": "⇥", "`": "'"} | dict.fromkeys("\v\f\x1c\x1d\x1e\x85\u2028\u2029", "␤")
+    {"\n": "⏎", "\r": "⇤", "\t": "⇥", "`": "'"} | dict.fromkeys("\v\f\x1c\x1d\x1e\x85\u2028\u2029", "↓")
 )
 
 
