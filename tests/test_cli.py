@@ -69,3 +69,16 @@ sys.exit(cli.main(["train", *sys.argv[1:]]))
     flags = ["--model_name_or_path", model_dir, "--dataset_name", "data.jsonl", "--output_dir", "out", "--use_cpu"]
     python(code, *flags, "--max_steps", 1, "--report_to", "none", cwd=tmp_path)
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_inspecting_says_first_what_is_not_installed():
+    """Before an hour of scoring, not after it."""
+    code = """
+import sys
+sys.modules.update(dict.fromkeys(["lm_eval", "matplotlib", "scipy", "tabulate", "wordcloud"]))
+from eaft import cli
+sys.exit(cli.main(["inspect", "model", "data"]))
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr.endswith("error: Inspecting needs matplotlib: pip install 'eaft[inspect]'.\n")

@@ -16,7 +16,7 @@ from eaft.models import resolve_model
 from eaft.objective.statistics import TokenStatistics
 from tests.inspection.scored import score_rows
 
-TEXTS = [" Paris", " Rome", "PARIS", "<<", " 42", " 7", "<|im_end|>", "\n", "Answer", " PAR", " 4"]
+TEXTS = [" Paris", " Rome", "PARIS", "<<", " 42", " 7", "<|im_end|>", "\n", "Answer", " PAR", " 4", "<0xF0><0x9F>"]
 
 
 class Words:
@@ -66,6 +66,8 @@ def test_a_label_that_fights_in_a_fifth_of_the_examples_is_a_habit_unless_it_is_
         assert conflicts(rows, batches).facts()["content_share"] == 0  # in four
         rows = sorted(others + [(i, " 42", " 7") for i in range(20)])
         assert conflicts(rows, batches).facts()["content_share"] == 0.5
+        rows = sorted(others + [(i, "<0xF0><0x9F>", " Rome") for i in range(20)])  # how a part of an emoji is shown
+        assert conflicts(rows, batches).facts()["content_share"] == 0
 
 
 @pytest.mark.parametrize(("share", "kind"), [(0.19, "few"), (0.3, "format"), (0.6, "format"), (None, "none")])
@@ -80,6 +82,7 @@ def test_kinds_and_words(share, kind):
 def test_what_sentences_show():
     assert [percent(x) for x in (0.0, 0.0123, 0.0996, 0.59)] == ["0%", "1.2%", "10%", "59%"]
     assert [shown(x) for x in ("\n\n", " the", "a`b", "x" * 30)] == ["⏎⏎", "the", "a'b", "x" * 23 + "…"]
+    assert [shown(x) for x in ("\r\n", "a\u2029b\x85c", "\t")] == ["⇤⏎", "a↓b↓c", "⇥"]
     assert [shown(x, leading=True) for x in (" the", "the", " ")] == ["␣the", "the", "␣"]
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from eaft.inspection import effects
 from eaft.inspection.findings import find
 from eaft.inspection.folder import DATA, STATISTICS, Inspection
 from eaft.objective.gates import GATES
@@ -98,6 +99,13 @@ def test_what_gates_remove(inspection, found):
                 assert muted["nll"] == pytest.approx(by_token[muted["token_id"]], rel=1e-4)
                 assert muted["count"] == ((removed > 0.5) & (rows.token_id == muted["token_id"])).sum()
             assert [m["nll"] for m in row["muted"]] == pytest.approx(by_token[by_token > 0][:12].tolist(), rel=1e-4)
+
+
+def test_of_many_sources_the_largest_have_rows(inspection, monkeypatch):
+    monkeypatch.setattr(effects, "MOST_SOURCES", 1)
+    rows = frame(inspection)
+    largest = rows[rows.origin == DATA].source.value_counts().index[0]
+    assert {row["source"] for row in find(inspection, None)["gates"]} == {None, largest}
 
 
 def test_tokens_of_each_group(inspection, found):

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -17,8 +18,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eaft import cli
+from eaft.errors import NonFiniteError
 from eaft.inspection import inspect, rollouts
-from eaft.inspection.folder import BASE, ROLLOUTS, STATISTICS, Inspection
+from eaft.inspection.folder import BASE, ROLLOUTS, STATISTICS, Inspection, ScoredModel
 from eaft.models import resolve_model
 from eaft.training.data import row_digest
 from tests.conftest import make_model, make_rows
@@ -229,6 +231,20 @@ def test_two_processes_equal_one(model_dir, tmp_path, alone, monkeypatch):
                 assert a[column].equals(b[column]), (name, column)
 
 
+def test_any_process_says_what_is_wrong_with_its_rows(model_dir, tmp_path, alone, monkeypatch, capsys):
+    def refuse(*given):
+        raise NonFiniteError("not finite in row 7")
+
+    second = SimpleNamespace(process_index=0, num_processes=1, is_main_process=False, wait_for_everyone=lambda: None)
+    shards = {"shards": lambda: [range(1)], "lengths": np.array([3])}
+    job = SimpleNamespace(examples=SimpleNamespace(**shards), file=lambda model, shard: tmp_path / "none")
+    monkeypatch.setattr(inspect, "processes", lambda: second)
+    monkeypatch.setattr(inspect, "score_shard", refuse)
+    with pytest.raises(NonFiniteError):
+        inspect.score_model(job, ScoredModel(BASE, "m"), SimpleNamespace(get=lambda: None), None)
+    assert "error: not finite in row 7" in capsys.readouterr().err
+
+
 def test_killed_and_run_again(model_dir, tmp_path):
     data = write_rows(tmp_path / "rows.jsonl", LONG)
     flags = [model_dir, data, *CPU, "--rollouts", 4, "--max_new_tokens", 4, "--output_dir"]
@@ -317,7 +333,8 @@ def test_rollouts_are_the_models_own_answers(model_dir, tokenizer, tmp_path, alo
     monkeypatch.undo()
     monkeypatch.setattr(inspect, "conclude", lambda folder: None)
     monkeypatch.setattr(inspect, "keep_top_k_curve", lambda job, scorer: None)
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=lambda **given: SimpleNamespace(**given)))
+    vllm = SimpleNamespace(SamplingParams=lambda **given: SimpleNamespace(**given), __spec__="found")
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
     monkeypatch.setattr(rollouts, "load_lm", lambda *given: SimpleNamespace(_model_generate=generate))
     assert run(*flags, tmp_path / "vllm", "--rollout_backend", "vllm") == 0
     found = [e for e in Inspection(tmp_path / "vllm").examples().to_pylist() if e["origin"] == ROLLOUTS]
@@ -362,10 +379,15 @@ def test_what_is_refused(model_dir, tmp_path, alone, capsys, monkeypatch):
     assert f"'{data}' belongs to no flag" in refused(capsys, model_dir, *flags, data)
     assert "dataset_name is missing" in refused(capsys, model_dir, *flags)
     assert "Did you mean '--rollouts'" in refused(capsys, model_dir, data, *flags, "--rolouts", 2)
+    if find_spec("vllm") is None:
+        asked = ("--rollouts", 2, "--rollout_backend", "vllm")
+        assert "pip install vllm" in refused(capsys, model_dir, write_rows(data, make_rows(4)), *flags, *asked)
     assert not out.exists()
     assert run(model_dir, data, *flags) == 0
     assert "of other flags" in refused(capsys, model_dir, data, *flags, "--gate_top_k", 10)
     assert "of other data" in refused(capsys, model_dir, text, *flags)
+    sources = write_rows(tmp_path / "sources.jsonl", [{**row, "source": "web"} for row in make_rows(4)])
+    assert "of other data" in refused(capsys, model_dir, sources, *flags)  # its tokens are the same
     trained = tmp_path / "trained"
     trained.mkdir()
     (trained / "run.json").write_text('{"finished": true}')

@@ -69,7 +69,7 @@ def test_the_printed_page_has_the_numbers(inspection):
     share = inspection.summary["conflicts"]["base"]["data"]["nll"]
     assert re.search(rf"base +\| data +\|.*\| {100 * share:.0f}%", text)
     assert f"eaft view {inspection.folder}" in text
-    assert "Rows without a label: 1 (rows 3)" in text
+    assert "Rows without a label: 1 (row 3)" in text
 
 
 def test_a_folder_with_little_in_it(tmp_path):

@@ -75,3 +75,6 @@ def test_what_cannot_be_followed(tmp_path):
     nothing = Dataset.from_list([{"input_ids": [3, 4], "labels": [3, -100]}])
     with pytest.raises(ConfigurationError, match="No row has a labelled token"):
         prepare_rows(make_tokenizer(), build_args(tmp_path, {}), nothing)
+    empty = Dataset.from_list([{"input_ids": [3, 4], "labels": [3, 4]}, {"input_ids": [], "labels": []}])
+    with pytest.raises(ConfigurationError, match="1 rows of 2"):
+        prepare_rows(make_tokenizer(), build_args(tmp_path, {}), empty)

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eaft.inspection.labelled import Labelled, Vocabulary
+from eaft.inspection.pieces import BYTE_TOKEN
 
 Numbers = dict[str, Any]
 
@@ -31,6 +32,10 @@ NO_BENEFIT_SEEN, BENEFIT_SEEN = 0.19, 0.44
 MOSTLY = 0.7  # of the conflicts' nll: format, or content
 RECURRING_SHARE, RECURRING_EXAMPLES = 0.2, 3
 NAMED = 3  # tokens of a kind that the sentence names
+# What ends a line would break a table, and the word clouds
+SYMBOLS = str.maketrans(
+    {"\n": "⏎", "\r": "⇤", "\t": "⇥", "`": "'"} | dict.fromkeys("\v\f\x1c\x1d\x1e\x85\u2028\u2029", "↓")
+)
 
 
 class Conflicts:
@@ -42,7 +47,7 @@ class Conflicts:
         self.digits = np.zeros(vocabulary.size, dtype=bool)
         for token, text in vocabulary.texts.items():
             self.plain[token] = token not in vocabulary.special and any(c.isalnum() for c in text)
-            self.digits[token] = any(c.isdigit() for c in text)
+            self.digits[token] = any(c.isdigit() for c in BYTE_TOKEN.sub("", text))
         # Of all conflicts, and of those in which the label and the first choice are two different words or numbers
         self.nll, self.words_nll = np.zeros(vocabulary.size), np.zeros(vocabulary.size)
         self.counts, self.words_counts = (np.zeros(vocabulary.size, dtype=np.int64) for _ in range(2))
@@ -207,8 +212,7 @@ def shown(text: str, leading: bool = False) -> str:
     """
     if leading and text.startswith(" ") and not text.isspace():
         return f"␣{shown(text[1:])}"
-    text = text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣") if text.isspace() else text.strip()
-    text = text.replace("\n", "⏎").replace("`", "'")
+    text = (text.replace(" ", "␣") if text.isspace() else text.strip()).translate(SYMBOLS)
     return text if len(text) <= 24 else f"{text[:23]}…"
 
 

@@ -37,9 +37,9 @@ CHECKS = {
         "completion_only_loss) does not fit the chat template.",
     ),
     "truncated": (
-        "Truncated before their end",
-        "Their answer is cut at max_length, so that its end is never learned, and such rows teach not to stop. Raise "
-        "max_length or drop them.",
+        "Truncated answers",
+        "A part of their answer is cut at max_length. Where it is the end (truncation_mode keep_start), such rows "
+        "teach not to stop. Raise max_length or drop them.",
     ),
     "prompt_trained": (
         "Prompt tokens that are trained on",
@@ -140,7 +140,8 @@ def prompt_is_trained(row: dict[str, Any], text: str, tokens: Tokens) -> bool:
     Return whether a token with a label ends within the text of a message that is not the assistant's.
 
     Of a row with a plain prompt: within the prompt, with which the prepared text begins. What the template writes
-    between messages is no prompt here, nor is a message that is not found in the prepared text, as where it was cut.
+    between messages is no prompt here, nor is a message that is not found in the prepared text, as where it was cut,
+    nor what follows an answer that is not, as where the template drops its thoughts: it might be found within it.
     """
     plain = row.get("prompt")
     starts = np.concatenate([[0], tokens["end"][:-1]])
@@ -149,6 +150,8 @@ def prompt_is_trained(row: dict[str, Any], text: str, tokens: Tokens) -> bool:
     for role, content in [("user", plain)] if isinstance(plain, str) else messages(row):
         content = content.strip()
         begin = text.find(content, cursor)
+        if begin < 0 and role in LEARNED_FROM:
+            break
         if begin < 0 or not content:
             continue
         cursor = begin + len(content)

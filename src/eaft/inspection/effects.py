@@ -25,6 +25,7 @@ Ints = NDArray[np.integer]
 QUANTITIES = ("tokens", "nll", "gradient")  # as `Labelled.quantities`
 MUTED = 0.5  # a token whose weight is below is counted as muted
 MOST_MUTED = 12  # tokens named for each gate
+MOST_SOURCES = 20  # the largest, which have a row: a column `source` may be an address that no two examples share
 KL_NOTE = "Its KL term is no weight on a token and does not show here."
 TALR_NOTE = "In training tau is the median of each batch; here it is the median of all examples."
 
@@ -88,9 +89,10 @@ class Removed:
         self.muted_nll += np.bincount(token_id, removed * quantities["nll"], size)
 
     @property
-    def present(self) -> NDArray[np.intp]:
-        """The sources that have tokens."""
-        return np.flatnonzero(self.totals["tokens"])
+    def largest(self) -> list[int]:
+        """The sources that have most tokens, at most `MOST_SOURCES`, in order of their numbers."""
+        most = np.argsort(-self.totals["tokens"], kind="stable")[:MOST_SOURCES]
+        return sorted(int(source) for source in most if self.totals["tokens"][source])
 
     def shares(self, source: int | None = None) -> dict[str, float | None]:
         """Return the shares that are removed, of all or of one source; None of what there is nothing of."""
@@ -124,7 +126,7 @@ class Effects:
             self.removed[gate].add(found, tokens.quantities, source, tokens.token_id)
 
     def result(self) -> list[Numbers]:
-        """Return a row for each gate, and with several sources one for each gate and source after it."""
+        """Return a row for each gate, and with several sources one for each gate and large source after it."""
         rows = []
         for gate, params in self.params.items():
             removed = self.removed[gate]
@@ -132,9 +134,9 @@ class Effects:
             note = KL_NOTE if GATES[gate].anchor else TALR_NOTE if gate == "talr" else None
             row = {"gate": gate, "params": params, "note": note}
             rows.append({**row, "source": None, **removed.shares(), "muted": muted})
-            if len(removed.present) > 1:
+            if np.count_nonzero(removed.totals["tokens"]) > 1:
                 rows += [
                     {**row, "source": self.examples.sources[s], **removed.shares(s), "muted": []}
-                    for s in removed.present
+                    for s in removed.largest
                 ]
         return rows

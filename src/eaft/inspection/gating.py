@@ -85,7 +85,7 @@ def effect(weights: np.ndarray, stats: TokenStatistics, columns: dict[str, np.nd
         sources: the names of sources, by number.
 
     Returns:
-        `removed` {tokens, nll, gradient} and `by_source` (shares, as `Removed` has them), `mean_weight`, `weights` (a
+        `removed` {tokens, nll, gradient} and `by_source` (shares, of the largest sources), `mean_weight`, `weights` (a
         histogram) and `muted`: the tokens that lose the most nll, with how many are muted.
     """
     quantities = {"tokens": np.ones_like(weights), "nll": stats.nll.numpy(), "gradient": columns["grad_norm"]}
@@ -95,7 +95,7 @@ def effect(weights: np.ndarray, stats: TokenStatistics, columns: dict[str, np.nd
     counts, _ = np.histogram(weights, WEIGHT_BINS, (0.0, top))
     return {
         "removed": removed.shares(),
-        "by_source": [{"source": sources[i], **removed.shares(i)} for i in removed.present],
+        "by_source": [{"source": sources[i], **removed.shares(i)} for i in removed.largest],
         "mean_weight": float(weights.mean()) if len(weights) else None,
         "weights": {"edges": np.linspace(0, top, WEIGHT_BINS + 1).tolist(), "counts": counts},
         "muted": removed.most_muted(MOST_MUTED),

@@ -7,7 +7,9 @@ import contextlib
 import gc
 import json
 import os
+import sys
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,14 @@ import torch
 from tqdm.auto import tqdm
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
-from eaft.errors import ConfigurationError
+from eaft.errors import ConfigurationError, EAFTError
 from eaft.evaluation.drift import Share
+from eaft.evaluation.evaluate import check_packages as check_evaluation
 from eaft.evaluation.evaluate import find_model
 from eaft.evaluation.identity import weights_digest
 from eaft.evaluation.measured import shared
 from eaft.evaluation.scores import load_tokenizer, processes
-from eaft.inspection import findings, report, rollouts
+from eaft.inspection import findings, rollouts
 from eaft.inspection.compared import find_compared
 from eaft.inspection.curve import top_k_curve
 from eaft.inspection.examples import Examples, Rollout
@@ -55,6 +58,7 @@ from eaft.objective.statistics import usable_top_k
 from eaft.processes import locked
 from eaft.provenance import environment, write_json
 from eaft.training.config import EAFTConfig
+from eaft.training.data import rows_digest
 from eaft.training.measure import fingerprint
 from eaft.training.prepare import prepare_rows
 from eaft.training.train import changed_arguments, launch, load_data, parse
@@ -114,11 +118,24 @@ def make_parser() -> TrlParser:
 
 def main(argv: list[str]) -> None:
     """Inspect, as the flags say; a recipe's own `accelerate launch` is for training."""
+    check_packages()
     for name in SHARDING:
         os.environ.pop(name, None)
     configs, launch_args, inspect_args = parse(named(argv), make_parser(), recipe_launches=False)
     if not launch("inspect", launch_args, inspect_args):
         inspect(*configs)
+
+
+def check_packages() -> None:
+    """
+    Find out what is not installed before anything is scored.
+
+    Raises:
+        ConfigurationError: a package is missing.
+    """
+    for package in ("jinja2", "matplotlib", "scipy", "tabulate", "wordcloud"):
+        if find_spec(package) is None:
+            raise ConfigurationError(f"Inspecting needs {package}: pip install 'eaft[inspect]'.")
 
 
 def named(argv: list[str]) -> list[str]:
@@ -186,8 +203,12 @@ def inspect(
     args.eval_strategy = "no"  # the held-out data is not asked for
     if inspect_args.rollouts < 0 or inspect_args.max_new_tokens < 1:
         raise ConfigurationError("rollouts must not be negative, and max_new_tokens at least 1.")
-    if inspect_args.rollout_backend == "vllm" and state.num_processes > 1:
-        raise ConfigurationError("rollout_backend='vllm' has processes of its own: start one, or sample with hf.")
+    if inspect_args.rollout_backend == "vllm":
+        if state.num_processes > 1:
+            raise ConfigurationError(
+                "rollout_backend='vllm' has processes of its own: add --num_processes 1, or sample with hf."
+            )
+        check_evaluation("vllm")  # it is lm-eval's
     dataset, _ = load_data(script_args, args, model_args, dataset_args)
     source = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
     with state.main_process_first():
@@ -223,7 +244,7 @@ def inspect(
                     "environment": environment(),
                     "identity": {
                         "model": weights_digest(base, model_args.model_revision),
-                        "data": fingerprint(rows.cut),
+                        "data": [fingerprint(rows.cut), rows_digest(dataset)],
                         "numbers": numbers(settings),
                         "rollouts": {**asked, "seed": args.seed} if inspect_args.rollouts else None,
                         "compared": {other.name: weights_digest(other.model) for other in others},
@@ -244,9 +265,8 @@ def numbers(settings: Settings) -> dict[str, Any]:
     found = {
         name: getattr(model_args, name) for name in ("dtype", "attn_implementation", "load_in_4bit", "load_in_8bit")
     }
-    return {name: str(value) for name, value in {**found, "autocast": settings.autocast}.items()} | {
-        "top_k": settings.args.gate_top_k
-    }
+    found |= {"autocast": settings.autocast, "model_init_kwargs": settings.args.model_init_kwargs}
+    return {name: str(value) for name, value in found.items()} | {"top_k": settings.args.gate_top_k}
 
 
 def begin(folder: Path, run: dict[str, Any]) -> None:
@@ -347,8 +367,15 @@ def score_model(job: Job, model: ScoredModel, scorer: Lazy, pieces: Pieces) -> N
         disable=None if state.is_main_process else True,
     ) as bar:
         for shard in mine:
-            part, before = shards[shard], bar.n
-            tokens, found = score_shard(scorer.get(), job.examples, part, bar.update)
+            part, before, loaded = shards[shard], bar.n, scorer.get()
+            try:
+                tokens, found = score_shard(loaded, job.examples, part, bar.update)
+            except EAFTError as error:
+                if (
+                    not state.is_main_process
+                ):  # of these rows, which the first process, that speaks for all, has not seen
+                    print(f"eaft inspect: error: {error}", file=sys.stderr)
+                raise
             if model.name == BASE:
                 table, texts = token_table(part, tokens, found, pieces)
                 about, top_k = job.examples.about(part), job.settings.args.gate_top_k
@@ -403,6 +430,8 @@ def vocabulary(job: Job, pieces: Pieces) -> pa.Table:
 
 def conclude(folder: Path) -> None:
     """Say what is found: summary.json, the report, and a page on the terminal."""
+    from eaft.inspection import report  # needs the extra, whose absence has been reported by now
+
     inspection = Inspection(folder)
     write_json(folder / SUMMARY_FILE, findings.find(inspection, inspection.run.get("top_k_curve")))
     report.write(inspection)

@@ -37,6 +37,7 @@ Where = tuple[str, list[Any]]  # a condition, and what is bound to its question 
 MOST_ROWS = 200  # of one answer
 GATE_TOKENS = 500_000  # that a gate is computed on; of more, a sample of about as many
 WANTED = 5  # tokens listed
+MOST_SOURCES = 100  # to choose from
 CONTEXT = 80  # characters on each side of a place
 SNIPPET = 200  # characters
 EXPORTED, CHUNK = 20_000, 2000  # examples, and lines, of an export at a time
@@ -180,7 +181,7 @@ class Queries:
         return {
             "models": [vars(model) for model in self.inspection.models],
             "origins": self.tables.origins,
-            "sources": self.tables.sources,
+            "sources": self.largest_sources,
             "counts": (self.summary or {}).get("counts"),
             "top_k": self.inspection.top_k,
             "entropy_max": self.tables.entropy_max,
@@ -189,6 +190,12 @@ class Queries:
             "run": run,
             "train": train_command(run),
         }
+
+    @property
+    def largest_sources(self) -> list[str]:
+        """The sources to choose from; a column `source` may be an address that no two examples share."""
+        examples = np.bincount(self.tables.source_codes, minlength=len(self.tables.sources))
+        return [self.tables.sources[i] for i in np.sort(np.argsort(-examples, kind="stable")[:MOST_SOURCES])]
 
     # The plane
 

@@ -124,15 +124,17 @@ def page(inspection: Inspection) -> str:
         ]
         parts.append(table(rows, ["conflict", "tokens", "lift", "the model wanted"]))
     found = [check for check in s["checks"] if check["count"]]
-    parts += [
-        f"- {check['title']}: {check['count']} (rows {', '.join(map(str, check['rows'][:5]))}). {check['text']}"
-        for check in found
-    ]
+    parts += [f"- {check['title']}: {check['count']} (row {first_rows(check)}). {check['text']}" for check in found]
     if not found:
         parts.append(f"- Checked, and nothing found: {'; '.join(c['title'].lower() for c in s['checks'])}.")
     files = ", ".join([REPORT_FILE, "figures/landscape.png and others", SUMMARY_FILE])
     parts.append(f"In {inspection.folder}: {files}. To look around: eaft view {inspection.folder}")
     return "\n\n".join(parts) + "\n"
+
+
+def first_rows(check: Numbers) -> str:
+    """Return the first rows that a check found."""
+    return ", ".join(map(str, check["rows"][:5])) + (", …" if check["count"] > 5 else "")
 
 
 def mutes(row: Numbers) -> str:

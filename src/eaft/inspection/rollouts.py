@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from eaft.errors import ConfigurationError
 from eaft.evaluation.drift import Share, sample_answers
 from eaft.evaluation.scores import Protocol
 from eaft.evaluation.scores import load as load_lm
@@ -35,12 +34,10 @@ def sample_with_vllm(
     Return the same by vLLM, which is gone afterwards.
 
     Raises:
-        ConfigurationError: it is not installed, or cannot load the model.
+        ConfigurationError: it cannot load the model.
     """
-    try:
-        from vllm import SamplingParams
-    except ImportError as error:
-        raise ConfigurationError("rollout_backend='vllm' needs vLLM: pip install vllm.") from error
+    from vllm import SamplingParams
+
     dtype = str(settings.autocast or settings.model_args.dtype or "auto").removeprefix("torch.")
     lm = load_lm(model, tokenizer, Protocol(backend="vllm", dtype=dtype))
     lm.generated = deque()  # what it tells lm-eval of each answer

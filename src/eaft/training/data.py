@@ -125,3 +125,12 @@ def row_digest(row: dict[str, Any]) -> str:
     """Return a digest of a row's content, 16 hexadecimal digits of a SHA-256: it names the row in whatever order."""
     content = json.dumps(row, sort_keys=True, default=str, ensure_ascii=False)
     return hashlib.sha256(content.encode(errors="surrogatepass")).hexdigest()[:16]
+
+
+def rows_digest(dataset: Dataset) -> str:
+    """Return a digest of all rows' content, in their order."""
+    digest = hashlib.sha256()
+    for table in dataset.with_format("arrow").iter(1024):
+        for row in table.to_pylist():
+            digest.update(row_digest(row).encode())
+    return digest.hexdigest()

@@ -87,7 +87,10 @@ def prepare_rows(tokenizer: Any, args: EAFTConfig, dataset: Any) -> PreparedRows
     kept = mapped(whole, keep_from_dropping, "Keeping unlabelled")
     cut = SFTTrainer._prepare_dataset(trainer, kept, tokenizer, args, False, None, "train")
     if len(cut) != len(dataset):
-        raise ConfigurationError(f"TRL made {len(cut)} rows of {len(dataset)}: they cannot be followed.")
+        raise ConfigurationError(
+            f"TRL made {len(cut)} rows of {len(dataset)}, so that they cannot be followed: it drops those without a "
+            "token. Remove these from the data."
+        )
     return PreparedRows(cut, whole)
 
 
