@@ -29,12 +29,12 @@ demo: $(VENV)/.installed  ## fine-tune a real model with SFT and EAFT; report an
 	$(PY) -m eaft compare --config recipes/demo/compare.yaml \
 	    --model_name_or_path "$$($(PY) recipes/demo/find_model.py)" $(DEMO_FLAGS)
 
-inspect: $(VENV)/.installed  ## which tokens of GSM8K does a real model fight? report and pictures in runs/inspect (3 minutes)
+inspect: $(VENV)/.installed  ## which tokens of GSM8K does a real model fight? report and pictures in runs/inspect (2 minutes)
 	$(PY) -m eaft inspect "$$($(PY) recipes/demo/find_model.py)" recipes/inspect/gsm8k.jsonl --rollouts 16 --max_new_tokens 64 --output_dir runs/inspect \
 	    $(INSPECT_FLAGS)
 
 # One process a core, four at most for the sake of memory; one alone: make test PYTEST_FLAGS="-n 0"
-test: $(VENV)/.installed browser  ## the tests (12 minutes on 2 cores)
+test: $(VENV)/.installed browser  ## the tests (17 minutes on 2 cores)
 	$(PY) -m pytest -q -n logical --maxprocesses 4 --dist worksteal $(PYTEST_FLAGS)
 
 test-oldest: $(OLDEST)/.installed  ## a few tests of each wing with the oldest versions allowed (8 GB on disk)
