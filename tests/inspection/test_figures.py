@@ -1,5 +1,6 @@
 """The pictures: what is in them beside brute force, and that they stand in a page without an address."""
 
+import json
 import re
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from eaft.inspection.figures import CAPTIONS, Planes, draw, svg
 from eaft.inspection.findings import find
 from eaft.inspection.folder import DATA, ROLLOUTS, Inspection
+from eaft.inspection.report import write
 from tests.inspection.made import grad_norm, make_inspection
 
 CURVE = [{"k": k, "pearson": 1 - 1 / k, "spearman": None, "seconds": 0.1 * k, "mib": 0.2 * k} for k in (2, 20, 54)]
@@ -63,3 +65,15 @@ def test_only_what_there_is_something_of_is_drawn(tmp_path):
     assert draw(inspection, find(inspection, None)).keys() == {"landscape", "gradient", "gates", "words"}
     nothing = {"measured": None, "top_k": None}
     assert draw(inspection, nothing) == {}
+
+
+def test_the_gate_of_the_flags_is_beside_sft(tmp_path):
+    folder = make_inspection(tmp_path, examples=4, rollouts=0, compared=())
+    run = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**run, "config": {"gate": "dft"}}))
+    inspection = Inspection(folder)
+    (folder / "summary.json").write_text(json.dumps(find(inspection, None)))
+    write(inspection)
+    page = (folder / "report.html").read_text()
+    assert "dft: " in page
+    assert "eaft: " not in page

@@ -41,8 +41,8 @@ CAPTIONS = {
     "landscape": "Where the tokens lie. Higher up the model is less sure of what comes next, further right it finds "
     "the label likelier. In the outlined corner it is sure of something else: the confident conflicts.",
     "gates": "What each gate would remove from training on this data, at the first step.",
-    "gradient": "Where the gradient comes from, under SFT and under EAFT: the norm of the loss's gradient by the "
-    "logits, summed over the tokens of a bin.",
+    "gradient": "Where the gradient comes from, under SFT and under a gate (that of --gate, else EAFT's; its default "
+    "parameters): the norm of the loss's gradient by the logits, summed over the tokens of a bin.",
     "words": "The tokens that the model is unsure of, those that it is sure of, and those where it is sure of "
     "something else.",
     "training": "What training does to the tokens that the base model was unsure of, and to those that it was sure of.",
@@ -132,7 +132,8 @@ def landscape(planes: Planes, summary: Numbers) -> Figure:
         mesh = planes.draw(axis, plane, norm)
         conflicts = summary["conflicts"][BASE][origin]
         axis.set_title(f"{TITLES[origin]} ({int(totals[origin]):,} tokens)")
-        said = f"{percent(conflicts['tokens'])} of the tokens,\n{percent(conflicts['nll'])} of the nll"
+        tokens, nll, grad = (percent(conflicts[name] or 0) for name in ("tokens", "nll", "gradient"))
+        said = f"{tokens} of the tokens,\n{nll} of the nll,\n{grad} of the gradient"
         axis.annotate(
             said,
             (CONFLICT_MAX_PROB, CONFLICT_MAX_ENTROPY / 2),

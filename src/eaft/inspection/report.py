@@ -18,6 +18,7 @@ from eaft.inspection.advice import percent, shown
 from eaft.inspection.figures import CAPTIONS, draw, svg
 from eaft.inspection.folder import BASE, DATA, REPORT_FILE, ROLLOUTS, SUMMARY_FILE, Inspection
 from eaft.inspection.labelled import Vocabulary
+from eaft.objective.gates import GATES
 
 Numbers = dict[str, Any]
 FIRST_EXAMPLES, EXAMPLE_TOKENS = 8, 400  # shown in the report
@@ -29,7 +30,9 @@ def write(inspection: Inspection) -> None:
     folder = inspection.folder / "figures"
     folder.mkdir(exist_ok=True)
     pictures = {}
-    for name, figure in draw(inspection, inspection.summary).items():
+    gate = inspection.run["config"].get("gate")
+    gate = gate if gate in GATES and gate != "sft" else "eaft"
+    for name, figure in draw(inspection, inspection.summary, gate).items():
         pictures[name] = Markup(svg(figure, name))
         save(figure, folder / f"{name}.png")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
