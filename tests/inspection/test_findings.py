@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from eaft.inspection import effects
+from eaft.inspection import removed
 from eaft.inspection.findings import find
 from eaft.inspection.folder import DATA, STATISTICS, Inspection
 from eaft.objective.gates import GATES
@@ -102,7 +102,7 @@ def test_what_gates_remove(inspection, found):
 
 
 def test_of_many_sources_the_largest_have_rows(inspection, monkeypatch):
-    monkeypatch.setattr(effects, "MOST_SOURCES", 1)
+    monkeypatch.setattr(removed, "MOST_SOURCES", 1)
     rows = frame(inspection)
     largest = rows[rows.origin == DATA].source.value_counts().index[0]
     assert {row["source"] for row in find(inspection, None)["gates"]} == {None, largest}

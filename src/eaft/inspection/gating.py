@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from eaft.errors import EAFTError
-from eaft.inspection.effects import Removed
+from eaft.inspection.removed import Removed
 from eaft.inspection.selection import RequestError, one_of
 from eaft.objective.gates import GATES, check_gate, gate_weights
 from eaft.objective.statistics import TokenStatistics
