@@ -58,16 +58,17 @@ HEAD = ["<|start|>", "user", " hi", "<|end|>", "<|start|>", "assistant"]
 )
 def test_each_check_finds_its_row_alone(tmp_path, name, row):
     # Good ones: the user's words again in the answer, a plain prompt, an answer that the template shortens, whose rest
-    # the user says again
+    # the user says again, a prompt that the answer repeats
     turns = ("user", "hi"), ("assistant", "hm no"), ("user", "no"), ("assistant", "yes")
     again = ["<|end|>", "<|start|>", "user", " no", "<|end|>", "<|start|>", "assistant"]
     good = [
         (chat(("user", "hi"), ("assistant", "hi")), [*HEAD, " hi", "<|end|>"], [6, 7], {}),
         ({"prompt": "user", "completion": " hi"}, ["user", " hi"], [1], {}),
         (chat(*turns), [*HEAD, " no", *again, " yes"], [6, 14], {}),
+        ({"prompt": " no", "completion": " hi no yes"}, [" hi", " no", " yes"], [1, 2], {}),  # its prompt is cut off
     ]
     found = checks.check(write(tmp_path, [*good, row]))
-    assert {c["name"]: c["rows"] for c in found if c["count"]} == {name: [103]}
+    assert {c["name"]: c["rows"] for c in found if c["count"]} == {name: [100 + len(good)]}
     assert [c["name"] for c in found] == list(checks.CHECKS)
 
 

@@ -141,7 +141,8 @@ def prompt_is_trained(row: dict[str, Any], text: str, tokens: Tokens) -> bool:
 
     Of a row with a plain prompt: within the prompt, with which the prepared text begins. What the template writes
     between messages is no prompt here, nor is a message that is not found in the prepared text, as where it was cut,
-    nor what follows an answer that is not, as where the template drops its thoughts: it might be found within it.
+    nor what follows an answer that is not, as where the template drops its thoughts: it might be found within it. So
+    might a plain prompt that was cut: one that begins after the first label is none.
     """
     plain = row.get("prompt")
     starts = np.concatenate([[0], tokens["end"][:-1]])
@@ -153,6 +154,8 @@ def prompt_is_trained(row: dict[str, Any], text: str, tokens: Tokens) -> bool:
         if begin < 0 and role in LEARNED_FROM:
             break
         if begin < 0 or not content:
+            continue
+        if isinstance(plain, str) and visible.any() and begin > starts[visible.argmax()]:
             continue
         cursor = begin + len(content)
         if role not in LEARNED_FROM and (visible & (tokens["end"] > begin) & (tokens["end"] <= cursor)).any():
