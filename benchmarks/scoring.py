@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).parents[1]
+DATA = ROOT / "recipes" / "inspect" / "gsm8k.jsonl"
 RESULTS = ROOT / "benchmarks" / "results" / "scoring.json"
 ROUNDS = 3
 
@@ -75,6 +76,7 @@ def main() -> None:
     from datasets import Dataset
 
     from eaft import cli
+    from eaft.evaluation.measured import read_jsonl
     from eaft.evaluation.scores import load_tokenizer
     from eaft.inspection.examples import Examples
     from eaft.inspection.inspect import make_parser, named
@@ -85,19 +87,12 @@ def main() -> None:
     from eaft.training.train import parse
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="/work/shared/data/gsm8k_train.jsonl", help="rows with question and answer")
+    parser.add_argument("--data", type=Path, default=DATA, help="rows with prompt and completion, as messages")
     parser.add_argument("--rows", type=int, default=24)
     flags = parser.parse_args()
     find_model = [sys.executable, str(ROOT / "recipes" / "demo" / "find_model.py")]
     model = resolve_model(subprocess.run(find_model, capture_output=True, text=True, check=True).stdout.strip())
-    lines = [json.loads(line) for line in Path(flags.data).read_text().splitlines()[: flags.rows]]
-    rows = [
-        {
-            "prompt": [{"role": "user", "content": line["question"]}],
-            "completion": [{"role": "assistant", "content": line["answer"]}],
-        }
-        for line in lines
-    ]
+    rows = read_jsonl(flags.data)[: flags.rows]
     configs, *_ = parse(named([model, "rows"]), make_parser())
     _, args, model_args, *_ = configs
     scorer = Scorer(model, Settings(args, model_args))

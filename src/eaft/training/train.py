@@ -73,9 +73,7 @@ def main(argv: list[str]) -> None:
 
 
 def launch(command: str, launch_args: list[str], command_args: list[str]) -> bool:
-    """Run an eaft command through `accelerate launch` if that is asked for, or there are several GPUs; else return
-    False.
-    """
+    """Run a command through `accelerate launch` if flags or several GPUs ask for it; return whether that was done."""
     launched = "RANK" in os.environ or LAUNCHED in os.environ
     if launched or not (launch_args or torch.cuda.device_count() > 1):
         return False
