@@ -45,7 +45,7 @@ The recipe (YAML):
     sigmoid: {gate: eaft-sigmoid, gate_kwargs: {steepness: 20}}
   train:                           # flags of `eaft train` that all share
     model_name_or_path: Qwen/Qwen3-0.6B
-    dataset_name: data.jsonl
+    dataset_name: data.jsonl       # with {seed} in its name, each seed has its own: data-{seed}.jsonl
     num_train_epochs: 4
     save_strategy: epoch           # every checkpoint is measured
   evaluate:

@@ -222,7 +222,7 @@ def plan_runs(recipe: Recipe, model_identity: Any) -> list[Run]:
     for seed in recipe.seeds:
         for objective, own in recipe.objectives.items():
             for rate in rates:
-                flags = {**recipe.train, **own, "seed": seed}
+                flags = {name: of_seed(value, seed) for name, value in {**recipe.train, **own, "seed": seed}.items()}
                 name = f"{objective}-seed{seed}"
                 if rate is not None:
                     flags["learning_rate"], name = rate, f"{objective}-lr{rate:g}-seed{seed}"
@@ -232,12 +232,18 @@ def plan_runs(recipe: Recipe, model_identity: Any) -> list[Run]:
                     known["gate"] = flags["gate"]
                 identity = {"model": model_identity, "flags": known, "files": files, "versions": versions(TRAINS)}
                 flags["output_dir"] = str(Path(recipe.output_dir) / name)
-                if (key := json.dumps([own, rate], default=str)) not in seen:  # another seed changes nothing here
+                # Another seed on the same data changes nothing here
+                if (key := json.dumps([own, rate, flags.get("dataset_name")], default=str)) not in seen:
                     check_training(flags, held_out)
                     seen.add(key)
                 identity = json.loads(json.dumps(identity, default=str))
                 runs.append(Run(objective, seed, rate, Path(flags["output_dir"]), flags, identity))
     return runs
+
+
+def of_seed(value: Any, seed: int) -> Any:
+    """Return a flag's value with the seed for `{seed}`, so that each seed can have its own data."""
+    return value.replace("{seed}", str(seed)) if isinstance(value, str) else value
 
 
 def check_training(flags: dict[str, Any], held_out: list[dict[str, Any]]) -> None:
