@@ -245,6 +245,30 @@ def test_resumes_and_lets_others_go_on_when_one_fails(content, tmp_path, monkeyp
     assert "holds another run: learning_rate changed since" in capsys.readouterr().err
 
 
+def test_jobs_find_what_one_after_the_other_finds(compared, tmp_path, monkeypatch, capsys):
+    """In processes of their own, one of which fails; as the same runs in `compared`, at one of its learning rates."""
+    monkeypatch.setenv("EAFT_CACHE", str(tmp_path / "cache"))
+    content = {**compared.content, "output_dir": str(tmp_path / "out"), "learning_rates": [1e-2]}
+    content["objectives"] = {"sft": {"gate": "sft"}, "broken": {"gate": "sft", "max_length": 3}}
+    assert run(content, "--jobs", "2") == 1
+    results = read(tmp_path / "out")
+    assert [f["objective"] for f in results["failed"]] == ["broken"]
+    assert "training ended with exit code 2" in results["failed"][0]["message"]
+    (found,) = results["runs"]
+    (before,) = (
+        r for r in compared.results["runs"] if (r["objective"], r["learning_rate"]) == (found["objective"], 1e-2)
+    )
+    for point, same in zip(found["points"], before["points"], strict=True):
+        assert point["drift"]["general"]["mean"] == pytest.approx(same["drift"]["general"]["mean"], rel=1e-4)
+        assert point["nll"]["sums"] == pytest.approx(same["nll"]["sums"], rel=1e-4)
+        assert point["tasks"]["tiny"] == same["tasks"]["tiny"]
+    kept = results["kept"]["models"]
+    assert kept == {name: compared.results["kept"]["models"][name] for name in kept}
+    assert set(kept) == {"base", f"{found['folder']}, step 1", f"{found['folder']}, step 2"}
+    assert run(content, "--jobs", "0") == 2
+    assert "--jobs=0: expected at least 1" in capsys.readouterr().err
+
+
 def test_training_is_a_process_of_its_own(content, tmp_path, monkeypatch):
     """It ends with its own exit code, and knows nothing of the launch that compare is part of."""
     monkeypatch.setenv("RANK", "1")  # as part of a launch it would wait for the other processes
@@ -407,6 +431,21 @@ def test_a_run_is_known_by_what_it_depends_on(content, tmp_path):
     write_rows(tmp_path / "rows.jsonl", make_rows(15))
     assert identity() != before
     assert str(tmp_path) not in json.dumps(before)
+
+    # Each seed can have its own data
+    for seed in (0, 1):
+        write_rows(tmp_path / f"rows-{seed}.jsonl", make_rows(15 + seed))
+    content["train"]["dataset_name"] = str(tmp_path / "rows-{seed}.jsonl")
+    file.write_text(yaml.safe_dump({**content, "seeds": [0, 1]}))
+    of_seeds = recipe.plan_runs(recipe.read_recipe(str(file), {}), "digest")
+    assert [(r.seed, r.flags["dataset_name"][-12:]) for r in of_seeds[::2]] == [
+        (0, "rows-0.jsonl"),
+        (1, "rows-1.jsonl"),
+    ]
+    assert of_seeds[0].identity["files"] != of_seeds[2].identity["files"]
+    (tmp_path / "rows-1.jsonl").unlink()
+    with pytest.raises(ConfigurationError, match=r"rows-1\.jsonl"):
+        recipe.plan_runs(recipe.read_recipe(str(file), {}), "digest")
 
 
 def test_a_gate_of_ones_own_is_part_of_the_run(content, tmp_path, monkeypatch):

@@ -5,19 +5,24 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.state import AcceleratorState
 
 from eaft.comparison import report
 from eaft.comparison.measure import Measure, check_before_training
 from eaft.comparison.recipe import Recipe, Run, base_model, check_names, plan_runs, read_recipe
 from eaft.comparison.results import collect
-from eaft.comparison.runs import FirstAlone, check_folder, claim, train_run
+from eaft.comparison.runs import FirstAlone, check_folder, claim, end_with_parent, train_run
 from eaft.comparison.study import Study, prune, study
-from eaft.errors import EAFTError
+from eaft.errors import ConfigurationError, EAFTError
 from eaft.evaluation.evaluate import check_packages
 from eaft.evaluation.identity import tokenizer_digest, weights_digest
 from eaft.evaluation.scores import load_tokenizer, processes
@@ -80,14 +85,26 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--objectives", nargs="+", metavar="NAME", help="only these of the recipe's")
     parser.add_argument("--learning_rates", type=float, nargs="+", metavar="RATE", help="overrides the recipe's")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="overrides the recipe's")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="train and measure so many runs at a time, each with its share of the cores (default: 1); they "
+        "share the GPU, if there is one",
+    )
     flags = vars(parser.parse_args(argv))
-    found = compare(read_recipe(flags.pop("config"), flags))
+    jobs = flags.pop("jobs")
+    found = compare(read_recipe(flags.pop("config"), flags), jobs)
     return 1 if found["failed"] else 0
 
 
-def compare(recipe: Recipe) -> dict[str, Any]:
+def compare(recipe: Recipe, jobs: int = 1) -> dict[str, Any]:
     """
     Train and measure what has not been, and write the results.
+
+    Args:
+        jobs: how many studies (an objective with a seed) are trained and measured at a time, in processes of their own.
 
     Returns:
         what `results.json` holds; on processes other than the first only its `failed`.
@@ -96,6 +113,7 @@ def compare(recipe: Recipe) -> dict[str, Any]:
         ConfigurationError: what can be known to be wrong before anything is trained.
         EAFTError: no objective could be trained and measured.
     """
+    check_jobs(jobs)
     check_packages(recipe.evaluate.backend)
     benchmarks, groups = load_tasks(recipe)
     base = base_model(recipe)
@@ -114,7 +132,9 @@ def compare(recipe: Recipe) -> dict[str, Any]:
             claim(output_dir, OURS)
         state.wait_for_everyone()
         measure = Measure(recipe.evaluate, base, benchmarks, output_dir)
-        studies, failed = run_all(runs, measure, output_dir, recipe.keep_checkpoints == "all")
+        keep_all = recipe.keep_checkpoints == "all"
+        run_each = partial(one_at_a_time, output_dir, keep_all) if jobs == 1 else partial(side_by_side, recipe, jobs)
+        studies, failed = run_all(runs, measure, run_each)
         if not studies:
             raise EAFTError("Nothing can be compared:\n  " + "\n  ".join(failure["message"] for failure in failed))
         if not state.is_main_process:
@@ -140,29 +160,44 @@ def load_tasks(recipe: Recipe) -> tuple[dict[str, Benchmark], list[Suite]]:
     return benchmarks, groups
 
 
+def check_jobs(jobs: int) -> None:
+    """
+    Check the number of jobs.
+
+    Raises:
+        ConfigurationError: fewer than one, or several in a launch of several processes, which work together on each.
+    """
+    if jobs < 1:
+        raise ConfigurationError(f"--jobs={jobs}: expected at least 1.")
+    if jobs > 1 and processes().num_processes > 1:
+        raise ConfigurationError(f"--jobs={jobs} goes with a single process: drop it, or the launcher.")
+
+
+Work = list[Run]  # of one objective with one seed, one a learning rate
+
+
 def run_all(
-    runs: list[Run], measure: Measure, output_dir: Path, keep_all: bool
+    runs: list[Run], measure: Measure, run_each: Callable[[list[Work], Measure], Iterator[Study | Exception]]
 ) -> tuple[dict[tuple[str, int], Study], list[dict[str, Any]]]:
     """
-    Train and measure, one objective and seed after the other; one that fails does not stop the others.
+    Train and measure every objective with every seed; one that fails does not stop the others.
+
+    Args:
+        run_each: yields what became of each, in their order.
 
     Returns:
         what was measured by objective and seed; and what failed: `objective`, `seed`, `message`.
     """
-    first_alone, state = FirstAlone(output_dir), processes()
     studies: dict[tuple[str, int], Study] = {}
     failed: list[dict[str, Any]] = []
-    for key in dict.fromkeys((run.objective, run.seed) for run in runs):
-        of_key = [run for run in runs if (run.objective, run.seed) == key]
-        try:
-            studies[key] = run_study(of_key, measure, first_alone, keep_all)
-        except Exception as error:
-            # Of several processes one that fails in the middle leaves the others waiting for it
-            if state.num_processes > 1 and not isinstance(error, EAFTError):
-                raise
-            logger.exception(f"{key[0]}, seed {key[1]}, failed")
-            failed.append({"objective": key[0], "seed": key[1], "message": first_line(error)})
-    first_alone.close()
+    keys = list(dict.fromkeys((run.objective, run.seed) for run in runs))
+    all_work = [[run for run in runs if (run.objective, run.seed) == key] for key in keys]
+    for key, found in zip(keys, run_each(all_work, measure), strict=True):
+        if isinstance(found, Study):
+            studies[key] = found
+            continue
+        logger.error(f"{key[0]}, seed {key[1]}, failed", exc_info=found)
+        failed.append({"objective": key[0], "seed": key[1], "message": first_line(found)})
     failed += [
         {"objective": None, "seed": None, "message": f"{name} failed on the base model: {reason}"}
         for name, reason in measure.failed.items()
@@ -170,16 +205,72 @@ def run_all(
     return studies, failed
 
 
-def run_study(runs: list[Run], measure: Measure, first_alone: FirstAlone, keep_all: bool) -> Study:
+def one_at_a_time(
+    output_dir: Path, keep_all: bool, all_work: list[Work], measure: Measure
+) -> Iterator[Study | Exception]:
+    """Yield what becomes of each piece of work, done by all processes of this launch together."""
+    first_alone = FirstAlone(output_dir)
+    for work in all_work:
+        try:
+            yield run_study(work, measure, lambda run: first_alone(partial(train_run, run)), keep_all)
+        except Exception as error:
+            # Of several processes one that fails in the middle leaves the others waiting for it
+            if processes().num_processes > 1 and not isinstance(error, EAFTError):
+                raise
+            yield error
+    first_alone.close()
+
+
+def side_by_side(recipe: Recipe, jobs: int, all_work: list[Work], measure: Measure) -> Iterator[Study | Exception]:
+    """Yield what becomes of each piece of work, done by some processes of their own, which share the cores."""
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    base_kept = []
+    with ProcessPoolExecutor(jobs, get_context("spawn"), start_worker, (recipe, measure.folder, threads)) as pool:
+        for future in [pool.submit(work_apart, work, recipe.keep_checkpoints == "all") for work in all_work]:
+            try:
+                found, kept = future.result()
+            except Exception as error:
+                yield error
+                continue
+            measure.begin(found.run)  # finds in the store what the worker measured
+            base_kept.append(kept.pop("base"))
+            measure.kept.update({**kept, "base": min(base_kept, key=len)})  # the first worker measured it
+            yield found
+
+
+def start_worker(recipe: Recipe, folder: Path, threads: int) -> None:
+    """Make a process ready to train and measure, with its share of the cores for what it starts too."""
+    global WORKER
+    end_with_parent()
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
+    benchmarks, _ = load_tasks(recipe)
+    WORKER = Measure(recipe.evaluate, base_model(recipe), benchmarks, folder)
+
+
+WORKER: Measure  # of a process that `side_by_side` started
+
+
+def work_apart(work: Work, keep_all: bool) -> tuple[Study, dict[str, list[str]]]:
+    """Return a study, and what of its measurements was in the store before."""
+    before = set(WORKER.kept) - {"base"}
+    found = run_study(work, WORKER, train_run, keep_all)
+    return found, {name: kept for name, kept in WORKER.kept.items() if name not in before}
+
+
+def run_study(work: Work, measure: Measure, train: Callable[[Run], str | None], keep_all: bool) -> Study:
     """
     Train one objective with one seed at each learning rate, and measure it.
+
+    Args:
+        train: returns None, or what went wrong.
 
     Raises:
         EAFTError: training or measuring failed.
     """
     paths = {}
-    for run in runs:
-        if (message := first_alone(partial(train_run, run))) is not None:
+    for run in work:
+        if (message := train(run)) is not None:
             raise EAFTError(f"{run.name}: {message}")
         measure.begin(run)
         paths[run] = measure.path(run)

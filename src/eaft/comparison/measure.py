@@ -8,12 +8,14 @@ measured with; if that has changed, the run cannot be used any more, and says so
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
 from eaft.comparison.recipe import EvaluateConfig, Run
 from eaft.comparison.runs import Checkpoint, checkpoints, delete_models
@@ -27,6 +29,7 @@ from eaft.provenance import write_json
 
 POINTS_FILE = "points.json"
 ITEMS = "items"
+BASE_LOCK = "_base_lock"
 
 
 @dataclass
@@ -77,9 +80,18 @@ class Measure:
         self.inputs: str | None = None
 
     def begin(self, first: Run) -> None:
-        """Measure the base model, unless it has been; one without a chat template takes that of the first run."""
+        """
+        Measure the base model, unless it has been; one without a chat template takes that of the first run.
+
+        One job does it, and the others wait and find it in the store.
+        """
         if self.inputs is not None:
             return
+        with FileLock(self.folder / BASE_LOCK) if processes().is_main_process else contextlib.nullcontext():
+            self.measure_base(first)
+
+    def measure_base(self, first: Run) -> None:
+        """Measure the base model; see `begin`."""
         _, model = side_by_side(str(first.folder), self.base_path, self.config.protocol, drift=True)
         assert model is not None
         self.answers = {kind: model.answers(prompts) for kind, prompts in self.config.prompts.items()}

@@ -1,7 +1,7 @@
 """
 Write the study's data into runs/study/data: prompt and completion, JSON Lines.
 
-    python benchmarks/study/make_data.py ../shared/data
+    python benchmarks/study/make_rows.py ../shared/data
 
 from the repository's root; the folder holds `gsm8k_train.jsonl` and `gsm8k_test.jsonl` (`question`, `answer`, as on the
 Hub). Each seed has 32 rows of its own to train on (`gsm8k-0.jsonl`, ...). What is trained on, what chooses the
