@@ -32,6 +32,9 @@ def main() -> None:
     calls, calls_test = (read(DEMO / f"{split}.jsonl") for split in ("train", "test"))
     write(flags.output_dir / "function_calls_held_out.jsonl", calls_test[-HELD_OUT:])
     write(flags.output_dir / "function_calls_test.jsonl", calls_test[:TEST])
+    # All that any seed trains on, to measure the dose of
+    write(flags.output_dir / "gsm8k.jsonl", gsm8k[: SEEDS * ROWS])
+    write(flags.output_dir / "function_calls.jsonl", calls)
     for seed in range(SEEDS):
         write(flags.output_dir / f"gsm8k-{seed}.jsonl", gsm8k[seed * ROWS :][:ROWS])
         # Of 80 requests each seed draws some: a few are in several seeds'
