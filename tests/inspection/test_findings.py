@@ -49,6 +49,7 @@ def test_conflicts_and_nll_of_every_model_and_origin(inspection, found):
                 # Float32 statistics leave the gradient open where p is near 1
                 expected = rows[name][rows.conflict].sum() / rows[name].sum()
                 assert shares[name] == pytest.approx(expected, rel=1e-4 if name == "gradient" else 1e-6)
+            assert found["entropy"][model][origin] == pytest.approx(rows.entropy.mean(), rel=1e-6)
             nll = found["nll"][model][origin]
             assert nll["all"] == pytest.approx(rows.nll.mean(), rel=1e-6)
             assert nll["high_entropy"] == pytest.approx(rows.nll[rows.base_entropy >= 2].mean(), rel=1e-6)

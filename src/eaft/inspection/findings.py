@@ -26,7 +26,7 @@ Numbers = dict[str, Any]
 
 
 class Shares:
-    """One model's conflicts and nll, by origin."""
+    """One model's conflicts, nll and entropy, by origin."""
 
     def __init__(self, examples: Examples) -> None:
         self.examples = examples
@@ -35,12 +35,17 @@ class Shares:
         # Sum and number of the nll in groups that are fixed under the base model
         groups = ("all", "high_entropy", "low_entropy")
         self.groups = {origin: {name: np.zeros(2) for name in groups} for origin in ORIGINS}
+        self.entropy = {origin: np.zeros(2) for origin in ORIGINS}  # sum and number
         self.entropy_max = 0.0
 
     def add(self, tokens: Labelled, stats: TokenStatistics) -> None:
         """Add tokens, with their statistics under this model."""
         of_model = Labelled(stats, tokens.example, tokens.token_id, tokens.first_choice)
-        conflict, base_entropy = stats.is_conflict.numpy(), tokens.stats.entropy.numpy()
+        conflict, entropy, base_entropy = (
+            stats.is_conflict.numpy(),
+            stats.entropy.double().numpy(),
+            tokens.stats.entropy.numpy(),
+        )
         for origin in self.examples.origins:
             here = self.examples.of(origin)[tokens.example]
             for name, values in of_model.quantities.items():
@@ -49,6 +54,7 @@ class Shares:
             high, low = base_entropy >= HIGH_ENTROPY, base_entropy <= LOW_ENTROPY
             for name, group in (("all", here), ("high_entropy", here & high), ("low_entropy", here & low)):
                 self.groups[origin][name] += of_model.quantities["nll"][group].sum(), group.sum()
+            self.entropy[origin] += entropy[here].sum(), here.sum()
         self.entropy_max = max(self.entropy_max, float(stats.entropy.max()) if len(stats.entropy) else 0.0)
 
     def conflict_shares(self) -> Numbers:
@@ -58,6 +64,10 @@ class Shares:
     def mean_nll(self) -> Numbers:
         """Return the mean nll of each group, by origin; None for a group without tokens."""
         return {origin: self.per_origin(origin, self.means) for origin in ORIGINS}
+
+    def mean_entropy(self) -> Numbers:
+        """Return the mean exact entropy (nats), by origin: of its own answers, how sure of itself a model is."""
+        return {origin: self.per_origin(origin, self.mean_of_entropy) for origin in ORIGINS}
 
     def per_origin(self, origin: str, compute: Any) -> Numbers | None:
         """Return what is computed of an origin, or None where there is none."""
@@ -71,6 +81,11 @@ class Shares:
     def means(self, origin: str) -> Numbers:
         """Return an origin's mean nll, by group."""
         return {name: float(nll / n) if n else None for name, (nll, n) in self.groups[origin].items()}
+
+    def mean_of_entropy(self, origin: str) -> float | None:
+        """Return an origin's mean entropy."""
+        total, n = self.entropy[origin]
+        return float(total / n) if n else None
 
 
 def find(inspection: Inspection, top_k_curve: list[Numbers] | None) -> Numbers:
@@ -107,6 +122,7 @@ def find(inspection: Inspection, top_k_curve: list[Numbers] | None) -> Numbers:
         "counts": {origin: examples.counts(origin) for origin in ORIGINS},
         "conflicts": conflict_shares,
         "nll": {name: of_model.mean_nll() for name, of_model in shares.items()},
+        "entropy": {name: of_model.mean_entropy() for name, of_model in shares.items()},
         "entropy_max": max(of_model.entropy_max for of_model in shares.values()),
         "measured": parameters,
         "gates": effects.result() if effects is not None else [],

@@ -107,12 +107,20 @@ def page(inspection: Inspection) -> str:
     """Return what is printed: the advice, the tables that prove it, and which files there are."""
     s = inspection.summary
     rows = [
-        [name, origin, *(optional_percent(shares[key]) for key in ("tokens", "nll", "gradient"))]
+        [
+            name,
+            origin,
+            *(optional_percent(shares[key]) for key in ("tokens", "nll", "gradient")),
+            optional_nats(s["entropy"][name][origin]),
+        ]
         for name, of_model in s["conflicts"].items()
         for origin, shares in of_model.items()
         if shares is not None
     ]
-    parts = [s["advice"]["text"], table(rows, ["in confident conflicts", "of", "tokens", "nll", "gradient"])]
+    parts = [
+        s["advice"]["text"],
+        table(rows, ["in confident conflicts", "of", "tokens", "nll", "gradient", "mean entropy"]),
+    ]
     if s["gates"]:
         rows = [
             [row["gate"], *(optional_percent(row[key]) for key in ("tokens", "nll", "gradient")), mutes(row)]

@@ -1,0 +1,77 @@
+"""
+The rule: how much less EAFT is expected to drift than SFT, from the share of the nll in confident conflicts.
+
+The nll is the base model's, on the data. A straight line through the conditions that were measured
+(docs/when-it-helps.md), by least squares, with the prediction interval for one more condition.
+`benchmarks/study/curve.py` fits it and writes rule.json.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+RULE_FILE = Path(__file__).with_name("rule.json")
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What is expected of one more condition: EAFT's drift less SFT's, as a share of SFT's, with its 95% interval."""
+
+    change: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Rule:
+    """
+    A line through conditions.
+
+    Attributes:
+        slope, intercept: of the change in drift (EAFT's less SFT's at the same held-out nll, as a share of SFT's), by
+            the share of the nll in conflicts.
+        residual: standard deviation around the line.
+        conditions: how many it was fitted to.
+        mean, spread: of their doses, the mean and the sum of squares around it.
+        lowest, highest: of their doses.
+    """
+
+    slope: float
+    intercept: float
+    residual: float
+    conditions: int
+    mean: float
+    spread: float
+    lowest: float
+    highest: float
+
+    @classmethod
+    def fit(cls, doses: list[float], changes: list[float]) -> Rule:
+        """Fit the line by least squares; at least three conditions, of more than one dose."""
+        x, y = np.asarray(doses), np.asarray(changes)
+        spread = float(((x - x.mean()) ** 2).sum())
+        slope = float(((x - x.mean()) * (y - y.mean())).sum()) / spread
+        intercept = float(y.mean() - slope * x.mean())
+        residual = math.sqrt(float(((y - intercept - slope * x) ** 2).sum()) / (len(x) - 2))
+        return cls(slope, intercept, residual, len(x), float(x.mean()), spread, float(x.min()), float(x.max()))
+
+    def expect(self, dose: float) -> Expected:
+        """Return what is expected at a dose; beyond those measured, what is expected at the nearest of them."""
+        dose = min(max(dose, self.lowest), self.highest)
+        change = self.intercept + self.slope * dose
+        error = self.residual * math.sqrt(1 + 1 / self.conditions + (dose - self.mean) ** 2 / self.spread)
+        half = float(stats.t.ppf(0.975, self.conditions - 2)) * error
+        return Expected(change, change - half, change + half)
+
+
+@cache
+def fitted() -> Rule:
+    """Return the rule as the study left it."""
+    return Rule(**json.loads(RULE_FILE.read_text())["rule"])
