@@ -417,6 +417,8 @@ def test_flags_take_a_part_of_the_recipe(content, tmp_path):
     assert recipe.read_recipe(str(file), {}).compared == [("eaft2", "sft"), ("dft", "sft")]
     with pytest.raises(ConfigurationError, match="'eaft' is none of"):
         recipe.read_recipe(str(file), {"objectives": ["eaft"]})
+    other = recipe.read_recipe(str(file), {"dataset_name": "d", "model_name_or_path": "m", "held_out": "h"})
+    assert (other.train["dataset_name"], other.train["model_name_or_path"], other.evaluate.held_out) == ("d", "m", "h")
 
 
 def test_a_run_is_known_by_what_it_depends_on(content, tmp_path):

@@ -82,6 +82,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--config", required=True, metavar="FILE", help="the recipe")
     parser.add_argument("--output_dir", metavar="DIR", help="overrides the recipe's")
     parser.add_argument("--model_name_or_path", metavar="MODEL", help="overrides the recipe's")
+    parser.add_argument("--dataset_name", metavar="DATA", help="overrides the recipe's")
+    parser.add_argument("--held_out", metavar="FILE", help="overrides the recipe's")
     parser.add_argument("--objectives", nargs="+", metavar="NAME", help="only these of the recipe's")
     parser.add_argument("--learning_rates", type=float, nargs="+", metavar="RATE", help="overrides the recipe's")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="overrides the recipe's")

@@ -111,8 +111,8 @@ def read_recipe(path: str, overrides: dict[str, Any]) -> Recipe:
     Read and check a recipe.
 
     Args:
-        overrides: fields to take in place of the recipe's, where not None; `objectives` are names of some of them, and
-            `model_name_or_path` is `train`'s.
+        overrides: fields to take in place of the recipe's, where not None; `objectives` are names of some of them,
+            `model_name_or_path` and `dataset_name` are `train`'s, and `held_out` is `evaluate`'s.
 
     Raises:
         ConfigurationError: it cannot be read, or a field is unknown, missing or of no use.
@@ -124,8 +124,11 @@ def read_recipe(path: str, overrides: dict[str, Any]) -> Recipe:
     recipe = build(Recipe, content, path)
     recipe.evaluate = build(EvaluateConfig, recipe.evaluate, f"{path}: evaluate")
     given = {name: value for name, value in overrides.items() if value is not None}
-    if (model := given.pop("model_name_or_path", None)) is not None:
-        recipe.train["model_name_or_path"] = model
+    for name in ("model_name_or_path", "dataset_name"):
+        if name in given:
+            recipe.train[name] = given.pop(name)
+    if "held_out" in given:
+        recipe.evaluate.held_out = given.pop("held_out")
     if (names := given.pop("objectives", None)) is not None:
         check_names("--objectives", names, recipe.objectives)
         recipe.objectives = {name: recipe.objectives[name] for name in names}
