@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from trl import SFTConfig
@@ -14,6 +15,7 @@ from eaft.evaluation.drift import DRIFT_PROMPTS, PROMPTS
 from eaft.objective.gates import check_gate, get_gate
 from eaft.training.measure import MEASURED
 
+REPLAY_PROMPTS = Path(__file__).with_name("replay_prompts.jsonl")
 RULES = {
     "budget": "the last checkpoint whose drift is within --forgetting_budget; training stops when it is passed",
     "best-mean": "the best mean over all tasks of both suites, as the paper chooses",
@@ -34,6 +36,9 @@ class EAFTConfig(SFTConfig):
         gate_kwargs: the other parameters of the gate, e.g. `{"steepness": 20}` for `eaft-sigmoid`.
         exclude_examples: JSON Lines with the `row` and `digest` of rows of the training data to leave out, as
             `eaft view` exports them (`eaft train` reads it; a trainer of your own is given its data as it is).
+        replay: share of the training rows that are the base model's own answers to everyday requests, mixed in against
+            forgetting (`eaft train` samples them; see `eaft.training.replay`).
+        replay_prompts: JSON Lines with a `prompt`, which it answers.
         forgetting_eval_steps: measure drift and the suites every so many steps (0: never); see
             `eaft.training.forgetting`.
         forgetting_suite: suites or tasks of general ability, as `eaft eval --suite` takes them (default: `everyday`;
@@ -46,9 +51,9 @@ class EAFTConfig(SFTConfig):
         forgetting_budget: the drift (nats per token) at which training stops.
 
     Raises:
-        ConfigurationError: unknown gate, a parameter it does not take or refuses, `gate_top_k` < 2, a TRL option that
-            computes a loss of its own (`loss_type`, `label_smoothing_factor`), which a gate would not reach, or a
-            selection of checkpoints that is not complete.
+        ConfigurationError: unknown gate, a parameter it does not take or refuses, `gate_top_k` < 2, a `replay` that is
+            no share, a TRL option that computes a loss of its own (`loss_type`, `label_smoothing_factor`), which a gate
+            would not reach, or a selection of checkpoints that is not complete.
     """
 
     gate: str = field(
@@ -76,6 +81,20 @@ class EAFTConfig(SFTConfig):
     exclude_examples: str | None = field(
         default=None,
         metadata={"help": "Rows of the training data to leave out: a file of examples that `eaft view` exported."},
+    )
+
+    replay: float = field(
+        default=0.0,
+        metadata={
+            "help": "Mix the base model's own answers to everyday requests into the training data, against forgetting, "
+            "as this share of its rows: 0.05 is one in twenty. They are sampled before training; 0: none."
+        },
+    )
+    replay_prompts: str = field(
+        default=str(REPLAY_PROMPTS),
+        metadata={
+            "help": "JSON Lines with a `prompt`: what replay answers (default: 64 requests, none of them drift's)."
+        },
     )
 
     forgetting_eval_steps: int = field(
@@ -119,6 +138,8 @@ class EAFTConfig(SFTConfig):
             raise ConfigurationError(f"loss_type={self.loss_type!r} does not go with a gate; use gate='dft' instead.")
         if self.label_smoothing_factor:
             raise ConfigurationError("label_smoothing_factor does not go with a gate; leave it at 0.")
+        if not 0 <= self.replay < 1:
+            raise ConfigurationError(f"replay={self.replay}: expected a share of the rows, from 0 to below 1.")
         super().__post_init__()
         check_selection(self)
 

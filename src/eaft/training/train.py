@@ -23,6 +23,7 @@ from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from trl.cli.commands.training import _subtract_subsequence as subtract_subsequence
 
 from eaft.errors import ConfigurationError, nearest
+from eaft.evaluation.measured import write_jsonl
 from eaft.models import first_line, resolve_model
 from eaft.objective.gates import gates_help
 from eaft.processes import locked
@@ -30,6 +31,7 @@ from eaft.provenance import environment, peak_memory_gib, write_json
 from eaft.training.config import EAFTConfig
 from eaft.training.data import exclude_rows, load_splits, select_split
 from eaft.training.plan import DryRunArguments, plan
+from eaft.training.replay import REPLAY_FILE, check_replay, mix, replayed_rows
 from eaft.training.trainer import EAFTTrainer
 
 DESCRIPTION = """
@@ -130,6 +132,9 @@ def train(
     with state.main_process_first():
         model = resolve_model(model_args.model_name_or_path, args.trust_remote_code)
     args.model_init_kwargs = model_init_kwargs(args, model_args)
+    replayed = replayed_rows(train_dataset, model, args) if args.replay else []
+    if replayed:
+        train_dataset = mix(train_dataset, replayed)
     try:
         trainer = EAFTTrainer(
             model,
@@ -148,6 +153,8 @@ def train(
             stack.enter_context(locked(output_dir))
         checkpoint = find_checkpoint(args)  # again: another process may just have ended
         state.wait_for_everyone()
+        if replayed and trainer.is_world_process_zero():
+            write_jsonl(output_dir / REPLAY_FILE, replayed)
         fit(trainer, checkpoint, script_args, args, model_args, dataset_args)
 
 
@@ -228,6 +235,8 @@ def load_data(
     found = [select_split(splits, split, flag, args.dataset_text_field) for split, flag in names]
     if args.exclude_examples is not None:
         found[0] = exclude_rows(found[0], args.exclude_examples)
+    if args.replay:
+        check_replay(found[0], args)
     return found[0], found[1] if len(found) > 1 else None
 
 

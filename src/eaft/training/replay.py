@@ -1,0 +1,117 @@
+"""
+Replay: the base model's own answers to everyday requests, mixed into the training data against forgetting.
+
+What users are told to do elsewhere ("mix in general data"), with data that every model has: as it would have answered.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import is_conversational
+
+from eaft.errors import ConfigurationError
+from eaft.evaluation.drift import read_prompts, sample_answers
+from eaft.evaluation.measured import read_jsonl, shared
+from eaft.evaluation.scores import Protocol, ask
+from eaft.training.config import EAFTConfig
+
+REPLAY_FILE = "replay.jsonl"  # in a run's folder: the rows
+ANSWER_TOKENS = 256  # at most; an answer that has not ended by then is left out, since a row's end is learned too
+TRIES = 8  # times as many answers as are wanted are sampled, at most
+
+
+def check_replay(dataset: Any, args: EAFTConfig) -> None:
+    """
+    Check that replayed rows can be mixed into a data set.
+
+    Raises:
+        ConfigurationError: it is a stream, or of a form in which answers are not told from prompts; or no such prompts.
+    """
+    if not isinstance(dataset, Dataset):
+        raise ConfigurationError(
+            f"replay={args.replay} counts rows, which a stream has not: leave dataset_streaming out."
+        )
+    if not ({"prompt", "completion"} <= set(dataset.column_names) or "messages" in dataset.column_names):
+        raise ConfigurationError(
+            f"replay={args.replay} needs rows of `prompt` and `completion`, or of `messages`; these have "
+            f"{', '.join(dataset.column_names)}."
+        )
+    read_prompts(args.replay_prompts, 1)
+
+
+def replayed_rows(dataset: Dataset, model: str, args: EAFTConfig) -> list[dict[str, Any]]:
+    """
+    Return the base model's own answers as rows of `prompt` and `completion`: beside the data, the share `args.replay`.
+
+    A resumed run takes those it began with. The first process samples, on one device, and the others wait.
+
+    Raises:
+        ConfigurationError: too few answers come to an end.
+    """
+    count = math.ceil(args.replay / (1 - args.replay) * len(dataset))
+    kept = Path(args.output_dir) / REPLAY_FILE
+
+    def find() -> list[dict[str, Any]]:
+        return read_jsonl(kept) if kept.is_file() else sample_rows(count, is_conversational(dataset[0]), model, args)
+
+    return shared(find)
+
+
+def mix(dataset: Dataset, rows: list[dict[str, Any]]) -> Dataset:
+    """Return a data set with rows of `prompt` and `completion` behind its own; they are shuffled in training."""
+    if "messages" in dataset.column_names:
+        rows = [{"messages": row["prompt"] + row["completion"]} for row in rows]
+    return concatenate_datasets([dataset, Dataset.from_list(rows, features=dataset.features)])
+
+
+def sample_rows(count: int, conversational: bool, model: str, args: EAFTConfig) -> list[dict[str, Any]]:
+    """Return so many rows of `prompt` and `completion`, as messages or as text: answers that came to an end."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    loaded = AutoModelForCausalLM.from_pretrained(model, **args.model_init_kwargs).to(args.device).eval()
+    protocol = Protocol(apply_chat_template=conversational)
+    prompts = read_prompts(args.replay_prompts, count)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    rows: list[dict[str, Any]] = []
+    asked = itertools.cycle(prompts)
+    for attempt in range(TRIES):
+        if len(rows) >= count:
+            break
+        batch = list(itertools.islice(asked, count))
+        answers = sample_answers(
+            loaded,
+            tokenizer,
+            [ask(tokenizer, prompt, protocol) for prompt in batch],
+            ANSWER_TOKENS,
+            add_special_tokens=not conversational,
+            seed=(args.seed * TRIES + attempt) << 20,  # a batch adds its number
+        )
+        for prompt, answer in zip(batch, answers, strict=True):
+            if len(answer.answer_ids) < ANSWER_TOKENS:  # it ended
+                rows.append(as_row(prompt, tokenizer.decode(answer.answer_ids, skip_special_tokens=True), protocol))
+    del loaded
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if len(rows) < count:
+        raise ConfigurationError(
+            f"replay={args.replay} asks for {count} answers, and of {TRIES * count} only {len(rows)} ended within "
+            f"{ANSWER_TOKENS} tokens: give prompts with shorter answers (replay_prompts), or a smaller share."
+        )
+    return rows[:count]
+
+
+def as_row(prompt: Any, answer: str, protocol: Protocol) -> dict[str, Any]:
+    """Return a row of messages, or, asked without a chat template, of text."""
+    if not protocol.apply_chat_template:
+        return {"prompt": ask(None, prompt, protocol), "completion": answer}
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return {"prompt": messages, "completion": [{"role": "assistant", "content": answer}]}
