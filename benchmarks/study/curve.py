@@ -19,7 +19,7 @@ from tabulate import tabulate
 
 from eaft.comparison.differences import ratio_difference
 from eaft.comparison.fronts import Path as RunPath
-from eaft.comparison.fronts import compare_fronts
+from eaft.comparison.fronts import compare_fronts, relative
 from eaft.evaluation.paired import holm
 from eaft.inspection.rule import RULE_FILE, Rule
 from eaft.provenance import environment, write_json
@@ -93,13 +93,12 @@ class Condition:
             "drift": None,
         }
         if front is not None:
-            level = float(np.mean(front["second"]))
-            mean = front["mean"]
+            mean_drift = float(np.mean(front["second"]))
             found["drift"] = {
-                **{name: mean[name] / level for name in ("change", "low", "high")},
-                "p_value": mean["p_value"],
-                "per_seed": [change / level for change in mean["per_seed"]],
-                "of": level,
+                **relative(front),
+                "p_value": front["mean"]["p_value"],
+                "per_seed": [change / mean_drift for change in front["mean"]["per_seed"]],
+                "of": mean_drift,
                 "targets": [front["targets"][0], front["targets"][-1]],
             }
         return found

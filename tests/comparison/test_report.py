@@ -140,7 +140,7 @@ def test_where_fronts_can_be_told_apart():
     assert report.where(pair, NLL) == (
         "eaft and sft: at held-out nll 1.000 to 1.100 eaft drifts less, by 0.0200 to 0.0300, at held-out nll 1.300 "
         "eaft drifts more, by 0.0200; elsewhere from 1.000 to 1.400 they cannot be told apart (on average -0.0050 "
-        "(95%: -0.0150 to +0.0050; p 0.001))."
+        "(95%: -0.0150 to +0.0050; p 0.001), -5% of sft's)."
     )
     whole = make_pair(fronts={NLL: front(-0.03, -0.02)})
     assert "elsewhere" not in report.where(whole, NLL)

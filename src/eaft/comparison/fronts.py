@@ -98,6 +98,17 @@ def compare_fronts(
     }
 
 
+def relative(front: dict[str, Any]) -> dict[str, float]:
+    """
+    Return `change`, `low` and `high` of the mean difference over all targets, as shares of the second's mean drift.
+
+    Args:
+        front: what `compare_fronts` returns. The interval is the difference's; the mean drift is taken as measured.
+    """
+    mean_drift = float(np.mean(front["second"]))
+    return {name: front["mean"][name] / mean_drift for name in ("change", "low", "high")}
+
+
 def level(sides: list[list[list[tuple[np.ndarray, np.ndarray]]]]) -> np.ndarray:
     """Return the mean shortfall of all checkpoints, both objectives weighing alike, `[resamples]`."""
     return np.mean(

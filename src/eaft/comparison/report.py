@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from tabulate import tabulate
 
+from eaft.comparison.fronts import relative
 from eaft.comparison.results import LEVEL, NLL, told_apart, verdict
 from eaft.evaluation.report import briefly, save
 from eaft.provenance import write_json
@@ -134,11 +135,10 @@ def where(pair: Numbers, target: str) -> str:
             "checkpoint. Save checkpoints earlier, or more of them."
         )
     span = f"{shown(target, front['targets'][0])} to {shown(target, front['targets'][-1])}"
+    on_average = f"(on average {nats(front['mean'])}, {100 * relative(front)['change']:+.0f}% of {second}'s)"
     stretches = told_apart(front)
     if not stretches:
-        return (
-            f"{first} and {second} cannot be told apart at any {target} from {span} (on average {nats(front['mean'])})."
-        )
+        return f"{first} and {second} cannot be told apart at any {target} from {span} {on_average}."
     said = []
     for stretch in stretches:
         sizes = sorted(abs(d) for d in stretch["differences"])
@@ -147,7 +147,7 @@ def where(pair: Numbers, target: str) -> str:
         said.append(f"at {target} {at} {first} drifts {word}, by {up_to(f'{sizes[0]:.4f}', f'{sizes[-1]:.4f}')}")
     whole = len(stretches) == 1 and len(stretches[0]["differences"]) == len(front["targets"])
     rest = "" if whole else f"; elsewhere from {span} they cannot be told apart"
-    return f"{first} and {second}: {', '.join(said)}{rest} (on average {nats(front['mean'])})."
+    return f"{first} and {second}: {', '.join(said)}{rest} {on_average}."
 
 
 def up_to(low: str, high: str) -> str:
