@@ -121,7 +121,7 @@ def test_gradient_of_an_anchor_is_the_finite_difference(gate):
 def test_a_closed_gate_shuts_out_an_infinite_nll():
     logits = torch.tensor([[0.0, -math.inf, -math.inf], [1.0, 2.0, 3.0]], requires_grad=True)
     labels = torch.tensor([1, 1])
-    for gate in ("eaft", "dft", "deft"):
+    for gate in ("eaft", "dft", "deft", "profit", "ranktuner"):
         loss = gated_cross_entropy(logits, labels, gate)
         assert loss.item() == pytest.approx(gated_cross_entropy(logits[1:], labels[1:], gate, num_items=2).item())
         (gradient,) = torch.autograd.grad(loss, logits)

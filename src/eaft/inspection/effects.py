@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from eaft.inspection.folder import DATA
 from eaft.inspection.labelled import Examples, Labelled, Vocabulary, with_examples
 from eaft.inspection.removed import Removed
-from eaft.objective.gates import GATES, gate_weights, normalized_entropy
+from eaft.objective.gates import GATES, gate_weights, is_of_data, normalized_entropy
 from eaft.training.measure import MEASURED, Histogram
 
 Numbers = dict[str, Any]
@@ -49,9 +49,9 @@ class Measured:
 
 
 def complete(gate: str, measured: dict[str, float]) -> Numbers:
-    """Return all parameters of a gate: its defaults, and what was measured; a `batch`'s tau is that of the data."""
+    """Return all parameters of a gate: its defaults, and what is of the data."""
     defaults = GATES[gate].params
-    return {**defaults, **{name: measured[name] for name in MEASURED if name in defaults}}
+    return {**defaults, **{name: measured[name] for name in MEASURED if is_of_data(defaults.get(name))}}
 
 
 def weights(gate: str, params: Numbers, tokens: Labelled, example_nll: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from eaft.objective.fused import Reference, linear_gated_cross_entropy
-from eaft.objective.gates import GATES, gate_weights, get_anchor, missing_params, normalized_entropy
+from eaft.objective.gates import GATES, gate_weights, get_anchor, get_gate, missing_params, normalized_entropy
 from eaft.objective.loss import example_ids_by_row, loss_terms
 from eaft.objective.statistics import TokenStatistics, token_statistics
 
@@ -110,7 +110,7 @@ def specified(problem: Problem, case: Case, gate: str, dtype: torch.dtype, param
     found, margins = [], []
     for rows in chunks:
         logits = logits_of(hidden[rows] @ weight.T)
-        found.append(token_statistics(logits, labels[rows]))
+        found.append(token_statistics(logits, labels[rows], ranked=get_gate(gate).needs_rank))
         margins.append(logits.topk(2).values.diff(dim=-1).abs().squeeze(-1) / logits.abs().amax(-1))
     stats = replace(
         TokenStatistics.cat(found),

@@ -148,6 +148,7 @@ def linear_gated_cross_entropy(
         labels=labelled(labels),
         weigh=weigh,
         per_token=is_per_token(found, params),
+        ranked=found.needs_rank,
         anchor=anchor,
         reference=replace(reference, hidden=labelled(reference.hidden)) if anchor and reference else None,
         transform=LogitTransform(logit_scale, softcap),
@@ -204,8 +205,7 @@ def linear_token_statistics(
         for rows in chunks:
             projection = project(rows)
             for block, of_all in blocks(projection, rows, doors):
-                scores = doors.score(projection[block], labels[of_all], top_k, transform)
-                found.append(doors.rank(projection[block], labels[of_all], scores, transform))
+                found.append(doors.score(projection[block], labels[of_all], top_k, transform, True).statistics)
     return TokenStatistics.cat(found)
 
 
@@ -262,6 +262,7 @@ class LossSpec:
     labels: Tensor  # [N], all to be scored
     weigh: Weigh  # statistics of some rows, and which -> their weights
     per_token: bool  # a chunk can be weighed before the next is seen
+    ranked: bool  # the gate needs ranks
     anchor: Anchor | None
     reference: Reference | None
     transform: LogitTransform
@@ -378,7 +379,9 @@ def score(projection: Tensor, rows: slice, spec: LossSpec) -> TokenStatistics:
     """Return the statistics of a chunk."""
     return TokenStatistics.cat(
         [
-            spec.backend.score(projection[block], spec.labels[of_all], spec.top_k, spec.transform).statistics
+            spec.backend.score(
+                projection[block], spec.labels[of_all], spec.top_k, spec.transform, spec.ranked
+            ).statistics
             for block, of_all in blocks(projection, rows, spec.backend)
         ]
     )
@@ -396,7 +399,7 @@ def weigh_and_differentiate_(
     backend, anchor, losses = spec.backend, spec.anchor, []
     for block, of_all in blocks(projection, rows, backend):
         labels = spec.labels[of_all]
-        scores = backend.score(projection[block], labels, spec.top_k, spec.transform)
+        scores = backend.score(projection[block], labels, spec.top_k, spec.transform, spec.ranked)
         weights = weigh(scores.statistics, of_all)
         divergence = None
         if anchor is not None and reference_projection is not None:

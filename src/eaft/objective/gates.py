@@ -72,6 +72,7 @@ class Gate:
     per_token: bool = False  # a token's weight depends on no other token, so a chunk of them can be weighed by itself
     needs_examples: bool = False  # `stats.example_ids`: which example each token is from
     needs_example_nll: bool = False  # `stats.example_nll`: the base model's mean nll of that example
+    needs_rank: bool = False  # `stats.rank` and `stats.first_prob`
     anchor: Anchor | None = None  # a reference model
 
     @property
@@ -207,6 +208,56 @@ def deft(stats: TokenStatistics) -> Tensor:
     return (stats.sum_sq_probs * stats.log_prob).exp()
 
 
+@register("profit", per_token=True)
+def profit(stats: TokenStatistics, prob_threshold: float = 0.1) -> Tensor:
+    """
+    Weight 1 if P(label) > prob_threshold, else 0: unlikely labels are not learnt (arXiv:2601.09195).
+
+    The authors' default; their code keeps a P(label) that equals the threshold, too. As there the loss is divided by
+    the number of all response tokens.
+    """
+    if not 0 <= prob_threshold <= 1:
+        raise ValueError(f"prob_threshold must be between 0 and 1, got {prob_threshold}.")
+    return (stats.prob > prob_threshold).to(stats.prob.dtype)
+
+
+@register("mile", per_token=True)
+def mile(stats: TokenStatistics, gamma: float = 1.0) -> Tensor:
+    """
+    Weight (1 + H)^gamma, H = entropy in nats: learn more where the model is uncertain (MiLe, arXiv:2310.19531).
+
+    Never below 1, so the loss is larger than the cross-entropy. The authors' code divides by the mean of the weights
+    over all positions of the batch, prompts and padding too; their entropy is detached, as ours, and takes no
+    probability as less than 1e-8.
+    """
+    if not (math.isfinite(gamma) and gamma >= 0):
+        raise ValueError(f"gamma must be a number of at least 0, got {gamma}.")
+    return (1 + stats.entropy) ** gamma
+
+
+@register("ranktuner", per_token=True, needs_rank=True)
+def ranktuner(stats: TokenStatistics, base: str = "prob") -> Tensor:
+    """
+    Weight w (P(label) E)^-K, K = 1 / log2(1 + max(R, E))^2: learn what ranks low for its entropy (arXiv:2602.01745).
+
+    R is the label's rank and E a bound on the rank to expect (`expected_rank_bound`). w is P(label), the paper's choice
+    for mathematics and the authors' code, or with `base="one"` 1, the paper's choice for other data.
+
+    The paper's Relative Scale is 2^(f(E[R]) - f(R)), f(x) = 1 / log2(1 + x), for which the vocabulary must be sorted.
+    Its authors train, as we do, with a closed form of it that has bounds in their places: E for the expected rank E[R],
+    1 / P(label) for R. Where the model is sure of another token, that is much the larger of the two. As in their code
+    P(label) E counts as at least 1e-6; there R counts also the other tokens that are as likely as the label.
+    """
+    if base not in ("prob", "one"):
+        raise ValueError(f"base={base!r}: expected 'prob' or 'one'.")
+    if stats.rank is None:
+        raise ConfigurationError("gate='ranktuner' needs rank: ask for ranked=True.")
+    expected = stats.expected_rank_bound
+    exponent = torch.maximum(expected, stats.rank.to(expected.dtype)).add(1).log2() ** -2
+    scale = (stats.prob * expected).clamp(min=1e-6) ** -exponent
+    return scale * stats.prob if base == "prob" else scale
+
+
 @register("talr", per_token=True, needs_examples=True)
 def talr(stats: TokenStatistics, tau: float | str = "batch", min_weight: float = 0.01) -> Tensor:
     """
@@ -306,6 +357,11 @@ def is_per_token(gate: GateLike, params: dict[str, Any]) -> bool:
     return found.per_token and "batch" not in {**found.params, **params}.values()
 
 
+def is_of_data(default: Any) -> bool:
+    """Return whether a parameter with this default is found from the data: it has none, or `batch`."""
+    return default is inspect.Parameter.empty or default == "batch"
+
+
 def missing_params(gate: GateLike, params: Iterable[str]) -> list[str]:
     """Return the parameters that have no default and are not among `params`."""
     defaults = get_gate(gate).params
@@ -336,7 +392,7 @@ def check_gate(gate: GateLike, params: dict[str, Any], measured: Iterable[str] =
             f"gate={gate!r} needs {', '.join(lacking)}: give a value. (EAFTTrainer measures thresholds and tau itself.)"
         )
     stats = replace(
-        token_statistics(torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64)),
+        token_statistics(torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64), ranked=found.needs_rank),
         example_ids=torch.arange(2),
         example_nll=torch.ones(2),
     )

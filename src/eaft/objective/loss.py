@@ -65,14 +65,14 @@ def gated_cross_entropy(
     Raises:
         ConfigurationError: unknown gate, a parameter it does not take or refuses, or something it needs is missing.
     """
-    gate, anchor = check_gate(gate, params), get_anchor(gate, **params)
+    found, anchor = check_gate(gate, params), get_anchor(gate, **params)
     labelled = labels != ignore_index
     if example_ids is None:
         example_ids = example_ids_by_row(labels)
     # Cast once, so that the gradients of both terms are added in float32
     logits = logits[labelled].to(torch.promote_types(logits.dtype, torch.float32))
     stats = replace(
-        token_statistics(logits, labels[labelled], top_k),
+        token_statistics(logits, labels[labelled], top_k, ranked=found.needs_rank),
         example_ids=example_ids[labelled],
         example_nll=None if example_nll is None else example_nll[labelled],
     )
@@ -81,7 +81,7 @@ def gated_cross_entropy(
         if reference_logits is None:
             raise ConfigurationError(f"gate={gate!r} needs reference_logits, the base model's.")
         kl = anchor.kl(logits.log_softmax(-1), reference_logits[labelled].detach().to(logits.dtype).log_softmax(-1))
-    loss = loss_terms(stats, gate_weights(gate, stats, **params), kl, anchor).sum()
+    loss = loss_terms(stats, gate_weights(found, stats, **params), kl, anchor).sum()
     num_items = labelled.sum() if num_items is None else torch.as_tensor(num_items, device=loss.device)
     return loss / num_items.clamp(min=1)
 
