@@ -37,13 +37,11 @@ def main() -> None:
     label = prob.expand(len(fall), -1).unsqueeze(-1)  # [fall, prob, 1]
     logits = torch.cat([label, (1 - label) * others.unsqueeze(1)], -1).log()
     stats = token_statistics(logits, torch.zeros(logits.shape[:-1], dtype=torch.int64), ranked=True)
-    stats = replace(stats, example_nll=stats.nll)
+    stats = replace(stats, example_nll=stats.nll, old_log_prob=torch.full_like(stats.nll, 0.5).log())
     g = normalized_entropy(stats)
 
     figure, axes = plt.subplots(4, 4, figsize=(12, 11), sharex=True, sharey=True, layout="constrained")
-    for axis in axes.flat[len(PANELS) :]:
-        axis.set_visible(False)
-    for axis, (name, params) in zip(axes.flat, PANELS, strict=False):
+    for axis, (name, params) in zip(axes.flat, PANELS, strict=True):
         weights = gate_weights(name, stats, **params)
         most = max(1.0, weights.max().item())
         mesh = axis.pcolormesh(g, stats.prob, weights / most, vmin=0, vmax=1, cmap="viridis", shading="gouraud")

@@ -33,6 +33,7 @@ VARIANTS = [
     ("profit", {"prob_threshold": 0.03}),
     ("mile", {"gamma": 0.5}),
     ("ranktuner", {"base": "one"}),
+    ("psft", {"clip": 2.0}),
     ("talr", {"tau": 1.0}),
     ("talr", {"min_weight": 0.2}),
     ("sft-kl", {"kl_coef": 2.0, "kl_direction": "forward"}),
@@ -50,7 +51,7 @@ def percentile(values, percent):
 
 
 def formula(name, rows, labels, examples, example_nll, k=20, **params):
-    """The weights of a batch of tokens, from the papers, in Python floats."""
+    """The weights of a batch of tokens, from the papers, in Python floats; a token's base nll is its example's."""
     stats = [truth(row, label, k) for row, label in zip(rows, labels, strict=True)]
     log_p = [t["log_prob"] for t in stats]
     p = [math.exp(x) for x in log_p]
@@ -76,6 +77,10 @@ def formula(name, rows, labels, examples, example_nll, k=20, **params):
         return p
     if name == "deft":
         return [x ** t["sum_sq_probs"] for x, t in zip(p, stats, strict=True)]
+    if name == "psft":
+        # d min(r, clip(r, 1 - 0.2, 1 + clip)) / d ln P(label), which is r, or 0 where the minimum is a constant
+        ratios = [math.exp(x + nll) for x, nll in zip(log_p, example_nll, strict=True)]
+        return [r if r < 1 + params.get("clip", 0.28) else 0.0 for r in ratios]
     if name == "profit":
         return [float(x > params.get("prob_threshold", 0.1)) for x in p]
     if name == "mile":
@@ -101,7 +106,7 @@ def formula(name, rows, labels, examples, example_nll, k=20, **params):
 
 def with_examples(stats, examples, example_nll):
     example_nll = torch.tensor(example_nll, dtype=stats.log_prob.dtype)
-    return replace(stats, example_ids=torch.tensor(examples), example_nll=example_nll)
+    return replace(stats, example_ids=torch.tensor(examples), example_nll=example_nll, old_log_prob=-example_nll)
 
 
 def compute(logits, labels, examples, example_nll, top_k=20):
@@ -128,10 +133,9 @@ def close_to_a_threshold(name, params, batch):
     if name == "ranktuner":
         bits = [truth(row, label, 20)["entropy"] / math.log(2) for row, label in zip(*batch[:2], strict=True)]
         return any(abs(b - 2) < 1e-9 for b in bits)
-    if name not in ("masked", "conflict-mask", "profit"):
+    if name not in ("masked", "conflict-mask", "profit", "psft"):
         return False
-    if name == "profit":
-        params = {"prob_threshold": 0.1, **params}
+    params = {**{"profit": {"prob_threshold": 0.1}, "psft": {"clip": 0.28}}.get(name, {}), **params}
     nudged = [
         formula(name, *batch, **{k: v * (1 + e) if isinstance(v, float) else v for k, v in params.items()})
         for e in (-1e-9, 1e-9)
@@ -154,7 +158,7 @@ def test_gate_is_its_formula_and_in_its_range(name, params, batch):
     assert weights.tolist() == pytest.approx(formula(name, *batch, **params), rel=1e-6, abs=1e-9)
     assert not weights.requires_grad
     least = {"talr": params.get("min_weight", 0.01), "mile": 1.0}.get(name, 0.0)
-    most = math.inf if name == "mile" or params.get("base") == "one" else 1.0 + 1e-12
+    most = math.inf if name in ("mile", "psft") or params.get("base") == "one" else 1.0 + 1e-12
     assert all(least <= w <= most for w in weights.tolist())
 
 
@@ -322,6 +326,7 @@ def test_unknown_gate_names_the_nearest_and_all():
         ("talr", {"tau": 0.0}, "tau must be a positive number or 'batch', got 0.0"),
         ("talr", {"tau": "median"}, "tau must be a positive number or 'batch'"),
         ("flow", {"tau": -1.0}, "tau must be positive"),
+        ("psft", {"clip": -0.1}, "clip must be a number of at least 0, got -0.1"),
         ("sft-kl", {"kl_coef": -0.5}, "kl_coef must be a number of at least 0"),
         ("asft", {"kl_direction": "sideways"}, "expected 'forward' or 'reverse'"),
         ("eaft", {"kl_coef": 0.5}, "takes no kl_coef"),
@@ -342,6 +347,8 @@ def test_missing_examples_are_named():
         gate_weights("talr", stats)
     with pytest.raises(ConfigurationError, match="'flow' needs example_nll"):
         gate_weights("flow", stats, tau=1.0)
+    with pytest.raises(ConfigurationError, match="'psft' needs old_log_prob"):
+        gate_weights("psft", stats)
     with pytest.raises(ConfigurationError, match="'ranktuner' needs rank"):
         gate_weights("ranktuner", stats)
 

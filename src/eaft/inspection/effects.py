@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eaft.inspection.folder import DATA
-from eaft.inspection.labelled import Examples, Labelled, Vocabulary, with_examples
+from eaft.inspection.labelled import Examples, Labelled, Vocabulary, weighed_gates, with_examples
 from eaft.inspection.removed import Removed
 from eaft.objective.gates import GATES, gate_weights, is_of_data, normalized_entropy
 from eaft.training.measure import MEASURED, Histogram
@@ -61,12 +61,12 @@ def weights(gate: str, params: Numbers, tokens: Labelled, example_nll: NDArray[n
 
 
 class Effects:
-    """Sums over the data of what each registered gate removes, by source."""
+    """Sums over the data of what each gate removes, by source."""
 
     def __init__(self, examples: Examples, vocabulary: Vocabulary, measured: dict[str, float]) -> None:
         self.examples, self.vocabulary = examples, vocabulary
-        self.params = {gate: complete(gate, measured) for gate in GATES}
-        self.removed = {gate: Removed(len(examples.sources), vocabulary.size) for gate in GATES}
+        self.params = {gate: complete(gate, measured) for gate in weighed_gates()}
+        self.removed = {gate: Removed(len(examples.sources), vocabulary.size) for gate in self.params}
 
     def add(self, tokens: Labelled) -> None:
         """Add tokens of the data."""

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from eaft.errors import EAFTError
+from eaft.inspection.labelled import weighed_gates
 from eaft.inspection.removed import Removed
 from eaft.inspection.selection import RequestError, one_of
-from eaft.objective.gates import GATES, check_gate, gate_weights, is_of_data
+from eaft.objective.gates import check_gate, gate_weights, is_of_data
 from eaft.objective.statistics import TokenStatistics
 
 Answer = dict[str, Any]
@@ -41,7 +42,7 @@ def sliders(measured: dict[str, float]) -> list[Answer]:
         measured: parameters as they are measured on this data. A `batch`'s, which a page has none of, are among them.
     """
     found = []
-    for name, gate in GATES.items():
+    for name, gate in weighed_gates().items():
         params = []
         for param, default in gate.params.items():
             if slider := SLIDERS.get(param):
@@ -55,7 +56,7 @@ def sliders(measured: dict[str, float]) -> list[Answer]:
 
 def parameters(gate: str, given: Answer, measured: dict[str, float]) -> Answer:
     """Return a gate's parameters: those given, checked, the others as its sliders begin; raises `RequestError`."""
-    one_of("gate", gate, GATES)
+    one_of("gate", gate, weighed_gates())
     starts = next(found for found in sliders(measured) if found["name"] == gate)["params"]
     params = {param["name"]: param["default"] for param in starts} | given
     for name, value in params.items():

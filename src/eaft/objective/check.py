@@ -73,6 +73,7 @@ class Problem:
     labels: Tensor
     example_nll: Tensor
     reference_hidden: Tensor
+    old_log_prob: Tensor | None = None  # of the base model; `specified` fills it in
 
 
 def make_problem(case: Case, tokens: int, device: torch.device, dtype: torch.dtype) -> Problem:
@@ -117,6 +118,11 @@ def specified(problem: Problem, case: Case, gate: str, dtype: torch.dtype, param
         example_ids=example_ids_by_row(problem.labels)[labelled],
         example_nll=problem.example_nll[labelled].to(found[0].log_prob.dtype),
     )
+    if problem.old_log_prob is None:  # from half to twice what it is now, so that some ratios are clipped
+        problem.old_log_prob = torch.zeros_like(labelled, dtype=stats.log_prob.dtype)
+        apart = torch.linspace(-0.7, 0.7, len(labels), device=labels.device)
+        problem.old_log_prob[labelled] = stats.log_prob + apart
+    stats = replace(stats, old_log_prob=problem.old_log_prob[labelled].to(stats.log_prob.dtype))
     for name in missing_params(gate, params):
         params[name] = REQUIRED[name](stats)
     weights, anchor = gate_weights(gate, stats, **params), get_anchor(gate, **params)
@@ -162,6 +168,7 @@ def fused(
         problem.labels,
         gate,
         example_nll=problem.example_nll,
+        old_log_prob=problem.old_log_prob,
         reference=None if anchor is None else Reference(problem.reference_hidden, problem.weight),
         logit_scale=case.logit_scale,
         softcap=case.softcap,

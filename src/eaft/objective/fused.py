@@ -81,6 +81,7 @@ def linear_gated_cross_entropy(
     softcap: float | None = None,
     example_ids: Tensor | None = None,
     example_nll: Tensor | None = None,
+    old_log_prob: Tensor | None = None,
     reference: Reference | None = None,
     logits_budget: int | None = None,
     backend: str | None = None,
@@ -104,6 +105,7 @@ def linear_gated_cross_entropy(
         softcap: c of c * tanh(logits / c), applied after the scale; None for none.
         example_ids: as in `gated_cross_entropy`.
         example_nll: as in `gated_cross_entropy`.
+        old_log_prob: as in `gated_cross_entropy`.
         reference: for a gate with a KL term; the same scale and softcap apply.
         logits_budget: bytes of logits alive at a time, which caps the chunks; default 256 MiB, on a GPU a 16th of its
             memory. The last chunk is held until the backward pass. A KL term takes as much again for the reference.
@@ -136,13 +138,15 @@ def linear_gated_cross_entropy(
 
     example_ids = labelled(example_ids)
     example_nll = None if example_nll is None else labelled(example_nll)
+    old_log_prob = None if old_log_prob is None else labelled(old_log_prob)
 
-    def with_examples(stats: TokenStatistics, rows: slice) -> TokenStatistics:
+    def with_context(stats: TokenStatistics, rows: slice) -> TokenStatistics:
         nll = None if example_nll is None else example_nll[rows]
-        return replace(stats, example_ids=example_ids[rows], example_nll=nll)
+        old = None if old_log_prob is None else old_log_prob[rows]
+        return replace(stats, example_ids=example_ids[rows], example_nll=nll, old_log_prob=old)
 
     def weigh(stats: TokenStatistics, rows: slice) -> Tensor:
-        return gate_weights(found, with_examples(stats, rows), **params)
+        return gate_weights(found, with_context(stats, rows), **params)
 
     spec = LossSpec(
         labels=labelled(labels),
@@ -162,7 +166,7 @@ def linear_gated_cross_entropy(
     loss = loss / (count.to(loss.device).clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
     if not return_losses:
         return loss
-    return loss, replace(losses, statistics=with_examples(losses.statistics, slice(None)))
+    return loss, replace(losses, statistics=with_context(losses.statistics, slice(None)))
 
 
 @torch.no_grad()

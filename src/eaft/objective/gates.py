@@ -72,6 +72,7 @@ class Gate:
     per_token: bool = False  # a token's weight depends on no other token, so a chunk of them can be weighed by itself
     needs_examples: bool = False  # `stats.example_ids`: which example each token is from
     needs_example_nll: bool = False  # `stats.example_nll`: the base model's mean nll of that example
+    needs_old_log_prob: bool = False  # `stats.old_log_prob`: ln P(label) under the base model
     needs_rank: bool = False  # `stats.rank` and `stats.first_prob`
     anchor: Anchor | None = None  # a reference model
 
@@ -286,6 +287,26 @@ def flow(stats: TokenStatistics, tau: float) -> Tensor:
     return (-stats.example_nll / tau).exp()
 
 
+@register("psft", per_token=True, needs_old_log_prob=True)
+def psft(stats: TokenStatistics, clip: float = 0.28) -> Tensor:
+    """
+    Weight r = P(label) / P_base(label) if r <= 1 + clip, else 0: no label moves far from the base (arXiv:2508.17784).
+
+    The gradient of the paper's loss -min(r, clip(r, 1 - clip_low, 1 + clip)), whose value is another; clip_low does
+    not matter, since below 1 - clip_low the minimum is r. The default is the authors' upper clip.
+
+    The trainer measures P_base of each token once before training. The authors measure it anew for every batch, of 64
+    examples, which they then go over in 8 optimizer steps: theirs bounds how far a label moves in 8 steps, and ours in
+    all of training.
+    """
+    if not (math.isfinite(clip) and clip >= 0):
+        raise ValueError(f"clip must be a number of at least 0, got {clip}.")
+    if stats.old_log_prob is None:
+        raise ConfigurationError("gate='psft' needs old_log_prob: ln P(label) of each token under the base model.")
+    ratio = (stats.log_prob - stats.old_log_prob).exp()
+    return torch.where(ratio <= 1 + clip, ratio, 0.0)
+
+
 @register("sft-kl", per_token=True, anchor=Anchor(0.5, "reverse"))
 def sft_kl(stats: TokenStatistics) -> Tensor:
     """
@@ -395,6 +416,7 @@ def check_gate(gate: GateLike, params: dict[str, Any], measured: Iterable[str] =
         token_statistics(torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64), ranked=found.needs_rank),
         example_ids=torch.arange(2),
         example_nll=torch.ones(2),
+        old_log_prob=torch.full((2,), -1.5),
     )
     try:
         weights = gate_weights(found, stats, **params, **dict.fromkeys(missing, 0.5))

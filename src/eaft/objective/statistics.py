@@ -35,6 +35,7 @@ class TokenStatistics:
     # What a distribution does not tell, for the gates that need it
     example_ids: Tensor | None = None  # int64: which example each token is from
     example_nll: Tensor | None = None  # mean nll of that example under the base model, in nats
+    old_log_prob: Tensor | None = None  # ln P(label) under the base model
     # Where they are asked for
     first_choice: Tensor | None = None  # int64: the most likely token (of equals, any)
     first_prob: Tensor | None = None  # its probability
