@@ -35,10 +35,10 @@ from tabulate import tabulate
 
 from eaft.inspection.folder import BASE, COMPARED, DATA, EXAMPLES, ROLLOUTS, TOKENS, VOCABULARY, Inspection
 from eaft.inspection.gating import weigh
+from eaft.inspection.labelled import weighed_gates
 from eaft.inspection.queries import Queries
 from eaft.inspection.selection import Selection
 from eaft.inspection.tables import Tables
-from eaft.objective.gates import GATES
 from eaft.objective.statistics import CONFLICT_MAX_ENTROPY, CONFLICT_MAX_PROB
 from eaft.provenance import environment, write_json
 
@@ -160,10 +160,11 @@ def selection(random: random.Random) -> SENT:
 
 def slider(random: random.Random) -> SENT:
     """Return a gate with its sliders somewhere."""
-    gate = random.choice(list(GATES))
+    gates = weighed_gates()
+    gate = random.choice(list(gates))
     values = {"alpha": 4, "steepness": 60, "center": 1, "entropy_threshold": 1, "prob_threshold": 1, "tau": 5}
     params = {
-        name: round(0.01 + random.random() * most, 3) for name, most in values.items() if name in GATES[gate].params
+        name: round(0.01 + random.random() * most, 3) for name, most in values.items() if name in gates[gate].params
     }
     return {"gate": gate, "params": json.dumps(params)}
 

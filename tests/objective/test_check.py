@@ -114,6 +114,7 @@ def test_the_truth_is_the_reference_function(gate, head, chunk_bytes, monkeypatc
         problem.labels,
         gate,
         example_nll=problem.example_nll,
+        old_log_prob=problem.old_log_prob,
         reference_logits=logits(problem.reference_hidden, problem.weight),
         **params,
     )

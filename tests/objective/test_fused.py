@@ -79,7 +79,7 @@ class Problem:
 
     @property
     def context(self):
-        return {"example_ids": self.example_ids, "example_nll": self.example_nll}
+        return {"example_ids": self.example_ids, "example_nll": self.example_nll, "old_log_prob": -self.example_nll}
 
 
 def capped(z, logit_scale=1.0, softcap=None):
@@ -327,7 +327,7 @@ def test_labels_of_any_shape_and_their_context():
     shaped.hidden, shaped.labels = problem.hidden.view(3, 4, 8), problem.labels.view(3, 4)
     shaped.reference = Reference(problem.reference.hidden.view(3, 4, 8), problem.weight, problem.bias)
     shaped.example_ids, shaped.example_nll = problem.example_ids.view(3, 4), problem.example_nll.view(3, 4)
-    for gate in ("eaft", "talr", "flow", "asft"):
+    for gate in ("eaft", "talr", "flow", "psft", "ranktuner", "asft"):
         a, b = (flatten(fuse(p, gate, **GIVEN.get(gate, {}))) for p in (problem, shaped))
         assert a["loss"] == b["loss"]
         assert torch.equal(a["gradient of hidden"].view(3, 4, 8), b["gradient of hidden"])

@@ -30,6 +30,10 @@ VARIANTS = [
     ("masked", {"entropy_threshold": "batch", "entropy_percentile": 40.0}),
     ("masked", {"entropy_threshold": 0.4, "entropy": "exact"}),
     ("conflict-mask", {"entropy_threshold": "batch", "prob_threshold": "batch", "prob_percentile": 50.0}),
+    ("profit", {"prob_threshold": 0.03}),
+    ("mile", {"gamma": 0.5}),
+    ("ranktuner", {"base": "one"}),
+    ("psft", {"clip": 2.0}),
     ("talr", {"tau": 1.0}),
     ("talr", {"min_weight": 0.2}),
     ("sft-kl", {"kl_coef": 2.0, "kl_direction": "forward"}),
@@ -47,7 +51,7 @@ def percentile(values, percent):
 
 
 def formula(name, rows, labels, examples, example_nll, k=20, **params):
-    """The weights of a batch of tokens, from the papers, in Python floats."""
+    """The weights of a batch of tokens, from the papers, in Python floats; a token's base nll is its example's."""
     stats = [truth(row, label, k) for row, label in zip(rows, labels, strict=True)]
     log_p = [t["log_prob"] for t in stats]
     p = [math.exp(x) for x in log_p]
@@ -73,6 +77,24 @@ def formula(name, rows, labels, examples, example_nll, k=20, **params):
         return p
     if name == "deft":
         return [x ** t["sum_sq_probs"] for x, t in zip(p, stats, strict=True)]
+    if name == "psft":
+        # d min(r, clip(r, 1 - 0.2, 1 + clip)) / d ln P(label), which is r, or 0 where the minimum is a constant
+        ratios = [math.exp(x + nll) for x, nll in zip(log_p, example_nll, strict=True)]
+        return [r if r < 1 + params.get("clip", 0.28) else 0.0 for r in ratios]
+    if name == "profit":
+        return [float(x > params.get("prob_threshold", 0.1)) for x in p]
+    if name == "mile":
+        return [(1 + t["entropy"]) ** params.get("gamma", 1.0) for t in stats]
+    if name == "ranktuner":
+        # The authors' code: their expected rank, exponent and scale
+        weights = []
+        for x, t in zip(p, stats, strict=True):
+            bits = t["entropy"] / math.log(2)
+            expected = 0.25 * 2**bits + 1 if bits >= 2 else 1 + (1 - t["first_prob"])
+            exponent = 1 / math.log2(max(expected, t["rank"]) + 1) ** 2
+            scale = max(x * expected, 1e-6) ** -exponent
+            weights.append(scale if params.get("base") == "one" else scale * x)
+        return weights
     if name == "talr":
         nlls = {e: [-x for x, other in zip(log_p, examples, strict=True) if other == e] for e in examples}
         tau = params.get("tau") or statistics.median(statistics.fmean(nll) for nll in nlls.values())
@@ -84,11 +106,12 @@ def formula(name, rows, labels, examples, example_nll, k=20, **params):
 
 def with_examples(stats, examples, example_nll):
     example_nll = torch.tensor(example_nll, dtype=stats.log_prob.dtype)
-    return replace(stats, example_ids=torch.tensor(examples), example_nll=example_nll)
+    return replace(stats, example_ids=torch.tensor(examples), example_nll=example_nll, old_log_prob=-example_nll)
 
 
 def compute(logits, labels, examples, example_nll, top_k=20):
-    return with_examples(token_statistics(logits, torch.tensor(labels), top_k), examples, example_nll)
+    stats = token_statistics(logits, torch.tensor(labels), top_k, ranked=True)
+    return with_examples(stats, examples, example_nll)
 
 
 @st.composite
@@ -107,8 +130,12 @@ def batches(draw):
 
 def close_to_a_threshold(name, params, batch):
     """Whether rounding alone may decide on which side of its threshold a token of a mask lies."""
-    if name not in ("masked", "conflict-mask"):
+    if name == "ranktuner":
+        bits = [truth(row, label, 20)["entropy"] / math.log(2) for row, label in zip(*batch[:2], strict=True)]
+        return any(abs(b - 2) < 1e-9 for b in bits)
+    if name not in ("masked", "conflict-mask", "profit", "psft"):
         return False
+    params = {**{"profit": {"prob_threshold": 0.1}, "psft": {"clip": 0.28}}.get(name, {}), **params}
     nudged = [
         formula(name, *batch, **{k: v * (1 + e) if isinstance(v, float) else v for k, v in params.items()})
         for e in (-1e-9, 1e-9)
@@ -130,7 +157,9 @@ def test_gate_is_its_formula_and_in_its_range(name, params, batch):
     # Near g = 0 a power of g magnifies its rounding; talr divides ln p by a tau that may be tiny
     assert weights.tolist() == pytest.approx(formula(name, *batch, **params), rel=1e-6, abs=1e-9)
     assert not weights.requires_grad
-    assert all(params.get("min_weight", 0.01) * (name == "talr") <= w <= 1 for w in weights.tolist())
+    least = {"talr": params.get("min_weight", 0.01), "mile": 1.0}.get(name, 0.0)
+    most = math.inf if name in ("mile", "psft") or params.get("base") == "one" else 1.0 + 1e-12
+    assert all(least <= w <= most for w in weights.tolist())
 
 
 @pytest.mark.parametrize(("name", "params"), SEEN)
@@ -152,7 +181,9 @@ def test_gate_is_its_formula_on_adversarial_logits(name, params, dtype):
 def test_weights_ignore_a_constant_and_follow_the_tokens(name, params):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(9, 30, dtype=torch.float64, generator=generator) * 3
-    labels = torch.randint(30, (9,), generator=generator).tolist()
+    labels = torch.randint(30, (9,), generator=generator)
+    labels[::3] = logits.argmax(-1)[::3]  # not all are unlikely
+    labels = labels.tolist()
     examples, base = [0, 0, 0, 1, 1, 2, 2, 2, 2], [0.3, 0.3, 0.3, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0]
     weights = gate_weights(name, compute(logits, labels, examples, base), **params)
     torch.testing.assert_close(gate_weights(name, compute(logits + 3.7, labels, examples, base), **params), weights)
@@ -166,7 +197,7 @@ def falls_never(values):
     return bool((values.diff() >= 0).all())
 
 
-@pytest.mark.parametrize("name", ["eaft", "eaft-sigmoid", "masked", "conflict-mask"])
+@pytest.mark.parametrize("name", ["eaft", "eaft-sigmoid", "masked", "conflict-mask", "mile"])
 @settings(deadline=None, max_examples=40)
 @given(scales=st.lists(st.integers(1, 200), min_size=2, max_size=20, unique=True))
 def test_weight_never_falls_as_the_entropy_rises(name, scales):
@@ -180,7 +211,7 @@ def test_weight_never_falls_as_the_entropy_rises(name, scales):
     assert falls_never(gate_weights(name, same, **GIVEN.get(name, {})))
 
 
-@pytest.mark.parametrize("name", ["dft", "asft", "deft", "talr", "conflict-mask"])
+@pytest.mark.parametrize("name", ["dft", "asft", "deft", "talr", "conflict-mask", "profit"])
 @settings(deadline=None, max_examples=40)
 @given(log_probs=st.lists(st.floats(-30, 0), min_size=2, max_size=20), spread=st.floats(0, 5))
 def test_weight_never_falls_as_the_probability_rises(name, log_probs, spread):
@@ -289,9 +320,13 @@ def test_unknown_gate_names_the_nearest_and_all():
         ("masked", {"entropy_threshold": "data"}, "expected a number or 'batch'"),
         ("masked", {"entropy_threshold": "batch", "entropy_percentile": 120}, "between 0 and 100"),
         ("conflict-mask", {"entropy_threshold": 0.1}, "needs prob_threshold"),
+        ("profit", {"prob_threshold": 1.5}, "prob_threshold must be between 0 and 1, got 1.5"),
+        ("mile", {"gamma": -0.5}, "gamma must be a number of at least 0, got -0.5"),
+        ("ranktuner", {"base": "p"}, "base='p': expected 'prob' or 'one'"),
         ("talr", {"tau": 0.0}, "tau must be a positive number or 'batch', got 0.0"),
         ("talr", {"tau": "median"}, "tau must be a positive number or 'batch'"),
         ("flow", {"tau": -1.0}, "tau must be positive"),
+        ("psft", {"clip": -0.1}, "clip must be a number of at least 0, got -0.1"),
         ("sft-kl", {"kl_coef": -0.5}, "kl_coef must be a number of at least 0"),
         ("asft", {"kl_direction": "sideways"}, "expected 'forward' or 'reverse'"),
         ("eaft", {"kl_coef": 0.5}, "takes no kl_coef"),
@@ -312,6 +347,10 @@ def test_missing_examples_are_named():
         gate_weights("talr", stats)
     with pytest.raises(ConfigurationError, match="'flow' needs example_nll"):
         gate_weights("flow", stats, tau=1.0)
+    with pytest.raises(ConfigurationError, match="'psft' needs old_log_prob"):
+        gate_weights("psft", stats)
+    with pytest.raises(ConfigurationError, match="'ranktuner' needs rank"):
+        gate_weights("ranktuner", stats)
 
 
 def test_wrong_shape_is_refused():

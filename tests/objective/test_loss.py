@@ -58,6 +58,7 @@ def test_value_and_gradient_are_the_formula(gate, params, vocab):
         gate,
         example_ids=examples,
         example_nll=example_nll.double(),
+        old_log_prob=-example_nll.double(),
         reference_logits=references,
         **params,
     )
@@ -87,6 +88,7 @@ def test_value_and_gradient_on_adversarial_logits(gate, dtype, case):
         gate,
         example_ids=torch.tensor(examples),
         example_nll=torch.tensor(example_nll, dtype=torch.float64),
+        old_log_prob=-torch.tensor(example_nll, dtype=torch.float64),
         reference_logits=reference.to(dtype).repeat(3, 1),
         **params,
     )
@@ -102,6 +104,17 @@ def test_value_and_gradient_on_adversarial_logits(gate, dtype, case):
     assert loss.item() == pytest.approx(value, rel=min(rounding, 3e-5), abs=min(rounding, 3e-5))
     for got, expected in zip(logits.grad.tolist(), gradients, strict=True):
         assert got == pytest.approx(expected, rel=rounding, abs=min(rounding, 3e-5))
+
+
+def test_gradient_of_psft_is_that_of_the_papers_loss():
+    logits = torch.randn(40, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    labels, old = torch.arange(40) % 9, torch.linspace(-5.0, -0.2, 40, dtype=torch.float64)
+    ratio = (logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1) - old).exp()
+    assert (ratio < 0.8).any()
+    assert (ratio > 1.28).any()
+    (expected,) = torch.autograd.grad(-torch.minimum(ratio, ratio.clamp(1 - 0.2, 1 + 0.28)).mean(), logits)
+    (gradient,) = torch.autograd.grad(gated_cross_entropy(logits, labels, "psft", old_log_prob=old), logits)
+    torch.testing.assert_close(gradient, expected)
 
 
 @pytest.mark.parametrize("gate", ["sft-kl", "asft"])
@@ -121,7 +134,7 @@ def test_gradient_of_an_anchor_is_the_finite_difference(gate):
 def test_a_closed_gate_shuts_out_an_infinite_nll():
     logits = torch.tensor([[0.0, -math.inf, -math.inf], [1.0, 2.0, 3.0]], requires_grad=True)
     labels = torch.tensor([1, 1])
-    for gate in ("eaft", "dft", "deft"):
+    for gate in ("eaft", "dft", "deft", "profit", "ranktuner"):
         loss = gated_cross_entropy(logits, labels, gate)
         assert loss.item() == pytest.approx(gated_cross_entropy(logits[1:], labels[1:], gate, num_items=2).item())
         (gradient,) = torch.autograd.grad(loss, logits)
@@ -135,7 +148,7 @@ def test_a_nan_is_never_hidden(gate, params):
     logits = torch.tensor([[1.0, math.nan, 0.0], [1.0, 2.0, 3.0]])
     nll, reference = torch.ones(2), torch.zeros(2, 3)
     loss = gated_cross_entropy(
-        logits, torch.tensor([1, 1]), gate, example_nll=nll, reference_logits=reference, **params
+        logits, torch.tensor([1, 1]), gate, example_nll=nll, old_log_prob=-nll, reference_logits=reference, **params
     )
     assert loss.isnan()
 
@@ -146,7 +159,9 @@ def test_what_a_gate_needs_is_asked_for():
         gated_cross_entropy(logits, labels, "asft")
     with pytest.raises(ConfigurationError, match="needs example_nll"):
         gated_cross_entropy(logits, labels, "flow", tau=1.0)
-    for gate, params in (("flow", {"tau": 1.0}), ("sft-kl", {})):
+    with pytest.raises(ConfigurationError, match="needs old_log_prob"):
+        gated_cross_entropy(logits, labels, "psft")
+    for gate, params in (("flow", {"tau": 1.0}), ("psft", {}), ("sft-kl", {})):
         with pytest.raises(ConfigurationError, match="needs the base model as well; use EAFTTrainer"):
             GatedLoss(gate, params=params)
     with pytest.raises(ConfigurationError, match="needs entropy_threshold"):
@@ -180,7 +195,8 @@ def test_ignore_index_is_honoured():
 def test_no_labelled_token_is_a_connected_zero(gate, params):
     logits = torch.randn(3, 30, requires_grad=True)
     labels, none = torch.full((3,), -100), torch.zeros(3)
-    loss = gated_cross_entropy(logits, labels, gate, example_nll=none, reference_logits=torch.randn(3, 30), **params)
+    context = {"example_nll": none, "old_log_prob": none, "reference_logits": torch.randn(3, 30)}
+    loss = gated_cross_entropy(logits, labels, gate, **context, **params)
     loss.backward()
     assert loss.item() == 0
     assert torch.equal(logits.grad, torch.zeros(3, 30))

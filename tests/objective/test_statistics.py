@@ -76,6 +76,22 @@ def test_statistics_are_the_definitions(name, dtype):
     assert stats.top_k == min(20, len(logits))
 
 
+@pytest.mark.parametrize("vocab", [2, 50, 3000])
+def test_the_expected_rank_is_at_least_its_bound(vocab):
+    """From uniform to one-hot the bound is below the sorted sum, and near it where the distribution is sharp."""
+    generator = torch.Generator().manual_seed(vocab)
+    logits = torch.linspace(0, 20, 60, dtype=torch.float64).unsqueeze(-1) * torch.randn(
+        60, vocab, dtype=torch.float64, generator=generator
+    )
+    stats = token_statistics(logits, torch.zeros(60, dtype=torch.int64), ranked=True)
+    exact = (logits.softmax(-1).sort(descending=True).values * torch.arange(1, vocab + 1)).sum(-1)
+    assert (stats.expected_rank_bound <= exact * (1 + 1e-12)).all()
+    assert (stats.expected_rank_bound >= 1).all()
+    sure = stats.first_prob > 0.99
+    assert sure.any()
+    torch.testing.assert_close(stats.expected_rank_bound[sure], exact[sure], rtol=0.02, atol=0)
+
+
 def test_log_prob_gradient_is_one_hot_minus_probabilities():
     logits = torch.randn(4, 9, dtype=torch.float64, requires_grad=True)
     logits_masked = logits.masked_fill(torch.arange(9) == 8, -math.inf)

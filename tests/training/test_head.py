@@ -60,6 +60,11 @@ FOUR_TOKENS = 4 * 264 * 4  # bytes of the float32 logits of four tokens
 # Which example each position is from: two in the first row, as if packed
 EXAMPLE_IDS = torch.tensor([[0] * 6 + [1] * 5, [2] * 11, [3] * 11])
 EXAMPLE_NLL = torch.tensor([0.2, 1.1, 0.7, 2.0])
+# Which token of the data each is: rows out of order. The base model finds 256 tokens about as likely
+TOKEN_NUMBERS = torch.arange(33).view(3, 11)[[2, 0, 1]]
+OLD_LOG_PROB = torch.linspace(-6.5, -4.5, 33)
+# On a model that knows nothing: the papers' values would shut out everything, or magnify rounding
+UNTRAINED = {"profit": {"prob_threshold": 0.003}, "mile": {"gamma": 0.1}}
 
 
 def nudged(model):
@@ -76,7 +81,7 @@ def nudged(model):
 @pytest.mark.parametrize("budget", [fused.LOGITS_BUDGET, FOUR_TOKENS])
 def test_equals_reference_on_full_logits(name, gate, budget, monkeypatch):
     monkeypatch.setattr(fused, "LOGITS_BUDGET", budget)
-    params = GIVEN.get(gate, {})
+    params = {**GIVEN, **UNTRAINED}.get(gate, {})
     ids, labels = batch()
     model = build(name).train()
     base = nudged(model).eval()
@@ -87,6 +92,7 @@ def test_equals_reference_on_full_logits(name, gate, budget, monkeypatch):
         gate,
         example_ids=EXAMPLE_IDS[:, 1:],
         example_nll=EXAMPLE_NLL[EXAMPLE_IDS][:, 1:],
+        old_log_prob=OLD_LOG_PROB[TOKEN_NUMBERS][:, 1:],
         reference_logits=base(input_ids=ids).logits[:, :-1],
         **params,
     )
@@ -99,8 +105,9 @@ def test_equals_reference_on_full_logits(name, gate, budget, monkeypatch):
     model.zero_grad()
 
     gated = GatedLMHead(model, gate, 20, params, frozen_copy(base) if GATES[gate].anchor else None)
-    gated.example_nll = EXAMPLE_NLL
-    outputs = model(input_ids=ids, labels=labels, example_ids=EXAMPLE_IDS, fused_lm_head=True)
+    gated.example_nll, gated.old_log_prob = EXAMPLE_NLL, OLD_LOG_PROB
+    numbers = {"example_ids": EXAMPLE_IDS, "token_numbers": TOKEN_NUMBERS}
+    outputs = model(input_ids=ids, labels=labels, **numbers, fused_lm_head=True)
     outputs.loss.backward()
     torch.testing.assert_close(outputs.loss, expected)
     for n, p in model.named_parameters():

@@ -14,7 +14,7 @@ from trl import SFTTrainer
 from eaft import EAFTConfig, EAFTTrainer, TokenStatistics, gated_cross_entropy, token_statistics
 from eaft.errors import ConfigurationError, NonFiniteError
 from eaft.objective.gates import GATES, missing_params
-from eaft.training.measure import MEASUREMENTS_FILE, Histogram, fingerprint
+from eaft.training.measure import MEASUREMENTS_FILE, OLD_LOG_PROB_FILE, Histogram, fingerprint
 from eaft.training.rows import ROWS
 from tests.conftest import make_model, make_rows, make_tokenizer
 from tests.training.test_trainer import build, steps, train
@@ -116,6 +116,48 @@ def test_flow_is_measured_with_the_base_model(setting, tmp_path):
     assert len(seen) == 14
 
 
+@pytest.mark.parametrize("setting", ["cut", "padding-free", "packed and split"])
+def test_psft_compares_with_the_base_model_on_the_same_rows(setting, tmp_path):
+    settings = {**SETTINGS[setting], "rows": make_examples(), "learning_rate": 2e-3, "max_steps": 2}
+    trainer = train(EAFTTrainer, tmp_path, gate="psft", **settings)
+    base, kept = make_model(), 0
+    for batch in trainer.get_train_dataloader():
+        batch.pop(ROWS)
+        trainer.model(**batch, fused_lm_head=True)
+        losses = trainer.gated_lm_head.losses
+        inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask") if name in batch}
+        labels = batch["labels"][:, 1:]
+        with torch.no_grad():
+            logits = base(**inputs, use_cache=False).logits[:, :-1]  # with a cache, packed examples see each other
+            old = token_statistics(logits[labels != -100], labels[labels != -100]).log_prob
+        ratios = (losses.statistics.log_prob - old).exp()
+        torch.testing.assert_close(losses.weights, torch.where(ratios < 1.28, ratios, 0.0), rtol=1e-4, atol=1e-5)
+        assert (losses.weights == 0).any()
+        kept += (losses.weights > 0).sum()
+    assert kept > 10
+    measured = json.loads((tmp_path / MEASUREMENTS_FILE).read_text())
+    assert measured["params"] == {}
+    # Of packed rows each document's first token has no label
+    assert 0 < measured["tokens"] < sum(map(len, trainer.train_dataset["input_ids"]))
+
+
+@pytest.mark.parametrize("setting", ["packed"])
+def test_psft_begins_as_sft(setting, tmp_path):
+    settings = {**SETTINGS[setting], "rows": make_examples(), "max_steps": 1, "gradient_accumulation_steps": 2}
+    psft, sft = (train(EAFTTrainer, tmp_path / gate, gate=gate, **settings) for gate in ("psft", "sft"))
+    assert steps(psft, "mean_gate") == pytest.approx([1.0], rel=1e-5)
+    for p, q in zip(psft.model.parameters(), sft.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+def test_resuming_psft_needs_its_file(tmp_path):
+    settings = {"gate": "psft", "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    train(EAFTTrainer, tmp_path, **settings)
+    (tmp_path / OLD_LOG_PROB_FILE).unlink()
+    with pytest.raises(ConfigurationError, match=f"{OLD_LOG_PROB_FILE} is missing"):
+        train(EAFTTrainer, tmp_path, resume=str(tmp_path / "checkpoint-2"), **settings)
+
+
 @pytest.mark.parametrize("gate", ["masked", "conflict-mask"])
 @pytest.mark.parametrize(("entropy", "divisor"), [("top-k", 20), ("exact", 20)])
 def test_thresholds_are_percentiles_of_the_data_under_the_base_model(gate, entropy, divisor, tmp_path):
@@ -201,7 +243,7 @@ def test_resumed_run_equals_uninterrupted(gate, setting, tmp_path):
     settings = {"gate": gate, "save_strategy": "steps", "save_steps": 2, "max_steps": 4, **settings}
     whole = train(EAFTTrainer, tmp_path, **settings)
     measured = tmp_path / MEASUREMENTS_FILE
-    assert measured.exists() == bool(missing_params(gate, {}))
+    assert measured.exists() == (bool(missing_params(gate, {})) or gate == "psft")
     before = measured.read_text() if measured.exists() else None
     resumed = train(EAFTTrainer, tmp_path, resume=str(tmp_path / "checkpoint-2"), **settings)
     assert steps(resumed) == steps(whole)
@@ -301,7 +343,7 @@ def stream():
     yield from make_rows()
 
 
-@pytest.mark.parametrize("gate", ["flow", "talr", "masked"])
+@pytest.mark.parametrize("gate", ["flow", "talr", "masked", "psft"])
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

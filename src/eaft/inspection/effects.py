@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eaft.inspection.folder import DATA
-from eaft.inspection.labelled import Examples, Labelled, Vocabulary, with_examples
+from eaft.inspection.labelled import Examples, Labelled, Vocabulary, weighed_gates, with_examples
 from eaft.inspection.removed import Removed
-from eaft.objective.gates import GATES, gate_weights, normalized_entropy
+from eaft.objective.gates import GATES, gate_weights, is_of_data, normalized_entropy
 from eaft.training.measure import MEASURED, Histogram
 
 Numbers = dict[str, Any]
@@ -49,9 +49,9 @@ class Measured:
 
 
 def complete(gate: str, measured: dict[str, float]) -> Numbers:
-    """Return all parameters of a gate: its defaults, and what was measured; a `batch`'s tau is that of the data."""
+    """Return all parameters of a gate: its defaults, and what is of the data."""
     defaults = GATES[gate].params
-    return {**defaults, **{name: measured[name] for name in MEASURED if name in defaults}}
+    return {**defaults, **{name: measured[name] for name in MEASURED if is_of_data(defaults.get(name))}}
 
 
 def weights(gate: str, params: Numbers, tokens: Labelled, example_nll: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -61,12 +61,12 @@ def weights(gate: str, params: Numbers, tokens: Labelled, example_nll: NDArray[n
 
 
 class Effects:
-    """Sums over the data of what each registered gate removes, by source."""
+    """Sums over the data of what each gate removes, by source."""
 
     def __init__(self, examples: Examples, vocabulary: Vocabulary, measured: dict[str, float]) -> None:
         self.examples, self.vocabulary = examples, vocabulary
-        self.params = {gate: complete(gate, measured) for gate in GATES}
-        self.removed = {gate: Removed(len(examples.sources), vocabulary.size) for gate in GATES}
+        self.params = {gate: complete(gate, measured) for gate in weighed_gates()}
+        self.removed = {gate: Removed(len(examples.sources), vocabulary.size) for gate in self.params}
 
     def add(self, tokens: Labelled) -> None:
         """Add tokens of the data."""

@@ -185,6 +185,7 @@ def gates(summary: Numbers) -> Figure:
     )
     axis.invert_yaxis()
     axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_xlim(left=max(axis.get_xlim()[0], -100))  # a gate that adds much would leave the others no room
     axis.set_xlabel("removed, per cent (below 0: added)")
     axis.legend(frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
     return figure

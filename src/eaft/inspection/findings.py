@@ -138,9 +138,9 @@ def select(tokens: Labelled, keep: NDArray[np.bool_]) -> Labelled:
     if keep.all():
         return tokens
     stats, kept = tokens.stats, torch.from_numpy(keep)
-    names = ("log_prob", "entropy", "top_k_entropy", "sum_sq_probs", "is_top1")
+    columns: Numbers = {name: value[kept] for name, value in vars(stats).items() if isinstance(value, torch.Tensor)}
     return Labelled(
-        replace(stats, **{name: getattr(stats, name)[kept] for name in names}),
+        replace(stats, **columns),
         tokens.example[keep],
         tokens.token_id[keep],
         tokens.first_choice[keep],

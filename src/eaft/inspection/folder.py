@@ -165,4 +165,6 @@ class Inspection:
             sum_sq_probs=column("sum_sq_probs"),
             is_top1=column("rank") == 1,
             top_k=self.top_k,
+            first_prob=column("first_prob"),
+            rank=column("rank"),
         )

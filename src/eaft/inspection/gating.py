@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from eaft.errors import EAFTError
+from eaft.inspection.labelled import weighed_gates
 from eaft.inspection.removed import Removed
 from eaft.inspection.selection import RequestError, one_of
-from eaft.objective.gates import GATES, check_gate, gate_weights
+from eaft.objective.gates import check_gate, gate_weights, is_of_data
 from eaft.objective.statistics import TokenStatistics
 
 Answer = dict[str, Any]
@@ -26,6 +27,8 @@ SLIDERS: dict[str, Answer] = {
     "entropy_threshold": {"default": 0.15, "min": 0.0, "max": 1.0, "step": 0.001},
     "prob_threshold": {"default": 0.15, "min": 0.0, "max": 1.0, "step": 0.001},
     "tau": {"default": 1.0, "min": 0.01, "max": 10.0, "step": 0.01},
+    "gamma": {"default": 1.0, "min": 0.0, "max": 4.0, "step": 0.1},
+    "base": {"default": "prob", "choices": ["prob", "one"]},
     "min_weight": {"default": 0.01, "min": 0.0, "max": 1.0, "step": 0.01},
     "entropy": {"default": "top-k", "choices": ["top-k", "exact"]},
 }
@@ -39,21 +42,21 @@ def sliders(measured: dict[str, float]) -> list[Answer]:
         measured: parameters as they are measured on this data. A `batch`'s, which a page has none of, are among them.
     """
     found = []
-    for name, gate in GATES.items():
+    for name, gate in weighed_gates().items():
         params = []
         for param, default in gate.params.items():
             if slider := SLIDERS.get(param):
-                own = default if isinstance(default, type(slider["default"])) else slider["default"]
                 whole = {"name": param, "choices": None, "min": None, "max": None, "step": None, **slider}
-                params.append({**whole, "default": measured.get(param, own)})
-        needs = any(param["name"] in measured for param in params)
+                start = measured.get(param, slider["default"]) if is_of_data(default) else default
+                params.append({**whole, "default": start})
+        needs = any(param["name"] in measured and is_of_data(gate.params[param["name"]]) for param in params)
         found.append({"name": name, "help": gate.help, "params": params, "measured": needs})
     return found
 
 
 def parameters(gate: str, given: Answer, measured: dict[str, float]) -> Answer:
     """Return a gate's parameters: those given, checked, the others as its sliders begin; raises `RequestError`."""
-    one_of("gate", gate, GATES)
+    one_of("gate", gate, weighed_gates())
     starts = next(found for found in sliders(measured) if found["name"] == gate)["params"]
     params = {param["name"]: param["default"] for param in starts} | given
     for name, value in params.items():

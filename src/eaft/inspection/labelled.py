@@ -15,9 +15,15 @@ from numpy.typing import NDArray
 
 from eaft.errors import ConfigurationError
 from eaft.inspection.folder import BASE, DATA, ROLLOUTS, STATISTICS, VOCABULARY_FILE, Inspection
+from eaft.objective.gates import GATES, Gate
 from eaft.objective.statistics import TokenStatistics
 
 ORIGINS = (DATA, ROLLOUTS)
+
+
+def weighed_gates() -> dict[str, Gate]:
+    """Return the gates that an inspection can show; not `psft`, whose weights under the base model itself are 1."""
+    return {name: gate for name, gate in GATES.items() if not gate.needs_old_log_prob}
 
 
 @dataclass(frozen=True)

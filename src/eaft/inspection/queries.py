@@ -276,7 +276,7 @@ class Queries:
         table = self.tokens(selection)
         count = self.rows(f"SELECT count(*) AS n FROM {table} WHERE {where}", values, selection)[0]["n"]
         draw = DRAWS if count <= GATE_TOKENS else math.ceil(DRAWS * GATE_TOKENS / count)
-        columns = [n for n in STATISTICS_NAMES if n not in ("first_choice", "first_prob")]
+        columns = [name for name in STATISTICS_NAMES if name != "first_choice"]
         others = ["example", "token_id", "source", "grad_norm", "entropy_bin", "prob_bin"]
         sampled = f" AND draw < {draw}" if draw < DRAWS else ""
         sql = f"SELECT {', '.join(columns + others)} FROM {table} WHERE {where}{sampled}"

@@ -17,8 +17,7 @@ from eaft.evaluation.report import save, table
 from eaft.inspection.advice import percent, shown
 from eaft.inspection.figures import CAPTIONS, draw, svg
 from eaft.inspection.folder import BASE, DATA, REPORT_FILE, ROLLOUTS, SUMMARY_FILE, Inspection
-from eaft.inspection.labelled import Vocabulary
-from eaft.objective.gates import GATES
+from eaft.inspection.labelled import Vocabulary, weighed_gates
 
 Numbers = dict[str, Any]
 FIRST_EXAMPLES, EXAMPLE_TOKENS = 8, 400  # shown in the report
@@ -31,7 +30,7 @@ def write(inspection: Inspection) -> None:
     folder.mkdir(exist_ok=True)
     pictures = {}
     gate = inspection.run["config"].get("gate")
-    gate = gate if gate in GATES and gate != "sft" else "eaft"
+    gate = gate if gate in weighed_gates() and gate != "sft" else "eaft"
     for name, figure in draw(inspection, inspection.summary, gate).items():
         pictures[name] = Markup(svg(figure, name))
         save(figure, folder / f"{name}.png")

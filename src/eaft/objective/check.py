@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from eaft.objective.fused import Reference, linear_gated_cross_entropy
-from eaft.objective.gates import GATES, gate_weights, get_anchor, missing_params, normalized_entropy
+from eaft.objective.gates import GATES, gate_weights, get_anchor, get_gate, missing_params, normalized_entropy
 from eaft.objective.loss import example_ids_by_row, loss_terms
 from eaft.objective.statistics import TokenStatistics, token_statistics
 
@@ -73,6 +73,7 @@ class Problem:
     labels: Tensor
     example_nll: Tensor
     reference_hidden: Tensor
+    old_log_prob: Tensor | None = None  # of the base model; `specified` fills it in
 
 
 def make_problem(case: Case, tokens: int, device: torch.device, dtype: torch.dtype) -> Problem:
@@ -110,13 +111,18 @@ def specified(problem: Problem, case: Case, gate: str, dtype: torch.dtype, param
     found, margins = [], []
     for rows in chunks:
         logits = logits_of(hidden[rows] @ weight.T)
-        found.append(token_statistics(logits, labels[rows]))
+        found.append(token_statistics(logits, labels[rows], ranked=get_gate(gate).needs_rank))
         margins.append(logits.topk(2).values.diff(dim=-1).abs().squeeze(-1) / logits.abs().amax(-1))
     stats = replace(
         TokenStatistics.cat(found),
         example_ids=example_ids_by_row(problem.labels)[labelled],
         example_nll=problem.example_nll[labelled].to(found[0].log_prob.dtype),
     )
+    if problem.old_log_prob is None:  # from half to twice what it is now, so that some ratios are clipped
+        problem.old_log_prob = torch.zeros_like(labelled, dtype=stats.log_prob.dtype)
+        apart = torch.linspace(-0.7, 0.7, len(labels), device=labels.device)
+        problem.old_log_prob[labelled] = stats.log_prob + apart
+    stats = replace(stats, old_log_prob=problem.old_log_prob[labelled].to(stats.log_prob.dtype))
     for name in missing_params(gate, params):
         params[name] = REQUIRED[name](stats)
     weights, anchor = gate_weights(gate, stats, **params), get_anchor(gate, **params)
@@ -162,6 +168,7 @@ def fused(
         problem.labels,
         gate,
         example_nll=problem.example_nll,
+        old_log_prob=problem.old_log_prob,
         reference=None if anchor is None else Reference(problem.reference_hidden, problem.weight),
         logit_scale=case.logit_scale,
         softcap=case.softcap,

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from eaft.objective.gates import Anchor
@@ -22,23 +21,6 @@ class LogitTransform:
 
     logit_scale: float = 1.0
     softcap: float | None = None
-
-
-def label_ranks(projection: Tensor, labels: Tensor, transform: LogitTransform, memory: Tensor | None = None) -> Tensor:
-    """
-    Return 1 + how many logits are above the label's, `[n]` int64.
-
-    Args:
-        projection: `[n, V]`, which has the logits' order.
-        labels: `[n]`.
-        transform: what makes logits of it; a scale below 0 turns the order round.
-        memory: `[n, V]`, at least float32, to be overwritten: a CPU compares and counts floats fastest.
-    """
-    if memory is not None:
-        projection = memory.copy_(projection)
-    own = projection.gather(-1, labels.unsqueeze(-1))
-    compare = torch.gt if transform.logit_scale >= 0 else torch.lt
-    return 1 + compare(projection, own, out=memory).sum(-1).long()
 
 
 class Scores(Protocol):
@@ -63,11 +45,14 @@ class Backend(Protocol):
     def block_rows(self, projection: Tensor) -> int:
         """Return how many rows of a projection the other doors take at a time."""
 
-    def score(self, projection: Tensor, labels: Tensor, top_k: int, transform: LogitTransform) -> Any:
-        """Return the `Scores` of a projection `[n, V]` with labels `[n]`, all in `[0, V)`; it stays as it is."""
+    def score(
+        self, projection: Tensor, labels: Tensor, top_k: int, transform: LogitTransform, ranked: bool = False
+    ) -> Any:
+        """
+        Return the `Scores` of a projection `[n, V]` with labels `[n]`, all in `[0, V)`; it stays as it is.
 
-    def rank(self, projection: Tensor, labels: Tensor, scores: Any, transform: LogitTransform) -> TokenStatistics:
-        """Return the statistics of `score`, with the first choice, its probability and the label's rank."""
+        With `ranked` also the first choice, its probability and the label's rank, at no further read of main memory.
+        """
 
     def diverge(
         self, projection: Tensor, reference_projection: Tensor, scores: Any, anchor: Anchor, transform: LogitTransform

@@ -81,6 +81,7 @@ def linear_gated_cross_entropy(
     softcap: float | None = None,
     example_ids: Tensor | None = None,
     example_nll: Tensor | None = None,
+    old_log_prob: Tensor | None = None,
     reference: Reference | None = None,
     logits_budget: int | None = None,
     backend: str | None = None,
@@ -104,6 +105,7 @@ def linear_gated_cross_entropy(
         softcap: c of c * tanh(logits / c), applied after the scale; None for none.
         example_ids: as in `gated_cross_entropy`.
         example_nll: as in `gated_cross_entropy`.
+        old_log_prob: as in `gated_cross_entropy`.
         reference: for a gate with a KL term; the same scale and softcap apply.
         logits_budget: bytes of logits alive at a time, which caps the chunks; default 256 MiB, on a GPU a 16th of its
             memory. The last chunk is held until the backward pass. A KL term takes as much again for the reference.
@@ -136,18 +138,21 @@ def linear_gated_cross_entropy(
 
     example_ids = labelled(example_ids)
     example_nll = None if example_nll is None else labelled(example_nll)
+    old_log_prob = None if old_log_prob is None else labelled(old_log_prob)
 
-    def with_examples(stats: TokenStatistics, rows: slice) -> TokenStatistics:
+    def with_context(stats: TokenStatistics, rows: slice) -> TokenStatistics:
         nll = None if example_nll is None else example_nll[rows]
-        return replace(stats, example_ids=example_ids[rows], example_nll=nll)
+        old = None if old_log_prob is None else old_log_prob[rows]
+        return replace(stats, example_ids=example_ids[rows], example_nll=nll, old_log_prob=old)
 
     def weigh(stats: TokenStatistics, rows: slice) -> Tensor:
-        return gate_weights(found, with_examples(stats, rows), **params)
+        return gate_weights(found, with_context(stats, rows), **params)
 
     spec = LossSpec(
         labels=labelled(labels),
         weigh=weigh,
         per_token=is_per_token(found, params),
+        ranked=found.needs_rank,
         anchor=anchor,
         reference=replace(reference, hidden=labelled(reference.hidden)) if anchor and reference else None,
         transform=LogitTransform(logit_scale, softcap),
@@ -161,7 +166,7 @@ def linear_gated_cross_entropy(
     loss = loss / (count.to(loss.device).clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
     if not return_losses:
         return loss
-    return loss, replace(losses, statistics=with_examples(losses.statistics, slice(None)))
+    return loss, replace(losses, statistics=with_context(losses.statistics, slice(None)))
 
 
 @torch.no_grad()
@@ -204,8 +209,7 @@ def linear_token_statistics(
         for rows in chunks:
             projection = project(rows)
             for block, of_all in blocks(projection, rows, doors):
-                scores = doors.score(projection[block], labels[of_all], top_k, transform)
-                found.append(doors.rank(projection[block], labels[of_all], scores, transform))
+                found.append(doors.score(projection[block], labels[of_all], top_k, transform, True).statistics)
     return TokenStatistics.cat(found)
 
 
@@ -262,6 +266,7 @@ class LossSpec:
     labels: Tensor  # [N], all to be scored
     weigh: Weigh  # statistics of some rows, and which -> their weights
     per_token: bool  # a chunk can be weighed before the next is seen
+    ranked: bool  # the gate needs ranks
     anchor: Anchor | None
     reference: Reference | None
     transform: LogitTransform
@@ -378,7 +383,9 @@ def score(projection: Tensor, rows: slice, spec: LossSpec) -> TokenStatistics:
     """Return the statistics of a chunk."""
     return TokenStatistics.cat(
         [
-            spec.backend.score(projection[block], spec.labels[of_all], spec.top_k, spec.transform).statistics
+            spec.backend.score(
+                projection[block], spec.labels[of_all], spec.top_k, spec.transform, spec.ranked
+            ).statistics
             for block, of_all in blocks(projection, rows, spec.backend)
         ]
     )
@@ -396,7 +403,7 @@ def weigh_and_differentiate_(
     backend, anchor, losses = spec.backend, spec.anchor, []
     for block, of_all in blocks(projection, rows, backend):
         labels = spec.labels[of_all]
-        scores = backend.score(projection[block], labels, spec.top_k, spec.transform)
+        scores = backend.score(projection[block], labels, spec.top_k, spec.transform, spec.ranked)
         weights = weigh(scores.statistics, of_all)
         divergence = None
         if anchor is not None and reference_projection is not None:

@@ -72,6 +72,8 @@ class Gate:
     per_token: bool = False  # a token's weight depends on no other token, so a chunk of them can be weighed by itself
     needs_examples: bool = False  # `stats.example_ids`: which example each token is from
     needs_example_nll: bool = False  # `stats.example_nll`: the base model's mean nll of that example
+    needs_old_log_prob: bool = False  # `stats.old_log_prob`: ln P(label) under the base model
+    needs_rank: bool = False  # `stats.rank` and `stats.first_prob`
     anchor: Anchor | None = None  # a reference model
 
     @property
@@ -207,6 +209,56 @@ def deft(stats: TokenStatistics) -> Tensor:
     return (stats.sum_sq_probs * stats.log_prob).exp()
 
 
+@register("profit", per_token=True)
+def profit(stats: TokenStatistics, prob_threshold: float = 0.1) -> Tensor:
+    """
+    Weight 1 if P(label) > prob_threshold, else 0: unlikely labels are not learnt (arXiv:2601.09195).
+
+    The authors' default; their code keeps a P(label) that equals the threshold, too. As there the loss is divided by
+    the number of all response tokens.
+    """
+    if not 0 <= prob_threshold <= 1:
+        raise ValueError(f"prob_threshold must be between 0 and 1, got {prob_threshold}.")
+    return (stats.prob > prob_threshold).to(stats.prob.dtype)
+
+
+@register("mile", per_token=True)
+def mile(stats: TokenStatistics, gamma: float = 1.0) -> Tensor:
+    """
+    Weight (1 + H)^gamma, H = entropy in nats: learn more where the model is uncertain (MiLe, arXiv:2310.19531).
+
+    Never below 1, so the loss is larger than the cross-entropy. The authors' code divides by the mean of the weights
+    over all positions of the batch, prompts and padding too; their entropy is detached, as ours, and takes no
+    probability as less than 1e-8.
+    """
+    if not (math.isfinite(gamma) and gamma >= 0):
+        raise ValueError(f"gamma must be a number of at least 0, got {gamma}.")
+    return (1 + stats.entropy) ** gamma
+
+
+@register("ranktuner", per_token=True, needs_rank=True)
+def ranktuner(stats: TokenStatistics, base: str = "prob") -> Tensor:
+    """
+    Weight w (P(label) E)^-K, K = 1 / log2(1 + max(R, E))^2: learn what ranks low for its entropy (arXiv:2602.01745).
+
+    R is the label's rank and E a bound on the rank to expect (`expected_rank_bound`). w is P(label), the paper's choice
+    for mathematics and the authors' code, or with `base="one"` 1, the paper's choice for other data.
+
+    The paper's Relative Scale is 2^(f(E[R]) - f(R)), f(x) = 1 / log2(1 + x), for which the vocabulary must be sorted.
+    Its authors train, as we do, with a closed form of it that has bounds in their places: E for the expected rank E[R],
+    1 / P(label) for R. Where the model is sure of another token, that is much the larger of the two. As in their code
+    P(label) E counts as at least 1e-6; there R counts also the other tokens that are as likely as the label.
+    """
+    if base not in ("prob", "one"):
+        raise ValueError(f"base={base!r}: expected 'prob' or 'one'.")
+    if stats.rank is None:
+        raise ConfigurationError("gate='ranktuner' needs rank: ask for ranked=True.")
+    expected = stats.expected_rank_bound
+    exponent = torch.maximum(expected, stats.rank.to(expected.dtype)).add(1).log2() ** -2
+    scale = (stats.prob * expected).clamp(min=1e-6) ** -exponent
+    return scale * stats.prob if base == "prob" else scale
+
+
 @register("talr", per_token=True, needs_examples=True)
 def talr(stats: TokenStatistics, tau: float | str = "batch", min_weight: float = 0.01) -> Tensor:
     """
@@ -233,6 +285,26 @@ def flow(stats: TokenStatistics, tau: float) -> Tensor:
     if stats.example_nll is None:
         raise ConfigurationError("gate='flow' needs example_nll: the base model's mean nll of each token's example.")
     return (-stats.example_nll / tau).exp()
+
+
+@register("psft", per_token=True, needs_old_log_prob=True)
+def psft(stats: TokenStatistics, clip: float = 0.28) -> Tensor:
+    """
+    Weight r = P(label) / P_base(label) if r <= 1 + clip, else 0: no label moves far from the base (arXiv:2508.17784).
+
+    The gradient of the paper's loss -min(r, clip(r, 1 - clip_low, 1 + clip)), whose value is another; clip_low does
+    not matter, since below 1 - clip_low the minimum is r. The default is the authors' upper clip.
+
+    The trainer measures P_base of each token once before training. The authors measure it anew for every batch, of 64
+    examples, which they then go over in 8 optimizer steps: theirs bounds how far a label moves in 8 steps, and ours in
+    all of training.
+    """
+    if not (math.isfinite(clip) and clip >= 0):
+        raise ValueError(f"clip must be a number of at least 0, got {clip}.")
+    if stats.old_log_prob is None:
+        raise ConfigurationError("gate='psft' needs old_log_prob: ln P(label) of each token under the base model.")
+    ratio = (stats.log_prob - stats.old_log_prob).exp()
+    return torch.where(ratio <= 1 + clip, ratio, 0.0)
 
 
 @register("sft-kl", per_token=True, anchor=Anchor(0.5, "reverse"))
@@ -306,6 +378,11 @@ def is_per_token(gate: GateLike, params: dict[str, Any]) -> bool:
     return found.per_token and "batch" not in {**found.params, **params}.values()
 
 
+def is_of_data(default: Any) -> bool:
+    """Return whether a parameter with this default is found from the data: it has none, or `batch`."""
+    return default is inspect.Parameter.empty or default == "batch"
+
+
 def missing_params(gate: GateLike, params: Iterable[str]) -> list[str]:
     """Return the parameters that have no default and are not among `params`."""
     defaults = get_gate(gate).params
@@ -336,9 +413,10 @@ def check_gate(gate: GateLike, params: dict[str, Any], measured: Iterable[str] =
             f"gate={gate!r} needs {', '.join(lacking)}: give a value. (EAFTTrainer measures thresholds and tau itself.)"
         )
     stats = replace(
-        token_statistics(torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64)),
+        token_statistics(torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64), ranked=found.needs_rank),
         example_ids=torch.arange(2),
         example_nll=torch.ones(2),
+        old_log_prob=torch.full((2,), -1.5),
     )
     try:
         weights = gate_weights(found, stats, **params, **dict.fromkeys(missing, 0.5))

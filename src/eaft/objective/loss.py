@@ -38,6 +38,7 @@ def gated_cross_entropy(
     *,
     example_ids: Tensor | None = None,
     example_nll: Tensor | None = None,
+    old_log_prob: Tensor | None = None,
     reference_logits: Tensor | None = None,
     **params: Any,
 ) -> Tensor:
@@ -55,6 +56,7 @@ def gated_cross_entropy(
         example_ids: int64, the labels' shape: which example each token is from (`talr`). Default: the row of `[B, S]`
             labels; one example for `[N]`.
         example_nll: the labels' shape: the base model's mean nll, in nats, of each token's example (`flow`).
+        old_log_prob: the labels' shape: the base model's ln P(label) (`psft`).
         reference_logits: the logits' shape: the base model's logits, without gradient (`sft-kl`, `asft`).
         params: what the gate takes, e.g. `alpha=2.0` for `eaft`.
 
@@ -65,23 +67,24 @@ def gated_cross_entropy(
     Raises:
         ConfigurationError: unknown gate, a parameter it does not take or refuses, or something it needs is missing.
     """
-    gate, anchor = check_gate(gate, params), get_anchor(gate, **params)
+    found, anchor = check_gate(gate, params), get_anchor(gate, **params)
     labelled = labels != ignore_index
     if example_ids is None:
         example_ids = example_ids_by_row(labels)
     # Cast once, so that the gradients of both terms are added in float32
     logits = logits[labelled].to(torch.promote_types(logits.dtype, torch.float32))
     stats = replace(
-        token_statistics(logits, labels[labelled], top_k),
+        token_statistics(logits, labels[labelled], top_k, ranked=found.needs_rank),
         example_ids=example_ids[labelled],
         example_nll=None if example_nll is None else example_nll[labelled],
+        old_log_prob=None if old_log_prob is None else old_log_prob[labelled],
     )
     kl = None
     if anchor is not None:
         if reference_logits is None:
             raise ConfigurationError(f"gate={gate!r} needs reference_logits, the base model's.")
         kl = anchor.kl(logits.log_softmax(-1), reference_logits[labelled].detach().to(logits.dtype).log_softmax(-1))
-    loss = loss_terms(stats, gate_weights(gate, stats, **params), kl, anchor).sum()
+    loss = loss_terms(stats, gate_weights(found, stats, **params), kl, anchor).sum()
     num_items = labelled.sum() if num_items is None else torch.as_tensor(num_items, device=loss.device)
     return loss / num_items.clamp(min=1)
 
@@ -112,7 +115,7 @@ class GatedLoss:
 
     def __post_init__(self) -> None:
         gate = check_gate(self.gate, self.params)
-        if gate.anchor is not None or gate.needs_example_nll:
+        if gate.anchor is not None or gate.needs_example_nll or gate.needs_old_log_prob:
             raise ConfigurationError(f"gate={self.gate!r} needs the base model as well; use EAFTTrainer.")
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: int | Tensor | None = None) -> Tensor:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from eaft.errors import ConfigurationError
 
 # A confident conflict: the model is sure (low entropy) of something else than the label (low probability).
 CONFLICT_MAX_ENTROPY = 0.5  # nats
@@ -32,7 +35,8 @@ class TokenStatistics:
     # What a distribution does not tell, for the gates that need it
     example_ids: Tensor | None = None  # int64: which example each token is from
     example_nll: Tensor | None = None  # mean nll of that example under the base model, in nats
-    # What no gate needs, where it is asked for
+    old_log_prob: Tensor | None = None  # ln P(label) under the base model
+    # Where they are asked for
     first_choice: Tensor | None = None  # int64: the most likely token (of equals, any)
     first_prob: Tensor | None = None  # its probability
     rank: Tensor | None = None  # int64: 1 + how many tokens are more likely than the label
@@ -59,6 +63,20 @@ class TokenStatistics:
         others = -torch.expm1(self.log_prob.detach())
         squares = (self.sum_sq_probs - self.prob.detach().square()).clamp(min=0).minimum(others.square())
         return (others.square() + squares).sqrt()
+
+    @property
+    def expected_rank_bound(self) -> Tensor:
+        """
+        A lower bound on the rank a token drawn from the distribution has on average, sum_k k p_(k) with p_(k) falling.
+
+        2^H / 4 + 1 where H is at least 2 bits (Massey, "Guessing and entropy", 1994), else 2 - p_(1), which counts all
+        others as second. The sum itself needs the vocabulary sorted: of 49,152 tokens that takes torch 4 ms on one
+        thread, as much as the loss's three products with hidden states of 576. Needs `first_prob`.
+        """
+        if self.first_prob is None:
+            raise ConfigurationError("The expected rank needs first_prob: ask for ranked=True.")
+        # 2^(H in bits) = e^(H in nats)
+        return torch.where(self.entropy >= 2 * math.log(2), self.entropy.exp() / 4 + 1, 2 - self.first_prob)
 
     def detach(self) -> TokenStatistics:
         """Return the same statistics without any gradient."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from eaft.objective.chunk import LogitTransform, label_ranks
+from eaft.objective.chunk import LogitTransform
 from eaft.objective.gates import Anchor
 from eaft.objective.statistics import TokenStatistics, entropy_from_log_probs
 
@@ -24,7 +24,6 @@ class Scores:
     exps: Tensor  # [n, V]: exp(logit - the row's largest)
     total: Tensor  # [n, 1]: their sum
     top: Tensor  # [n, 1]: the largest logit
-    first: Tensor  # [n, 1]: whose it is
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,9 @@ class TorchBackend:
         itemsize = torch.promote_types(projection.dtype, torch.float32).itemsize
         return max(1, budget // (2 * projection.shape[1] * itemsize))
 
-    def score(self, projection: Tensor, labels: Tensor, top_k: int, transform: LogitTransform) -> Scores:
+    def score(
+        self, projection: Tensor, labels: Tensor, top_k: int, transform: LogitTransform, ranked: bool = False
+    ) -> Scores:
         """See `chunk.Backend.score`."""
         labels = labels.unsqueeze(-1)
         shifted_memory, exps_memory = self.scratch_like(projection)
@@ -73,16 +74,14 @@ class TorchBackend:
             is_top1=(first == labels).squeeze(-1),
             top_k=top_k,
         )
-        return Scores(statistics, exps, total, top, first)
-
-    def rank(self, projection: Tensor, labels: Tensor, scores: Scores, transform: LogitTransform) -> TokenStatistics:
-        """See `chunk.Backend.rank`."""
-        return replace(
-            scores.statistics,
-            first_choice=scores.first.squeeze(-1),
-            first_prob=scores.total.reciprocal().squeeze(-1),
-            rank=label_ranks(projection, labels, transform, self.scratch_like(projection)[0]),
-        )
+        if ranked:
+            statistics = replace(
+                statistics,
+                first_choice=first.squeeze(-1),
+                first_prob=total.reciprocal().squeeze(-1),
+                rank=label_ranks(projection, labels, transform, shifted_memory),
+            )
+        return Scores(statistics, exps, total, top)
 
     def diverge(
         self,
@@ -160,6 +159,22 @@ def find_largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     first = columns.gather(-1, values.argmax(-1, keepdim=True))
     _, values = read(maxima.topk(min(k, maxima.shape[-1]), sorted=False).indices)
     return top, first, values.topk(k, sorted=False).values
+
+
+def label_ranks(projection: Tensor, labels: Tensor, transform: LogitTransform, memory: Tensor) -> Tensor:
+    """
+    Return 1 + how many logits are above the label's, `[n]` int64.
+
+    Args:
+        projection: `[n, V]`, which has the logits' order.
+        labels: `[n, 1]`.
+        transform: what makes logits of it; a scale below 0 turns the order round.
+        memory: `[n, V]`, at least float32, to be overwritten: a CPU compares and counts floats fastest.
+    """
+    projection = memory.copy_(projection)
+    own = projection.gather(-1, labels)
+    compare = torch.gt if transform.logit_scale >= 0 else torch.lt
+    return 1 + compare(projection, own, out=memory).sum(-1).long()
 
 
 def make_logits(projection: Tensor, transform: LogitTransform, memory: Tensor) -> Tensor:

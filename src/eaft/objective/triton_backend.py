@@ -9,14 +9,14 @@ that nothing crosses lanes before the row's end.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from eaft.objective.chunk import LogitTransform, label_ranks
+from eaft.objective.chunk import LogitTransform
 from eaft.objective.gates import Anchor
 from eaft.objective.statistics import TokenStatistics, entropy_from_log_probs
 
@@ -153,6 +153,8 @@ def score_kernel(
     top_k_entropy_ptr,
     sum_sq_probs_ptr,
     is_top1_ptr,
+    first_choice_ptr,
+    rank_ptr,
     n_columns,
     width,
     logit_scale,
@@ -161,6 +163,7 @@ def score_kernel(
     HAS_SOFTCAP: tl.constexpr,
     TOP_K: tl.constexpr,  # 0: not asked for
     TOP_K_POWER: tl.constexpr,  # at least TOP_K, a power of 2
+    RANKED: tl.constexpr,  # also the first choice, and the label's rank
     N_BLOCKS: tl.constexpr,  # at least n_columns / BLOCK, a power of 2
     SHORT_KEYS: tl.constexpr,  # logits are what is in memory, of 16 bits, and there are at most 2^16 groups
     BLOCK: tl.constexpr,
@@ -179,6 +182,13 @@ def score_kernel(
         tl.zeros((LANES,), tl.float32),
         tl.zeros((LANES,), tl.float32),
     )
+    label = tl.load(labels_ptr + row).to(tl.int32)
+    # A label that is none is never hidden: its nll is NaN
+    known = (label >= 0) & (label < n_columns)
+    label_logit = tl.load(projection_row + label, mask=known, other=0.0)
+    label_logit = to_logits(label_logit, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+    label_logit = tl.where(known, label_logit, float("nan"))
+    above = tl.zeros((LANES,), tl.int32)  # logits that are above the label's
     full_blocks = n_columns // BLOCK
     for block in tl.range(full_blocks, num_stages=2):  # the next block is on its way meanwhile
         x = tl.load(projection_row + block * BLOCK + columns)
@@ -186,6 +196,8 @@ def score_kernel(
         biggest = lane_max(z)
         if TOP_K > 0:
             tl.store(groups_row + block * LANES + lane, biggest)
+        if RANKED:
+            above += lane_sum((z > label_logit).to(tl.int32))
         first_block = tl.where(biggest > lane_top, block, first_block)
         lane_top, total, weighted, squares = add_block(z, biggest, lane_top, total, weighted, squares)
     if full_blocks * BLOCK < n_columns:  # the last block is cut off
@@ -202,6 +214,8 @@ def score_kernel(
         biggest = lane_max(z)
         if TOP_K > 0:
             tl.store(groups_row + full_blocks * LANES + lane, biggest)
+        if RANKED:
+            above += lane_sum((z > label_logit).to(tl.int32))
         first_block = tl.where(biggest > lane_top, full_blocks, first_block)
         lane_top, total, weighted, squares = add_block(z, biggest, lane_top, total, weighted, squares)
 
@@ -212,12 +226,6 @@ def score_kernel(
     total = tl.sum(scale * total, axis=0)
     squares = tl.sum(scale * scale * squares, axis=0)
     log_total = tl.log(total)
-    label = tl.load(labels_ptr + row).to(tl.int32)
-    # A label that is none is never hidden: its nll is NaN
-    known = (label >= 0) & (label < n_columns)
-    label_logit = tl.load(projection_row + label, mask=known, other=0.0)
-    label_logit = to_logits(label_logit, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
-    label_logit = tl.where(known, label_logit, float("nan"))
     tl.store(top_ptr + row, top)
     tl.store(log_total_ptr + row, log_total)
     tl.store(log_prob_ptr + row, label_logit - top - log_total)
@@ -227,13 +235,16 @@ def score_kernel(
     # The first of equals lies in the first block that has one
     block = tl.min(tl.where(lane_top == top, first_block, N_BLOCKS), axis=0)
     is_top1 = label_logit == top
-    if is_top1:
+    if is_top1 | RANKED:
         columns_of_first = block * BLOCK + columns
         z = load_logits(
             projection_row, columns_of_first, n_columns, width, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP
         )
         earliest = tl.min(tl.ravel(tl.where(z == top, columns_of_first, n_columns)), axis=0)
         is_top1 = earliest == label
+        if RANKED:
+            tl.store(first_choice_ptr + row, tl.minimum(earliest, n_columns - 1))  # no NaN is the largest
+            tl.store(rank_ptr + row, 1 + tl.sum(above, axis=0))
     tl.store(is_top1_ptr + row, is_top1.to(tl.int8))
 
     # The K largest logits lie in the K lanes with the largest maxima, and there in the K groups with the largest: if
@@ -414,7 +425,7 @@ def block_rows(projection: Tensor) -> int:
     return min(max(1, len(projection)), 65535)
 
 
-def score(projection: Tensor, labels: Tensor, top_k: int, transform: LogitTransform) -> Scores:
+def score(projection: Tensor, labels: Tensor, top_k: int, transform: LogitTransform, ranked: bool = False) -> Scores:
     """
     Return the statistics of a chunk's tokens.
 
@@ -424,6 +435,7 @@ def score(projection: Tensor, labels: Tensor, top_k: int, transform: LogitTransf
         labels: `[n]` int64, each in `[0, V)`.
         top_k: from 2 to V; above 128 the projection is read more than once.
         transform: what makes logits of it.
+        ranked: also find the first choice, its probability and the label's rank.
     """
     n, n_columns = projection.shape
     searched = top_k if top_k <= MAX_TOP_K else 0
@@ -432,6 +444,7 @@ def score(projection: Tensor, labels: Tensor, top_k: int, transform: LogitTransf
         (6, n), dtype=torch.float32, device=projection.device
     )
     is_top1 = torch.empty(n, dtype=torch.int8, device=projection.device)
+    first_choice, rank = torch.empty((2, n if ranked else 0), dtype=torch.int64, device=projection.device)
     if n:
         with torch.cuda.device_of(projection):  # Triton launches on the current device
             score_kernel[(n,)](
@@ -446,11 +459,14 @@ def score(projection: Tensor, labels: Tensor, top_k: int, transform: LogitTransf
                 top_k_entropy,
                 sum_sq_probs,
                 is_top1,
+                first_choice,
+                rank,
                 n_columns,
                 **layout(projection),
                 **transform_arguments(transform),
                 TOP_K=searched,
                 TOP_K_POWER=triton.next_power_of_2(searched),
+                RANKED=ranked,
                 N_BLOCKS=n_blocks,
                 SHORT_KEYS=projection.itemsize == 2 and transform == LogitTransform() and n_blocks * LANES <= 2**16,
                 BLOCK=BLOCK,
@@ -459,19 +475,9 @@ def score(projection: Tensor, labels: Tensor, top_k: int, transform: LogitTransf
             )
     if not searched:
         top_k_entropy = entropy_of_top(projection, top_k, transform) + 0.0 * log_total  # as in the kernel
-    stats = TokenStatistics(log_prob, entropy, top_k_entropy, sum_sq_probs, is_top1.bool(), top_k=top_k)
+    ranks = {"first_choice": first_choice, "first_prob": log_total.neg().exp(), "rank": rank} if ranked else {}
+    stats = TokenStatistics(log_prob, entropy, top_k_entropy, sum_sq_probs, is_top1.bool(), top_k=top_k, **ranks)
     return Scores(stats, top, log_total)
-
-
-def rank(projection: Tensor, labels: Tensor, scores: Scores, transform: LogitTransform) -> TokenStatistics:
-    """Return the statistics, with the first choice, its probability and the label's rank; two more passes in torch."""
-    first = projection.argmax(-1) if transform.logit_scale >= 0 else projection.argmin(-1)
-    return replace(
-        scores.statistics,
-        first_choice=first,
-        first_prob=scores.log_total.neg().exp(),
-        rank=label_ranks(projection, labels, transform),
-    )
 
 
 def entropy_of_top(projection: Tensor, top_k: int, transform: LogitTransform) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which example of the training data each token is from, followed through whatever TRL does to the data."""
+"""Which example of the training data each token is from, followed through whatever TRL does to it; and its number."""
 
 from __future__ import annotations
 
@@ -128,16 +128,31 @@ def with_column(table: pa.Table, name: str, values: np.ndarray, lengths: np.ndar
     return table.set_column(table.column_names.index(name), name, column)
 
 
+def number_tokens(data: Dataset) -> Dataset:
+    """Return prepared data with a column `token_numbers`: of every token, how many come before it (int64)."""
+    tables = data.select_columns(["input_ids"]).with_format("arrow").iter(1024)
+    ends = np.concatenate([flat(table["input_ids"])[1] for table in tables]).cumsum()
+    return mapped(data, with_numbers, "Numbering", with_indices=True, fn_kwargs={"ends": ends})
+
+
+def with_numbers(table: pa.Table, indices: list[int], ends: np.ndarray) -> pa.Table:
+    """Add `token_numbers` to consecutive rows, given how many tokens there are up to each row's end."""
+    tokens, lengths = flat(table["input_ids"])
+    first = ends[indices[0]] - lengths[0]
+    return with_column(table, "token_numbers", np.arange(first, first + len(tokens)), lengths)
+
+
 @dataclass
 class ExampleCollator:
-    """Collates as TRL does, and lays the rows' `example_ids` out as it lays out their tokens."""
+    """Collates as TRL does, and lays the rows' `example_ids` and `token_numbers` out as it lays out their tokens."""
 
     collator: DataCollatorForLanguageModeling
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return TRL's batch, with `example_ids` of the shape of `input_ids` if the rows have them."""
+        """Return TRL's batch, with these of the shape of `input_ids` if the rows have them."""
         batch = self.collator(rows)
-        if "example_ids" in rows[0]:
-            # Padded with the padding token's id, where no label reads it
-            batch["example_ids"] = self.collator([{**r, "input_ids": r["example_ids"]} for r in rows])["input_ids"]
+        for name in ("example_ids", "token_numbers"):
+            if name in rows[0]:
+                # Padded with the padding token's id, where no label reads it
+                batch[name] = self.collator([{**r, "input_ids": r[name]} for r in rows])["input_ids"]
         return batch

@@ -108,6 +108,7 @@ class GatedLMHead:
 
     Attributes:
         example_nll: for a gate that needs it, the base model's mean nll of each example, float32 `[examples]`.
+        old_log_prob: for a gate that needs it, the base model's ln P of each token of the data, float32 `[tokens]`.
         losses: `TokenLosses` of the last call's labelled tokens (in evaluation mode their weights are 1).
     """
 
@@ -124,6 +125,7 @@ class GatedLMHead:
         self.gate, self.top_k, self.params = get_gate(gate), top_k, params
         self.anchor, self.reference = get_anchor(gate, **params), reference
         self.example_nll: Tensor | None = None
+        self.old_log_prob: Tensor | None = None
         text_config = model.config.get_text_config()
         self.text_config = text_config
         self.logit_scale = logit_scale(text_config)
@@ -150,13 +152,15 @@ class GatedLMHead:
         labels: Any = None,
         shift_labels: Tensor | None = None,
         example_ids: Tensor | None = None,
+        token_numbers: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         **kwargs: Any,
     ) -> FusedCausalLMOutput:
         """
         Run the backbone and score the labels `[B, S]`, or `shift_labels` (context parallelism) as they stand.
 
-        `example_ids` `[B, S]` says which example each label is from, for the gates that need it.
+        `example_ids` `[B, S]` says which example each label is from, `token_numbers` `[B, S]` which token of the data
+        it is, for the gates that need it.
         """
         kwargs["use_cache"] = False
         use_reference = self.anchor is not None and model.training
@@ -170,15 +174,19 @@ class GatedLMHead:
         if shift_labels is None:  # labels are moved, not hidden states, which would be copied
             shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
             example_ids = None if example_ids is None else F.pad(example_ids[:, 1:], (0, 1))
+            token_numbers = None if token_numbers is None else F.pad(token_numbers[:, 1:], (0, 1))
         # With `device_map`, the backbone can end on another device than the head
         device = lm_head.weight.device
         labels = shift_labels.to(device)
         labelled = labels != -100
-        example_nll = None
+        example_nll = old_log_prob = None
         if example_ids is not None:
             example_ids = example_ids.to(device)
             if self.example_nll is not None:
                 example_nll = self.example_nll.to(device)[example_ids.where(labelled, 0)]
+        # Out of training the numbers are another data set's
+        if token_numbers is not None and self.old_log_prob is not None and model.training:
+            old_log_prob = self.old_log_prob.to(device)[token_numbers.to(device).where(labelled, 0)]
         gate, params = (self.gate, self.params) if model.training else ("sft", {})
         reference_head = () if reference is None else (reference.weight, reference.bias)
         with self.gathered(lm_head, *reference_head) as (weight, bias):
@@ -194,6 +202,7 @@ class GatedLMHead:
                 softcap=self.softcap,
                 example_ids=example_ids,
                 example_nll=example_nll,
+                old_log_prob=old_log_prob,
                 reference=reference
                 and replace(
                     reference,

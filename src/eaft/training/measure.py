@@ -1,24 +1,27 @@
 """
 One pass over the training data with the base model, before the first step: what some gates must know.
 
-Thresholds that are percentiles of the data's tokens (`masked`, `conflict-mask`), and each example's mean nll with their
-median (`flow`). Written to the output folder, and read from there when training is resumed.
+Thresholds that are percentiles of the data's tokens (`masked`, `conflict-mask`), each example's mean nll with their
+median (`flow`), and every label's log-probability (`psft`). Written to the output folder, and read from there when
+training is resumed.
 
-No token is kept: examples have sums, and percentiles come from histograms, so memory does not grow with the tokens.
+But for the last no token is kept: examples have sums, and percentiles come from histograms, so memory does not grow
+with the tokens.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, send_to_device
 from datasets import Dataset
 from torch import Tensor
 from tqdm import tqdm
@@ -26,12 +29,14 @@ from transformers import TrainerCallback
 
 from eaft.errors import ConfigurationError, NonFiniteError
 from eaft.objective.gates import missing_params, normalized_entropy
+from eaft.objective.statistics import TokenStatistics
 from eaft.provenance import write_json
 from eaft.training.examples import ExampleCollator, flat
 from eaft.training.head import GatedLMHead
 
 MEASURED = ("entropy_threshold", "prob_threshold", "tau")  # parameters of gates that this module can find
 MEASUREMENTS_FILE = "gate_measurements.json"
+OLD_LOG_PROB_FILE = "old_log_prob.npy"  # float32 [tokens of the prepared data], nats; 0 where there is no label
 
 
 class Histogram:
@@ -64,16 +69,15 @@ class Histogram:
         return float(ends[0] + (ends[1] - ends[0]) * (position - int(position)))
 
 
-class MeasureGate(TrainerCallback):
+class BaseModelPass(TrainerCallback):
     """
-    Completes the parameters of the head's gate when training begins.
+    What both callbacks below share: a pass over rows with the base model when training begins, and its file.
 
     Args:
-        head: whose gate it is.
-        dataset: the training examples, one a row or split over several, in a fixed order: `input_ids`, `labels`,
-            `example_ids` (of every token, the index of its example).
-        num_examples: examples of the training data, also those without a label left.
-        collator: makes a batch of rows, one a row of the batch.
+        head: whose gate it is for.
+        dataset: rows in a fixed order: `input_ids`, `labels`, and the column `numbers`.
+        size: how many there are of what `numbers` counts.
+        collator: makes a batch of rows.
         accelerator: the trainer's.
         model: returns the model to call when training begins, which is the base model, as the trainer wraps it.
 
@@ -82,24 +86,35 @@ class MeasureGate(TrainerCallback):
         NonFiniteError: the base model's nll is NaN or infinite.
     """
 
+    numbers: str  # the column that says of every token what it is counted under
+
     def __init__(
         self,
         head: GatedLMHead,
         dataset: Dataset,
-        num_examples: int,
+        size: int,
         collator: ExampleCollator,
         accelerator: Accelerator,
         model: Callable[[], Any],
     ) -> None:
-        self.head, self.dataset, self.num_examples = head, dataset, num_examples
+        self.head, self.dataset, self.size = head, dataset, size
         self.collator, self.accelerator, self.model = collator, accelerator, model
+
+    def is_known(self) -> bool:
+        """Return whether the head has it already."""
+        raise NotImplementedError
+
+    def measure(self, batch_size: int) -> dict[str, Any]:
+        """Return what is written to the file, from the base model."""
+        raise NotImplementedError
+
+    def apply(self, measured: dict[str, Any], args: Any) -> None:
+        """Give it to the head."""
+        raise NotImplementedError
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure, or read what was measured when this run began."""
-        head = self.head
-        if not missing_params(head.gate, head.params) and (
-            head.example_nll is not None or not head.gate.needs_example_nll
-        ):
+        if self.is_known():
             return  # `train` was called before, so the model is no longer the base model
         path = Path(args.output_dir) / MEASUREMENTS_FILE
         digest = [fingerprint(self.dataset) if self.accelerator.is_main_process else None]
@@ -114,6 +129,51 @@ class MeasureGate(TrainerCallback):
             if args.should_save:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_json(path, measured)
+        self.apply(measured, args)
+
+    @torch.no_grad()
+    def score_rows(self, batch_size: int) -> Iterator[tuple[Tensor, TokenStatistics]]:
+        """Yield the numbers `[n]` and statistics of labelled tokens under the base model; this process's share."""
+        accelerator, head, model = self.accelerator, self.head, self.model()
+        rows, device = self.dataset.with_format("numpy"), accelerator.device
+        begins = range(0, len(rows), batch_size * accelerator.num_processes)
+        model.eval()
+        # The order of the training data must not depend on whether something was measured before
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            for begin in tqdm(begins, "Measuring the base model", disable=not accelerator.is_main_process):
+                mine = begin + batch_size * accelerator.process_index
+                own = range(mine, min(mine + batch_size, len(rows)))
+                # Out of rows before the others, a process still makes their calls, and counts nothing
+                batch = self.collator(rows.__getitems__(list(own or [0])))
+                numbers = batch.pop(self.numbers)[:, 1:]
+                labelled = batch["labels"][:, 1:] != -100
+                model(**send_to_device(batch, device), fused_lm_head=True)
+                if own:
+                    yield numbers[labelled].long(), head.losses.statistics
+        model.train()
+
+    def sum(self, *counts: Tensor) -> list[Tensor]:
+        """Return each process's counts added up, on the CPU."""
+        if self.accelerator.num_processes == 1:
+            return list(counts)
+        return [self.accelerator.reduce(x.to(self.accelerator.device), "sum").cpu() for x in counts]
+
+
+class MeasureGate(BaseModelPass):
+    """Completes the parameters of the head's gate, and finds each example's mean nll if the gate needs it."""
+
+    numbers = "example_ids"
+
+    def is_known(self) -> bool:
+        """See `BaseModelPass`."""
+        head = self.head
+        return not missing_params(head.gate, head.params) and (
+            head.example_nll is not None or not head.gate.needs_example_nll
+        )
+
+    def apply(self, measured: dict[str, Any], args: Any) -> None:
+        """See `BaseModelPass`."""
+        head = self.head
         head.params = {**head.params, **measured["params"]}
         if head.gate.needs_example_nll:
             head.example_nll = torch.tensor(measured["example_nll"], dtype=torch.float32, device=args.device)
@@ -141,38 +201,56 @@ class MeasureGate(TrainerCallback):
             measured["example_nll"] = example_nll.tolist()
         return measured
 
-    @torch.no_grad()
     def run_base_model(self, batch_size: int) -> tuple[np.ndarray, np.ndarray, Histogram, Histogram]:
         """Return each example's summed nll (float64) and tokens `[examples]`, and all tokens' g and probability."""
-        accelerator, head, model = self.accelerator, self.head, self.model()
-        entropy = head.params.get("entropy", "top-k")
-        sums, counts = (torch.zeros(self.num_examples, dtype=t) for t in (torch.float64, torch.int64))
+        entropy = self.head.params.get("entropy", "top-k")
+        sums, counts = (torch.zeros(self.size, dtype=t) for t in (torch.float64, torch.int64))
         g, prob = Histogram(), Histogram()
-        rows, device = self.dataset.with_format("numpy"), accelerator.device
-        begins = range(0, len(rows), batch_size * accelerator.num_processes)
-        model.eval()
-        # The order of the training data must not depend on whether something was measured before
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            for begin in tqdm(begins, "Measuring the base model", disable=not accelerator.is_main_process):
-                mine = begin + batch_size * accelerator.process_index
-                own = range(mine, min(mine + batch_size, len(rows)))
-                # Out of rows before the others, a process still makes their calls, and counts nothing
-                batch = self.collator(rows.__getitems__(list(own or [0])))
-                example_ids = batch.pop("example_ids")[:, 1:]
-                labelled = batch["labels"][:, 1:] != -100
-                model(**{name: tensor.to(device) for name, tensor in batch.items()}, fused_lm_head=True)
-                if own:
-                    stats, examples = head.losses.statistics, example_ids[labelled].long()
-                    sums.index_add_(0, examples, stats.nll.cpu().double())
-                    counts.index_add_(0, examples, torch.ones_like(examples))
-                    g.add(normalized_entropy(stats, entropy))
-                    prob.add(stats.prob)
-        model.train()
-        if accelerator.num_processes > 1:
-            sums, counts, g.counts, prob.counts = (
-                accelerator.reduce(x.to(device), "sum").cpu() for x in (sums, counts, g.counts, prob.counts)
-            )
+        for examples, stats in self.score_rows(batch_size):
+            sums.index_add_(0, examples, stats.nll.cpu().double())
+            counts.index_add_(0, examples, torch.ones_like(examples))
+            g.add(normalized_entropy(stats, entropy))
+            prob.add(stats.prob)
+        sums, counts, g.counts, prob.counts = self.sum(sums, counts, g.counts, prob.counts)
         return sums.numpy(), counts.numpy(), g, prob
+
+
+class MeasureOldLogProb(BaseModelPass):
+    """Finds every label's log-probability under the base model, in the rows that are trained on, as they are."""
+
+    numbers = "token_numbers"
+
+    def is_known(self) -> bool:
+        """See `BaseModelPass`."""
+        return self.head.old_log_prob is not None
+
+    def measure(self, batch_size: int) -> dict[str, Any]:
+        """See `BaseModelPass`; the numbers themselves are in a file of their own."""
+        found, tokens = torch.zeros(self.size), torch.zeros(1, dtype=torch.int64)
+        for numbers, stats in self.score_rows(batch_size):
+            found[numbers] = stats.log_prob.float().cpu()
+            tokens += len(numbers)
+        found, tokens = self.sum(found, tokens)
+        if not found.isfinite().all():
+            raise NonFiniteError(
+                f"The base model's nll is not finite on {int((~found.isfinite()).sum())} tokens of the training data."
+            )
+        self.head.old_log_prob = found
+        return {"params": {}, "tokens": int(tokens)}
+
+    def apply(self, measured: dict[str, Any], args: Any) -> None:
+        """See `BaseModelPass`."""
+        path, found = Path(args.output_dir) / OLD_LOG_PROB_FILE, self.head.old_log_prob
+        if found is None:  # the run is resumed
+            if not path.is_file():
+                raise ConfigurationError(f"{path} is missing: copy it from the run's output folder, or start afresh.")
+            found = torch.from_numpy(np.load(path))
+        elif args.should_save:
+            staging = path.with_suffix(".partial")
+            with staging.open("wb") as file:
+                np.save(file, found.numpy())
+            os.replace(staging, path)
+        self.head.old_log_prob = found.to(args.device)
 
 
 def fingerprint(dataset: Dataset) -> str:

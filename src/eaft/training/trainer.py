@@ -22,11 +22,11 @@ from eaft.errors import ConfigurationError, NonFiniteError
 from eaft.objective.gates import get_gate, missing_params
 from eaft.objective.statistics import HIGH_ENTROPY, LOW_ENTROPY
 from eaft.training.config import EAFTConfig
-from eaft.training.examples import ExampleCollator, FollowedData, follow_examples
+from eaft.training.examples import ExampleCollator, FollowedData, follow_examples, number_tokens
 from eaft.training.forgetting import ForgettingEval, answers_before_sharding, general_suite
 from eaft.training.head import GatedLMHead, frozen_copy
 from eaft.training.logits_check import check_logits
-from eaft.training.measure import MeasureGate
+from eaft.training.measure import MeasureGate, MeasureOldLogProb
 from eaft.training.model_card import model_card
 from eaft.training.rows import ROWS, RowCollator, describe_rows, number_rows
 
@@ -37,6 +37,11 @@ STREAM_ROWS = 1000  # of a stream, that are looked through for a label
 def must_be_measured(args: EAFTConfig) -> bool:
     """Return whether the gate needs a pass over the data with the base model."""
     return bool(missing_params(args.gate, args.gate_params)) or get_gate(args.gate).needs_example_nll
+
+
+def needs_numbers(args: EAFTConfig) -> bool:
+    """Return whether the gate needs to know which token of the data each token is."""
+    return get_gate(args.gate).needs_old_log_prob
 
 
 def needs_examples(args: EAFTConfig) -> bool:
@@ -88,10 +93,24 @@ class EAFTTrainer(SFTTrainer):
         base_model = self.model.get_base_model() if is_peft_model(self.model) else self.model
         reference = self._make_reference() if get_gate(args.gate).anchor else None
         self.gated_lm_head = GatedLMHead(base_model, args.gate, args.gate_top_k, args.gate_params, reference)
-        if needs_examples(args):
+        if needs_examples(args) or needs_numbers(args):
             self._check_examples_can_be_followed()
             pad_token_id = self.data_collator.pad_token_id
             self.data_collator = ExampleCollator(self.data_collator)
+            if needs_numbers(args) and self.train_dataset is not None:
+                self._set_signature_columns_if_needed()
+                rows = self.train_dataset
+                rows = rows.select_columns([name for name in rows.column_names if name in self._signature_columns])
+                self.add_callback(
+                    MeasureOldLogProb(
+                        self.gated_lm_head,
+                        rows,
+                        rows[-1]["token_numbers"][-1] + 1,
+                        collator=self.data_collator,
+                        accelerator=self.accelerator,
+                        model=lambda: self.model_wrapped,
+                    )
+                )
             if self._followed is not None and self._followed.loose is not None:
                 if len(self._followed.loose) == 0:
                     raise ConfigurationError("No example has a labelled token to measure.")
@@ -140,12 +159,15 @@ class EAFTTrainer(SFTTrainer):
             "a data_collator of your own": not isinstance(self.data_collator, DataCollatorForLanguageModeling),
             "dataset_kwargs={'skip_prepare_dataset': True}, or images": self._skip_prepare_dataset,
             "context or sequence parallelism": parallelism and (parallelism.cp_enabled or parallelism.sp_enabled),
-            "tensor parallelism": must_be_measured(self.args) and parallelism and parallelism.tp_enabled,
+            "tensor parallelism": (must_be_measured(self.args) or needs_numbers(self.args))
+            and parallelism
+            and parallelism.tp_enabled,
             "prompt learning": is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning,
         }
         for reason, holds in reasons.items():
             if holds:
-                raise ConfigurationError(f"gate={self.args.gate!r} must know each token's example; not with {reason}.")
+                what = "number" if needs_numbers(self.args) else "example"
+                raise ConfigurationError(f"gate={self.args.gate!r} must know each token's {what}; not with {reason}.")
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, name: str
@@ -158,6 +180,10 @@ class EAFTTrainer(SFTTrainer):
             prepared = self._followed.prepared
         else:
             prepared = prepare(dataset, args=args, packing=packing, formatting_func=formatting_func, dataset_name=name)
+        if name == "train" and needs_numbers(args):
+            if not isinstance(prepared, Dataset):
+                raise ConfigurationError(f"gate={args.gate!r} needs a data set with a length: no dataset_streaming.")
+            prepared = number_tokens(prepared)
         # The first token is nobody's label; a stream may have no end
         looked_at = prepared if isinstance(prepared, Dataset) else itertools.islice(prepared, STREAM_ROWS)
         if not any(label != -100 for row in looked_at for label in row["labels"][1:]):
@@ -185,10 +211,9 @@ class EAFTTrainer(SFTTrainer):
             self.data_collator = collator
 
     def _set_signature_columns_if_needed(self) -> None:
-        """Let `example_ids` pass to the collator."""
+        """Let `example_ids` and `token_numbers` pass to the collator."""
         super()._set_signature_columns_if_needed()
-        if "example_ids" not in self._signature_columns:
-            self._signature_columns.append("example_ids")
+        self._signature_columns += [n for n in ("example_ids", "token_numbers") if n not in self._signature_columns]
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
