@@ -1,10 +1,12 @@
 """
 Put the study together: effect against dose, what it costs, why, and the rule that `eaft inspect` gives as advice.
 
-    python benchmarks/study/curve.py runs/study
+    python benchmarks/study/curve.py runs/study     gather what `eaft compare` and `eaft inspect` wrote (README.md)
+                                                    into benchmarks/study/results/measured first
+    python benchmarks/study/curve.py                only what has been gathered
 
-reads what `eaft compare` and `eaft inspect` wrote there (see README.md) and writes study.json, study.md and curve.png
-into benchmarks/study/results, and the rule into src/eaft/inspection/rule.json.
+Writes study.json, study.md and curve.png into benchmarks/study/results, and the rule into
+src/eaft/inspection/rule.json.
 """
 
 import argparse
@@ -17,81 +19,123 @@ import matplotlib.pyplot as plt
 import numpy as np
 from tabulate import tabulate
 
-from eaft.comparison.differences import ratio_difference
+from eaft.comparison.differences import ratio_difference, score_difference
 from eaft.comparison.fronts import Path as RunPath
 from eaft.comparison.fronts import compare_fronts, relative
+from eaft.evaluation.measured import read_jsonl
 from eaft.evaluation.paired import holm
 from eaft.inspection.rule import RULE_FILE, Rule
 from eaft.provenance import environment, write_json
 
 Numbers = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
+MEASURED = RESULTS / "measured"
 REFERENCE = "sft"
+GENERAL = "everyday"
+
+
+def gather(folder: Path, inspection: Path) -> Numbers:
+    """Return all that was measured of a condition: its dose under the base model, and every run's points."""
+    summary = json.loads((inspection / "summary.json").read_text())
+    shares, rollouts = (summary["conflicts"]["base"][origin] for origin in ("data", "rollouts"))
+    results = json.loads((folder / "results.json").read_text())
+    runs = []
+    for file in sorted(folder.glob("*/points.json")):
+        trained = json.loads((file.parent / "run.json").read_text())
+        points = {int(step): point for step, point in json.loads(file.read_text()).items()}
+        runs.append(
+            {
+                "objective": file.parent.name.partition("-lr")[0],
+                "learning_rate": float(trained["config"]["learning_rate"]),
+                "seed": trained["seed"],
+                "commit": trained["environment"]["commit"],
+                "points": [
+                    {
+                        "epoch": point["epoch"],
+                        "drift": rounded(point["drift"]["general"]),
+                        "nll": rounded(point["nll"]),
+                        "general": scores(file.parent / "items" / f"step-{step}"),
+                    }
+                    for step, point in sorted(points.items())
+                ],
+            }
+        )
+    return {
+        "name": folder.name,
+        "dose": {**shares, "rollouts": rollouts, "own_entropy": summary["entropy"]["base"]["rollouts"]},
+        "prompt_tokens": results["prompts"]["general"]["tokens"],
+        "held_out_tokens": results["held_out"]["tokens"],
+        "base": {"nll": rounded(results["base"]["point"]["nll"]["sums"]), "general": scores(folder / "base" / "items")},
+        "runs": runs,
+    }
+
+
+def rounded(sums: list[float]) -> list[float]:
+    """Return sums (nats) to the thousandth: of hundreds of tokens, far below what is uncertain."""
+    return [round(value, 3) for value in sums]
+
+
+def scores(folder: Path) -> list[float] | None:
+    """Return the scores of the general task where it was run."""
+    file = folder / f"{GENERAL}.jsonl"
+    return [item["score"] for item in read_jsonl(file)] if file.is_file() else None
 
 
 @dataclass
 class Condition:
-    """One base model on one kind of data: its dose under the base model, and what `eaft compare` measured."""
+    """One base model on one kind of data, as `gather` returns it."""
 
-    name: str
-    dose: Numbers
-    results: Numbers
+    measured: Numbers
+
+    @property
+    def name(self) -> str:
+        """Its data and its model."""
+        return self.measured["name"]
 
     @property
     def kind(self) -> str:
-        """What the dose is of: the data, or how conflicts were injected into it."""
+        """Its data."""
         return self.name.rpartition("-")[0]
 
-    def seeds(self, objective: str) -> list[int]:
-        """Return the seeds that an objective was trained with."""
-        return sorted({run["seed"] for run in self.results["runs"] if run["objective"] == objective})
+    def runs(self, objective: str) -> list[Numbers]:
+        """Return the runs of an objective."""
+        return [run for run in self.measured["runs"] if run["objective"] == objective]
 
-    def rates(self, objective: str) -> list[float]:
-        """Return the learning rates that an objective was trained with, with every seed."""
-        of_seed = [
-            {r["learning_rate"] for r in self.results["runs"] if (r["objective"], r["seed"]) == (objective, seed)}
-            for seed in self.seeds(objective)
-        ]
-        return sorted(set.intersection(*of_seed))
-
-    def paths(self, objective: str, seeds: list[int], rates: list[float]) -> list[list[RunPath]]:
-        """Return an objective's paths, seed by seed, one a learning rate."""
-        base = self.results["base"]["point"]
-        return [
-            [
-                RunPath(
-                    np.array([point["drift"]["general"]["sums"] for point in (base, *run["points"])]),
-                    np.array([point["nll"]["sums"] for point in (base, *run["points"])]),
-                )
-                for run in self.results["runs"]
-                if (run["objective"], run["seed"]) == (objective, seed) and run["learning_rate"] in rates
-            ]
-            for seed in seeds
-        ]
-
-    def compare(self, first: str, second: str, rates: tuple[list[float], list[float]] | None = None) -> Numbers | None:
+    def compare(self, first: str, second: str) -> Numbers | None:
         """
         Return how two objectives differ: in drift at matched held-out nll, as a share of the second's, and in best nll.
 
-        Args:
-            rates: of each; default: those that both were trained with.
+        Over the learning rates that both were trained with, and the seeds that both have at all of these; None if none.
         """
-        seeds = [seed for seed in self.seeds(first) if seed in self.seeds(second)]
-        both = [rate for rate in self.rates(first) if rate in self.rates(second)]
-        of_first, of_second = rates or (both, both)
-        sides = self.paths(first, seeds, of_first), self.paths(second, seeds, of_second)
-        prompt_tokens = np.array(self.results["prompts"]["general"]["tokens"])
-        held_out_tokens = np.array(self.results["held_out"]["tokens"])
-        front = compare_fronts(*sides, prompt_tokens, held_out_tokens)
-        best_first, best_second = (np.array([best_nll(paths) for paths in side]) for side in sides)
-        found = {
+        rates = sorted({r["learning_rate"] for r in self.runs(first)} & {r["learning_rate"] for r in self.runs(second)})
+        sides = [
+            {
+                seed: [run for run in self.runs(name) if run["seed"] == seed and run["learning_rate"] in rates]
+                for seed in {run["seed"] for run in self.runs(name)}
+            }
+            for name in (first, second)
+        ]
+        seeds = [seed for seed in sorted(sides[0]) if all(len(side.get(seed, [])) == len(rates) for side in sides)]
+        if not seeds or not rates:
+            return None
+        paths = [[[self.path(run) for run in side[seed]] for seed in seeds] for side in sides]
+        tokens = [np.array(self.measured[name]) for name in ("prompt_tokens", "held_out_tokens")]
+        best = [[best_point(side[seed]) for seed in seeds] for side in sides]
+        nll = [np.array([point["nll"] for point in of_side]) for of_side in best]
+        asked = [[point["general"] for point in of_side] for of_side in best]
+        general = None
+        if all(scores is not None for of_side in asked for scores in of_side):
+            general = asdict(score_difference([(np.array(asked[0]), np.array(asked[1]))]))
+        found: Numbers = {
             "first": first,
             "second": second,
             "seeds": seeds,
-            "rates": {first: of_first, second: of_second},
-            "best_nll": asdict(ratio_difference(best_first, best_second, held_out_tokens)),
+            "learning_rates": rates,
+            "best_nll": asdict(ratio_difference(nll[0], nll[1], tokens[1])),
+            "general": general,
             "drift": None,
         }
+        front = compare_fronts(paths[0], paths[1], tokens[0], tokens[1])
         if front is not None:
             mean_drift = float(np.mean(front["second"]))
             found["drift"] = {
@@ -103,29 +147,41 @@ class Condition:
             }
         return found
 
+    def path(self, run: Numbers) -> RunPath:
+        """Return a run's path, from the base model on."""
+        base = {"drift": [0.0] * len(self.measured["prompt_tokens"]), "nll": self.measured["base"]["nll"]}
+        points = [base, *run["points"]]
+        return RunPath(np.array([p["drift"] for p in points]), np.array([p["nll"] for p in points]))
 
-def best_nll(paths: list[RunPath]) -> np.ndarray:
-    """Return the held-out examples' nll at the checkpoint where their sum is lowest."""
-    points = np.concatenate([path.shortfall[1:] for path in paths])
-    return points[points.sum(axis=1).argmin()]
+
+def best_point(runs: list[Numbers]) -> Numbers:
+    """Return the checkpoint with the lowest held-out nll, of all learning rates."""
+    return min((point for run in runs for point in run["points"]), key=lambda point: sum(point["nll"]))
 
 
 def main() -> None:
     """Read, put together, and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study_dir", type=Path, help="where eaft compare and eaft inspect wrote")
+    parser.add_argument("study_dir", type=Path, nargs="?", help="where eaft compare and eaft inspect wrote")
     flags = parser.parse_args()
-    conditions = [read(file.parent, flags.study_dir) for file in sorted(flags.study_dir.glob("*/results.json"))]
+    if flags.study_dir is not None:
+        MEASURED.mkdir(parents=True, exist_ok=True)
+        for file in sorted(flags.study_dir.glob("*/results.json")):
+            name = file.parent.name
+            write_json(MEASURED / f"{name}.json", gather(file.parent, flags.study_dir / "inspect" / name))
+    conditions = [Condition(json.loads(file.read_text())) for file in sorted(MEASURED.glob("*.json"))]
     found: Numbers = {
         "environment": environment(),
         "conditions": [
             {
                 "name": condition.name,
                 "kind": condition.kind,
-                "dose": condition.dose,
-                "commits": sorted({run["commit"] for run in condition.results["runs"]}),
+                "dose": condition.measured["dose"],
+                "commits": sorted({run["commit"] for run in condition.measured["runs"]}),
                 "pairs": [
-                    condition.compare(name, REFERENCE) for name in condition.results["objectives"] if name != REFERENCE
+                    pair
+                    for name in dict.fromkeys(run["objective"] for run in condition.measured["runs"])
+                    if name != REFERENCE and (pair := condition.compare(name, REFERENCE)) is not None
                 ],
             }
             for condition in conditions
@@ -139,21 +195,12 @@ def main() -> None:
     points = {c["name"]: (c["dose"]["nll"], pair["drift"]["change"]) for c, pair in of_eaft}
     found["rule"] = asdict(Rule.fit(*map(list, zip(*points.values(), strict=True)))) if len(points) > 2 else None
     found["tests"] = [left_out(kind, of_eaft) for kind in dict.fromkeys(c["kind"] for c, _ in of_eaft)]
-    RESULTS.mkdir(exist_ok=True)
     write_json(RESULTS / "study.json", found)
     (RESULTS / "study.md").write_text(report(found))
     draw(found, RESULTS / "curve.png")
     if found["rule"] is not None:
         write_json(RULE_FILE, {"rule": found["rule"], "points": points})
     print(report(found))
-
-
-def read(folder: Path, study_dir: Path) -> Condition:
-    """Return a condition, from its comparison and the inspection of the same name."""
-    summary = json.loads((study_dir / "inspect" / folder.name / "summary.json").read_text())
-    shares, rollouts = (summary["conflicts"]["base"][origin] for origin in ("data", "rollouts"))
-    dose = {**shares, "rollouts": rollouts, "own_entropy": summary["entropy"]["base"]["rollouts"]}
-    return Condition(folder.name, dose, json.loads((folder / "results.json").read_text()))
 
 
 def left_out(kind: str, of_eaft: list[tuple[Numbers, Numbers]]) -> Numbers:
@@ -182,6 +229,7 @@ def report(found: Numbers) -> str:
             len(pair["seeds"]),
             shown(pair["drift"], percent=True) if pair["drift"] else "no target that both reach",
             shown(pair["best_nll"]),
+            shown(pair["general"], percent=True).replace("%", "") if pair["general"] else "",
         ]
         for condition in found["conditions"]
         for pair in condition["pairs"]
@@ -194,6 +242,7 @@ def report(found: Numbers) -> str:
         "seeds",
         "drift less SFT's",
         "best nll less SFT's",
+        f"{GENERAL} less SFT's, points",
     ]
     tests = [
         [c["name"], f"{c['change']:+.0%}", f"{c['low']:+.0%} to {c['high']:+.0%}", "yes" if c["inside"] else "no"]
