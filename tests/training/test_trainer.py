@@ -250,10 +250,11 @@ def test_plain_sft_config_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_no_label_after_truncation(tmp_path, packing):
+@pytest.mark.parametrize("gate", ["eaft", "psft"])
+def test_no_label_after_truncation(tmp_path, packing, gate):
     rows = [{"input_ids": [3, 4, 5, 6], "labels": [-100, -100, -100, 6]}] * 4
     with pytest.raises(ConfigurationError, match=r"No row has a labelled token left after truncation to max_length=3"):
-        build(EAFTTrainer, tmp_path, rows=rows, max_length=3, packing=packing)
+        build(EAFTTrainer, tmp_path, rows=rows, max_length=3, packing=packing, gate=gate)
 
 
 def test_dropped_rows_are_counted(tmp_path, caplog):

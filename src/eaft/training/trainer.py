@@ -180,10 +180,6 @@ class EAFTTrainer(SFTTrainer):
             prepared = self._followed.prepared
         else:
             prepared = prepare(dataset, args=args, packing=packing, formatting_func=formatting_func, dataset_name=name)
-        if name == "train" and needs_numbers(args):
-            if not isinstance(prepared, Dataset):
-                raise ConfigurationError(f"gate={args.gate!r} needs a data set with a length: no dataset_streaming.")
-            prepared = number_tokens(prepared)
         # The first token is nobody's label; a stream may have no end
         looked_at = prepared if isinstance(prepared, Dataset) else itertools.islice(prepared, STREAM_ROWS)
         if not any(label != -100 for row in looked_at for label in row["labels"][1:]):
@@ -196,6 +192,10 @@ class EAFTTrainer(SFTTrainer):
                 f"{dropped} of {len(dataset)} rows have no labelled token left after truncation to "
                 f"max_length={args.max_length} and are dropped."
             )
+        if name == "train" and needs_numbers(args):
+            if not isinstance(prepared, Dataset):
+                raise ConfigurationError(f"gate={args.gate!r} needs a data set with a length: no dataset_streaming.")
+            prepared = number_tokens(prepared)
         return prepared
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
