@@ -13,8 +13,8 @@ from trl import SFTTrainer
 
 from eaft import EAFTConfig, EAFTTrainer, TokenStatistics, gated_cross_entropy, token_statistics
 from eaft.errors import ConfigurationError, NonFiniteError
-from eaft.objective.gates import GATES, missing_params
-from eaft.training.measure import MEASUREMENTS_FILE, OLD_LOG_PROB_FILE, Histogram, fingerprint
+from eaft.objective.gates import GATES, Gate, missing_params
+from eaft.training.measure import MEASUREMENTS_FILE, OLD_LOG_PROB_ABOUT_FILE, OLD_LOG_PROB_FILE, Histogram, fingerprint
 from eaft.training.rows import ROWS
 from tests.conftest import make_model, make_rows, make_tokenizer
 from tests.training.test_trainer import build, steps, train
@@ -135,8 +135,7 @@ def test_psft_compares_with_the_base_model_on_the_same_rows(setting, tmp_path):
         assert (losses.weights == 0).any()
         kept += (losses.weights > 0).sum()
     assert kept > 10
-    measured = json.loads((tmp_path / MEASUREMENTS_FILE).read_text())
-    assert measured["params"] == {}
+    measured = json.loads((tmp_path / OLD_LOG_PROB_ABOUT_FILE).read_text())
     # Of packed rows each document's first token has no label
     assert 0 < measured["tokens"] < sum(map(len, trainer.train_dataset["input_ids"]))
 
@@ -156,6 +155,19 @@ def test_resuming_psft_needs_its_file(tmp_path):
     (tmp_path / OLD_LOG_PROB_FILE).unlink()
     with pytest.raises(ConfigurationError, match=f"{OLD_LOG_PROB_FILE} is missing"):
         train(EAFTTrainer, tmp_path, resume=str(tmp_path / "checkpoint-2"), **settings)
+
+
+def test_a_gate_can_need_both_passes(tmp_path, monkeypatch):
+    """Over unlike rows, where they are packed; a resumed run finds what either measured."""
+
+    def weight(stats):
+        return (stats.log_prob - stats.old_log_prob - stats.example_nll).exp()
+
+    monkeypatch.setitem(GATES, "both", Gate(weight, needs_old_log_prob=True, needs_example_nll=True))
+    settings = {"gate": "both", "save_strategy": "steps", "save_steps": 2, "max_steps": 4, **SETTINGS["packed"]}
+    whole = train(EAFTTrainer, tmp_path, **settings)
+    resumed = train(EAFTTrainer, tmp_path, resume=str(tmp_path / "checkpoint-2"), **settings)
+    assert steps(resumed) == steps(whole)
 
 
 @pytest.mark.parametrize("gate", ["masked", "conflict-mask"])
@@ -242,7 +254,7 @@ def test_resumed_run_equals_uninterrupted(gate, setting, tmp_path):
     settings = {"peft_config": LORA} if setting == "LoRA" else SETTINGS[setting]
     settings = {"gate": gate, "save_strategy": "steps", "save_steps": 2, "max_steps": 4, **settings}
     whole = train(EAFTTrainer, tmp_path, **settings)
-    measured = tmp_path / MEASUREMENTS_FILE
+    measured = tmp_path / (OLD_LOG_PROB_ABOUT_FILE if gate == "psft" else MEASUREMENTS_FILE)
     assert measured.exists() == (bool(missing_params(gate, {})) or gate == "psft")
     before = measured.read_text() if measured.exists() else None
     resumed = train(EAFTTrainer, tmp_path, resume=str(tmp_path / "checkpoint-2"), **settings)

@@ -37,6 +37,7 @@ from eaft.training.head import GatedLMHead
 MEASURED = ("entropy_threshold", "prob_threshold", "tau")  # parameters of gates that this module can find
 MEASUREMENTS_FILE = "gate_measurements.json"
 OLD_LOG_PROB_FILE = "old_log_prob.npy"  # float32 [tokens of the prepared data], nats; 0 where there is no label
+OLD_LOG_PROB_ABOUT_FILE = "old_log_prob.json"  # what it is of
 
 
 class Histogram:
@@ -86,6 +87,7 @@ class BaseModelPass(TrainerCallback):
         NonFiniteError: the base model's nll is NaN or infinite.
     """
 
+    file: str  # in the output folder: what was measured, and of what; one gate may need both passes
     numbers: str  # the column that says of every token what it is counted under
 
     def __init__(
@@ -116,7 +118,7 @@ class BaseModelPass(TrainerCallback):
         """Measure, or read what was measured when this run began."""
         if self.is_known():
             return  # `train` was called before, so the model is no longer the base model
-        path = Path(args.output_dir) / MEASUREMENTS_FILE
+        path = Path(args.output_dir) / self.file
         digest = [fingerprint(self.dataset) if self.accelerator.is_main_process else None]
         inputs = {
             "gate": {"name": args.gate, "top_k": args.gate_top_k, **args.gate_params},
@@ -162,6 +164,7 @@ class BaseModelPass(TrainerCallback):
 class MeasureGate(BaseModelPass):
     """Completes the parameters of the head's gate, and finds each example's mean nll if the gate needs it."""
 
+    file = MEASUREMENTS_FILE
     numbers = "example_ids"
 
     def is_known(self) -> bool:
@@ -218,6 +221,7 @@ class MeasureGate(BaseModelPass):
 class MeasureOldLogProb(BaseModelPass):
     """Finds every label's log-probability under the base model, in the rows that are trained on, as they are."""
 
+    file = OLD_LOG_PROB_ABOUT_FILE
     numbers = "token_numbers"
 
     def is_known(self) -> bool:
@@ -225,7 +229,7 @@ class MeasureOldLogProb(BaseModelPass):
         return self.head.old_log_prob is not None
 
     def measure(self, batch_size: int) -> dict[str, Any]:
-        """See `BaseModelPass`; the numbers themselves are in a file of their own."""
+        """See `BaseModelPass`; the numbers themselves are in `OLD_LOG_PROB_FILE`."""
         found, tokens = torch.zeros(self.size), torch.zeros(1, dtype=torch.int64)
         for numbers, stats in self.score_rows(batch_size):
             found[numbers] = stats.log_prob.float().cpu()
@@ -236,7 +240,7 @@ class MeasureOldLogProb(BaseModelPass):
                 f"The base model's nll is not finite on {int((~found.isfinite()).sum())} tokens of the training data."
             )
         self.head.old_log_prob = found
-        return {"params": {}, "tokens": int(tokens)}
+        return {"tokens": int(tokens)}
 
     def apply(self, measured: dict[str, Any], args: Any) -> None:
         """See `BaseModelPass`."""
