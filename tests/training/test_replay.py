@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from datasets import Dataset
 
 from eaft import EAFTConfig, cli
 from eaft.errors import ConfigurationError
@@ -99,6 +100,7 @@ def test_answers_that_do_not_end_are_left_out(model_dir, tmp_path, monkeypatch, 
     [
         ([{"text": "a"}] * 4, [], "needs rows of `prompt` and `completion`"),
         (CHAT, ["--dataset_streaming", "true"], "leave dataset_streaming out"),
+        ([{**row, "chat_template_kwargs": {"think": False}} for row in CHAT], [], "the data has chat_template_kwargs"),
         (CHAT, ["--replay_prompts", "missing.jsonl"], "missing.jsonl: there is no such file of prompts"),
     ],
 )
@@ -107,6 +109,43 @@ def test_what_cannot_be_mixed_is_refused(rows, flags, message, model_dir, tmp_pa
     assert run(model_dir, write(tmp_path / "rows.jsonl", rows), out, "--replay", "0.1", *flags) == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_zero3_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(replay, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ConfigurationError, match="use ZeRO-2 or FSDP2"):
+        replay.check_replay(Dataset.from_list(CHAT), config(tmp_path))
+
+
+def config(folder, **settings):
+    return EAFTConfig(output_dir=str(folder), use_cpu=True, bf16=False, **{"replay": 0.2, **settings})
+
+
+def test_other_columns_of_the_data_are_empty():
+    both = [{**row, "messages": row["prompt"], "tools": [{"name": "f"}], "id": 1} for row in CHAT]
+    mixed = replay.mix(Dataset.from_list(both), CHAT[:1])
+    assert mixed[len(both)] == {**CHAT[0], "messages": None, "tools": None, "id": None}
+    rows = [{"messages": [{**message, "name": "n"} for message in row["prompt"]], "id": 1} for row in CHAT]
+    mixed = replay.mix(Dataset.from_list(rows), CHAT[:1])
+    messages = [{**message, "name": None} for message in CHAT[0]["prompt"] + CHAT[0]["completion"]]
+    assert mixed[len(rows)] == {"messages": messages, "id": None}
+
+
+@pytest.mark.parametrize(("share", "rows", "count"), [(0.05, 19, 1), (0.05, 57, 3), (0.05, 58, 4), (0.1, 32, 4)])
+def test_a_share_of_all_rows(share, rows, count, tmp_path):
+    assert replay.count_replayed(rows, config(tmp_path, replay=share)) == count
+
+
+def test_only_a_resumed_run_takes_what_is_there(tmp_path, monkeypatch):
+    """And only as many as it is to have."""
+    sampled, data = CHAT[:4], Dataset.from_list(CHAT)
+    monkeypatch.setattr(replay, "sample_rows", lambda *_: sampled)
+    write(tmp_path / replay.REPLAY_FILE, CHAT[4:8])
+    assert replay.replayed_rows(data, "model", config(tmp_path)) == sampled
+    resumed = {"resume_from_checkpoint": "true"}
+    assert replay.replayed_rows(data, "model", config(tmp_path, **resumed)) == CHAT[4:8]
+    with pytest.raises(ConfigurationError, match=r"replay=0\.5 is 16 rows beside this data, and .* has 4"):
+        replay.replayed_rows(data, "model", config(tmp_path, replay=0.5, **resumed))
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0])

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import is_conversational
 
 from eaft.errors import ConfigurationError
 from eaft.evaluation.drift import read_prompts, sample_answers
 from eaft.evaluation.measured import read_jsonl, shared
-from eaft.evaluation.scores import Protocol, ask
+from eaft.evaluation.scores import Protocol, ask, load_tokenizer
 from eaft.training.config import EAFTConfig
 
 REPLAY_FILE = "replay.jsonl"  # in a run's folder: the rows
@@ -33,7 +34,8 @@ def check_replay(dataset: Any, args: EAFTConfig) -> None:
     Check that replayed rows can be mixed into a data set.
 
     Raises:
-        ConfigurationError: it is a stream, or of a form in which answers are not told from prompts; or no such prompts.
+        ConfigurationError: it is a stream, or of a form in which answers are not told from prompts; or no such prompts;
+            or ZeRO-3, under which no process has a whole model to sample from.
     """
     if not isinstance(dataset, Dataset):
         raise ConfigurationError(
@@ -44,7 +46,23 @@ def check_replay(dataset: Any, args: EAFTConfig) -> None:
             f"replay={args.replay} needs rows of `prompt` and `completion`, or of `messages`; these have "
             f"{', '.join(dataset.column_names)}."
         )
+    if "chat_template_kwargs" in dataset.column_names:
+        raise ConfigurationError(
+            f"replay={args.replay}: the data has chat_template_kwargs, which a replayed row has not: leave the column "
+            "out, and set what all rows share in the chat template (chat_template_path)."
+        )
+    if is_deepspeed_zero3_enabled():
+        raise ConfigurationError(
+            f"replay={args.replay}: one process samples from the whole model, which ZeRO-3 does not let it have: use "
+            "ZeRO-2 or FSDP2."
+        )
     read_prompts(args.replay_prompts, 1)
+
+
+def count_replayed(rows: int, args: EAFTConfig) -> int:
+    """Return how many rows are the share `args.replay` of all, beside so many of the data."""
+    # Rounded, since 0.05 * 57 / 0.95 is a hair above 3
+    return math.ceil(round(args.replay * rows / (1 - args.replay), 9))
 
 
 def replayed_rows(dataset: Dataset, model: str, args: EAFTConfig) -> list[dict[str, Any]]:
@@ -54,32 +72,40 @@ def replayed_rows(dataset: Dataset, model: str, args: EAFTConfig) -> list[dict[s
     A resumed run takes those it began with. The first process samples, on one device, and the others wait.
 
     Raises:
-        ConfigurationError: too few answers come to an end.
+        ConfigurationError: too few answers come to an end, or the run that is resumed began with more or fewer.
     """
-    count = math.ceil(args.replay / (1 - args.replay) * len(dataset))
+    count = count_replayed(len(dataset), args)
     kept = Path(args.output_dir) / REPLAY_FILE
+    resumed = str(args.resume_from_checkpoint or "false").lower() != "false"
 
     def find() -> list[dict[str, Any]]:
-        return read_jsonl(kept) if kept.is_file() else sample_rows(count, is_conversational(dataset[0]), model, args)
+        if resumed and kept.is_file():
+            return read_jsonl(kept)
+        return sample_rows(count, is_conversational(dataset[0]), model, args)
 
-    return shared(find)
+    rows = shared(find)
+    if len(rows) != count:
+        raise ConfigurationError(
+            f"replay={args.replay} is {count} rows beside this data, and {kept} has {len(rows)}: resume with the share "
+            "and the data that the run began with."
+        )
+    return rows
 
 
 def mix(dataset: Dataset, rows: list[dict[str, Any]]) -> Dataset:
-    """Return a data set with rows of `prompt` and `completion` behind its own; they are shuffled in training."""
-    if "messages" in dataset.column_names:
+    """Return a data set with rows of `prompt` and `completion` behind its own; they have none of its other columns."""
+    if "prompt" not in dataset.column_names:
         rows = [{"messages": row["prompt"] + row["completion"]} for row in rows]
+    rows = [{**dict.fromkeys(dataset.column_names), **row} for row in rows]
     return concatenate_datasets([dataset, Dataset.from_list(rows, features=dataset.features)])
 
 
 def sample_rows(count: int, conversational: bool, model: str, args: EAFTConfig) -> list[dict[str, Any]]:
     """Return so many rows of `prompt` and `completion`, as messages or as text: answers that came to an end."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model, args.model_init_kwargs)
     loaded = AutoModelForCausalLM.from_pretrained(model, **args.model_init_kwargs).to(args.device).eval()
     protocol = Protocol(apply_chat_template=conversational)
     prompts = read_prompts(args.replay_prompts, count)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     rows: list[dict[str, Any]] = []
     asked = itertools.cycle(prompts)
     for attempt in range(TRIES):
