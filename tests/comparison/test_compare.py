@@ -433,6 +433,14 @@ def test_a_run_is_known_by_what_it_depends_on(content, tmp_path):
     write_rows(tmp_path / "rows.jsonl", make_rows(15))
     assert identity() != before
     assert str(tmp_path) not in json.dumps(before)
+    prompts = tmp_path / "requests.jsonl"
+    content["train"] |= {"replay": 0.1, "replay_prompts": str(prompts)}
+    file.write_text(yaml.safe_dump(content))
+    prompts.write_text('{"prompt": "Hi?"}\n')
+    before = identity()
+    prompts.write_text('{"prompt": "Hello?"}\n')
+    assert identity() != before
+    assert str(tmp_path) not in json.dumps(before)
 
     # Each seed can have its own data
     for seed in (0, 1):

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -225,7 +226,7 @@ def one_at_a_time(
 
 def side_by_side(recipe: Recipe, jobs: int, all_work: list[Work], measure: Measure) -> Iterator[Study | Exception]:
     """Yield what becomes of each piece of work, done by some processes of their own, which share the cores."""
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    threads = max(1, torch.get_num_threads() // jobs)
     base_kept = []
     with ProcessPoolExecutor(jobs, get_context("spawn"), start_worker, (recipe, measure.folder, threads)) as pool:
         for future in [pool.submit(work_apart, work, recipe.keep_checkpoints == "all") for work in all_work]:
@@ -244,6 +245,8 @@ def start_worker(recipe: Recipe, folder: Path, threads: int) -> None:
     """Make a process ready to train and measure, with its share of the cores for what it starts too."""
     global WORKER
     end_with_parent()
+    # Ctrl-C reaches all processes: one that took it for its work's failure would go on with the next piece
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
     benchmarks, _ = load_tasks(recipe)

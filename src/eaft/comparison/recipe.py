@@ -24,7 +24,8 @@ from eaft.training.train import load_data, parse
 REFERENCE = "sft"  # what every objective is compared with, where the recipe names no pairs
 KEEP = ("all", "chosen")
 TRAINS = ("eaft", "torch", "transformers", "trl", "accelerate", "peft", "datasets")  # another version, another run
-LOCAL = ("dataset_name", "chat_template_path", "deepspeed", "fsdp_config")  # flags that may name a file
+# Flags that may name a file
+LOCAL = ("dataset_name", "exclude_examples", "replay_prompts", "chat_template_path", "deepspeed", "fsdp_config")
 
 
 @dataclass(kw_only=True)
