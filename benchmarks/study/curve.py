@@ -11,6 +11,7 @@ src/eaft/inspection/rule.json.
 
 import argparse
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -94,8 +95,8 @@ class Condition:
 
     @property
     def kind(self) -> str:
-        """Its data."""
-        return self.name.rpartition("-")[0]
+        """Its data, whatever share of its answers was made to contradict the model."""
+        return re.sub(r"(-[\d.]+)?-s[\d.]+$", "", self.name)
 
     def runs(self, objective: str) -> list[Numbers]:
         """Return the runs of an objective."""
