@@ -238,7 +238,7 @@ def no_weights(tmp_path, model_dir):
 def test_dry_run_counts_and_writes_nothing(no_weights, tmp_path, tokenizer, capsys, flag):
     before = sorted(tmp_path.rglob("*"))
     steps = ["--per_device_train_batch_size", "4", "--num_train_epochs", "3"]
-    assert cli.main(["train", *no_weights, *steps, flag, "--gate", "masked"]) == 0
+    assert cli.main(["train", *no_weights, *steps, flag, "--gate", "masked", "--replay", "0.2"]) == 0
     assert sorted(tmp_path.rglob("*")) == before
     output = capsys.readouterr().out
     tokens = [
@@ -248,6 +248,7 @@ def test_dry_run_counts_and_writes_nothing(no_weights, tmp_path, tokenizer, caps
     labelled = sum(completion for _, completion in tokens)
     assert f"16 rows, {sum(map(sum, tokens)):,} tokens an epoch, {labelled:,} labelled" in output
     assert f"longest row {max(map(sum, tokens))}" in output
+    assert "not counted: 4 replayed rows" in output
     assert f"Parameters   {sum(p.numel() for p in make_model().parameters()):,}" in output
     assert "12 of 4 rows (4 x 1 x 1 processes)" in output
     assert "A100 80 GB" in output

@@ -29,6 +29,7 @@ from eaft.objective.gates import get_gate
 from eaft.training.config import EAFTConfig
 from eaft.training.forgetting import general_suite
 from eaft.training.prepare import narrow_trainer
+from eaft.training.replay import count_replayed
 
 GIB = 2**30
 # Memory in GiB, about what a program can have, and peak dense bf16 rate in FLOP/s, from NVIDIA's data sheets
@@ -110,7 +111,8 @@ def plan(
         + (f" and {active:,} take part in each token" if active < total else ""),
         f"Data         {counted.rows:,} rows, {counted.tokens:,} tokens an epoch, {counted.labelled:,} labelled "
         f"({counted.labelled / counted.tokens:.0%}); longest row {counted.longest:,}, {counted.full_rows:,} rows of "
-        f"max_length",
+        f"max_length"
+        + (f"; not counted: {count_replayed(len(train_dataset), args)} replayed rows" if args.replay else ""),
         f"Steps        {steps:,} of {batch} rows ({args.per_device_train_batch_size} x "
         f"{args.gradient_accumulation_steps} x {launch.processes} processes), {trained:,.0f} tokens in all",
         "",
