@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from eaft import EAFTConfig, cli
 from eaft.errors import ConfigurationError
-from eaft.evaluation.drift import PROMPTS, read_prompts
+from eaft.evaluation.drift import PROMPTS, Answer, read_prompts
 from eaft.training import replay
 from eaft.training.config import REPLAY_PROMPTS
 from tests.conftest import make_rows
@@ -93,6 +93,21 @@ def test_answers_that_do_not_end_are_left_out(model_dir, tmp_path, monkeypatch, 
     assert run(model_dir, data, out, "--replay", "0.2") == 2
     assert "asks for 4 answers, and of 32 only 0 ended within 1 tokens" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_every_try_and_every_seed_asks_other_requests(model_dir, tmp_path, monkeypatch):
+    asked = []
+
+    def none_ends(model, tokenizer, texts, *_, **__):
+        asked.append(texts)
+        return [Answer([3], [4] * replay.ANSWER_TOKENS)] * len(texts)
+
+    monkeypatch.setattr(replay, "sample_answers", none_ends)
+    for seed in (0, 1):
+        with pytest.raises(ConfigurationError, match="of 32 only 0 ended"):
+            replay.sample_rows(4, False, model_dir, config(tmp_path, seed=seed, model_init_kwargs={}))
+    assert [len({text for texts in of_seed for text in texts}) for of_seed in (asked[:8], asked[8:])] == [32, 32]
+    assert set(asked[0]) != set(asked[8])
 
 
 @pytest.mark.parametrize(

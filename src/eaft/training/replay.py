@@ -9,6 +9,8 @@ from __future__ import annotations
 import gc
 import itertools
 import math
+import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +107,8 @@ def sample_rows(count: int, conversational: bool, model: str, args: EAFTConfig) 
     tokenizer = load_tokenizer(model, args.model_init_kwargs)
     loaded = AutoModelForCausalLM.from_pretrained(model, **args.model_init_kwargs).to(args.device).eval()
     protocol = Protocol(apply_chat_template=conversational)
-    prompts = read_prompts(args.replay_prompts, count)
+    prompts = read_prompts(args.replay_prompts, sys.maxsize)
+    random.Random(args.seed).shuffle(prompts)  # few rows take few of them, and each seed others
     rows: list[dict[str, Any]] = []
     asked = itertools.cycle(prompts)
     for attempt in range(TRIES):
