@@ -36,8 +36,8 @@ from eaft.training.head import GatedLMHead
 
 MEASURED = ("entropy_threshold", "prob_threshold", "tau")  # parameters of gates that this module can find
 MEASUREMENTS_FILE = "gate_measurements.json"
-OLD_LOG_PROB_FILE = "old_log_prob.npy"  # float32 [tokens of the prepared data], nats; 0 where there is no label
-OLD_LOG_PROB_ABOUT_FILE = "old_log_prob.json"  # what it is of
+OLD_LOG_PROB_FILE = "_old_log_prob.npy"  # float32 [tokens of the prepared data], nats; 0 where there is no label
+OLD_LOG_PROB_ABOUT_FILE = "_old_log_prob.json"  # what it is of
 
 
 class Histogram:

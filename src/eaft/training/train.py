@@ -132,10 +132,10 @@ def train(
     with state.main_process_first():
         model = resolve_model(model_args.model_name_or_path, args.trust_remote_code)
     args.model_init_kwargs = model_init_kwargs(args, model_args)
-    replayed = replayed_rows(train_dataset, model, args) if args.replay else []
-    if replayed:
-        train_dataset = mix(train_dataset, replayed)
     try:
+        replayed = replayed_rows(train_dataset, model, args) if args.replay else []
+        if replayed:
+            train_dataset = mix(train_dataset, replayed)
         trainer = EAFTTrainer(
             model,
             args=args,
