@@ -458,6 +458,28 @@ def test_a_run_is_known_by_what_it_depends_on(content, tmp_path):
         recipe.plan_runs(recipe.read_recipe(str(file), {}), "digest")
 
 
+def test_baselines_that_are_no_gate_are_objectives(content, tmp_path):
+    """LoRA, a learning rate of one's own, and replay, which samples nothing before it trains."""
+    prompts = tmp_path / "prompts.jsonl"
+    content["objectives"] = {
+        "lora": {"gate": "sft", "use_peft": True, "lora_r": 8},
+        "low": {"gate": "sft", "learning_rate": 1e-3},
+        "replay": {"gate": "sft", "replay": 0.05, "replay_prompts": str(prompts)},
+    }
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+
+    def identities(*requests):
+        write_rows(prompts, [{"prompt": request} for request in requests])
+        return [found.identity for found in recipe.plan_runs(recipe.read_recipe(str(file), {}), "digest")]
+
+    before, after = identities("Hello"), identities("Good day")
+    assert [found["flags"].get("replay") for found in before] == [None, None, 0.05]
+    assert [found["flags"]["learning_rate"] for found in before] == [1e-2, 1e-3, 1e-2]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, True, False]
+    assert str(tmp_path) not in json.dumps(before)
+
+
 def test_a_gate_of_ones_own_is_part_of_the_run(content, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     module = tmp_path / "own_gate_of_compare.py"
