@@ -44,6 +44,8 @@ def gather(folder: Path, inspection: Path) -> Numbers:
     for file in sorted(folder.glob("*/points.json")):
         trained = json.loads((file.parent / "run.json").read_text())
         points = {int(step): point for step, point in json.loads(file.read_text()).items()}
+        if max(points) != trained["result"]["steps"]:
+            continue  # it is being measured
         runs.append(
             {
                 "objective": file.parent.name.partition("-lr")[0],
@@ -98,27 +100,29 @@ class Condition:
         """Its data, whatever share of its answers was made to contradict the model."""
         return re.sub(r"(-[\d.]+)?-s[\d.]+$", "", self.name)
 
-    def runs(self, objective: str) -> list[Numbers]:
-        """Return the runs of an objective."""
-        return [run for run in self.measured["runs"] if run["objective"] == objective]
+    def seeds(self, objective: str) -> set[int]:
+        """Return the seeds that an objective was trained with."""
+        return {run["seed"] for run in self.measured["runs"] if run["objective"] == objective}
 
-    def compare(self, first: str, second: str) -> Numbers | None:
+    def runs(self, objective: str, seed: int) -> list[Numbers]:
+        """Return the runs of an objective with a seed, one a learning rate."""
+        return [run for run in self.measured["runs"] if (run["objective"], run["seed"]) == (objective, seed)]
+
+    def compare(self, first: str, second: str, only: float | None = None) -> Numbers | None:
         """
         Return how two objectives differ: in drift at matched held-out nll, as a share of the second's, and in best nll.
 
-        Over the learning rates that both were trained with, and the seeds that both have at all of these; None if none.
+        Over the seeds that both were trained with, and the learning rates that all of these have, or `only` one of
+        them; None if none.
         """
-        rates = sorted({r["learning_rate"] for r in self.runs(first)} & {r["learning_rate"] for r in self.runs(second)})
-        sides = [
-            {
-                seed: [run for run in self.runs(name) if run["seed"] == seed and run["learning_rate"] in rates]
-                for seed in {run["seed"] for run in self.runs(name)}
-            }
-            for name in (first, second)
-        ]
-        seeds = [seed for seed in sorted(sides[0]) if all(len(side.get(seed, [])) == len(rates) for side in sides)]
-        if not seeds or not rates:
+        sides = [{seed: self.runs(name, seed) for seed in self.seeds(name)} for name in (first, second)]
+        seeds = sorted(sides[0].keys() & sides[1].keys())
+        rates = [{run["learning_rate"] for run in side[seed]} for side in sides for seed in seeds]
+        rates = sorted(set.intersection(*rates)) if rates else []
+        rates = [rate for rate in rates if only in (None, rate)]
+        if not rates:
             return None
+        sides = [{seed: [r for r in side[seed] if r["learning_rate"] in rates] for seed in seeds} for side in sides]
         paths = [[[self.path(run) for run in side[seed]] for seed in seeds] for side in sides]
         tokens = [np.array(self.measured[name]) for name in ("prompt_tokens", "held_out_tokens")]
         best = [[best_point(side[seed]) for seed in seeds] for side in sides]
@@ -146,6 +150,14 @@ class Condition:
                 "of": mean_drift,
                 "targets": [front["targets"][0], front["targets"][-1]],
             }
+        return found
+
+    def pairs(self) -> list[Numbers]:
+        """Return every objective beside SFT, over all learning rates and then at each by itself."""
+        found = []
+        for name in dict.fromkeys(run["objective"] for run in self.measured["runs"]):
+            if name != REFERENCE and (pair := self.compare(name, REFERENCE)) is not None:
+                found.append({**pair, "at_each": [self.compare(name, REFERENCE, r) for r in pair["learning_rates"]]})
         return found
 
     def path(self, run: Numbers) -> RunPath:
@@ -179,11 +191,7 @@ def main() -> None:
                 "kind": condition.kind,
                 "dose": condition.measured["dose"],
                 "commits": sorted({run["commit"] for run in condition.measured["runs"]}),
-                "pairs": [
-                    pair
-                    for name in dict.fromkeys(run["objective"] for run in condition.measured["runs"])
-                    if name != REFERENCE and (pair := condition.compare(name, REFERENCE)) is not None
-                ],
+                "pairs": condition.pairs(),
             }
             for condition in conditions
         ],
@@ -228,12 +236,14 @@ def report(found: Numbers) -> str:
             f"{condition['dose']['own_entropy']:.2f}",
             pair["first"],
             len(pair["seeds"]),
+            ", ".join(f"{rate:g}" for rate in pair["learning_rates"]),
             shown(pair["drift"], percent=True) if pair["drift"] else "no target that both reach",
             shown(pair["best_nll"]),
             shown(pair["general"], percent=True).replace("%", "") if pair["general"] else "",
         ]
         for condition in found["conditions"]
-        for pair in condition["pairs"]
+        for of_all in condition["pairs"]
+        for pair in (of_all, *(of_all["at_each"] if len(of_all["at_each"]) > 1 else []))
     ]
     headers = [
         "condition",
@@ -241,6 +251,7 @@ def report(found: Numbers) -> str:
         "own entropy",
         "objective",
         "seeds",
+        "learning rates",
         "drift less SFT's",
         "best nll less SFT's",
         f"{GENERAL} less SFT's, points",
