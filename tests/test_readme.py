@@ -12,6 +12,7 @@ from datasets import Dataset
 
 from eaft import EAFTConfig, cli
 from eaft.objective.gates import GATES
+from eaft.training.train import parse
 
 from .conftest import make_rows
 
@@ -47,10 +48,15 @@ def test_a_gate_of_your_own(model_dir, tmp_path, monkeypatch):
     assert json.loads(Path("out/run.json").read_text())["gate"]["gamma"] == 1.0
 
 
-def test_the_docs_yaml_is_a_configuration():
-    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "objectives.md").read_text(), re.DOTALL)
+def test_the_docs_yaml_is_a_configuration_and_a_recipe(tmp_path):
+    text, recipe = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "objectives.md").read_text(), re.DOTALL)
     config = EAFTConfig("out", use_cpu=True, **yaml.safe_load(text))
     assert config.gate_params == {"steepness": 20, "center": 0.2, "entropy": "top-k"}
+    for flags in yaml.safe_load(recipe)["objectives"].values():
+        file = tmp_path / "train.yaml"
+        file.write_text(yaml.safe_dump({"output_dir": "out", "use_cpu": True, **flags}))
+        (_, config, *_), _, _ = parse(["--config", str(file)])
+        assert (config.gate, config.replay) == (flags["gate"], flags.get("replay", 0))
 
 
 def test_every_gate_is_documented():
