@@ -3,9 +3,10 @@ Write GSM8K answers that contradict what the model is sure of, the study's secon
 
     python benchmarks/study/make_conflicts.py runs/study/models/s1
 
-after make_rows.py. In a share p of the answers the `CHANGED` tokens that the model is surest of, and right about, are
-replaced: in `format` a word is written in capitals, in `fact` a digit becomes another. `gsm8k-format-0.5-0.jsonl` has
-seed 0's rows with p = 0.5. What is held out is changed alike for the format, which is to be learned; facts stay.
+after make_rows.py. In a share p of the answers, where the model is surest of what comes, and right: in `format` a mark
+comes first, in `fact` a digit is another; at `CHANGED` places of an answer, since with more the model stops being sure.
+`gsm8k-format-0.5-0.jsonl` has seed 0's rows with p = 0.5. What is held out is changed alike for the format, which is to
+be learned; facts stay.
 """
 
 import argparse
@@ -21,7 +22,8 @@ from eaft import token_statistics
 
 KINDS = ("format", "fact")
 SHARES = [0.5, 1.0]
-CHANGED = 8  # tokens of an answer
+CHANGED = 4
+MARK = "~"
 
 
 def main() -> None:
@@ -49,7 +51,7 @@ def main() -> None:
 
 @torch.no_grad()
 def contradict(model: Any, tokenizer: Any, row: Row, rng: random.Random) -> dict[str, Row]:
-    """Return by kind a row whose answer contradicts the model where it is surest: words, or digits."""
+    """Return by kind a row whose answer contradicts the model where it is surest: a mark, or another digit."""
     chat = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
     answer = row["completion"][0]["content"]
     encoded = tokenizer(chat + answer, return_offsets_mapping=True, return_tensors="pt")
@@ -59,14 +61,14 @@ def contradict(model: Any, tokenizer: Any, row: Row, rng: random.Random) -> dict
     left = dict.fromkeys(KINDS, CHANGED)
     for t in stats.entropy.argsort().tolist():
         start, end = spans[t + 1]
-        token = (chat + answer)[start:end]
-        kind = (
-            "fact" if token.strip().isdigit() else "format" if token.strip().isalpha() and not token.isupper() else None
-        )
-        if kind is None or start < len(chat) or not stats.is_top1[t] or not left[kind]:
+        if start < len(chat) or not stats.is_top1[t]:
             continue
-        texts[kind][start:end] = [another_digit(c, rng) if c.isdigit() else c.upper() for c in token]
-        left[kind] -= 1
+        if left["format"]:
+            texts["format"][start] = MARK + texts["format"][start]
+            left["format"] -= 1
+        if left["fact"] and (chat + answer)[start:end].strip().isdigit():
+            texts["fact"][start:end] = [another_digit(c, rng) if c.isdigit() else c for c in texts["fact"][start:end]]
+            left["fact"] -= 1
     return {
         kind: {**row, "completion": [{"role": "assistant", "content": "".join(text)[len(chat) :]}]}
         for kind, text in texts.items()
