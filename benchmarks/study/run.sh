@@ -19,12 +19,17 @@ injected() { # data
 
 # The first dose, how sure the base model is of itself; then the second, conflicts injected at s = 1
 for s in 2 1 1.5 3 1.25; do
-    for data in gsm8k function_calls; do
-        inspect s$s $data
-        compare $data s$s $data --objectives sft eaft --learning_rates 3e-5
-    done
+    inspect s$s gsm8k
+    compare gsm8k s$s gsm8k --objectives sft eaft --learning_rates 3e-5
+done
+for s in 2 1 3; do
+    inspect s$s function_calls
+    compare function_calls s$s function_calls --objectives sft eaft --learning_rates 3e-5
 done
 for data in gsm8k-{format,fact}-{1,0.5}; do
     inspect s1 $data
     compare gsm8k s1 $data $(injected $data) --objectives sft eaft --learning_rates 3e-5
 done
+# At s = 2: does it turn with the learning rate? Why? And what else is there?
+compare gsm8k s2 gsm8k --objectives sft eaft --learning_rates 1e-5 3e-5 1e-4 --seeds 0 1 2
+compare gsm8k s2 gsm8k --learning_rates 3e-5
