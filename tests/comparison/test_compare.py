@@ -1,7 +1,9 @@
 """`eaft compare` on the tiny model: from recipe to verdict; reuse, resumption, failures, folders, and bad recipes."""
 
 import json
+import os
 import shutil
+import signal
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -267,6 +269,19 @@ def test_jobs_find_what_one_after_the_other_finds(compared, tmp_path, monkeypatc
     assert set(kept) == {"base", f"{found['folder']}, step 1", f"{found['folder']}, step 2"}
     assert run(content, "--jobs", "0") == 2
     assert "--jobs=0: expected at least 1" in capsys.readouterr().err
+
+
+def test_a_job_that_is_killed_is_said_to_be(content, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "start_worker", kill_oneself)
+    content["objectives"] = {"sft": {"gate": "sft"}}
+    assert run(content, "--jobs", "2") == 2
+    assert (
+        "one of 2 jobs was killed, perhaps for its memory, and all stopped: run the command" in capsys.readouterr().err
+    )
+
+
+def kill_oneself(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_training_is_a_process_of_its_own(content, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -136,7 +137,7 @@ def compare(recipe: Recipe, jobs: int = 1) -> dict[str, Any]:
         state.wait_for_everyone()
         measure = Measure(recipe.evaluate, base, benchmarks, output_dir)
         keep_all = recipe.keep_checkpoints == "all"
-        run_each = partial(one_at_a_time, output_dir, keep_all) if jobs == 1 else partial(side_by_side, recipe, jobs)
+        run_each = partial(one_at_a_time, output_dir, keep_all) if jobs == 1 else partial(in_jobs, recipe, jobs)
         studies, failed = run_all(runs, measure, run_each)
         if not studies:
             raise EAFTError("Nothing can be compared:\n  " + "\n  ".join(failure["message"] for failure in failed))
@@ -224,7 +225,7 @@ def one_at_a_time(
     first_alone.close()
 
 
-def side_by_side(recipe: Recipe, jobs: int, all_work: list[Work], measure: Measure) -> Iterator[Study | Exception]:
+def in_jobs(recipe: Recipe, jobs: int, all_work: list[Work], measure: Measure) -> Iterator[Study | Exception]:
     """Yield what becomes of each piece of work, done by some processes of their own, which share the cores."""
     threads = max(1, torch.get_num_threads() // jobs)
     base_kept = []
@@ -232,6 +233,12 @@ def side_by_side(recipe: Recipe, jobs: int, all_work: list[Work], measure: Measu
         for future in [pool.submit(work_apart, work, recipe.keep_checkpoints == "all") for work in all_work]:
             try:
                 found, kept = future.result()
+            except BrokenProcessPool:
+                yield EAFTError(
+                    f"one of {jobs} jobs was killed, perhaps for its memory, and all stopped: run the command again to "
+                    "go on, with fewer --jobs."
+                )
+                continue
             except Exception as error:
                 yield error
                 continue
@@ -253,7 +260,7 @@ def start_worker(recipe: Recipe, folder: Path, threads: int) -> None:
     WORKER = Measure(recipe.evaluate, base_model(recipe), benchmarks, folder)
 
 
-WORKER: Measure  # of a process that `side_by_side` started
+WORKER: Measure  # of a process that `in_jobs` started
 
 
 def work_apart(work: Work, keep_all: bool) -> tuple[Study, dict[str, list[str]]]:
