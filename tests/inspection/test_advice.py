@@ -76,7 +76,7 @@ def test_kinds_and_words(share, kind):
     assert advice["kind"] == kind
     assert advice["text"].startswith(advice["headline"])
     assert ("19%" in advice["text"]) == (share in (0.19, 0.3))
-    assert ("44%" in advice["text"]) == (share in (0.3, 0.6))
+    assert ("47%" in advice["text"]) == (share in (0.3, 0.6))
 
 
 def test_what_sentences_show():
