@@ -1,7 +1,7 @@
 """
 Write GSM8K answers that contradict what the model is sure of, the study's second dose, into runs/study/data.
 
-    python benchmarks/study/make_conflicts.py runs/study/models/s1
+    python -m benchmarks.study.make_conflicts runs/study/models/s1
 
 after make_rows.py. In a share p of the answers, where the model is surest of what comes, and right: in `format` a mark
 comes first, in `fact` a digit is another; at `CHANGED` places of an answer, since with more the model stops being sure.
@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from make_rows import SEEDS, Row, read, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.study.make_rows import SEEDS, Row, read, write
 from eaft import token_statistics
 
 KINDS = ("format", "fact")

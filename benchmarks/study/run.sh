@@ -4,8 +4,8 @@ set -e
 export HF_HUB_OFFLINE=1
 here=benchmarks/study out=runs/study
 python $here/make_models.py "$(python recipes/demo/find_model.py)"
-python $here/make_rows.py ../shared/data
-python $here/make_conflicts.py $out/models/s1
+python -m benchmarks.study.make_rows ../shared/data
+python -m benchmarks.study.make_conflicts $out/models/s1
 
 inspect() { # model, data
     python -m eaft inspect $out/models/$1 $out/data/$2.jsonl --rollouts 32 --max_new_tokens 48 --output_dir $out/inspect/$2-$1
