@@ -101,7 +101,7 @@ class Measure:
         nll, self.held_out_tokens = model.nll(self.rows) if self.rows else (np.array([]), np.array([]))
         measured = run_tasks(model, self.benchmarks, self.folder / "base" / ITEMS)
         model.free()
-        self.protocol, self.kept["base"], self.store = model.protocol, model.kept, model.store.folder
+        self.protocol, self.kept["base"] = model.protocol, model.kept
         self.failed = shared(lambda: measured.failed)
         self.benchmarks = {name: b for name, b in self.benchmarks.items() if name not in self.failed}
         nothing = {kind: np.zeros(len(tokens)) for kind, tokens in self.prompt_tokens.items()}

@@ -297,7 +297,7 @@ def asked_section(results: Numbers) -> list[str]:
         about = (briefly(a["version"]), a["metric"], a["filter"], briefly(a["num_fewshot"]))
         rows.append([task, *about, "; ".join(cut) or "nothing"])
     kept = {model: what for model, what in results["kept"]["models"].items() if what}
-    read = f"Not measured anew, but read from {results['kept']['folder']}: what there is of {len(kept)} models."
+    read = f"Not measured anew, but kept from before (`eaft cache` says where): what there is of {len(kept)} models."
     return [
         f"Asked {template}{thinking}, in {protocol['dtype']}, seed {protocol['seed']}{limit}. Cut: items, over all "
         "seeds, to fit the context or the limit of an answer.",

@@ -55,7 +55,7 @@ def collect(
         "environment": environment(),
         "protocol": {**asdict(measure.protocol), "limit": recipe.evaluate.limit},
         "asked": {name: how_asked(name, models, measure) for name in measure.benchmarks},
-        "kept": {"folder": str(measure.store), "models": measure.kept},
+        "kept": {"models": measure.kept},
         "groups": names,
         "prompts": {kind: {"tokens": tokens.tolist()} for kind, tokens in measure.prompt_tokens.items()},
         "held_out": {"tokens": measure.held_out_tokens.tolist()} if measure.rows else None,

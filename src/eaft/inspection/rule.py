@@ -8,10 +8,8 @@ The nll is the base model's, on the data. A straight line through the conditions
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -69,9 +67,3 @@ class Rule:
         error = self.residual * math.sqrt(1 + 1 / self.conditions + (dose - self.mean) ** 2 / self.spread)
         half = float(stats.t.ppf(0.975, self.conditions - 2)) * error
         return Expected(change, change - half, change + half)
-
-
-@cache
-def fitted() -> Rule:
-    """Return the rule as the study left it."""
-    return Rule(**json.loads(RULE_FILE.read_text())["rule"])

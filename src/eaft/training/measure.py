@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ class Histogram:
         return float(ends[0] + (ends[1] - ends[0]) * (position - int(position)))
 
 
-class BaseModelPass(TrainerCallback):
+class BaseModelPass(TrainerCallback, ABC):
     """
     What both callbacks below share: a pass over rows with the base model when training begins, and its file.
 
@@ -102,17 +103,17 @@ class BaseModelPass(TrainerCallback):
         self.head, self.dataset, self.size = head, dataset, size
         self.collator, self.accelerator, self.model = collator, accelerator, model
 
+    @abstractmethod
     def is_known(self) -> bool:
         """Return whether the head has it already."""
-        raise NotImplementedError
 
+    @abstractmethod
     def measure(self, batch_size: int) -> dict[str, Any]:
         """Return what is written to the file, from the base model."""
-        raise NotImplementedError
 
+    @abstractmethod
     def apply(self, measured: dict[str, Any], args: Any) -> None:
         """Give it to the head."""
-        raise NotImplementedError
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure, or read what was measured when this run began."""
