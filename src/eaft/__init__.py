@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from eaft.objective import gates
     from eaft.objective.fused import linear_gated_cross_entropy
-    from eaft.objective.loss import GatedLoss, gated_cross_entropy
+    from eaft.objective.loss import gated_cross_entropy
     from eaft.objective.statistics import TokenStatistics, token_statistics
     from eaft.training.config import EAFTConfig
+    from eaft.training.patch import patch_model
     from eaft.training.trainer import EAFTTrainer
 
 __version__ = version("eaft")
@@ -17,21 +18,21 @@ __version__ = version("eaft")
 __all__ = [
     "EAFTConfig",
     "EAFTTrainer",
-    "GatedLoss",
     "TokenStatistics",
     "gated_cross_entropy",
     "gates",
     "linear_gated_cross_entropy",
+    "patch_model",
     "token_statistics",
 ]
 
 MODULES = {
     "EAFTConfig": "training.config",
     "EAFTTrainer": "training.trainer",
-    "GatedLoss": "objective.loss",
     "TokenStatistics": "objective.statistics",
     "gated_cross_entropy": "objective.loss",
     "linear_gated_cross_entropy": "objective.fused",
+    "patch_model": "training.patch",
     "token_statistics": "objective.statistics",
 }
 

@@ -1,16 +1,13 @@
-"""The reference loss against the paper's formula, a finite difference, and transformers' own Trainer."""
+"""The reference loss against the paper's formula and a finite difference."""
 
 import math
 
 import pytest
 import torch
-from datasets import Dataset
-from transformers import Trainer, TrainingArguments
 
-from eaft import GatedLoss, gated_cross_entropy
+from eaft import gated_cross_entropy
 from eaft.errors import ConfigurationError
 from eaft.objective.gates import GATES
-from tests.conftest import make_model
 from tests.objective.test_gates import GIVEN, SEEN, formula
 from tests.objective.test_statistics import cases, softmax
 
@@ -161,11 +158,8 @@ def test_what_a_gate_needs_is_asked_for():
         gated_cross_entropy(logits, labels, "flow", tau=1.0)
     with pytest.raises(ConfigurationError, match="needs old_log_prob"):
         gated_cross_entropy(logits, labels, "psft")
-    for gate, params in (("flow", {"tau": 1.0}), ("psft", {}), ("sft-kl", {})):
-        with pytest.raises(ConfigurationError, match="needs the base model as well; use EAFTTrainer"):
-            GatedLoss(gate, params=params)
     with pytest.raises(ConfigurationError, match="needs entropy_threshold"):
-        GatedLoss("masked")
+        gated_cross_entropy(logits, labels, "masked")
 
 
 def test_rows_are_the_examples_unless_said_otherwise():
@@ -212,42 +206,3 @@ def test_bfloat16_logits_are_computed_in_float32():
 def test_unknown_parameter_is_refused():
     with pytest.raises(ConfigurationError, match="takes no alpha"):
         gated_cross_entropy(torch.zeros(1, 5), torch.tensor([0]), "sft", alpha=2.0)
-    with pytest.raises(ConfigurationError, match="takes no beta"):
-        GatedLoss("eaft", params={"beta": 2.0})
-
-
-def train_plainly(loss, tmp_path, **kwargs):
-    rows = torch.randint(3, 200, (12, 9), generator=torch.Generator().manual_seed(0)).tolist()
-    data = Dataset.from_list([{"input_ids": r, "labels": [-100] * (i % 4) + r[i % 4 :]} for i, r in enumerate(rows)])
-    args = TrainingArguments(
-        tmp_path,
-        max_steps=3,
-        learning_rate=1e-3,
-        logging_steps=1,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        **kwargs,
-    )
-    trainer = Trainer(make_model(), args, train_dataset=data, eval_dataset=data, compute_loss_func=loss)
-    trainer.train()
-    return trainer
-
-
-def test_plain_trainer_with_sft_equals_the_models_own_loss(tmp_path):
-    ours = train_plainly(GatedLoss("sft"), tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)
-    own = train_plainly(None, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)
-    for a, b in zip(ours.state.log_history[:3], own.state.log_history[:3], strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
-
-
-def test_plain_trainer_accumulates_and_evaluates_plain_nll(tmp_path):
-    loss = GatedLoss("eaft", params={"alpha": 2.0})
-    split = train_plainly(loss, tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4)
-    whole = train_plainly(loss, tmp_path, per_device_train_batch_size=4)
-    for a, b in zip(split.state.log_history[:3], whole.state.log_history[:3], strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
-    eval_loss = split.evaluate()["eval_loss"]
-    split.compute_loss_func = None  # the model's own cross-entropy
-    assert eval_loss == pytest.approx(split.evaluate()["eval_loss"], rel=1e-5)

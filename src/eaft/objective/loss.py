@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -87,40 +87,3 @@ def gated_cross_entropy(
     loss = loss_terms(stats, gate_weights(found, stats, **params), kl, anchor).sum()
     num_items = labelled.sum() if num_items is None else torch.as_tensor(num_items, device=loss.device)
     return loss / num_items.clamp(min=1)
-
-
-@dataclass
-class GatedLoss:
-    """
-    The gated cross-entropy as the `compute_loss_func` of transformers' `Trainer`, for those who do not use TRL.
-
-        Trainer(..., compute_loss_func=GatedLoss("eaft"))
-
-    It shifts the labels, honours `num_items_in_batch`, and is the plain nll when no gradient is asked for, so that
-    `eval_loss` can be compared across gates. It needs the full logits; `EAFTTrainer` does not. Each row counts as one
-    example (`talr`), also one of several packed sequences.
-
-    Args:
-        gate: name of a registered gate, or a function of `TokenStatistics`.
-        top_k: K of the top-K entropy.
-        params: what the gate takes, e.g. `{"alpha": 2.0}`.
-
-    Raises:
-        ConfigurationError: unknown gate or parameter, or a gate that needs the base model beside the trained one.
-    """
-
-    gate: GateLike = "eaft"
-    top_k: int = 20
-    params: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        gate = check_gate(self.gate, self.params)
-        if gate.anchor is not None or gate.needs_example_nll or gate.needs_old_log_prob:
-            raise ConfigurationError(f"gate={self.gate!r} needs the base model as well; use EAFTTrainer.")
-
-    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: int | Tensor | None = None) -> Tensor:
-        """Return the loss of a causal model's `outputs.logits` `[B, S, V]` on unshifted `labels` `[B, S]`."""
-        logits, labels = outputs.logits[..., :-1, :], labels[..., 1:].to(outputs.logits.device)
-        if not logits.requires_grad:
-            return gated_cross_entropy(logits, labels, "sft", num_items_in_batch, top_k=self.top_k)
-        return gated_cross_entropy(logits, labels, self.gate, num_items_in_batch, top_k=self.top_k, **self.params)

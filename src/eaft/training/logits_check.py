@@ -27,7 +27,9 @@ REASON = (
 )
 
 
-def check_logits(model: Any, inputs: dict[str, Any], gather: Callable[[Tensor], Tensor]) -> None:
+def check_logits(
+    model: Any, inputs: dict[str, Any], gather: Callable[[Tensor], Tensor], forward: Callable[..., Tensor] | None = None
+) -> None:
     """
     Compare our nll with that of the model's own logits on a few tokens of a batch; all ranks must call this.
 
@@ -35,6 +37,7 @@ def check_logits(model: Any, inputs: dict[str, Any], gather: Callable[[Tensor], 
         model: a model that `GatedLMHead` has patched, as it is wrapped for training.
         inputs: a batch, as the model is called with.
         gather: concatenates a tensor of each rank, on every rank.
+        forward: what to call with the batch, where that is not the model itself with `check_logits=True`.
 
     Raises:
         ConfigurationError: on every rank, if on any they differ by more than rounding explains.
@@ -43,7 +46,7 @@ def check_logits(model: Any, inputs: dict[str, Any], gather: Callable[[Tensor], 
     model.eval()  # without dropout or a router's noise: nothing random is drawn
     try:
         with torch.no_grad():
-            found = gather(model(**inputs, check_logits=True))
+            found = gather(model(**inputs, check_logits=True) if forward is None else forward(**inputs))
     finally:
         for module, mode in modes:
             module.training = mode

@@ -1,0 +1,74 @@
+"""The gated loss for any trainer, or loop, that asks the model for its loss: one call, and no full logits."""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from eaft.errors import ConfigurationError
+from eaft.objective.gates import GateLike, check_gate
+from eaft.training.head import GatedLMHead
+from eaft.training.logits_check import check_logits
+
+
+def patch_model(
+    model: PreTrainedModel | PeftModel, gate: GateLike = "eaft", top_k: int = 20, **params: Any
+) -> GatedLMHead:
+    """
+    Make the loss that a causal model returns the gated one, for trainers other than `EAFTTrainer`.
+
+        patch_model(model, gate="eaft")
+        Trainer(model, ...).train()
+
+    In training mode `model(..., labels=labels)` returns the gated cross-entropy (arXiv:2601.02151) as `loss`, divided
+    by `num_items_in_batch` where it is given and else by the number of labelled tokens, and no logits: they never
+    exist as a whole. In evaluation mode the forward is the model's own, with the plain nll and logits, so that
+    `eval_loss` can be compared across gates. On the first batch the loss is compared with that of the model's own
+    logits on a few tokens. Each row counts as one example (`talr`), also one of several packed sequences.
+
+    Args:
+        model: a causal language model, or a `PeftModel` around one; changed in place, before it is wrapped (DDP, FSDP).
+        gate: name of a registered gate, or a function of `TokenStatistics`.
+        top_k: K of the top-K entropy.
+        params: what the gate takes, e.g. `alpha=2.0` for `eaft`.
+
+    Returns:
+        the head in its place; its `losses` are the `TokenLosses` of the last batch's labelled tokens.
+
+    Raises:
+        ConfigurationError: unknown gate or parameter, or a gate that needs the base model beside the trained one; in
+            the first forward in training, logits that are not what the head says.
+    """
+    found = check_gate(gate, params)
+    if found.anchor is not None or found.needs_example_nll or found.needs_old_log_prob:
+        raise ConfigurationError(f"gate={gate!r} needs the base model as well; use EAFTTrainer.")
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    head = GatedLMHead(base, gate, top_k, params)
+    with_head, checked = base.forward, False
+
+    @functools.wraps(type(base).forward)  # trainers look at its signature
+    def forward(
+        base: PreTrainedModel, *args: Any, labels: Tensor | None = None, num_items_in_batch: Any = None, **kwargs: Any
+    ) -> Any:
+        nonlocal checked
+        if labels is not None:
+            kwargs["labels"] = labels
+        if labels is None or not base.training:
+            if num_items_in_batch is not None:
+                kwargs["num_items_in_batch"] = num_items_in_batch
+            return with_head(*args, **kwargs)
+        if not checked:
+            inner = functools.partial(with_head, *args, check_logits=True)
+            check_logits(base, kwargs, gather=lambda found: found, forward=inner)
+            checked = True
+        output = with_head(*args, fused_lm_head=True, num_items_in_batch=num_items_in_batch, **kwargs)
+        return CausalLMOutputWithPast(loss=output.loss)
+
+    base.forward = types.MethodType(forward, base)
+    return head

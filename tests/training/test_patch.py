@@ -1,0 +1,118 @@
+"""One call, and a plain trainer trains with the gated loss: against the reference, and transformers' own Trainer."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainingArguments
+
+from eaft import gated_cross_entropy, patch_model
+from eaft.errors import ConfigurationError
+from tests.conftest import make_model
+from tests.training.test_head import batch
+
+
+def train_plainly(gate, tmp_path, params=None, **kwargs):
+    rows = torch.randint(3, 200, (12, 9), generator=torch.Generator().manual_seed(0)).tolist()
+    data = Dataset.from_list([{"input_ids": r, "labels": [-100] * (i % 4) + r[i % 4 :]} for i, r in enumerate(rows)])
+    args = TrainingArguments(
+        tmp_path,
+        max_steps=3,
+        learning_rate=1e-3,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        **kwargs,
+    )
+    model = make_model()
+    if gate is not None:
+        patch_model(model, gate, **params or {})
+    trainer = Trainer(model, args, train_dataset=data, eval_dataset=data)
+    trainer.train()
+    return trainer
+
+
+def test_plain_trainer_with_sft_equals_the_models_own_loss(tmp_path):
+    ours = train_plainly("sft", tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    own = train_plainly(None, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    for a, b in zip(ours.state.log_history[:3], own.state.log_history[:3], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_plain_trainer_accumulates_and_evaluates_plain_nll(tmp_path):
+    alpha = {"alpha": 2.0}
+    split = train_plainly("eaft", tmp_path, alpha, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    whole = train_plainly("eaft", tmp_path, alpha, per_device_train_batch_size=4)
+    for a, b in zip(split.state.log_history[:3], whole.state.log_history[:3], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    own = make_model()
+    own.load_state_dict(split.model.state_dict())
+    plain = Trainer(own, split.args, eval_dataset=split.eval_dataset)
+    assert split.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("gate", "params"), [("eaft", {"alpha": 2.0}), ("talr", {"tau": 0.5}), (lambda stats: stats.prob, {})]
+)
+@pytest.mark.parametrize("adapter", [False, True])
+def test_loss_and_gradients_are_the_references(gate, params, adapter):
+    model = make_model()
+    if adapter:
+        model = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    reference = copy.deepcopy(model)
+    head = patch_model(model, gate, **params)
+    (ids, labels), seen = batch(), []
+    model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(output.shape[:2]))
+    for _ in range(2):
+        model.zero_grad()
+        output = model(input_ids=ids, labels=labels, num_items_in_batch=torch.tensor(40))
+        output.loss.backward()
+    assert output.logits is None
+    assert all(rows.numel() <= 4 for rows in seen)  # of the check before the first step
+    logits = reference(input_ids=ids).logits[:, :-1]
+    expected = gated_cross_entropy(logits, labels[:, 1:], gate, num_items=40, **params)
+    expected.backward()
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None), name
+        if ours.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+    assert head.losses.weights.shape == (int((labels[:, 1:] != -100).sum()),)
+
+
+def test_other_calls_are_the_models_own():
+    model = make_model()
+    own, (ids, labels) = copy.deepcopy(model), batch()
+    patch_model(model, "eaft")
+    assert inspect.signature(model.forward) == inspect.signature(own.forward)
+    torch.testing.assert_close(model.train()(input_ids=ids).logits, own.train()(input_ids=ids).logits)
+    ours, theirs = (m.eval()(input_ids=ids, labels=labels) for m in (model, own))
+    torch.testing.assert_close((ours.loss, ours.logits), (theirs.loss, theirs.logits))
+    assert model.generate(ids[:1], max_new_tokens=2, do_sample=False).shape == (1, 13)
+
+
+def test_logits_that_are_not_what_the_head_says_are_refused():
+    model = make_model()
+    model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: 1.5 * output)
+    patch_model(model, "eaft")
+    ids, labels = batch()
+    with pytest.raises(ConfigurationError, match="by the model's own forward"):
+        model.train()(input_ids=ids, labels=labels)
+    assert model.training
+
+
+def test_a_gate_that_needs_the_base_model_is_refused():
+    model = make_model()
+    for gate, params in (("flow", {"tau": 1.0}), ("psft", {}), ("sft-kl", {})):
+        with pytest.raises(ConfigurationError, match="needs the base model as well; use EAFTTrainer"):
+            patch_model(model, gate, **params)
+    with pytest.raises(ConfigurationError, match="takes no beta"):
+        patch_model(model, "eaft", beta=2.0)
+    with pytest.raises(ConfigurationError, match="needs entropy_threshold"):
+        patch_model(model, "masked")
+    assert "forward" not in model.__dict__  # it is as it was
