@@ -25,9 +25,16 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 
 .PHONY: demo inspect test test-oldest check browser clean
 
-demo: $(VENV)/.installed  ## fine-tune a real model with SFT and EAFT; report and pictures in runs/demo (10 minutes)
-	$(PY) -m eaft compare --config recipes/demo/compare.yaml \
-	    --model_name_or_path "$$($(PY) recipes/demo/find_model.py)" $(DEMO_FLAGS)
+# What to expect, found in the data before training; then whether it comes true. Where the data fights the model, the model
+# is the real one made surer of itself (logits x 2); where it does not, the real one as it is
+demo: $(VENV)/.installed  ## inspect says what EAFT will save, compare whether it does; in runs/demo (12 minutes)
+	MODEL="$$($(PY) recipes/demo/find_model.py)" && \
+	$(PY) benchmarks/study/make_models.py "$$MODEL" --sharpness 2 --output_dir runs/demo/models && \
+	$(PY) -m eaft inspect runs/demo/models/s2 recipes/demo/data/gsm8k_train.jsonl --max_length 256 --output_dir runs/demo/inspect/gsm8k && \
+	$(PY) -m eaft inspect "$$MODEL" recipes/demo/data/train.jsonl --max_length 256 --output_dir runs/demo/inspect/function_calls && \
+	$(PY) -m eaft compare --config recipes/demo/gsm8k.yaml --jobs 2 && \
+	$(PY) -m eaft compare --config recipes/demo/function_calls.yaml --jobs 2 --model_name_or_path "$$MODEL" && \
+	$(PY) recipes/demo/expected.py runs/demo
 
 inspect: $(VENV)/.installed  ## which tokens of GSM8K does a real model fight? report and pictures in runs/inspect (2 minutes)
 	$(PY) -m eaft inspect "$$($(PY) recipes/demo/find_model.py)" recipes/inspect/gsm8k.jsonl --rollouts 16 --max_new_tokens 64 --output_dir runs/inspect \

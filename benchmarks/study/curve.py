@@ -73,6 +73,24 @@ def gather(folder: Path, inspection: Path) -> Numbers:
     }
 
 
+def joined(kept: Numbers, measured: Numbers) -> Numbers:
+    """
+    Return a condition with the runs that were gathered before, on another machine, and those measured since.
+
+    Raises:
+        ValueError: its base model, prompts or held-out rows are other ones, and no run can stand beside the other.
+    """
+    for what in ("prompt_tokens", "held_out_tokens", "base"):
+        if kept[what] != measured[what]:
+            raise ValueError(f"{measured['name']}: {what} is not as gathered before: delete one of the two.")
+
+    def key(run: Numbers) -> tuple[str, float, int]:
+        return run["objective"], run["learning_rate"], run["seed"]
+
+    runs = {key(run): run for run in [*kept["runs"], *measured["runs"]]}
+    return {**measured, "runs": [runs[k] for k in sorted(runs)]}
+
+
 def rounded(sums: list[float]) -> list[float]:
     """Return sums (nats) to the thousandth: of hundreds of tokens, far below what is uncertain."""
     return [round(value, 3) for value in sums]
@@ -96,33 +114,34 @@ class Condition:
         return self.measured["name"]
 
     @property
+    def seeds(self) -> list[int]:
+        """The seeds that anything was trained with."""
+        return sorted({run["seed"] for run in self.measured["runs"]})
+
+    @property
     def kind(self) -> str:
         """Its data, whatever share of its answers was made to contradict the model."""
         return re.sub(r"(-[\d.]+)?-s[\d.]+$", "", self.name)
 
-    def seeds(self, objective: str) -> set[int]:
-        """Return the seeds that an objective was trained with."""
-        return {run["seed"] for run in self.measured["runs"] if run["objective"] == objective}
+    def rates(self, objective: str, seed: int) -> set[float]:
+        """Return the learning rates that an objective was trained with, with a seed."""
+        return {run["learning_rate"] for run in self.runs(objective, seed)}
 
     def runs(self, objective: str, seed: int) -> list[Numbers]:
         """Return the runs of an objective with a seed, one a learning rate."""
         return [run for run in self.measured["runs"] if (run["objective"], run["seed"]) == (objective, seed)]
 
-    def compare(self, first: str, second: str, only: float | None = None) -> Numbers | None:
+    def compare(self, first: str, second: str, rates: set[float]) -> Numbers:
         """
         Return how two objectives differ: in drift at matched held-out nll, as a share of the second's, and in best nll.
 
-        Over the seeds that both were trained with, and the learning rates that all of these have, or `only` one of
-        them; None if none.
+        Each over its runs at these learning rates, with the seeds that both were trained with at all of them.
         """
-        sides = [{seed: self.runs(name, seed) for seed in self.seeds(name)} for name in (first, second)]
-        seeds = sorted(sides[0].keys() & sides[1].keys())
-        rates = [{run["learning_rate"] for run in side[seed]} for side in sides for seed in seeds]
-        rates = sorted(set.intersection(*rates)) if rates else []
-        rates = [rate for rate in rates if only in (None, rate)]
-        if not rates:
-            return None
-        sides = [{seed: [r for r in side[seed] if r["learning_rate"] in rates] for seed in seeds} for side in sides]
+        seeds = [seed for seed in self.seeds if rates <= self.rates(first, seed) & self.rates(second, seed)]
+        sides = [
+            {seed: [run for run in self.runs(name, seed) if run["learning_rate"] in rates] for seed in seeds}
+            for name in (first, second)
+        ]
         paths = [[[self.path(run) for run in side[seed]] for seed in seeds] for side in sides]
         tokens = [np.array(self.measured[name]) for name in ("prompt_tokens", "held_out_tokens")]
         best = [[best_point(side[seed]) for seed in seeds] for side in sides]
@@ -135,7 +154,7 @@ class Condition:
             "first": first,
             "second": second,
             "seeds": seeds,
-            "learning_rates": rates,
+            "learning_rates": sorted(rates),
             "best_nll": asdict(ratio_difference(nll[0], nll[1], tokens[1])),
             "general": general,
             "drift": None,
@@ -153,11 +172,15 @@ class Condition:
         return found
 
     def pairs(self) -> list[Numbers]:
-        """Return every objective beside SFT, over all learning rates and then at each by itself."""
+        """Return every objective beside SFT at each learning rate and, where some seeds have several, at its best."""
         found = []
         for name in dict.fromkeys(run["objective"] for run in self.measured["runs"]):
-            if name != REFERENCE and (pair := self.compare(name, REFERENCE)) is not None:
-                found.append({**pair, "at_each": [self.compare(name, REFERENCE, r) for r in pair["learning_rates"]]})
+            if name == REFERENCE:
+                continue
+            common = [frozenset(self.rates(name, seed) & self.rates(REFERENCE, seed)) for seed in self.seeds]
+            sets = {*common, *(frozenset([rate]) for rates in common for rate in rates)} - {frozenset()}
+            pairs = [self.compare(name, REFERENCE, set(rates)) for rates in sets]
+            found += sorted(pairs, key=lambda pair: (-len(pair["seeds"]), -len(pair["learning_rates"])))
         return found
 
     def path(self, run: Numbers) -> RunPath:
@@ -181,7 +204,8 @@ def main() -> None:
         MEASURED.mkdir(parents=True, exist_ok=True)
         for file in sorted(flags.study_dir.glob("*/results.json")):
             name = file.parent.name
-            write_json(MEASURED / f"{name}.json", gather(file.parent, flags.study_dir / "inspect" / name))
+            measured, kept = gather(file.parent, flags.study_dir / "inspect" / name), MEASURED / f"{name}.json"
+            write_json(kept, joined(json.loads(kept.read_text()), measured) if kept.is_file() else measured)
     conditions = [Condition(json.loads(file.read_text())) for file in sorted(MEASURED.glob("*.json"))]
     found: Numbers = {
         "environment": environment(),
@@ -196,34 +220,45 @@ def main() -> None:
             for condition in conditions
         ],
     }
-    of_eaft = [
-        (c, pair) for c in found["conditions"] for pair in c["pairs"] if pair["first"] == "eaft" and pair["drift"]
-    ]
+    of_eaft = [(c, pair) for c in found["conditions"] if (pair := main_pair(c)) is not None]
     for (_, pair), p in zip(of_eaft, holm([pair["drift"]["p_value"] for _, pair in of_eaft]), strict=True):
         pair["drift"]["p_holm"] = p
-    points = {c["name"]: (c["dose"]["nll"], pair["drift"]["change"]) for c, pair in of_eaft}
-    found["rule"] = asdict(Rule.fit(*map(list, zip(*points.values(), strict=True)))) if len(points) > 2 else None
-    found["tests"] = [left_out(kind, of_eaft) for kind in dict.fromkeys(c["kind"] for c, _ in of_eaft)]
+    rule = fit(of_eaft)
+    found["rule"] = None if rule is None else asdict(rule)
+    found["tests"] = [test for kind in dict.fromkeys(c["kind"] for c, _ in of_eaft) for test in left_out(kind, of_eaft)]
     write_json(RESULTS / "study.json", found)
     (RESULTS / "study.md").write_text(report(found))
     draw(found, RESULTS / "curve.png")
     if found["rule"] is not None:
-        write_json(RULE_FILE, {"rule": found["rule"], "points": points})
+        changes = {c["name"]: {"dose": c["dose"]["nll"], "changes": pair["drift"]["per_seed"]} for c, pair in of_eaft}
+        write_json(RULE_FILE, {"rule": found["rule"], "fitted_to": changes})
     print(report(found))
 
 
-def left_out(kind: str, of_eaft: list[tuple[Numbers, Numbers]]) -> Numbers:
-    """Return how well the rule foretells one kind of data when it is fitted to the others."""
-    others = [(c["dose"]["nll"], pair["drift"]["change"]) for c, pair in of_eaft if c["kind"] != kind]
-    found: Numbers = {"kind": kind, "fitted_to": len(others), "conditions": []}
-    if len({dose for dose, _ in others}) < 3:
-        return found
-    rule = Rule.fit(*map(list, zip(*others, strict=True)))
+def main_pair(condition: Numbers) -> Numbers | None:
+    """Return EAFT beside SFT with the most seeds and, of these, the most learning rates; None without."""
+    pairs = [pair for pair in condition["pairs"] if pair["first"] == "eaft" and pair["drift"]]
+    return pairs[0] if pairs else None
+
+
+def fit(of_eaft: list[tuple[Numbers, Numbers]]) -> Rule | None:
+    """Return the rule through every seed of every condition; None with fewer than three doses."""
+    runs = [(condition["dose"]["nll"], change) for condition, pair in of_eaft for change in pair["drift"]["per_seed"]]
+    doses, changes = ([run[i] for run in runs] for i in range(2))
+    return Rule.fit(doses, changes) if len(set(doses)) > 2 else None
+
+
+def left_out(kind: str, of_eaft: list[tuple[Numbers, Numbers]]) -> list[Numbers]:
+    """Return how well the rule foretells the conditions of one kind of data when it is fitted to the others."""
+    rule = fit([(condition, pair) for condition, pair in of_eaft if condition["kind"] != kind])
+    if rule is None:
+        return []
+    found = []
     for condition, pair in of_eaft:
         if condition["kind"] == kind:
-            expected = rule.expect(condition["dose"]["nll"])
-            inside = expected.low <= pair["drift"]["change"] <= expected.high
-            found["conditions"].append({"name": condition["name"], **asdict(expected), "inside": inside})
+            expected, changes = rule.expect(condition["dose"]["nll"]), pair["drift"]["per_seed"]
+            inside = sum(expected.low <= change <= expected.high for change in changes)
+            found.append({"name": condition["name"], **asdict(expected), "seeds": len(changes), "inside": inside})
     return found
 
 
@@ -242,8 +277,7 @@ def report(found: Numbers) -> str:
             shown(pair["general"], percent=True).replace("%", "") if pair["general"] else "",
         ]
         for condition in found["conditions"]
-        for of_all in condition["pairs"]
-        for pair in (of_all, *(of_all["at_each"] if len(of_all["at_each"]) > 1 else []))
+        for pair in condition["pairs"]
     ]
     headers = [
         "condition",
@@ -257,15 +291,18 @@ def report(found: Numbers) -> str:
         f"{GENERAL} less SFT's, points",
     ]
     tests = [
-        [c["name"], f"{c['change']:+.0%}", f"{c['low']:+.0%} to {c['high']:+.0%}", "yes" if c["inside"] else "no"]
+        [
+            test["name"],
+            f"{test['change']:+.0%}",
+            f"{test['low']:+.0%} to {test['high']:+.0%}",
+            f"{test['inside']} of {test['seeds']}",
+        ]
         for test in found["tests"]
-        for c in test["conditions"]
     ]
     parts = [tabulate(rows, headers, tablefmt="github", disable_numparse=True)]
     if tests:
-        parts.append(
-            tabulate(tests, ["left out", "foretold", "95%", "inside"], tablefmt="github", disable_numparse=True)
-        )
+        headers = ["its kind of data left out", "foretold", "95% of runs", "inside"]
+        parts.append(tabulate(tests, headers, tablefmt="github", disable_numparse=True))
     return "\n\n".join(parts) + "\n"
 
 
@@ -286,15 +323,12 @@ def draw(found: Numbers, file: Path) -> None:
         expected = [rule.expect(dose) for dose in doses]
         axes.plot(100 * doses, [100 * e.change for e in expected], color="black", lw=1)
         low, high = ([100 * getattr(e, end) for e in expected] for end in ("low", "high"))
-        axes.fill_between(
-            100 * doses, low, high, color="black", alpha=0.08, lw=0, label="the rule, for one more condition"
-        )
+        axes.fill_between(100 * doses, low, high, color="black", alpha=0.08, lw=0, label="the rule: 95% of runs")
     for color, kind in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"], kinds, strict=False):
         points = [
             (100 * c["dose"]["nll"], *(100 * pair["drift"][name] for name in ("change", "low", "high")))
             for c in found["conditions"]
-            for pair in c["pairs"]
-            if c["kind"] == kind and pair["first"] == "eaft" and pair["drift"]
+            if c["kind"] == kind and (pair := main_pair(c)) is not None
         ]
         if points:
             x, y, low, high = np.array(points).T

@@ -1,5 +1,6 @@
 """Format is told from content, on made tokens and on data made for it, scored by the real model."""
 
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from eaft.inspection.advice import Conflicts, advise, percent, shown
 from eaft.inspection.findings import find
 from eaft.inspection.folder import Inspection
 from eaft.inspection.labelled import Labelled
+from eaft.inspection.rule import Rule
 from eaft.models import resolve_model
 from eaft.objective.statistics import TokenStatistics
 from tests.inspection.scored import score_rows
@@ -71,12 +73,22 @@ def test_a_label_that_fights_in_a_fifth_of_the_examples_is_a_habit_unless_it_is_
 
 
 @pytest.mark.parametrize(("share", "kind"), [(0.19, "few"), (0.3, "format"), (0.6, "format"), (None, "none")])
-def test_kinds_and_words(share, kind):
+@pytest.mark.parametrize("slope", [-1, 0, 1])
+def test_kinds_and_words(share, kind, slope, monkeypatch):
+    rule = Rule(slope, 0.0, residual=0.01, runs=8, mean=0.4, spread=0.5, lowest=0.0, highest=0.8)
+    monkeypatch.setattr(Rule, "fitted", lambda: rule)
     advice = advise({"tokens": 0.1, "nll": share, "gradient": 0.3}, None, conflicts([(0, "<<", "\n")]))
     assert advice["kind"] == kind
     assert advice["text"].startswith(advice["headline"])
-    assert ("19%" in advice["text"]) == (share in (0.19, 0.3))
-    assert ("47%" in advice["text"]) == (share in (0.3, 0.6))
+    if share is None:
+        return
+    assert advice["facts"]["expected"] == asdict(rule.expect(share))
+    assert (
+        f"it drifts {abs(100 * slope * share):.0f}% {'less' if slope < 0 else 'more'} from the base" in advice["text"]
+    )
+    assert ("it pays" in advice["text"], "it costs" in advice["text"]) == (slope < 0, slope > 0)
+    assert ("no saving to count on" in advice["text"]) == (slope == 0)
+    assert ("is expected to help" in advice["headline"]) == (kind != "few" and slope < 0)
 
 
 def test_what_sentences_show():

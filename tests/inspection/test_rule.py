@@ -1,4 +1,4 @@
-"""The rule: its line and interval against a peer, and how often the interval holds one more condition."""
+"""The rule: its line and interval against a peer, and how often the interval holds one more run."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def test_beyond_what_was_measured_it_is_the_nearest_measured():
     assert rule.expect(0.0) == rule.expect(0.2)
 
 
-def test_95_of_100_intervals_hold_one_more_condition():
+def test_95_of_100_intervals_hold_one_more_run():
     rng = np.random.default_rng(0)
     doses = np.array([0.02, 0.2, 0.3, 0.45, 0.6, 0.75])
     held = 0
