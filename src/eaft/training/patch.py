@@ -6,7 +6,7 @@ import functools
 import types
 from typing import Any
 
-from peft import PeftModel
+from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -17,9 +17,7 @@ from eaft.training.head import GatedLMHead
 from eaft.training.logits_check import check_logits
 
 
-def patch_model(
-    model: PreTrainedModel | PeftModel, gate: GateLike = "eaft", top_k: int = 20, **params: Any
-) -> GatedLMHead:
+def patch_model(model: Any, gate: GateLike = "eaft", top_k: int = 20, **params: Any) -> GatedLMHead:
     """
     Make the loss that a causal model returns the gated one, for trainers other than `EAFTTrainer`.
 
@@ -48,7 +46,7 @@ def patch_model(
     found = check_gate(gate, params)
     if found.anchor is not None or found.needs_example_nll or found.needs_old_log_prob:
         raise ConfigurationError(f"gate={gate!r} needs the base model as well; use EAFTTrainer.")
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = model.get_base_model() if is_peft_model(model) else model
     head = GatedLMHead(base, gate, top_k, params)
     with_head, checked = base.forward, False
 
