@@ -244,7 +244,7 @@ def test_head_that_is_partitioned_outside_its_context(monkeypatch):
         if depth == 0:
             weight.data = torch.empty(0)
 
-    monkeypatch.setattr(head, "maybe_gather_lm_head_ctx", gather)
+    monkeypatch.setattr(head, "gather_partitioned", gather)
     weight.register_hook(lambda grad: setattr(weight, "data", full))  # DeepSpeed sees to the gradient's own reduction
     weight.data = torch.empty(0)
     loss = model(input_ids=ids, labels=labels, fused_lm_head=True).loss
@@ -295,7 +295,7 @@ def test_reference_head_that_is_partitioned_outside_its_context(monkeypatch):
         yield
         weight.data = torch.empty(0)
 
-    monkeypatch.setattr(head, "maybe_gather_lm_head_ctx", gather)
+    monkeypatch.setattr(head, "gather_partitioned", gather)
     weight.data = torch.empty(0)
     assert model(input_ids=ids, labels=labels, fused_lm_head=True).loss.item() == pytest.approx(expected.item())
     assert any(p is model.lm_head.weight for p in gathered)

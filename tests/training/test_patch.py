@@ -2,6 +2,8 @@
 
 import copy
 import inspect
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -116,3 +118,9 @@ def test_a_gate_that_needs_the_base_model_is_refused():
     with pytest.raises(ConfigurationError, match="needs entropy_threshold"):
         patch_model(model, "masked")
     assert "forward" not in model.__dict__  # it is as it was
+
+
+def test_it_needs_no_trl():
+    """Other trainers come with a TRL of another version, or none."""
+    missing = "for name in ('trl', 'datasets', 'peft', 'lm_eval'): sys.modules[name] = None"
+    subprocess.run([sys.executable, "-c", f"import sys; {missing}; from eaft import patch_model"], check=True)

@@ -3,7 +3,8 @@ The gated LM head: the loss inside the model's forward, on labelled positions on
 
 TRL gives the model a fused head (`trl.trainer.utils.add_fused_lm_head`): `model(..., fused_lm_head=True)` returns
 per-token log-probabilities. We put ours in its place, with the same call and the same output, because TRL's knows no
-top-K entropy. It runs inside the forward so that DDP, FSDP2 and ZeRO-3 see it and reduce its gradients.
+top-K entropy. It runs inside the forward so that DDP, FSDP2 and ZeRO-3 see it and reduce its gradients. Nothing here
+needs TRL: other trainers (`patch_model`) come with one of another version, or none.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import copy
 import functools
 import types
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,8 +23,9 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
+from transformers.utils import ModelOutput
 
 from eaft.objective.chunk import LogitTransform
 from eaft.objective.fused import Reference, TokenLosses, linear_gated_cross_entropy, linear_token_statistics
@@ -88,15 +90,46 @@ def reshard(reference: Any) -> None:
             module.reshard()
 
 
+def gather_partitioned(*parameters: Any) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which parameters that ZeRO-3 has partitioned are whole; those that are whole stay so."""
+    if not is_deepspeed_zero3_enabled():
+        return contextlib.nullcontext()
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
+
+    # By identity: a tied head, or a reference's that is the policy's own, comes twice, and is to be gathered once
+    partitioned = {id(p): p for p in parameters if p is not None and p.ds_status != ZeroParamStatus.AVAILABLE}
+    return GatheredParameters(list(partitioned.values())) if partitioned else contextlib.nullcontext()
+
+
+@dataclass
+class GatedOutput(ModelOutput):
+    """
+    What TRL reads off the output of a fused head (`trl.trainer.utils.FusedCausalLMOutput`), over the labelled tokens.
+
+    Attributes:
+        loss: scalar, nats per token; in training mode with the auxiliary loss of a mixture of experts.
+        log_probs: `[1]`, their sum, which is all that TRL takes of them: in training mode of the terms of the loss with
+            their sign changed, -(g_t nll_t + coef KL_t), in evaluation mode of plain ln p_t, so that `eval_loss` is the
+            nll whatever the gate.
+        entropy, is_top1: `[N]`, of each labelled token.
+        label_mask: `[B, S]`, which positions are labelled.
+        aux_loss: scalar, of a mixture of experts.
+    """
+
+    loss: Tensor | None = None
+    log_probs: Tensor | None = None
+    entropy: Tensor | None = None
+    is_top1: Tensor | None = None
+    label_mask: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
 class GatedLMHead:
     """
-    Patches `model` so that `model(..., labels=labels, fused_lm_head=True)` returns the gated loss.
+    Patches `model` so that `model(..., labels=labels, fused_lm_head=True)` returns the gated loss, as `GatedOutput`.
 
-    The output is TRL's `FusedCausalLMOutput`, 1-D over the labelled tokens; but its `log_probs`, which TRL only sums,
-    are their sum already: in training mode of the terms of the loss with their sign changed, -(g_t nll_t + coef KL_t),
-    in evaluation mode of plain ln p_t, so that `eval_loss` is the nll whatever the gate; and `loss` has the auxiliary
-    loss of a mixture of experts in training mode only. `model(..., check_logits=True)` is
-    `eaft.training.logits_check.compare_logits`; other calls go to the model's own forward.
+    `model(..., check_logits=True)` is `eaft.training.logits_check.compare_logits`; other calls go to the model's own
+    forward.
 
     Args:
         model: a causal language model, not wrapped by PEFT (pass `peft_model.get_base_model()`).
@@ -155,7 +188,7 @@ class GatedLMHead:
         token_numbers: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         **kwargs: Any,
-    ) -> FusedCausalLMOutput:
+    ) -> GatedOutput:
         """
         Run the backbone and score the labels `[B, S]`, or `shift_labels` (context parallelism) as they stand.
 
@@ -222,7 +255,7 @@ class GatedLMHead:
             aux_loss = self.aux_loss(model, backbone, kwargs.get("attention_mask")).to(loss.device)
             if model.training:
                 loss = loss + getattr(self.text_config, "router_aux_loss_coef", 0.0) * aux_loss
-        return FusedCausalLMOutput(
+        return GatedOutput(
             loss=loss,
             log_probs=-total.unsqueeze(0),
             entropy=self.losses.statistics.entropy,
@@ -283,7 +316,7 @@ class GatedLMHead:
     def gathered(self, lm_head: Any, *others: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Give the head's whole weight `[V, H]` and bias `[V]`, however they are sharded; ZeRO-3 gathers others too."""
         weight, bias = full_parameter(lm_head.weight), full_parameter(lm_head.bias)
-        with maybe_gather_lm_head_ctx(weight, bias, *others):
+        with gather_partitioned(weight, bias, *others):
             yield self.unpadded(weight), self.unpadded(bias)
 
     def unpadded(self, parameter: Any) -> Any:
