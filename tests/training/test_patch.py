@@ -122,5 +122,5 @@ def test_a_gate_that_needs_the_base_model_is_refused():
 
 def test_it_needs_no_trl():
     """Other trainers come with a TRL of another version, or none."""
-    missing = "for name in ('trl', 'datasets', 'peft', 'lm_eval'): sys.modules[name] = None"
+    missing = "sys.modules.update(dict.fromkeys(['trl', 'datasets', 'peft', 'lm_eval']))"
     subprocess.run([sys.executable, "-c", f"import sys; {missing}; from eaft import patch_model"], check=True)
