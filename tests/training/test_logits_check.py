@@ -140,6 +140,13 @@ def test_logits_of_the_batch_never_exist(labelled, model):
     assert sizes == [(1, TOKENS, 264)]
 
 
+def test_a_batch_of_the_shape_of_what_is_compared(model):
+    GatedLMHead(model, "eaft", 20, {})
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert ids.shape == (1, TOKENS)
+    check_logits(model, {"input_ids": ids, "labels": ids}, gather=lambda found: found)
+
+
 def test_other_auxiliary_loss_is_refused():
     model = make("GraniteMoE").train()
     ids = torch.randint(3, 264, (2, 9))

@@ -139,6 +139,7 @@ def run_own_forward(
 ) -> tuple[Any, Any]:
     """Return the model's own output, its logits those of some tokens alone `[n, V]`, and its backbone's output."""
     backbone: list[Any] = []
+    cuts = 0
 
     def keep(module: Any, inputs: Any, output: Any) -> None:
         if getattr(output, "router_logits", None) == ():
@@ -147,7 +148,11 @@ def run_own_forward(
 
     def cut(module: Any, inputs: tuple[Any, ...]) -> Any:
         # The head sees these tokens alone, so that the logits of a long batch never exist
-        return (inputs[0][rows, columns].unsqueeze(0),) if inputs and inputs[0].shape[:2] == shape else None
+        nonlocal cuts
+        if not inputs or inputs[0].shape[:2] != shape:
+            return None
+        cuts += 1
+        return (inputs[0][rows, columns].unsqueeze(0),)
 
     hooks = (
         head.backbone(model).register_forward_hook(keep),
@@ -160,7 +165,8 @@ def run_own_forward(
             hook.remove()
     if not backbone:  # OPT's forward calls a part of it
         backbone = [head.backbone(model)(*args, **kwargs)]
-    own.logits = own.logits[rows, columns] if own.logits.shape[:2] == shape else own.logits[0]
+    whole = not cuts and own.logits.shape[:2] == shape  # a batch may itself be one row of as many tokens
+    own.logits = own.logits[rows, columns] if whole else own.logits[0]
     return own, backbone[0]
 
 

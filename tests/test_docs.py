@@ -1,5 +1,8 @@
-"""The README's and the docs' Python runs as it stands, but for the model and the data."""
+"""The README and the docs: their Python runs as it stands, but for the model and the data; their flags exist."""
 
+import contextlib
+import functools
+import io
 import json
 import re
 import shlex
@@ -10,6 +13,7 @@ import pytest
 import yaml
 from datasets import Dataset
 
+import eaft
 from eaft import EAFTConfig, cli
 from eaft.objective.gates import GATES
 from eaft.training.train import parse
@@ -17,17 +21,62 @@ from eaft.training.train import parse
 from .conftest import make_rows
 
 ROOT = Path(__file__).parents[1]
-SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "recipes").glob("*/README.md"))]
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=["TRL", "Trainer"])
+def name(page):
+    return str(page.relative_to(ROOT))
+
+
+def snippets():
+    """Every Python block, once; one that cannot be run has `<!-- not run: why -->` on the line before it."""
+    block = re.compile(r"(?:<!-- not run: (.+) -->\n)?^```python\n((?:.*\n)*?)```$", re.MULTILINE)
+    found = {}
+    for page in PAGES:
+        for number, (not_run, code) in enumerate(block.findall(page.read_text()), 1):
+            marks = [pytest.mark.skip(not_run)] if not_run else []
+            found.setdefault(code, pytest.param(code, id=f"{name(page)}-{number}", marks=marks))
+    return found.values()
+
+
+@pytest.mark.parametrize("snippet", snippets())
 def test_snippet_runs(snippet, model_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows()))
     tokenized = Dataset.from_list([{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]}] * 8)
     code = snippet.replace("Qwen/Qwen3-0.6B", str(model_dir)).replace('("out"', '("out", use_cpu=True, report_to=[]')
     exec(code, {"tokenized": tokenized})
-    assert list((tmp_path / "out").glob("checkpoint-*/model.safetensors"))
+    if '("out"' in snippet:
+        assert list((tmp_path / "out").glob("checkpoint-*/model.safetensors"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_no_code_is_overlooked(page):
+    fences = re.findall(r"^\s*```(.*)$", page.read_text(), re.MULTILINE)
+    assert set(fences[::2]) <= {"python", "yaml", "sql"}
+    assert set(fences[1::2]) <= {""}
+
+
+@functools.cache
+def flags_of(command):
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    return set(re.findall(r"--[\w-]+", text.getvalue()))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_flags_exist(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE).replace("\\\n", " ")
+    code = re.findall(r"^    (.*)$", text, re.MULTILINE) + re.findall(r"`([^`]+)`", text)
+    for command, rest in (match for piece in code for match in re.findall(r"\beaft\s+([a-z]+)\b([^`]*)", piece)):
+        flags = {word for word in shlex.split(rest, comments=True) if word.startswith("--")}
+        assert flags <= flags_of(command), f"eaft {command} {rest}"
+
+
+def test_every_public_name_is_in_the_api():
+    names = re.findall(r"^::: eaft\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    assert set(names) == set(eaft.__all__)
 
 
 def test_a_gate_of_your_own(model_dir, tmp_path, monkeypatch):
@@ -66,4 +115,4 @@ def test_every_gate_is_documented():
 
 def test_commands_exist():
     makefile = (ROOT / "Makefile").read_text()
-    assert all(f"\n{target}:" in makefile for target in ("demo", "test", "check"))
+    assert all(f"\n{target}:" in makefile for target in ("demo", "test", "check", "docs"))
