@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from eaft.objective.loss import gated_cross_entropy
     from eaft.objective.statistics import TokenStatistics, token_statistics
     from eaft.training.config import EAFTConfig
-    from eaft.training.patch import patch_model
+    from eaft.training.patch import GateCallback, patch_model
     from eaft.training.trainer import EAFTTrainer
 
 __version__ = version("eaft")
@@ -18,6 +18,7 @@ __version__ = version("eaft")
 __all__ = [
     "EAFTConfig",
     "EAFTTrainer",
+    "GateCallback",
     "TokenStatistics",
     "gated_cross_entropy",
     "gates",
@@ -29,6 +30,7 @@ __all__ = [
 MODULES = {
     "EAFTConfig": "training.config",
     "EAFTTrainer": "training.trainer",
+    "GateCallback": "training.patch",
     "TokenStatistics": "objective.statistics",
     "gated_cross_entropy": "objective.loss",
     "linear_gated_cross_entropy": "objective.fused",

@@ -11,13 +11,13 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
-from eaft import gated_cross_entropy, patch_model
+from eaft import GateCallback, gated_cross_entropy, patch_model
 from eaft.errors import ConfigurationError
 from tests.conftest import make_model
 from tests.training.test_head import batch
 
 
-def train_plainly(gate, tmp_path, params=None, **kwargs):
+def train_plainly(tmp_path, callback=None, loss=None, **kwargs):
     rows = torch.randint(3, 200, (12, 9), generator=torch.Generator().manual_seed(0)).tolist()
     data = Dataset.from_list([{"input_ids": r, "labels": [-100] * (i % 4) + r[i % 4 :]} for i, r in enumerate(rows)])
     args = TrainingArguments(
@@ -30,32 +30,40 @@ def train_plainly(gate, tmp_path, params=None, **kwargs):
         disable_tqdm=True,
         **kwargs,
     )
-    model = make_model()
-    if gate is not None:
-        patch_model(model, gate, **params or {})
-    trainer = Trainer(model, args, train_dataset=data, eval_dataset=data)
+    callbacks = [] if callback is None else [callback]
+    trainer = Trainer(
+        make_model(), args, train_dataset=data, eval_dataset=data, callbacks=callbacks, compute_loss_func=loss
+    )
     trainer.train()
     return trainer
 
 
 def test_plain_trainer_with_sft_equals_the_models_own_loss(tmp_path):
-    ours = train_plainly("sft", tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)
-    own = train_plainly(None, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    ours = train_plainly(tmp_path, GateCallback("sft"), per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    own = train_plainly(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)
     for a, b in zip(ours.state.log_history[:3], own.state.log_history[:3], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
 def test_plain_trainer_accumulates_and_evaluates_plain_nll(tmp_path):
-    alpha = {"alpha": 2.0}
-    split = train_plainly("eaft", tmp_path, alpha, per_device_train_batch_size=1, gradient_accumulation_steps=4)
-    whole = train_plainly("eaft", tmp_path, alpha, per_device_train_batch_size=4)
+    flags = {"gate": "eaft", "gate_alpha": 2.0}
+    split = train_plainly(tmp_path, GateCallback(**flags), per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    whole = train_plainly(tmp_path, GateCallback(**flags), per_device_train_batch_size=4)
     for a, b in zip(split.state.log_history[:3], whole.state.log_history[:3], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
     own = make_model()
     own.load_state_dict(split.model.state_dict())
     plain = Trainer(own, split.args, eval_dataset=split.eval_dataset)
     assert split.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-5)
+
+
+def test_a_trainer_that_computes_a_loss_of_its_own_is_found_out(tmp_path):
+    def own_loss(outputs, labels, num_items_in_batch=None):
+        return outputs.logits.square().mean()
+
+    with pytest.raises(ConfigurationError, match="the trainer computes a loss of its own"):
+        train_plainly(tmp_path, GateCallback("eaft"), own_loss)
 
 
 @pytest.mark.parametrize(

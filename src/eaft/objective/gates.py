@@ -372,6 +372,23 @@ def get_gate(gate: GateLike) -> Gate:
     return GATES[gate]
 
 
+def params_of_flags(gate: GateLike, alpha: float, entropy: str, others: dict[str, Any] | None) -> dict[str, Any]:
+    """
+    Return a gate's parameters from `gate_alpha`, `gate_entropy` and `gate_kwargs`, or by default; not the missing ones.
+
+    Raises:
+        ConfigurationError: `gate_kwargs` has what has a flag of its own.
+    """
+    params = {k: v for k, v in get_gate(gate).params.items() if v is not inspect.Parameter.empty}
+    given = dict(others or {})
+    for name, value, default in (("alpha", alpha, 1.0), ("entropy", entropy, "top-k")):
+        if name in given:
+            raise ConfigurationError(f"gate_kwargs: set {name} by gate_{name}.")
+        if name in params or value != default:
+            given[name] = value
+    return {**params, **given}
+
+
 def is_per_token(gate: GateLike, params: dict[str, Any]) -> bool:
     """Return whether the gate weighs each token by itself; one with a parameter set to `batch` does not."""
     found = get_gate(gate)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from trl import SFTConfig
 
 from eaft.errors import ConfigurationError
 from eaft.evaluation.drift import DRIFT_PROMPTS, PROMPTS
-from eaft.objective.gates import check_gate, get_gate
+from eaft.objective.gates import check_gate, params_of_flags
 from eaft.training.measure import MEASURED
 
 REPLAY_PROMPTS = Path(__file__).with_name("replay_prompts.jsonl")
@@ -146,14 +145,7 @@ class EAFTConfig(SFTConfig):
     @property
     def gate_params(self) -> dict[str, Any]:
         """The gate's parameters, as given or by default; without those that are still to be measured."""
-        params = {k: v for k, v in get_gate(self.gate).params.items() if v is not inspect.Parameter.empty}
-        given: dict[str, Any] = dict(self.gate_kwargs or {})  # type: ignore[arg-type]
-        for name, value, default in (("alpha", self.gate_alpha, 1.0), ("entropy", self.gate_entropy, "top-k")):
-            if name in given:
-                raise ConfigurationError(f"gate_kwargs: set {name} by gate_{name}.")
-            if name in params or value != default:
-                given[name] = value
-        return {**params, **given}
+        return params_of_flags(self.gate, self.gate_alpha, self.gate_entropy, self.gate_kwargs)  # type: ignore[arg-type]
 
 
 def check_selection(args: EAFTConfig) -> None:

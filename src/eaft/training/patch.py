@@ -1,4 +1,7 @@
-"""The gated loss for any trainer, or loop, that asks the model for its loss: one call, and no full logits."""
+"""
+The gated loss for any trainer, or loop, that asks the model for its loss, without full logits: `patch_model` makes the
+model return it, and `GateCallback` calls that where a trainer takes callbacks of transformers'.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,11 @@ from typing import Any
 
 from accelerate.utils import is_peft_model
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from eaft.errors import ConfigurationError
-from eaft.objective.gates import GateLike, check_gate
+from eaft.objective.gates import GateLike, check_gate, params_of_flags
 from eaft.training.head import GatedLMHead
 from eaft.training.logits_check import check_logits
 
@@ -70,3 +73,43 @@ def patch_model(model: Any, gate: GateLike = "eaft", top_k: int = 20, **params: 
 
     base.forward = types.MethodType(forward, base)
     return head
+
+
+class GateCallback(TrainerCallback):
+    """
+    `patch_model` as a callback, for any trainer built on transformers' `Trainer` (LLaMA-Factory's, ms-swift's, ...).
+
+    The model is patched when the trainer has been made, before it is wrapped.
+
+    Args:
+        gate, gate_alpha, gate_entropy, gate_top_k, gate_kwargs: as the flags of `eaft train`.
+
+    Raises:
+        ConfigurationError: as `patch_model`; and after the first step, if the trainer did not ask the model for its
+            loss, but computes one of its own.
+    """
+
+    head: GatedLMHead
+
+    def __init__(
+        self,
+        gate: GateLike = "eaft",
+        gate_alpha: float = 1.0,
+        gate_entropy: str = "top-k",
+        gate_top_k: int = 20,
+        gate_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        self.gate, self.gate_top_k = gate, gate_top_k
+        self.params = params_of_flags(gate, gate_alpha, gate_entropy, gate_kwargs)
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Patch the model."""
+        self.head = patch_model(model, self.gate, self.gate_top_k, **self.params)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Find out whether the loss is ours."""
+        if not hasattr(self.head, "losses"):
+            raise ConfigurationError(
+                f"gate={self.gate!r} had no effect: the trainer computes a loss of its own and does not ask the model "
+                "for it. Switch that off (compute_loss_func, label_smoothing_factor, loss_type, use_dft_loss, ...)."
+            )

@@ -1,0 +1,1 @@
+"""What other trainers load by name: each module imports its host only when the host imports it."""
