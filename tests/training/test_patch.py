@@ -4,6 +4,7 @@ import copy
 import inspect
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,6 +65,14 @@ def test_a_trainer_that_computes_a_loss_of_its_own_is_found_out(tmp_path):
 
     with pytest.raises(ConfigurationError, match="the trainer computes a loss of its own"):
         train_plainly(tmp_path, GateCallback("eaft"), own_loss)
+
+
+def test_ligers_fused_loss_is_refused():
+    args = SimpleNamespace(use_liger_kernel=True, liger_kernel_config=None)
+    with pytest.raises(ConfigurationError, match="use_liger_kernel puts Liger's plain cross-entropy"):
+        GateCallback("eaft").on_init_end(args, None, None, model=make_model())
+    args.liger_kernel_config = {"fused_linear_cross_entropy": False}
+    GateCallback("eaft").on_init_end(args, None, None, model=make_model())
 
 
 @pytest.mark.parametrize(

@@ -85,8 +85,8 @@ class GateCallback(TrainerCallback):
         gate, gate_alpha, gate_entropy, gate_top_k, gate_kwargs: as the flags of `eaft train`.
 
     Raises:
-        ConfigurationError: as `patch_model`; and after the first step, if the trainer did not ask the model for its
-            loss, but computes one of its own.
+        ConfigurationError: as `patch_model`; Liger's fused loss is on; and after the first step, if the trainer did not
+            ask the model for its loss, but computed one of its own.
     """
 
     head: GatedLMHead
@@ -103,7 +103,13 @@ class GateCallback(TrainerCallback):
         self.params = params_of_flags(gate, gate_alpha, gate_entropy, gate_kwargs)
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Patch the model."""
+        """Patch the model, unless another forward will take the place of ours when training begins."""
+        liger = getattr(args, "use_liger_kernel", False)
+        if liger and (args.liger_kernel_config or {}).get("fused_linear_cross_entropy", True):
+            raise ConfigurationError(
+                "use_liger_kernel puts Liger's plain cross-entropy in the model's place when training begins: set "
+                "liger_kernel_config={'fused_linear_cross_entropy': False}."
+            )
         self.head = patch_model(model, self.gate, self.gate_top_k, **self.params)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
