@@ -1,0 +1,252 @@
+"""
+Other trainers' own command lines with our loss: the same losses as theirs, and as `eaft train`'s, step for step?
+
+    .venv/bin/python benchmarks/hosts.py [HOST ...]
+
+makes an environment of the host's own (in runs/hosts: minutes, gigabytes), a small model, and data that are tokens
+already; trains with the host's SFT, the host's own EAFT, and ours in the host, and with `eaft train` here. Writes
+benchmarks/results/hosts.json and hosts.md; hosts that are not named keep their numbers.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from datasets import Dataset, DatasetDict
+from tabulate import tabulate
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from eaft.provenance import environment, write_json
+
+ROOT = Path(__file__).parents[1]
+WORK = ROOT / "runs" / "hosts"
+RESULTS = ROOT / "benchmarks" / "results"
+SEED, ROWS, TOKENS, PROMPT, VOCABULARY = 0, 48, 512, 64, 49_152
+LIBRARIES = ("torch", "transformers", "trl", "accelerate")
+# The same in every trainer; what they call the same things otherwise is below
+TRAINING = {
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "constant",
+    "max_steps": 6,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "seed": 42,
+}
+TOLERANCE = 1e-5  # of a loss: they are logged as they are, and computed in another order
+
+
+def make_inputs() -> None:
+    """Write the model, with a vocabulary that makes logits cost, and rows of tokens."""
+    torch.manual_seed(SEED)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=VOCABULARY, **sizes, pad_token_id=0, initializer_range=0.2)
+    LlamaForCausalLM(config).save_pretrained(WORK / "model")
+    find = [sys.executable, ROOT / "recipes" / "demo" / "find_model.py"]
+    real = Path(subprocess.run(find, check=True, capture_output=True, text=True).stdout.strip())
+    AutoTokenizer.from_pretrained(real.parent, gguf_file=real.name).save_pretrained(WORK / "model")
+    ids = torch.randint(3, 260, (ROWS, TOKENS), generator=torch.Generator().manual_seed(SEED)).tolist()
+    rows = Dataset.from_list(
+        [{"input_ids": row, "attention_mask": [1] * TOKENS, "labels": [-100] * PROMPT + row[PROMPT:]} for row in ids]
+    )
+    DatasetDict({"train": rows}).save_to_disk(WORK / "tokens")
+    rows.to_parquet(WORK / "tokens.parquet")
+
+
+def llamafactory(python: Path) -> dict[str, list[str]]:
+    """Return the commands for LLaMA-Factory: its own, and the six lines of docs/trainers.md."""
+    script = WORK / "llamafactory_train.py"
+    script.write_text(
+        "import sys\n"
+        "from eaft import GateCallback\n"
+        "from llamafactory.train.tuner import run_exp\n"
+        "if __name__ == '__main__':\n"
+        "    run_exp(callbacks=[GateCallback(gate=sys.argv.pop())])\n"
+    )
+    shared = {
+        **TRAINING,
+        "model_name_or_path": str(WORK / "model"),
+        "stage": "sft",
+        "do_train": True,
+        "finetuning_type": "full",
+        "template": "empty",
+        "dataset": "tokens",
+        "tokenized_path": str(WORK / "tokens"),
+        "cutoff_len": TOKENS,
+        "disable_shuffling": True,
+        "overwrite_output_dir": True,
+    }
+    cli, ours = [str(python.with_name("llamafactory-cli")), "train"], [str(python), str(script)]
+    return {
+        "its SFT": [*cli, recipe("llamafactory", "its SFT", shared)],
+        "its EAFT": [*cli, recipe("llamafactory", "its EAFT", {**shared, "use_eaft_loss": True})],
+        "ours, sft": [*ours, recipe("llamafactory", "ours, sft", shared), "sft"],
+        "ours, eaft": [*ours, recipe("llamafactory", "ours, eaft", shared), "eaft"],
+    }
+
+
+# What each installs beside eaft, by what its own EAFT's loss must be multiplied to be the paper's, and its commands
+HOSTS: dict[str, tuple[list[str], float, Callable[[Path], dict[str, list[str]]]]] = {
+    "llamafactory": (["llamafactory==0.9.5"], 3 / math.log(20), llamafactory),
+}
+
+
+def recipe(host: str, name: str, settings: dict[str, Any]) -> str:
+    """Write a training's YAML into a new folder, which it is to write to, and return where."""
+    folder = output(host, name)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump({**settings, "output_dir": str(folder)}))
+    return str(file)
+
+
+def output(host: str, name: str) -> Path:
+    """Return where a training writes."""
+    return WORK / host / name.replace(", ", "-").replace(" ", "-")
+
+
+def install(host: str, packages: list[str]) -> Path:
+    """Return the Python of the host's environment, made if it is not there."""
+    folder = WORK / "environments" / host
+    python = folder / "bin" / "python"
+    if not (folder / "done").exists():
+        venv.create(folder, with_pip=True, clear=True)
+        for more in (["torch==2.13.0"], packages, ["--no-deps", "-e", str(ROOT)]):  # eaft pins another TRL
+            subprocess.run([python, "-m", "pip", "install", "-q", *more], check=True)
+        (folder / "done").touch()
+    return python
+
+
+def train(host: str, name: str, command: list[str]) -> dict[str, Any]:
+    """Run a training in a process of its own; return its losses, tokens/s and peak memory (GiB)."""
+    print(f"{host}, {name}")
+    folder = output(host, name)
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+    with (folder / "log.txt").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=env, cwd=WORK)
+        _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{host}, {name}, failed: see {folder / 'log.txt'}")
+    history = logged(folder)
+    steps, batch = TRAINING["max_steps"], TRAINING["per_device_train_batch_size"]
+    tokens = steps * batch * TRAINING["gradient_accumulation_steps"] * TOKENS  # type: ignore[operator]
+    return {
+        "losses": [line["loss"] for line in history if "loss" in line],
+        "tokens_per_s": tokens / next(line["train_runtime"] for line in history if "train_runtime" in line),
+        "peak_gib": usage.ru_maxrss / 2**20,
+    }
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    """Return what a training logged, in transformers' file, or ours."""
+    if (ours := folder / "metrics.jsonl").exists():
+        return [json.loads(line) for line in ours.read_text().splitlines()]
+    return json.loads(next(folder.rglob("trainer_state.json")).read_text())["log_history"]
+
+
+def eaft_train(gate: str) -> dict[str, Any]:
+    """Train with `eaft train`."""
+    settings = {
+        **TRAINING,
+        "model_name_or_path": str(WORK / "model"),
+        "dtype": "float32",
+        "bf16": False,
+        "dataset_name": str(WORK / "tokens.parquet"),
+        "max_length": TOKENS,
+        "train_sampling_strategy": "sequential",
+        "gradient_checkpointing": False,
+        "gate": gate,
+    }
+    name = f"eaft train, {gate}"
+    return train("eaft", name, [sys.executable, "-m", "eaft", "train", "--config", recipe("eaft", name, settings)])
+
+
+def measure(host: str, ours: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return what a host's trainings gave, and how their losses stand to each other."""
+    packages, factor, commands = HOSTS[host]
+    python = install(host, packages)
+    runs = {name: train(host, name, command) for name, command in commands(python).items()}
+    listed = subprocess.run([python, "-m", "pip", "list", "--format", "json"], check=True, capture_output=True)
+    versions = {package["name"]: package["version"] for package in json.loads(listed.stdout)}
+    pairs = [("ours, sft", runs["its SFT"], 1.0), ("ours, sft", ours["sft"], 1.0), ("ours, eaft", ours["eaft"], 1.0)]
+    if "its EAFT" in runs:
+        pairs.append(("ours, eaft", runs["its EAFT"], factor))
+    beside = ["its SFT", "eaft train, sft", "eaft train, eaft", "its EAFT"]
+    return {
+        "packages": packages,
+        "versions": {name: versions.get(name) for name in LIBRARIES},
+        "runs": runs,
+        "equal": [
+            {
+                "objective": name,
+                "beside": what,
+                "factor": scale,
+                "largest_difference": difference(runs[name], run, scale),
+            }
+            for what, (name, run, scale) in zip(beside, pairs, strict=False)
+        ],
+    }
+
+
+def difference(run: dict[str, Any], other: dict[str, Any], factor: float) -> float:
+    """Return the largest relative difference of the losses of two trainings, step by step; the other's scaled."""
+    pairs = list(zip(run["losses"], other["losses"], strict=True))
+    return max(abs(a - factor * b) / abs(factor * b) for a, b in pairs)
+
+
+def report(found: dict[str, Any]) -> str:
+    """Return the tables."""
+    equal, cost = [], []
+    for of_host in found["hosts"].values():
+        name = of_host["packages"][0].replace("==", " ")
+        for pair in of_host["equal"]:
+            factor = "" if pair["factor"] == 1 else f" times {pair['factor']:.6f}"
+            said = "yes" if pair["largest_difference"] < TOLERANCE else "no"
+            difference = f"{pair['largest_difference']:.0e}"
+            equal.append([name, pair["objective"], f"{pair['beside']}{factor}", said, difference])
+        runs = {**of_host["runs"], **{f"eaft train, {g}": run for g, run in found["eaft train"].items()}}
+        for objective, run in runs.items():
+            cost.append([name, objective, f"{run['tokens_per_s']:.0f}", f"{run['peak_gib']:.2f}"])
+    heads = (
+        ["host", "objective", "beside", "equal", "largest difference"],
+        ["host", "objective", "tokens/s", "peak GiB"],
+    )
+    return (
+        "\n\n".join(tabulate(rows, head, tablefmt="github") for rows, head in zip((equal, cost), heads, strict=True))
+        + "\n"
+    )
+
+
+def main() -> None:
+    """Run all hosts, or some."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("hosts", nargs="*", metavar="HOST", help=f"{', '.join(HOSTS)} (default: all)")
+    hosts = parser.parse_args().hosts or list(HOSTS)
+    WORK.mkdir(parents=True, exist_ok=True)
+    make_inputs()
+    ours = {gate: eaft_train(gate) for gate in ("sft", "eaft")}
+    file = RESULTS / "hosts.json"
+    kept = json.loads(file.read_text())["hosts"] if file.exists() else {}
+    measured = {host: measure(host, ours) for host in hosts}
+    found = {"environment": environment(), "eaft train": ours, "hosts": {**kept, **measured}}
+    write_json(file, found)
+    (RESULTS / "hosts.md").write_text(report(found))
+    print(report(found))
+
+
+if __name__ == "__main__":
+    main()
