@@ -55,7 +55,7 @@ def make_inputs() -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=VOCABULARY, **sizes, pad_token_id=0, initializer_range=0.2)
     LlamaForCausalLM(config).save_pretrained(WORK / "model")
-    find = [sys.executable, ROOT / "recipes" / "demo" / "find_model.py"]
+    find = [sys.executable, str(ROOT / "recipes" / "demo" / "find_model.py")]
     real = Path(subprocess.run(find, check=True, capture_output=True, text=True).stdout.strip())
     AutoTokenizer.from_pretrained(real.parent, gguf_file=real.name).save_pretrained(WORK / "model")
     ids = torch.randint(3, 260, (ROWS, TOKENS), generator=torch.Generator().manual_seed(SEED)).tolist()
