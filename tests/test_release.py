@@ -1,4 +1,4 @@
-"""What is published is whole: the sdist from the repository, the wheel from the sdist, as `python -m build` makes them."""
+"""What is published is whole: the sdist of the repository, the wheel of the sdist, as `python -m build` makes them."""
 
 import os
 import re
