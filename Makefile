@@ -1,4 +1,4 @@
-# Two commands, each complete on a fresh machine with Python (3.10 or later) and pip: make demo, make test. And: make inspect
+# Two commands, each complete on a fresh machine with Python (3.11 or later) and pip: make demo, make test. And: make inspect
 
 PYTHON ?= python3
 VENV := .venv

@@ -46,9 +46,7 @@ def convert_gguf(path: Path) -> Path:
     Every library can load a folder; a model loaded from GGUF keeps quantization marks that prevent saving it again.
     """
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else None
-        if digest is None:  # Python 3.10
-            digest = hashlib.sha256(file.read())
+        digest = hashlib.file_digest(file, "sha256")
     folder = Path(HF_HOME) / "eaft" / f"{path.stem}-{digest.hexdigest()[:12]}"
     if folder.is_dir():
         return folder
