@@ -26,6 +26,7 @@ from tests.inspection.made import make_inspection
 
 TOKEN = "s3cret_-"
 ROOT = Path(__file__).parents[2]
+COMPARED = ROOT / "benchmarks" / "results" / "demo" / "function_calls"
 API = ["folder", "landscape", "gates?gate=eaft", "examples", "example?example=0", "tokens", "concordance", "runs"]
 API += ["export/examples.jsonl", "export/tokens.csv"]
 
@@ -286,12 +287,12 @@ def test_links_that_lead_out_are_not_followed(folder, tmp_path):
     (tmp_path / "held").mkdir()
     (tmp_path / "held" / "other").symlink_to(folder)
     (tmp_path / "held" / "run").mkdir()
-    (tmp_path / "held" / "run" / "results.json").symlink_to(ROOT / "benchmarks/results/demo/function_calls/results.json")
+    (tmp_path / "held" / "run" / "results.json").symlink_to(COMPARED / "results.json")
     assert find_inspection(tmp_path / "held") is None
     assert Runs(tmp_path / "held").names == []
     # Nor from a comparison to somebody's answers and logs
     (tmp_path / "held" / "run" / "results.json").unlink()
-    compared = shutil.copytree(ROOT / "benchmarks/results/demo/function_calls", tmp_path / "held" / "compared")
+    compared = shutil.copytree(COMPARED, tmp_path / "held" / "compared")
     for side in ("base/items", "eaft-seed0/items/step-30"):
         (tmp_path / "out" / side).mkdir(parents=True)
         line = json.dumps(item(0, float(side.startswith("base"))))
@@ -343,7 +344,7 @@ def item(doc, score):
 
 
 def test_runs_are_what_their_files_say(tmp_path):
-    results = json.loads((ROOT / "benchmarks/results/demo/function_calls/results.json").read_text())
+    results = json.loads((COMPARED / "results.json").read_text())
     compared, evaluated = tmp_path / "runs" / "demo", tmp_path / "eval" / "out"
     evaluated.mkdir(parents=True)
     (evaluated / "results.json").write_text(json.dumps(EVALUATION))
