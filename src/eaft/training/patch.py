@@ -82,7 +82,11 @@ class GateCallback(TrainerCallback):
     The model is patched when the trainer has been made, before it is wrapped.
 
     Args:
-        gate, gate_alpha, gate_entropy, gate_top_k, gate_kwargs: as the flags of `eaft train`.
+        gate: as the flag of `eaft train`, and so are the others; or a function of `TokenStatistics`.
+        gate_alpha: exponent of the `eaft` gate.
+        gate_entropy: `top-k` or `exact`.
+        gate_top_k: K of the top-K entropy.
+        gate_kwargs: the other parameters of the gate.
 
     Raises:
         ConfigurationError: as `patch_model`; Liger's fused loss is on; and after the first step, if the trainer did not
