@@ -67,7 +67,7 @@ def make_inputs() -> None:
 
 
 def llamafactory(python: Path) -> dict[str, list[str]]:
-    """Return the commands for LLaMA-Factory: its own, and the six lines of docs/trainers.md."""
+    """Return the commands for LLaMA-Factory: its own, and the five lines of docs/trainers.md."""
     script = WORK / "llamafactory_train.py"
     script.write_text(
         "import sys\n"
@@ -125,7 +125,7 @@ def install(host: str, packages: list[str]) -> Path:
     python = folder / "bin" / "python"
     if not (folder / "done").exists():
         venv.create(folder, with_pip=True, clear=True)
-        for more in (["torch==2.13.0"], packages, ["--no-deps", "-e", str(ROOT)]):  # eaft pins another TRL
+        for more in (["torch==2.13.0", *packages], ["--no-deps", "-e", str(ROOT)]):  # eaft names another TRL
             subprocess.run([python, "-m", "pip", "install", "-q", *more], check=True)
         (folder / "done").touch()
     return python
@@ -212,7 +212,7 @@ def report(found: dict[str, Any]) -> str:
     """Return the tables."""
     equal, cost = [], []
     for of_host in found["hosts"].values():
-        name = of_host["packages"][0].replace("==", " ")
+        name = f"{of_host['packages'][0].replace('==', ' ')}, torch {of_host['versions']['torch']}"
         for pair in of_host["equal"]:
             factor = "" if pair["factor"] == 1 else f" times {pair['factor']:.6f}"
             said = "yes" if pair["largest_difference"] < TOLERANCE else "no"

@@ -33,12 +33,16 @@ RESULTS = Path(__file__).parent / "results"
 MEASURED = RESULTS / "measured"
 REFERENCE = "sft"
 GENERAL = "everyday"
+COMMON_RATE = 3e-5  # which every condition was trained at
 
 
 def gather(folder: Path, inspection: Path) -> Numbers:
-    """Return all that was measured of a condition: its dose under the base model, and every run's points."""
-    summary = json.loads((inspection / "summary.json").read_text())
-    shares, rollouts = (summary["conflicts"]["base"][origin] for origin in ("data", "rollouts"))
+    """Return all that was measured of a condition: its dose, if its data was inspected, and every run's points."""
+    dose = None
+    if (inspection / "summary.json").exists():
+        summary = json.loads((inspection / "summary.json").read_text())
+        shares, rollouts = (summary["conflicts"]["base"][origin] for origin in ("data", "rollouts"))
+        dose = {**shares, "rollouts": rollouts, "own_entropy": summary["entropy"]["base"]["rollouts"]}
     results = json.loads((folder / "results.json").read_text())
     runs = []
     for file in sorted(folder.glob("*/points.json")):
@@ -65,7 +69,7 @@ def gather(folder: Path, inspection: Path) -> Numbers:
         )
     return {
         "name": folder.name,
-        "dose": {**shares, "rollouts": rollouts, "own_entropy": summary["entropy"]["base"]["rollouts"]},
+        "dose": dose,
         "prompt_tokens": results["prompts"]["general"]["tokens"],
         "held_out_tokens": results["held_out"]["tokens"],
         "base": {"nll": rounded(results["base"]["point"]["nll"]["sums"]), "general": scores(folder / "base" / "items")},
@@ -78,17 +82,19 @@ def joined(kept: Numbers, measured: Numbers) -> Numbers:
     Return a condition with the runs that were gathered before, on another machine, and those measured since.
 
     Raises:
-        ValueError: its base model, prompts or held-out rows are other ones, and no run can stand beside the other.
+        ValueError: the base model, prompts, held-out rows or epochs are other ones: no run can stand beside another.
     """
     for what in ("prompt_tokens", "held_out_tokens", "base"):
         if kept[what] != measured[what]:
             raise ValueError(f"{measured['name']}: {what} is not as gathered before: delete one of the two.")
+    if len({run["points"][-1]["epoch"] for run in [*kept["runs"], *measured["runs"]]}) > 1:
+        raise ValueError(f"{measured['name']}: runs of several lengths: delete some.")
 
     def key(run: Numbers) -> tuple[str, float, int]:
         return run["objective"], run["learning_rate"], run["seed"]
 
     runs = {key(run): run for run in [*kept["runs"], *measured["runs"]]}
-    return {**measured, "runs": [runs[k] for k in sorted(runs)]}
+    return {**measured, "dose": measured["dose"] or kept["dose"], "runs": [runs[k] for k in sorted(runs)]}
 
 
 def rounded(sums: list[float]) -> list[float]:
@@ -205,7 +211,10 @@ def main() -> None:
         for file in sorted(flags.study_dir.glob("*/results.json")):
             name = file.parent.name
             measured, kept = gather(file.parent, flags.study_dir / "inspect" / name), MEASURED / f"{name}.json"
-            write_json(kept, joined(json.loads(kept.read_text()), measured) if kept.is_file() else measured)
+            together = joined(json.loads(kept.read_text()), measured) if kept.is_file() else measured
+            if together["dose"] is None:
+                raise SystemExit(f"{name}: inspect its data first (run.sh), for the dose.")
+            write_json(kept, together)
     conditions = [Condition(json.loads(file.read_text())) for file in sorted(MEASURED.glob("*.json"))]
     found: Numbers = {
         "environment": environment(),
@@ -220,7 +229,9 @@ def main() -> None:
             for condition in conditions
         ],
     }
-    of_eaft = [(c, pair) for c in found["conditions"] if (pair := main_pair(c)) is not None]
+    of_eaft = [
+        (c, pair) for c in found["conditions"] if (pair := main_pair(c)) is not None
+    ]  # of the curve, and the rule
     for (_, pair), p in zip(of_eaft, holm([pair["drift"]["p_value"] for _, pair in of_eaft]), strict=True):
         pair["drift"]["p_holm"] = p
     rule = fit(of_eaft)
@@ -231,14 +242,14 @@ def main() -> None:
     draw(found, RESULTS / "curve.png")
     if found["rule"] is not None:
         changes = {c["name"]: {"dose": c["dose"]["nll"], "changes": pair["drift"]["per_seed"]} for c, pair in of_eaft}
-        write_json(RULE_FILE, {"rule": found["rule"], "fitted_to": changes})
+        write_json(RULE_FILE, {"rule": found["rule"], "learning_rate": COMMON_RATE, "fitted_to": changes})
     print(report(found))
 
 
 def main_pair(condition: Numbers) -> Numbers | None:
-    """Return EAFT beside SFT with the most seeds and, of these, the most learning rates; None without."""
-    pairs = [pair for pair in condition["pairs"] if pair["first"] == "eaft" and pair["drift"]]
-    return pairs[0] if pairs else None
+    """Return EAFT beside SFT at the learning rate that all conditions have; None if no target was reached by both."""
+    pairs = [p for p in condition["pairs"] if (p["first"], p["learning_rates"]) == ("eaft", [COMMON_RATE])]
+    return pairs[0] if pairs and pairs[0]["drift"] else None
 
 
 def fit(of_eaft: list[tuple[Numbers, Numbers]]) -> Rule | None:

@@ -125,6 +125,50 @@ def test_logits_that_are_not_what_the_head_says_are_refused():
     assert model.training
 
 
+def test_a_copy_has_weights_and_gradients_of_its_own():
+    model, (ids, labels) = make_model(), batch()
+    patch_model(model, "eaft")
+    clone = copy.deepcopy(model).train()
+    with torch.no_grad():
+        for parameter in clone.parameters():
+            parameter.mul_(0.5)
+    clone(input_ids=ids, labels=labels).loss.backward()
+    assert all(p.grad is None for p in model.parameters())
+    assert clone.get_input_embeddings().weight.grad is not None
+    fresh = make_model()
+    fresh.load_state_dict(clone.state_dict())
+    torch.testing.assert_close(clone.eval()(input_ids=ids).logits, fresh.eval()(input_ids=ids).logits)
+
+
+def test_labels_by_position_are_labels():
+    model, (ids, labels) = make_model().train(), batch()
+    patch_model(model, "eaft")
+    by_name = model(input_ids=ids, labels=labels, return_dict=False).loss
+    names = list(inspect.signature(model.forward).parameters)
+    torch.testing.assert_close(model(ids, *[None] * (names.index("labels") - 1), labels).loss, by_name)
+
+
+def test_a_model_is_patched_once():
+    model = make_model()
+    patch_model(model, "eaft")
+    with pytest.raises(ConfigurationError, match="patched already, with gate='eaft'"):
+        patch_model(model, "dft")
+
+
+def test_a_callback_that_cannot_reach_the_model_says_so(tmp_path):
+    args = TrainingArguments(tmp_path, max_steps=1, report_to=[], use_cpu=True)
+    data = Dataset.from_list([{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}] * 4)
+    late = Trainer(make_model(), args, train_dataset=data)
+    late.add_callback(GateCallback("eaft"))
+    with pytest.raises(ConfigurationError, match="give it to the trainer's constructor"):
+        late.train()
+    remade = Trainer(model_init=lambda: make_model(), args=args, train_dataset=data, callbacks=[GateCallback("eaft")])
+    with pytest.raises(ConfigurationError, match="model_init"):
+        remade.train()
+    with pytest.raises(ConfigurationError, match="one process a GPU"):
+        GateCallback("eaft").on_init_end(SimpleNamespace(n_gpu=2), None, None, model=make_model())
+
+
 def test_a_gate_that_needs_the_base_model_is_refused():
     model = make_model()
     for gate, params in (("flow", {"tau": 1.0}), ("psft", {}), ("sft-kl", {})):
@@ -140,4 +184,10 @@ def test_a_gate_that_needs_the_base_model_is_refused():
 def test_it_needs_no_trl():
     """Other trainers come with a TRL of another version, or none."""
     missing = "sys.modules.update(dict.fromkeys(['trl', 'datasets', 'peft', 'lm_eval']))"
-    subprocess.run([sys.executable, "-c", f"import sys; {missing}; from eaft import patch_model"], check=True)
+    use = (
+        "from transformers import LlamaConfig, LlamaForCausalLM; from eaft import GateCallback, patch_model; "
+        "model = LlamaForCausalLM(LlamaConfig(vocab_size=30, hidden_size=8, intermediate_size=8, num_hidden_layers=1, "
+        "num_attention_heads=1)); patch_model(model); GateCallback(); ids = torch.tensor([[5, 6, 7]]); "
+        "model.train()(input_ids=ids, labels=ids).loss.backward()"
+    )
+    subprocess.run([sys.executable, "-c", f"import sys, torch; {missing}; {use}"], check=True)

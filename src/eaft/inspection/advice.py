@@ -140,7 +140,8 @@ def advise(data: Numbers, rollouts: Numbers | None, conflicts: Conflicts) -> Num
         return {"kind": "none", "headline": headline, "text": f"{headline} {text}", "facts": facts}
     mostly = "format" if content is None or content <= 1 - MOSTLY else "content" if content >= MOSTLY else "mixed"
     kind = mostly if share > FEW else "few"
-    expected = Rule.fitted().expect(share)
+    rule = Rule.fitted()
+    expected = rule.expect(share)
     facts["expected"] = asdict(expected)
     helps = "is expected to help" if expected.high < 0 else "has not been shown to help"
     sentences = [
@@ -149,7 +150,7 @@ def advise(data: Numbers, rollouts: Numbers | None, conflicts: Conflicts) -> Num
     ]
     if conflicts.counts.sum():
         sentences.append(what_they_are(mostly, facts))
-    sentences.append(what_to_expect(expected))
+    sentences.append(what_to_expect(expected, share, rule))
     if kind != "few":
         sentences.append(WHAT_TO_DO[kind])
     elif mostly == "content" and conflicts.counts.sum():
@@ -173,13 +174,15 @@ WHAT_TO_DO = {
 }
 
 
-def what_to_expect(expected: Expected) -> str:
+def what_to_expect(expected: Expected, share: float, rule: Rule) -> str:
     """Return what EAFT is expected to save, how sure that is, and what it rests on."""
+    nearest = min(max(share, rule.lowest), rule.highest)
+    where = "at this share" if nearest == share else f"at {percent(nearest)}, the nearest share that was measured"
     pays = "it pays" if expected.high < 0 else "it costs" if expected.low > 0 else "no saving to count on"
     return (
-        f"Expected of EAFT at this share: it drifts {difference(expected.change)} from the base model than SFT does at "
+        f"Expected of EAFT {where}: it drifts {difference(expected.change)} from the base model than SFT does at "
         f"the same held-out nll (95% of runs: {difference(expected.low)} to {difference(expected.high)}), {pays}. "
-        "Measured on one model family up to 135M parameters; yours may differ."
+        "Measured on one model of 135M parameters; yours may differ."
     )
 
 

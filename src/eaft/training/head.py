@@ -174,9 +174,14 @@ class GatedLMHead:
         ) -> Any:
             if check_logits:
                 return compare_logits(self, model, *args, **kwargs)
-            return self(model, *args, **kwargs) if fused_lm_head else self.original_forward(*args, **kwargs)
+            return self(model, *args, **kwargs) if fused_lm_head else self.own_forward(model, *args, **kwargs)
 
         model.forward = types.MethodType(forward, model)
+
+    def own_forward(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        """Call the forward that the model had; of a deep copy of the model too, to which its methods are bound anew."""
+        function = getattr(self.original_forward, "__func__", None)
+        return self.original_forward(*args, **kwargs) if function is None else function(model, *args, **kwargs)
 
     def __call__(
         self,

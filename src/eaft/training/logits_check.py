@@ -159,7 +159,7 @@ def run_own_forward(
         model.get_output_embeddings().register_forward_pre_hook(cut, prepend=True),  # before a sharded head's own
     )
     try:
-        own = head.original_forward(*args, **kwargs)
+        own = head.own_forward(model, *args, **kwargs)
     finally:
         for hook in hooks:
             hook.remove()

@@ -6,11 +6,13 @@ model return it, and `GateCallback` calls that where a trainer takes callbacks o
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from typing import Any
 
+import accelerate.utils
+import torch
 from accelerate.utils import is_peft_model
-from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -43,36 +45,45 @@ def patch_model(model: Any, gate: GateLike = "eaft", top_k: int = 20, **params: 
         the head in its place; its `losses` are the `TokenLosses` of the last batch's labelled tokens.
 
     Raises:
-        ConfigurationError: unknown gate or parameter, or a gate that needs the base model beside the trained one; in
-            the first forward in training, logits that are not what the head says.
+        ConfigurationError: unknown gate or parameter, a gate that needs the base model beside the trained one, or a
+            model that is patched already; in the first forward in training, on every rank, logits that are not what the
+            head says.
     """
     found = check_gate(gate, params)
     if found.anchor is not None or found.needs_example_nll or found.needs_old_log_prob:
         raise ConfigurationError(f"gate={gate!r} needs the base model as well; use EAFTTrainer.")
     base: Any = model.get_base_model() if is_peft_model(model) else model
+    if isinstance(base.__dict__.get("forward"), types.MethodType) and hasattr(base.forward, "gate"):
+        raise ConfigurationError(f"gate={gate!r}: the model is patched already, with gate={base.forward.gate!r}.")
     head = GatedLMHead(base, gate, top_k, params)
-    with_head, checked = base.forward, False
+    with_head, checked = base.forward.__func__, False
+    names = list(inspect.signature(type(base).forward).parameters)[1:]
 
     @functools.wraps(type(base).forward)  # trainers look at its signature
-    def forward(
-        base: PreTrainedModel, *args: Any, labels: Tensor | None = None, num_items_in_batch: Any = None, **kwargs: Any
-    ) -> Any:
+    def forward(base: PreTrainedModel, *args: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
         nonlocal checked
-        if labels is not None:
-            kwargs["labels"] = labels
-        if labels is None or not base.training:
+        kwargs |= zip(names, args, strict=False)
+        if kwargs.get("labels") is None or not base.training:
             if num_items_in_batch is not None:
                 kwargs["num_items_in_batch"] = num_items_in_batch
-            return with_head(*args, **kwargs)
+            return with_head(base, **kwargs)
+        kwargs.pop("return_dict", None)  # the outputs are read by their names
         if not checked:
-            inner = functools.partial(with_head, *args, check_logits=True)
-            check_logits(base, kwargs, gather=lambda found: found, forward=inner)
+            gather = accelerate.utils.gather if several_processes() else torch.clone
+            inner = functools.partial(with_head, base, check_logits=True)
+            check_logits(base, kwargs, gather, forward=inner)
             checked = True
-        output = with_head(*args, fused_lm_head=True, num_items_in_batch=num_items_in_batch, **kwargs)
+        output = with_head(base, fused_lm_head=True, num_items_in_batch=num_items_in_batch, **kwargs)
         return CausalLMOutputWithPast(loss=output.loss)
 
+    forward.gate = gate  # type: ignore[attr-defined]
     base.forward = types.MethodType(forward, base)
     return head
+
+
+def several_processes() -> bool:
+    """Return whether this is one process of several."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 class GateCallback(TrainerCallback):
@@ -89,11 +100,13 @@ class GateCallback(TrainerCallback):
         gate_kwargs: the other parameters of the gate.
 
     Raises:
-        ConfigurationError: as `patch_model`; Liger's fused loss is on; and after the first step, if the trainer did not
-            ask the model for its loss, but computed one of its own.
+        ConfigurationError: as `patch_model`; Liger's fused loss, or nn.DataParallel, which pass ours by; a callback
+            added, or a model made, after the trainer was; and after the first step, if the trainer did not ask the
+            model for its loss, but computed one of its own.
     """
 
-    head: GatedLMHead
+    head: GatedLMHead | None = None
+    base: Any = None
 
     def __init__(
         self,
@@ -114,11 +127,25 @@ class GateCallback(TrainerCallback):
                 "use_liger_kernel puts Liger's plain cross-entropy in the model's place when training begins: set "
                 "liger_kernel_config={'fused_linear_cross_entropy': False}."
             )
+        if getattr(args, "n_gpu", 1) > 1:
+            raise ConfigurationError(
+                "Several GPUs in one process (nn.DataParallel): start one process a GPU, by torchrun."
+            )
         self.head = patch_model(model, self.gate, self.gate_top_k, **self.params)
+        self.base = model.get_base_model() if is_peft_model(model) else model
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Find out whether the model that will be trained is the one that was patched."""
+        if self.head is None:
+            raise ConfigurationError("GateCallback came too late: give it to the trainer's constructor.")
+        if not any(module is self.base for module in model.modules()):
+            raise ConfigurationError(
+                "GateCallback: the model was made after the trainer (model_init): give it a model."
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Find out whether the loss is ours."""
-        if not hasattr(self.head, "losses"):
+        if not hasattr(self.head, "losses"):  # annotated only, until the first batch
             raise ConfigurationError(
                 f"gate={self.gate!r} had no effect: the trainer computes a loss of its own and does not ask the model "
                 "for it. Switch that off (compute_loss_func, label_smoothing_factor, loss_type, use_dft_loss, ...)."
