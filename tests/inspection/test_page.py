@@ -33,6 +33,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is install
 expect = sync_api.expect
 
 MINUS = "\N{MINUS SIGN}"
+COMPARISON = Path(__file__).parents[2] / "benchmarks/results/demo/function_calls/results.json"
 VIEWS = ("landscape", "gates", "examples", "tokens", "runs", "checks")
 ADVICE = "**A fact**: they are mostly `<<` & <b>format</b>."
 SUMMARY = {
@@ -81,12 +82,11 @@ EVALUATION = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = make_inspection(tmp_path_factory.mktemp("view") / "made", examples=120, rollouts=60, summary=SUMMARY)
-    comparison = Path(__file__).parents[2] / "benchmarks" / "results" / "demo" / "results.json"
-    for name, results in (("compared-runs", json.loads(comparison.read_text())), ("evaluated", EVALUATION)):
+    for name, results in (("compared-runs", json.loads(COMPARISON.read_text())), ("evaluated", EVALUATION)):
         (folder / "runs" / name).mkdir(parents=True)
         (folder / "runs" / name / "results.json").write_text(json.dumps(results))
     kept = folder / "runs" / "compared-runs"
-    for side, answers in (("base/items", ["4", "5"]), ("sft-seed0/items/step-40", ["4", "<b>fish</b>"])):
+    for side, answers in (("base/items", ["4", "5"]), ("sft-seed0/items/step-30", ["4", "<b>fish</b>"])):
         (kept / side).mkdir(parents=True)
         lines = [json.dumps(item(i, text, text != "<b>fish</b>")) for i, text in enumerate(answers)]
         (kept / side / "everyday.jsonl").write_text("\n".join(lines) + "\n")
@@ -444,7 +444,9 @@ def test_runs_and_checks(visit):
     expect(page.get_by_role("img", name="mean_gate")).to_be_visible()
     expect(page.locator(".regressions li")).to_have_count(1)
     expect(page.locator(".regressions")).to_contain_text("<b>fish</b>")
-    assert ["target", "-9.0 -16.1 to -1.6".replace("-", MINUS), "points", "0.045"] in rows(page, "eaft less sft")
+    target = json.loads(COMPARISON.read_text())["pairs"][0]["views"]["chosen"]["means"]["target"]
+    change, low, high = (f"{100 * target[name]:+.1f}".replace("-", MINUS) for name in ("change", "low", "high"))
+    assert ["target", f"{change} {low} to {high}", "points", f"{target['p_holm']:.2g}"] in rows(page, "eaft less sft")
     page.get_by_label("Run", exact=True).select_option("runs/evaluated (eaft eval)")
     expect(page.locator(".lead")).to_have_text("A loss is shown on arithmetic.")
     assert rows(page, "Tasks")[0][:4] == ["arithmetic", "50%", "40%", "-10.0 -20.0 to +0.0".replace("-", MINUS)]
