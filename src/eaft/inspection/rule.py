@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
 RULE_FILE = Path(__file__).with_name("rule.json")
 
@@ -68,6 +67,8 @@ class Rule:
 
     def expect(self, dose: float) -> Expected:
         """Return what is expected at a dose; beyond those measured, what is expected at the nearest of them."""
+        from scipy import stats  # whether it is installed is said by the command, not by this import
+
         dose = min(max(dose, self.lowest), self.highest)
         change = self.intercept + self.slope * dose
         error = self.residual * math.sqrt(1 + 1 / self.runs + (dose - self.mean) ** 2 / self.spread)
