@@ -148,6 +148,15 @@ def test_labels_by_position_are_labels():
     torch.testing.assert_close(model(ids, *[None] * (names.index("labels") - 1), labels).loss, by_name)
 
 
+@pytest.mark.parametrize("kept", [5, torch.ones(11, dtype=torch.bool)])
+def test_labels_cut_to_the_logits_kept_are_refused(kept):
+    model, (ids, labels) = make_model().train(), batch()
+    patch_model(model, "eaft")
+    with pytest.raises(ConfigurationError, match="use_logits_to_keep false"):
+        model(input_ids=ids, labels=labels, logits_to_keep=kept)
+    assert model(input_ids=ids, labels=labels, logits_to_keep=0).loss > 0
+
+
 def test_a_model_is_patched_once():
     model = make_model()
     patch_model(model, "eaft")

@@ -46,8 +46,8 @@ def patch_model(model: Any, gate: GateLike = "eaft", top_k: int = 20, **params: 
 
     Raises:
         ConfigurationError: unknown gate or parameter, a gate that needs the base model beside the trained one, or a
-            model that is patched already; in the first forward in training, on every rank, logits that are not what the
-            head says.
+            model that is patched already; in training, labels cut to `logits_to_keep`; in the first forward, on every
+            rank, logits that are not what the head says.
     """
     found = check_gate(gate, params)
     if found.anchor is not None or found.needs_example_nll or found.needs_old_log_prob:
@@ -68,6 +68,12 @@ def patch_model(model: Any, gate: GateLike = "eaft", top_k: int = 20, **params: 
                 kwargs["num_items_in_batch"] = num_items_in_batch
             return with_head(base, **kwargs)
         kwargs.pop("return_dict", None)  # the outputs are read by their names
+        kept = kwargs.pop("logits_to_keep", None)
+        if isinstance(kept, torch.Tensor) or kept:  # 0 is all of them
+            raise ConfigurationError(
+                "logits_to_keep: labels cut to some logits do not go with a loss that keeps none: switch it off "
+                "(in ms-swift: --use_logits_to_keep false)."
+            )
         if not checked:
             gather = accelerate.utils.gather if several_processes() else torch.clone
             inner = functools.partial(with_head, base, check_logits=True)
