@@ -41,7 +41,7 @@ inspect: $(VENV)/.installed  ## which tokens of GSM8K does a real model fight? r
 	    $(INSPECT_FLAGS)
 
 # One process a core, four at most for the sake of memory; one alone: make test PYTEST_FLAGS="-n 0"
-test: $(VENV)/.installed browser  ## the tests (16 minutes on 2 cores)
+test: $(VENV)/.installed browser  ## the tests (20 minutes on 2 cores)
 	$(PY) -m pytest -q -n logical --maxprocesses 4 --dist worksteal $(PYTEST_FLAGS)
 
 test-oldest: $(OLDEST)/.installed  ## a few tests of each wing with the oldest versions allowed (8 GB on disk)

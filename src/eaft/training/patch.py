@@ -53,7 +53,7 @@ def patch_model(model: Any, gate: GateLike = "eaft", top_k: int = 20, **params: 
     if found.anchor is not None or found.needs_example_nll or found.needs_old_log_prob:
         raise ConfigurationError(f"gate={gate!r} needs the base model as well; use EAFTTrainer.")
     base: Any = model.get_base_model() if is_peft_model(model) else model
-    if isinstance(base.__dict__.get("forward"), types.MethodType) and hasattr(base.forward, "gate"):
+    if hasattr(base.forward, "gate"):
         raise ConfigurationError(f"gate={gate!r}: the model is patched already, with gate={base.forward.gate!r}.")
     head = GatedLMHead(base, gate, top_k, params)
     with_head, checked = base.forward.__func__, False
