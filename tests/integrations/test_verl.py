@@ -66,7 +66,7 @@ def data():
     ids = torch.randint(50, (sum(LENGTHS),), generator=generator)
     return {
         "input_ids": torch.nested.nested_tensor_from_jagged(ids, offsets),
-        "loss_mask": torch.nested.nested_tensor_from_jagged(torch.tensor(sum(masks, [])), offsets),
+        "loss_mask": torch.nested.nested_tensor_from_jagged(torch.tensor([*masks[0], *masks[1], *masks[2]]), offsets),
         "logits": (3 * torch.randn(len(ids), 50, generator=generator)).requires_grad_(),
         "batch_num_tokens": 21,
         "dp_size": 2,
