@@ -445,6 +445,14 @@ def check_gate(gate: GateLike, params: dict[str, Any], measured: Iterable[str] =
     return found
 
 
+def check_gate_by_itself(gate: GateLike, params: dict[str, Any]) -> Gate:
+    """`check_gate` for a loss that has no base model beside the trained one; a gate that needs one is refused."""
+    found = check_gate(gate, params)
+    if found.anchor is not None or found.needs_example_nll or found.needs_old_log_prob:
+        raise ConfigurationError(f"gate={gate!r} needs the base model as well; use EAFTTrainer.")
+    return found
+
+
 def get_anchor(gate: GateLike, **params: Any) -> Anchor | None:
     """Return the gate's KL term, with `kl_coef` and `kl_direction` of `params`; None for a gate that has none."""
     anchor = get_gate(gate).anchor

@@ -13,12 +13,17 @@ from eaft.objective.gates import Anchor, GateLike, check_gate, gate_weights, get
 from eaft.objective.statistics import TokenStatistics, token_statistics
 
 
+def gated_nll(nll: Tensor, weights: Tensor) -> Tensor:
+    """Return each token's g_t * nll_t."""
+    # A closed gate shuts out even a label of probability 0, whose nll is infinite; but a NaN is never hidden
+    return torch.where((weights == 0) & ~nll.isnan(), 0.0, weights * nll)
+
+
 def loss_terms(
     stats: TokenStatistics, weights: Tensor, kl: Tensor | None = None, anchor: Anchor | None = None
 ) -> Tensor:
     """Return each token's term of the loss, g_t * nll_t (+ coef * KL_t), in nats."""
-    # A closed gate shuts out even a label of probability 0, whose nll is infinite; but a NaN is never hidden
-    terms = torch.where((weights == 0) & ~stats.nll.isnan(), 0.0, weights * stats.nll)
+    terms = gated_nll(stats.nll, weights)
     return terms if kl is None or anchor is None else terms + anchor.coef * kl
 
 

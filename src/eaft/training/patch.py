@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from eaft.errors import ConfigurationError
-from eaft.objective.gates import GateLike, check_gate, params_of_flags
+from eaft.objective.gates import GateLike, check_gate_by_itself, params_of_flags
 from eaft.training.head import GatedLMHead
 from eaft.training.logits_check import check_logits
 
@@ -49,9 +49,7 @@ def patch_model(model: Any, gate: GateLike = "eaft", top_k: int = 20, **params: 
             model that is patched already; in training, labels cut to `logits_to_keep`; in the first forward, on every
             rank, logits that are not what the head says.
     """
-    found = check_gate(gate, params)
-    if found.anchor is not None or found.needs_example_nll or found.needs_old_log_prob:
-        raise ConfigurationError(f"gate={gate!r} needs the base model as well; use EAFTTrainer.")
+    check_gate_by_itself(gate, params)
     base: Any = model.get_base_model() if is_peft_model(model) else model
     if hasattr(base.forward, "gate"):
         raise ConfigurationError(f"gate={gate!r}: the model is patched already, with gate={base.forward.gate!r}.")

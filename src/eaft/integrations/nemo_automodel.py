@@ -1,0 +1,127 @@
+"""
+NVIDIA NeMo AutoModel: the gated loss as its recipes' `loss_fn`, by YAML.
+
+    loss_fn:
+      _target_: eaft.integrations.nemo_automodel.GatedCrossEntropy
+      gate: eaft
+
+Labels come already shifted, and a loss is divided by `num_label_tokens`, those of the whole step. In validation the
+recipe takes no gradients, and both classes return the plain nll, so that `val_loss` can be compared across gates.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from nemo_automodel.components.loss.chunked_ce import ChunkedCrossEntropy
+from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from eaft.objective.fused import linear_gated_cross_entropy
+from eaft.objective.gates import GateLike, check_gate_by_itself, params_of_flags
+from eaft.objective.loss import gated_cross_entropy
+from eaft.training.head import logit_scale, softcap
+
+
+class GatedCrossEntropy(ChunkedCrossEntropy):
+    """
+    The loss from hidden states and the head's weight, without logits (`eaft.linear_gated_cross_entropy`).
+
+    The recipe gives hidden states to a `LinearCrossEntropy`. Where a model cannot return them, it quietly puts plain
+    cross-entropy in the place of most such losses, but stops with a message for `ChunkedCrossEntropy`, which this is
+    therefore made of. It also checks the head, and gathers it where FSDP has sharded it.
+
+    Args:
+        gate: as the flag of `eaft train`, and so are the others.
+        gate_alpha: exponent of the `eaft` gate.
+        gate_entropy: `top-k` or `exact`.
+        gate_top_k: K of the top-K entropy.
+        gate_kwargs: the other parameters of the gate.
+
+    Raises:
+        ConfigurationError: unknown gate or parameter, or a gate that needs the base model.
+    """
+
+    def __init__(
+        self,
+        gate: GateLike = "eaft",
+        gate_alpha: float = 1.0,
+        gate_entropy: str = "top-k",
+        gate_top_k: int = 20,
+        gate_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(compile=False)
+        self.params = params_of_flags(gate, gate_alpha, gate_entropy, gate_kwargs)
+        self.gate, self.top_k = check_gate_by_itself(gate, self.params), gate_top_k
+        self.logit_scale = 1.0
+        self.softcap: float | None = None
+
+    def validate_lm_head(self, lm_head: Any, *, model_config: Any = None) -> Any:
+        """Have the head checked, and note what the model does to its logits, which the host's loss refuses."""
+        if model_config is not None:
+            text_config = model_config.get_text_config()
+            self.logit_scale, self.softcap = logit_scale(text_config), softcap(text_config)
+        return super().validate_lm_head(lm_head)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        labels: Tensor,
+        lm_weight: Tensor,
+        num_label_tokens: int | None = None,
+        grad_reduce_group: Any = None,
+        *,
+        logits_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Return the loss of hidden states `[B, S, H]` (`[1, N, H]` for packed labels `[N]`); a sum without a count."""
+        weight = self.materialize_lm_weight(lm_weight, grad_reduce_group=grad_reduce_group)
+        training = torch.is_grad_enabled()
+        return linear_gated_cross_entropy(
+            hidden_states.reshape(*labels.shape, -1).to(weight.dtype),
+            weight,
+            labels.to(hidden_states.device),
+            gate=self.gate if training else "sft",
+            num_items=1 if num_label_tokens is None else num_label_tokens,
+            ignore_index=self.ignore_index,
+            top_k=self.top_k,
+            logit_scale=self.logit_scale,
+            softcap=self.softcap,
+            **(self.params if training else {}),
+        )
+
+
+class GatedCrossEntropyFromLogits(MaskedCrossEntropy):
+    """
+    The loss from logits (`eaft.gated_cross_entropy`), for models and layouts that `GatedCrossEntropy` refuses.
+
+    The arguments are the same. A `MaskedCrossEntropy`, because in the place of others the recipe may put a plain one.
+    """
+
+    def __init__(
+        self,
+        gate: GateLike = "eaft",
+        gate_alpha: float = 1.0,
+        gate_entropy: str = "top-k",
+        gate_top_k: int = 20,
+        gate_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.params = params_of_flags(gate, gate_alpha, gate_entropy, gate_kwargs)
+        self.gate, self.top_k = check_gate_by_itself(gate, self.params), gate_top_k
+
+    def forward(self, logits: Tensor, labels: Tensor, num_label_tokens: int | None = None) -> Tensor:
+        """Return the loss of logits `[B, S, V]`; a sum without a count."""
+        if isinstance(logits, DTensor):  # as the host's own does under tensor parallelism
+            logits = logits.full_tensor()
+        training = torch.is_grad_enabled()
+        return gated_cross_entropy(
+            logits.reshape(*labels.shape, -1),
+            labels.to(logits.device),
+            gate=self.gate if training else "sft",
+            num_items=1 if num_label_tokens is None else num_label_tokens,
+            ignore_index=self.ignore_index,
+            top_k=self.top_k,
+            **(self.params if training else {}),
+        )

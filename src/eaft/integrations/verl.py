@@ -1,0 +1,131 @@
+"""
+verl: the gated loss in its SFT trainer, on the FSDP engine.
+
+    from eaft.integrations.verl import gated
+    from verl.trainer import sft_trainer
+
+    sft_trainer.SFTTrainer = gated(sft_trainer.SFTTrainer, gate="eaft")
+    sft_trainer.main()
+
+The engine gives a loss the tokens' log-probabilities only. But for distillation it first shows it the logits, and hands
+on what it makes of each token: there the gate's weights are made.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from verl.utils import tensordict_utils
+from verl.workers.utils.losses import sft_loss
+
+from eaft.errors import ConfigurationError
+from eaft.objective.chunk import LogitTransform
+from eaft.objective.fused import choose_backend
+from eaft.objective.gates import GateLike, check_gate_by_itself, gate_weights, params_of_flags
+from eaft.objective.loss import gated_nll
+from eaft.objective.statistics import TokenStatistics, usable_top_k
+
+ROWS = 1024  # of logits that are copied at a time
+
+
+def gated(
+    trainer: Any,
+    gate: GateLike = "eaft",
+    gate_alpha: float = 1.0,
+    gate_entropy: str = "top-k",
+    gate_top_k: int = 20,
+    gate_kwargs: dict[str, Any] | None = None,
+) -> Any:
+    """
+    Return `verl.trainer.sft_trainer.SFTTrainer`, given as `trainer`, with the gated loss.
+
+    Args:
+        trainer: the class.
+        gate: as the flag of `eaft train`, and so are the others.
+        gate_alpha: exponent of the `eaft` gate.
+        gate_entropy: `top-k` or `exact`.
+        gate_top_k: K of the top-K entropy.
+        gate_kwargs: the other parameters of the gate.
+
+    Raises:
+        ConfigurationError: unknown gate or parameter, or a gate that needs the base model; when the engine is built,
+            one that shows no logits of the whole vocabulary and sequence.
+    """
+    loss = GatedLoss(gate, gate_top_k, params_of_flags(gate, gate_alpha, gate_entropy, gate_kwargs))
+
+    class GatedSFTTrainer(trainer):
+        def _build_engine(self) -> None:
+            super()._build_engine()
+            check_engine(self.engine_config)
+            client = self.training_client
+            client.set_loss_fn(loss)
+            client.train_batch = shows_logits(client.train_batch)
+
+    return GatedSFTTrainer
+
+
+def check_engine(config: Any) -> None:
+    """Refuse an engine that shows the loss no logits, or a part of them."""
+    if config.strategy not in ("fsdp", "fsdp2"):
+        raise ConfigurationError(f"engine.strategy={config.strategy!r}: the gated loss needs fsdp or fsdp2.")
+    if config.use_fused_kernels:
+        raise ConfigurationError("model.use_fused_kernels keeps no logits, which a gate is made of: leave it off.")
+    if config.ulysses_sequence_parallel_size > 1:
+        raise ConfigurationError("engine.ulysses_sequence_parallel_size must be 1 with the gated loss.")
+
+
+def shows_logits(train_batch: Any) -> Any:
+    """Return `train_batch`, in which the engine shows the loss the logits."""
+
+    @functools.wraps(train_batch)
+    def with_logits(data: Any) -> Any:
+        tensordict_utils.assign_non_tensor(data, distillation_use_topk=True)
+        return train_batch(data=data)
+
+    return with_logits
+
+
+class GatedLoss:
+    """
+    A loss function as the engine takes it: called with the logits it returns the weights, and then with these the loss.
+
+    In validation there are no weights, and it is the host's own, the plain nll.
+    """
+
+    def __init__(self, gate: GateLike, top_k: int, params: dict[str, Any]) -> None:
+        self.gate, self.top_k, self.params = check_gate_by_itself(gate, params), top_k, params
+
+    def __call__(
+        self, model_output: Any = None, data: Any = None, dp_group: Any = None, student_logits: Tensor | None = None
+    ) -> Any:
+        """Return `{"gate": weights [1, N]}` of logits `[1, N, V]`; without them, what the host's `sft_loss` does."""
+        if student_logits is not None:
+            return {"gate": self.weights(student_logits[0], data).unsqueeze(0)}
+        if torch.is_grad_enabled():
+            log_probs, weights = model_output["log_probs"], model_output["gate"]
+            terms = -gated_nll(-log_probs.values(), weights.values())
+            model_output = {"log_probs": torch.nested.nested_tensor_from_jagged(terms, log_probs.offsets())}
+        return sft_loss(config=None, model_output=model_output, data=data, dp_group=dp_group)
+
+    @torch.no_grad()
+    def weights(self, logits: Tensor, data: Any) -> Tensor:
+        """Return the weight of each token of a packed batch, 0 where there is no label."""
+        input_ids = data["input_ids"]
+        labels, lengths = input_ids.values().roll(-1), input_ids.offsets().diff()
+        index = data["loss_mask"].values().roll(-1).nonzero().squeeze(-1)
+        top_k, backend = usable_top_k(self.top_k, logits.shape[-1]), choose_backend(None, logits)
+        with torch.autocast(logits.device.type, enabled=False):
+            stats = TokenStatistics.cat(
+                [
+                    backend.score(logits[rows], labels[rows], top_k, LogitTransform(), self.gate.needs_rank).statistics
+                    for rows in index.split(min(ROWS, backend.block_rows(logits)))
+                ]
+            )
+        examples = torch.arange(len(lengths), device=logits.device).repeat_interleave(lengths)
+        weights = torch.zeros(len(logits), dtype=stats.log_prob.dtype, device=logits.device)
+        weights[index] = gate_weights(self.gate, replace(stats, example_ids=examples[index]), **self.params)
+        return weights
