@@ -172,7 +172,8 @@ def test_pareto_keeps_what_it_chose_where_nothing_was_gained(tmp_path):
     args = EAFTConfig(
         str(tmp_path), use_cpu=True, forgetting_eval_steps=1, select_checkpoint="pareto", target_suite=["everyday"]
     )
-    ForgettingEval.on_save(None, args, TrainerState(log_history=run, global_step=3), None)
+    logs = [{name if name == "step" else f"eval_{name}": value for name, value in p.items()} for p in run]
+    ForgettingEval.on_save(None, args, TrainerState(log_history=logs, global_step=3), None)
     assert select(run, "pareto", None)["step"] == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-3"]  # and the newest
 
