@@ -28,7 +28,7 @@ Entropy-Adaptive Fine-Tuning: fine-tune a language model without making it worse
 MODULES = {
     "train": "eaft.training.train",
     "eval": "eaft.evaluation.evaluate",
-    "compare": "eaft.comparison.compare",
+    "compare": "eaft.comparison.command",
     "inspect": "eaft.inspection.inspect",
     "view": "eaft.inspection.view",
     "cache": "eaft.evaluation.store",

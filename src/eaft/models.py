@@ -11,7 +11,7 @@ import torch
 from huggingface_hub.constants import HF_HOME
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from eaft.errors import ConfigurationError
+from eaft.errors import ConfigurationError, first_line
 
 
 def resolve_model(model: str, trust_remote_code: bool = False) -> str:
@@ -73,8 +73,3 @@ def convert_gguf(path: Path) -> Path:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type if it has none."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -293,6 +293,35 @@ def test_training_is_a_process_of_its_own(content, tmp_path, monkeypatch):
     assert "training ended with exit code 2" in runs.train_run(one)
 
 
+def test_trackers_show_the_runs_as_one_group(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("WANDB_NAME", "WANDB_RUN_GROUP", "TENSORBOARD_LOGGING_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    trained = []
+    monkeypatch.setattr(
+        runs.subprocess,
+        "run",
+        lambda command, env, **_: trained.append((command, env)) or SimpleNamespace(returncode=0),
+    )
+    folder = Path("mine/eaft-lr1e-05-seed0")
+    one = runs.Run("eaft", 0, 1e-5, folder, {"gate": "eaft"}, {})
+    assert runs.train_run(one) is None
+    assert yaml.safe_load((folder / "train.yaml").read_text()) == {
+        "run_name": folder.name, "project": "mine", "gate": "eaft",
+    }  # fmt: skip
+    env = trained[0][1]
+    assert (env["WANDB_RUN_GROUP"], env["TENSORBOARD_LOGGING_DIR"]) == ("mine", str(folder))
+
+    # What the user has set, stays; a folder for TensorBoard is one for all runs
+    one.flags.update(run_name="theirs", project="ours")
+    monkeypatch.setenv("WANDB_RUN_GROUP", "theirs")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "boards")
+    assert runs.train_run(one) is None
+    assert yaml.safe_load((folder / "train.yaml").read_text()) == one.flags
+    env = trained[1][1]
+    assert (env["WANDB_RUN_GROUP"], env["TENSORBOARD_LOGGING_DIR"]) == ("theirs", f"boards/{folder.name}")
+
+
 def test_the_others_wait_for_the_first_without_a_collective(tmp_path, monkeypatch):
     """Two processes, here threads: the second gets what the first returns, and does nothing itself."""
     local = threading.local()

@@ -93,11 +93,11 @@ def test_fsdp2_as_accelerate_wraps_it(tmp_path, tokenizer, gate, tied, precision
     launch(tmp_path, config, "tests.training.fsdp_on_cpu", "train", *flags, "--output_dir", two, batch, 2)
 
     lines = [[json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (one, two)]
-    drifts = [[log["drift"] for log in side if "drift" in log] for side in lines]
+    drifts = [[log["eval_drift"] for log in side if "eval_drift" in log] for side in lines]
     assert len(drifts[1]) == (3 if drift else 0)
     assert drifts[1] == pytest.approx(drifts[0], rel=1e-4)  # step 0 is 0 from itself
     assert "score/everyday" not in str(lines[1])  # tasks need the whole model
-    logs = [[log for log in side if "drift" not in log][:6] for side in lines]
+    logs = [[log for log in side if "eval_drift" not in log][:6] for side in lines]
     assert [("eval_loss" in log, "loss" in log) for log in logs[0]] == [
         *[(False, True)] * 2, (True, False), *[(False, True)] * 2, (True, False),
     ]  # fmt: skip
@@ -146,10 +146,10 @@ def test_zero(tmp_path, tokenizer, stage, gate, trained):
     launch(tmp_path, config, "tests.training.deepspeed_check", model, tmp_path / "two", gate, trained)
     two = json.loads((tmp_path / "two" / "logs.json").read_text())
     one = train_a_few_steps(str(model), str(tmp_path / "one"), gate, trained == "LoRA")
-    drifts = [[log["drift"] for log in logs if "drift" in log] for logs in (one, two)]
+    drifts = [[log["eval_drift"] for log in logs if "eval_drift" in log] for logs in (one, two)]
     assert drifts[1] == pytest.approx(drifts[0], rel=1e-3)
     assert drifts[1][0] == 0 < drifts[1][1] < drifts[1][2]
-    one, two = ([log for log in logs if "drift" not in log] for logs in (one, two))
+    one, two = ([log for log in logs if "eval_drift" not in log] for logs in (one, two))
     assert len(one) == 5
     assert_logs_agree(one, two, 1e-4)
     assert ("kl" in one[0]) == (gate == "sft-kl")

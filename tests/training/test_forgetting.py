@@ -54,6 +54,10 @@ def train(tmp_path, model_dir):
     return run
 
 
+def measured(lines):
+    return history(TrainerState(log_history=lines))
+
+
 def weights(folder):
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
@@ -61,7 +65,7 @@ def weights(folder):
 def test_what_is_logged_is_what_eval_finds(train, model_dir):
     code, folder, lines = train()
     assert code == 0
-    points = [line for line in lines if "drift" in line]
+    points = measured(lines)
     assert [p["step"] for p in points] == [0, 2, 4, 6]
     assert points[0]["drift"] == 0
     assert points[3]["drift"] > points[1]["drift"] > 0
@@ -90,7 +94,7 @@ def test_training_is_not_disturbed(train):
 
 def test_budget_keeps_the_last_within_and_stops(train):
     _, _, lines = train("free")
-    drift = {line["step"]: line["drift"] for line in lines if "drift" in line}
+    drift = {point["step"]: point["drift"] for point in measured(lines)}
     budget = (drift[2] + drift[4]) / 2
     code, folder, lines = train("kept", forgetting_budget=budget)
     assert code == 0
@@ -119,7 +123,7 @@ def test_a_resumed_run_measures_from_the_same_base(train, tokenizer):
     BaseAnswers.record(base, sample_answers(base, tokenizer, texts, 64, batch_size=8)).save(folder / "forgetting")
     code, _, again = train("cut", save_steps=2, resume_from_checkpoint="true")
     assert code == 0
-    drift = [[line["drift"] for line in run if "drift" in line] for run in (lines, again)]
+    drift = [[point["drift"] for point in measured(run)] for run in (lines, again)]
     assert drift[1] == pytest.approx(drift[0], rel=1e-5)
 
 
@@ -130,7 +134,7 @@ def test_the_chosen_checkpoint_is_what_is_saved(train, tmp_path, rule):
     (tmp_path / "suite2.yaml").write_text(SUITE.replace("limit: 8", "limit: 8").replace("tiny_suite", "other"))
     code, folder, lines = train("kept", select_checkpoint=rule, target_suite=tmp_path / "suite2.yaml")
     assert code == 0
-    points = [line for line in lines if "drift" in line]
+    points = measured(lines)
     chosen = int(select(points, rule, None)["step"])
     saved = weights(folder)
     for name, value in weights(folder / f"checkpoint-{chosen}").items():
@@ -168,13 +172,15 @@ def test_pareto_keeps_what_it_chose_where_nothing_was_gained(tmp_path):
     args = EAFTConfig(
         str(tmp_path), use_cpu=True, forgetting_eval_steps=1, select_checkpoint="pareto", target_suite=["everyday"]
     )
-    ForgettingEval.on_save(None, args, TrainerState(log_history=run, global_step=3), None)
+    logs = [{name if name == "step" else f"eval_{name}": value for name, value in p.items()} for p in run]
+    ForgettingEval.on_save(None, args, TrainerState(log_history=logs, global_step=3), None)
     assert select(run, "pareto", None)["step"] == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-3"]  # and the newest
 
 
 def test_history_survives_a_resumption_without_doubles():
-    logs = [{"step": 0, "drift": 0.0}, {"step": 2, "drift": 1.0}, {"step": 2, "loss": 1}, {"step": 2, "drift": 1.5}]
+    logs = [{"step": step, "eval_drift": drift} for step, drift in ((0, 0.0), (2, 1.0), (2, 1.5))]
+    logs.insert(2, {"step": 2, "loss": 1})
     state = TrainerState(log_history=logs)
     assert history(state) == [{"step": 0, "drift": 0.0}, {"step": 2, "drift": 1.5}]
 
@@ -246,7 +252,7 @@ def test_two_processes_measure_what_one_measures(train, tmp_path, model_dir):
     command = [*launcher, "-m", "eaft", "train", *(f"--{key}={value}" for key, value in settings.items())]
     subprocess.run(command, check=True, timeout=300)
     again = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
-    for one, two in zip(*([line for line in run if "drift" in line] for run in (lines, again)), strict=True):
+    for one, two in zip(measured(lines), measured(again), strict=True):
         assert two["step"] == one["step"]
         assert two["drift"] == pytest.approx(one["drift"], rel=1e-3)
         assert two["general"] == one["general"]

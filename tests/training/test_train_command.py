@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from eaft import cli
-from eaft.comparison.compare import read_recipe
+from eaft.comparison.recipe import read_recipe
 from eaft.objective.gates import GATES
 from eaft.training.train import last_complete_checkpoint, parse
 from tests.conftest import make_rows

@@ -61,7 +61,7 @@ class EvaluateConfig(Protocol):
 
 @dataclass
 class Recipe:
-    """A comparison; see `eaft.comparison.compare.DESCRIPTION`."""
+    """A comparison; see `eaft.comparison.command.DESCRIPTION`."""
 
     output_dir: str
     objectives: dict[str, dict[str, Any]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -123,7 +124,7 @@ def prepare(run: Run) -> Path:
     """
     with locked(run.folder):  # a process that outlived the one that started it may still train here
         claim(run.folder, run.identity)
-        flags = dict(run.flags)
+        flags = {**tracker_flags(run.folder), **run.flags}
         # A checkpoint without the optimizer's state does not go on where it stopped
         checkpoint = None if flags.get("save_only_model") else last_complete_checkpoint(run.folder)
         if checkpoint is not None:
@@ -139,7 +140,20 @@ def prepare(run: Run) -> Path:
 def train_apart(config: Path) -> int:
     """Run `eaft train` in a process that is part of no launch, and return its exit code."""
     command = [sys.executable, "-m", "eaft", "train", "--config", str(config)]
-    return subprocess.run(command, env=without_launcher(), preexec_fn=end_with_parent).returncode
+    return subprocess.run(command, env=tracker_environment(config.parent), preexec_fn=end_with_parent).returncode
+
+
+def tracker_flags(folder: Path) -> dict[str, str]:
+    """Return the flags by which trackers name a run as its folder; trackio's groups are projects."""
+    return {"run_name": os.environ.get("WANDB_NAME", folder.name), "project": folder.resolve().parent.name}
+
+
+def tracker_environment(folder: Path) -> dict[str, str]:
+    """Return the environment in which Weights & Biases groups a run, and TensorBoard names it, as its folders say."""
+    found = without_launcher()
+    found.setdefault("WANDB_RUN_GROUP", folder.resolve().parent.name)
+    boards = found.get("TENSORBOARD_LOGGING_DIR", folder.parent)  # of all runs: in one folder they are one curve
+    return {**found, "TENSORBOARD_LOGGING_DIR": str(Path(boards) / folder.name)}
 
 
 def empty(folder: Path) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoConfig
 
-from eaft.errors import ConfigurationError
+from eaft.errors import ConfigurationError, first_line
 from eaft.evaluation.drift import ANSWER_TOKENS, DRIFT_PROMPTS, PROMPTS, TOP, BaseAnswers, read_prompts, summarise
 from eaft.evaluation.measured import MeasuredModel, write_jsonl
 from eaft.evaluation.progress import Progress
@@ -39,7 +39,7 @@ from eaft.evaluation.scores import (
     source,
 )
 from eaft.evaluation.suite import Benchmark, Suite, load_suites, suites_help
-from eaft.models import first_line, resolve_model
+from eaft.models import resolve_model
 from eaft.processes import locked
 from eaft.provenance import environment, write_json
 

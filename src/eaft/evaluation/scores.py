@@ -22,12 +22,11 @@ from accelerate import Accelerator, PartialState
 from jinja2 import TemplateError
 from transformers import AutoConfig, AutoTokenizer
 
-from eaft.errors import ConfigurationError
+from eaft.errors import ConfigurationError, first_line
 from eaft.evaluation.drift import ANSWER_TOKENS, DRIFT_PROMPTS
 from eaft.evaluation.progress import Progress
 from eaft.evaluation.suite import Benchmark, quiet
 from eaft.evaluation.thinking import SWITCHES, Thinking, decide, find_thinking
-from eaft.models import first_line
 
 Item = dict[str, Any]
 logger = logging.getLogger(__name__)

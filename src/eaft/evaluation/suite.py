@@ -12,8 +12,7 @@ from typing import Any
 
 import yaml
 
-from eaft.errors import ConfigurationError, nearest
-from eaft.models import first_line
+from eaft.errors import ConfigurationError, first_line, nearest
 
 SUITES = Path(__file__).parent / "suites"
 TASKS = Path(__file__).parent / "tasks"  # those that lm-eval lacks

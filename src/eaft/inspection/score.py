@@ -19,12 +19,12 @@ from torch import Tensor
 from trl import ModelConfig, get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
-from eaft.errors import ConfigurationError, NonFiniteError
+from eaft.errors import ConfigurationError, NonFiniteError, first_line
 from eaft.evaluation.scores import adapter_of
 from eaft.inspection.examples import Examples, Tokens, batches, count_labelled
 from eaft.inspection.folder import COMPARED, EXAMPLES, STATISTICS, TOKENS
 from eaft.inspection.pieces import Pieces
-from eaft.models import first_line, resolve_model
+from eaft.models import resolve_model
 from eaft.objective.statistics import TokenStatistics
 from eaft.training.config import EAFTConfig
 from eaft.training.head import GatedLMHead

@@ -10,8 +10,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, load_dataset
 from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
 
-from eaft.errors import ConfigurationError
-from eaft.models import first_line
+from eaft.errors import ConfigurationError, first_line
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 

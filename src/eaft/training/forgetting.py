@@ -35,6 +35,7 @@ from eaft.processes import without_launcher
 from eaft.training.config import EAFTConfig
 
 FOLDER = "forgetting"
+PREFIX = "eval_"  # of what is logged: trackers show it beside `eval_loss`, not among training's own
 GENERAL = ["everyday"]  # what is measured where `forgetting_suite` names nothing
 
 
@@ -43,8 +44,8 @@ class ForgettingEval(TrainerCallback):
     Measures drift, `general` and `target` (mean scores of the suites) before the first step, every N steps, and at
     the end.
 
-    Logs them beside the loss; with `select_checkpoint`, saves the checkpoints worth keeping and leaves the trainer with
-    the chosen one's weights.
+    Logs them beside the loss, as `eval_drift`, ...; with `select_checkpoint`, saves the checkpoints worth keeping and
+    leaves the trainer with the chosen one's weights.
 
     Args:
         args: the trainer's; with `select_checkpoint`, they are told to load the best model at the end.
@@ -168,7 +169,7 @@ class ForgettingEval(TrainerCallback):
                     if names:
                         metrics[kind] = float(np.mean([scores[name] for name in names]))
                 metrics.update({f"score/{name}": value for name, value in scores.items()})
-            metrics = shared(lambda: metrics)
+            metrics = shared(lambda: {f"{PREFIX}{name}": value for name, value in metrics.items()})
             should_log = control.should_log
             self.log(metrics)  # still in evaluation mode: the training metrics' sums are left alone
             control.should_log = should_log  # whether the training metrics are due, which logging anything takes back
@@ -278,8 +279,8 @@ def measuring(args: Any, model: Any, processing_class: Any, **kwargs: Any) -> It
 
 def history(state: Any) -> list[dict[str, float]]:
     """Return the measurements so far, one a step, base model first; they survive a resumption."""
-    points = {log["step"]: log for log in state.log_history if "drift" in log}
-    return [points[step] for step in sorted(points)]
+    points = {log["step"]: log for log in state.log_history if f"{PREFIX}drift" in log}
+    return [{name.removeprefix(PREFIX): value for name, value in points[step].items()} for step in sorted(points)]
 
 
 def select(points: list[dict[str, float]], rule: str, budget: float | None) -> dict[str, float] | None:

@@ -21,9 +21,9 @@ from accelerate.commands.launch import launch_command_parser
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, get_peft_config
 
-from eaft.errors import ConfigurationError
+from eaft.errors import ConfigurationError, first_line
 from eaft.evaluation.suite import load_suites
-from eaft.models import first_line, resolve_model
+from eaft.models import resolve_model
 from eaft.objective.fused import GPU_MEMORY_SHARE, chunk_rows
 from eaft.objective.gates import get_gate
 from eaft.training.config import EAFTConfig

@@ -22,9 +22,9 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, g
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from trl.cli.commands.training import _subtract_subsequence as subtract_subsequence
 
-from eaft.errors import ConfigurationError, nearest
+from eaft.errors import ConfigurationError, first_line, nearest
 from eaft.evaluation.measured import write_jsonl
-from eaft.models import first_line, resolve_model
+from eaft.models import resolve_model
 from eaft.objective.gates import gates_help
 from eaft.processes import locked
 from eaft.provenance import environment, peak_memory_gib, write_json

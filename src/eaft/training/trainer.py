@@ -126,6 +126,7 @@ class EAFTTrainer(SFTTrainer):
                 )
         self._logits_checked = False
         self._token_sums: dict[str, Tensor | float] = defaultdict(float)
+        self._eval_prefix = "eval_"
         if args.forgetting_eval_steps:
             sharded: dict[str, Any] = {}
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -245,14 +246,17 @@ class EAFTTrainer(SFTTrainer):
         self._token_sums[mode] = self._token_sums[mode] + torch.stack(sums)
         return result
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """Evaluate as TRL does; what `predict` left in our metrics is dropped."""
         self._token_sums.pop("eval", None)
-        return super().evaluate(*args, **kwargs)
+        self._eval_prefix = f"{metric_key_prefix}_"  # of several evaluation sets, each has a name in it
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add our metrics, averaged over all labelled tokens of all ranks since the last log."""
-        mode, prefix = ("train", "") if self.model.training else ("eval", "eval_")
+        mode, prefix = ("train", "") if self.model.training else ("eval", self._eval_prefix)
         if isinstance(sums := self._token_sums.pop(mode, 0.0), Tensor):
             tokens, nll, conflicts, conflict_nll, gate, kl, *groups = self.accelerator.reduce(sums, "sum").tolist()
             logs[f"{prefix}nll"] = nll / max(tokens, 1)

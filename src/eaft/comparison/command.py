@@ -1,0 +1,78 @@
+"""`eaft compare`: its flags, and the recipe as its help explains it."""
+
+from __future__ import annotations
+
+import argparse
+
+from eaft.evaluation.suite import suites_help
+from eaft.objective.gates import gates_help
+
+DESCRIPTION = """
+Train with several objectives from one base model, one data set and the same seeds; measure the base, every checkpoint's
+drift and held-out nll, and the tasks on the checkpoint that each objective chooses and on the last; compare the
+objectives with each other. Writes results.md, which begins with what to do, results.json, pareto.png, curves.png and
+fronts.png.
+
+The recipe (YAML):
+
+  output_dir: runs/mine
+  seeds: [0, 1, 2]
+  objectives:                      # a name, and the flags of `eaft train` in which it differs
+    sft: {gate: sft}
+    eaft: {gate: eaft}
+    sigmoid: {gate: eaft-sigmoid, gate_kwargs: {steepness: 20}}
+  train:                           # flags of `eaft train` that all share
+    model_name_or_path: Qwen/Qwen3-0.6B
+    dataset_name: data.jsonl       # with {seed} in its name, each seed has its own: data-{seed}.jsonl
+    num_train_epochs: 4
+    save_strategy: epoch           # every checkpoint is measured
+  evaluate:
+    target_tasks: [math]           # suites, or lm-evaluation-harness tasks; yours from include_path
+    general_tasks: [general]
+    # all below may be left out, and also: include_path, data_dir, limit, and how models are asked: num_fewshot,
+    # apply_chat_template, enable_thinking, backend, model_args, ... as in `eaft eval`
+    held_out: held_out.jsonl       # rows as the training data's, neither trained on nor scored: the lowest nll chooses
+                                   # learning rate and checkpoint, for each objective and seed (without: the last)
+    every_checkpoint_tasks: []     # those of target_tasks to run on every checkpoint: a target to match, beside the nll
+    target_prompts: test.jsonl     # rows with a `prompt`: drift is also measured on the base model's answers to them
+    general_prompts: prompts.jsonl # (default: everyday requests)
+  learning_rates: [1.0e-5, 3.0e-5] # each objective at each (default: the one in train)
+  pairs: [[eaft, sft]]             # what is compared with what (default: each objective with sft)
+  keep_checkpoints: all            # chosen: delete the others' weights once they are measured
+
+Run it again to go on after an interruption: what is finished is reused, what is not is resumed. A run that fails does
+not stop the others. Exit code: 0; 1 if a run or a task failed; 2 for what is wrong with the command.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Read the recipe and the flags that override it, check both, and compare."""
+    parser = argparse.ArgumentParser(
+        prog="eaft compare",
+        description=f"{DESCRIPTION}\nsuites:\n{suites_help()}\n\ngates:\n{gates_help()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="the recipe")
+    parser.add_argument("--output_dir", metavar="DIR", help="overrides the recipe's")
+    parser.add_argument("--model_name_or_path", metavar="MODEL", help="overrides the recipe's")
+    parser.add_argument("--dataset_name", metavar="DATA", help="overrides the recipe's")
+    parser.add_argument("--held_out", metavar="FILE", help="overrides the recipe's")
+    parser.add_argument("--objectives", nargs="+", metavar="NAME", help="only these of the recipe's")
+    parser.add_argument("--learning_rates", type=float, nargs="+", metavar="RATE", help="overrides the recipe's")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="overrides the recipe's")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="train and measure so many runs at a time, each with its share of the cores (default: 1); they "
+        "share the GPU, if there is one",
+    )
+    flags = vars(parser.parse_args(argv))
+    jobs = flags.pop("jobs")
+    # After the flags are read: it takes seconds to import, which `--help` has no use for
+    from eaft.comparison.compare import compare
+    from eaft.comparison.recipe import read_recipe
+
+    found = compare(read_recipe(flags.pop("config"), flags), jobs)
+    return 1 if found["failed"] else 0
