@@ -49,9 +49,7 @@ def patch_model(model: Any, gate: GateLike = "eaft", top_k: int = 20, **params: 
             model that is patched already; in training, labels cut to `logits_to_keep`; in the first forward, on every
             rank, logits that are not what the head says.
     """
-    found = check_gate(gate, params)
-    if found.anchor is not None or found.needs_example_nll or found.needs_old_log_prob:
-        raise ConfigurationError(f"gate={gate!r} needs the base model as well; use EAFTTrainer.")
+    check_model_suffices(gate, params)
     base: Any = model.get_base_model() if is_peft_model(model) else model
     if hasattr(base.forward, "gate"):
         raise ConfigurationError(f"gate={gate!r}: the model is patched already, with gate={base.forward.gate!r}.")
@@ -85,6 +83,13 @@ def patch_model(model: Any, gate: GateLike = "eaft", top_k: int = 20, **params: 
     forward.gate = gate  # type: ignore[attr-defined]
     base.forward = types.MethodType(forward, base)
     return head
+
+
+def check_model_suffices(gate: GateLike, params: dict[str, Any]) -> None:
+    """Refuse a gate that is not complete, or needs more than the model."""
+    found = check_gate(gate, params)
+    if found.anchor is not None or found.needs_example_nll or found.needs_old_log_prob:
+        raise ConfigurationError(f"gate={gate!r} needs the base model as well; use EAFTTrainer.")
 
 
 def several_processes() -> bool:
@@ -124,6 +129,7 @@ class GateCallback(TrainerCallback):
     ) -> None:
         self.gate, self.gate_top_k = gate, gate_top_k
         self.params = params_of_flags(gate, gate_alpha, gate_entropy, gate_kwargs)
+        check_model_suffices(gate, self.params)  # now: trainers make callbacks before they load a model
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Patch the model, unless another forward will take the place of ours when training begins."""
