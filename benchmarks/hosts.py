@@ -222,8 +222,10 @@ HOSTS = {
             "typer==0.25.1",
             "addict",
             "art",
+            "bitsandbytes==0.50.2",
             "colorama",
             "einops",
+            "fastcore",
             "fire",
             "numba",
             "pillow",
@@ -272,7 +274,13 @@ def train(host: str, name: str, command: list[str]) -> dict[str, Any]:
     """Run a training in a process of its own; return its losses, tokens/s and peak memory (GiB)."""
     print(f"{host}, {name}")
     folder = output(host, name)
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "AXOLOTL_DO_NOT_TRACK": "1"}
+    env = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "WANDB_MODE": "disabled",
+        "AXOLOTL_DO_NOT_TRACK": "1",
+        "AXOLOTL_DATASET_NUM_PROC": "0",
+    }
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=env, cwd=WORK)
         _, status, usage = os.wait4(process.pid, 0)
