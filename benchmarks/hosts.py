@@ -12,13 +12,14 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
 import venv
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -64,6 +65,11 @@ def make_inputs() -> None:
     )
     DatasetDict({"train": rows}).save_to_disk(WORK / "tokens")
     rows.to_parquet(WORK / "tokens.parquet")
+    with (WORK / "tokens.jsonl").open("w") as file:  # as text, for ms-swift
+        for row in ids:
+            parts = {"user": row[:PROMPT], "assistant": row[PROMPT:]}
+            messages = [{"role": role, "content": json.dumps(part)} for role, part in parts.items()]
+            file.write(json.dumps({"messages": messages}) + "\n")
 
 
 def llamafactory(python: Path) -> dict[str, list[str]]:
@@ -98,9 +104,139 @@ def llamafactory(python: Path) -> dict[str, list[str]]:
     }
 
 
-# What each installs beside eaft, by what its own EAFT's loss must be multiplied to be the paper's, and its commands
-HOSTS: dict[str, tuple[list[str], float, Callable[[Path], dict[str, list[str]]]]] = {
-    "llamafactory": (["llamafactory==0.9.5"], 3 / math.log(20), llamafactory),
+def axolotl(python: Path) -> dict[str, list[str]]:
+    """Return the commands for Axolotl: its own, and the lines of docs/trainers.md in its YAML."""
+    same = ("gradient_accumulation_steps", "learning_rate", "max_steps", "logging_steps", "seed")
+    shared = {
+        "base_model": str(WORK / "model"),
+        "datasets": [{"path": str(WORK / "tokens.parquet"), "ds_type": "parquet", "type": None}],
+        "dataset_prepared_path": str(WORK / "axolotl" / "prepared"),
+        "shuffle_merged_datasets": False,
+        "curriculum_sampling": True,  # in order
+        "sequence_len": TOKENS,
+        "micro_batch_size": TRAINING["per_device_train_batch_size"],
+        "optimizer": "adamw_torch_fused",
+        "attn_implementation": "sdpa",
+        "bf16": False,
+        "fp16": False,
+        "save_steps": TRAINING["max_steps"],  # a checkpoint has the losses
+        "save_only_model": True,
+        "lr_scheduler": TRAINING["lr_scheduler_type"],
+        **{name: TRAINING[name] for name in same},
+    }
+    ours = {**shared, "plugins": ["eaft.integrations.axolotl.EAFTPlugin"]}
+    settings = {
+        "its SFT": shared,
+        "its EAFT": {**shared, "use_eaft": True},
+        "ours, sft": {**ours, "gate": "sft"},
+        "ours, eaft": {**ours, "gate": "eaft"},
+    }
+    run = [str(python), "-m", "axolotl.cli.main", "train"]
+    return {name: [*run, recipe("axolotl", name, of), "--launcher", "python"] for name, of in settings.items()}
+
+
+def ms_swift(python: Path) -> dict[str, list[str]]:
+    """Return the commands for ms-swift: its own, and the plugin of docs/trainers.md."""
+    plugin = WORK / "ms_swift_plugin.py"
+    plugin.write_text(
+        "import json\n"
+        "from eaft import GateCallback\n"
+        "from swift import callbacks_map\n"
+        "from swift.template import Template, TemplateMeta, register_template\n"
+        "for gate in ('sft', 'eaft'):\n"
+        "    callbacks_map[f'eaft-{gate}'] = lambda args, trainer, gate=gate: GateCallback(gate=gate)\n"
+        "class Tokens(Template):\n"
+        "    def _encode(self, inputs):\n"
+        "        prompt, answer = (json.loads(message['content']) for message in inputs.messages)\n"
+        "        return {'input_ids': prompt + answer, 'labels': [-100] * len(prompt) + answer}\n"
+        "register_template(TemplateMeta('tokens', [], ['{{QUERY}}'], None, template_cls=Tokens))\n"
+    )
+    shared = {
+        **TRAINING,
+        "model": str(WORK / "model"),
+        "model_type": "llama",
+        "use_hf": True,
+        "torch_dtype": "float32",
+        "attn_impl": "sdpa",
+        "external_plugins": str(plugin),
+        "template": "tokens",
+        "dataset": str(WORK / "tokens.jsonl"),
+        "load_from_cache_file": False,
+        "dataset_shuffle": False,
+        "train_dataloader_shuffle": False,
+        "split_dataset_ratio": 0,
+        "tuner_type": "full",
+        "adam_beta2": 0.999,
+        "weight_decay": 0,
+        "warmup_ratio": 0,
+        "gradient_checkpointing": False,
+        "eval_strategy": "no",
+        "add_version": False,
+    }
+    ours = {**shared, "use_logits_to_keep": False}
+    settings = {
+        "its SFT": shared,
+        "ours, sft": {**ours, "callbacks": "eaft-sft"},
+        "ours, eaft": {**ours, "callbacks": "eaft-eaft"},
+    }
+    cli = [str(python.with_name("swift")), "sft"]
+    return {name: [*cli, recipe("ms-swift", name, of)] for name, of in settings.items()}
+
+
+class Host(NamedTuple):
+    """
+    A trainer.
+
+    Attributes:
+        packages: what is installed beside eaft, the host first.
+        commands: what returns its commands, given its Python.
+        factor: by what its own EAFT's loss must be multiplied to be the paper's.
+        needs: what is installed instead of all that the packages name.
+    """
+
+    packages: list[str]
+    commands: Callable[[Path], dict[str, list[str]]]
+    factor: float = 1.0
+    needs: list[str] | None = None
+
+
+HOSTS = {
+    "llamafactory": Host(["llamafactory==0.9.5"], llamafactory, factor=3 / math.log(20)),
+    "axolotl": Host(
+        ["axolotl==0.19.0", "axolotl-contribs-lgpl==0.0.7", "axolotl-contribs-mit==0.0.6"],
+        axolotl,
+        factor=1 / math.log(20),
+        # As it pins them; the rest is for GPUs, clouds and trackers
+        needs=[
+            "transformers==5.16.1",
+            "trl==1.9.0",
+            "accelerate==1.13.0",
+            "datasets==4.8.4",
+            "peft==0.20.0",
+            "huggingface_hub==1.17.0",
+            "tokenizers==0.23.1",
+            "pydantic==2.12.5",
+            "posthog==6.7.11",
+            "python-dotenv==1.0.1",
+            "evaluate==0.4.1",
+            "typer==0.25.1",
+            "addict",
+            "art",
+            "bitsandbytes==0.50.2",
+            "colorama",
+            "einops",
+            "fastcore",
+            "fire",
+            "numba",
+            "pillow",
+            "schedulefree",
+            "scipy",
+            "sentencepiece",
+            "triton",
+            "wandb",
+        ],
+    ),
+    "ms-swift": Host(["ms-swift==4.6.0"], ms_swift),
 }
 
 
@@ -119,13 +255,16 @@ def output(host: str, name: str) -> Path:
     return WORK / host / name.replace(", ", "-").replace(" ", "-")
 
 
-def install(host: str, packages: list[str]) -> Path:
+def install(host: str) -> Path:
     """Return the Python of the host's environment, made if it is not there."""
     folder = WORK / "environments" / host
     python = folder / "bin" / "python"
     if not (folder / "done").exists():
         venv.create(folder, with_pip=True, clear=True)
-        for more in (["torch==2.13.0", *packages], ["--no-deps", "-e", str(ROOT)]):  # eaft names another TRL
+        packages, needs = HOSTS[host].packages, HOSTS[host].needs
+        alone = [] if needs is None else packages
+        wanted = ["torch==2.13.0", *(packages if needs is None else needs)]
+        for more in (wanted, ["--no-deps", *alone, "-e", str(ROOT)]):  # eaft names another TRL
             subprocess.run([python, "-m", "pip", "install", "-q", *more], check=True)
         (folder / "done").touch()
     return python
@@ -135,7 +274,13 @@ def train(host: str, name: str, command: list[str]) -> dict[str, Any]:
     """Run a training in a process of its own; return its losses, tokens/s and peak memory (GiB)."""
     print(f"{host}, {name}")
     folder = output(host, name)
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+    env = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "WANDB_MODE": "disabled",
+        "AXOLOTL_DO_NOT_TRACK": "1",
+        "AXOLOTL_DATASET_NUM_PROC": "0",
+    }
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=env, cwd=WORK)
         _, status, usage = os.wait4(process.pid, 0)
@@ -148,14 +293,20 @@ def train(host: str, name: str, command: list[str]) -> dict[str, Any]:
         "losses": [line["loss"] for line in history if "loss" in line],
         "tokens_per_s": tokens / next(line["train_runtime"] for line in history if "train_runtime" in line),
         "peak_gib": usage.ru_maxrss / 2**20,
+        "load": os.getloadavg()[0],
     }
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:
-    """Return what a training logged, in transformers' file, or ours."""
+    """Return what a training logged, in transformers' file, ms-swift's, or ours."""
     if (ours := folder / "metrics.jsonl").exists():
         return [json.loads(line) for line in ours.read_text().splitlines()]
-    return json.loads(next(folder.rglob("trainer_state.json")).read_text())["log_history"]
+    if (swift := folder / "logging.jsonl").exists():
+        return json.loads(swift.read_text().splitlines()[-1])["log_history"]
+    history = json.loads(next(folder.rglob("trainer_state.json")).read_text())["log_history"]
+    # Axolotl's is from a checkpoint, before the end
+    seconds = re.search(r"'train_runtime': '?([\d.]+)", (folder / "log.txt").read_text())
+    return [*history, {"train_runtime": float(seconds[1])}] if seconds else history
 
 
 def eaft_train(gate: str) -> dict[str, Any]:
@@ -177,8 +328,8 @@ def eaft_train(gate: str) -> dict[str, Any]:
 
 def measure(host: str, ours: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return what a host's trainings gave, and how their losses stand to each other."""
-    packages, factor, commands = HOSTS[host]
-    python = install(host, packages)
+    packages, commands, factor, _ = HOSTS[host]
+    python = install(host)
     runs = {name: train(host, name, command) for name, command in commands(python).items()}
     listed = subprocess.run([python, "-m", "pip", "list", "--format", "json"], check=True, capture_output=True)
     versions = {package["name"]: package["version"] for package in json.loads(listed.stdout)}
@@ -220,10 +371,11 @@ def report(found: dict[str, Any]) -> str:
             equal.append([name, pair["objective"], f"{pair['beside']}{factor}", said, difference])
         runs = {**of_host["runs"], **{f"eaft train, {g}": run for g, run in found["eaft train"].items()}}
         for objective, run in runs.items():
-            cost.append([name, objective, f"{run['tokens_per_s']:.0f}", f"{run['peak_gib']:.2f}"])
+            load = f"{run['load']:.0f}" if "load" in run else ""
+            cost.append([name, objective, f"{run['tokens_per_s']:.0f}", f"{run['peak_gib']:.2f}", load])
     heads = (
         ["host", "objective", "beside", "equal", "largest difference"],
-        ["host", "objective", "tokens/s", "peak GiB"],
+        ["host", "objective", "tokens/s", "peak GiB", "load of the machine"],
     )
     return (
         "\n\n".join(tabulate(rows, head, tablefmt="github") for rows, head in zip((equal, cost), heads, strict=True))

@@ -1,1 +1,1 @@
-"""The gated loss inside other trainers, each module importing its host only when used."""
+"""Doors that other trainers have: a module each, that imports its host and is imported by nothing here."""

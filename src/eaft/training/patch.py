@@ -122,6 +122,7 @@ class GateCallback(TrainerCallback):
     ) -> None:
         self.gate, self.gate_top_k = gate, gate_top_k
         self.params = params_of_flags(gate, gate_alpha, gate_entropy, gate_kwargs)
+        check_gate_by_itself(gate, self.params)  # now: trainers make callbacks before they load a model
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Patch the model, unless another forward will take the place of ours when training begins."""

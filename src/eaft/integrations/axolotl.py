@@ -1,0 +1,66 @@
+"""Axolotl with a gate: `plugins: [eaft.integrations.axolotl.EAFTPlugin]` in its YAML, and the flags of `eaft train`."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from axolotl.integrations.base import BasePlugin
+from pydantic import BaseModel, Field, model_validator
+
+from eaft.errors import ConfigurationError
+from eaft.training.patch import GateCallback
+
+SEAMS = "labels at the seams between processes would be lost, and their number guessed: set it to 1."
+# Fields of Axolotl's that go past the model's loss, or give it a part of each row, and the way out
+REFUSED = {
+    "use_eaft": "it computes a loss of its own, from full logits: leave it out, the plugin is what does EAFT.",
+    "rl": "preference and reinforcement losses have no gate: leave it out, or take the plugin out.",
+    "reward_model": "its loss is not over tokens: leave it out, or take the plugin out.",
+    "process_reward_model": "its loss is not over a vocabulary: leave it out, or take the plugin out.",
+    "context_parallel_size": SEAMS,
+    "sequence_parallel_degree": SEAMS,
+    "tensor_parallel_size": "a process would see a part of the head: set it to 1, or use `eaft train`.",
+}
+
+
+class EAFTArgs(BaseModel):
+    """What the plugin reads from Axolotl's YAML: names and defaults of `eaft train`'s flags."""
+
+    gate: str = "eaft"
+    gate_alpha: float = 1.0
+    gate_entropy: str = "top-k"
+    gate_top_k: int = Field(default=20, ge=2)
+    gate_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def check_gate_reaches_the_loss(self) -> Self:
+        """Refuse a gate that cannot be, and what would pass it by; Axolotl adds our fields to its own."""
+        make_callback(self)
+        for field, why in REFUSED.items():
+            value = getattr(self, field, None)
+            if value is True or value not in (None, False, 1):
+                raise ConfigurationError(f"{field}: {value} does not go with gate: {self.gate}: {why}")
+        return self
+
+
+def make_callback(config: Any) -> GateCallback:
+    """Return the callback that a configuration asks for."""
+    kwargs = dict(config.gate_kwargs or {})
+    return GateCallback(config.gate, config.gate_alpha, config.gate_entropy, config.gate_top_k, kwargs)
+
+
+class EAFTPlugin(BasePlugin):
+    """The model that Axolotl trains returns the gated loss, as by `eaft.patch_model`."""
+
+    def get_input_args(self) -> str:
+        """Return where our fields are."""
+        return f"{EAFTArgs.__module__}.{EAFTArgs.__name__}"
+
+    def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[GateCallback]:
+        """Return the callback that patches the model when the trainer has been made."""
+        return [make_callback(cfg)]
+
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        """Have the loss divided by the labels of all accumulated micro-batches, as in `eaft train`."""
+        # Axolotl looks for the count in the backbone's signature, where it is not, and averages micro-batches' means
+        trainer.model_accepts_loss_kwargs = True
