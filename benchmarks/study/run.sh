@@ -33,3 +33,7 @@ done
 # At s = 2: does it turn with the learning rate? Why? And what else is there?
 compare gsm8k s2 gsm8k --objectives sft eaft --learning_rates 1e-5 3e-5 1e-4 --seeds 0 1 2
 compare gsm8k s2 gsm8k --learning_rates 3e-5
+# Does what masks the conflicts alone save elsewhere what it saves at s = 2?
+for s in 3 1; do
+    compare gsm8k s$s gsm8k --objectives sft conflict-mask --learning_rates 3e-5
+done
