@@ -287,11 +287,14 @@ def train(host: str, name: str, command: list[str]) -> dict[str, Any]:
     if status:
         raise SystemExit(f"{host}, {name}, failed: see {folder / 'log.txt'}")
     history = logged(folder)
+    seconds = next((line["train_runtime"] for line in history if "train_runtime" in line), None)
+    if seconds is None:
+        raise SystemExit(f"{host}, {name}, logged no train_runtime: see {folder / 'log.txt'}")
     steps, batch = TRAINING["max_steps"], TRAINING["per_device_train_batch_size"]
     tokens = steps * batch * TRAINING["gradient_accumulation_steps"] * TOKENS  # type: ignore[operator]
     return {
         "losses": [line["loss"] for line in history if "loss" in line],
-        "tokens_per_s": tokens / next(line["train_runtime"] for line in history if "train_runtime" in line),
+        "tokens_per_s": tokens / seconds,
         "peak_gib": usage.ru_maxrss / 2**20,
         "load": os.getloadavg()[0],
     }

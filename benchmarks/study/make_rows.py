@@ -5,8 +5,8 @@ Write the study's data into runs/study/data: prompt and completion, JSON Lines.
 
 from the repository's root; the folder holds `gsm8k_train.jsonl` and `gsm8k_test.jsonl` (`question`, `answer`, as on the
 Hub). Each seed has 32 rows of its own to train on (`gsm8k-0.jsonl`, ...). What is trained on, what chooses the
-checkpoint (`held_out`), and what is scored (`test`) share no row. The demo trains on GSM8K rows of its own, and chooses
-by such, which are written into its folder.
+checkpoint (`held_out`), and what is scored (`test`) share no row. `--demo` writes the demo's GSM8K rows into its folder
+instead: the next ones, which no seed trains on or chooses by.
 """
 
 import argparse
@@ -25,16 +25,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data_dir", type=Path, help="holds GSM8K")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/study/data"))
+    parser.add_argument("--demo", action="store_true", help="the demo's rows, and no others")
     flags = parser.parse_args()
     gsm8k, gsm8k_test = (gsm8k_rows(flags.data_dir / f"gsm8k_{split}.jsonl") for split in ("train", "test"))
+    if flags.demo:
+        used = SEEDS * ROWS + HELD_OUT
+        write(DEMO / "gsm8k_train.jsonl", gsm8k[used:][:ROWS])
+        write(DEMO / "gsm8k_held_out.jsonl", gsm8k[used + ROWS :][:HELD_OUT])
+        return
     write(flags.output_dir / "gsm8k_held_out.jsonl", gsm8k[SEEDS * ROWS :][:HELD_OUT])
     write(flags.output_dir / "gsm8k_test.jsonl", gsm8k_test[:TEST])
     calls, calls_test = (read(DEMO / f"{split}.jsonl") for split in ("train", "test"))
     write(flags.output_dir / "function_calls_held_out.jsonl", calls_test[-HELD_OUT:])
     write(flags.output_dir / "function_calls_test.jsonl", calls_test[:TEST])
-    used = SEEDS * ROWS + HELD_OUT
-    write(DEMO / "gsm8k_train.jsonl", gsm8k[used:][:ROWS])
-    write(DEMO / "gsm8k_held_out.jsonl", gsm8k[used + ROWS :][:HELD_OUT])
     # All that any seed trains on, to measure the dose of
     write(flags.output_dir / "gsm8k.jsonl", gsm8k[: SEEDS * ROWS])
     write(flags.output_dir / "function_calls.jsonl", calls)

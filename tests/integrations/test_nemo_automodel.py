@@ -111,11 +111,22 @@ def test_logits_are_scaled_and_capped_as_the_model_does(host, batch):
     torch.testing.assert_close(found, (terms(logits, labels).sum() / 9).float())
 
 
+def test_another_head_is_sent_to_the_loss_from_logits(host, monkeypatch):
+    def refuse(lm_head):
+        raise ValueError("ChunkedCrossEntropy requires a plain bias-free nn.Linear; use MaskedCrossEntropy")
+
+    monkeypatch.setattr(ChunkedCrossEntropy, "validate_lm_head", staticmethod(refuse))
+    with pytest.raises(ConfigurationError, match=r"take .*GatedCrossEntropyFromLogits"):
+        host.GatedCrossEntropy().validate_lm_head(nn.Linear(8, 50))
+
+
 @pytest.mark.parametrize("loss", ["GatedCrossEntropy", "GatedCrossEntropyFromLogits"])
 def test_refuses_what_it_cannot_do(host, loss):
     with pytest.raises(ConfigurationError, match="needs the base model"):
         getattr(host, loss)(gate="sft-kl")
     with pytest.raises(ConfigurationError, match="Did you mean 'eaft'"):
         getattr(host, loss)(gate="eatf")
+    with pytest.raises(ConfigurationError, match="gate_top_k must be at least 2, got 1"):
+        getattr(host, loss)(gate_top_k=1)
     with pytest.raises(ConfigurationError, match="needs entropy_threshold"):
         getattr(host, loss)(gate="masked")

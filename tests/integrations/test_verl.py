@@ -24,7 +24,8 @@ class SFTTrainer:
     strategy = "fsdp2"
 
     def _build_engine(self):
-        engine = {"strategy": self.strategy, "use_fused_kernels": False, "ulysses_sequence_parallel_size": 1}
+        engine = {"strategy": self.strategy, "use_fused_kernels": False, "pad_to_length": False}
+        engine |= {"ulysses_sequence_parallel_size": 1}
         self.engine_config = types.SimpleNamespace(**engine)
         self.training_client = types.SimpleNamespace(
             set_loss_fn=lambda loss_fn: setattr(self, "loss_fn", loss_fn), train_batch=self.train_batch
@@ -143,7 +144,9 @@ def test_refuses_what_it_cannot_do(host):
         trainer._build_engine()
 
 
-@pytest.mark.parametrize(("name", "value"), [("use_fused_kernels", True), ("ulysses_sequence_parallel_size", 2)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("use_fused_kernels", True), ("ulysses_sequence_parallel_size", 2), ("pad_to_length", True)]
+)
 def test_refuses_an_engine_that_shows_no_logits(host, name, value):
     trainer = SFTTrainer()
     trainer._build_engine()

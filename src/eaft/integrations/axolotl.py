@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Self
 
 from axolotl.integrations.base import BasePlugin
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, model_validator
 
 from eaft.errors import ConfigurationError
 from eaft.training.patch import GateCallback
@@ -29,7 +29,7 @@ class EAFTArgs(BaseModel):
     gate: str = "eaft"
     gate_alpha: float = 1.0
     gate_entropy: str = "top-k"
-    gate_top_k: int = Field(default=20, ge=2)
+    gate_top_k: int = 20
     gate_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
@@ -45,8 +45,7 @@ class EAFTArgs(BaseModel):
 
 def make_callback(config: Any) -> GateCallback:
     """Return the callback that a configuration asks for."""
-    kwargs = dict(config.gate_kwargs or {})
-    return GateCallback(config.gate, config.gate_alpha, config.gate_entropy, config.gate_top_k, kwargs)
+    return GateCallback(config.gate, config.gate_alpha, config.gate_entropy, config.gate_top_k, config.gate_kwargs)
 
 
 class EAFTPlugin(BasePlugin):

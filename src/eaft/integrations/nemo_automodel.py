@@ -19,8 +19,9 @@ from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from eaft.errors import ConfigurationError
 from eaft.objective.fused import linear_gated_cross_entropy
-from eaft.objective.gates import GateLike, check_gate_by_itself, params_of_flags
+from eaft.objective.gates import GateLike, gate_of_flags
 from eaft.objective.loss import gated_cross_entropy
 from eaft.training.head import logit_scale, softcap
 
@@ -53,8 +54,8 @@ class GatedCrossEntropy(ChunkedCrossEntropy):
         gate_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(compile=False)
-        self.params = params_of_flags(gate, gate_alpha, gate_entropy, gate_kwargs)
-        self.gate, self.top_k = check_gate_by_itself(gate, self.params), gate_top_k
+        self.gate, self.params = gate_of_flags(gate, gate_alpha, gate_entropy, gate_top_k, gate_kwargs)
+        self.top_k = gate_top_k
         self.logit_scale = 1.0
         self.softcap: float | None = None
 
@@ -63,7 +64,13 @@ class GatedCrossEntropy(ChunkedCrossEntropy):
         if model_config is not None:
             text_config = model_config.get_text_config()
             self.logit_scale, self.softcap = logit_scale(text_config), softcap(text_config)
-        return super().validate_lm_head(lm_head)
+        try:
+            return super().validate_lm_head(lm_head)
+        except ValueError as error:  # it names a class that the user did not, and a plain loss as the way out
+            raise ConfigurationError(
+                f"loss_fn: GatedCrossEntropy needs a plain head, without bias or LoRA ({type(lm_head).__name__}): take "
+                "eaft.integrations.nemo_automodel.GatedCrossEntropyFromLogits."
+            ) from error
 
     def forward(
         self,
@@ -108,8 +115,8 @@ class GatedCrossEntropyFromLogits(MaskedCrossEntropy):
         gate_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.params = params_of_flags(gate, gate_alpha, gate_entropy, gate_kwargs)
-        self.gate, self.top_k = check_gate_by_itself(gate, self.params), gate_top_k
+        self.gate, self.params = gate_of_flags(gate, gate_alpha, gate_entropy, gate_top_k, gate_kwargs)
+        self.top_k = gate_top_k
 
     def forward(self, logits: Tensor, labels: Tensor, num_label_tokens: int | None = None) -> Tensor:
         """Return the loss of logits `[B, S, V]`; a sum without a count."""

@@ -19,7 +19,7 @@ from torchtitan.components.loss import IGNORE_INDEX, BaseLoss
 from torchtitan.distributed.spmd_types import spmd_mesh_size
 
 from eaft.errors import ConfigurationError
-from eaft.objective.gates import check_gate_by_itself, is_per_token, params_of_flags
+from eaft.objective.gates import gate_of_flags, is_per_token
 from eaft.objective.loss import gated_cross_entropy
 
 
@@ -54,16 +54,22 @@ class GatedCrossEntropy(BaseLoss):
         """The other parameters of the gate."""
 
     def __init__(self, config: Config, *, compile_config: Any = None) -> None:
-        self.params = params_of_flags(config.gate, config.gate_alpha, config.gate_entropy, config.gate_kwargs)
-        self.gate, self.top_k = check_gate_by_itself(config.gate, self.params), config.gate_top_k
+        self.gate, self.params = gate_of_flags(
+            config.gate, config.gate_alpha, config.gate_entropy, config.gate_top_k, config.gate_kwargs
+        )
+        self.top_k = config.gate_top_k
         if not is_per_token(self.gate, self.params):
-            raise ConfigurationError(f"gate={config.gate!r} weighs tokens by others, and a chunk has some only.")
+            raise ConfigurationError(
+                f"gate={config.gate!r} weighs tokens by others, and a chunk has some only: take another."
+            )
         self.fn = self.sum_of_terms
 
     def sum_of_terms(self, pred: Tensor, labels: Tensor) -> Tensor:
         """Return the sum over labelled tokens, which the host divides."""
         if isinstance(pred, DTensor) or spmd_mesh_size("tp") > 1:
-            raise ConfigurationError("GatedCrossEntropy needs logits of the whole vocabulary: no tensor parallelism.")
+            raise ConfigurationError(
+                "GatedCrossEntropy needs logits of the whole vocabulary: no tensor parallelism (its degree: 1)."
+            )
         training = torch.is_grad_enabled()
         return gated_cross_entropy(
             pred,

@@ -25,7 +25,7 @@ from verl.workers.utils.losses import sft_loss
 from eaft.errors import ConfigurationError
 from eaft.objective.chunk import LogitTransform
 from eaft.objective.fused import choose_backend
-from eaft.objective.gates import GateLike, check_gate_by_itself, gate_weights, params_of_flags
+from eaft.objective.gates import Gate, GateLike, gate_of_flags, gate_weights
 from eaft.objective.loss import gated_nll
 from eaft.objective.statistics import TokenStatistics, usable_top_k
 
@@ -55,7 +55,8 @@ def gated(
         ConfigurationError: unknown gate or parameter, or a gate that needs the base model; when the engine is built,
             one that shows no logits of the whole vocabulary and sequence.
     """
-    loss = GatedLoss(gate, gate_top_k, params_of_flags(gate, gate_alpha, gate_entropy, gate_kwargs))
+    found, params = gate_of_flags(gate, gate_alpha, gate_entropy, gate_top_k, gate_kwargs)
+    loss = GatedLoss(found, gate_top_k, params)
 
     class GatedSFTTrainer(trainer):
         def _build_engine(self) -> None:
@@ -73,9 +74,13 @@ def check_engine(config: Any) -> None:
     if config.strategy not in ("fsdp", "fsdp2"):
         raise ConfigurationError(f"engine.strategy={config.strategy!r}: the gated loss needs fsdp or fsdp2.")
     if config.use_fused_kernels:
-        raise ConfigurationError("model.use_fused_kernels keeps no logits, which a gate is made of: leave it off.")
+        raise ConfigurationError("model.use_fused_kernels=True keeps no logits, which a gate is made of: leave it off.")
     if config.ulysses_sequence_parallel_size > 1:
-        raise ConfigurationError("engine.ulysses_sequence_parallel_size must be 1 with the gated loss.")
+        raise ConfigurationError(
+            f"engine.ulysses_sequence_parallel_size={config.ulysses_sequence_parallel_size}: the gated loss needs 1."
+        )
+    if config.pad_to_length:
+        raise ConfigurationError("engine.pad_to_length=True: its padding would have no logits to show: leave it off.")
 
 
 def shows_logits(train_batch: Any) -> Any:
@@ -96,8 +101,8 @@ class GatedLoss:
     In validation there are no weights, and it is the host's own, the plain nll.
     """
 
-    def __init__(self, gate: GateLike, top_k: int, params: dict[str, Any]) -> None:
-        self.gate, self.top_k, self.params = check_gate_by_itself(gate, params), top_k, params
+    def __init__(self, gate: Gate, top_k: int, params: dict[str, Any]) -> None:
+        self.gate, self.top_k, self.params = gate, top_k, params
 
     def __call__(
         self, model_output: Any = None, data: Any = None, dp_group: Any = None, student_logits: Tensor | None = None

@@ -389,6 +389,21 @@ def params_of_flags(gate: GateLike, alpha: float, entropy: str, others: dict[str
     return {**params, **given}
 
 
+def gate_of_flags(
+    gate: GateLike, alpha: float, entropy: str, top_k: int, others: dict[str, Any] | None
+) -> tuple[Gate, dict[str, Any]]:
+    """Return the gate of `gate`, `gate_alpha`, ..., and its parameters, for a loss without a base model beside it."""
+    check_top_k(top_k)
+    params = params_of_flags(gate, alpha, entropy, others)
+    return check_gate_by_itself(gate, params), params
+
+
+def check_top_k(top_k: int) -> None:
+    """Raise `ConfigurationError` for a K whose entropy is always 0."""
+    if top_k < 2:
+        raise ConfigurationError(f"gate_top_k must be at least 2, got {top_k}; the paper uses 20.")
+
+
 def is_per_token(gate: GateLike, params: dict[str, Any]) -> bool:
     """Return whether the gate weighs each token by itself; one with a parameter set to `batch` does not."""
     found = get_gate(gate)

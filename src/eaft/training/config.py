@@ -11,7 +11,7 @@ from trl import SFTConfig
 
 from eaft.errors import ConfigurationError
 from eaft.evaluation.drift import DRIFT_PROMPTS, PROMPTS
-from eaft.objective.gates import check_gate, params_of_flags
+from eaft.objective.gates import check_gate, check_top_k, params_of_flags
 from eaft.training.measure import MEASURED
 
 REPLAY_PROMPTS = Path(__file__).with_name("replay_prompts.jsonl")
@@ -123,8 +123,7 @@ class EAFTConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         """Check our fields, then TRL's."""
-        if self.gate_top_k < 2:
-            raise ConfigurationError(f"gate_top_k must be at least 2, got {self.gate_top_k}; the paper uses 20.")
+        check_top_k(self.gate_top_k)
         if isinstance(self.gate_kwargs, str):
             try:
                 self.gate_kwargs = json.loads(self.gate_kwargs)

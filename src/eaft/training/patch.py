@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from eaft.errors import ConfigurationError
-from eaft.objective.gates import GateLike, check_gate_by_itself, params_of_flags
+from eaft.objective.gates import GateLike, check_gate_by_itself, gate_of_flags
 from eaft.training.head import GatedLMHead
 from eaft.training.logits_check import check_logits
 
@@ -121,8 +121,8 @@ class GateCallback(TrainerCallback):
         gate_kwargs: dict[str, Any] | None = None,
     ) -> None:
         self.gate, self.gate_top_k = gate, gate_top_k
-        self.params = params_of_flags(gate, gate_alpha, gate_entropy, gate_kwargs)
-        check_gate_by_itself(gate, self.params)  # now: trainers make callbacks before they load a model
+        # Checked now: trainers make callbacks before they load a model
+        _, self.params = gate_of_flags(gate, gate_alpha, gate_entropy, gate_top_k, gate_kwargs)
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Patch the model, unless another forward will take the place of ours when training begins."""
