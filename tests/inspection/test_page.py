@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 from contextlib import contextmanager
+from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 
 import numpy as np
@@ -445,7 +446,9 @@ def test_runs_and_checks(visit):
     expect(page.locator(".regressions li")).to_have_count(1)
     expect(page.locator(".regressions")).to_contain_text("<b>fish</b>")
     target = json.loads(COMPARISON.read_text())["pairs"][0]["views"]["chosen"]["means"]["target"]
-    change, low, high = (f"{100 * target[name]:+.1f}".replace("-", MINUS) for name in ("change", "low", "high"))
+    # The page rounds halves away from 0
+    points = [Decimal(100 * target[name]).quantize(Decimal("0.1"), ROUND_HALF_UP) for name in ("change", "low", "high")]
+    change, low, high = (f"{value:+}".replace("-", MINUS) for value in points)
     assert ["target", f"{change} {low} to {high}", "points", f"{target['p_holm']:.2g}"] in rows(page, "eaft less sft")
     page.get_by_label("Run", exact=True).select_option("runs/evaluated (eaft eval)")
     expect(page.locator(".lead")).to_have_text("A loss is shown on arithmetic.")
