@@ -11,7 +11,7 @@ recipe takes no gradients, and both classes return the plain nll, so that `val_l
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from nemo_automodel.components.loss.chunked_ce import ChunkedCrossEntropy
@@ -26,13 +26,9 @@ from eaft.objective.loss import gated_cross_entropy
 from eaft.training.head import logit_scale, softcap
 
 
-class GatedCrossEntropy(ChunkedCrossEntropy):
+class Gated:
     """
-    The loss from hidden states and the head's weight, without logits (`eaft.linear_gated_cross_entropy`).
-
-    The recipe gives hidden states to a `LinearCrossEntropy`. Where a model cannot return them, it quietly puts plain
-    cross-entropy in the place of most such losses, but stops with a message for `ChunkedCrossEntropy`, which this is
-    therefore made of. It also checks the head, and gathers it where FSDP has sharded it.
+    What both losses take.
 
     Args:
         gate: as the flag of `eaft train`, and so are the others.
@@ -45,6 +41,8 @@ class GatedCrossEntropy(ChunkedCrossEntropy):
         ConfigurationError: unknown gate or parameter, or a gate that needs the base model.
     """
 
+    of_host: ClassVar[dict[str, Any]] = {}  # what the host's class is made with
+
     def __init__(
         self,
         gate: GateLike = "eaft",
@@ -53,11 +51,23 @@ class GatedCrossEntropy(ChunkedCrossEntropy):
         gate_top_k: int = 20,
         gate_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(compile=False)
+        super().__init__(**self.of_host)
         self.gate, self.params = gate_of_flags(gate, gate_alpha, gate_entropy, gate_top_k, gate_kwargs)
         self.top_k = gate_top_k
-        self.logit_scale = 1.0
-        self.softcap: float | None = None
+
+
+class GatedCrossEntropy(Gated, ChunkedCrossEntropy):
+    """
+    The loss from hidden states and the head's weight, without logits (`eaft.linear_gated_cross_entropy`).
+
+    The recipe gives hidden states to a `LinearCrossEntropy`. Where a model cannot return them, it quietly puts plain
+    cross-entropy in the place of most such losses, but stops with a message for `ChunkedCrossEntropy`, which this is
+    therefore made of. It also checks the head, and gathers it where FSDP has sharded it.
+    """
+
+    of_host: ClassVar = {"compile": False}
+    logit_scale = 1.0
+    softcap: float | None = None
 
     def validate_lm_head(self, lm_head: Any, *, model_config: Any = None) -> Any:
         """Have the head checked, and note what the model does to its logits, which the host's loss refuses."""
@@ -99,24 +109,12 @@ class GatedCrossEntropy(ChunkedCrossEntropy):
         )
 
 
-class GatedCrossEntropyFromLogits(MaskedCrossEntropy):
+class GatedCrossEntropyFromLogits(Gated, MaskedCrossEntropy):
     """
     The loss from logits (`eaft.gated_cross_entropy`), for models and layouts that `GatedCrossEntropy` refuses.
 
-    The arguments are the same. A `MaskedCrossEntropy`, because in the place of others the recipe may put a plain one.
+    It is a `MaskedCrossEntropy`, because in the place of others the recipe may put a plain one.
     """
-
-    def __init__(
-        self,
-        gate: GateLike = "eaft",
-        gate_alpha: float = 1.0,
-        gate_entropy: str = "top-k",
-        gate_top_k: int = 20,
-        gate_kwargs: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__()
-        self.gate, self.params = gate_of_flags(gate, gate_alpha, gate_entropy, gate_top_k, gate_kwargs)
-        self.top_k = gate_top_k
 
     def forward(self, logits: Tensor, labels: Tensor, num_label_tokens: int | None = None) -> Tensor:
         """Return the loss of logits `[B, S, V]`; a sum without a count."""
