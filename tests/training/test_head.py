@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from transformers import (
 )
 
 from eaft import gated_cross_entropy
+from eaft.errors import ConfigurationError
 from eaft.objective import fused
 from eaft.objective.gates import GATES
 from eaft.training import head
@@ -159,6 +161,16 @@ def test_with_adapters_the_reference_is_the_model_without_them(modules_to_save):
     expected = gated_cross_entropy(logits, labels[:, 1:], "sft-kl", reference_logits=reference)
     torch.testing.assert_close(loss, expected)
     assert gated.losses.kl.mean() > 1e-3
+
+
+def test_an_adapter_on_the_head_is_refused():
+    """As it is made it changes no logit, so that the check of the logits sees nothing; and it would get no gradient."""
+    ids, labels = batch()
+    peft_model = get_peft_model(build("untied"), LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    gated = GatedLMHead(peft_model.get_base_model(), "eaft", 20, {})
+    for run in (partial(peft_model, fused_lm_head=True), partial(gated.statistics, peft_model.get_base_model())):
+        with pytest.raises(ConfigurationError, match=r"The head has an adapter \(peft\.tuners\..*modules_to_save"):
+            run(input_ids=ids, labels=labels)
 
 
 def test_evaluation_does_not_run_the_reference(model):

@@ -27,6 +27,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import ModelOutput
 
+from eaft.errors import ConfigurationError
 from eaft.objective.chunk import LogitTransform
 from eaft.objective.fused import Reference, TokenLosses, linear_gated_cross_entropy, linear_token_statistics
 from eaft.objective.gates import get_anchor, get_gate
@@ -320,6 +321,12 @@ class GatedLMHead:
     @contextlib.contextmanager
     def gathered(self, lm_head: Any, *others: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Give the head's whole weight `[V, H]` and bias `[V]`, however they are sharded; ZeRO-3 gathers others too."""
+        if not (getattr(lm_head, "merged", True) or lm_head.disable_adapters):  # of PEFT's layers alone
+            raise ConfigurationError(
+                f"The head has an adapter ({type(lm_head).__module__}.{type(lm_head).__name__}), which the fused loss, "
+                "of its weight alone, would leave out and not train: take the head out of target_modules, or train it "
+                "whole (modules_to_save=['lm_head'])."
+            )
         weight, bias = full_parameter(lm_head.weight), full_parameter(lm_head.bias)
         with gather_partitioned(weight, bias, *others):
             yield self.unpadded(weight), self.unpadded(bias)
