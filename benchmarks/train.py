@@ -1,7 +1,7 @@
 """
 Whole training steps of the real model: tokens a second and peak memory.
 
-    .venv/bin/python benchmarks/train.py                # ours with sft and eaft beside TRL's SFTTrainer
+    .venv/bin/python benchmarks/train.py                # ours beside TRL's SFTTrainer and transformers' Trainer
     .venv/bin/python benchmarks/train.py --objectives   # every gate, full and LoRA, with the pass before training
 
 SmolLM2-135M-Instruct, each run in a process of its own, round after round. Writes benchmarks/results/train.json, or
@@ -24,6 +24,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 TRL = "TRL's SFTTrainer"
+PLAIN, PATCHED = "transformers' Trainer", "transformers' Trainer, patch_model, gate eaft"
 STEPS = 6  # the first is not timed
 SETTINGS: dict[str, Any] = {
     "max_steps": STEPS,
@@ -53,10 +54,10 @@ def measure(contender: str, peft: bool, long: bool) -> dict[str, Any]:
     import torch
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import TrainerCallback
+    from transformers import Trainer, TrainerCallback, TrainingArguments
     from trl import SFTConfig, SFTTrainer
 
-    from eaft import EAFTConfig, EAFTTrainer
+    from eaft import EAFTConfig, EAFTTrainer, patch_model
     from eaft.models import resolve_model
     from eaft.provenance import peak_memory_gib
     from eaft.training.trainer import must_be_measured
@@ -78,8 +79,13 @@ def measure(contender: str, peft: bool, long: bool) -> dict[str, Any]:
             "peft_config": LoraConfig(r=16, target_modules="all-linear") if peft else None,
         }
         trainer: Any
-        if contender == TRL:
+        if contender in (TRL, PLAIN, PATCHED):
             trainer = SFTTrainer(resolve_model(gguf), args=SFTConfig(out, **settings), **kwargs)
+            if contender != TRL:  # the same model, rows and batches
+                if contender == PATCHED:
+                    patch_model(trainer.model, gate="eaft")
+                args = TrainingArguments(out, include_num_input_tokens_seen="non_padding", **settings)
+                trainer = Trainer(trainer.model, args, trainer.data_collator, trainer.train_dataset)
         else:
             trainer = EAFTTrainer(resolve_model(gguf), args=EAFTConfig(out, gate=contender, **settings), **kwargs)
         clock = Clock()
@@ -90,8 +96,10 @@ def measure(contender: str, peft: bool, long: bool) -> dict[str, Any]:
         "contender": contender,
         "peft": peft,
         "step_s": [b - a for a, b in zip(clock.times[1:], clock.times[2:], strict=False)],
-        "tokens_per_step": trainer._total_train_tokens / STEPS,
-        "pass_s": clock.times[0] - start if contender != TRL and must_be_measured(trainer.args) else 0.0,
+        "tokens_per_step": getattr(trainer, "_total_train_tokens", trainer.state.num_input_tokens_seen) / STEPS,
+        "pass_s": clock.times[0] - start
+        if isinstance(trainer, EAFTTrainer) and must_be_measured(trainer.args)
+        else 0.0,
         "peak_gib": peak_memory_gib(),
     }
 
@@ -112,17 +120,17 @@ def spread(values: list[float], digits: int = 2) -> str:
 
 
 def compare_trainers() -> None:
-    """Measure ours and TRL's, three rounds of each."""
+    """Measure ours, TRL's and transformers', three rounds of each."""
     from eaft.provenance import environment, write_json
 
-    contenders, rounds = [TRL, "sft", "eaft"], 3
+    contenders, rounds = [TRL, "sft", "eaft", PLAIN, PATCHED], 3
     runs = run([(name, False, True) for _ in range(rounds) for name in contenders])
     table = []
     for name in contenders:
         mine = [r for r in runs if r["contender"] == name]
         rates = [r["tokens_per_step"] / seconds for r in mine for seconds in r["step_s"]]
         memory = [r["peak_gib"] for r in mine]
-        label = name if name == TRL else f"EAFTTrainer, gate {name}"
+        label = f"EAFTTrainer, gate {name}" if name in ("sft", "eaft") else name
         table.append([label, spread(rates, 0), spread(memory)])
     print(tabulate(table, ["trainer", "tokens/s", "peak GiB"], tablefmt="github", disable_numparse=True))
     write_json(RESULTS / "train.json", {"settings": SETTINGS, "runs": runs, "environment": environment()})
