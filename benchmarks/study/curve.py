@@ -56,6 +56,7 @@ def gather(folder: Path, inspection: Path) -> Numbers:
                 "learning_rate": float(trained["config"]["learning_rate"]),
                 "seed": trained["seed"],
                 "commit": trained["environment"]["commit"],
+                "grad_norm": mean_grad_norm(file.parent / "metrics.jsonl"),
                 "points": [
                     {
                         "epoch": point["epoch"],
@@ -95,6 +96,11 @@ def joined(kept: Numbers, measured: Numbers) -> Numbers:
 
     runs = {key(run): run for run in [*kept["runs"], *measured["runs"]]}
     return {**measured, "dose": measured["dose"] or kept["dose"], "runs": [runs[k] for k in sorted(runs)]}
+
+
+def mean_grad_norm(metrics: Path) -> float:
+    """Return the mean of the gradient norms that a run logged."""
+    return round(float(np.mean([line["grad_norm"] for line in read_jsonl(metrics) if "grad_norm" in line])), 4)
 
 
 def rounded(sums: list[float]) -> list[float]:
@@ -137,16 +143,18 @@ class Condition:
         """Return the runs of an objective with a seed, one a learning rate."""
         return [run for run in self.measured["runs"] if (run["objective"], run["seed"]) == (objective, seed)]
 
-    def compare(self, first: str, second: str, rates: set[float]) -> Numbers:
+    def compare(self, first: str, second: str, rates: set[float], beside: set[float] | None = None) -> Numbers:
         """
         Return how two objectives differ: in drift at matched held-out nll, as a share of the second's, and in best nll.
 
-        Each over its runs at these learning rates, with the seeds that both were trained with at all of them.
+        Each over its runs at these learning rates (the second at those `beside`, if they are others), with the seeds
+        that both have at all of them.
         """
-        seeds = [seed for seed in self.seeds if rates <= self.rates(first, seed) & self.rates(second, seed)]
+        asked_of = ((first, rates), (second, beside or rates))
+        seeds = [seed for seed in self.seeds if all(of <= self.rates(name, seed) for name, of in asked_of)]
         sides = [
-            {seed: [run for run in self.runs(name, seed) if run["learning_rate"] in rates] for seed in seeds}
-            for name in (first, second)
+            {seed: [run for run in self.runs(name, seed) if run["learning_rate"] in of] for seed in seeds}
+            for name, of in asked_of
         ]
         paths = [[[self.path(run) for run in side[seed]] for seed in seeds] for side in sides]
         tokens = [np.array(self.measured[name]) for name in ("prompt_tokens", "held_out_tokens")]
@@ -161,6 +169,8 @@ class Condition:
             "second": second,
             "seeds": seeds,
             "learning_rates": sorted(rates),
+            "beside": sorted(beside or rates),
+            "grad_norm": relative_length(*sides),
             "best_nll": asdict(ratio_difference(nll[0], nll[1], tokens[1])),
             "general": general,
             "drift": None,
@@ -178,8 +188,13 @@ class Condition:
         return found
 
     def pairs(self) -> list[Numbers]:
-        """Return every objective beside SFT at each learning rate and, where some seeds have several, at its best."""
-        found = []
+        """
+        Return every objective beside SFT at each learning rate and, where some seeds have several, at its best.
+
+        And SFT at lower learning rates beside SFT: what gradients as short as a gate makes them do by themselves.
+        """
+        lower = {rate for seed in self.seeds for rate in self.rates(REFERENCE, seed) if rate < COMMON_RATE}
+        found = [self.compare(REFERENCE, REFERENCE, {rate}, {COMMON_RATE}) for rate in sorted(lower)]
         for name in dict.fromkeys(run["objective"] for run in self.measured["runs"]):
             if name == REFERENCE:
                 continue
@@ -194,6 +209,17 @@ class Condition:
         base = {"drift": [0.0] * len(self.measured["prompt_tokens"]), "nll": self.measured["base"]["nll"]}
         points = [base, *run["points"]]
         return RunPath(np.array([p["drift"] for p in points]), np.array([p["nll"] for p in points]))
+
+
+def relative_length(first: dict[int, list[Numbers]], second: dict[int, list[Numbers]]) -> float | None:
+    """Return the mean gradient norm of the one's runs as a share of the other's, over the seeds where it was kept."""
+    pairs = [
+        (a.get("grad_norm"), b.get("grad_norm"))
+        for seed in first
+        for a, b in zip(first[seed], second[seed], strict=True)
+    ]
+    kept = [(a, b) for a, b in pairs if a is not None and b is not None]
+    return sum(a for a, _ in kept) / sum(b for _, b in kept) if kept else None
 
 
 def best_point(runs: list[Numbers]) -> Numbers:
@@ -282,7 +308,9 @@ def report(found: Numbers) -> str:
             f"{condition['dose']['own_entropy']:.2f}",
             pair["first"],
             len(pair["seeds"]),
-            ", ".join(f"{rate:g}" for rate in pair["learning_rates"]),
+            ", ".join(f"{rate:g}" for rate in pair["learning_rates"])
+            + ("" if pair["beside"] == pair["learning_rates"] else f" beside {pair['beside'][0]:g}"),
+            "" if pair["grad_norm"] is None else f"{pair['grad_norm']:.0%}",
             shown(pair["drift"], percent=True) if pair["drift"] else "no target that both reach",
             shown(pair["best_nll"]),
             shown(pair["general"], percent=True).replace("%", "") if pair["general"] else "",
@@ -297,6 +325,7 @@ def report(found: Numbers) -> str:
         "objective",
         "seeds",
         "learning rates",
+        "gradients, of SFT's",
         "drift less SFT's",
         "best nll less SFT's",
         f"{GENERAL} less SFT's, points",
