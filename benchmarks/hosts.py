@@ -345,7 +345,6 @@ def measure(host: str) -> dict[str, Any]:
     return {
         "packages": packages,
         "versions": {name: versions.get(name) for name in LIBRARIES},
-        "environment": environment(),
         "runs": runs,
         "equal": [
             {
@@ -399,8 +398,9 @@ def main() -> None:
     make_inputs()
     file = RESULTS / "hosts.json"
     found = json.loads(file.read_text()) if file.exists() else {}
+    machine = environment()
     for host in hosts:
-        found[host] = measure(host)
+        found[host] = {"environment": machine, **measure(host)}
         write_json(file, found)
         (RESULTS / "hosts.md").write_text(report(found))
     print(report(found))
