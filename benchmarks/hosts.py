@@ -186,6 +186,57 @@ def ms_swift(python: Path) -> dict[str, list[str]]:
     return {name: [*cli, recipe("ms-swift", name, of)] for name, of in settings.items()}
 
 
+def nemo_automodel(python: Path) -> dict[str, list[str]]:
+    """Return the commands for NeMo AutoModel: its own, with its calls to a GPU replaced, and the loss in its YAML."""
+    script = WORK / "nemo_automodel_train.py"
+    script.write_text(
+        "import torch\n"
+        "from datasets import Dataset\n"
+        "def rows(path):  # its data sets shift labels\n"
+        "    return [{**row, 'labels': row['labels'][1:] + [-100]} for row in Dataset.from_parquet(path)]\n"
+        "if __name__ == '__main__':\n"
+        "    for name in ('reset_peak_memory_stats', 'max_memory_allocated', 'empty_cache'):\n"
+        "        setattr(torch.cuda, name, lambda *args, **settings: 0)\n"
+        "    from nemo_automodel.cli.app import main\n"
+        "    main()\n"
+    )
+    batch, accumulated = TRAINING["per_device_train_batch_size"], TRAINING["gradient_accumulation_steps"]
+    components = "nemo_automodel.components"
+    shared = {
+        "recipe": "TrainFinetuneRecipeForNextTokenPrediction",
+        "seed": TRAINING["seed"],
+        "step_scheduler": {
+            "local_batch_size": batch,
+            "global_batch_size": batch * accumulated,  # type: ignore[operator]
+            "max_steps": TRAINING["max_steps"],
+        },
+        "dist_env": {"backend": "gloo"},
+        "distributed": {"strategy": "ddp"},
+        "model": {
+            "_target_": "nemo_automodel.NeMoAutoModelForCausalLM.from_pretrained",
+            "pretrained_model_name_or_path": str(WORK / "model"),
+            "torch_dtype": "float32",
+            "attn_implementation": "sdpa",
+            "force_hf": True,
+        },
+        "dataset": {"_target_": f"{script.stem}.rows", "path": str(WORK / "tokens.parquet")},
+        "dataloader": {"shuffle": False, "collate_fn": f"{components}.datasets.utils.default_collater"},
+        "optimizer": {"_target_": "torch.optim.AdamW", "lr": TRAINING["learning_rate"], "weight_decay": 0.0},
+    }
+    ours = "eaft.integrations.nemo_automodel.GatedCrossEntropy"
+    losses = {
+        "its SFT": {"_target_": f"{components}.loss.masked_ce.MaskedCrossEntropy"},
+        "ours, sft": {"_target_": ours, "gate": "sft"},
+        "ours, eaft": {"_target_": ours, "gate": "eaft"},
+    }
+    run = [str(python), "-m", "torch.distributed.run", "--nproc-per-node", "1", str(script)]
+    commands = {}
+    for name, loss in losses.items():
+        logs = {"enabled": False, "checkpoint_dir": str(output("nemo-automodel", name))}
+        commands[name] = [*run, recipe("nemo-automodel", name, {**shared, "loss_fn": loss, "checkpoint": logs})]
+    return commands
+
+
 class Host(NamedTuple):
     """
     A trainer.
@@ -196,6 +247,7 @@ class Host(NamedTuple):
         factor: by what its own EAFT's loss must be multiplied to be the paper's.
         needs: what is installed instead of all that the packages name.
         why_not: why our loss is not to be equal to that of its own SFT or EAFT, where this is known.
+        note: what is not as a user would run it.
     """
 
     packages: list[str]
@@ -203,6 +255,7 @@ class Host(NamedTuple):
     factor: float = 1.0
     needs: list[str] | None = None
     why_not: dict[str, str] | None = None
+    note: str | None = None
 
 
 HOSTS = {
@@ -237,6 +290,7 @@ HOSTS = {
         why_not={"its SFT": "it averages the means of micro-batches"},
     ),
     "ms-swift": Host(["ms-swift==4.6.0"], ms_swift),
+    "nemo-automodel": Host(["nemo_automodel==0.7.0", "accelerate"], nemo_automodel, note="its calls to a GPU replaced"),
 }
 
 
@@ -300,9 +354,12 @@ def train(host: str, name: str, command: list[str]) -> dict[str, Any]:
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:
-    """Return what a training logged, in transformers' file, ms-swift's, or ours."""
+    """Return what a training logged, in transformers' file, ms-swift's, NeMo's, or ours."""
     if (ours := folder / "metrics.jsonl").exists():
         return [json.loads(line) for line in ours.read_text().splitlines()]
+    if (nemo := folder / "training.jsonl").exists():
+        lines = [json.loads(line) for line in nemo.read_text().splitlines()]
+        return [*lines, {"train_runtime": sum(line["num_tokens_per_step"] / line["tps"] for line in lines)}]
     if (swift := folder / "logging.jsonl").exists():
         return json.loads(swift.read_text().splitlines()[-1])["log_history"]
     history = json.loads(next(folder.rglob("trainer_state.json")).read_text())["log_history"]
@@ -330,7 +387,7 @@ def eaft_train(host: str) -> dict[str, list[str]]:
 
 def measure(host: str) -> dict[str, Any]:
     """Return what a host's trainings and ours gave, one after another, and how their losses stand to each other."""
-    packages, commands, factor, _, why_not = HOSTS[host]
+    packages, commands, factor, _, why_not, note = HOSTS[host]
     python = install(host)
     shutil.rmtree(WORK / host, ignore_errors=True)
     runs = {name: train(host, name, command) for name, command in {**commands(python), **eaft_train(host)}.items()}
@@ -344,6 +401,7 @@ def measure(host: str) -> dict[str, Any]:
     ]
     return {
         "packages": packages,
+        "note": note,
         "versions": {name: versions.get(name) for name in LIBRARIES},
         "runs": runs,
         "equal": [
@@ -370,7 +428,8 @@ def report(hosts: dict[str, Any]) -> str:
     """Return the tables."""
     equal, cost = [], []
     for of_host in hosts.values():
-        name = f"{of_host['packages'][0].replace('==', ' ')}, torch {of_host['versions']['torch']}"
+        package, note = of_host["packages"][0].replace("==", " "), of_host.get("note")
+        name = f"{package}, torch {of_host['versions']['torch']}{f' ({note})' if note else ''}"
         for pair in of_host["equal"]:
             factor = "" if pair["factor"] == 1 else f" times {pair['factor']:.6f}"
             said = "yes" if pair["largest_difference"] < TOLERANCE else pair["why_not"] or "no"
