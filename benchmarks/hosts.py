@@ -290,7 +290,24 @@ HOSTS = {
         why_not={"its SFT": "it averages the means of micro-batches"},
     ),
     "ms-swift": Host(["ms-swift==4.6.0"], ms_swift),
-    "nemo-automodel": Host(["nemo_automodel==0.7.0", "accelerate"], nemo_automodel, note="its calls to a GPU replaced"),
+    "nemo-automodel": Host(
+        ["nemo_automodel==0.7.0", "flashoptim==0.1.4"],
+        nemo_automodel,
+        # All that it names, but for Triton, which flashoptim does: 3.9 does not load one of its kernels
+        needs=[
+            "transformers==5.18.0",
+            "datasets",
+            "megatron-fsdp==0.5.0",
+            "mistral-common[audio,hf-hub,sentencepiece]",
+            "ninja",
+            "tiktoken",
+            "torchdata",
+            "torchao",
+            "quack-kernels==0.6.4",
+            "accelerate",
+        ],
+        note="its calls to a GPU replaced",
+    ),
 }
 
 
