@@ -4,8 +4,9 @@ Other trainers' own command lines with our loss: the same losses as theirs, and 
     .venv/bin/python benchmarks/hosts.py [HOST ...]
 
 makes an environment of the host's own (in runs/hosts: minutes, gigabytes), a small model, and data that are tokens
-already; trains with the host's SFT, the host's own EAFT, and ours in the host, and with `eaft train` here. Writes
-benchmarks/results/hosts.json and hosts.md; hosts that are not named keep their numbers.
+already, with answers of unequal lengths; trains with the host's SFT, the host's own EAFT, and ours in the host, and
+with `eaft train` here, one after another. Writes benchmarks/results/hosts.json and hosts.md; hosts that are not named
+keep their numbers.
 """
 
 import argparse
@@ -32,7 +33,8 @@ from eaft.provenance import environment, write_json
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "runs" / "hosts"
 RESULTS = ROOT / "benchmarks" / "results"
-SEED, ROWS, TOKENS, PROMPT, VOCABULARY = 0, 48, 512, 64, 49_152
+SEED, ROWS, TOKENS, VOCABULARY = 0, 48, 512, 49_152
+PROMPT = range(16, 448)  # without labels: micro-batches differ by how many they have
 LIBRARIES = ("torch", "transformers", "trl", "accelerate")
 # The same in every trainer; what they call the same things otherwise is below
 TRAINING = {
@@ -59,15 +61,16 @@ def make_inputs() -> None:
     find = [sys.executable, str(ROOT / "recipes" / "demo" / "find_model.py")]
     real = Path(subprocess.run(find, check=True, capture_output=True, text=True).stdout.strip())
     AutoTokenizer.from_pretrained(real.parent, gguf_file=real.name).save_pretrained(WORK / "model")
-    ids = torch.randint(3, 260, (ROWS, TOKENS), generator=torch.Generator().manual_seed(SEED)).tolist()
-    rows = Dataset.from_list(
-        [{"input_ids": row, "attention_mask": [1] * TOKENS, "labels": [-100] * PROMPT + row[PROMPT:]} for row in ids]
-    )
+    generator = torch.Generator().manual_seed(SEED)
+    ids = torch.randint(3, 260, (ROWS, TOKENS), generator=generator).tolist()
+    prompts = torch.randint(PROMPT.start, PROMPT.stop, (ROWS,), generator=generator).tolist()
+    labels = [[-100] * prompt + row[prompt:] for row, prompt in zip(ids, prompts, strict=True)]
+    rows = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * TOKENS] * ROWS, "labels": labels})
     DatasetDict({"train": rows}).save_to_disk(WORK / "tokens")
     rows.to_parquet(WORK / "tokens.parquet")
     with (WORK / "tokens.jsonl").open("w") as file:  # as text, for ms-swift
-        for row in ids:
-            parts = {"user": row[:PROMPT], "assistant": row[PROMPT:]}
+        for row, prompt in zip(ids, prompts, strict=True):
+            parts = {"user": row[:prompt], "assistant": row[prompt:]}
             messages = [{"role": role, "content": json.dumps(part)} for role, part in parts.items()]
             file.write(json.dumps({"messages": messages}) + "\n")
 
@@ -183,6 +186,57 @@ def ms_swift(python: Path) -> dict[str, list[str]]:
     return {name: [*cli, recipe("ms-swift", name, of)] for name, of in settings.items()}
 
 
+def nemo_automodel(python: Path) -> dict[str, list[str]]:
+    """Return the commands for NeMo AutoModel: its own, with its calls to a GPU replaced, and the loss in its YAML."""
+    script = WORK / "nemo_automodel_train.py"
+    script.write_text(
+        "import torch\n"
+        "from datasets import Dataset\n"
+        "def rows(path):  # its data sets shift labels\n"
+        "    return [{**row, 'labels': row['labels'][1:] + [-100]} for row in Dataset.from_parquet(path)]\n"
+        "if __name__ == '__main__':\n"
+        "    for name in ('reset_peak_memory_stats', 'max_memory_allocated', 'empty_cache'):\n"
+        "        setattr(torch.cuda, name, lambda *args, **settings: 0)\n"
+        "    from nemo_automodel.cli.app import main\n"
+        "    main()\n"
+    )
+    batch, accumulated = TRAINING["per_device_train_batch_size"], TRAINING["gradient_accumulation_steps"]
+    components = "nemo_automodel.components"
+    shared = {
+        "recipe": "TrainFinetuneRecipeForNextTokenPrediction",
+        "seed": TRAINING["seed"],
+        "step_scheduler": {
+            "local_batch_size": batch,
+            "global_batch_size": batch * accumulated,  # type: ignore[operator]
+            "max_steps": TRAINING["max_steps"],
+        },
+        "dist_env": {"backend": "gloo"},
+        "distributed": {"strategy": "ddp"},
+        "model": {
+            "_target_": "nemo_automodel.NeMoAutoModelForCausalLM.from_pretrained",
+            "pretrained_model_name_or_path": str(WORK / "model"),
+            "torch_dtype": "float32",
+            "attn_implementation": "sdpa",
+            "force_hf": True,
+        },
+        "dataset": {"_target_": f"{script.stem}.rows", "path": str(WORK / "tokens.parquet")},
+        "dataloader": {"shuffle": False, "collate_fn": f"{components}.datasets.utils.default_collater"},
+        "optimizer": {"_target_": "torch.optim.AdamW", "lr": TRAINING["learning_rate"], "weight_decay": 0.0},
+    }
+    ours = "eaft.integrations.nemo_automodel.GatedCrossEntropy"
+    losses = {
+        "its SFT": {"_target_": f"{components}.loss.masked_ce.MaskedCrossEntropy"},
+        "ours, sft": {"_target_": ours, "gate": "sft"},
+        "ours, eaft": {"_target_": ours, "gate": "eaft"},
+    }
+    run = [str(python), "-m", "torch.distributed.run", "--nproc-per-node", "1", str(script)]
+    commands = {}
+    for name, loss in losses.items():
+        logs = {"enabled": False, "checkpoint_dir": str(output("nemo-automodel", name))}
+        commands[name] = [*run, recipe("nemo-automodel", name, {**shared, "loss_fn": loss, "checkpoint": logs})]
+    return commands
+
+
 class Host(NamedTuple):
     """
     A trainer.
@@ -192,12 +246,16 @@ class Host(NamedTuple):
         commands: what returns its commands, given its Python.
         factor: by what its own EAFT's loss must be multiplied to be the paper's.
         needs: what is installed instead of all that the packages name.
+        why_not: why our loss is not to be equal to that of its own SFT or EAFT, where this is known.
+        note: what is not as a user would run it.
     """
 
     packages: list[str]
     commands: Callable[[Path], dict[str, list[str]]]
     factor: float = 1.0
     needs: list[str] | None = None
+    why_not: dict[str, str] | None = None
+    note: str | None = None
 
 
 HOSTS = {
@@ -206,7 +264,7 @@ HOSTS = {
         ["axolotl==0.19.0", "axolotl-contribs-lgpl==0.0.7", "axolotl-contribs-mit==0.0.6"],
         axolotl,
         factor=1 / math.log(20),
-        # As it pins them; the rest is for GPUs, clouds and trackers
+        # What `axolotl train` imports here, as it pins it; the rest is for GPUs, clouds and trackers
         needs=[
             "transformers==5.16.1",
             "trl==1.9.0",
@@ -219,33 +277,45 @@ HOSTS = {
             "posthog==6.7.11",
             "python-dotenv==1.0.1",
             "evaluate==0.4.1",
-            "typer==0.25.1",
             "addict",
-            "art",
             "bitsandbytes==0.50.2",
             "colorama",
-            "einops",
             "fastcore",
             "fire",
             "numba",
             "pillow",
-            "schedulefree",
-            "scipy",
-            "sentencepiece",
             "triton",
             "wandb",
         ],
+        why_not={"its SFT": "it averages the means of micro-batches"},
     ),
     "ms-swift": Host(["ms-swift==4.6.0"], ms_swift),
+    "nemo-automodel": Host(
+        ["nemo_automodel==0.7.0", "flashoptim==0.1.4"],
+        nemo_automodel,
+        # All that it names, but for Triton, which flashoptim does: 3.9 does not load one of its kernels
+        needs=[
+            "transformers==5.18.0",
+            "datasets",
+            "megatron-fsdp==0.5.0",
+            "mistral-common[audio,hf-hub,sentencepiece]",
+            "ninja",
+            "tiktoken",
+            "torchdata",
+            "torchao",
+            "quack-kernels==0.6.4",
+            "accelerate",
+        ],
+        note="its calls to a GPU replaced",
+    ),
 }
 
 
 def recipe(host: str, name: str, settings: dict[str, Any]) -> str:
-    """Write a training's YAML into a new folder, which it is to write to, and return where."""
+    """Write a training's YAML beside the folder which it is to write to, and return where."""
     folder = output(host, name)
-    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    file = folder / "recipe.yaml"
+    file = folder.with_suffix(".yaml")  # ms-swift copies it into the folder
     file.write_text(yaml.safe_dump({**settings, "output_dir": str(folder)}))
     return str(file)
 
@@ -301,9 +371,12 @@ def train(host: str, name: str, command: list[str]) -> dict[str, Any]:
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:
-    """Return what a training logged, in transformers' file, ms-swift's, or ours."""
+    """Return what a training logged, in transformers' file, ms-swift's, NeMo's, or ours."""
     if (ours := folder / "metrics.jsonl").exists():
         return [json.loads(line) for line in ours.read_text().splitlines()]
+    if (nemo := folder / "training.jsonl").exists():
+        lines = [json.loads(line) for line in nemo.read_text().splitlines()]
+        return [*lines, {"train_runtime": sum(line["num_tokens_per_step"] / line["tps"] for line in lines)}]
     if (swift := folder / "logging.jsonl").exists():
         return json.loads(swift.read_text().splitlines()[-1])["log_history"]
     history = json.loads(next(folder.rglob("trainer_state.json")).read_text())["log_history"]
@@ -312,9 +385,9 @@ def logged(folder: Path) -> list[dict[str, Any]]:
     return [*history, {"train_runtime": float(seconds[1])}] if seconds else history
 
 
-def eaft_train(gate: str) -> dict[str, Any]:
-    """Train with `eaft train`."""
-    settings = {
+def eaft_train(host: str) -> dict[str, list[str]]:
+    """Return the commands for `eaft train`, to stand beside the host's."""
+    shared = {
         **TRAINING,
         "model_name_or_path": str(WORK / "model"),
         "dtype": "float32",
@@ -323,35 +396,41 @@ def eaft_train(gate: str) -> dict[str, Any]:
         "max_length": TOKENS,
         "train_sampling_strategy": "sequential",
         "gradient_checkpointing": False,
-        "gate": gate,
     }
-    name = f"eaft train, {gate}"
-    return train("eaft", name, [sys.executable, "-m", "eaft", "train", "--config", recipe("eaft", name, settings)])
+    run = [sys.executable, "-m", "eaft", "train", "--config"]
+    names = {f"eaft train, {gate}": gate for gate in ("sft", "eaft")}
+    return {name: [*run, recipe(host, name, {**shared, "gate": gate})] for name, gate in names.items()}
 
 
-def measure(host: str, ours: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return what a host's trainings gave, and how their losses stand to each other."""
-    packages, commands, factor, _ = HOSTS[host]
+def measure(host: str) -> dict[str, Any]:
+    """Return what a host's trainings and ours gave, one after another, and how their losses stand to each other."""
+    packages, commands, factor, _, why_not, note = HOSTS[host]
     python = install(host)
-    runs = {name: train(host, name, command) for name, command in commands(python).items()}
+    shutil.rmtree(WORK / host, ignore_errors=True)
+    runs = {name: train(host, name, command) for name, command in {**commands(python), **eaft_train(host)}.items()}
     listed = subprocess.run([python, "-m", "pip", "list", "--format", "json"], check=True, capture_output=True)
     versions = {package["name"]: package["version"] for package in json.loads(listed.stdout)}
-    pairs = [("ours, sft", runs["its SFT"], 1.0), ("ours, sft", ours["sft"], 1.0), ("ours, eaft", ours["eaft"], 1.0)]
-    if "its EAFT" in runs:
-        pairs.append(("ours, eaft", runs["its EAFT"], factor))
-    beside = ["its SFT", "eaft train, sft", "eaft train, eaft", "its EAFT"]
+    pairs = [
+        ("ours, sft", "its SFT", 1.0),
+        ("ours, sft", "eaft train, sft", 1.0),
+        ("ours, eaft", "its EAFT", factor),
+        ("ours, eaft", "eaft train, eaft", 1.0),
+    ]
     return {
         "packages": packages,
+        "note": note,
         "versions": {name: versions.get(name) for name in LIBRARIES},
         "runs": runs,
         "equal": [
             {
                 "objective": name,
-                "beside": what,
+                "beside": other,
                 "factor": scale,
-                "largest_difference": difference(runs[name], run, scale),
+                "largest_difference": difference(runs[name], runs[other], scale),
+                "why_not": (why_not or {}).get(other),
             }
-            for what, (name, run, scale) in zip(beside, pairs, strict=False)
+            for name, other, scale in pairs
+            if other in runs
         ],
     }
 
@@ -362,22 +441,22 @@ def difference(run: dict[str, Any], other: dict[str, Any], factor: float) -> flo
     return max(abs(a - factor * b) / abs(factor * b) for a, b in pairs)
 
 
-def report(found: dict[str, Any]) -> str:
+def report(hosts: dict[str, Any]) -> str:
     """Return the tables."""
     equal, cost = [], []
-    for of_host in found["hosts"].values():
-        name = f"{of_host['packages'][0].replace('==', ' ')}, torch {of_host['versions']['torch']}"
+    for of_host in hosts.values():
+        package, note = of_host["packages"][0].replace("==", " "), of_host.get("note")
+        name = f"{package}, torch {of_host['versions']['torch']}{f' ({note})' if note else ''}"
         for pair in of_host["equal"]:
             factor = "" if pair["factor"] == 1 else f" times {pair['factor']:.6f}"
-            said = "yes" if pair["largest_difference"] < TOLERANCE else "no"
+            said = "yes" if pair["largest_difference"] < TOLERANCE else pair["why_not"] or "no"
             difference = f"{pair['largest_difference']:.0e}"
             equal.append([name, pair["objective"], f"{pair['beside']}{factor}", said, difference])
-        runs = {**of_host["runs"], **{f"eaft train, {g}": run for g, run in found["eaft train"].items()}}
-        for objective, run in runs.items():
-            load = f"{run['load']:.0f}" if "load" in run else ""
-            cost.append([name, objective, f"{run['tokens_per_s']:.0f}", f"{run['peak_gib']:.2f}", load])
+        for objective, run in of_host["runs"].items():
+            speed, peak, load = f"{run['tokens_per_s']:.0f}", f"{run['peak_gib']:.2f}", f"{run['load']:.0f}"
+            cost.append([name, objective, speed, peak, load])
     heads = (
-        ["host", "objective", "beside", "equal", "largest difference"],
+        ["host", "objective", "beside", "equal, or why not", "largest difference"],
         ["host", "objective", "tokens/s", "peak GiB", "load of the machine"],
     )
     return (
@@ -393,13 +472,13 @@ def main() -> None:
     hosts = parser.parse_args().hosts or list(HOSTS)
     WORK.mkdir(parents=True, exist_ok=True)
     make_inputs()
-    ours = {gate: eaft_train(gate) for gate in ("sft", "eaft")}
     file = RESULTS / "hosts.json"
-    kept = json.loads(file.read_text())["hosts"] if file.exists() else {}
-    measured = {host: measure(host, ours) for host in hosts}
-    found = {"environment": environment(), "eaft train": ours, "hosts": {**kept, **measured}}
-    write_json(file, found)
-    (RESULTS / "hosts.md").write_text(report(found))
+    found = json.loads(file.read_text()) if file.exists() else {}
+    machine = environment()
+    for host in hosts:
+        found[host] = {"environment": machine, **measure(host)}
+        write_json(file, found)
+        (RESULTS / "hosts.md").write_text(report(found))
     print(report(found))
 
 
