@@ -33,6 +33,7 @@ Numbers = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
 MEASURED = RESULTS / "measured"
 REFERENCE = "sft"
+MASK = "conflict-mask"
 GENERAL = "everyday"
 COMMON_RATE = 3e-5  # which every condition was trained at
 
@@ -192,7 +193,7 @@ class Condition:
         """
         Return every objective beside SFT at each learning rate and, where some seeds have several, at its best.
 
-        And SFT at lower learning rates beside SFT: what gradients as short as a gate makes them do by themselves.
+        And SFT at lower learning rates beside SFT, and the conflicts masked beside EAFT and the random mask.
         """
         lower = {rate for seed in self.seeds for rate in self.rates(REFERENCE, seed) if rate < COMMON_RATE}
         found = [self.compare(REFERENCE, REFERENCE, {rate}, {COMMON_RATE}) for rate in sorted(lower)]
@@ -203,6 +204,9 @@ class Condition:
             sets = {*common, *(frozenset([rate]) for rates in common for rate in rates)} - {frozenset()}
             pairs = [self.compare(name, REFERENCE, set(rates)) for rates in sets]
             found += sorted(pairs, key=lambda pair: (-len(pair["seeds"]), -len(pair["learning_rates"])))
+        tried = {run["objective"] for run in self.measured["runs"]}
+        if MASK in tried:
+            found += [self.compare(MASK, other, {COMMON_RATE}) for other in ("eaft", "random-mask") if other in tried]
         return found
 
     def path(self, run: Numbers) -> RunPath:
@@ -213,7 +217,7 @@ class Condition:
 
 
 def relative_length(first: dict[int, list[Numbers]], second: dict[int, list[Numbers]]) -> float | None:
-    """Return the mean gradient norm of the one's runs as a share of the other's, over the seeds where it was kept."""
+    """Return the mean gradient norm, before clipping, of the one's runs as a share of the other's, where both kept it."""
     pairs = [
         (a.get("grad_norm"), b.get("grad_norm"))
         for seed in first
@@ -334,7 +338,7 @@ def report(found: Numbers) -> str:
             condition["name"],
             f"{condition['dose']['nll']:.0%}",
             f"{condition['dose']['own_entropy']:.2f}",
-            pair["first"],
+            pair["first"] + ("" if pair["second"] == REFERENCE else f" less {pair['second']}"),
             len(pair["seeds"]),
             ", ".join(f"{rate:g}" for rate in pair["learning_rates"])
             + ("" if pair["beside"] == pair["learning_rates"] else f" beside {pair['beside'][0]:g}"),
@@ -353,7 +357,7 @@ def report(found: Numbers) -> str:
         "objective",
         "seeds",
         "learning rates",
-        "gradients, of SFT's",
+        "gradients before clipping, share",
         "drift less SFT's",
         "best nll less SFT's",
         f"{GENERAL} less SFT's, points",

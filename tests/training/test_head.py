@@ -166,11 +166,20 @@ def test_with_adapters_the_reference_is_the_model_without_them(modules_to_save):
 def test_an_adapter_on_the_head_is_refused():
     """As it is made it changes no logit, so that the check of the logits sees nothing; and it would get no gradient."""
     ids, labels = batch()
-    peft_model = get_peft_model(build("untied"), LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
-    gated = GatedLMHead(peft_model.get_base_model(), "eaft", 20, {})
-    for run in (partial(peft_model, fused_lm_head=True), partial(gated.statistics, peft_model.get_base_model())):
-        with pytest.raises(ConfigurationError, match=r"The head has an adapter \(peft\.tuners\..*modules_to_save"):
+    config = LoraConfig(r=2, target_modules=["q_proj", "lm_head"])
+    refused = pytest.raises(ConfigurationError, match=r"The head has an adapter \(peft\.tuners\..*modules_to_save")
+    base = build("untied")
+    gated = GatedLMHead(base, "eaft", 20, {})
+    peft_model = get_peft_model(base, config)  # after the head was patched
+    for run in (partial(peft_model, fused_lm_head=True), partial(gated.statistics, base)):
+        with refused:
             run(input_ids=ids, labels=labels)
+    with peft_model.disable_adapter():
+        assert peft_model(input_ids=ids, labels=labels, fused_lm_head=True).loss.isfinite()
+    with refused:
+        GatedLMHead(get_peft_model(build("untied"), config).get_base_model(), "eaft", 20, {})
+    peft_model.merge_adapter()
+    assert peft_model(input_ids=ids, labels=labels, fused_lm_head=True).loss.isfinite()
 
 
 def test_evaluation_does_not_run_the_reference(model):

@@ -70,6 +70,16 @@ def full_parameter(parameter: Any) -> Any:
     return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
 
 
+def check_head(lm_head: Any) -> None:
+    """Refuse a head with an adapter of PEFT's, which is more than its weight, unless it is merged or switched off."""
+    if not (getattr(lm_head, "merged", True) or lm_head.disable_adapters):  # of PEFT's layers alone
+        raise ConfigurationError(
+            f"The head has an adapter ({type(lm_head).__module__}.{type(lm_head).__name__}), which the fused loss, "
+            "of its weight alone, would leave out and not train: take the head out of target_modules, or train it "
+            "whole (modules_to_save=['lm_head'])."
+        )
+
+
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     """Return a copy of `model` that is not trained, and that returns its last hidden states `[B, S, H]` when called."""
     # A patched forward is bound to the model it was made for
@@ -167,6 +177,7 @@ class GatedLMHead:
         # Inkling's logits end before the rows that pad its head
         self.vocab_size: int | None = getattr(text_config, "unpadded_vocab_size", None)
         self.original_forward = model.forward
+        check_head(model.get_output_embeddings())
 
         # `generate` validates its keyword arguments against the model's own signature
         @functools.wraps(type(model).forward)
@@ -321,12 +332,7 @@ class GatedLMHead:
     @contextlib.contextmanager
     def gathered(self, lm_head: Any, *others: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Give the head's whole weight `[V, H]` and bias `[V]`, however they are sharded; ZeRO-3 gathers others too."""
-        if not (getattr(lm_head, "merged", True) or lm_head.disable_adapters):  # of PEFT's layers alone
-            raise ConfigurationError(
-                f"The head has an adapter ({type(lm_head).__module__}.{type(lm_head).__name__}), which the fused loss, "
-                "of its weight alone, would leave out and not train: take the head out of target_modules, or train it "
-                "whole (modules_to_save=['lm_head'])."
-            )
+        check_head(lm_head)
         weight, bias = full_parameter(lm_head.weight), full_parameter(lm_head.bias)
         with gather_partitioned(weight, bias, *others):
             yield self.unpadded(weight), self.unpadded(bias)
