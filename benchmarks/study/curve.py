@@ -217,7 +217,7 @@ class Condition:
 
 
 def relative_length(first: dict[int, list[Numbers]], second: dict[int, list[Numbers]]) -> float | None:
-    """Return the mean gradient norm, before clipping, of the one's runs as a share of the other's, where both kept it."""
+    """Return the mean gradient norm, before clipping, of the one's runs as a share of the other's, where kept."""
     pairs = [
         (a.get("grad_norm"), b.get("grad_norm"))
         for seed in first
