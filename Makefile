@@ -23,7 +23,7 @@ BFCL := bfcl-eval tree_sitter tree-sitter-java tree-sitter-javascript tenacity
 export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo inspect test test-oldest check docs browser clean
+.PHONY: demo inspect notebook test test-oldest check docs browser clean
 
 # What to expect, found in the data before training; then whether it comes true. Where the data fights the model, the model
 # is the real one made surer of itself (logits x 2); where it does not, the real one as it is
@@ -39,6 +39,11 @@ demo: $(VENV)/.installed  ## inspect says what to expect of EAFT, compare whethe
 inspect: $(VENV)/.installed  ## which tokens of GSM8K does a real model fight? report and pictures in runs/inspect (2 minutes)
 	$(PY) -m eaft inspect "$$($(PY) recipes/demo/find_model.py)" recipes/inspect/gsm8k.jsonl --rollouts 16 --max_new_tokens 64 --output_dir runs/inspect \
 	    $(INSPECT_FLAGS)
+
+# In runs/notebook. What it computed before is used again: away with it
+notebook: $(VENV)/.installed  ## docs/from-data-to-decision.ipynb, executed anew (10 minutes)
+	rm -rf runs/notebook* && mkdir -p runs
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m nbconvert --to notebook --execute --inplace docs/from-data-to-decision.ipynb
 
 # One process a core, four at most for the sake of memory; one alone: make test PYTEST_FLAGS="-n 0"
 test: $(VENV)/.installed browser  ## the tests (20 minutes on 2 cores)

@@ -74,6 +74,18 @@ def test_flags_exist(page):
         assert flags <= flags_of(command), f"eaft {command} {rest}"
 
 
+def test_the_notebook_was_executed_as_it_stands():
+    notebook = json.loads((ROOT / "docs" / "from-data-to-decision.ipynb").read_text())
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    code = "".join("".join(cell["source"]) + "\n" for cell in cells)
+    for command, rest in re.findall(r"^!eaft (\w+) (.*)$", code, re.MULTILINE):
+        assert set(re.findall(r"--\w+", rest)) <= flags_of(command)
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert {output["output_type"] for output in outputs} == {"stream", "execute_result"}
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+
+
 def test_every_public_name_is_in_the_api():
     names = re.findall(r"^::: eaft\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
     assert set(names) == set(eaft.__all__)
