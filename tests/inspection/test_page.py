@@ -87,7 +87,7 @@ def folder(tmp_path_factory):
         (folder / "runs" / name).mkdir(parents=True)
         (folder / "runs" / name / "results.json").write_text(json.dumps(results))
     kept = folder / "runs" / "compared-runs"
-    for side, answers in (("base/items", ["4", "5"]), ("sft-seed0/items/step-25", ["4", "<b>fish</b>"])):
+    for side, answers in (("base/items", ["4", "5"]), ("sft-seed0/items/step-20", ["4", "<b>fish</b>"])):
         (kept / side).mkdir(parents=True)
         lines = [json.dumps(item(i, text, text != "<b>fish</b>")) for i, text in enumerate(answers)]
         (kept / side / "everyday.jsonl").write_text("\n".join(lines) + "\n")

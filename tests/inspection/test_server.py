@@ -293,7 +293,7 @@ def test_links_that_lead_out_are_not_followed(folder, tmp_path):
     # Nor from a comparison to somebody's answers and logs
     (tmp_path / "held" / "run" / "results.json").unlink()
     compared = shutil.copytree(COMPARED, tmp_path / "held" / "compared")
-    for side in ("base/items", "eaft-seed0/items/step-25"):
+    for side in ("base/items", "eaft-seed0/items/step-20"):
         (tmp_path / "out" / side).mkdir(parents=True)
         line = json.dumps(item(0, float(side.startswith("base"))))
         (tmp_path / "out" / side / "everyday.jsonl").write_text(line)
