@@ -1,6 +1,7 @@
 """The tasks lm-eval lacks: right answers score 1, wrong ones 0."""
 
 import json
+import sys
 
 import pytest
 from lm_eval.api.model import LM
@@ -76,7 +77,7 @@ def test_a_group_of_lm_evals_tasks(tmp_path):
 
 
 def test_bfcl_without_its_package(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "bfcl_eval", None)
+    monkeypatch.setitem(sys.modules, "bfcl_eval", None)
     with pytest.raises(ConfigurationError, match=r"BFCL v3 needs its package: pip install --no-deps bfcl-eval=="):
         load_suites(["agent"])
 
@@ -162,6 +163,7 @@ def test_bfcl_survives_what_is_nested_deeply(category):
             assert bfcl.check(doc, [f"[f(x={before * depth}1{after * depth})]"]) == {"acc": 0.0}
 
 
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="bfcl_eval decodes by ast.NameConstant, gone in Python 3.14")
 def test_bfcl_decodes_as_the_package_does():
     """Every possible answer of the package's data, and the forms of calls that are no literals but are not run."""
     pytest.importorskip("bfcl_eval")
