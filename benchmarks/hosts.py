@@ -36,10 +36,12 @@ RESULTS = ROOT / "benchmarks" / "results"
 SEED, ROWS, TOKENS, VOCABULARY = 0, 48, 512, 49_152
 PROMPT = range(16, 448)  # without labels: micro-batches differ by how many they have
 LIBRARIES = ("torch", "transformers", "trl", "accelerate")
+BATCH, ACCUMULATED = 4, 2
+TOKENS_A_STEP = BATCH * ACCUMULATED * TOKENS
 # The same in every trainer; what they call the same things otherwise is below
 TRAINING = {
-    "per_device_train_batch_size": 4,
-    "gradient_accumulation_steps": 2,
+    "per_device_train_batch_size": BATCH,
+    "gradient_accumulation_steps": ACCUMULATED,
     "learning_rate": 1e-3,
     "lr_scheduler_type": "constant",
     "max_steps": 6,
@@ -118,7 +120,7 @@ def axolotl(python: Path) -> dict[str, list[str]]:
         "shuffle_merged_datasets": False,
         "curriculum_sampling": True,  # in order
         "sequence_len": TOKENS,
-        "micro_batch_size": TRAINING["per_device_train_batch_size"],
+        "micro_batch_size": BATCH,
         "optimizer": "adamw_torch_fused",
         "attn_implementation": "sdpa",
         "bf16": False,
@@ -201,14 +203,13 @@ def nemo_automodel(python: Path) -> dict[str, list[str]]:
         "    from nemo_automodel.cli.app import main\n"
         "    main()\n"
     )
-    batch, accumulated = TRAINING["per_device_train_batch_size"], TRAINING["gradient_accumulation_steps"]
     components = "nemo_automodel.components"
     shared = {
         "recipe": "TrainFinetuneRecipeForNextTokenPrediction",
         "seed": TRAINING["seed"],
         "step_scheduler": {
-            "local_batch_size": batch,
-            "global_batch_size": batch * accumulated,  # type: ignore[operator]
+            "local_batch_size": BATCH,
+            "global_batch_size": BATCH * ACCUMULATED,
             "max_steps": TRAINING["max_steps"],
         },
         "dist_env": {"backend": "gloo"},
@@ -236,6 +237,24 @@ def nemo_automodel(python: Path) -> dict[str, list[str]]:
         logs = {"enabled": False, "checkpoint_dir": str(output("nemo-automodel", name))}
         commands[name] = [*run, recipe("nemo-automodel", name, {**shared, "loss_fn": loss, "checkpoint": logs})]
     return commands
+
+
+def torchtitan(python: Path) -> dict[str, list[str]]:
+    """Return the commands for torchtitan: its own, with its calls to a GPU replaced, and the loss in its config."""
+    shared = {
+        "model": str(WORK / "model"),
+        "rows": str(WORK / "tokens.parquet"),
+        "tokens": TOKENS,
+        "batch": BATCH,
+        "global_batch": BATCH * ACCUMULATED,
+        "steps": TRAINING["max_steps"],
+        "learning_rate": TRAINING["learning_rate"],
+        "seed": TRAINING["seed"],
+    }
+    run = [str(python), str(ROOT / "benchmarks" / "hosts_torchtitan.py")]
+    config = ["--module", "hosts_torchtitan", "--config", "recipe"]
+    gates = {"its SFT": None, "ours, sft": "sft", "ours, eaft": "eaft"}
+    return {name: [*run, recipe("torchtitan", name, {**shared, "gate": gate}), *config] for name, gate in gates.items()}
 
 
 class Host(NamedTuple):
@@ -309,6 +328,11 @@ HOSTS = {
         ],
         note="its calls to a GPU replaced",
     ),
+    "torchtitan": Host(
+        ["torchtitan==0.3.0", "transformers", "accelerate", "triton"],
+        torchtitan,
+        note="its calls to a GPU and its attention replaced",
+    ),
 }
 
 
@@ -361,18 +385,16 @@ def train(host: str, name: str, command: list[str]) -> dict[str, Any]:
     seconds = next((line["train_runtime"] for line in history if "train_runtime" in line), None)
     if seconds is None:
         raise SystemExit(f"{host}, {name}, logged no train_runtime: see {folder / 'log.txt'}")
-    steps, batch = TRAINING["max_steps"], TRAINING["per_device_train_batch_size"]
-    tokens = steps * batch * TRAINING["gradient_accumulation_steps"] * TOKENS  # type: ignore[operator]
     return {
-        "losses": [line["loss"] for line in history if "loss" in line],
-        "tokens_per_s": tokens / seconds,
+        "losses": (losses := [line["loss"] for line in history if "loss" in line]),
+        "tokens_per_s": len(losses) * TOKENS_A_STEP / seconds,
         "peak_gib": usage.ru_maxrss / 2**20,
         "load": os.getloadavg()[0],
     }
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:
-    """Return what a training logged, in transformers' file, ms-swift's, NeMo's, or ours."""
+    """Return what a training logged, in transformers' file, ms-swift's, NeMo's, torchtitan's output, or ours."""
     if (ours := folder / "metrics.jsonl").exists():
         return [json.loads(line) for line in ours.read_text().splitlines()]
     if (nemo := folder / "training.jsonl").exists():
@@ -380,9 +402,13 @@ def logged(folder: Path) -> list[dict[str, Any]]:
         return [*lines, {"train_runtime": sum(line["num_tokens_per_step"] / line["tps"] for line in lines)}]
     if (swift := folder / "logging.jsonl").exists():
         return json.loads(swift.read_text().splitlines()[-1])["log_history"]
+    log = (folder / "log.txt").read_text()
+    if titan := re.findall(r"step: +\d+ +loss: +([\d.]+).* tps: +([\d,]+)", log):
+        runtime = sum(TOKENS_A_STEP / int(speed.replace(",", "")) for _, speed in titan)
+        return [*({"loss": float(loss)} for loss, _ in titan), {"train_runtime": runtime}]
     history = json.loads(next(folder.rglob("trainer_state.json")).read_text())["log_history"]
     # Axolotl's is from a checkpoint, before the end
-    seconds = re.search(r"'train_runtime': '?([\d.]+)", (folder / "log.txt").read_text())
+    seconds = re.search(r"'train_runtime': '?([\d.]+)", log)
     return [*history, {"train_runtime": float(seconds[1])}] if seconds else history
 
 
