@@ -421,7 +421,8 @@ def draw(found: Numbers, file: Path) -> None:
         ]
         if points:
             x, y, low, high = np.array(points).T
-            axes.errorbar(x, y, yerr=[y - low, high - y], fmt="o", color=color, capsize=3, label=kind)
+            label = f"{kind}, not fitted" if kind == HELD_OUT else kind
+            axes.errorbar(x, y, yerr=[y - low, high - y], fmt="o", color=color, capsize=3, label=label)
     axes.axhline(0, color="black", lw=0.8, ls=":")
     axes.set(
         xlabel="share of the base model's nll in confident conflicts (%)",
