@@ -36,7 +36,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 SEED, ROWS, TOKENS, VOCABULARY = 0, 48, 512, 49_152
 PROMPT = range(16, 448)  # without labels: micro-batches differ by how many they have
 LIBRARIES = ("torch", "transformers", "trl", "accelerate")
-BATCH, ACCUMULATED = 4, 2
+BATCH, ACCUMULATED, STEPS = 4, 2, 6
 TOKENS_A_STEP = BATCH * ACCUMULATED * TOKENS
 # The same in every trainer; what they call the same things otherwise is below
 TRAINING = {
@@ -44,7 +44,7 @@ TRAINING = {
     "gradient_accumulation_steps": ACCUMULATED,
     "learning_rate": 1e-3,
     "lr_scheduler_type": "constant",
-    "max_steps": 6,
+    "max_steps": STEPS,
     "logging_steps": 1,
     "save_strategy": "no",
     "report_to": "none",
@@ -125,7 +125,7 @@ def axolotl(python: Path) -> dict[str, list[str]]:
         "attn_implementation": "sdpa",
         "bf16": False,
         "fp16": False,
-        "save_steps": TRAINING["max_steps"],  # a checkpoint has the losses
+        "save_steps": STEPS,  # a checkpoint has the losses
         "save_only_model": True,
         "lr_scheduler": TRAINING["lr_scheduler_type"],
         **{name: TRAINING[name] for name in same},
@@ -210,7 +210,7 @@ def nemo_automodel(python: Path) -> dict[str, list[str]]:
         "step_scheduler": {
             "local_batch_size": BATCH,
             "global_batch_size": BATCH * ACCUMULATED,
-            "max_steps": TRAINING["max_steps"],
+            "max_steps": STEPS,
         },
         "dist_env": {"backend": "gloo"},
         "distributed": {"strategy": "ddp"},
@@ -247,7 +247,7 @@ def torchtitan(python: Path) -> dict[str, list[str]]:
         "tokens": TOKENS,
         "batch": BATCH,
         "global_batch": BATCH * ACCUMULATED,
-        "steps": TRAINING["max_steps"],
+        "steps": STEPS,
         "learning_rate": TRAINING["learning_rate"],
         "seed": TRAINING["seed"],
     }
@@ -386,8 +386,8 @@ def train(host: str, name: str, command: list[str]) -> dict[str, Any]:
     if seconds is None:
         raise SystemExit(f"{host}, {name}, logged no train_runtime: see {folder / 'log.txt'}")
     return {
-        "losses": (losses := [line["loss"] for line in history if "loss" in line]),
-        "tokens_per_s": len(losses) * TOKENS_A_STEP / seconds,
+        "losses": [line["loss"] for line in history if "loss" in line],
+        "tokens_per_s": STEPS * TOKENS_A_STEP / seconds,
         "peak_gib": usage.ru_maxrss / 2**20,
         "load": os.getloadavg()[0],
     }
@@ -403,10 +403,11 @@ def logged(folder: Path) -> list[dict[str, Any]]:
     if (swift := folder / "logging.jsonl").exists():
         return json.loads(swift.read_text().splitlines()[-1])["log_history"]
     log = (folder / "log.txt").read_text()
-    if titan := re.findall(r"step: +\d+ +loss: +([\d.]+).* tps: +([\d,]+)", log):
+    if (state := next(folder.rglob("trainer_state.json"), None)) is None:
+        titan = re.findall(r"step: +\d+ +loss: +([\d.]+).* tps: +([\d,]+)", log)
         runtime = sum(TOKENS_A_STEP / int(speed.replace(",", "")) for _, speed in titan)
         return [*({"loss": float(loss)} for loss, _ in titan), {"train_runtime": runtime}]
-    history = json.loads(next(folder.rglob("trainer_state.json")).read_text())["log_history"]
+    history = json.loads(state.read_text())["log_history"]
     # Axolotl's is from a checkpoint, before the end
     seconds = re.search(r"'train_runtime': '?([\d.]+)", log)
     return [*history, {"train_runtime": float(seconds[1])}] if seconds else history

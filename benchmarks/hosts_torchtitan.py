@@ -96,7 +96,7 @@ class Rows(BaseDataLoader):
 
 def recipe() -> Trainer.Config:
     """Return the configuration: torchtitan's of a small llama3, with the recipe's model, rows, settings and loss."""
-    settings = yaml.safe_load(Path(os.environ["RECIPE"]).read_text())
+    settings = yaml.safe_load(RECIPE.read_text())
     sizes = json.loads((Path(settings["model"]) / "config.json").read_text())
     dim, vocabulary = sizes["hidden_size"], sizes["vocab_size"]
     config = config_registry.llama3_debugmodel()
@@ -144,5 +144,6 @@ def recipe() -> Trainer.Config:
 
 
 if __name__ == "__main__":
-    os.environ["RECIPE"] = sys.argv.pop(1)
+    RECIPE = Path(sys.argv.pop(1))
+    sys.modules["hosts_torchtitan"] = sys.modules["__main__"]  # torchtitan imports it by its name: once is enough
     runpy.run_module("torchtitan.train", run_name="__main__")
