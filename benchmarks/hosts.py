@@ -405,6 +405,8 @@ def logged(folder: Path) -> list[dict[str, Any]]:
     log = (folder / "log.txt").read_text()
     if (state := next(folder.rglob("trainer_state.json"), None)) is None:
         titan = re.findall(r"step: +\d+ +loss: +([\d.]+).* tps: +([\d,]+)", log)
+        if not titan:
+            return []
         runtime = sum(TOKENS_A_STEP / int(speed.replace(",", "")) for _, speed in titan)
         return [*({"loss": float(loss)} for loss, _ in titan), {"train_runtime": runtime}]
     history = json.loads(state.read_text())["log_history"]

@@ -66,7 +66,7 @@ def test_the_loop_spills_nothing(for_nvidia):
         assert not [operation for operation in loop if operation.startswith(("STL", "LDL"))], (target, case, name)
         assert used["local"] == 0, (target, case, name)
         # Triton 3.7's ptxas keeps two of a thread's numbers there beside the loop of one kernel; 3.6's and 3.9's none
-        assert used["stack"] <= 8, (target, case, name)
+        assert used["stack"] <= (8 if (target, name) == ("sm_100", "score") else 0), (target, case, name)
         # So that two programs of 256 threads, or three, fit on an SM with its 65,536 registers
         assert used["registers"] <= (128 if name == "score" else 80), (target, case, name)
         assert used["shared"] <= 48 * 1024, (target, case, name)
