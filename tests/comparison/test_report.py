@@ -118,8 +118,19 @@ def test_nothing_learned_is_no_gain():
     pair = make_pair(drift=-0.2, nll=0.5, fronts={NLL: None})
     assert verdict(pair, GROUPS) == {"better": ["drift"], "worse": [NLL], "prefer": None}
     assert "held-out nll +0.5000 (95%: +0.4900 to +0.5100; p 0.001)" in headline(pair)
-    # Where both reach common targets drift there says all; the nll of what a gate leaves out is not held against it
-    assert verdict(make_pair(nll=0.5, fronts={NLL: front(-0.05, -0.07)}), GROUPS)["prefer"] == "eaft"
+
+
+def test_a_worse_best_nll_is_a_price_also_beside_fronts():
+    """As in the demo: less drift at equal nll, and a best nll that is shown to be worse."""
+    pair = make_pair(nll=0.072, fronts={NLL: front(-0.02, -0.03)})
+    assert verdict(pair, GROUPS) == {"better": [f"drift at equal {NLL}"], "worse": [NLL], "prefer": None}
+    said = headline(pair)
+    assert said.startswith("**Choose by what you need: what is gained is paid for.**")
+    assert "held-out nll +0.0720 (95%: +0.0620 to +0.0820; p 0.001)" in said
+    assert "not shown to be worse" not in said
+    unsure = make_pair(nll=0.0, fronts={NLL: front(-0.02, -0.03)})
+    unsure["views"]["last"]["nll"]["p_holm"] = 0.2
+    assert verdict(unsure, GROUPS)["prefer"] == "eaft"
 
 
 def test_a_loss_on_one_task_is_not_hidden_by_a_gain_on_another():

@@ -98,9 +98,8 @@ def clause(pair: Numbers, found: Numbers) -> str:
     numbers = [f"{name} {points(view['means'][name])}" for name in ("target", "general")]
     fronts = [(name, front["mean"]) for name, front in pair["fronts"].items() if front is not None]
     numbers += [f"drift at equal {name} {nats(mean)}" for name, mean in fronts]
-    if not fronts:
-        lower = {"drift": view["drift"]["general"], NLL: view["nll"]}
-        numbers += [f"{name} {nats(d)}" for name, d in lower.items() if d is not None]
+    lower = {NLL: view["nll"]} if fronts else {"drift": view["drift"]["general"], NLL: view["nll"]}
+    numbers += [f"{name} {nats(d)}" for name, d in lower.items() if d is not None]
     of_tasks = [n for n in (*found["better"], *found["worse"]) if n in view["tasks"] and n not in view["means"]]
     numbers += [f"{name} {points(view['tasks'][name])}" for name in of_tasks]
     return f"{said} ({first} less {second}: {'; '.join(numbers)})."

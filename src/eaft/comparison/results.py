@@ -193,16 +193,17 @@ def verdict(pair: Numbers, groups: dict[str, list[str]]) -> Numbers:
     """
     Return in what the first of a pair is shown to be better and worse than the second: `better`, `worse`, `prefer`.
 
-    Shown is what is significant at 0.05, Holm-adjusted, at each objective's own choice: target and general score, and
-    each task of several, since a mean hides losses that gains cancel; and drift at a matched target where fronts could
-    be compared, since what has learned less has drifted less, else drift and held-out nll at its own choice.
+    Shown is what is significant at 0.05, Holm-adjusted, at each objective's own choice: target and general score; each
+    task of several, since a mean hides losses that gains cancel; held-out nll, since to learn less is a price; and
+    drift at a matched target. Where no fronts could be compared, drift at its own choice stands in for the last.
 
     Args:
         groups: the tasks of each mean.
     """
     view = pair["views"].get("chosen") or pair["views"]["last"]
     fronts = {f"drift at equal {name}": front["mean"] for name, front in pair["fronts"].items() if front is not None}
-    lower = fronts or {"drift": view["drift"]["general"], **({NLL: view["nll"]} if view["nll"] is not None else {})}
+    lower = fronts or {"drift": view["drift"]["general"]}
+    lower = {**lower, **({NLL: view["nll"]} if view["nll"] is not None else {})}
     tasks = {name: view["tasks"][name] for names in groups.values() if len(names) > 1 for name in names}
     higher = {**view["means"], **tasks}
     signs = {**{name: (d, 1) for name, d in higher.items()}, **{name: (d, -1) for name, d in lower.items()}}
