@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.constants import HF_HOME
@@ -73,3 +74,8 @@ def convert_gguf(path: Path) -> Path:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder
+
+
+def vocabulary_size(tokenizer: Any) -> int:
+    """Return how many rows a head needs for a tokenizer's ids, which may have gaps: `len(tokenizer)` counts tokens."""
+    return int(max(tokenizer.get_vocab().values())) + 1

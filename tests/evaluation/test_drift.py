@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from eaft.errors import ConfigurationError, NonFiniteError
 from eaft.evaluation import drift
@@ -16,6 +17,7 @@ from eaft.evaluation.drift import (
     BaseAnswers,
     Share,
     TopProbs,
+    answer_log_probs,
     read_prompts,
     sample_answers,
     summarise,
@@ -53,6 +55,41 @@ def test_drift_is_the_definition(recorded):
     assert result["per_prompt"][1] == pytest.approx(per_token[4], rel=1e-5)
     assert result["quantiles"]["50%"] == pytest.approx(sorted(result["per_prompt"])[1])
     assert min(result["per_prompt"]) <= result["low"] <= result["mean"] <= result["high"] <= max(result["per_prompt"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prompt_tuning", [False, True])
+@pytest.mark.parametrize("kind", ["all positions", "xlstm", "llama"])
+def test_positions_are_the_answers_whatever_the_forward_returns(kind, prompt_tuning):
+    """xLSTM's forward ignores logits_to_keep, and prompt tuning adds positions before the prompt's."""
+    if kind == "xlstm":
+        torch.manual_seed(0)
+        shape = {"vocab_size": 264, "hidden_size": 64, "num_heads": 4, "num_hidden_layers": 2, "num_blocks": 2}
+        shape |= {"qk_dim_factor": 1.0, "v_dim_factor": 1.0, "autocast_kernel_dtype": "float32"}
+        config = AutoConfig.for_model("xlstm", **shape, chunkwise_kernel="chunkwise--native_autograd")
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    else:
+        model = make_model()
+        if kind == "all positions":
+            own = model.forward
+            model.forward = lambda *args, logits_to_keep=0, **kwargs: own(*args, **kwargs)
+    if prompt_tuning:
+        model = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    model.eval()
+    for answer in ANSWERS:
+        logits = model(torch.tensor([answer.prompt_ids + answer.answer_ids])).logits[0].double()
+        right = logits[-len(answer.answer_ids) - 1 : -1].log_softmax(-1)
+        assert torch.allclose(answer_log_probs(model, answer).double(), right, atol=1e-5)
+
+
+def test_logits_that_are_not_one_position_a_token_are_refused(recorded):
+    model = make_model(1).eval()
+    own = model.forward
+    model.forward = lambda ids, logits_to_keep=0: own(ids[:, : len(ANSWERS[0].answer_ids) + 2])
+    with pytest.raises(ConfigurationError, match=r"model_type='llama': its logits for 7 tokens are \[1, 6, 264\]"):
+        recorded.drift(model)
+    with pytest.raises(ConfigurationError, match="The tuned model has 200 logits"):
+        recorded.drift(make_model(1, vocab_size=200).eval())
 
 
 def test_interval_is_that_of_all_other_means():

@@ -1,10 +1,11 @@
 """The text of tokens: characters over several tokens, bytes that are none, both ways of writing bytes as tokens."""
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from eaft.inspection.pieces import Pieces
+from eaft.models import vocabulary_size
 from tests.conftest import make_tokenizer
 
 TEXT = "hi 🙂 שלום\n<|im_end|>é👩‍👧 don't . , x"
@@ -57,3 +58,15 @@ def test_one_token_shown():
     assert pieces.text(262) == "<id 262>"  # a row of the head that no token has
     fallback = byte_fallback()
     assert [Pieces(fallback).text(i) for i in fallback("ab é")["input_ids"]] == [" ab", " ", "<0xC3>", "<0xA9>"]
+
+
+def test_ids_with_gaps():
+    """As Kimi's: the highest id is above the number of tokens, and an id between them is no token's."""
+    vocab = {token: i for i, token in enumerate(["<|pad|>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    bpe = Tokenizer(models.BPE(vocab={**vocab, "<|end|>": 300, "<|tool|>": 310}, merges=[]))
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    marks = {"eos_token": "<|end|>", "additional_special_tokens": ["<|tool|>"]}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **marks)
+    pieces = Pieces(tokenizer)
+    assert [pieces.text(i) for i in (300, 305, 310)] == [tokenizer.decode([300]), "<id 305>", tokenizer.decode([310])]
+    assert vocabulary_size(tokenizer) == 311

@@ -92,7 +92,17 @@ class TopProbs:
         return cls(ids.int().cpu(), top.cpu(), rest_of(log_probs, ids).cpu())
 
     def kl_to(self, log_probs: Tensor) -> Tensor:
-        """Return the KL `[tokens]` (nats) to another model's log-probabilities `[tokens, V]`."""
+        """
+        Return the KL `[tokens]` (nats) to another model's log-probabilities `[tokens, V]`.
+
+        Raises:
+            ConfigurationError: the other model has no logit for a token that is kept here.
+        """
+        if (highest := int(self.ids.max())) >= log_probs.shape[-1]:
+            raise ConfigurationError(
+                f"The tuned model has {log_probs.shape[-1]} logits, and the base model's likeliest tokens have one of "
+                f"id {highest}, so that drift cannot be measured: leave it out with --drift_prompts 0."
+            )
         ids = self.ids.to(log_probs.device, torch.int64)
         other = torch.cat([log_probs.gather(-1, ids), rest_of(log_probs, ids)], -1)
         return kl_divergence(torch.cat([self.log_probs, self.rest], -1).to(log_probs.device), other)
@@ -186,10 +196,24 @@ def plain_sampling(model: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def answer_log_probs(model: Any, answer: Answer) -> Tensor:
-    """Return the model's log-probabilities `[answer tokens, V]` (float32) at the positions that predict the answer."""
+    """
+    Return the model's log-probabilities `[answer tokens, V]` (float32) at the positions that predict the answer.
+
+    Raises:
+        ConfigurationError: the model's logits are not one position a token.
+    """
     ids = torch.tensor([answer.prompt_ids + answer.answer_ids], device=model.device)
     keep = len(answer.answer_ids) + 1  # the position before the answer predicts its first token
-    return model(ids, logits_to_keep=keep).logits[0, :-1].float().log_softmax(-1)
+    logits = model(ids, logits_to_keep=keep).logits
+    # A forward may ignore logits_to_keep, and prompt learning then has positions of its own before the prompt's
+    config = getattr(model, "active_peft_config", None)
+    virtual = config.num_virtual_tokens if config is not None and config.is_prompt_learning else 0
+    if logits.ndim != 3 or logits.shape[1] not in {keep, ids.shape[1], ids.shape[1] + virtual}:
+        raise ConfigurationError(
+            f"model_type={model.config.model_type!r}: its logits for {ids.shape[1]} tokens are {list(logits.shape)}, "
+            "and not one position a token, so that drift cannot be measured: leave it out with --drift_prompts 0."
+        )
+    return logits[0, -keep:-1].float().log_softmax(-1)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from lm_eval.models.utils import handle_stop_sequences
 
 from eaft.evaluation.progress import Progress
 from eaft.evaluation.thinking import SWITCHES, split_thoughts
+from eaft.models import vocabulary_size
 
 # A tokenizer makes no more tokens of a text than it has bytes, and so many special ones
 MOST_SPECIAL = 8
@@ -135,8 +136,8 @@ class HFModel(Watched, HFLM):
             # lm-eval would cut the embeddings to the tokenizer's size, and many models have more rows than tokens
             from peft import PeftModel
 
-            if len(self.tokenizer) > self._model.get_input_embeddings().weight.shape[0]:
-                self._model.resize_token_embeddings(len(self.tokenizer))
+            if (size := vocabulary_size(self.tokenizer)) > self._model.get_input_embeddings().weight.shape[0]:
+                self._model.resize_token_embeddings(size)
             self._model = PeftModel.from_pretrained(self._model, peft)
 
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **kwargs: Any) -> Any:

@@ -39,7 +39,7 @@ from eaft.evaluation.scores import (
     source,
 )
 from eaft.evaluation.suite import Benchmark, Suite, load_suites, suites_help
-from eaft.models import resolve_model
+from eaft.models import resolve_model, vocabulary_size
 from eaft.processes import locked
 from eaft.provenance import environment, write_json
 
@@ -377,7 +377,7 @@ def check_measurable(models: list[MeasuredModel], benchmarks: dict[str, Benchmar
             f"max_new_tokens={protocol.max_new_tokens}: with the longest prompt for drift ({longest} tokens) it is "
             f"more than the context of {context}: lower it, or give shorter --prompts."
         )
-    need = len(prompts) * protocol.max_new_tokens * min(TOP, len(first.tokenizer)) * 8
+    need = len(prompts) * protocol.max_new_tokens * min(TOP, vocabulary_size(first.tokenizer)) * 8
     folder = next(parent for parent in (first.store.folder, *first.store.folder.parents) if parent.is_dir())
     free = shutil.disk_usage(folder).free
     if need > free:

@@ -54,6 +54,7 @@ from eaft.inspection.score import (
     token_table,
     write_parquet,
 )
+from eaft.models import vocabulary_size
 from eaft.objective.statistics import usable_top_k
 from eaft.processes import locked
 from eaft.provenance import environment, write_json
@@ -237,7 +238,7 @@ def inspect(
                     "finished": False,
                     "model": model_args.model_name_or_path,
                     "dataset": data,
-                    "top_k": usable_top_k(args.gate_top_k, len(tokenizer)),
+                    "top_k": usable_top_k(args.gate_top_k, vocabulary_size(tokenizer)),
                     "models": [asdict(ScoredModel(BASE, str(model_args.model_name_or_path))), *map(asdict, others)],
                     "rollouts": asked if inspect_args.rollouts else None,
                     "config": changed_arguments(args),

@@ -27,6 +27,7 @@ class Pieces:
         self.tokenizer = tokenizer
         self.before = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
         self.skip = len(self.decode(self.before))
+        self.known = frozenset(tokenizer.get_vocab().values())  # ids may have gaps
         self.bytes_of = cache(self.find_bytes)
         added = tokenizer.added_tokens_decoder
         self.special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
@@ -37,7 +38,7 @@ class Pieces:
 
     def find_bytes(self, token_id: int) -> bytes:
         """Return a token's bytes, UTF-8 but where it is part of a character; `bytes_of` remembers them."""
-        name = self.tokenizer.convert_ids_to_tokens(token_id) if token_id < len(self.tokenizer) else None
+        name = self.tokenizer.convert_ids_to_tokens(token_id) if token_id in self.known else None
         if name is None:  # a row of the head that no token belongs to
             return f"<id {token_id}>".encode()
         text = self.decode([*self.before, token_id])[self.skip :]

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTTrainer
 
 from eaft.errors import ConfigurationError
+from eaft.models import vocabulary_size
 from eaft.training.config import EAFTConfig
 from eaft.training.examples import flat, mapped, with_column
 from eaft.training.trainer import EAFTTrainer
@@ -26,13 +27,12 @@ UNLABELLED = -101  # a label that TRL does not count as missing, so that it drop
 
 def narrow_trainer(tokenizer: Any, args: EAFTConfig, train_dataset: Any, eval_dataset: Any = None) -> EAFTTrainer:
     """Return a trainer that has prepared the data as `eaft train` would, around a model too small to matter."""
-    size = max(tokenizer.get_vocab().values()) + 1
     narrow = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     args = copy.copy(args)
     args.forgetting_eval_steps, args.model_init_kwargs, args.push_to_hub = 0, None, False
     with tempfile.TemporaryDirectory() as folder:  # the trainer makes its output folder
         args.output_dir = folder
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=size, **narrow))
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary_size(tokenizer), **narrow))
         return EAFTTrainer(
             model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=tokenizer
         )
