@@ -34,7 +34,7 @@ from triton.compiler import ASTSource
 
 from eaft.objective import triton_backend
 from eaft.objective.chunk import LogitTransform
-from eaft.objective.gates import Anchor
+from eaft.objective.registry import Anchor
 from eaft.provenance import environment
 
 RESULTS = Path(__file__).parent / "results"

@@ -138,7 +138,7 @@ def compare_trainers() -> None:
 
 def compare_objectives() -> None:
     """Measure every gate once, full and LoRA."""
-    from eaft.objective.gates import GATES
+    from eaft.objective.registry import GATES
     from eaft.provenance import environment, write_json
 
     runs = run([(gate, peft, False) for peft in (False, True) for gate in GATES])

@@ -17,7 +17,8 @@ import matplotlib.pyplot as plt
 import torch
 
 from eaft import token_statistics
-from eaft.objective.gates import GATES, gate_weights, normalized_entropy
+from eaft.objective.gates import normalized_entropy
+from eaft.objective.registry import GATES, gate_weights
 
 # What is measured on data otherwise
 GIVEN = {

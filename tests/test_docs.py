@@ -15,7 +15,7 @@ from datasets import Dataset
 
 import eaft
 from eaft import EAFTConfig, cli
-from eaft.objective.gates import GATES
+from eaft.objective.registry import GATES
 from eaft.training.train import parse
 
 from .conftest import make_rows

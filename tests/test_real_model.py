@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from eaft import EAFTConfig, EAFTTrainer
 from eaft.evaluation.drift import PROMPTS, BaseAnswers, answer_log_probs, read_prompts, sample_answers
 from eaft.models import resolve_model
-from eaft.objective.gates import GATES
+from eaft.objective.registry import GATES
 from eaft.objective.statistics import kl_divergence
 
 ROOT = Path(__file__).parents[1]

@@ -9,7 +9,7 @@ import pytest
 from eaft.inspection import removed
 from eaft.inspection.findings import find
 from eaft.inspection.folder import DATA, STATISTICS, Inspection
-from eaft.objective.gates import GATES
+from eaft.objective.registry import GATES
 from eaft.provenance import write_json
 from tests.inspection.made import TOP_K, grad_norm, make_inspection
 

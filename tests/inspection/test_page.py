@@ -25,7 +25,7 @@ from eaft.inspection.runs import Runs
 from eaft.inspection.server import make_app
 from eaft.inspection.tables import Tables
 from eaft.inspection.view import listen
-from eaft.objective.gates import gate_weights
+from eaft.objective.registry import gate_weights
 from eaft.objective.statistics import TokenStatistics
 from tests.inspection.made import TOP_K, VOCAB, grad_norm, make_inspection
 

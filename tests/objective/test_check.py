@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eaft.objective import check, gates
+from eaft.objective import check, registry
 from eaft.objective.fused import linear_gated_cross_entropy
 from eaft.objective.loss import gated_cross_entropy
 
@@ -27,8 +27,8 @@ def test_a_right_loss_passes(capsys):
     assert check.main(SMALL, seconds=0) == 0
     lines = capsys.readouterr().out.splitlines()
     verdicts = [line for line in lines if line.startswith("ok ")]
-    assert len(verdicts) == len(SMALL) * 2 + len(gates.GATES)  # two dtypes
-    assert all(any(f"gate={gate} " in line for line in verdicts) for gate in gates.GATES)
+    assert len(verdicts) == len(SMALL) * 2 + len(registry.GATES)  # two dtypes
+    assert all(any(f"gate={gate} " in line for line in verdicts) for gate in registry.GATES)
     assert sum(line.startswith("speed ") and "TFLOP/s" in line for line in lines) == 2
     assert lines[-1].startswith(f"{len(verdicts)} of {len(verdicts)} checks ok, 0 failed")
 
@@ -96,7 +96,7 @@ def test_an_error_is_a_failure_and_the_rest_goes_on(monkeypatch, capsys):
 
 @pytest.mark.parametrize("chunk_bytes", [2**30, 101 * 8 * 5])
 @pytest.mark.parametrize("head", [{}, {"logit_scale": 0.5, "softcap": 5.0}])
-@pytest.mark.parametrize("gate", gates.GATES)
+@pytest.mark.parametrize("gate", registry.GATES)
 def test_the_truth_is_the_reference_function(gate, head, chunk_bytes, monkeypatch):
     """What the check compares with, in chunks or at once, is `gated_cross_entropy` differentiated by autograd."""
     monkeypatch.setattr(check, "CHUNK_BYTES", chunk_bytes)

@@ -12,7 +12,7 @@ from eaft import gated_cross_entropy, linear_gated_cross_entropy, token_statisti
 from eaft.errors import ConfigurationError
 from eaft.objective import fused, torch_backend
 from eaft.objective.fused import Reference
-from eaft.objective.gates import GATES
+from eaft.objective.registry import GATES
 from tests.objective.test_gates import GIVEN, SEEN
 
 # Where there is a GPU all of this runs on it, the kernels compiled

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from eaft import token_statistics
 from eaft.errors import ConfigurationError
-from eaft.objective.gates import GATES, Anchor, check_gate, gate_weights, get_anchor, get_gate, register
+from eaft.objective.registry import GATES, Anchor, check_gate, gate_weights, get_anchor, get_gate, register
 from tests.objective.test_statistics import cases, truth
 
 # Parameters that have no default, and the other ways to call a gate

@@ -7,7 +7,7 @@ import torch
 
 from eaft import gated_cross_entropy
 from eaft.errors import ConfigurationError
-from eaft.objective.gates import GATES
+from eaft.objective.registry import GATES
 from tests.objective.test_gates import GIVEN, SEEN, formula
 from tests.objective.test_statistics import cases, softmax
 

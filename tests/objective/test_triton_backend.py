@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div
 
 from eaft.objective.chunk import LogitTransform
-from eaft.objective.gates import Anchor
+from eaft.objective.registry import Anchor
 from eaft.objective.statistics import token_statistics
 
 pytest.importorskip("triton", reason="Triton is not installed")

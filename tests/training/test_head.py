@@ -20,7 +20,7 @@ from transformers import (
 from eaft import gated_cross_entropy
 from eaft.errors import ConfigurationError
 from eaft.objective import fused
-from eaft.objective.gates import GATES
+from eaft.objective.registry import GATES
 from eaft.training import head
 from eaft.training.head import GatedLMHead, frozen_copy, logit_scale
 from tests.conftest import SHAPE, make_model

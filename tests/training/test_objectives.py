@@ -13,7 +13,7 @@ from trl import SFTTrainer
 
 from eaft import EAFTConfig, EAFTTrainer, TokenStatistics, gated_cross_entropy, token_statistics
 from eaft.errors import ConfigurationError, NonFiniteError
-from eaft.objective.gates import GATES, Gate, missing_params
+from eaft.objective.registry import GATES, Gate, missing_params
 from eaft.training.measure import MEASUREMENTS_FILE, OLD_LOG_PROB_ABOUT_FILE, OLD_LOG_PROB_FILE, Histogram, fingerprint
 from eaft.training.rows import ROWS
 from tests.conftest import make_model, make_rows, make_tokenizer

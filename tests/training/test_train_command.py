@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from eaft import cli
 from eaft.comparison.recipe import read_recipe
-from eaft.objective.gates import GATES
+from eaft.objective.registry import GATES
 from eaft.training.train import last_complete_checkpoint, parse
 from tests.conftest import make_rows
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from eaft.evaluation.suite import suites_help
-from eaft.objective.gates import gates_help
+from eaft.objective.gate_flags import gates_help
 
 DESCRIPTION = """
 Train with several objectives from one base model, one data set and the same seeds; measure the base, every checkpoint's

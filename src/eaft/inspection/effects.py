@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from eaft.inspection.folder import DATA
 from eaft.inspection.labelled import Examples, Labelled, Vocabulary, weighed_gates, with_examples
 from eaft.inspection.removed import Removed
-from eaft.objective.gates import GATES, gate_weights, is_of_data, normalized_entropy
+from eaft.objective.gates import normalized_entropy
+from eaft.objective.registry import GATES, gate_weights, is_of_data
 from eaft.training.measure import MEASURED, Histogram
 
 Numbers = dict[str, Any]

@@ -11,7 +11,7 @@ from eaft.errors import EAFTError
 from eaft.inspection.labelled import weighed_gates
 from eaft.inspection.removed import Removed
 from eaft.inspection.selection import RequestError, one_of
-from eaft.objective.gates import check_gate, gate_weights, is_of_data
+from eaft.objective.registry import check_gate, gate_weights, is_of_data
 from eaft.objective.statistics import TokenStatistics
 
 Answer = dict[str, Any]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from eaft.errors import ConfigurationError
 from eaft.inspection.folder import BASE, DATA, ROLLOUTS, STATISTICS, VOCABULARY_FILE, Inspection
-from eaft.objective.gates import GATES, Gate
+from eaft.objective.registry import GATES, Gate
 from eaft.objective.statistics import TokenStatistics
 
 ORIGINS = (DATA, ROLLOUTS)

@@ -21,8 +21,9 @@ from torch.distributed.tensor import DTensor
 
 from eaft.errors import ConfigurationError
 from eaft.objective.fused import linear_gated_cross_entropy
-from eaft.objective.gates import GateLike, gate_of_flags
+from eaft.objective.gate_flags import gate_of_flags
 from eaft.objective.loss import gated_cross_entropy
+from eaft.objective.registry import GateLike
 from eaft.training.head import logit_scale, softcap
 
 

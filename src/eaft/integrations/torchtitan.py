@@ -19,8 +19,9 @@ from torchtitan.components.loss import IGNORE_INDEX, BaseLoss
 from torchtitan.distributed.spmd_types import spmd_mesh_size
 
 from eaft.errors import ConfigurationError
-from eaft.objective.gates import gate_of_flags, is_per_token
+from eaft.objective.gate_flags import gate_of_flags
 from eaft.objective.loss import gated_cross_entropy
+from eaft.objective.registry import is_per_token
 
 
 class GatedCrossEntropy(BaseLoss):

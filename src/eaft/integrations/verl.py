@@ -25,8 +25,9 @@ from verl.workers.utils.losses import sft_loss
 from eaft.errors import ConfigurationError
 from eaft.objective.chunk import LogitTransform
 from eaft.objective.fused import choose_backend
-from eaft.objective.gates import Gate, GateLike, gate_of_flags, gate_weights
+from eaft.objective.gate_flags import gate_of_flags
 from eaft.objective.loss import gated_nll
+from eaft.objective.registry import Gate, GateLike, gate_weights
 from eaft.objective.statistics import TokenStatistics, usable_top_k
 
 ROWS = 1024  # of logits that are copied at a time

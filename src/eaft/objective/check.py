@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from eaft.objective.fused import Reference, linear_gated_cross_entropy
-from eaft.objective.gates import GATES, gate_weights, get_anchor, get_gate, missing_params, normalized_entropy
+from eaft.objective.gates import normalized_entropy
 from eaft.objective.loss import example_ids_by_row, loss_terms
+from eaft.objective.registry import GATES, gate_weights, get_anchor, get_gate, missing_params
 from eaft.objective.statistics import TokenStatistics, token_statistics
 
 MIN_TOKENS, MAX_TOKENS = 32, 16384

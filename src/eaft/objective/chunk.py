@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from eaft.objective.gates import Anchor
+from eaft.objective.registry import Anchor
 from eaft.objective.statistics import TokenStatistics
 
 

@@ -23,8 +23,8 @@ except ImportError:  # Triton comes with torch where there are GPUs for it
     triton_backend = None  # type: ignore[assignment]
 from eaft.errors import ConfigurationError
 from eaft.objective.chunk import Backend, LogitTransform
-from eaft.objective.gates import Anchor, GateLike, check_gate, gate_weights, get_anchor, is_per_token
 from eaft.objective.loss import example_ids_by_row, loss_terms
+from eaft.objective.registry import Anchor, GateLike, check_gate, gate_weights, get_anchor, is_per_token
 from eaft.objective.statistics import TokenStatistics, usable_top_k
 from eaft.objective.torch_backend import TorchBackend
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from eaft.errors import ConfigurationError
-from eaft.objective.gates import Anchor, GateLike, check_gate, gate_weights, get_anchor
+from eaft.objective.registry import Anchor, GateLike, check_gate, gate_weights, get_anchor
 from eaft.objective.statistics import TokenStatistics, token_statistics
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from eaft.objective.chunk import LogitTransform
-from eaft.objective.gates import Anchor
+from eaft.objective.registry import Anchor
 from eaft.objective.statistics import TokenStatistics, entropy_from_log_probs
 
 # Bytes that a block of rows may take in its passes over the logits: the processor's cache, or what a GPU can spare

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from eaft.objective.chunk import LogitTransform
-from eaft.objective.gates import Anchor
+from eaft.objective.registry import Anchor
 from eaft.objective.statistics import TokenStatistics, entropy_from_log_probs
 
 LANES = 256

@@ -11,7 +11,8 @@ from trl import SFTConfig
 
 from eaft.errors import ConfigurationError
 from eaft.evaluation.drift import DRIFT_PROMPTS, PROMPTS
-from eaft.objective.gates import check_gate, check_top_k, params_of_flags
+from eaft.objective.gate_flags import check_top_k, params_of_flags
+from eaft.objective.registry import check_gate
 from eaft.training.measure import MEASURED
 
 REPLAY_PROMPTS = Path(__file__).with_name("replay_prompts.jsonl")
@@ -28,7 +29,7 @@ class EAFTConfig(SFTConfig):
     `SFTConfig` plus the gate.
 
     Args:
-        gate: how each token's loss is weighted; one of `eaft.objective.gates.GATES`, or `module:function`.
+        gate: how each token's loss is weighted; one of `eaft.objective.registry.GATES`, or `module:function`.
         gate_alpha: exponent of the `eaft` gate; 0 is plain SFT, 2 and 3 are the paper's EAFT^2 and EAFT^3.
         gate_entropy: `top-k` or `exact`, for the gates that use the entropy.
         gate_top_k: K of the top-K entropy, and of the ln K that entropies are divided by.

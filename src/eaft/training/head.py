@@ -30,7 +30,7 @@ from transformers.utils import ModelOutput
 from eaft.errors import ConfigurationError
 from eaft.objective.chunk import LogitTransform
 from eaft.objective.fused import Reference, TokenLosses, linear_gated_cross_entropy, linear_token_statistics
-from eaft.objective.gates import get_anchor, get_gate
+from eaft.objective.registry import get_anchor, get_gate
 from eaft.objective.statistics import TokenStatistics
 from eaft.objective.torch_backend import make_logits
 from eaft.training.logits_check import compare_logits
@@ -144,7 +144,7 @@ class GatedLMHead:
 
     Args:
         model: a causal language model, not wrapped by PEFT (pass `peft_model.get_base_model()`).
-        gate: a gate, as `eaft.objective.gates.get_gate` takes it.
+        gate: a gate, as `eaft.objective.registry.get_gate` takes it.
         top_k: K of the top-K entropy.
         params: what the gate takes, e.g. `{"alpha": 1.0}`; may be completed before the first training step.
         reference: for a gate with a KL term: what `frozen_copy` returns, or the `PeftModel` around `model`, whose

@@ -29,7 +29,8 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from eaft.errors import ConfigurationError, NonFiniteError
-from eaft.objective.gates import missing_params, normalized_entropy
+from eaft.objective.gates import normalized_entropy
+from eaft.objective.registry import missing_params
 from eaft.objective.statistics import TokenStatistics
 from eaft.provenance import write_json
 from eaft.training.examples import ExampleCollator, flat

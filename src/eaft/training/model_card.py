@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from eaft.objective.gates import get_gate
+from eaft.objective.registry import get_gate
 from eaft.training.config import EAFTConfig
 
 SETTINGS = (

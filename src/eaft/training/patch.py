@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from eaft.errors import ConfigurationError
-from eaft.objective.gates import GateLike, check_gate_by_itself, gate_of_flags
+from eaft.objective.gate_flags import gate_of_flags
+from eaft.objective.registry import GateLike, check_gate_by_itself
 from eaft.training.head import GatedLMHead
 from eaft.training.logits_check import check_logits
 

@@ -25,7 +25,7 @@ from eaft.errors import ConfigurationError, first_line
 from eaft.evaluation.suite import load_suites
 from eaft.models import resolve_model
 from eaft.objective.fused import GPU_MEMORY_SHARE, chunk_rows
-from eaft.objective.gates import get_gate
+from eaft.objective.registry import get_gate
 from eaft.training.config import EAFTConfig
 from eaft.training.forgetting import general_suite
 from eaft.training.prepare import narrow_trainer

@@ -25,7 +25,7 @@ from trl.cli.commands.training import _subtract_subsequence as subtract_subseque
 from eaft.errors import ConfigurationError, first_line, nearest
 from eaft.evaluation.measured import write_jsonl
 from eaft.models import resolve_model
-from eaft.objective.gates import gates_help
+from eaft.objective.gate_flags import gates_help
 from eaft.processes import locked
 from eaft.provenance import environment, peak_memory_gib, write_json
 from eaft.training.config import EAFTConfig

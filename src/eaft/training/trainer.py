@@ -19,7 +19,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import get_config_model_id
 
 from eaft.errors import ConfigurationError, NonFiniteError
-from eaft.objective.gates import get_gate, missing_params
+from eaft.objective.registry import get_gate, missing_params
 from eaft.objective.statistics import HIGH_ENTROPY, LOW_ENTROPY
 from eaft.training.config import EAFTConfig
 from eaft.training.examples import ExampleCollator, FollowedData, follow_examples, number_tokens
