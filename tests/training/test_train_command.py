@@ -212,7 +212,7 @@ BAD_INPUT = {
         lambda d: ["--dataset_name", "nobody/nothing"],
         "dataset_name='nobody/nothing' cannot be read",
     ),
-    "damaged data": (lambda d: ["--dataset_name", bad(d, "x.jsonl", '{"prompt": ')], "cannot be read"),
+    "damaged data": (lambda d: ["--dataset_name", bad(d, "x.jsonl", '{"prompt": ')], "line 1 is not JSON"),
     "empty file": (lambda d: ["--dataset_name", bad(d, "x.jsonl")], "the file is empty"),
     "no rows": (lambda d: ["--dataset_name", bad(d, "x.csv", "text\n")], "data set is empty"),
     "wrong columns": (

@@ -15,10 +15,10 @@ import yaml
 
 from eaft.errors import ConfigurationError, nearest
 from eaft.evaluation.drift import PROMPTS, read_prompts
-from eaft.evaluation.measured import read_jsonl
 from eaft.evaluation.scores import Protocol
 from eaft.models import resolve_model
 from eaft.provenance import versions
+from eaft.training.data import json_rows
 from eaft.training.train import load_data, parse
 
 REFERENCE = "sft"  # what every objective is compared with, where the recipe names no pairs
@@ -279,11 +279,14 @@ def read_rows(path: str) -> list[dict[str, Any]]:
     Return the rows of a JSON Lines file with `prompt` and `completion`.
 
     Raises:
-        ConfigurationError: there is no such file, it is empty, or a row lacks one of them.
+        ConfigurationError: there is no such file, it is empty, a line is no JSON object, or a row lacks one of them.
     """
     if not Path(path).is_file():
         raise ConfigurationError(f"evaluate.held_out: {path}: there is no such file.")
-    rows = read_jsonl(Path(path))
+    try:
+        rows = list(json_rows([path]))
+    except ConfigurationError as error:
+        raise ConfigurationError(f"evaluate.held_out: {path}: {error}") from error
     if not rows or any(not {"prompt", "completion"} <= row.keys() for row in rows):
         raise ConfigurationError(f"evaluate.held_out: {path}: expected JSON Lines with a `prompt` and `completion`.")
     return rows

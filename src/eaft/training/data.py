@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
+import codecs
+import functools
 import hashlib
+import itertools
 import json
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset
+import pyarrow as pa
+from datasets import (
+    ArrowBasedBuilder,
+    Dataset,
+    DatasetDict,
+    DatasetInfo,
+    Features,
+    IterableDatasetDict,
+    Json,
+    List,
+    SplitGenerator,
+    Value,
+    load_dataset,
+    load_dataset_builder,
+)
+from datasets.features.features import register_feature
+from datasets.packaged_modules.json.json import Json as JsonBuilder
 from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
+from trl.data_utils import maybe_convert_to_chatml
 
 from eaft.errors import ConfigurationError, first_line
 
@@ -41,7 +66,9 @@ def load_splits(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig
         else:
             name = str(path)
     try:
-        return get_dataset(dataset_args) if dataset_args.datasets else load_dataset(name, **options)
+        return get_dataset(dataset_args) if dataset_args.datasets else load(name, **options)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"dataset_name={script_args.dataset_name!r}, {error}") from error
     except Exception as error:  # each format has its own errors, chained below the datasets library's
         cause = error.__cause__ or error
         if "corresponds to no data" in str(cause):
@@ -49,6 +76,182 @@ def load_splits(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig
         raise ConfigurationError(
             f"dataset_name={script_args.dataset_name!r} cannot be read. ({first_line(cause)})"
         ) from error
+
+
+def load(path: str, streaming: bool, **options: Any) -> Any:
+    """Return `load_dataset`'s splits; rows of JSON come from `JsonRows`, but for a stream of remote files."""
+    builder = load_dataset_builder(path, **options)
+    files = builder.config.data_files
+    if not isinstance(builder, JsonBuilder) or (streaming and any("://" in f for fs in files.values() for f in fs)):
+        return load_dataset(path, streaming=streaming, **options)
+    splits = {}
+    for split, data_files in files.items():
+        rows = JsonRows(
+            dataset_name=builder.dataset_name, data_files={split: data_files}, hash=version("eaft"), token=builder.token
+        )
+        if streaming:
+            splits[split] = rows.as_streaming_dataset(split)
+        else:
+            rows.download_and_prepare()
+            splits[split] = rows.as_dataset(split)
+    return IterableDatasetDict(splits) if streaming else DatasetDict(splits)
+
+
+@dataclass
+class ExactJson(Json):
+    """
+    A column of JSON whose values are read as they were written.
+
+    The `Json` of datasets 5.2 rounds numbers to 10 decimals, and takes a text that is itself JSON for what it says.
+    """
+
+    _type: str = field(default="ExactJson", init=False, repr=False)
+
+    def encode_example(self, example_data: Any) -> str | None:
+        """Return the value as JSON text."""
+        return None if example_data is None else json.dumps(example_data)
+
+    def decode_example(self, example_data: str | None, token_per_repo_id: Any = None) -> Any:
+        """Return the value of JSON text."""
+        return None if example_data is None else json.loads(example_data)
+
+
+with warnings.catch_warnings(action="ignore", category=UserWarning):  # that it is experimental
+    register_feature(ExactJson, "ExactJson")
+
+
+class JsonRows(ArrowBasedBuilder):
+    """
+    Reads files of JSON, an object a line or one list of objects, and keeps every row as it is, whatever their order.
+
+    A column that holds more than numbers, texts, or lists of whole numbers is `ExactJson`: no key that another row has
+    is filled in, and types may differ. `datasets` infers types from the first 10 MiB. Messages of `from` and `value`
+    become `role` and `content` here, by TRL's function: TRL maps the data later, which infers types batch by batch.
+    """
+
+    def _info(self) -> DatasetInfo:
+        return DatasetInfo()
+
+    def _split_generators(self, dl_manager: Any) -> list[SplitGenerator]:
+        files = {split: dl_manager.download_and_extract(names) for split, names in self.config.data_files.items()}
+        self.info.features = features(row for names in files.values() for row in json_rows(names))
+        if not self.info.features:
+            raise ConfigurationError("the data set is empty.")
+        return [SplitGenerator(split, {"files": tuple(names)}) for split, names in files.items()]
+
+    def _generate_tables(self, files: tuple[str, ...]) -> Iterator[tuple[int, pa.Table]]:
+        rows = json_rows(files)
+        for number, batch in enumerate(iter(lambda: list(itertools.islice(rows, 1000)), [])):
+            yield number, table(batch, self.info.features)
+
+
+def to_dataset(rows: list[dict[str, Any]]) -> Dataset:
+    """Return rows as a data set in memory, each as it is: as `JsonRows` would read them from a file."""
+    columns = features(rows)
+    return Dataset(table(rows, columns), info=DatasetInfo(features=columns))
+
+
+def table(rows: list[dict[str, Any]], columns: Features) -> pa.Table:
+    """Return rows as a table of these columns."""
+    arrays = []
+    for name, column in columns.items():
+        values = [row.get(name) for row in rows]
+        if name == "chat_template_kwargs":  # None would break TRL's call
+            values = [value or {} for value in values]
+        if isinstance(column, ExactJson):
+            arrays.append(pa.array([column.encode_example(v) for v in values], pa.string()).cast(column.pa_type))
+        else:
+            arrays.append(pa.array(values, columns.arrow_schema.field(name).type))
+    return pa.table(arrays, names=list(columns))
+
+
+def features(rows: Iterable[dict[str, Any]]) -> Features:
+    """Return the columns of rows and their types."""
+    kinds: dict[str, set[str]] = {}
+    for row in rows:
+        for name, value in row.items():
+            kinds.setdefault(name, set()).add(kind(value))
+    return Features({name: column_of(frozenset(found) - {"null"}) for name, found in kinds.items()})
+
+
+def kind(value: Any) -> str:
+    """Return a name of what a column must be to hold this value."""
+    if type(value) is int:
+        return "int64" if -(1 << 63) <= value < 1 << 63 else "json"
+    if isinstance(value, list) and set(map(type, value)) <= {int} and all(kind(v) == "int64" for v in value):
+        return "list"
+    return {str: "string", bool: "bool", float: "float64", type(None): "null"}.get(type(value), "json")
+
+
+@functools.cache
+def column_of(kinds: frozenset[str]) -> Any:
+    """Return the type of a column that holds values of these kinds."""
+    if kinds == {"list"}:
+        return List(Value("int64"))
+    if kinds == {"int64", "float64"}:
+        return Value("float64")
+    return Value(*kinds) if len(kinds) == 1 and kinds != {"json"} else ExactJson()
+
+
+def json_rows(files: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """
+    Yield the rows of JSON Lines, or of a list of objects, one file after another.
+
+    Raises:
+        ConfigurationError: a line is not UTF-8, no JSON, no object, or not all text.
+    """
+    for file in files:
+        with open(file, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                    if line.lstrip().startswith(b"["):
+                        for index, row in enumerate(parsed(line + lines.read(), f"file {Path(file).name}")):
+                            yield as_row(row, f"row {index}")
+                        break
+                if line.strip():
+                    yield as_row(parsed(line.strip(), f"line {number}"), f"line {number}")
+
+
+def parsed(text: bytes, where: str) -> Any:
+    """
+    Return the value of JSON text.
+
+    Raises:
+        ConfigurationError: it is not UTF-8, no JSON, or holds half of a surrogate pair, which is no text.
+    """
+    try:
+        value = json.loads(text.decode())
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(
+            f"{where} is not UTF-8 ({first_line(error)}): save it as UTF-8, as iconv -f latin1 -t utf8 does."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigurationError(
+            f"{where} is not JSON ({first_line(error)}): give one object a line, or one list of objects."
+        ) from error
+    if re.search(rb"\\u[dD]", text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ConfigurationError(
+                f"{where} has half of a surrogate pair ({first_line(error)}): remove it, it is no character."
+            ) from error
+    return value
+
+
+def as_row(value: Any, where: str) -> dict[str, Any]:
+    """
+    Return a row, its messages with `role` and `content`.
+
+    Raises:
+        ConfigurationError: it is no object.
+    """
+    if not isinstance(value, dict):
+        raise ConfigurationError(f"{where} is {json.dumps(value)[:40]}: each row must be an object, as {{...}}.")
+    if not {"messages", "conversations"} <= value.keys():
+        value = maybe_convert_to_chatml(value)
+    return value
 
 
 def exclude_rows(dataset: Any, file: str) -> Any:
