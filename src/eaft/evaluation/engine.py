@@ -147,8 +147,10 @@ class HFModel(Watched, HFLM):
         output = super()._model_generate(context, max_length=max_length, stop=stop, **kwargs)
         own = self.model.generation_config.eos_token_id
         ends = {self.eot_token_id, *(own if isinstance(own, list) else [own])}
-        for row in output[:, context.shape[1] :].tolist():
-            length = next((i + 1 for i, token in enumerate(row) if token in ends), None)
+        for i, row in enumerate(output[:, context.shape[1] :].tolist()):
+            length = next((n for n, token in enumerate(row, 1) if token in ends), None)
+            if length is not None:  # lm-eval cuts at the tokenizer's end token alone
+                output[i, context.shape[1] + length - 1 :] = self.eot_token_id
             text = self.tok_decode(row[:length], skip_special_tokens=False)
             self.generated.append(Generation(text, length is None and context.shape[1] + len(row) >= max_length))
             self.advance(tokens=length or len(row))

@@ -22,6 +22,7 @@ from transformers import AutoConfig
 
 from eaft.errors import ConfigurationError, first_line
 from eaft.evaluation.drift import ANSWER_TOKENS, DRIFT_PROMPTS, PROMPTS, TOP, BaseAnswers, read_prompts, summarise
+from eaft.evaluation.identity import digest, tokenizer_digest
 from eaft.evaluation.measured import MeasuredModel, write_jsonl
 from eaft.evaluation.progress import Progress
 from eaft.evaluation.scores import (
@@ -32,6 +33,8 @@ from eaft.evaluation.scores import (
     ask,
     asked,
     check_thinking,
+    end_tokens,
+    generation_config,
     load_tokenizer,
     own_dtype,
     processes,
@@ -190,6 +193,8 @@ def evaluate(
             return None
         results = describe(tuned, original, suites, benchmarks, before, after)
         results.update({"output_path": str(folder), "model": model, "base": base})
+        if original is not None:
+            results["differs"] = differing(original.model, tuned.model, protocol.model_args)
         results["protocol"]["limit"] = limit
         if before is not None:
             results["drift"] = summarise(*sums) if sums is not None else None
@@ -355,6 +360,33 @@ def shared_tokenizer(
         )
     tokenizer.chat_template = base_tokenizer.chat_template
     return tokenizer, base_tokenizer
+
+
+def differing(base: str, model: str, model_args: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """
+    Return in what else than weights two models differ that answers depend on, each as `{"base": ..., "model": ...}`.
+
+    Of `end_tokens`, `generation_config` (without these), `tokenizer` and `chat_template` (a digest of each).
+    """
+
+    def setup(name: str) -> dict[str, Any]:
+        config = generation_config(name, model_args)
+        ids = ("eos_token_id", "bos_token_id", "pad_token_id", "transformers_version", "_from_model_config")
+        found: dict[str, Any] = {
+            "generation_config": {key: value for key, value in config.to_diff_dict().items() if key not in ids}
+        }
+        try:
+            tokenizer = load_tokenizer(name, model_args)
+        except ConfigurationError:  # it has none, and is asked with another's
+            return found
+        template, tokenizer.chat_template = tokenizer.chat_template, None
+        found["end_tokens"] = sorted(map(str, tokenizer.convert_ids_to_tokens(end_tokens(config))))
+        return {**found, "tokenizer": tokenizer_digest(tokenizer), "chat_template": template and digest(template)}
+
+    sides = {"base": setup(base), "model": setup(model)}
+    names = ("end_tokens", "generation_config", "tokenizer", "chat_template")
+    pairs = {name: {side: found.get(name) for side, found in sides.items()} for name in names}
+    return {name: pair for name, pair in pairs.items() if pair["base"] != pair["model"]}
 
 
 def check_measurable(models: list[MeasuredModel], benchmarks: dict[str, Benchmark], prompts: list[Any]) -> None:

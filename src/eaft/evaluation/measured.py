@@ -18,7 +18,7 @@ from eaft.errors import ConfigurationError
 from eaft.evaluation.drift import Answer, BaseAnswers, Share, answer_log_probs, sample_answers
 from eaft.evaluation.identity import digest, software, tasks_digest, tokenizer_digest, weights_digest
 from eaft.evaluation.progress import Progress
-from eaft.evaluation.scores import Item, Protocol, ask, load, processes, score, source
+from eaft.evaluation.scores import Item, Protocol, ask, generation_config, load, processes, score, source
 from eaft.evaluation.store import Store
 from eaft.evaluation.suite import Benchmark
 from eaft.provenance import write_json
@@ -159,7 +159,10 @@ class MeasuredModel:
     def _identity(self) -> dict[str, Any]:
         """What every measurement of this model depends on."""
         weights = weights_digest(self.model, self.protocol.model_args.get("revision"))
-        return {"weights": weights, "tokenizer": tokenizer_digest(self.tokenizer), "software": software()}
+        return {
+            **{"weights": weights, "tokenizer": tokenizer_digest(self.tokenizer), "software": software()},
+            "generation": generation_config(self.model, self.protocol.model_args).to_diff_dict(),
+        }
 
     @property
     def _computed(self) -> dict[str, Any]:
@@ -168,7 +171,7 @@ class MeasuredModel:
 
     def _sampled_identity(self, prompts: list[Any]) -> dict[str, Any]:
         return {
-            **{name: self._identity[name] for name in ("weights", "tokenizer")},
+            **{name: self._identity[name] for name in ("weights", "tokenizer", "generation")},
             **{"sampled": self._texts(prompts), "eaft": self._identity["software"]["eaft"]},
             **{name: getattr(self.protocol, name) for name in ("apply_chat_template", "max_new_tokens")},
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,23 @@ def drift_text(drift: Result | None) -> list[str]:
     return [text]
 
 
+def differs_text(differs: Result | None) -> list[str]:
+    """Return in what else than weights the two models differ, if they do."""
+    if not differs:
+        return []
+
+    def values(pair: Result) -> str:
+        shown = [json.dumps(pair[side], sort_keys=True, ensure_ascii=False) for side in ("base", "model")]
+        return f" (base `{shown[0]}`, this model `{shown[1]}`)"
+
+    told = ("end_tokens", "generation_config")  # the others are digests
+    parts = [name.replace("_", " ") + (values(pair) if name in told else "") for name, pair in differs.items()]
+    return [
+        f"**The models differ in more than weights**: {', '.join(parts)}. Both were asked with one chat template, and "
+        "with one tokenizer where they have one vocabulary; each stops and generates as its own folder says."
+    ]
+
+
 def asked_section(results: Result) -> list[str]:
     """Return how the tasks were asked, what was cut, what failed, and what was not measured anew."""
     protocol = results["protocol"]
@@ -141,7 +159,7 @@ def asked_section(results: Result) -> list[str]:
         f"seed {protocol['seed']}",
         *([f"at most {protocol['limit']} items of each lm-eval task"] if protocol["limit"] else []),
     ]
-    found = ["## What was asked", f"Asked {', '.join(parts)}."]
+    found = ["## What was asked", f"Asked {', '.join(parts)}.", *differs_text(results.get("differs"))]
     sides = ["after"] if results["base"] is None else ["before", "after"]
     rows = [
         [

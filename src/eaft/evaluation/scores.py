@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from jinja2 import TemplateError
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from eaft.errors import ConfigurationError, first_line
 from eaft.evaluation.drift import ANSWER_TOKENS, DRIFT_PROMPTS
@@ -156,6 +156,37 @@ def load_tokenizer(model: str, model_args: dict[str, Any] | None = None) -> Any:
     return tokenizer
 
 
+def generation_config(model: str, model_args: dict[str, Any] | None = None) -> GenerationConfig:
+    """
+    Return what a model generates by: what is saved beside its weights, an adapter's too.
+
+    An adapter that was saved without it has its base model's, and stops at its own tokenizer's end token as well, as a
+    whole model does that was trained with this tokenizer (transformers' `Trainer` aligns them).
+    """
+    adapter = adapter_of(model)
+    own = Path(model, "generation_config.json").is_file()
+    name, options = model, source(model_args)
+    if adapter is not None and not own:
+        name = adapter["base_model_name_or_path"]
+        options = {"revision": adapter.get("revision") or "main", **options}
+    try:
+        place = {key: value for key, value in options.items() if key != "trust_remote_code"}
+        found = GenerationConfig.from_pretrained(name, **({} if own else place))
+    except OSError:  # saved without one
+        found = GenerationConfig.from_model_config(AutoConfig.from_pretrained(name, **options))
+    if adapter is not None and not own and Path(model, "tokenizer_config.json").is_file():
+        end, ends = load_tokenizer(model, model_args).eos_token_id, end_tokens(found)
+        if end is not None and end not in ends:
+            found.eos_token_id = [end, *ends]
+    return found
+
+
+def end_tokens(config: GenerationConfig) -> list[int]:
+    """Return the ids that end an answer."""
+    ends = config.eos_token_id
+    return [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [ends]
+
+
 def load(model: str, tokenizer: Any, protocol: Protocol) -> Any:
     """
     Return a model as lm-eval's, loaded once: with the backend `hf`, `lm.model` is the torch model.
@@ -186,6 +217,8 @@ def load(model: str, tokenizer: Any, protocol: Protocol) -> Any:
                 args.update(revision=adapter.get("revision") or "main")
             args.update(dtype=protocol.dtype, device=str(processes().device), backend="causal")
             lm = HFModel(tokenizer=tokenizer, batch_size=protocol.batch_size, **{**args, **protocol.model_args})
+            if adapter is not None:
+                lm.model.get_base_model().generation_config = generation_config(model, protocol.model_args)
     except (OSError, ValueError, RuntimeError, TypeError, ImportError, AssertionError) as error:
         hint = f", with model_args={protocol.model_args}" if protocol.model_args else ""
         raise ConfigurationError(f"{model} cannot be loaded{hint}. ({first_line(error)})") from error
@@ -214,16 +247,18 @@ def load_vllm(watched: type, model: str, tokenizer: Any, protocol: Protocol) -> 
 
     folder = tempfile.TemporaryDirectory()  # vLLM reads the tokenizer from disk; the template may be the other model's
     tokenizer.save_pretrained(folder.name)
+    generation_config(model, protocol.model_args).to_json_file(Path(folder.name, "generation_config.json"))
     args = {"dtype": protocol.dtype, "batch_size": protocol.batch_size, **protocol.model_args}
     lm = type("VLLMModel", (watched, get_model("vllm")), {})(**vllm_args(model, folder.name, args))
     lm.tokenizer_folder = folder  # deleted with the model
     return lm
 
 
-def vllm_args(model: str, tokenizer: str, model_args: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of lm-eval's `vllm` model for a model or an adapter."""
-    args: dict[str, Any] = {"pretrained": model, "tokenizer": tokenizer}
+def vllm_args(model: str, folder: str, model_args: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of lm-eval's `vllm` model for a model or an adapter; `folder` says how it is asked."""
+    args: dict[str, Any] = {"pretrained": model, "tokenizer": folder}
     if adapter := adapter_of(model):
+        args["generation_config"] = folder  # vLLM's own is the base model's
         args.update(pretrained=adapter["base_model_name_or_path"], lora_local_path=model, max_lora_rank=adapter["r"])
     return {**args, **model_args}
 

@@ -20,7 +20,7 @@ from trl import ModelConfig, get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
 from eaft.errors import ConfigurationError, NonFiniteError, first_line
-from eaft.evaluation.scores import adapter_of
+from eaft.evaluation.scores import adapter_of, generation_config
 from eaft.inspection.examples import Examples, Tokens, batches, count_labelled
 from eaft.inspection.folder import COMPARED, EXAMPLES, STATISTICS, TOKENS
 from eaft.inspection.pieces import Pieces
@@ -135,6 +135,7 @@ def load(model: str, settings: Settings, is_base: bool) -> Any:
         loaded = create_model_from_path(name, **options)
         if adapter is not None:
             loaded = with_adapter(loaded, model)
+            loaded.get_base_model().generation_config = generation_config(model)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigurationError(f"{model} cannot be loaded. ({first_line(error)})") from error
     placed = hasattr(loaded, "hf_device_map") or options.get("quantization_config") is not None

@@ -271,6 +271,14 @@ class EAFTTrainer(SFTTrainer):
                     logs["kl"] = kl / max(tokens, 1)
         super().log(logs, start_time)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save as transformers does, and beside an adapter too what the model is to generate by: its end tokens."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save and is_peft_model(self.model):
+            config = getattr(self.model.get_base_model(), "generation_config", None)
+            if config is not None:
+                config.to_json_file(Path(output_dir or self.args.output_dir) / "generation_config.json")
+
     def _require_finite(self, loss: Tensor, batch: dict[str, Any]) -> None:
         """Stop every rank with the same message, before the backward pass, if the loss of any is not finite."""
         finite = torch.isfinite(loss.detach())
