@@ -19,6 +19,7 @@ from eaft.evaluation.scores import Protocol
 from eaft.models import resolve_model
 from eaft.provenance import versions
 from eaft.training.data import json_rows
+from eaft.training.templates import check_templates
 from eaft.training.train import load_data, parse
 
 REFERENCE = "sft"  # what every objective is compared with, where the recipe names no pairs
@@ -264,6 +265,7 @@ def check_training(flags: dict[str, Any], held_out: list[dict[str, Any]]) -> Non
     if flags.get("use_peft") and find_spec("peft") is None:
         raise ConfigurationError("use_peft: PEFT is not installed: pip install 'eaft[peft]'.")
     train, _ = load_data(*configs)
+    check_templates({"evaluate.held_out": held_out}, configs[1], configs[2])
     if not held_out or not hasattr(train, "column_names") or "prompt" not in (train.column_names or []):
         return
     trained = {json.dumps(prompt) for prompt in train["prompt"]}

@@ -32,6 +32,7 @@ from eaft.training.config import EAFTConfig
 from eaft.training.data import exclude_rows, load_splits, select_split
 from eaft.training.plan import DryRunArguments, plan
 from eaft.training.replay import REPLAY_FILE, check_replay, mix, replayed_rows
+from eaft.training.templates import check_templates
 from eaft.training.trainer import EAFTTrainer
 
 DESCRIPTION = """
@@ -225,7 +226,12 @@ def dry_run(configs: list[Any], launch_args: list[str]) -> str:
 def load_data(
     script_args: ScriptArguments, args: EAFTConfig, model_args: ModelConfig, dataset_args: DatasetMixtureConfig
 ) -> tuple[Any, Any]:
-    """Return the training data and, if it is to be evaluated on, the held-out data; checked, as the model's name is."""
+    """
+    Return the training data and, if it is to be evaluated on, the held-out data, before a model is loaded or converted.
+
+    Raises:
+        ConfigurationError: no model or no data is named, the data cannot be used, or its chat template raises on a row.
+    """
     if model_args.model_name_or_path is None:
         raise ConfigurationError("model_name_or_path is missing: give a Hub id, a folder or a .gguf file.")
     splits = load_splits(script_args, dataset_args)
@@ -237,6 +243,8 @@ def load_data(
         found[0] = exclude_rows(found[0], args.exclude_examples)
     if args.replay:
         check_replay(found[0], args)
+    rows = {f"{flag}={split!r}": data for (split, flag), data in zip(names, found, strict=True)}
+    check_templates(rows, args, model_args)
     return found[0], found[1] if len(found) > 1 else None
 
 

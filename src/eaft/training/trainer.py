@@ -29,6 +29,7 @@ from eaft.training.logits_check import check_logits
 from eaft.training.measure import MeasureGate, MeasureOldLogProb
 from eaft.training.model_card import model_card
 from eaft.training.rows import ROWS, RowCollator, describe_rows, number_rows
+from eaft.training.templates import conversational, label_turns, mark_assistant
 
 logger = get_logger(__name__)
 STREAM_ROWS = 1000  # of a stream, that are looked through for a label
@@ -88,6 +89,7 @@ class EAFTTrainer(SFTTrainer):
             raise ConfigurationError(f"args must be an EAFTConfig, which has the gate; got {type(args).__name__}.")
         if train_dataset is not None and next(iter(train_dataset), None) is None:
             raise ConfigurationError("The training data set is empty.")
+        args, self._label_turns = mark_assistant(args, model, kwargs.get("processing_class"), train_dataset)
         self._followed: FollowedData | None = None
         super().__init__(model, args=args, data_collator=data_collator, train_dataset=train_dataset, **kwargs)
         base_model = self.model.get_base_model() if is_peft_model(self.model) else self.model
@@ -175,6 +177,8 @@ class EAFTTrainer(SFTTrainer):
     ) -> Any:
         """Prepare a data set as TRL does, following examples if the gate needs it; report rows without a label."""
         prepare = functools.partial(super()._prepare_dataset, processing_class=processing_class)
+        if self._label_turns and conversational(dataset):
+            dataset = label_turns(dataset, processing_class, args)
         if name == "train" and needs_examples(args) and self._followed is None:  # an evaluation set may have that name
             loose = must_be_measured(args)
             self._followed = follow_examples(prepare, dataset, args, packing, formatting_func, loose)

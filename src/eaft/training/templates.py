@@ -1,0 +1,314 @@
+"""What a chat template makes of rows: its errors by row, before anything is loaded; and the assistant's tokens."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateSyntaxError
+from transformers import AutoTokenizer
+from trl import ModelConfig
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl.data_utils import is_conversational
+
+from eaft.errors import ConfigurationError, first_line
+from eaft.evaluation.scores import load_tokenizer
+from eaft.training.config import EAFTConfig
+
+Row = dict[str, Any]
+COLUMNS = ("messages", "prompt", "completion")  # that hold messages
+STREAM_ROWS = 1000  # of a stream, that are rendered beforehand
+OTHER_FORM = (
+    'Split the row into {"prompt": [...], "completion": [...]}, one for each turn of the assistant: of these the '
+    "completion is trained on."
+)
+
+
+def row_messages(row: Row) -> list[Row]:
+    """Return all messages of a conversational row, in order."""
+    return [message for column in COLUMNS for message in row.get(column) or []]
+
+
+def template_kwargs(row: Row) -> Row:
+    """Return what TRL hands to the chat template beside the messages."""
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    return {"tools": tools, **(row.get("chat_template_kwargs") or {})}
+
+
+def render(tokenizer: Any, row: Row, template: str | None = None) -> tuple[str, str | None]:
+    """Return the text of a conversational row, as TRL renders it, and of its prompt alone, if it has one."""
+    settings = {"tokenize": False, "chat_template": template, **template_kwargs(row)}
+    whole = tokenizer.apply_chat_template(row_messages(row), **settings)
+    if "prompt" not in row:
+        return whole, None
+    return whole, tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, **settings)
+
+
+def training_template(tokenizer: Any, args: EAFTConfig) -> tuple[str | None, bool]:
+    """
+    Return the template that TRL trains with (None: the tokenizer's own), and whether it marks the assistant's tokens.
+
+    With `assistant_only_loss`, TRL replaces a template without `{% generation %}` marks that it knows by its own.
+    """
+    if has_generation_markers(tokenizer.chat_template):
+        return None, True
+    if not args.assistant_only_loss:
+        return None, False
+    try:
+        return get_training_chat_template(tokenizer), True
+    except Exception:  # it does not know this template, or the template raises on the messages that it is tried with
+        return None, False
+
+
+def find_template_tokenizer(model: str, args: EAFTConfig, revision: str | None) -> Any:
+    """
+    Return the tokenizer with the chat template of the training, without converting a GGUF file.
+
+    None if it cannot be loaded: what loads the model says why.
+    """
+    path = Path(model).expanduser()
+    source = {"revision": revision, "trust_remote_code": args.trust_remote_code}
+    try:
+        if path.suffix == ".gguf":
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        else:
+            tokenizer = load_tokenizer(str(path) if path.is_dir() else model, source)
+    except Exception:  # transformers has no error of its own for a file that is damaged
+        return None
+    return with_template(tokenizer, args)
+
+
+def with_template(tokenizer: Any, args: EAFTConfig) -> Any:
+    """
+    Return the tokenizer, or a copy with the template of `chat_template_path`, which TRL will give it.
+
+    Raises:
+        ConfigurationError: it cannot be read.
+    """
+    if (path := args.chat_template_path) is None:
+        return tokenizer
+    tokenizer = copy.copy(tokenizer)
+    try:
+        if Path(path).is_file() and path.endswith((".jinja", ".j2")):
+            tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+        else:
+            tokenizer.chat_template = AutoTokenizer.from_pretrained(path).chat_template
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"chat_template_path={path!r} cannot be read ({first_line(error)}): give a .jinja file, or the folder or "
+            "Hub id of a model."
+        ) from error
+    return tokenizer
+
+
+def check_templates(rows: dict[str, Iterable[Row] | None], args: EAFTConfig, model_args: ModelConfig) -> None:
+    """
+    Render every conversational row, as training will, before a model is loaded or converted.
+
+    Args:
+        rows: by the name of the flag that names them; of a stream the first 1000 are rendered.
+
+    Raises:
+        ConfigurationError: the template cannot be used, or raises on a row.
+    """
+    found = {flag: data for flag, data in rows.items() if data is not None and conversational(data)}
+    tokenizer = find_template_tokenizer(str(model_args.model_name_or_path), args, model_args.model_revision)
+    if not found or tokenizer is None:
+        return
+    for flag, data in found.items():
+        check_rows(tokenizer, data, args, flag)
+
+
+def conversational(rows: Iterable[Row]) -> bool:
+    """Return whether the first row has messages and has still to be tokenized."""
+    first = next(iter(rows), {})
+    return "input_ids" not in first and any(
+        isinstance(first.get(column), list) and is_conversational({column: first[column]}) for column in COLUMNS
+    )
+
+
+def check_rows(tokenizer: Any, rows: Iterable[Row], args: EAFTConfig, where: str) -> None:
+    """
+    Render rows.
+
+    Raises:
+        ConfigurationError: the template cannot be used, or raises on a row.
+    """
+    if tokenizer.chat_template is None:
+        raise ConfigurationError(
+            f"{where}: the model has no chat template, which rows of messages need: give one with "
+            "--chat_template_path (a .jinja file, or a model that has one), or rows of text."
+        )
+    template, _ = training_template(tokenizer, args)
+    for number, row in enumerate(rows if hasattr(rows, "__len__") else itertools.islice(rows, STREAM_ROWS)):
+        try:
+            render(tokenizer, row, template)
+        except TemplateSyntaxError as error:
+            raise ConfigurationError(
+                f"The chat template is not valid Jinja (line {error.lineno}: {first_line(error)}): give another with "
+                "--chat_template_path."
+            ) from error
+        except Exception as error:  # whatever a template's expressions raise
+            raise ConfigurationError(
+                f"{where}, row {number}: the chat template does not take this row ({type(error).__name__}: "
+                f"{first_line(error)}). {way_out(tokenizer, row, template)}"
+            ) from error
+
+
+def way_out(tokenizer: Any, row: Row, template: str | None) -> str:
+    """Return what to do about a row that a template raises on: a change after which it does not."""
+    for change, advice in CHANGES:
+        try:
+            changed = {**row, **{c: change(copy.deepcopy(row[c])) for c in COLUMNS if row.get(c)}}
+            render(tokenizer, changed, template)
+        except Exception:  # nor does it take that
+            continue
+        return advice
+    return "Change the row or leave it out, or give another template with --chat_template_path."
+
+
+def with_arguments(change: Callable[[Any], Any]) -> Callable[[list[Row]], list[Row]]:
+    """Return a change of messages: that of each tool call's arguments."""
+
+    def changed(messages: list[Row]) -> list[Row]:
+        for call in tool_calls(messages):
+            call["arguments"] = change(call["arguments"])
+        return messages
+
+    return changed
+
+
+def tool_calls(messages: Iterable[Row]) -> Iterator[Row]:
+    """Yield the name and arguments of each tool call."""
+    for message in messages:
+        for call in message.get("tool_calls") or []:
+            yield call.get("function", call)
+
+
+def without_nulls(value: Any) -> Any:
+    """Return a value of JSON without the keys that are null."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+CHANGES: list[tuple[Callable[[list[Row]], list[Row]], str]] = [
+    (
+        with_arguments(lambda value: json.loads(value) if isinstance(value, str) else value),
+        "Its tool arguments are JSON text, and this template takes a map: write "
+        '"arguments": {"city": "Paris"}, not "arguments": "{\\"city\\": \\"Paris\\"}".',
+    ),
+    (
+        with_arguments(lambda value: value if isinstance(value, str) else json.dumps(value)),
+        "Its tool arguments are a map, and this template takes JSON text: write "
+        '"arguments": "{\\"city\\": \\"Paris\\"}", not "arguments": {"city": "Paris"}.',
+    ),
+    (without_nulls, "Leave out the keys of its messages that are null."),
+    (
+        lambda messages: [{"content": "", **without_nulls(m)} for m in messages],
+        'Give each message a "content", if only "".',
+    ),
+    (
+        lambda messages: [m for m in messages if m.get("role") not in ("system", "developer")],
+        "It takes no system message: put that text at the beginning of the first user message.",
+    ),
+    (
+        lambda messages: [m for m in messages if m.get("role") != "tool"],
+        "It takes no message of the role tool: leave such rows out, or give another with --chat_template_path.",
+    ),
+]
+
+
+def label_turns(dataset: Any, tokenizer: Any, args: EAFTConfig) -> Any:
+    """
+    Return conversational rows as `input_ids` and `labels`, the assistant's tokens labelled (int64, -100: no label).
+
+    For a template without `{% generation %}` marks: the row is rendered up to each turn of the assistant, and the turn
+    is what follows, its end token included, as the completion of a row of `prompt` and `completion` is.
+
+    Raises:
+        ConfigurationError: a turn cannot be found so, as where a template changes earlier turns.
+    """
+    first = next(iter(dataset))
+    settings: Row = {"desc": "Labelling turns"} if hasattr(dataset, "__len__") else {}
+    return dataset.map(
+        labelled_turns,
+        with_indices=True,
+        remove_columns=list(first),
+        fn_kwargs={"tokenizer": tokenizer, "completion_only": args.completion_only_loss is not False},
+        **settings,
+    )
+
+
+def labelled_turns(row: Row, number: int, tokenizer: Any, completion_only: bool) -> dict[str, list[int]]:
+    """Return the tokens and labels of one row."""
+    messages, settings = row_messages(row), {"tokenize": False, **template_kwargs(row)}
+    text = tokenizer.apply_chat_template(messages, **settings)
+    prompt = len(row["prompt"]) if "prompt" in row and completion_only else 0
+    turns = [i for i, m in enumerate(messages) if i >= prompt and m["role"] == "assistant"]
+    spans = []
+    for turn in turns:
+        span = find_turn(tokenizer, messages, turn, text, settings)
+        if span is None:
+            raise ConfigurationError(
+                f"Row {number}: the chat template has no {{% generation %}} marks, and it renders message {turn} "
+                f"otherwise once others follow, so that the assistant's tokens cannot be found. {OTHER_FORM}"
+            )
+        spans.append(span)
+    try:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    except NotImplementedError as error:
+        raise ConfigurationError(
+            f"The tokenizer does not say where its tokens lie, so that the assistant's cannot be found. {OTHER_FORM}"
+        ) from error
+    labels = [
+        token if any(start < high and max(end, start + 1) > low for low, high in spans) else -100
+        for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    ]
+    return {"input_ids": encoded["input_ids"], "labels": labels}
+
+
+def find_turn(tokenizer: Any, messages: list[Row], turn: int, text: str, settings: Row) -> tuple[int, int] | None:
+    """Return where a turn of the assistant begins and ends in a row's text, or None where that is not to be found."""
+    through = tokenizer.apply_chat_template(messages[: turn + 1], **settings)
+    if not text.startswith(through) and tokenizer.eos_token:  # some templates write it once, at the end of the row
+        through = through.removesuffix(tokenizer.eos_token)
+    if not text.startswith(through):
+        return None
+    if turn == 0:  # many templates do not render no messages
+        start = text.find(str(messages[0].get("content") or "").strip())
+        return (start, len(through)) if start >= 0 else None
+    before = tokenizer.apply_chat_template(messages[:turn], **settings).removesuffix(tokenizer.eos_token or "")
+    asked = tokenizer.apply_chat_template(messages[:turn], add_generation_prompt=True, **settings)
+    start = next((i for i, (a, b) in enumerate(zip(asked, through, strict=False)) if a != b), len(asked))
+    return (start, len(through)) if len(before) <= start < len(through) else None
+
+
+def mark_assistant(args: EAFTConfig, model: Any, tokenizer: Any, train_dataset: Any) -> tuple[EAFTConfig, bool]:
+    """
+    Return the arguments to hand to TRL, and whether the assistant's tokens are to be found by `label_turns`.
+
+    `assistant_only_loss` stays where the template marks these tokens, or TRL knows a version of it that does.
+    `completion_only_loss` with `messages`, which TRL ignores, is taken for it.
+    """
+    first: Row = next(iter(train_dataset), {}) if train_dataset is not None else {}
+    wanted = args.assistant_only_loss or (args.completion_only_loss and "messages" in first)
+    if not wanted or not conversational([first]) or {"image", "images"} & first.keys():
+        return args, False
+    args = copy.copy(args)
+    args.assistant_only_loss = True
+    if tokenizer is not None:
+        tokenizer = with_template(tokenizer, args)
+    else:
+        revision = (args.model_init_kwargs or {}).get("revision")
+        tokenizer = find_template_tokenizer(
+            model if isinstance(model, str) else getattr(model, "name_or_path", ""), args, revision
+        )
+    if tokenizer is not None and tokenizer.chat_template is not None:
+        _, args.assistant_only_loss = training_template(tokenizer, args)
+    return args, not args.assistant_only_loss
