@@ -5,11 +5,15 @@ from pathlib import Path
 
 import pytest
 import trl
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from trl import DatasetMixtureConfig, ScriptArguments
 
 from eaft import cli
 from eaft.errors import ConfigurationError
 from eaft.training.config import EAFTConfig
-from eaft.training.data import to_dataset
+from eaft.training.data import load_splits, to_dataset
 from eaft.training.prepare import prepare_rows
 from eaft.training.templates import check_rows
 from tests.conftest import make_tokenizer
@@ -109,6 +113,101 @@ def test_no_model_is_loaded_and_nothing_written(command, model_dir, tmp_path, ca
     assert f"{where}, row 1: the chat template does not take this row" in error
     assert AS_MAP in error
     assert not out.exists()
+
+
+def found(rows, tokenizer, **more):
+    return {
+        e["name"]: (e["count"], e["rows"], e["text"]) for e in check_rows(tokenizer, rows, config(), "data", **more)
+    }
+
+
+@pytest.mark.parametrize(("name", "count"), [("glm4moe", 2), ("qwen2_5", 0), ("phi3", 0), ("deepseekv3", 0)])
+def test_answers_without_an_end_token_are_told(name, count):
+    tokenizer = tokenizer_with(name)
+    rows = [said("Hi", "Hello."), said("Hi"), said("Hi you", "Hello.")]
+    ends, text = {"<|im_end|>"}, "generation stops at ('<|im_end|>',). Give a template that ends the assistant's turn"
+    if name == "deepseekv3":
+        ends = {"\uff5cend\u2581of\u2581sentence\uff5c>"}
+    at_the_end = [
+        tokenizer.apply_chat_template(r["messages"], tokenize=False).strip().endswith(tuple(ends)) for r in rows
+    ]
+    assert (not at_the_end[0]) == bool(count)
+    number, first, told = found(rows, tokenizer, ends=ends)["no_end"]
+    assert (number, first) == (count, [0, 2][:count])
+    assert (text in told) == bool(count)
+
+
+def test_an_end_token_that_generation_does_not_know_is_told_with_the_flag():
+    rows = [said("Hi", "Hello.")]
+    assert (
+        "Set --eos_token '<|im_end|>'." in found(rows, tokenizer_with("qwen2_5"), ends={"<|endoftext|>"})["no_end"][2]
+    )
+    assert found(rows, tokenizer_with("qwen2_5"))["no_end"][0] == 0
+
+
+def test_nulls_that_parquet_fills_in_are_told_and_those_of_json_lines_are_not(tmp_path):
+    rows = [said("Hi", "Hello."), calling({"city": "Paris"}), calling({"city": "Rome", "unit": None})]
+    typed = [rows[0], calling({"city": "Paris"}), calling({"unit": "C"}), calling({"city": "Rome", "unit": "C"})]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    Dataset.from_list(typed).to_parquet(tmp_path / "data.parquet")
+    tokenizer = tokenizer_with("qwen3_5_think")
+    assert found(load_rows(tmp_path / "data.jsonl"), tokenizer)["filled_nulls"][:2] == (0, [])
+    assert found(load_rows(tmp_path / "data.parquet"), tokenizer)["filled_nulls"][:2] == (2, [1, 2])
+
+
+def load_rows(path):
+    return load_splits(ScriptArguments(dataset_name=str(path)), DatasetMixtureConfig())["train"]
+
+
+@pytest.mark.parametrize(("name", "count"), [("lfm2", 2), ("llama3", 2), ("qwen2_5", 0), ("phi3", 2), ("llama3_1", 0)])
+def test_tool_calls_that_a_template_drops_are_told(name, count):
+    answered = calling({"city": "Paris"})
+    answered["messages"] += [{"role": "tool", "name": "weather", "content": "rain"}, *said("", "Rain.")["messages"][1:]]
+    rows = [said("weather?", "Hello."), calling({"city": "Paris"}), answered]
+    tokenizer = tokenizer_with(name)
+    texts = [tokenizer.apply_chat_template(r["messages"], tokenize=False) for r in rows[1:]]
+    assert all("weather" not in text for text in texts) == bool(count)
+    assert found(rows, tokenizer)["dropped_calls"][:2] == (count, [1, 2][:count])
+
+
+@pytest.mark.parametrize(
+    "name", ["deepseek_r1_distill", "nemotron_3_nano", "glm4moe", "qwen2_5", "llama3", "gemma4_v5"]
+)
+def test_prompts_that_do_not_begin_their_row_are_told(name):
+    tokenizer, messages = tokenizer_with(name), said("Hi you", "Hello.")["messages"]
+    row = {"prompt": messages[:1], "completion": messages[1:]}
+    given = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+    whole = tokenizer.apply_chat_template(messages, return_dict=False)
+    right = whole[: len(given)] != given
+    assert found([row], tokenizer)["no_prefix"][0] == right
+    assert right or name not in ("deepseek_r1_distill", "nemotron_3_nano")
+
+
+def test_a_token_that_spans_the_end_of_a_prompt_is_told():
+    tokenizer = make_tokenizer()
+    vocab = {token: i for i, token in enumerate([*tokenizer.get_vocab(), "ab"])}
+    merging = Tokenizer(models.BPE(vocab=vocab, merges=[("a", "b")]))
+    merging.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=merging, eos_token="<|im_end|>")
+    rows = [{"prompt": "x a", "completion": "c"}, {"prompt": "x a", "completion": "b"}]
+    assert found(rows, tokenizer)["no_prefix"][:2] == (1, [1])
+
+
+def test_train_dry_run_and_inspect_tell_the_same(model_dir, tmp_path, capsys):
+    template, data = tmp_path / "other.jinja", tmp_path / "data.jsonl"
+    template.write_text((TEMPLATES / "glm4moe.jinja").read_text())
+    data.write_text("".join(json.dumps(r) + "\n" for r in [said("Hi", "Hello."), said("Hi you", "Hello.")] * 4))
+    flags = {"dataset_name": data, "use_cpu": "true", "bf16": "false", "report_to": "none", "max_steps": 1}
+    flags |= {"model_name_or_path": model_dir, "chat_template_path": template}
+    argv = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    line = (
+        "dataset_train_split='train': Answers without an end token: 8 (row 0, 1, 2, 3, 4). The model does not learn to"
+    )
+    for command, *more in (["train"], ["train", "--dry_run"], ["inspect"]):
+        assert cli.main([command, *argv, "--output_dir", str(tmp_path / (command + "".join(more))), *more]) == 0
+        assert line in capsys.readouterr().err
+    checks = json.loads((tmp_path / "inspect" / "summary.json").read_text())["checks"]
+    assert {c["name"]: c["count"] for c in checks}["no_end"] == 8
 
 
 def labelled(tokenizer, data, **settings):

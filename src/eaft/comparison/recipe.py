@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 import tempfile
 from dataclasses import asdict, dataclass, field, fields
 from importlib.util import find_spec
@@ -19,7 +20,7 @@ from eaft.evaluation.scores import Protocol
 from eaft.models import resolve_model
 from eaft.provenance import versions
 from eaft.training.data import json_rows
-from eaft.training.templates import check_templates
+from eaft.training.templates import check_templates, told
 from eaft.training.train import load_data, parse
 
 REFERENCE = "sft"  # what every objective is compared with, where the recipe names no pairs
@@ -224,6 +225,7 @@ def plan_runs(recipe: Recipe, model_identity: Any) -> list[Run]:
     runs: list[Run] = []
     rates: list[float | None] = [None] if recipe.learning_rates is None else [*recipe.learning_rates]
     held_out, seen, digests = recipe.evaluate.held_out_rows, set[str](), dict[Path, str]()
+    warnings = set[str]()
     for seed in recipe.seeds:
         for objective, own in recipe.objectives.items():
             for rate in rates:
@@ -239,10 +241,11 @@ def plan_runs(recipe: Recipe, model_identity: Any) -> list[Run]:
                 flags["output_dir"] = str(Path(recipe.output_dir) / name)
                 # Another seed on the same data changes nothing here
                 if (key := json.dumps([own, rate, flags.get("dataset_name")], default=str)) not in seen:
-                    check_training(flags, held_out)
+                    warnings.add(check_training(flags, held_out))
                     seen.add(key)
                 identity = json.loads(json.dumps(identity, default=str))
                 runs.append(Run(objective, seed, rate, Path(flags["output_dir"]), flags, identity))
+    print("".join(sorted(warnings)), end="", file=sys.stderr)
     return runs
 
 
@@ -251,9 +254,9 @@ def of_seed(value: Any, seed: int) -> Any:
     return value.replace("{seed}", str(seed)) if isinstance(value, str) else value
 
 
-def check_training(flags: dict[str, Any], held_out: list[dict[str, Any]]) -> None:
+def check_training(flags: dict[str, Any], held_out: list[dict[str, Any]]) -> str:
     """
-    Check one run's flags and data.
+    Check one run's flags and data; return what its chat template makes of the data, as lines.
 
     Raises:
         ConfigurationError: they cannot be used, or a row is both trained on and held out.
@@ -265,15 +268,16 @@ def check_training(flags: dict[str, Any], held_out: list[dict[str, Any]]) -> Non
     if flags.get("use_peft") and find_spec("peft") is None:
         raise ConfigurationError("use_peft: PEFT is not installed: pip install 'eaft[peft]'.")
     train, _ = load_data(*configs)
-    check_templates({"evaluate.held_out": held_out}, configs[1], configs[2])
+    told_of = told(check_templates({"train": train, "evaluate.held_out": held_out}, configs[1], configs[2]))
     if not held_out or not hasattr(train, "column_names") or "prompt" not in (train.column_names or []):
-        return
+        return told_of
     trained = {json.dumps(prompt) for prompt in train["prompt"]}
     for i, row in enumerate(held_out):
         if json.dumps(row["prompt"]) in trained:
             raise ConfigurationError(
                 f"evaluate.held_out: row {i} is trained on, and cannot choose a checkpoint. Take rows that are not."
             )
+    return told_of
 
 
 def read_rows(path: str) -> list[dict[str, Any]]:

@@ -91,7 +91,7 @@ def check(inspection: Inspection) -> list[dict[str, Any]]:
     return [
         {"name": name, "title": title, "count": len(rows[name]), "rows": rows[name][:FIRST_ROWS].tolist(), "text": text}
         for name, (title, text) in CHECKS.items()
-    ]
+    ] + inspection.run.get("template", [])  # of the chat template: `eaft.training.templates.Findings`
 
 
 def with_tokens(inspection: Inspection) -> Iterator[tuple[dict[str, Any], Tokens]]:

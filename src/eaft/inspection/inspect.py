@@ -62,7 +62,7 @@ from eaft.training.config import EAFTConfig
 from eaft.training.data import rows_digest
 from eaft.training.measure import fingerprint
 from eaft.training.prepare import prepare_rows
-from eaft.training.train import changed_arguments, launch, load_data, parse
+from eaft.training.train import changed_arguments, check_data, launch, load_data, parse
 
 DESCRIPTION = """
 Score data through a model, token by token, as training would see it before its first step, and say what is found: how
@@ -211,6 +211,7 @@ def inspect(
             )
         check_evaluation("vllm")  # it is lm-eval's
     dataset, _ = load_data(script_args, args, model_args, dataset_args)
+    template = check_data(script_args, args, model_args, dataset, None)
     source = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
     with state.main_process_first():
         base = find_model(str(model_args.model_name_or_path), source)
@@ -238,6 +239,7 @@ def inspect(
                     "finished": False,
                     "model": model_args.model_name_or_path,
                     "dataset": data,
+                    "template": template,
                     "top_k": usable_top_k(args.gate_top_k, vocabulary_size(tokenizer)),
                     "models": [asdict(ScoredModel(BASE, str(model_args.model_name_or_path))), *map(asdict, others)],
                     "rollouts": asked if inspect_args.rollouts else None,

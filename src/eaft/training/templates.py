@@ -16,7 +16,7 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 from trl.data_utils import is_conversational
 
 from eaft.errors import ConfigurationError, first_line
-from eaft.evaluation.scores import load_tokenizer
+from eaft.evaluation.scores import end_tokens, generation_config, load_tokenizer
 from eaft.training.config import EAFTConfig
 
 Row = dict[str, Any]
@@ -106,22 +106,171 @@ def with_template(tokenizer: Any, args: EAFTConfig) -> Any:
     return tokenizer
 
 
-def check_templates(rows: dict[str, Iterable[Row] | None], args: EAFTConfig, model_args: ModelConfig) -> None:
+FINDINGS = {
+    "no_end": (
+        "Answers without an end token",
+        "The model does not learn to stop.",
+    ),
+    "filled_nulls": (
+        "Nulls filled into tool arguments",
+        "A typed file (Parquet) fills a key that a row lacks, and another row has, with null, and the model learns to "
+        "write it. Give JSON Lines, or write the arguments as JSON text before the file is made.",
+    ),
+    "dropped_calls": (
+        "Tool calls or results that the chat template drops",
+        "They are not in the text that is trained on. Give a template that writes them, with --chat_template_path.",
+    ),
+    "no_prefix": (
+        "Prompts that do not begin their row",
+        "The template writes the prompt alone otherwise, or a token spans its end. What differs is trained on, and the "
+        "model is asked in another context than it was trained in.",
+    ),
+}
+NAMED_ROWS = 10
+SENTINEL = "called_a8f3e2b1"
+
+
+class Findings:
+    """What a chat template makes of rows: of each of `FINDINGS` how many rows, the first of them, and advice."""
+
+    def __init__(self, tokenizer: Any, ends: set[str], template: str | None, filled: set[str]) -> None:
+        self.tokenizer, self.template, self.filled = tokenizer, template, filled
+        self.ends = tuple(sorted(ends))
+        self.rows: dict[str, list[int]] = {name: [] for name in FINDINGS}
+        self.details: dict[str, str] = {}
+        self.number = 0
+
+    def add(self, row: Row, whole: str | None, prompt: str | None) -> None:
+        """Look at the next row: its text and its prompt's, as `render` returns them, or None of plain text."""
+        messages = row_messages(row) if whole is not None else []
+        if whole is None:
+            whole, prompt = row["prompt"] + row["completion"], row["prompt"]
+        elif self.ends and messages[-1].get("role") == "assistant" and not whole.rstrip().endswith(self.ends):
+            self.found("no_end", self.how_it_ends(whole.rstrip()))
+        if prompt is not None and not self.is_prefix(prompt, whole, special=not messages):
+            self.found("no_prefix")
+        if ("messages" in self.filled and any(holds_null(call.get("arguments")) for call in tool_calls(messages))) or (
+            "tools" in self.filled and holds_null(row.get("tools"))
+        ):
+            self.found("filled_nulls")
+        if any(message.get("tool_calls") or message.get("role") == "tool" for message in messages) and self.drops(row):
+            self.found("dropped_calls")
+        self.number += 1
+
+    def found(self, name: str, detail: str = "") -> None:
+        """Count this row."""
+        self.rows[name].append(self.number)
+        self.details.setdefault(name, detail)
+
+    def how_it_ends(self, text: str) -> str:
+        """Return how a text ends that does not end with an end token, and what to do."""
+        added = [token for token in self.tokenizer.get_added_vocab() if text.endswith(token)]
+        stops = f"Row {self.number} ends with {(added or [text[-20:]])[0]!r}, and generation stops at {self.ends}."
+        if added:
+            return f"{stops} Set --eos_token '{added[0]}'."
+        return f"{stops} Give a template that ends the assistant's turn, with --chat_template_path."
+
+    def is_prefix(self, prompt: str, whole: str, special: bool) -> bool:
+        """Return whether a prompt begins its row, as text, and in the first 1000 rows as tokens."""
+        if not whole.startswith(prompt):
+            return False
+        if self.number >= STREAM_ROWS:
+            return True
+        first, all_ = (self.tokenizer(text, add_special_tokens=special)["input_ids"] for text in (prompt, whole))
+        return all_[: len(first)] == first
+
+    def drops(self, row: Row) -> bool:
+        """Return whether the template leaves out the name of a tool call, or what a tool answered."""
+        expected = 0
+        changed = {**row, **{c: copy.deepcopy(row[c]) for c in COLUMNS if row.get(c)}}
+        for message in row_messages(changed):
+            for call in tool_calls([message]):
+                call["name"], expected = SENTINEL, expected + 1
+            if message.get("role") == "tool" and isinstance(message.get("content"), str):
+                message["content"], expected = SENTINEL, expected + 1
+        try:
+            return render(self.tokenizer, changed, self.template)[0].count(SENTINEL) < expected
+        except Exception:  # it looks the name up
+            return False
+
+    def summary(self) -> list[dict[str, Any]]:
+        """Return each finding: its name, title, number of rows, the first of them and advice, as JSON values."""
+        return [
+            {
+                "name": name,
+                "title": title,
+                "count": len(self.rows[name]),
+                "rows": self.rows[name][:NAMED_ROWS],
+                "text": f"{text} {self.details.get(name, '')}".strip(),
+            }
+            for name, (title, text) in FINDINGS.items()
+        ]
+
+
+def holds_null(value: Any) -> bool:
+    """Return whether a value of JSON is null or holds one."""
+    if isinstance(value, dict):
+        return any(item is None or holds_null(item) for item in value.values())
+    return isinstance(value, list) and any(item is None or holds_null(item) for item in value)
+
+
+def filled_columns(rows: Any) -> set[str]:
+    """Return which of `messages` and `tools` are in a typed table, which fills missing keys with null."""
+    columns = {name: str(kind) for name, kind in (getattr(rows, "features", None) or {}).items()}
+    found = {"messages"} if any("'arguments': {" in columns.get(name, "") for name in COLUMNS) else set()
+    return found | ({"tools"} if "{" in columns.get("tools", "") else set())
+
+
+def end_texts(model: str, tokenizer: Any, args: EAFTConfig, revision: str | None) -> set[str]:
+    """Return the tokens at which the tuned model will stop."""
+    found = {tokenizer.eos_token, args.eos_token}
+    if Path(model).suffix != ".gguf":
+        source = {"revision": revision, "trust_remote_code": args.trust_remote_code}
+        try:
+            ids = end_tokens(
+                generation_config(str(Path(model).expanduser()) if Path(model).is_dir() else model, source)
+            )
+        except (OSError, ValueError):  # what loads the model says why
+            ids = []
+        found |= set(tokenizer.convert_ids_to_tokens(ids))
+    return {token for token in found if token}
+
+
+def check_templates(
+    rows: dict[str, Iterable[Row] | None], args: EAFTConfig, model_args: ModelConfig
+) -> dict[str, list[dict[str, Any]]]:
     """
     Render every conversational row, as training will, before a model is loaded or converted.
 
     Args:
         rows: by the name of the flag that names them; of a stream the first 1000 are rendered.
 
+    Returns:
+        by the same name, what was found (`Findings.summary`).
+
     Raises:
         ConfigurationError: the template cannot be used, or raises on a row.
     """
-    found = {flag: data for flag, data in rows.items() if data is not None and conversational(data)}
-    tokenizer = find_template_tokenizer(str(model_args.model_name_or_path), args, model_args.model_revision)
-    if not found or tokenizer is None:
-        return
-    for flag, data in found.items():
-        check_rows(tokenizer, data, args, flag)
+    model, revision = str(model_args.model_name_or_path), model_args.model_revision
+    found = {
+        flag: data for flag, data in rows.items() if data is not None and (conversational(data) or split_text(data))
+    }
+    tokenizer = find_template_tokenizer(model, args, revision) if found else None
+    if tokenizer is None:
+        return {}
+    ends = end_texts(model, tokenizer, args, revision)
+    return {flag: check_rows(tokenizer, data, args, flag, ends) for flag, data in found.items()}
+
+
+def told(found: dict[str, list[dict[str, Any]]]) -> str:
+    """Return what `check_templates` found as lines, each with a number of rows and the first of them."""
+    lines = []
+    for where, entries in found.items():
+        for entry in entries:
+            first = ", ".join(map(str, entry["rows"][:5]))
+            if entry["count"]:
+                lines.append(f"{where}: {entry['title']}: {entry['count']} (row {first}). {entry['text']}\n")
+    return "".join(lines)
 
 
 def conversational(rows: Iterable[Row]) -> bool:
@@ -132,22 +281,36 @@ def conversational(rows: Iterable[Row]) -> bool:
     )
 
 
-def check_rows(tokenizer: Any, rows: Iterable[Row], args: EAFTConfig, where: str) -> None:
+def split_text(rows: Iterable[Row]) -> bool:
+    """Return whether the first row has a prompt and a completion of plain text."""
+    first = next(iter(rows), {})
+    return "input_ids" not in first and all(isinstance(first.get(name), str) for name in ("prompt", "completion"))
+
+
+def check_rows(
+    tokenizer: Any, rows: Iterable[Row], args: EAFTConfig, where: str, ends: Iterable[str] = ()
+) -> list[dict[str, Any]]:
     """
-    Render rows.
+    Render rows, and return what was found (`Findings.summary`).
+
+    Args:
+        ends: the tokens at which the model will stop; none: it is not looked for.
 
     Raises:
         ConfigurationError: the template cannot be used, or raises on a row.
     """
-    if tokenizer.chat_template is None:
+    plain = split_text(rows)
+    if tokenizer.chat_template is None and not plain:
         raise ConfigurationError(
             f"{where}: the model has no chat template, which rows of messages need: give one with "
             "--chat_template_path (a .jinja file, or a model that has one), or rows of text."
         )
-    template, _ = training_template(tokenizer, args)
-    for number, row in enumerate(rows if hasattr(rows, "__len__") else itertools.islice(rows, STREAM_ROWS)):
+    template = None if plain else training_template(tokenizer, args)[0]
+    findings = Findings(tokenizer, set(ends), template, filled_columns(rows))
+    is_sized = hasattr(rows, "__len__")
+    for number, row in enumerate(itertools.islice(rows, STREAM_ROWS if plain or not is_sized else None)):
         try:
-            render(tokenizer, row, template)
+            whole, prompt = (None, None) if plain else render(tokenizer, row, template)
         except TemplateSyntaxError as error:
             raise ConfigurationError(
                 f"The chat template is not valid Jinja (line {error.lineno}: {first_line(error)}): give another with "
@@ -158,6 +321,8 @@ def check_rows(tokenizer: Any, rows: Iterable[Row], args: EAFTConfig, where: str
                 f"{where}, row {number}: the chat template does not take this row ({type(error).__name__}: "
                 f"{first_line(error)}). {way_out(tokenizer, row, template)}"
             ) from error
+        findings.add(row, whole, prompt)
+    return findings.summary()
 
 
 def way_out(tokenizer: Any, row: Row, template: str | None) -> str:

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from trl.cli.commands.training import _subtract_subsequence as subtract_subseque
 
 from eaft.errors import ConfigurationError, first_line, nearest
 from eaft.evaluation.measured import write_jsonl
+from eaft.evaluation.scores import processes
 from eaft.models import resolve_model
 from eaft.objective.gate_flags import gates_help
 from eaft.processes import locked
@@ -32,7 +34,7 @@ from eaft.training.config import EAFTConfig
 from eaft.training.data import exclude_rows, load_splits, select_split
 from eaft.training.plan import DryRunArguments, plan
 from eaft.training.replay import REPLAY_FILE, check_replay, mix, replayed_rows
-from eaft.training.templates import check_templates
+from eaft.training.templates import check_templates, told
 from eaft.training.trainer import EAFTTrainer
 
 DESCRIPTION = """
@@ -130,6 +132,7 @@ def train(
     find_checkpoint(args)
     state.wait_for_everyone()  # no process may write before every one has looked
     train_dataset, eval_dataset = load_data(script_args, args, model_args, dataset_args)
+    check_data(script_args, args, model_args, train_dataset, eval_dataset)
     with state.main_process_first():
         model = resolve_model(model_args.model_name_or_path, args.trust_remote_code)
     args.model_init_kwargs = model_init_kwargs(args, model_args)
@@ -220,7 +223,9 @@ def dry_run(configs: list[Any], launch_args: list[str]) -> str:
     """Check what `train` checks of its four arguments, and return the plan (`eaft.training.plan`)."""
     script_args, args, model_args, dataset_args = configs
     find_checkpoint(args)
-    return plan(args, model_args, *load_data(script_args, args, model_args, dataset_args), launch_args)
+    data = load_data(script_args, args, model_args, dataset_args)
+    check_data(script_args, args, model_args, *data)
+    return plan(args, model_args, *data, launch_args)
 
 
 def load_data(
@@ -230,7 +235,7 @@ def load_data(
     Return the training data and, if it is to be evaluated on, the held-out data, before a model is loaded or converted.
 
     Raises:
-        ConfigurationError: no model or no data is named, the data cannot be used, or its chat template raises on a row.
+        ConfigurationError: no model or no data is named, or the data cannot be used.
     """
     if model_args.model_name_or_path is None:
         raise ConfigurationError("model_name_or_path is missing: give a Hub id, a folder or a .gguf file.")
@@ -243,9 +248,24 @@ def load_data(
         found[0] = exclude_rows(found[0], args.exclude_examples)
     if args.replay:
         check_replay(found[0], args)
-    rows = {f"{flag}={split!r}": data for (split, flag), data in zip(names, found, strict=True)}
-    check_templates(rows, args, model_args)
     return found[0], found[1] if len(found) > 1 else None
+
+
+def check_data(
+    script_args: ScriptArguments, args: EAFTConfig, model_args: ModelConfig, train_dataset: Any, eval_dataset: Any
+) -> list[dict[str, Any]]:
+    """
+    Print what the chat template makes of the data, and return what it makes of the training data.
+
+    Raises:
+        ConfigurationError: it raises on a row.
+    """
+    names = {"dataset_train_split": train_dataset, "dataset_test_split": eval_dataset}
+    rows = {f"{flag}={getattr(script_args, flag)!r}": data for flag, data in names.items()}
+    found = check_templates(rows, args, model_args)
+    if processes().is_main_process:
+        print(told(found), end="", file=sys.stderr)
+    return found.get(next(iter(rows)), [])
 
 
 def find_checkpoint(args: EAFTConfig) -> str | None:
