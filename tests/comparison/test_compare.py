@@ -251,11 +251,11 @@ def test_jobs_find_what_one_after_the_other_finds(compared, tmp_path, monkeypatc
     """In processes of their own, one of which fails; as the same runs in `compared`, at one of its learning rates."""
     monkeypatch.setenv("EAFT_CACHE", str(tmp_path / "cache"))
     content = {**compared.content, "output_dir": str(tmp_path / "out"), "learning_rates": [1e-2]}
-    content["objectives"] = {"sft": {"gate": "sft"}, "broken": {"gate": "sft", "max_length": 3}}
+    content["objectives"] = {"sft": {"gate": "sft"}, "broken": {"gate": "sft", "attn_implementation": "none"}}
     assert run(content, "--jobs", "2") == 1
     results = read(tmp_path / "out")
     assert [f["objective"] for f in results["failed"]] == ["broken"]
-    assert "training ended with exit code 2" in results["failed"][0]["message"]
+    assert "training ended with exit code" in results["failed"][0]["message"]
     (found,) = results["runs"]
     (before,) = (
         r for r in compared.results["runs"] if (r["objective"], r["learning_rate"]) == (found["objective"], 1e-2)
@@ -542,7 +542,7 @@ def test_a_base_without_a_template_is_asked_as_the_tuned_model_is(tmp_path):
         (tmp_path / "base" / "chat_template.jinja").unlink(missing_ok=True)
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "Hello"}])
     config = recipe.EvaluateConfig(target_tasks=[], general_tasks=[], general_prompts=prompts, max_new_tokens=2)
-    found = measure.Measure(config, str(tmp_path / "base"), {}, tmp_path)
+    found = measure.Measure(config, str(tmp_path / "base"), {}, tmp_path, [])
     found.begin(runs.Run("sft", 0, None, tmp_path / "tuned", {}, {}))
     asked = make_tokenizer().decode(found.answers["general"].answers[0].prompt_ids)
     assert asked == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"

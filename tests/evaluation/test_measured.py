@@ -18,7 +18,7 @@ from eaft.evaluation.scores import Protocol, load_tokenizer
 from eaft.evaluation.store import Store
 from eaft.evaluation.suite import load_suites
 from eaft.processes import locked
-from tests.conftest import make_model, make_rows, make_tokenizer
+from tests.conftest import make_model, make_tokenizer
 from tests.evaluation.test_evaluate import task_path  # noqa: F401 - a fixture
 
 
@@ -188,31 +188,29 @@ def test_answers_are_kept_apart_from_what_computes_their_probabilities(model_dir
     assert model.find_sampled(prompts[:1]) is None
 
 
-def test_held_out_nll_is_the_definition(model_dir):
+def test_nll_is_the_definition(model_dir):
+    """Only of labelled tokens, which need not follow one another; the first token is nobody's."""
     model, _ = side_by_side(str(model_dir), None, Protocol(), True)
     tokenizer = load_tokenizer(str(model_dir))
-    chat = {
-        "prompt": [{"role": "user", "content": "one"}],
-        "completion": [{"role": "assistant", "content": "two"}],
-    }
-    rows = [*make_rows(2), chat]
+    ids = [tokenizer(text)["input_ids"] for text in ("one is two", "a", "three is four")]
+    ids[1] = [5, 6]
+    labelled = [{0, 3, 4, 8}, {0, 1}, {1, 12}]
+    rows = [
+        {"input_ids": row, "labels": [token if t in places else -100 for t, token in enumerate(row)]}
+        for row, places in zip(ids, labelled, strict=True)
+    ]
     sums, counts = model.nll(rows)
     torch_model = AutoModelForCausalLM.from_pretrained(model_dir).double().eval()
-    for row, total, count in zip(rows, sums, counts, strict=True):
-        if row is chat:
-            given = "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n"
-            learned = "two<|im_end|>\n"
-        else:
-            given, learned = row["prompt"], row["completion"] + tokenizer.eos_token
-        ids, n = tokenizer(given + learned)["input_ids"], len(tokenizer(given)["input_ids"])
+    for row, places, total, count in zip(ids, labelled, sums, counts, strict=True):
         with torch.no_grad():
-            log_probs = torch_model(torch.tensor([ids])).logits[0].log_softmax(-1)
-        expected = -sum(log_probs[t - 1, ids[t]].item() for t in range(n, len(ids)))
-        assert (total, count) == (pytest.approx(expected, rel=1e-5), len(ids) - n)
+            log_probs = torch_model(torch.tensor([row])).logits[0].log_softmax(-1)
+        expected = -sum(log_probs[t - 1, row[t]].item() for t in places if t)
+        assert (total, count) == (pytest.approx(expected, rel=1e-5), len(places - {0}))
     assert model.nll(rows)[0].tolist() == sums.tolist()
     assert model.kept == ["nll"]
-    with pytest.raises(ConfigurationError, match="needs `prompt` and `completion`, and has text"):
-        model.nll([{"text": "a"}])
+    other, _ = side_by_side(str(model_dir), None, Protocol(), True)
+    other.nll([{**row, "labels": row["input_ids"]} for row in rows])  # other labels are measured anew
+    assert other.kept == []
 
 
 def test_a_task_that_fails_does_not_take_the_others_along(model_dir, folder, task_path, tmp_path, monkeypatch):  # noqa: F811

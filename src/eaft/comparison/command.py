@@ -31,10 +31,11 @@ The recipe (YAML):
     general_tasks: [general]
     # all below may be left out, and also: include_path, data_dir, limit, and how models are asked: num_fewshot,
     # apply_chat_template, enable_thinking, backend, model_args, ... as in `eaft eval`
-    held_out: held_out.jsonl       # rows as the training data's, neither trained on nor scored: the lowest nll chooses
-                                   # learning rate and checkpoint, for each objective and seed (without: the last)
+    held_out: held_out.jsonl       # rows in any form that training takes, neither trained on nor scored: the lowest nll
+                                   # chooses learning rate and checkpoint, by objective and seed (without: the last)
     every_checkpoint_tasks: []     # those of target_tasks to run on every checkpoint: a target to match, beside the nll
-    target_prompts: test.jsonl     # rows with a `prompt`: drift is also measured on the base model's answers to them
+    target_prompts: test.jsonl     # rows with a `prompt` or `messages`, and perhaps `tools`: drift is also measured on
+                                   # the base model's answers to them
     general_prompts: prompts.jsonl # (default: everyday requests)
   learning_rates: [1.0e-5, 3.0e-5] # each objective at each (default: the one in train)
   pairs: [[eaft, sft]]             # what is compared with what (default: each objective with sft)

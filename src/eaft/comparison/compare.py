@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -18,13 +19,14 @@ import torch
 from accelerate.state import AcceleratorState
 
 from eaft.comparison import report
+from eaft.comparison.held_out import Row, check_fit, check_number, prepare
 from eaft.comparison.measure import Measure, check_before_training
-from eaft.comparison.recipe import Recipe, Run, base_model, check_names, plan_runs
+from eaft.comparison.recipe import Recipe, Run, base_model, check_names, parse_flags, plan_runs
 from eaft.comparison.results import collect
 from eaft.comparison.runs import FirstAlone, check_folder, claim, end_with_parent, train_run
 from eaft.comparison.study import Study, prune, study
 from eaft.errors import ConfigurationError, EAFTError, first_line
-from eaft.evaluation.evaluate import check_packages
+from eaft.evaluation.evaluate import check_packages, context_length
 from eaft.evaluation.identity import tokenizer_digest, weights_digest
 from eaft.evaluation.scores import load_tokenizer, processes
 from eaft.evaluation.suite import Benchmark, Suite, load_suites
@@ -32,6 +34,8 @@ from eaft.processes import locked
 
 logger = logging.getLogger(__name__)
 OURS = {"made_by": "eaft compare"}  # in the mark of an output folder
+# Flags of training that change no row's tokens or labels
+LEAVES_TOKENS = ("output_dir", "dataset_name", "seed", "learning_rate", "gate", "gate_alpha", "gate_kwargs", "replay")
 
 
 def compare(recipe: Recipe, jobs: int = 1) -> dict[str, Any]:
@@ -55,6 +59,7 @@ def compare(recipe: Recipe, jobs: int = 1) -> dict[str, Any]:
     check_before_training(recipe.evaluate, base, benchmarks)
     identity = [weights_digest(base), tokenizer_digest(load_tokenizer(base))]
     runs = plan_runs(recipe, identity)
+    rows = prepare_held_out(recipe, runs, base)
     # Parsing the flags of training has set up its processes; measuring has its own
     AcceleratorState._reset_state(reset_partial_state=True)
     state, output_dir = processes(), Path(recipe.output_dir)
@@ -66,7 +71,7 @@ def compare(recipe: Recipe, jobs: int = 1) -> dict[str, Any]:
         if state.is_main_process:
             claim(output_dir, OURS)
         state.wait_for_everyone()
-        measure = Measure(recipe.evaluate, base, benchmarks, output_dir)
+        measure = Measure(recipe.evaluate, base, benchmarks, output_dir, rows)
         keep_all = recipe.keep_checkpoints == "all"
         run_each = partial(one_at_a_time, output_dir, keep_all) if jobs == 1 else partial(in_jobs, recipe, jobs)
         studies, failed = run_all(runs, measure, run_each)
@@ -93,6 +98,57 @@ def load_tasks(recipe: Recipe) -> tuple[dict[str, Benchmark], list[Suite]]:
     ]
     check_names("evaluate.every_checkpoint_tasks", config.every_checkpoint_tasks, groups[0].benchmarks)
     return benchmarks, groups
+
+
+def prepare_held_out(recipe: Recipe, runs: list[Run], base: str) -> list[Row]:
+    """
+    Return the recipe's held-out rows as all runs prepare their training data; none without `held_out`.
+
+    Rows without a labelled token are left out, as training leaves them out.
+
+    Raises:
+        ConfigurationError: they cannot be prepared or measured, too few are left, or two runs prepare them differently.
+    """
+    path = recipe.evaluate.held_out
+    if path is None:
+        return []
+    known: dict[str, tuple[Run, list[Row]]] = {}
+    for run in runs:
+        flags = {name: value for name, value in run.flags.items() if name not in LEAVES_TOKENS}
+        key = json.dumps(flags, sort_keys=True, default=str)
+        if key in known:
+            continue
+        known[key] = run, prepare(path, parse_flags(run.flags), base)
+        first, rows = next(iter(known.values()))
+        check_alike(first, rows, *known[key])
+    rows = next(rows for _, rows in known.values())
+    check_fit(rows, base, context_length(base, recipe.evaluate.model_args))
+    labelled = [row for row in rows if row["input_ids"]]
+    if len(labelled) < len(rows):
+        left_out = [str(i) for i, row in enumerate(rows) if not row["input_ids"]]
+        logger.warning(
+            f"evaluate.held_out: row {', '.join(left_out)} has no labelled token left, and is not measured, as such "
+            "rows are not trained on."
+        )
+    check_number("held_out", len(labelled))
+    return labelled
+
+
+def check_alike(first: Run, rows: list[Row], second: Run, found: list[Row]) -> None:
+    """
+    Check that two runs prepare the same tokens, since nlls of different tokens cannot be compared.
+
+    Raises:
+        ConfigurationError: they do not; names the flags in which they differ.
+    """
+    if (i := next((i for i, (a, b) in enumerate(zip(rows, found, strict=True)) if a != b), None)) is not None:
+        names = [name for name in {**first.flags, **second.flags} if name not in LEAVES_TOKENS]
+        names = [name for name in names if first.flags.get(name) != second.flags.get(name)]
+        raise ConfigurationError(
+            f"evaluate.held_out: {first.name} and {second.name} make different tokens or labels of row {i} (by "
+            f"{', '.join(names)}), so their nlls cannot be compared. Give all objectives the same (in train), or leave "
+            "held_out out."
+        )
 
 
 def check_jobs(jobs: int) -> None:
@@ -160,7 +216,9 @@ def in_jobs(recipe: Recipe, jobs: int, all_work: list[Work], measure: Measure) -
     """Yield what becomes of each piece of work, done by some processes of their own, which share the cores."""
     threads = max(1, torch.get_num_threads() // jobs)
     base_kept = []
-    with ProcessPoolExecutor(jobs, get_context("spawn"), start_worker, (recipe, measure.folder, threads)) as pool:
+    with ProcessPoolExecutor(
+        jobs, get_context("spawn"), start_worker, (recipe, measure.folder, threads, measure.rows)
+    ) as pool:
         for future in [pool.submit(work_apart, work, recipe.keep_checkpoints == "all") for work in all_work]:
             try:
                 found, kept = future.result()
@@ -179,7 +237,7 @@ def in_jobs(recipe: Recipe, jobs: int, all_work: list[Work], measure: Measure) -
             yield found
 
 
-def start_worker(recipe: Recipe, folder: Path, threads: int) -> None:
+def start_worker(recipe: Recipe, folder: Path, threads: int, rows: list[Row]) -> None:
     """Make a process ready to train and measure, with its share of the cores for what it starts too."""
     global WORKER
     end_with_parent()
@@ -188,7 +246,7 @@ def start_worker(recipe: Recipe, folder: Path, threads: int) -> None:
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
     benchmarks, _ = load_tasks(recipe)
-    WORKER = Measure(recipe.evaluate, base_model(recipe), benchmarks, folder)
+    WORKER = Measure(recipe.evaluate, base_model(recipe), benchmarks, folder, rows)
 
 
 WORKER: Measure  # of a process that `in_jobs` started

@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
+from eaft.comparison.held_out import Row, check_number
 from eaft.comparison.recipe import EvaluateConfig, Run
 from eaft.comparison.runs import Checkpoint, checkpoints, delete_models
 from eaft.errors import ConfigurationError, EAFTError
-from eaft.evaluation.evaluate import check_measurable, context_length, pair, run_tasks, side_by_side
+from eaft.evaluation.evaluate import check_measurable, pair, run_tasks, side_by_side
 from eaft.evaluation.identity import digest, tokenizer_digest
-from eaft.evaluation.measured import MeasuredModel, example, read_jsonl, shared
+from eaft.evaluation.measured import MeasuredModel, read_jsonl, shared
 from eaft.evaluation.scores import Item, Protocol, processes
 from eaft.evaluation.suite import Benchmark
 from eaft.provenance import write_json
@@ -61,7 +62,8 @@ class Measure:
 
     Attributes:
         base: the base model's point, after `begin`.
-        prompt_tokens: by kind, of each of its answers; `held_out_tokens`, of each held-out completion.
+        rows: the held-out rows, as training prepares them.
+        prompt_tokens: by kind, of each of its answers; `held_out_tokens`, the labelled ones of each held-out row.
         benchmarks: without those that failed on the base model, which are in `failed`, with the reason.
         protocol: how all are asked, complete; after `begin`.
         kept: by model, what was read from the store instead of measured.
@@ -72,9 +74,11 @@ class Measure:
     prompt_tokens: dict[str, np.ndarray]
     held_out_tokens: np.ndarray
 
-    def __init__(self, config: EvaluateConfig, base: str, benchmarks: dict[str, Benchmark], folder: Path) -> None:
+    def __init__(
+        self, config: EvaluateConfig, base: str, benchmarks: dict[str, Benchmark], folder: Path, rows: list[Row]
+    ) -> None:
         self.config, self.base_path, self.benchmarks, self.folder = config, base, benchmarks, folder
-        self.rows = config.held_out_rows
+        self.rows = rows
         self.failed: dict[str, str] = {}
         self.kept: dict[str, list[str]] = {}
         self.inputs: str | None = None
@@ -247,23 +251,9 @@ def check_before_training(config: EvaluateConfig, base: str, benchmarks: dict[st
     Check that what will be asked can be, while only the base model is there.
 
     Raises:
-        ConfigurationError: prompts, held-out rows or tasks that do not fit the model, or no room for drift's files.
+        ConfigurationError: prompts or tasks that do not fit the model, or no room for drift's files.
     """
     model, _ = side_by_side(base, None, config.protocol, drift=True)
     check_measurable([model], benchmarks, [prompt for prompts in config.prompts.values() for prompt in prompts])
-    asked = {f"{kind}_prompts": prompts for kind, prompts in config.prompts.items()}
-    for name, rows in {**asked, **({"held_out": config.held_out_rows} if config.held_out else {})}.items():
-        if len(rows) < 2:
-            raise ConfigurationError(
-                f"evaluate.{name}: {len(rows)} row: how sure a mean is takes two, better many more."
-            )
-    if model.tokenizer.chat_template is None:
-        return  # training may give it one
-    context = context_length(base, model.protocol.model_args)
-    for i, row in enumerate(config.held_out_rows):
-        answer = example(model.tokenizer, row)
-        if (length := len(answer.prompt_ids) + len(answer.answer_ids)) > context:
-            raise ConfigurationError(
-                f"evaluate.held_out: row {i} has {length} tokens, more than the model's context of {context}: leave it "
-                "out."
-            )
+    for kind, prompts in config.prompts.items():
+        check_number(f"{kind}_prompts", len(prompts))

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from datasets import Dataset
 
+from eaft.comparison.held_out import check_apart, load_rows
 from eaft.errors import ConfigurationError, nearest
 from eaft.evaluation.drift import PROMPTS, read_prompts
 from eaft.evaluation.scores import Protocol
 from eaft.models import resolve_model
 from eaft.provenance import versions
-from eaft.training.data import json_rows
 from eaft.training.templates import check_templates, told
 from eaft.training.train import load_data, parse
 
@@ -54,11 +55,6 @@ class EvaluateConfig(Protocol):
         """The prompts whose answers drift is measured on, by kind."""
         files = {"general": self.general_prompts, "target": self.target_prompts}
         return {kind: read_prompts(file, self.drift_prompts) for kind, file in files.items() if file is not None}
-
-    @property
-    def held_out_rows(self) -> list[dict[str, Any]]:
-        """The rows whose nll chooses learning rate and checkpoint; none without `held_out`."""
-        return read_rows(self.held_out) if self.held_out is not None else []
 
 
 @dataclass
@@ -224,8 +220,7 @@ def plan_runs(recipe: Recipe, model_identity: Any) -> list[Run]:
     """
     runs: list[Run] = []
     rates: list[float | None] = [None] if recipe.learning_rates is None else [*recipe.learning_rates]
-    held_out, seen, digests = recipe.evaluate.held_out_rows, set[str](), dict[Path, str]()
-    warnings = set[str]()
+    seen, digests, warnings = set[str](), dict[Path, str](), set[str]()
     for seed in recipe.seeds:
         for objective, own in recipe.objectives.items():
             for rate in rates:
@@ -241,7 +236,7 @@ def plan_runs(recipe: Recipe, model_identity: Any) -> list[Run]:
                 flags["output_dir"] = str(Path(recipe.output_dir) / name)
                 # Another seed on the same data changes nothing here
                 if (key := json.dumps([own, rate, flags.get("dataset_name")], default=str)) not in seen:
-                    warnings.add(check_training(flags, held_out))
+                    warnings.add(check_training(flags, recipe.evaluate.held_out))
                     seen.add(key)
                 identity = json.loads(json.dumps(identity, default=str))
                 runs.append(Run(objective, seed, rate, Path(flags["output_dir"]), flags, identity))
@@ -254,48 +249,37 @@ def of_seed(value: Any, seed: int) -> Any:
     return value.replace("{seed}", str(seed)) if isinstance(value, str) else value
 
 
-def check_training(flags: dict[str, Any], held_out: list[dict[str, Any]]) -> str:
+def check_training(flags: dict[str, Any], held_out: str | None) -> str:
     """
     Check one run's flags and data; return what its chat template makes of the data, as lines.
 
     Raises:
         ConfigurationError: they cannot be used, or a row is both trained on and held out.
     """
+    configs = parse_flags(flags)
+    if flags.get("use_peft") and find_spec("peft") is None:
+        raise ConfigurationError("use_peft: PEFT is not installed: pip install 'eaft[peft]'.")
+    train, _ = load_data(*configs)
+    _, args, model_args, _ = configs
+    rows = load_rows(held_out, args.dataset_text_field) if held_out is not None else None
+    found = check_templates({"train": train, "evaluate.held_out": rows}, args, model_args)
+    if rows is not None and isinstance(train, Dataset):
+        check_apart(rows, train, args.dataset_text_field)
+    return told(found)
+
+
+def parse_flags(flags: dict[str, Any]) -> list[Any]:
+    """
+    Return the four arguments of `eaft.training.train.train` that flags stand for.
+
+    Raises:
+        ConfigurationError: an unknown flag, or a value of the wrong type.
+    """
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump(flags, file)
         file.flush()
         (*configs, _), _, _ = parse(["--config", file.name])
-    if flags.get("use_peft") and find_spec("peft") is None:
-        raise ConfigurationError("use_peft: PEFT is not installed: pip install 'eaft[peft]'.")
-    train, _ = load_data(*configs)
-    told_of = told(check_templates({"train": train, "evaluate.held_out": held_out}, configs[1], configs[2]))
-    if not held_out or not hasattr(train, "column_names") or "prompt" not in (train.column_names or []):
-        return told_of
-    trained = {json.dumps(prompt) for prompt in train["prompt"]}
-    for i, row in enumerate(held_out):
-        if json.dumps(row["prompt"]) in trained:
-            raise ConfigurationError(
-                f"evaluate.held_out: row {i} is trained on, and cannot choose a checkpoint. Take rows that are not."
-            )
-    return told_of
-
-
-def read_rows(path: str) -> list[dict[str, Any]]:
-    """
-    Return the rows of a JSON Lines file with `prompt` and `completion`.
-
-    Raises:
-        ConfigurationError: there is no such file, it is empty, a line is no JSON object, or a row lacks one of them.
-    """
-    if not Path(path).is_file():
-        raise ConfigurationError(f"evaluate.held_out: {path}: there is no such file.")
-    try:
-        rows = list(json_rows([path]))
-    except ConfigurationError as error:
-        raise ConfigurationError(f"evaluate.held_out: {path}: {error}") from error
-    if not rows or any(not {"prompt", "completion"} <= row.keys() for row in rows):
-        raise ConfigurationError(f"evaluate.held_out: {path}: expected JSON Lines with a `prompt` and `completion`.")
-    return rows
+    return configs
 
 
 def local_files(flags: dict[str, Any]) -> dict[str, Path]:

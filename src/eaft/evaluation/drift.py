@@ -32,6 +32,7 @@ PROMPTS = Path(__file__).parent / "suites" / "prompts.jsonl"  # everyday request
 DRIFT_PROMPTS = 128
 ANSWER_TOKENS = 64  # at most, of each answer
 TOP = 2048  # probabilities kept of a position: 16 KiB; the rest of them as one
+ANSWERERS = ("assistant", "gpt", "model")  # roles, by the names that data sets have for them
 T = TypeVar("T")
 
 
@@ -115,18 +116,35 @@ def rest_of(log_probs: Tensor, ids: Tensor) -> Tensor:
 
 def read_prompts(path: str, n: int) -> list[Any]:
     """
-    Return the first `n` prompts (strings or messages) of a JSON Lines file with a `prompt` column.
+    Return the first `n` prompts of a JSON Lines file, as `prompt_of` makes them of its rows.
 
     Raises:
-        ConfigurationError: there is no such file, or a row without a prompt.
+        ConfigurationError: there is no such file, or a row has neither `prompt` nor `messages`.
     """
     if not Path(path).is_file():
         raise ConfigurationError(f"{path}: there is no such file of prompts.")
     # Not splitlines, which also splits at the separators that JSON allows inside a string
     rows = [json.loads(line) for line in Path(path).read_text().split("\n") if line.strip()]
-    if not rows or any("prompt" not in row for row in rows):
-        raise ConfigurationError(f"{path}: expected JSON Lines with a `prompt` in every row.")
-    return [row["prompt"] for row in rows[:n]]
+    if not rows or any(row.get("prompt") is None and not row.get("messages") for row in rows):
+        raise ConfigurationError(f"{path}: expected JSON Lines with a `prompt`, or `messages`, in every row.")
+    return [prompt_of(row) for row in rows[:n]]
+
+
+def prompt_of(row: dict[str, Any]) -> Any:
+    """
+    Return what a row of training data asks, as `eaft.evaluation.scores.ask` takes it.
+
+    Returns:
+        `prompt`, a string or messages; of a row of `messages`, these without the last answer. For a row with `tools` or
+        `chat_template_kwargs` a mapping with these and the `prompt`.
+    """
+    prompt = row.get("prompt")
+    if prompt is None:
+        prompt = list(row["messages"])
+        while prompt and isinstance(prompt[-1], dict) and prompt[-1].get("role") in ANSWERERS:
+            prompt.pop()
+    settings = {name: row[name] for name in ("tools", "chat_template_kwargs") if row.get(name)}
+    return {"prompt": prompt, **settings} if settings else prompt
 
 
 @torch.no_grad()

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 
-from eaft.errors import ConfigurationError
 from eaft.evaluation.drift import Answer, BaseAnswers, Share, answer_log_probs, sample_answers
 from eaft.evaluation.identity import digest, software, tasks_digest, tokenizer_digest, weights_digest
 from eaft.evaluation.progress import Progress
@@ -123,30 +122,30 @@ class MeasuredModel:
 
         return self._keep_sums("drift", identity, measure)
 
-    def nll(self, rows: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    def nll(self, rows: list[dict[str, list[int]]]) -> tuple[np.ndarray, np.ndarray]:
         """
-        Return, for each row's completion, the summed nll (nats) and tokens: `[rows]` each.
+        Return, for each row, the nll (nats) summed over its labelled tokens, and their number: `[rows]` each.
 
         Args:
-            rows: with `prompt` and `completion`, text or messages, as for training.
-
-        Raises:
-            ConfigurationError: a row without them, or one that does not fit the context.
+            rows: `input_ids` and `labels` of each, as a trainer prepares them, with at least one labelled token. A
+                negative label is not scored, nor is the first one, which no position predicts.
         """
-        identity = {"nll": digest(rows), **self._computed}
-        examples = [example(self.tokenizer, row) for row in rows]
+        ids, labels = ([np.array(row[name]) for row in rows] for name in ("input_ids", "labels"))
+        labelled = [np.flatnonzero(row[1:] >= 0) + 1 for row in labels]
 
         @torch.no_grad()
         def measure() -> tuple[np.ndarray, np.ndarray]:
             lm, sums = self._load("hf"), {}
             share = share_of(lm)
-            for i in share.of(len(examples)):
-                log_probs = answer_log_probs(lm.model, examples[i])
-                labels = torch.tensor(examples[i].answer_ids, device=log_probs.device)
-                sums[i] = torch.nn.functional.nll_loss(log_probs, labels, reduction="sum").item()
-            return np.array(share.gather(sums)), np.array([len(e.answer_ids) for e in examples])
+            for i in share.of(len(rows)):
+                first = labelled[i][0]
+                log_probs = answer_log_probs(lm.model, Answer(ids[i][:first].tolist(), ids[i][first:].tolist()))
+                places = torch.tensor(labelled[i] - first, device=log_probs.device)
+                targets = torch.tensor(labels[i][labelled[i]], device=log_probs.device)
+                sums[i] = torch.nn.functional.nll_loss(log_probs[places], targets, reduction="sum").item()
+            return np.array(share.gather(sums)), np.array([len(places) for places in labelled])
 
-        return self._keep_sums("nll", identity, measure)
+        return self._keep_sums("nll", {"nll": digest(rows), **self._computed}, measure)
 
     def free(self) -> None:
         """Give back the memory, so that the next model finds it free."""
@@ -220,8 +219,9 @@ class MeasuredModel:
     def _keep_sums(
         self, name: str, identity: dict[str, Any], measure: Callable[[], tuple[np.ndarray, np.ndarray]]
     ) -> tuple[np.ndarray, np.ndarray]:
+        of_ids = {name: self._identity[name] for name in ("weights", "software")}  # no tokenizer takes part
         return self._keep(
-            {**self._identity, **identity},
+            {**of_ids, **identity},
             measure,
             lambda found, folder: write_json(folder / "sums.json", [part.tolist() for part in found]),
             read_sums,
@@ -253,27 +253,6 @@ def shared(find: Callable[[], T]) -> T:
     if state.num_processes > 1:
         broadcast_object_list(values)
     return values[0]  # type: ignore[return-value]
-
-
-def example(tokenizer: Any, row: dict[str, Any]) -> Answer:
-    """
-    Return a training row as token ids: what is given, and what is to be learned.
-
-    As TRL tokenizes it: messages by the chat template, text as it is with the end token.
-
-    Raises:
-        ConfigurationError: it has no prompt and completion.
-    """
-    if not {"prompt", "completion"} <= row.keys():
-        raise ConfigurationError(f"A held-out row needs `prompt` and `completion`, and has {', '.join(row)}.")
-    prompt, completion = row["prompt"], row["completion"]
-    if isinstance(prompt, str):
-        given = tokenizer(prompt)["input_ids"]
-        whole = tokenizer(prompt + completion + tokenizer.eos_token)["input_ids"]
-    else:
-        given = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-        whole = tokenizer.apply_chat_template(prompt + completion, return_dict=False)
-    return Answer(given, whole[len(given) :])
 
 
 def write_jsonl(file: Path, rows: list[dict[str, Any]]) -> None:

@@ -265,16 +265,22 @@ def vllm_args(model: str, folder: str, model_args: dict[str, Any]) -> dict[str, 
 
 def ask(tokenizer: Any, prompt: Any, protocol: Protocol) -> str:
     """
-    Return a prompt (a string or messages) as the text a model is asked with, as lm-eval does for tasks.
+    Return a prompt as the text a model is asked with, as lm-eval does for tasks.
 
     By the chat template, thinking or not, or as plain text: the messages' contents, a blank line between them. A system
     instruction comes first; a template that knows no system message does without.
+
+    Args:
+        prompt: a string or messages; or a mapping with a `prompt`, `tools` (a list, or its JSON) and
+            `chat_template_kwargs`, for a chat template only.
 
     Raises:
         ConfigurationError: see `settled`.
     """
     protocol = settled(protocol, tokenizer)
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    row = prompt if isinstance(prompt, dict) else {"prompt": prompt}
+    asked, tools = row["prompt"], row.get("tools")
+    messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else list(asked)
     if protocol.system_instruction:
         messages.insert(0, {"role": "system", "content": protocol.system_instruction})
     if not protocol.apply_chat_template:
@@ -283,6 +289,7 @@ def ask(tokenizer: Any, prompt: Any, protocol: Protocol) -> str:
     settings = {**protocol.model_args.get("chat_template_args", {})}
     if switch is not None:
         settings[switch] = protocol.enable_thinking
+    settings |= {"tools": json.loads(tools) if isinstance(tools, str) else tools, **row.get("chat_template_kwargs", {})}
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **settings)
     except TemplateError:

@@ -1,0 +1,132 @@
+"""The rows that choose learning rate and checkpoint: in no run's training data, and prepared as all runs prepare it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import AutoConfig
+from trl import DatasetMixtureConfig, ScriptArguments
+from trl.data_utils import maybe_convert_to_chatml
+
+from eaft.errors import ConfigurationError
+from eaft.evaluation.drift import prompt_of
+from eaft.evaluation.scores import load_tokenizer
+from eaft.training.data import load_splits, select_split
+from eaft.training.prepare import prepare_rows
+
+Row = dict[str, list[int]]  # `input_ids` and `labels`; -100 is no label
+
+
+def load_rows(path: str, text_field: str) -> Dataset:
+    """
+    Return the rows of a file, in any form that training takes.
+
+    Raises:
+        ConfigurationError: there is no such file, it cannot be read, or its rows have none of the forms.
+    """
+    if not Path(path).expanduser().is_file():
+        raise ConfigurationError(f"evaluate.held_out: {path}: there is no such file.")
+    try:
+        splits = load_splits(ScriptArguments(dataset_name=str(Path(path).resolve())), DatasetMixtureConfig())
+        return select_split(splits, "train", "dataset_train_split", text_field)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"evaluate.held_out: {error}") from error
+
+
+def check_number(name: str, rows: int) -> None:
+    """
+    Check that there are rows enough to measure on.
+
+    Raises:
+        ConfigurationError: fewer than two.
+    """
+    if rows < 2:
+        raise ConfigurationError(f"evaluate.{name}: {rows} row: how sure a mean is takes two, better many more.")
+
+
+def check_apart(rows: Dataset, train: Dataset, text_field: str) -> None:
+    """
+    Check that no row is trained on.
+
+    Raises:
+        ConfigurationError: training data has the prompt of a row; of plain text, the whole of it.
+    """
+    places: dict[str, int] = {}
+    for i, row in enumerate(rows):
+        places.setdefault(question(row, text_field), i)
+    columns = {"prompt", "messages", "conversations", text_field, "input_ids"} & set(train.column_names)
+    train = train.select_columns(sorted(columns))
+    if trained := {places[asked] for row in train if (asked := question(row, text_field)) in places}:
+        raise ConfigurationError(
+            f"evaluate.held_out: row {min(trained)} is trained on, and cannot choose a checkpoint. Take rows that are "
+            "not."
+        )
+
+
+def question(row: dict[str, Any], text_field: str) -> str:
+    """Return what tells a row from others, as JSON: what it asks, its text or its token ids."""
+    row = without_nulls(maybe_convert_to_chatml(row))
+    if "prompt" in row or "messages" in row:
+        asked = prompt_of(row)
+        asked = asked["prompt"] if isinstance(asked, dict) else asked
+    else:
+        asked = row.get(text_field, row.get("input_ids"))
+    return json.dumps(asked, sort_keys=True)
+
+
+def without_nulls(value: Any) -> Any:
+    """Return a value without the keys that are null, with which a table fills up what a row lacks."""
+    if isinstance(value, dict):
+        return {key: without_nulls(part) for key, part in value.items() if part is not None}
+    return [without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
+def prepare(path: str, configs: list[Any], model: str) -> list[Row]:
+    """
+    Return the rows of a file as a run prepares its training data; those without a labelled token are empty.
+
+    Args:
+        configs: the run's arguments, as `eaft.training.train.train` takes them.
+        model: the base model, as it can be loaded.
+
+    Raises:
+        ConfigurationError: they cannot be prepared.
+    """
+    _, args, model_args, _ = configs
+    source = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
+    dataset = load_rows(path, args.dataset_text_field)
+    try:
+        prepared = prepare_rows(load_tokenizer(model, source), args, dataset).cut
+    except ConfigurationError as error:
+        raise ConfigurationError(f"evaluate.held_out: {error}") from error
+    found = []
+    for row in prepared:
+        labels = [label if label >= 0 else -100 for label in row["labels"]]
+        labelled = any(label >= 0 for label in labels[1:])
+        found.append({"input_ids": row["input_ids"], "labels": labels} if labelled else {"input_ids": [], "labels": []})
+    return found
+
+
+def check_fit(rows: list[Row], model: str, context: int) -> None:
+    """
+    Check that the base model can read prepared rows.
+
+    Raises:
+        ConfigurationError: a row is longer than its context, or has a token that it does not know.
+    """
+    config = AutoConfig.from_pretrained(model).get_text_config()
+    for i, row in enumerate(rows):
+        if (length := len(row["input_ids"])) > context:
+            raise ConfigurationError(
+                f"evaluate.held_out: row {i} has {length} tokens, more than the model's context of {context}: leave it "
+                "out."
+            )
+        if row["input_ids"] and (largest := max(*row["input_ids"], *row["labels"])) >= config.vocab_size:
+            raise ConfigurationError(
+                f"evaluate.held_out: row {i} has the token id {largest}, and the base model's vocabulary has "
+                f"{config.vocab_size} tokens, so its nll cannot be measured: take an eos_token and a chat template "
+                "(chat_template_path) that add no tokens."
+            )
