@@ -1,16 +1,19 @@
 """The check of the head against the model's own logits: what it refuses, what it lets through, what it leaves alone."""
 
 import os
+import random
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
-from eaft import EAFTTrainer
+from eaft import EAFTTrainer, patch_model
 from eaft.errors import ConfigurationError
 from eaft.training.head import GatedLMHead
 from eaft.training.logits_check import TOKENS, check_logits
@@ -38,17 +41,19 @@ def quantised():
     return model
 
 
-def with_logits(change):
-    """A model whose own forward changes its logits in a way that no field of its configuration tells of."""
-    model = make_model()
-    forward = model.forward
-
+def with_fault(forward, change):
     def changed(*args, **kwargs):
         output = forward(*args, **kwargs)
         output.logits = change(output.logits)
         return output
 
-    model.forward = changed
+    return changed
+
+
+def with_logits(change):
+    """A model whose own forward changes its logits in a way that no field of its configuration tells of."""
+    model = make_model()
+    model.forward = with_fault(model.forward, change)
     return model
 
 
@@ -119,14 +124,103 @@ def test_changes_nothing_else(settings, tmp_path, monkeypatch):
     assert all(map(torch.equal, checked.model.parameters(), unchecked.model.parameters()))
 
 
-def test_modes_are_restored(model):
+class Merging(torch.nn.Module):
+    """A layer that changes its weight for inference when it leaves training mode, as some adapters do, for good."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.norm = layer, torch.nn.BatchNorm1d(layer.out_features, affine=False)
+
+    def train(self, mode=True):
+        if not mode:
+            self.layer.weight.data += 1
+        return super().train(mode)
+
+    def forward(self, hidden):
+        self.norm(self.layer(hidden).flatten(0, 1))  # moves its statistics in training mode
+        return self.layer(hidden) + (random.random() + np.random.rand()) * 1e-3  # noqa: NPY002
+
+
+@pytest.mark.parametrize("name", ["llama", "OPT"])  # OPT's backbone runs a second time
+def test_leaves_no_trace(name):
+    if name == "llama":
+        model = make_model(attention_dropout=0.5)
+        model.model.layers[0].mlp.down_proj = Merging(model.model.layers[0].mlp.down_proj)
+        model.model.layers[1].eval()
+    else:
+        sizes = {"vocab_size": 264, "hidden_size": 32, "ffn_dim": 64, "word_embed_proj_dim": 32}
+        model = OPTForCausalLM(OPTConfig(**sizes, num_hidden_layers=2, num_attention_heads=4, dropout=0.5)).train()
     GatedLMHead(model, "eaft", 20, {})
-    model.train()
-    model.model.layers[0].eval()
-    modes = [module.training for module in model.modules()]
     ids = torch.randint(3, 264, (2, 9))
+    modes = [module.training for module in model.modules()]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
     check_logits(model, {"input_ids": ids, "labels": ids}, lambda x: x)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]  # noqa: NPY002
     assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Repacking(torch.nn.Linear):
+    """As bitsandbytes 0.50's `Linear4bit` on a CPU with AVX512-BF16: evaluation repacks it and stops gradients."""
+
+    support_avx512bf16_for_cpu = True
+
+    def __init__(self, layer):
+        torch.nn.Module.__init__(self)
+        self.weight, self.bias = layer.weight.requires_grad_(False), None
+        self.weight.quant_state = types.SimpleNamespace(packing_format_for_cpu=False)
+
+    def forward(self, hidden):
+        state = self.weight.quant_state
+        if self.support_avx512bf16_for_cpu and not self.training:
+            state.packing_format_for_cpu = True
+        return super().forward(hidden.detach() if state.packing_format_for_cpu else hidden)
+
+    def _save_to_state_dict(self, *args):
+        self.weight.quant_state.packing_format_for_cpu = False
+        super()._save_to_state_dict(*args)
+
+
+@pytest.mark.parametrize("used_before", [False, True])
+def test_evaluation_does_not_freeze_a_four_bit_model(used_before):
+    model, ids = make_model(), torch.randint(3, 264, (2, 9))
+    attention = model.model.layers[-1].self_attn
+    attention.o_proj = Repacking(attention.o_proj)
+    if used_before:
+        model.eval()(input_ids=ids)
+    patch_model(model, gate="eaft")
+    model.eval()(input_ids=ids)
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    assert attention.v_proj.weight.grad is not None
+    assert attention.v_proj.weight.grad.any()
+
+
+TINY = [(8, 700), (8, 50000), (16, 32000), (64, 5000)]
+
+
+@pytest.mark.parametrize(("hidden", "vocab"), TINY)
+def test_tiny_random_models_are_not_refused_and_their_faults_are(hidden, vocab):
+    """In float32 the logits' own rounding is less than the nll's."""
+    faults = {
+        "scale": lambda z: z * 1.02,
+        "soft cap": lambda z: 0.1 * torch.tanh(z / 0.1),
+        "bias": lambda z: z + 1e-3 * torch.arange(z.shape[-1]) / z.shape[-1],
+    }
+    for seed in range(6):
+        torch.manual_seed(seed)
+        model = make_model(hidden_size=hidden, vocab_size=vocab, initializer_range=0.02, tie_word_embeddings=False)
+        forward = model.forward
+        ids = torch.randint(3, vocab, (4, 16))
+        inputs = {"input_ids": ids, "labels": ids}
+        head = GatedLMHead(model, "eaft", 20, {})
+        check_logits(model, inputs, lambda x: x)
+        if seed == 0:
+            for fault in faults.values():
+                head.original_forward = with_fault(forward, fault)
+                with pytest.raises(ConfigurationError, match="the nll of a token"):
+                    check_logits(model, inputs, lambda x: x)
 
 
 @pytest.mark.parametrize("labelled", [True, False])

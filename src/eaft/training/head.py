@@ -80,6 +80,20 @@ def check_head(lm_head: Any) -> None:
         )
 
 
+def keep_differentiable(model: Any) -> None:
+    """
+    Keep 4-bit weights in the layout that has a gradient.
+
+    On some CPUs a forward in evaluation mode makes bitsandbytes repack them, for good, for a product without a
+    backward pass: an evaluation, or a reference model's forward, would freeze the adapters.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+            if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+                module.state_dict()  # unpacks them in place
+
+
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     """Return a copy of `model` that is not trained, and that returns its last hidden states `[B, S, H]` when called."""
     # A patched forward is bound to the model it was made for
@@ -178,6 +192,7 @@ class GatedLMHead:
         self.vocab_size: int | None = getattr(text_config, "unpadded_vocab_size", None)
         self.original_forward = model.forward
         check_head(model.get_output_embeddings())
+        keep_differentiable(model)
 
         # `generate` validates its keyword arguments against the model's own signature
         @functools.wraps(type(model).forward)

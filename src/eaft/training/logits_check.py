@@ -8,10 +8,13 @@ is more than its weight (a quantised one), would be trained on a wrong loss with
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,6 +36,10 @@ def check_logits(
     """
     Compare our nll with that of the model's own logits on a few tokens of a batch; all ranks must call this.
 
+    The forward runs in the mode that the model is in, since some layers change their weights for inference when they
+    leave training mode (bitsandbytes' 4-bit ones on a CPU, adapters that merge). It leaves modes, buffers and random
+    number generators as they were.
+
     Args:
         model: a model that `GatedLMHead` has patched, as it is wrapped for training.
         inputs: a batch, as the model is called with.
@@ -42,14 +49,8 @@ def check_logits(
     Raises:
         ConfigurationError: on every rank, if on any they differ by more than rounding explains.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()  # without dropout or a router's noise: nothing random is drawn
-    try:
-        with torch.no_grad():
-            found = gather(model(**inputs, check_logits=True) if forward is None else forward(**inputs))
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with torch.no_grad():
+        found = gather(model(**inputs, check_logits=True) if forward is None else forward(**inputs))
     # NaN in both is the finiteness check's to report
     excess = ((found[:, 0] - found[:, 1]).abs() / found[:, 2]).nan_to_num(0.0, posinf=math.inf)
     worst = int(excess.argmax())
@@ -92,7 +93,7 @@ def compare_logits(
     logits, hidden = own.logits.to(device), backbone.last_hidden_state[rows, columns].to(device)
     label = shift_labels[rows, columns].to(device).clamp(min=0)
     candidates = torch.stack([label, logits.argmax(-1), logits.argmin(-1)], -1)
-    own_log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    own_log_probs = logits.cpu().double().log_softmax(-1)  # of these logits, exact; not every device has float64
     with head.gathered(lm_head) as (weight, bias):
         if weight.shape[-1] != hidden.shape[-1]:
             sizes = f"the head's weight is {list(weight.shape)}, and its hidden states have {hidden.shape[-1]} elements"
@@ -116,8 +117,10 @@ def compare_logits(
         unit = max(unit, 2**-10)  # the products may be in TF32, which has ten bits
     size = z.float().abs()
     size = size.clamp(min=size.square().mean(-1, keepdim=True).sqrt()).clamp(max=head.softcap or math.inf)
-    allowed = rounding(operations / 2 * unit * size, own_log_probs, candidates, hidden.shape[-1] ** 0.5 * norms)
-    own_nll = -own_log_probs.gather(-1, candidates)
+    spread = hidden.shape[-1] ** 0.5 * norms
+    moved = (operations / 2 * unit * size).cpu().double()
+    allowed = rounding(moved, own_log_probs, candidates.cpu(), spread.cpu().double()).to(device, torch.float32)
+    own_nll = -own_log_probs.gather(-1, candidates.cpu()).to(device, torch.float32)
     found = torch.zeros(3 * TOKENS + 1, 3, device=device)
     found[:-1] = torch.stack([losses.statistics.nll, own_nll.flatten(), allowed.flatten()], -1)
     if (own_aux_loss := getattr(own, "aux_loss", None)) is not None:
@@ -159,15 +162,42 @@ def run_own_forward(
         model.get_output_embeddings().register_forward_pre_hook(cut, prepend=True),  # before a sharded head's own
     )
     try:
-        own = head.own_forward(model, *args, **kwargs)
+        with unchanged(model):
+            own = head.own_forward(model, *args, **kwargs)
     finally:
         for hook in hooks:
             hook.remove()
-    if not backbone:  # OPT's forward calls a part of it
-        backbone = [head.backbone(model)(*args, **kwargs)]
+    if not backbone:  # OPT's forward calls a part of it; this pass draws the same random numbers
+        with unchanged(model):
+            backbone = [head.backbone(model)(*args, **kwargs)]
     whole = not cuts and own.logits.shape[:2] == shape  # a batch may itself be one row of as many tokens
     own.logits = own.logits[rows, columns] if whole else own.logits[0]
     return own, backbone[0]
+
+
+@contextlib.contextmanager
+def unchanged(model: torch.nn.Module) -> Iterator[None]:
+    """Put back, after a forward, the model's buffers and what random number generators it may have drawn from."""
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002 - what a model's own code may draw from
+    accelerator = torch.accelerator.current_accelerator()
+    kind = "cuda" if accelerator is None else accelerator.type
+    used = {x.device for x in (*model.parameters(), *model.buffers())}
+    devices = [device.index for device in used if device.type == kind and device.index is not None]
+    try:
+        with torch.random.fork_rng(devices, device_type=kind):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        with torch.no_grad():
+            for module, name, buffer, value in buffers:
+                module._buffers[name] = buffer.copy_(value)
 
 
 def rounding(moved: Tensor, log_probs: Tensor, candidates: Tensor, spread: Tensor) -> Tensor:
@@ -182,6 +212,10 @@ def rounding(moved: Tensor, log_probs: Tensor, candidates: Tensor, spread: Tenso
     The float32 sum of H products itself errs by about 4 sqrt(H) 2^-24 |h| |w| (Higham and Mary, 2019,
     doi:10.1137/18M1226312: four standard deviations of independent roundings), on both sides, for two logits.
 
+    Our nll is made of the logits in float32, the model's in float64. Ours rounds the label's distance from the largest
+    logit, at most nll, and the nll, which is rounded once more where both are compared: 3 nll 2^-24. The distances of
+    all logits, their exponentials, the pairwise sum of those and its logarithm add at most about 6 ln V 2^-24.
+
     Args:
         moved: m, `[n, V]`.
         log_probs: ln p, `[n, V]`.
@@ -189,5 +223,7 @@ def rounding(moved: Tensor, log_probs: Tensor, candidates: Tensor, spread: Tenso
         spread: sqrt(H) |h| |w_y|, `[n, k]`.
     """
     normaliser = (log_probs.exp() * moved.expm1()).sum(-1, keepdim=True).log1p()
-    sums = 8 * torch.finfo(torch.float32).eps * spread.amax(-1, keepdim=True)
-    return moved.gather(-1, candidates) + normaliser + sums
+    eps = torch.finfo(torch.float32).eps
+    sums = 8 * eps * spread.amax(-1, keepdim=True)
+    nll = eps / 2 * (3 * -log_probs.gather(-1, candidates) + 6 * math.log(log_probs.shape[-1]))
+    return moved.gather(-1, candidates) + normaliser + sums + nll
