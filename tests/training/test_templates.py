@@ -1,6 +1,7 @@
 """What chat templates make of rows: errors by row before a model is loaded, and the assistant's tokens by turns."""
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from eaft.training.prepare import prepare_rows
 from eaft.training.templates import check_rows
 from tests.conftest import make_tokenizer
 
+DOCS = Path(__file__).parents[2] / "docs"
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 
 
@@ -244,3 +246,10 @@ def test_turns_that_cannot_be_found_are_refused_with_a_form_that_works():
     data = [said("Hi", "Hello."), said("Hi you", "Hello.", "Bye", "See you.")]
     with pytest.raises(ConfigurationError, match=r'Row 1: .*message 1 .*\{"prompt": .*"completion": '):
         labelled(tokenizer, data, assistant_only_loss=True)
+
+
+def test_the_table_of_the_docs_is_what_the_templates_do():
+    page = (DOCS / "templates.md").read_text()
+    if f"\nTRL {trl.__version__}:\n" not in page:
+        pytest.skip("the table is of another TRL")
+    assert runpy.run_path(str(DOCS / "make_templates.py"))["table"]() in page, "run docs/make_templates.py"
