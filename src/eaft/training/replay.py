@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import is_conversational
@@ -48,6 +48,11 @@ def check_replay(dataset: Any, args: EAFTConfig) -> None:
             f"replay={args.replay} needs rows of `prompt` and `completion`, or of `messages`; these have "
             f"{', '.join(dataset.column_names)}."
         )
+    if {"image", "images"} & set(dataset.column_names) or (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+        raise ConfigurationError(
+            f"replay={args.replay} mixes rows while the data is prepared: leave it out with images, and leave out "
+            "dataset_kwargs={'skip_prepare_dataset': True}."
+        )
     if "chat_template_kwargs" in dataset.column_names:
         raise ConfigurationError(
             f"replay={args.replay}: the data has chat_template_kwargs, which a replayed row has not: leave the column "
@@ -69,12 +74,13 @@ def count_replayed(rows: int, args: EAFTConfig) -> int:
 
 def replayed_rows(dataset: Dataset, model: str, args: EAFTConfig) -> list[dict[str, Any]]:
     """
-    Return the base model's own answers as rows of `prompt` and `completion`: beside the data, the share `args.replay`.
+    Return the base model's own answers, see `sample_rows`: beside the data, the share `args.replay`.
 
     A resumed run takes those it began with. The first process samples, on one device, and the others wait.
 
     Raises:
-        ConfigurationError: too few answers come to an end, or the run that is resumed began with more or fewer.
+        ConfigurationError: too few answers come to an end; or the run that is resumed began with more or fewer, or with
+            an eaft that kept no token ids.
     """
     count = count_replayed(len(dataset), args)
     kept = Path(args.output_dir) / REPLAY_FILE
@@ -91,19 +97,19 @@ def replayed_rows(dataset: Dataset, model: str, args: EAFTConfig) -> list[dict[s
             f"replay={args.replay} is {count} rows beside this data, and {kept} has {len(rows)}: resume with the share "
             "and the data that the run began with."
         )
+    if not all({"input_ids", "labels"} <= row.keys() for row in rows):
+        raise ConfigurationError(f"{kept} has rows without input_ids and labels: an older eaft wrote it. Start afresh.")
     return rows
 
 
-def mix(dataset: Dataset, rows: list[dict[str, Any]]) -> Dataset:
-    """Return a data set with rows of `prompt` and `completion` behind its own; they have none of its other columns."""
-    if "prompt" not in dataset.column_names:
-        rows = [{"messages": row["prompt"] + row["completion"]} for row in rows]
-    rows = [{**dict.fromkeys(dataset.column_names), **row} for row in rows]
-    return concatenate_datasets([dataset, Dataset.from_list(rows, features=dataset.features)])
-
-
 def sample_rows(count: int, conversational: bool, model: str, args: EAFTConfig) -> list[dict[str, Any]]:
-    """Return so many rows of `prompt` and `completion`, as messages or as text: answers that came to an end."""
+    """
+    Return so many rows, answers that came to an end, as they were sampled.
+
+    Each has the token ids that are trained on, `input_ids` and `labels` (-100 for the prompt's), and to be read the
+    texts of both, `prompt` and `completion`. A template that renders the answer as a message may write another
+    context than it was sampled in, or thoughts that the model did not write.
+    """
     tokenizer = load_tokenizer(model, args.model_init_kwargs)
     loaded = AutoModelForCausalLM.from_pretrained(model, **args.model_init_kwargs).to(args.device).eval()
     protocol = Protocol(apply_chat_template=conversational)
@@ -123,9 +129,14 @@ def sample_rows(count: int, conversational: bool, model: str, args: EAFTConfig) 
             add_special_tokens=not conversational,
             seed=(args.seed * TRIES + attempt) << 20,  # a batch adds its number
         )
-        for prompt, answer in zip(batch, answers, strict=True):
+        for answer in answers:
             if len(answer.answer_ids) < ANSWER_TOKENS:  # it ended
-                rows.append(as_row(prompt, tokenizer.decode(answer.answer_ids, skip_special_tokens=True), protocol))
+                ids, unlabelled = answer.prompt_ids + answer.answer_ids, [-100] * len(answer.prompt_ids)
+                texts = {
+                    "prompt": tokenizer.decode(answer.prompt_ids),
+                    "completion": tokenizer.decode(answer.answer_ids),
+                }
+                rows.append({**texts, "input_ids": ids, "labels": unlabelled + answer.answer_ids})
     del loaded
     gc.collect()
     if torch.cuda.is_available():
@@ -136,11 +147,3 @@ def sample_rows(count: int, conversational: bool, model: str, args: EAFTConfig) 
             f"{ANSWER_TOKENS} tokens: give prompts with shorter answers (replay_prompts), or a smaller share."
         )
     return rows[:count]
-
-
-def as_row(prompt: Any, answer: str, protocol: Protocol) -> dict[str, Any]:
-    """Return a row of messages, or, asked without a chat template, of text."""
-    if not protocol.apply_chat_template:
-        return {"prompt": ask(None, prompt, protocol), "completion": answer}
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return {"prompt": messages, "completion": [{"role": "assistant", "content": answer}]}

@@ -17,6 +17,7 @@ import torch
 import yaml
 from accelerate import PartialState
 from accelerate.commands.launch import launch_command, launch_command_parser
+from datasets import Dataset
 from safetensors import SafetensorError
 from transformers import TrainerCallback
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
@@ -33,7 +34,7 @@ from eaft.provenance import environment, peak_memory_gib, write_json
 from eaft.training.config import EAFTConfig
 from eaft.training.data import exclude_rows, load_splits, select_split
 from eaft.training.plan import DryRunArguments, plan
-from eaft.training.replay import REPLAY_FILE, check_replay, mix, replayed_rows
+from eaft.training.replay import REPLAY_FILE, check_replay, replayed_rows
 from eaft.training.templates import check_templates, told
 from eaft.training.trainer import EAFTTrainer
 
@@ -138,8 +139,6 @@ def train(
     args.model_init_kwargs = model_init_kwargs(args, model_args)
     try:
         replayed = replayed_rows(train_dataset, model, args) if args.replay else []
-        if replayed:
-            train_dataset = mix(train_dataset, replayed)
         trainer = EAFTTrainer(
             model,
             args=args,
@@ -147,6 +146,7 @@ def train(
             eval_dataset=eval_dataset,
             quantization_config=get_quantization_config(model_args),
             peft_config=get_peft_config(model_args),
+            replayed=Dataset.from_list(replayed).select_columns(["input_ids", "labels"]) if replayed else None,
         )
     except (OSError, SafetensorError) as error:
         raise ConfigurationError(f"model_name_or_path={model!r} cannot be loaded. ({first_line(error)})") from error

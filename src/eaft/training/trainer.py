@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import math
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import fsdp2_prepare_model, gather_object, is_peft_model
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -63,6 +64,10 @@ class EAFTTrainer(SFTTrainer):
     A gate with a KL term takes as its reference the model as it is handed over (a frozen copy), or under PEFT the same
     weights with the adapters off. One that must be measured takes a pass over the data first (`eaft.training.measure`).
 
+    Args:
+        replayed: more rows to train on, with `input_ids` and `labels`, mixed into `train_dataset` as they are; cut,
+            shuffled and packed like its rows.
+
     Raises:
         ConfigurationError: the data set is empty, no token is labelled after preparation, or the gate needs something
             this set-up cannot give (a stream, a collator of your own, context parallelism).
@@ -80,6 +85,8 @@ class EAFTTrainer(SFTTrainer):
         args: EAFTConfig | None = None,
         data_collator: Any = None,
         train_dataset: Any = None,
+        *,
+        replayed: Dataset | None = None,
         **kwargs: Any,
     ) -> None:
         if kwargs.get("compute_loss_func") is not None:
@@ -91,6 +98,7 @@ class EAFTTrainer(SFTTrainer):
             raise ConfigurationError("The training data set is empty.")
         args, self._label_turns = mark_assistant(args, model, kwargs.get("processing_class"), train_dataset)
         self._followed: FollowedData | None = None
+        self._replayed = replayed
         super().__init__(model, args=args, data_collator=data_collator, train_dataset=train_dataset, **kwargs)
         base_model = self.model.get_base_model() if is_peft_model(self.model) else self.model
         reference = self._make_reference() if get_gate(args.gate).anchor else None
@@ -179,6 +187,13 @@ class EAFTTrainer(SFTTrainer):
         prepare = functools.partial(super()._prepare_dataset, processing_class=processing_class)
         if self._label_turns and conversational(dataset):
             dataset = label_turns(dataset, processing_class, args)
+        if name == "train" and self._replayed is not None:  # an evaluation set may have that name
+            whole = copy.copy(args)
+            whole.max_length, whole.shuffle_dataset = None, False  # below, with the replayed rows
+            rows = prepare(dataset, args=whole, packing=False, formatting_func=formatting_func, dataset_name=name)
+            rows = rows.select_columns(["input_ids", "labels"])
+            dataset, formatting_func = concatenate_datasets([rows, self._replayed.cast(rows.features)]), None
+            self._replayed = None
         if name == "train" and needs_examples(args) and self._followed is None:  # an evaluation set may have that name
             loose = must_be_measured(args)
             self._followed = follow_examples(prepare, dataset, args, packing, formatting_func, loose)
