@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import logging
 import os
 import sys
 import time
 
 from eaft.errors import EAFTError
+from eaft.text import VisibleRecord, visible
 
 DESCRIPTION = """
 Entropy-Adaptive Fine-Tuning: fine-tune a language model without making it worse at everything else.
@@ -48,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     command = parser.parse_args(argv[:1] or ["--help"]).command
     # Under `python -m` it is there already: a gate of your own is imported from where you are
     sys.path.insert(0, os.getcwd())
+    logging.setLogRecordFactory(VisibleRecord)
     try:
         if command == "env":
             return env(argv[1:])
@@ -55,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     except EAFTError as error:
         # Under a launcher every process has the same message, and one is enough
         if os.environ.get("RANK", "0") == "0":
-            print(f"eaft {command}: error: {error}", file=sys.stderr)
+            print(visible(f"eaft {command}: error: {error}"), file=sys.stderr)
         else:
             time.sleep(2)  # a launcher ends the others as soon as one has left: let the first speak
         return 2

@@ -178,7 +178,7 @@ def test_tables_show_spread_only_with_several_seeds():
         "groups": {"target": ["t"], "general": ["g", "h"]},
         "objectives": {"sft": {"last": at, "training": dict.fromkeys(("tokens_per_s", "peak_memory_gib"), numbers)}},
     }
-    row = report.table(results, "last").splitlines()[3]
+    row = report.objectives_table(results, "last").splitlines()[3]
     assert [cell.strip() for cell in row.split("|")[1:-1]] == [
         "sft", "50.0", "+40.0", "50.0", "-10.0", "0.5000", "", "", "0", "0.50",
     ]  # fmt: skip

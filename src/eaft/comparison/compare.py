@@ -31,6 +31,7 @@ from eaft.evaluation.identity import tokenizer_digest, weights_digest
 from eaft.evaluation.scores import load_tokenizer, processes
 from eaft.evaluation.suite import Benchmark, Suite, load_suites
 from eaft.processes import locked
+from eaft.text import VisibleRecord, visible
 
 logger = logging.getLogger(__name__)
 OURS = {"made_by": "eaft compare"}  # in the mark of an output folder
@@ -81,7 +82,7 @@ def compare(recipe: Recipe, jobs: int = 1) -> dict[str, Any]:
             return {"failed": failed}
         found = collect(recipe, measure, studies, groups, failed)
         text = report.write(found, output_dir)
-    print(f"\n{text}\nWritten to {output_dir}: results.md, results.json, pareto.png, curves.png, fronts.png")
+    print(visible(f"\n{text}\nWritten to {output_dir}: results.md, results.json, pareto.png, curves.png, fronts.png"))
     return found
 
 
@@ -241,6 +242,7 @@ def start_worker(recipe: Recipe, folder: Path, threads: int, rows: list[Row]) ->
     """Make a process ready to train and measure, with its share of the cores for what it starts too."""
     global WORKER
     end_with_parent()
+    logging.setLogRecordFactory(VisibleRecord)
     # Ctrl-C reaches all processes: one that took it for its work's failure would go on with the next piece
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ["OMP_NUM_THREADS"] = str(threads)

@@ -8,12 +8,12 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from tabulate import tabulate
 
 from eaft.comparison.fronts import relative
 from eaft.comparison.results import LEVEL, NLL, told_apart, verdict
 from eaft.evaluation.report import briefly, save
 from eaft.provenance import write_json
+from eaft.text import markdown_strings, table
 from eaft.training.train import METRICS_FILE
 
 Numbers = dict[str, Any]
@@ -26,8 +26,9 @@ def write(results: Numbers, folder: Path) -> str:
     results["verdicts"] = [
         {"first": p["first"], "second": p["second"], **verdict(p, results["groups"])} for p in results["pairs"]
     ]
-    results["sentence"] = headline(results)
-    text = markdown(results)
+    safe = markdown_strings(results)
+    results["sentence"] = safe["sentence"] = headline(safe)
+    text = markdown(safe)
     (folder / "results.md").write_text(text)
     draw_pareto(results, folder / "pareto.png")
     draw_curves(results, folder)
@@ -176,7 +177,7 @@ def markdown(results: Numbers) -> str:
     ]
     views = [view for view in VIEWS if any(view in numbers for numbers in results["objectives"].values())]
     for view in views:
-        lines += [f"### {VIEWS[view]}", table(results, view)]
+        lines += [f"### {VIEWS[view]}", objectives_table(results, view)]
     if results["pairs"]:
         lines += ["## Objective against objective", how_tested(results)]
         lines += [part for view in views for part in (f"### {VIEWS[view]}", pairs_table(results, view))]
@@ -219,7 +220,7 @@ def cell(numbers: Numbers, name: str, scale: float = 1, digits: int = 1, minus: 
     return text if std is None else f"{text} ± {scale * std:.{digits}f}"
 
 
-def table(results: Numbers, view: str) -> str:
+def objectives_table(results: Numbers, view: str) -> str:
     """Return one row an objective: target, general, drift, held-out nll, cost."""
     base = results["base"]
     rows = [["base", f"{100 * base['target']:.1f}", "", f"{100 * base['general']:.1f}", "", "0", "0"]]
@@ -241,7 +242,7 @@ def table(results: Numbers, view: str) -> str:
             ]
         )
     headers = ["objective", "target %", "change", "general %", "change", "drift, general", "drift, target"]
-    return github(rows, [*headers, "held-out nll", "tokens/s", "peak GiB"])
+    return table(rows, [*headers, "held-out nll", "tokens/s", "peak GiB"])
 
 
 def pairs_table(results: Numbers, view: str) -> str:
@@ -256,7 +257,7 @@ def pairs_table(results: Numbers, view: str) -> str:
         rows.append([f"{pair['first']} less {pair['second']}", len(pair["seeds"]), *scores, *drift, *nll, *tasks])
     first = results["pairs"][0]["views"][view]
     headers = ["pair", "seeds", "target", "general", *(f"drift, {kind}" for kind in first["drift"])]
-    return github(rows, [*headers, *([] if first["nll"] is None else ["held-out nll"]), *first["tasks"]])
+    return table(rows, [*headers, *([] if first["nll"] is None else ["held-out nll"]), *first["tasks"]])
 
 
 def bold(d: Numbers, form: Any) -> str:
@@ -276,7 +277,7 @@ def table_1(results: Numbers, view: str) -> str:
             row += [cell(numbers[view]["tasks"], name, 100) for name in groups[group]]
             row += [cell(numbers[view], group, 100), cell(numbers[view], group, 100, minus=base[group])]
     note = f"{VIEWS[view]}. All in %, laid out as Table 1 of arXiv:2601.02151; tests against the base: results.json."
-    return github(rows, headers) + "\n\n" + note
+    return table(rows, headers) + "\n\n" + note
 
 
 def asked_section(results: Numbers) -> list[str]:
@@ -300,7 +301,7 @@ def asked_section(results: Numbers) -> list[str]:
     return [
         f"Asked {template}{thinking}, in {protocol['dtype']}, seed {protocol['seed']}{limit}. Cut: items, over all "
         "seeds, to fit the context or the limit of an answer.",
-        github(rows, ["task", "version", "metric", "filter", "examples", "cut"]),
+        table(rows, ["task", "version", "metric", "filter", "examples", "cut"]),
         *([read] if kept else []),
     ]
 
@@ -314,12 +315,7 @@ def checkpoints_table(results: Numbers) -> str:
             rows.append(
                 [run["folder"], f"{point['epoch']:g}", point["step"], nll, f"{point['drift']['general']['mean']:.4f}"]
             )
-    return github(rows, ["run", "epochs", "steps", "held-out nll", "drift"])
-
-
-def github(rows: list[list[Any]], headers: list[str]) -> str:
-    """Return a Markdown table."""
-    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+    return table(rows, ["run", "epochs", "steps", "held-out nll", "drift"])
 
 
 # The pictures

@@ -24,6 +24,7 @@ from eaft.evaluation.measured import shared
 from eaft.evaluation.scores import processes
 from eaft.processes import LOCK_FILE, locked, without_launcher
 from eaft.provenance import write_json
+from eaft.text import visible
 from eaft.training.train import RUN_FILE, last_complete_checkpoint
 
 MARK = "compare.json"  # in every folder that compare made
@@ -105,7 +106,7 @@ def train_run(run: Run) -> str | None:
         None, or what went wrong, also where the folder cannot be used: other processes wait for an answer.
     """
     if finished(run):
-        print(f"{run.folder}: already trained")
+        print(visible(f"{run.folder}: already trained"))
         return None
     try:
         config = prepare(run)
@@ -133,7 +134,7 @@ def prepare(run: Run) -> Path:
             empty(run.folder)
         config = run.folder / "train.yaml"
         config.write_text(yaml.safe_dump(flags, sort_keys=False))
-    print(f"{run.folder}: training" + (f" from {checkpoint}" if checkpoint else ""), flush=True)
+    print(visible(f"{run.folder}: training" + (f" from {checkpoint}" if checkpoint else "")), flush=True)
     return config
 
 

@@ -45,6 +45,7 @@ from eaft.evaluation.suite import Benchmark, Suite, load_suites, suites_help
 from eaft.models import resolve_model, vocabulary_size
 from eaft.processes import locked
 from eaft.provenance import environment, write_json
+from eaft.text import visible
 
 DESCRIPTION = """
 Run lm-evaluation-harness tasks on a model and write every item. With --base, run the base model under the same protocol
@@ -132,7 +133,7 @@ def main(argv: list[str]) -> int:
     results = evaluate(protocol=protocol, **flags)
     if results is None:
         return 0
-    print((Path(results["output_path"]) / "results.md").read_text())
+    print(visible((Path(results["output_path"]) / "results.md").read_text()))
     over_budget = results["base"] is not None and results["verdict"]["over_budget"]
     return 3 if over_budget else 1 if results["failed"] else 0
 
@@ -438,7 +439,7 @@ def record(model: str, prompts: str, tokenizer: str | None, protocol: Protocol) 
     check_measurable([base], {}, questions)
     answers = base.sampled(questions)
     if processes().is_main_process:
-        print(f"Kept {len(answers)} answers of {model} in {base.store.folder}")
+        print(visible(f"Kept {len(answers)} answers of {model} in {base.store.folder}"))
 
 
 @dataclass

@@ -7,6 +7,8 @@ import time
 
 from tqdm.auto import tqdm
 
+from eaft.text import visible
+
 
 class Progress:
     """
@@ -31,7 +33,7 @@ class Progress:
         self.began, self.tokens = time.monotonic(), 0
         self.bar = tqdm(
             total=items,
-            desc=f"task {self.number} of {self.tasks}, {name}",
+            desc=visible(f"task {self.number} of {self.tasks}, {name}", lines=False),
             bar_format="{desc}: {n:.0f} of {total} items{postfix}, {remaining} left",
             disable=True if os.environ.get("RANK", "0") != "0" else None,
             leave=False,

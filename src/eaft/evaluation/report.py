@@ -7,19 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from tabulate import tabulate
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from eaft.evaluation.paired import ALPHA, FEWEST_ITEMS, FEWEST_PROMPTS
 from eaft.evaluation.verdict import p_text
+from eaft.text import block, code, markdown, markdown_strings, table
+
+plt.rcParams["text.parse_math"] = False  # a name with dollars is no formula
 
 Result = dict[str, Any]
 
 
 def evaluation(results: Result) -> str:
     """Return an evaluation (`eaft eval`'s results) as Markdown: with a base model, the verdict and what proves it."""
+    as_they_are = ("verdict", "worst")  # Markdown already, and what goes into blocks of code
+    safe = markdown_strings({key: value for key, value in results.items() if key not in as_they_are})
+    results = safe | {key: results[key] for key in as_they_are if key in results}
     name = Path(results["model"]).name
     if results["base"] is None:
         parts = [f"# {name}", scores_table(results["tasks"])]
@@ -32,11 +37,6 @@ def evaluation(results: Result) -> str:
     if results["base"] is not None:
         parts += worst_section(results["worst"])
     return "\n\n".join(parts) + "\n"
-
-
-def table(rows: list[list[Any]], headers: list[str]) -> str:
-    """Return a Markdown table."""
-    return str(tabulate(rows, headers, tablefmt="github", disable_numparse=True))
 
 
 def scores_table(tasks: Result) -> str:
@@ -204,19 +204,17 @@ def worst_section(worst: list[Result]) -> list[str]:
     for i, item in enumerate(worst, 1):
         before, after = item["before"], item["after"]
         found.append(
-            f"### {i}. {item['task']}, item {item['doc_id']}: {before['score']:g} to {after['score']:g}\n\n"
+            f"### {i}. {markdown(item['task'])}, item {item['doc_id']}: {before['score']:g} to {after['score']:g}\n\n"
             f"Prompt (its end):\n\n{quote(item['prompt'][-600:])}\n\nBefore:\n\n{quote(before['response'])}\n\n"
-            f"After:\n\n{quote(after['response'])}\n\nTarget: `{str(item['target'])[-200:]}`"
+            f"After:\n\n{quote(after['response'])}\n\nTarget: {code(str(item['target'])[-200:])}"
         )
     return found
 
 
 def quote(text: Any) -> str:
-    """Return text as an indented Markdown block, cut at 600 characters."""
+    """Return text as a Markdown block of code, cut at 600 characters."""
     text = str(text)
-    return (
-        "\n".join("    " + line for line in (text[:600] + (" [...]" if len(text) > 600 else "")).splitlines()) or "    "
-    )
+    return block(text[:600] + (" [...]" if len(text) > 600 else ""))
 
 
 def draw_changes(results: Result, path: Path) -> None:

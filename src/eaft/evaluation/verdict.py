@@ -19,6 +19,7 @@ from eaft.evaluation.paired import (
     holm,
     items_needed,
 )
+from eaft.text import markdown_strings
 
 LOSS, NO_LOSS, TOO_FEW = "loss", "no loss shown", "too few items"
 SHOWN = 3  # tasks named in the sentence; the table has them all
@@ -65,7 +66,8 @@ def judge(results: dict[str, Any], max_drop: float | None = None, max_drift: flo
         "max_drift": max_drift,
         "tests": tests,
     }
-    return {**verdict, "sentence": sentence(verdict, results)}
+    told = {name: results[name] for name in ("tasks", "filters", "failed", "drift")}
+    return {**verdict, "sentence": sentence(markdown_strings(verdict), markdown_strings(told))}
 
 
 def change_of(mapping: dict[str, Any]) -> Change:

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from eaft.inspection.labelled import Labelled, Vocabulary
 from eaft.inspection.pieces import BYTE_TOKEN
 from eaft.inspection.rule import Expected, Rule
+from eaft.text import visible
 
 Numbers = dict[str, Any]
 
@@ -228,7 +229,7 @@ def shown(text: str, leading: bool = False) -> str:
     """
     if leading and text.startswith(" ") and not text.isspace():
         return f"␣{shown(text[1:])}"
-    text = (text.replace(" ", "␣") if text.isspace() else text.strip()).translate(SYMBOLS)
+    text = visible((text.replace(" ", "␣") if text.isspace() else text.strip()).translate(SYMBOLS), lines=False)
     return text if len(text) <= 24 else f"{text[:23]}…"
 
 

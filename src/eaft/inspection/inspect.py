@@ -58,6 +58,7 @@ from eaft.models import vocabulary_size
 from eaft.objective.statistics import usable_top_k
 from eaft.processes import locked
 from eaft.provenance import environment, write_json
+from eaft.text import visible
 from eaft.training.config import EAFTConfig
 from eaft.training.data import rows_digest
 from eaft.training.measure import fingerprint
@@ -364,7 +365,7 @@ def score_model(job: Job, model: ScoredModel, scorer: Lazy, pieces: Pieces) -> N
     counts = {shard: int(job.examples.lengths[list(shards[shard])].sum()) for shard in mine}
     with tqdm(
         total=sum(counts.values()),
-        desc=f"Scoring with {model.name}",
+        desc=visible(f"Scoring with {model.name}", lines=False),
         unit=" tokens",
         unit_scale=True,
         disable=None if state.is_main_process else True,
@@ -377,7 +378,7 @@ def score_model(job: Job, model: ScoredModel, scorer: Lazy, pieces: Pieces) -> N
                 if (
                     not state.is_main_process
                 ):  # of these rows, which the first process, that speaks for all, has not seen
-                    print(f"eaft inspect: error: {error}", file=sys.stderr)
+                    print(visible(f"eaft inspect: error: {error}"), file=sys.stderr)
                 raise
             if model.name == BASE:
                 table, texts = token_table(part, tokens, found, pieces)
@@ -439,4 +440,4 @@ def conclude(folder: Path) -> None:
     write_json(folder / SUMMARY_FILE, findings.find(inspection, inspection.run.get("top_k_curve")))
     report.write(inspection)
     write_json(folder / RUN_FILE, {**inspection.run, "finished": True})
-    print(report.page(inspection))
+    print(visible(report.page(inspection)))

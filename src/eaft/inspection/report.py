@@ -13,11 +13,12 @@ import pyarrow.compute as pc
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from eaft.evaluation.report import save, table
+from eaft.evaluation.report import save
 from eaft.inspection.advice import percent, shown
 from eaft.inspection.figures import CAPTIONS, draw, svg
 from eaft.inspection.folder import BASE, DATA, REPORT_FILE, ROLLOUTS, SUMMARY_FILE, Inspection
 from eaft.inspection.labelled import Vocabulary, weighed_gates
+from eaft.text import table, visible
 
 Numbers = dict[str, Any]
 FIRST_EXAMPLES, EXAMPLE_TOKENS = 8, 400  # shown in the report
@@ -34,7 +35,9 @@ def write(inspection: Inspection) -> None:
     for name, figure in draw(inspection, inspection.summary, gate).items():
         pictures[name] = Markup(svg(figure, name))
         save(figure, folder / f"{name}.png")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, finalize=visible_text, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters |= {
         "percent": optional_percent,
         "shown": functools.partial(shown, leading=True),
@@ -58,9 +61,14 @@ def write(inspection: Inspection) -> None:
     os.replace(staging, inspection.folder / REPORT_FILE)
 
 
+def visible_text(value: Any) -> Any:
+    """Return what the template writes, with control characters shown in what is no markup."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 def code(text: str) -> Markup:
     """Return text with what is in backticks as code."""
-    parts = text.split("`")
+    parts = visible(text).split("`")
     return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else p for i, p in enumerate(parts))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from eaft.objective.registry import get_gate
+from eaft.text import markdown
 from eaft.training.config import EAFTConfig
 
 SETTINGS = (
@@ -48,8 +49,8 @@ def model_card(
             tags=["generated_from_trainer", *tags],
         ),
         template_path=str(Path(__file__).with_name("model_card.md")),
-        base_model=base_model if on_hub else base_model and Path(base_model).name,
-        dataset_name=dataset_name,
+        base_model=base_model and markdown(base_model if on_hub else Path(base_model).name),
+        dataset_name=dataset_name and markdown(dataset_name),
         gate=args.gate,
         gate_settings={**gate_params, "top_k": args.gate_top_k},
         gate_help=get_gate(args.gate).help,

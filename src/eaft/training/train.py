@@ -31,6 +31,7 @@ from eaft.models import resolve_model
 from eaft.objective.gate_flags import gates_help
 from eaft.processes import locked
 from eaft.provenance import environment, peak_memory_gib, write_json
+from eaft.text import visible
 from eaft.training.config import EAFTConfig
 from eaft.training.data import exclude_rows, load_splits, select_split
 from eaft.training.plan import DryRunArguments, plan
@@ -73,7 +74,7 @@ def main(argv: list[str]) -> None:
         argv = [*argv, "--use_cpu", "true"]  # else bf16 is refused here, where it need not run
     (*configs, dry), launch_args, train_args = parse(argv)
     if dry.dry_run:
-        print(dry_run(configs, launch_args))
+        print(visible(dry_run(configs, launch_args)))
     elif not launch("train", launch_args, train_args):
         train(*configs)
 
