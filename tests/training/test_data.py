@@ -62,6 +62,16 @@ def test_trl_renders_what_stands_in_the_file(tmp_path):
         assert prepared["input_ids"][-len(ROWS) :] == prepared["input_ids"][: len(ROWS)]
 
 
+def test_a_mixture_of_files_keeps_their_rows(tmp_path):
+    parts = []
+    for number, rows in enumerate((ROWS[:3], ROWS[3:])):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        parts.append({"path": "json", "data_files": str(path), "split": "train", "columns": ["messages"]})
+    found = load_splits(ScriptArguments(), DatasetMixtureConfig(datasets=parts))["train"]
+    assert list(found) == [{"messages": row["messages"]} for row in ROWS]
+
+
 def test_messages_of_from_and_value_keep_what_they_hold(tmp_path):
     rows = [{"conversations": [{"from": m["role"], "value": m.get("content"), "calls": m.get("tool_calls")}
                                for m in row["messages"]]} for row in ROWS * 300]  # fmt: skip

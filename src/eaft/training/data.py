@@ -10,7 +10,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -65,17 +65,18 @@ def load_splits(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig
             name, options["data_files"] = BUILDERS[path.suffix], str(path)
         else:
             name = str(path)
+    given = f"dataset_name={script_args.dataset_name!r}"
+    if dataset_args.datasets:
+        given = f"datasets={[part.path for part in dataset_args.datasets]}"
     try:
-        return get_dataset(dataset_args) if dataset_args.datasets else load(name, **options)
+        return mixture(dataset_args) if dataset_args.datasets else load(name, **options)
     except ConfigurationError as error:
-        raise ConfigurationError(f"dataset_name={script_args.dataset_name!r}, {error}") from error
+        raise ConfigurationError(f"{given}, {error}") from error
     except Exception as error:  # each format has its own errors, chained below the datasets library's
         cause = error.__cause__ or error
         if "corresponds to no data" in str(cause):
-            raise ConfigurationError(f"dataset_name={script_args.dataset_name!r}: the data set is empty.") from error
-        raise ConfigurationError(
-            f"dataset_name={script_args.dataset_name!r} cannot be read. ({first_line(cause)})"
-        ) from error
+            raise ConfigurationError(f"{given}: the data set is empty.") from error
+        raise ConfigurationError(f"{given} cannot be read. ({first_line(cause)})") from error
 
 
 def load(path: str, streaming: bool, **options: Any) -> Any:
@@ -84,8 +85,13 @@ def load(path: str, streaming: bool, **options: Any) -> Any:
     files = builder.config.data_files
     if not isinstance(builder, JsonBuilder) or (streaming and any("://" in f for fs in files.values() for f in fs)):
         return load_dataset(path, streaming=streaming, **options)
+    return json_splits(builder, streaming)
+
+
+def json_splits(builder: JsonBuilder, streaming: bool = False) -> Any:
+    """Return the splits of files of JSON, as `JsonRows` reads them."""
     splits = {}
-    for split, data_files in files.items():
+    for split, data_files in builder.config.data_files.items():
         rows = JsonRows(
             dataset_name=builder.dataset_name, data_files={split: data_files}, hash=version("eaft"), token=builder.token
         )
@@ -95,6 +101,26 @@ def load(path: str, streaming: bool, **options: Any) -> Any:
             rows.download_and_prepare()
             splits[split] = rows.as_dataset(split)
     return IterableDatasetDict(splits) if streaming else DatasetDict(splits)
+
+
+def mixture(config: DatasetMixtureConfig) -> DatasetDict:
+    """
+    Return TRL's mixture of data sets.
+
+    If all are files of JSON, TRL gets the Arrow files in which `JsonRows` keeps their rows. Beside typed files it reads
+    them itself, so that the columns fit.
+    """
+    builders = [
+        load_dataset_builder(part.path, name=part.name, data_dir=part.data_dir, data_files=part.data_files)
+        for part in config.datasets
+    ]
+    if not config.streaming and all(isinstance(builder, JsonBuilder) for builder in builders):
+        parts = []
+        for part, builder in zip(config.datasets, builders, strict=True):
+            files = {split: [f["filename"] for f in rows.cache_files] for split, rows in json_splits(builder).items()}
+            parts.append(replace(part, path="arrow", name=None, data_dir=None, data_files=files))
+        config = replace(config, datasets=parts)
+    return get_dataset(config)
 
 
 @dataclass

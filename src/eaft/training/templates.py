@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from trl import ModelConfig
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.data_utils import is_conversational
+from trl.trainer.utils import global_then_local_main_first
 
 from eaft.errors import ConfigurationError, first_line
 from eaft.evaluation.scores import end_tokens, generation_config, load_tokenizer
@@ -399,15 +400,12 @@ def label_turns(dataset: Any, tokenizer: Any, args: EAFTConfig) -> Any:
     Raises:
         ConfigurationError: a turn cannot be found so, as where a template changes earlier turns.
     """
-    first = next(iter(dataset))
-    settings: Row = {"desc": "Labelling turns"} if hasattr(dataset, "__len__") else {}
-    return dataset.map(
-        labelled_turns,
-        with_indices=True,
-        remove_columns=list(first),
-        fn_kwargs={"tokenizer": tokenizer, "completion_only": args.completion_only_loss is not False},
-        **settings,
-    )
+    settings: Row = {"remove_columns": list(next(iter(dataset)))}
+    settings["fn_kwargs"] = {"tokenizer": tokenizer, "completion_only": args.completion_only_loss is not False}
+    if hasattr(dataset, "__len__"):  # of a stream, `map` takes none of these
+        settings |= {"desc": "Labelling turns", "num_proc": args.dataset_num_proc}
+    with global_then_local_main_first():  # as TRL's own preparation: the others read the cache
+        return dataset.map(labelled_turns, with_indices=True, **settings)
 
 
 def labelled_turns(row: Row, number: int, tokenizer: Any, completion_only: bool) -> dict[str, list[int]]:
