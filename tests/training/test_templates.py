@@ -117,10 +117,9 @@ def test_no_model_is_loaded_and_nothing_written(command, model_dir, tmp_path, ca
     assert not out.exists()
 
 
-def found(rows, tokenizer, **more):
-    return {
-        e["name"]: (e["count"], e["rows"], e["text"]) for e in check_rows(tokenizer, rows, config(), "data", **more)
-    }
+def found(rows, tokenizer, args=None, **more):
+    entries = check_rows(tokenizer, rows, args or config(), "data", **more)
+    return {e["name"]: (e["count"], e["rows"], e["text"]) for e in entries}
 
 
 @pytest.mark.parametrize(("name", "count"), [("glm4moe", 2), ("qwen2_5", 0), ("phi3", 0), ("deepseekv3", 0)])
@@ -145,6 +144,35 @@ def test_an_end_token_that_generation_does_not_know_is_told_with_the_flag():
         "Set --eos_token '<|im_end|>'." in found(rows, tokenizer_with("qwen2_5"), ends={"<|endoftext|>"})["no_end"][2]
     )
     assert found(rows, tokenizer_with("qwen2_5"))["no_end"][0] == 0
+
+
+def test_an_end_token_outside_of_the_marks_is_told():
+    tokenizer, masked = make_tokenizer(), config(assistant_only_loss=True)
+    assert found([said("Hi", "Hello.")], tokenizer, masked, ends={"<|im_end|>"})["no_end"][0] == 0
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "<|im_end|>\n{% endgeneration %}", "{% endgeneration %}<|im_end|>\n"
+    )
+    assert found([said("Hi", "Hello.")], tokenizer, masked, ends={"<|im_end|>"})["no_end"][0] == 1
+    assert found([said("Hi", "Hello.")], tokenizer, ends={"<|im_end|>"})["no_end"][0] == 0
+
+
+NO_MESSAGES = [
+    {"messages": []},
+    {"messages": None},
+    {"messages": "Hi"},
+    {"messages": ["Hi"]},
+    {"messages": [{"content": "Hi"}]},
+    {"messages": [{"role": 1, "content": "Hi"}]},
+    {"prompt": said("Hi")["messages"], "completion": "Hello."},
+    {**said("Hi", "Hello."), "prompt": "Hi"},
+    {**said("Hi", "Hello."), "tools": "weather"},
+]
+
+
+@pytest.mark.parametrize("bad", NO_MESSAGES, ids=str)
+def test_what_are_no_messages_is_refused_by_row(bad):
+    with pytest.raises(ConfigurationError, match=r"^data, row 1: "):
+        check_rows(make_tokenizer(), [said("Hi", "Hello."), bad], config(), "data")
 
 
 def test_nulls_that_parquet_fills_in_are_told_and_those_of_json_lines_are_not(tmp_path):

@@ -134,8 +134,8 @@ SENTINEL = "called_a8f3e2b1"
 class Findings:
     """What a chat template makes of rows: of each of `FINDINGS` how many rows, the first of them, and advice."""
 
-    def __init__(self, tokenizer: Any, ends: set[str], template: str | None, filled: set[str]) -> None:
-        self.tokenizer, self.template, self.filled = tokenizer, template, filled
+    def __init__(self, tokenizer: Any, ends: set[str], template: str | None, masked: bool, filled: set[str]) -> None:
+        self.tokenizer, self.template, self.masked, self.filled = tokenizer, template, masked, filled
         self.ends = tuple(sorted(ends))
         self.rows: dict[str, list[int]] = {name: [] for name in FINDINGS}
         self.details: dict[str, str] = {}
@@ -146,8 +146,10 @@ class Findings:
         messages = row_messages(row) if whole is not None else []
         if whole is None:
             whole, prompt = row["prompt"] + row["completion"], row["prompt"]
-        elif self.ends and messages[-1].get("role") == "assistant" and not whole.rstrip().endswith(self.ends):
-            self.found("no_end", self.how_it_ends(whole.rstrip()))
+        elif self.ends and messages[-1]["role"] == "assistant":
+            learned = self.learned(row) if self.masked and self.number < STREAM_ROWS else whole.rstrip()
+            if not learned.endswith(self.ends):
+                self.found("no_end", self.how_it_ends(learned))
         if prompt is not None and not self.is_prefix(prompt, whole, special=not messages):
             self.found("no_prefix")
         if ("messages" in self.filled and any(holds_null(call.get("arguments")) for call in tool_calls(messages))) or (
@@ -158,6 +160,18 @@ class Findings:
             self.found("dropped_calls")
         self.number += 1
 
+    def learned(self, row: Row) -> str:
+        """Return the text of the tokens that the template marks as the assistant's."""
+        encoded = self.tokenizer.apply_chat_template(
+            row_messages(row),
+            chat_template=self.template,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            **template_kwargs(row),
+        )
+        marked = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
+        return str(self.tokenizer.decode([token for token, mask in marked if mask])).rstrip()
+
     def found(self, name: str, detail: str = "") -> None:
         """Count this row."""
         self.rows[name].append(self.number)
@@ -166,7 +180,8 @@ class Findings:
     def how_it_ends(self, text: str) -> str:
         """Return how a text ends that does not end with an end token, and what to do."""
         added = [token for token in self.tokenizer.get_added_vocab() if text.endswith(token)]
-        stops = f"Row {self.number} ends with {(added or [text[-20:]])[0]!r}, and generation stops at {self.ends}."
+        last = (added or [text[-20:]])[0]
+        stops = f"What is learned of row {self.number} ends with {last!r}, and generation stops at {self.ends}."
         if added:
             return f"{stops} Set --eos_token '{added[0]}'."
         return f"{stops} Give a template that ends the assistant's turn, with --chat_template_path."
@@ -306,12 +321,15 @@ def check_rows(
             f"{where}: the model has no chat template, which rows of messages need: give one with "
             "--chat_template_path (a .jinja file, or a model that has one), or rows of text."
         )
-    template = None if plain else training_template(tokenizer, args)[0]
-    findings = Findings(tokenizer, set(ends), template, filled_columns(rows))
+    template, marked = (None, False) if plain else training_template(tokenizer, args)
+    findings = Findings(tokenizer, set(ends), template, marked and args.assistant_only_loss, filled_columns(rows))
     is_sized = hasattr(rows, "__len__")
     for number, row in enumerate(itertools.islice(rows, STREAM_ROWS if plain or not is_sized else None)):
         try:
+            check_messages(row, plain)
             whole, prompt = (None, None) if plain else render(tokenizer, row, template)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{where}, row {number}: {error}") from error
         except TemplateSyntaxError as error:
             raise ConfigurationError(
                 f"The chat template is not valid Jinja (line {error.lineno}: {first_line(error)}): give another with "
@@ -326,8 +344,36 @@ def check_rows(
     return findings.summary()
 
 
+def check_messages(row: Row, plain: bool) -> None:
+    """
+    Check the form of a row.
+
+    Raises:
+        ConfigurationError: it is another form than the first row's, or its messages are no messages.
+    """
+    if plain:
+        if not split_text([row]):
+            raise ConfigurationError("prompt and completion must be text, as those of the first row are.")
+        return
+    columns = [column for column in COLUMNS if row.get(column) is not None]
+    if columns not in (["messages"], ["prompt", "completion"]) or not all(isinstance(row[c], list) for c in columns):
+        raise ConfigurationError(
+            "messages, or prompt and completion, must be lists of messages, as the first row's are."
+        )
+    messages: list[Any] = [*row_messages(row)] or [None]
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ConfigurationError(
+                f"{str(message)[:40]} is no message: write {{'role': 'user', 'content': '...'}}, at least one in a row."
+            )
+
+
 def way_out(tokenizer: Any, row: Row, template: str | None) -> str:
     """Return what to do about a row that a template raises on: a change after which it does not."""
+    try:
+        template_kwargs(row)
+    except (TypeError, ValueError):
+        return "Its tools are text that is not JSON, or its chat_template_kwargs no map."
     for change, advice in CHANGES:
         try:
             changed = {**row, **{c: change(copy.deepcopy(row[c])) for c in COLUMNS if row.get(c)}}
@@ -352,8 +398,10 @@ def with_arguments(change: Callable[[Any], Any]) -> Callable[[list[Row]], list[R
 def tool_calls(messages: Iterable[Row]) -> Iterator[Row]:
     """Yield the name and arguments of each tool call."""
     for message in messages:
-        for call in message.get("tool_calls") or []:
-            yield call.get("function", call)
+        calls = message.get("tool_calls")
+        for call in calls if isinstance(calls, list) else []:
+            if isinstance(call, dict) and isinstance(function := call.get("function", call), dict):
+                yield function
 
 
 def without_nulls(value: Any) -> Any:
