@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import os
 import shutil
+from collections.abc import Iterator
+from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.constants import HF_HOME
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import chat_template_utils
 
 from eaft.errors import ConfigurationError, first_line
 
@@ -79,3 +84,55 @@ def convert_gguf(path: Path) -> Path:
 def vocabulary_size(tokenizer: Any) -> int:
     """Return how many rows a head needs for a tokenizer's ids, which may have gaps: `len(tokenizer)` counts tokens."""
     return int(max(tokenizer.get_vocab().values())) + 1
+
+
+def template_today() -> str:
+    """Return the date that chat templates write now, as 2026-11-29."""
+    return chat_template_utils.datetime.now().date().isoformat()
+
+
+def noted_date(file: Path, *keys: str) -> str | None:
+    """Return the `template_date` that a file of a run notes under these keys; None if it notes none."""
+    try:
+        found = json.loads(file.read_text())
+        for key in keys:
+            found = found[key]
+        return found["template_date"]
+    except (OSError, ValueError, KeyError, TypeError):  # who goes on with the run says what is wrong with its file
+        return None
+
+
+@contextlib.contextmanager
+def template_date(day: str) -> Iterator[None]:
+    """
+    Let chat templates write this date, at midnight, as if it were now: transformers' `strftime_now` reads the clock.
+
+    Raises:
+        ConfigurationError: no date, as 2026-11-29.
+    """
+    now = datetime.combine(read_date(day), time())
+
+    class Fixed(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:  # type: ignore[override]
+            return now
+
+    before = chat_template_utils.datetime
+    chat_template_utils.datetime = Fixed
+    try:
+        yield
+    finally:
+        chat_template_utils.datetime = before
+
+
+def read_date(day: str) -> date:
+    """
+    Return a date of its text.
+
+    Raises:
+        ConfigurationError: it is none.
+    """
+    try:
+        return date.fromisoformat(day)
+    except ValueError as error:
+        raise ConfigurationError(f"template_date={day!r}: expected a date, as 2026-11-29.") from error

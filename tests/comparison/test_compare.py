@@ -17,6 +17,7 @@ from eaft import cli
 from eaft.comparison import compare, measure, recipe, runs
 from eaft.errors import ConfigurationError
 from eaft.evaluation.paired import holm
+from eaft.models import template_today
 from eaft.processes import locked
 from tests.conftest import make_model, make_rows, make_tokenizer
 
@@ -354,7 +355,7 @@ def test_a_folder_of_somebody_else_is_left_alone(content, tmp_path, capsys):
     (theirs / "thesis.txt").write_text("all of it")
     assert run(content) == 2
     assert "was not made by eaft compare" in capsys.readouterr().err
-    runs.claim(tmp_path / "out2", compare.OURS)
+    runs.claim(tmp_path / "out2", {**compare.OURS, "template_date": template_today()})
     content["output_dir"] = str(tmp_path / "out2")
     theirs.replace(tmp_path / "out2" / "sft-seed0")
     assert run(content) == 2
@@ -363,7 +364,7 @@ def test_a_folder_of_somebody_else_is_left_alone(content, tmp_path, capsys):
 
 
 def test_a_second_process_leaves(content, tmp_path, capsys):
-    runs.claim(tmp_path / "out", compare.OURS)
+    runs.claim(tmp_path / "out", {**compare.OURS, "template_date": template_today()})
     with locked(tmp_path / "out"):
         assert run(content) == 2
     assert "is in use: another eaft process writes there" in capsys.readouterr().err

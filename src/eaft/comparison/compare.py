@@ -23,13 +23,14 @@ from eaft.comparison.held_out import Row, check_fit, check_number, prepare
 from eaft.comparison.measure import Measure, check_before_training
 from eaft.comparison.recipe import Recipe, Run, base_model, check_names, parse_flags, plan_runs
 from eaft.comparison.results import collect
-from eaft.comparison.runs import FirstAlone, check_folder, claim, end_with_parent, train_run
+from eaft.comparison.runs import MARK, FirstAlone, check_folder, claim, end_with_parent, train_run
 from eaft.comparison.study import Study, prune, study
 from eaft.errors import ConfigurationError, EAFTError, first_line
 from eaft.evaluation.evaluate import check_packages, context_length
 from eaft.evaluation.identity import tokenizer_digest, weights_digest
 from eaft.evaluation.scores import load_tokenizer, processes
 from eaft.evaluation.suite import Benchmark, Suite, load_suites
+from eaft.models import noted_date, template_date, template_today
 from eaft.processes import locked
 from eaft.text import VisibleRecord, visible
 
@@ -55,6 +56,14 @@ def compare(recipe: Recipe, jobs: int = 1) -> dict[str, Any]:
     """
     check_jobs(jobs)
     check_packages(recipe.evaluate.backend)
+    day = recipe.evaluate.template_date or noted_date(Path(recipe.output_dir) / MARK) or template_today()
+    recipe.evaluate.template_date = day
+    with template_date(day):
+        return compare_on_date(recipe, jobs)
+
+
+def compare_on_date(recipe: Recipe, jobs: int) -> dict[str, Any]:
+    """Compare while chat templates write the recipe's date, here and in all runs; see `compare`."""
     benchmarks, groups = load_tasks(recipe)
     base = base_model(recipe)
     check_before_training(recipe.evaluate, base, benchmarks)
@@ -64,13 +73,14 @@ def compare(recipe: Recipe, jobs: int = 1) -> dict[str, Any]:
     # Parsing the flags of training has set up its processes; measuring has its own
     AcceleratorState._reset_state(reset_partial_state=True)
     state, output_dir = processes(), Path(recipe.output_dir)
-    check_folder(output_dir, OURS)
+    ours = {**OURS, "template_date": recipe.evaluate.template_date}
+    check_folder(output_dir, ours)
     for run in runs:
         check_folder(run.folder, run.identity)
 
     with locked(output_dir) if state.is_main_process else contextlib.nullcontext():
         if state.is_main_process:
-            claim(output_dir, OURS)
+            claim(output_dir, ours)
         state.wait_for_everyone()
         measure = Measure(recipe.evaluate, base, benchmarks, output_dir, rows)
         keep_all = recipe.keep_checkpoints == "all"
@@ -247,6 +257,8 @@ def start_worker(recipe: Recipe, folder: Path, threads: int, rows: list[Row]) ->
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
+    assert recipe.evaluate.template_date is not None
+    template_date(recipe.evaluate.template_date).__enter__()  # as long as this process lives
     benchmarks, _ = load_tasks(recipe)
     WORKER = Measure(recipe.evaluate, base_model(recipe), benchmarks, folder, rows)
 

@@ -197,7 +197,7 @@ def check_fields(recipe: Recipe, path: str) -> None:
             )
     if not recipe.evaluate.drift_prompts:
         raise ConfigurationError(f"{path}: evaluate: drift_prompts=0 leaves nothing to compare forgetting by.")
-    for name in ("output_dir", "seed", "resume_from_checkpoint"):
+    for name in ("output_dir", "seed", "resume_from_checkpoint", "template_date"):
         if any(name in flags for flags in (recipe.train, *recipe.objectives.values())):
             raise ConfigurationError(f"{path}: train: {name} is compare's to set, run by run: leave it out.")
     for name in ("select_checkpoint", "forgetting_budget", "load_best_model_at_end"):
@@ -234,6 +234,8 @@ def plan_runs(recipe: Recipe, model_identity: Any) -> list[Run]:
                     known["gate"] = flags["gate"]
                 identity = {"model": model_identity, "flags": known, "files": files, "versions": versions(TRAINS)}
                 flags["output_dir"] = str(Path(recipe.output_dir) / name)
+                if recipe.evaluate.template_date is not None:
+                    flags["template_date"] = recipe.evaluate.template_date
                 # Another seed on the same data changes nothing here
                 if (key := json.dumps([own, rate, flags.get("dataset_name")], default=str)) not in seen:
                     warnings.add(check_training(flags, recipe.evaluate.held_out))

@@ -23,7 +23,7 @@ from transformers import AutoConfig
 from eaft.errors import ConfigurationError, first_line
 from eaft.evaluation.drift import ANSWER_TOKENS, DRIFT_PROMPTS, PROMPTS, TOP, BaseAnswers, read_prompts, summarise
 from eaft.evaluation.identity import digest, tokenizer_digest
-from eaft.evaluation.measured import MeasuredModel, write_jsonl
+from eaft.evaluation.measured import MeasuredModel, shared, write_jsonl
 from eaft.evaluation.progress import Progress
 from eaft.evaluation.scores import (
     SEED,
@@ -42,7 +42,7 @@ from eaft.evaluation.scores import (
     source,
 )
 from eaft.evaluation.suite import Benchmark, Suite, load_suites, suites_help
-from eaft.models import resolve_model, vocabulary_size
+from eaft.models import noted_date, resolve_model, template_date, template_today, vocabulary_size
 from eaft.processes import locked
 from eaft.provenance import environment, write_json
 from eaft.text import visible
@@ -121,21 +121,37 @@ def main(argv: list[str]) -> int:
         "--drift_prompts", type=int, default=DRIFT_PROMPTS, metavar="N", help="at most so many; 0: no drift"
     )
     parser.add_argument("--max_new_tokens", type=int, default=ANSWER_TOKENS, help="of the base model's answers to them")
+    parser.add_argument(
+        "--template_date",
+        metavar="DATE",
+        help="what chat templates that write the date write, as 2026-11-29 (default: today's, or that of the "
+        "evaluation that is gone on with)",
+    )
     flags = vars(parser.parse_args(argv))
     protocol = Protocol(**{name: flags.pop(name) for name in Protocol.__dataclass_fields__})
     if flags.pop("record"):
         if flags["base"] is not None or flags["suite"]:
             raise ConfigurationError("--record only keeps MODEL's answers: leave --base and --suite out.")
-        record(flags["model"], flags["prompts"], flags["tokenizer"], protocol)
+        with template_date(protocol.template_date or template_today()):
+            record(flags["model"], flags["prompts"], flags["tokenizer"], protocol)
         return 0
     if not flags["suite"]:
         raise ConfigurationError("--suite is missing: name suites or tasks, as eaft eval --help lists them.")
-    results = evaluate(protocol=protocol, **flags)
+    if protocol.template_date is None:
+        inputs = folder_of(flags["model"], flags["output_path"]) / INPUTS_FILE
+        protocol.template_date = shared(lambda: noted_date(inputs, "protocol") or template_today())
+    with template_date(protocol.template_date):
+        results = evaluate(protocol=protocol, **flags)
     if results is None:
         return 0
     print(visible((Path(results["output_path"]) / "results.md").read_text()))
     over_budget = results["base"] is not None and results["verdict"]["over_budget"]
     return 3 if over_budget else 1 if results["failed"] else 0
+
+
+def folder_of(model: str, output_path: str | None) -> Path:
+    """Return where results go."""
+    return Path(output_path or Path("eval") / Path(model).name)
 
 
 def evaluate(
@@ -162,7 +178,7 @@ def evaluate(
         ConfigurationError: whatever can be known to be wrong before a model is loaded.
     """
     protocol = protocol or Protocol()
-    folder = Path(output_path or Path("eval") / Path(model).name)
+    folder = folder_of(model, output_path)
     inputs = {
         **{"model": model, "base": base, "suite": suite, "data_dir": data_dir, "include_path": include_path},
         **{"limit": limit, "prompts": prompts, "tokenizer": tokenizer, "protocol": asdict(protocol)},

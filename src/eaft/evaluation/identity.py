@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from eaft.errors import ConfigurationError
+from eaft.models import template_today
 from eaft.provenance import versions
 
 # Of a model's folder, what its outputs depend on; a run's folder holds much else
@@ -75,10 +76,9 @@ def tokenizer_digest(tokenizer: Any) -> str:
     else:
         content = tokenizer.get_vocab()
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    asked = None
-    if tokenizer.chat_template is not None:  # some write today's date (Llama 3.2): tomorrow is asked another question
-        asked = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
-    return digest([type(tokenizer).__name__, content, special, tokenizer.chat_template, asked])
+    # Some templates write the date (Llama 3.2): on another day another question is asked
+    day = template_today() if "strftime_now" in str(tokenizer.chat_template) else None
+    return digest([type(tokenizer).__name__, content, special, tokenizer.chat_template, day])
 
 
 def tasks_digest(tasks: dict[str, Any], limit: int | None, num_fewshot: int | None) -> str:

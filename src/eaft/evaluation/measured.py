@@ -50,7 +50,8 @@ class MeasuredModel:
 
     def items(self, benchmark: Benchmark, progress: Progress | None = None) -> list[Item]:
         """Return a benchmark's items, as `eaft.evaluation.scores.score` does."""
-        protocol = {k: v for k, v in asdict(self.protocol).items() if k not in ("drift_prompts", "max_new_tokens")}
+        others = ("drift_prompts", "max_new_tokens", "template_date")  # the last is in the tokenizer's digest
+        protocol = {name: value for name, value in asdict(self.protocol).items() if name not in others}
         if benchmark.digest is None:
             benchmark.digest = tasks_digest(benchmark.tasks, benchmark.limit, self.protocol.num_fewshot)
         identity = {"items": benchmark.digest, "protocol": protocol}

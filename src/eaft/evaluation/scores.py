@@ -51,6 +51,7 @@ class Protocol:
         model_args: more arguments for it.
         drift_prompts: how many prompts drift is measured on.
         max_new_tokens: the length of each answer that drift is measured on.
+        template_date: the date that chat templates write, as 2026-11-29; None: today's.
     """
 
     apply_chat_template: bool | None = None
@@ -66,6 +67,7 @@ class Protocol:
     model_args: dict[str, Any] = field(default_factory=dict)
     drift_prompts: int = DRIFT_PROMPTS
     max_new_tokens: int = ANSWER_TOKENS
+    template_date: str | None = None
 
 
 def settled(protocol: Protocol, tokenizer: Any) -> Protocol:

@@ -63,7 +63,7 @@ from eaft.training.config import EAFTConfig
 from eaft.training.data import rows_digest
 from eaft.training.measure import fingerprint
 from eaft.training.prepare import prepare_rows
-from eaft.training.train import changed_arguments, check_data, launch, load_data, parse
+from eaft.training.train import changed_arguments, check_data, launch, load_data, parse, run_date
 
 DESCRIPTION = """
 Score data through a model, token by token, as training would see it before its first step, and say what is found: how
@@ -125,7 +125,8 @@ def main(argv: list[str]) -> None:
         os.environ.pop(name, None)
     configs, launch_args, inspect_args = parse(named(argv), make_parser(), recipe_launches=False)
     if not launch("inspect", launch_args, inspect_args):
-        inspect(*configs)
+        with run_date(configs[1], Path(configs[1].output_dir) / RUN_FILE):
+            inspect(*configs)
 
 
 def check_packages() -> None:

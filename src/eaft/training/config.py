@@ -11,6 +11,7 @@ from trl import SFTConfig
 
 from eaft.errors import ConfigurationError
 from eaft.evaluation.drift import DRIFT_PROMPTS, PROMPTS
+from eaft.models import read_date
 from eaft.objective.gate_flags import check_top_k, params_of_flags
 from eaft.objective.registry import check_gate
 from eaft.training.measure import MEASURED
@@ -39,6 +40,8 @@ class EAFTConfig(SFTConfig):
         replay: share of the training rows that are the base model's own answers to everyday requests, mixed in against
             forgetting (`eaft train` samples them; see `eaft.training.replay`).
         replay_prompts: JSON Lines with a `prompt`, which it answers.
+        template_date: the date that a chat template writes which writes today's, as 2026-11-29 (`eaft train` fixes and
+            notes it, so that a resumed run has the same).
         forgetting_eval_steps: measure drift and the suites every so many steps (0: never); see
             `eaft.training.forgetting`.
         forgetting_suite: suites or tasks of general ability, as `eaft eval --suite` takes them (default: `everyday`;
@@ -97,6 +100,14 @@ class EAFTConfig(SFTConfig):
         },
     )
 
+    template_date: str | None = field(
+        default=None,
+        metadata={
+            "help": "What chat templates that write the date write, as 2026-11-29 (default: today's, or that of the "
+            "run that is resumed)."
+        },
+    )
+
     forgetting_eval_steps: int = field(
         default=0, metadata={"help": "Measure drift, forgetting_suite and target_suite every so many steps; 0: never."}
     )
@@ -137,6 +148,8 @@ class EAFTConfig(SFTConfig):
             raise ConfigurationError(f"loss_type={self.loss_type!r} does not go with a gate; use gate='dft' instead.")
         if self.label_smoothing_factor:
             raise ConfigurationError("label_smoothing_factor does not go with a gate; leave it at 0.")
+        if self.template_date is not None:
+            self.template_date = read_date(str(self.template_date)).isoformat()  # YAML reads a date
         if not 0 <= self.replay < 1:
             raise ConfigurationError(f"replay={self.replay}: expected a share of the rows, from 0 to below 1.")
         super().__post_init__()

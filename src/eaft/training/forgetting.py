@@ -31,6 +31,7 @@ from eaft.evaluation.evaluate import side_by_side
 from eaft.evaluation.measured import shared
 from eaft.evaluation.scores import Protocol, ask, score, wrap
 from eaft.evaluation.suite import load_suites
+from eaft.models import template_today
 from eaft.processes import without_launcher
 from eaft.training.config import EAFTConfig
 
@@ -232,14 +233,16 @@ def answers_before_sharding(model: Any, tokenizer: Any, args: EAFTConfig) -> lis
             prompts = read_prompts(args.forgetting_prompts, base.protocol.drift_prompts)
             if base.find_sampled(prompts) is None:
                 flags = ["--tokenizer", folder, "--prompts", args.forgetting_prompts]
-                flags += ["--batch_size", str(base.protocol.batch_size)]
+                flags += ["--batch_size", str(base.protocol.batch_size), "--template_date", template_today()]
                 command = [sys.executable, "-m", "eaft", "eval", model, "--record", *flags]
                 subprocess.run(command, env=without_launcher())
             answers = base.find_sampled(prompts)
     if (answers := shared(lambda: answers)) is None:
+        day = f" --template_date {template_today()}" if "strftime_now" in str(tokenizer.chat_template) else ""
         raise ConfigurationError(
             f"forgetting_eval_steps: the answers of {model} could not be sampled (see above). Where it is too large "
-            f"for one device: eaft eval {model} --record --model_args '{{\"parallelize\": true}}', and start again."
+            f"for one device: eaft eval {model} --record --model_args '{{\"parallelize\": true}}'{day}, and start again"
+            f"{day and f' with{day}'}."
         )
     return answers
 

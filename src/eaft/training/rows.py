@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from datasets.fingerprint import Hasher
+
+from eaft.models import template_today
 
 ROWS = "row_numbers"  # a batch's key, which `EAFTTrainer.compute_loss` takes out
 
@@ -26,6 +29,13 @@ def number_rows(dataset: Dataset) -> NumberedRows:
     numbered = copy.copy(dataset)
     numbered.__class__ = NumberedRows
     return numbered
+
+
+def cached_by_date(dataset: Dataset) -> Dataset:
+    """Return the same data set, whose maps `datasets` caches by the date that chat templates write, too."""
+    dated = copy.copy(dataset)
+    dated._fingerprint = Hasher.hash([dataset._fingerprint, template_today()])
+    return dated
 
 
 @dataclass

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,9 @@ from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from trl.cli.commands.training import _subtract_subsequence as subtract_subsequence
 
 from eaft.errors import ConfigurationError, first_line, nearest
-from eaft.evaluation.measured import write_jsonl
+from eaft.evaluation.measured import shared, write_jsonl
 from eaft.evaluation.scores import processes
-from eaft.models import resolve_model
+from eaft.models import noted_date, resolve_model, template_date, template_today
 from eaft.objective.gate_flags import gates_help
 from eaft.processes import locked
 from eaft.provenance import environment, peak_memory_gib, write_json
@@ -76,7 +77,28 @@ def main(argv: list[str]) -> None:
     if dry.dry_run:
         print(visible(dry_run(configs, launch_args)))
     elif not launch("train", launch_args, train_args):
-        train(*configs)
+        args = configs[1]
+        resume = str(args.resume_from_checkpoint or "false")
+        folder = Path(args.output_dir) if resume.lower() == "true" else Path(resume).parent
+        with run_date(args, folder / RUN_FILE if resume.lower() != "false" else None):
+            train(*configs)
+
+
+@contextlib.contextmanager
+def run_date(args: EAFTConfig, run_file: Path | None) -> Iterator[None]:
+    """
+    Let chat templates write one date for a whole run, and note it in its arguments.
+
+    Args:
+        run_file: `run.json` of a run that is gone on with, whose date stays.
+
+    Raises:
+        ConfigurationError: `template_date` is no date.
+    """
+    noted = shared(lambda: (noted_date(run_file, "config") if run_file is not None else None) or template_today())
+    args.template_date = args.template_date or noted
+    with template_date(args.template_date):
+        yield
 
 
 def launch(command: str, launch_args: list[str], command_args: list[str]) -> bool:

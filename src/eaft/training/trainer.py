@@ -29,7 +29,7 @@ from eaft.training.head import GatedLMHead, frozen_copy
 from eaft.training.logits_check import check_logits
 from eaft.training.measure import MeasureGate, MeasureOldLogProb
 from eaft.training.model_card import model_card
-from eaft.training.rows import ROWS, RowCollator, describe_rows, number_rows
+from eaft.training.rows import ROWS, RowCollator, cached_by_date, describe_rows, number_rows
 from eaft.training.templates import conversational, label_turns, mark_assistant
 
 logger = get_logger(__name__)
@@ -185,6 +185,8 @@ class EAFTTrainer(SFTTrainer):
     ) -> Any:
         """Prepare a data set as TRL does, following examples if the gate needs it; report rows without a label."""
         prepare = functools.partial(super()._prepare_dataset, processing_class=processing_class)
+        if isinstance(dataset, Dataset) and "strftime_now" in str(processing_class.chat_template):
+            dataset = cached_by_date(dataset)
         if self._label_turns and conversational(dataset):
             dataset = label_turns(dataset, processing_class, args)
         if name == "train" and self._replayed is not None:  # an evaluation set may have that name
