@@ -89,7 +89,8 @@ def test_no_model_is_loaded_and_nothing_written(command, model_dir, tmp_path, ca
     template.write_text((TEMPLATES / "glm4moe.jinja").read_text())
     data, held_out = tmp_path / "data.jsonl", tmp_path / "held_out.jsonl"
     data.write_text("".join(json.dumps(r) + "\n" for r in (said("Hi", "Hello."), calling('{"city": "Paris"}'))))
-    for module in ("training.train.resolve_model", "training.plan.resolve_model", "inspection.inspect.find_model"):
+    loads = ["training.train.resolve_model", "training.plan.resolve_model", "inspection.inspect.find_model"]
+    for module in [*loads, "comparison.recipe.resolve_model"]:
         monkeypatch.setattr(f"eaft.{module}", lambda *a, **k: pytest.fail("a model is looked for"))
     out = tmp_path / "out"
     flags = {"dataset_name": data, "output_dir": out, "use_cpu": "true", "bf16": "false", "report_to": "none"}

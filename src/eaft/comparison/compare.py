@@ -65,10 +65,14 @@ def compare(recipe: Recipe, jobs: int = 1) -> dict[str, Any]:
 def compare_on_date(recipe: Recipe, jobs: int) -> dict[str, Any]:
     """Compare while chat templates write the recipe's date, here and in all runs; see `compare`."""
     benchmarks, groups = load_tasks(recipe)
-    base = base_model(recipe)
+    runs = plan_runs(recipe, None)  # before a GGUF file is converted
+    named, base = recipe.train["model_name_or_path"], base_model(recipe)
     check_before_training(recipe.evaluate, base, benchmarks)
     identity = [weights_digest(base), tokenizer_digest(load_tokenizer(base))]
-    runs = plan_runs(recipe, identity)
+    for run in runs:
+        run.identity["model"] = identity
+        if run.flags["model_name_or_path"] == named:
+            run.flags["model_name_or_path"] = base
     rows = prepare_held_out(recipe, runs, base)
     # Parsing the flags of training has set up its processes; measuring has its own
     AcceleratorState._reset_state(reset_partial_state=True)

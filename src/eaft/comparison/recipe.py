@@ -216,8 +216,11 @@ def plan_runs(recipe: Recipe, model_identity: Any) -> list[Run]:
         model_identity: a digest of the base model, with its tokenizer.
 
     Raises:
-        ConfigurationError: a bad flag, data that is missing or held out too, or a package that is not installed.
+        ConfigurationError: no model is named, a bad flag, data that is missing, held out too or not taken by the chat
+            template, or a package that is not installed.
     """
+    if recipe.train.get("model_name_or_path") is None:
+        raise ConfigurationError("train: model_name_or_path is missing.")
     runs: list[Run] = []
     rates: list[float | None] = [None] if recipe.learning_rates is None else [*recipe.learning_rates]
     seen, digests, warnings = set[str](), dict[Path, str](), set[str]()
@@ -320,9 +323,7 @@ def base_model(recipe: Recipe) -> str:
     Return the base model, as it can be loaded.
 
     Raises:
-        ConfigurationError: none is named, or it cannot be read.
+        ConfigurationError: it cannot be read.
     """
-    if recipe.train.get("model_name_or_path") is None:
-        raise ConfigurationError("train: model_name_or_path is missing.")
     recipe.train["model_name_or_path"] = resolve_model(recipe.train["model_name_or_path"])
     return recipe.train["model_name_or_path"]
