@@ -8,6 +8,7 @@ import jsonschema
 import matplotlib.colors
 import matplotlib.pyplot as plt
 import pytest
+from markdown_it import MarkdownIt
 
 from eaft.evaluation import report
 from tests.evaluation.conftest import drift_results, task_results
@@ -152,3 +153,11 @@ def test_the_picture_is_coloured_by_what_is_shown(results, tmp_path, monkeypatch
     assert colors == [matplotlib.colors.to_hex(name) for name in ("tab:gray", "tab:green", "tab:red")]  # from below
     monkeypatch.undo()
     plt.close(kept[0])
+
+
+def test_end_tokens_are_shown_as_they_are(results):
+    ends = {"base": ["<|im_end|>"], "model": ["a`b", "</s>"]}
+    text = report.evaluation(results | {"differs": {"end_tokens": ends}})
+    inline = [token for token in MarkdownIt().parse(text) if "differ in more than weights" in token.content]
+    found = [token.content for token in inline[0].children if token.type == "code_inline"]
+    assert [json.loads(part) for part in found] == [ends["base"], ends["model"]]

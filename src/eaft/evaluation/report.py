@@ -22,7 +22,7 @@ Result = dict[str, Any]
 
 def evaluation(results: Result) -> str:
     """Return an evaluation (`eaft eval`'s results) as Markdown: with a base model, the verdict and what proves it."""
-    as_they_are = ("verdict", "worst")  # Markdown already, and what goes into blocks of code
+    as_they_are = ("verdict", "worst", "differs")  # Markdown already, and what goes into code
     safe = markdown_strings({key: value for key, value in results.items() if key not in as_they_are})
     results = safe | {key: results[key] for key in as_they_are if key in results}
     name = Path(results["model"]).name
@@ -138,7 +138,7 @@ def differs_text(differs: Result | None) -> list[str]:
 
     def values(pair: Result) -> str:
         shown = [json.dumps(pair[side], sort_keys=True, ensure_ascii=False) for side in ("base", "model")]
-        return f" (base `{shown[0]}`, this model `{shown[1]}`)"
+        return f" (base {code(shown[0])}, this model {code(shown[1])})"
 
     told = ("end_tokens", "generation_config")  # the others are digests
     parts = [name.replace("_", " ") + (values(pair) if name in told else "") for name, pair in differs.items()]
