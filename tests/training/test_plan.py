@@ -18,6 +18,7 @@ from eaft.training.plan import (
     Launch,
     count_active,
     count_parameters,
+    count_unquantized,
     flops,
     memory,
     meta_model,
@@ -160,6 +161,18 @@ def test_activations_of_experts_by_hand(tmp_path):
     parts = memory(MIXTRAL_8X7B, ModelConfig(dtype="bfloat16"), args, 10**9, 10**9, 10, Launch())
     layer = 2 * (5 * 4096 + 2 * 4096 + 2 * 1024 + 2 * 4 * 14336)
     assert parts["activations of 10 tokens"] == pytest.approx(10 * 32 * layer / GIB)
+
+
+def test_memory_of_quantized_experts_by_hand(tmp_path):
+    """bitsandbytes makes 4 bits of Mixtral's attention; experts, router, norms, embeddings, head and adapters stay."""
+    args, attention = arguments(tmp_path, bf16=True), 32 * (2 * 4096**2 + 2 * 4096 * 1024)
+    lora = ModelConfig(dtype="bfloat16", load_in_4bit=True, use_peft=True, lora_target_modules=["q_proj", "v_proj"])
+    model = meta_model(MIXTRAL_8X7B, lora, args)
+    total, trainable = count_parameters(model)
+    unquantized = count_unquantized(model)
+    assert unquantized == total - attention
+    parts = memory(MIXTRAL_8X7B, lora, args, total, trainable, 10, Launch(), unquantized)
+    assert parts["weights"] == pytest.approx((attention / 2 + unquantized * 2) / GIB)
 
 
 @pytest.mark.parametrize("recipe", [r for r in RECIPES if "fsdp2" not in r.name], ids=lambda r: r.stem)

@@ -101,7 +101,8 @@ def plan(
     per_epoch = math.ceil(counted.rows / batch)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
     trained = counted.tokens * steps / per_epoch
-    parts = memory(config, model_args, args, total, trainable, counted.longest, launch)
+    unquantized = count_unquantized(model)
+    parts = memory(config, model_args, args, total, trainable, counted.longest, launch, unquantized)
     need = RESERVE * sum(parts.values()) + 1
     operations = flops(config, args, active, trainable == total, trained, counted.tokens / counted.rows)
     rows = [
@@ -132,7 +133,8 @@ def plan(
             f"  {launch.processes} x {gpu:<12} {hours:8.1f} h, {hours * launch.processes:8.1f} GPU-hours   {verdict}"
         )
     if launch.offload:
-        whole = memory(config, model_args, args, total, trainable, counted.longest, replace(launch, offload=False))
+        in_gpu = replace(launch, offload=False)
+        whole = memory(config, model_args, args, total, trainable, counted.longest, in_gpu, unquantized)
         # Weights, gradients, optimizer states
         host = launch.processes * (sum(list(whole.values())[:3]) + whole.get("reference model", 0))
         rows += ["", f"Offloaded: {host:.0f} GiB of the machines' own memory. The time this costs is not counted."]
@@ -185,6 +187,18 @@ def count_parameters(model: Any) -> tuple[int, int]:
     return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
 
 
+def count_unquantized(model: Any) -> int:
+    """
+    Return how many parameters `load_in_4bit` and `load_in_8bit` leave as they are: all but the weights of `nn.Linear`.
+
+    So embeddings, the head and adapters, and the experts of a mixture, which are no `nn.Linear` since transformers 5
+    (findings/bitsandbytes_moe_experts.sh).
+    """
+    head = model.get_output_embeddings()
+    linear = (m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head)
+    return count_parameters(model)[0] - sum(m.weight.numel() for m in linear if not m.weight.requires_grad)
+
+
 def experts_per_token(config: Any) -> int | None:
     """Return how many experts a token goes through, or None without experts: families name it differently."""
     text = config.get_text_config()
@@ -226,7 +240,14 @@ def count_tokens(name: str, source: dict[str, Any], args: EAFTConfig, train_data
 
 
 def memory(
-    config: Any, model_args: ModelConfig, args: EAFTConfig, total: int, trainable: int, longest: int, launch: Launch
+    config: Any,
+    model_args: ModelConfig,
+    args: EAFTConfig,
+    total: int,
+    trainable: int,
+    longest: int,
+    launch: Launch,
+    unquantized: int = 0,
 ) -> dict[str, float]:
     """
     Return what one GPU holds at the peak of a step, in GiB.
@@ -249,15 +270,18 @@ def memory(
         intermediate = per_token * largest(getattr(text, "moe_intermediate_size", None) or intermediate)
     width = (getattr(text, "head_dim", None) or hidden // heads) * heads
     keys = 2 * width // heads * (getattr(text, "num_key_value_heads", None) or heads)
-    width_of = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+    width_of = {"bfloat16": 2.0, "float16": 2.0, "float32": 4.0, "float64": 8.0}
     dtype = str(model_args.dtype or "float32").removeprefix("torch.")
     if dtype == "auto":
         dtype = str(config.dtype or "float32").removeprefix("torch.")
-    loaded = 0.5 if model_args.load_in_4bit else 1.0 if model_args.load_in_8bit else width_of[dtype]
+    loaded = width_of[dtype]
+    if quantized := model_args.load_in_4bit or model_args.load_in_8bit:  # bytes a weight, on average
+        small = 0.5 if model_args.load_in_4bit else 1.0
+        loaded = (small * (total - unquantized) + loaded * unquantized) / total
     full, sharded, anchor = trainable == total, launch.weights > 1, get_gate(args.gate).anchor
     weight = 4.0 if launch.upcast and full else loaded
     computed = 2 if args.bf16 or args.fp16 else max(2, loaded)
-    trained = 4 if weight < 2 or launch.upcast else weight
+    trained = 4 if quantized or launch.upcast else weight
     optim = str(getattr(args.optim, "value", args.optim))
     states = 2 if "8bit" in optim else 0 if "adafactor" in optim or "sgd" in optim else 2 * trained
 
