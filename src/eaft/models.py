@@ -9,15 +9,17 @@ import os
 import shutil
 from collections.abc import Iterator
 from datetime import date, datetime, time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub.constants import HF_HOME
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig
 from transformers.utils import chat_template_utils
 
-from eaft.errors import ConfigurationError, first_line
+from eaft.errors import ConfigurationError, EAFTError, first_line
+
+CONVERSION = 2  # counts the ways in which GGUF files were converted: the folders of older ones are not used
 
 
 def resolve_model(model: str, trust_remote_code: bool = False) -> str:
@@ -50,19 +52,29 @@ def convert_gguf(path: Path) -> Path:
     Dequantise a GGUF file into a float32 folder in the cache (`$HF_HOME/eaft`), once per content of the file.
 
     Every library can load a folder; a model loaded from GGUF keeps quantization marks that prevent saving it again.
+
+    Raises:
+        ConfigurationError: the file cannot be read, or not whole (`eaft.gguf_model`); or gguf is not installed.
     """
+    if find_spec("gguf") is None:
+        raise ConfigurationError(f"Reading {path} needs the gguf package: pip install 'eaft[gguf]'.")
+    from eaft.gguf_model import load_gguf
+
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
-    folder = Path(HF_HOME) / "eaft" / f"{path.stem}-{digest.hexdigest()[:12]}"
+    folder = Path(HF_HOME) / "eaft" / f"{path.stem}-{digest.hexdigest()[:12]}-{CONVERSION}"
     if folder.is_dir():
         return folder
+    try:
+        model, tokenizer = load_gguf(path)
+    except EAFTError:
+        raise
+    except Exception as error:  # the reader has no error of its own: a damaged file fails in many ways
+        raise ConfigurationError(
+            f"model_name_or_path={str(path)!r} is not a readable GGUF file. ({first_line(error)})"
+        ) from error
     staging = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
     try:
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.hf_quantizer = None
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         try:
@@ -70,12 +82,6 @@ def convert_gguf(path: Path) -> Path:
         except OSError:
             if not folder.is_dir():  # else another process was first
                 raise
-    except ImportError as error:
-        raise ConfigurationError(f"Reading {path} needs the gguf package: pip install 'eaft[gguf]'.") from error
-    except Exception as error:  # the reader has no error of its own: a damaged file fails in many ways
-        raise ConfigurationError(
-            f"model_name_or_path={str(path)!r} is not a readable GGUF file. ({first_line(error)})"
-        ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder

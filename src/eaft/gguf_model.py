@@ -1,0 +1,245 @@
+"""
+A GGUF file as a model of transformers, with everything that changes the output: what is not read is refused.
+
+transformers leaves out the keys and tensors that it does not know, without a word: the factors of a scaled rope make
+another model of a Llama 3.1. Here each key and tensor of the file is read, or known to change nothing, or refused.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations import GGUF_CONFIG_MAPPING
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from eaft.errors import ConfigurationError
+
+# Keys below the architecture's name that the shapes of the tensors fix, or that change no output
+HARMLESS = {
+    *("block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size", "tensor_data_layout"),
+    *("attention.key_length", "attention.value_length", "expert_count", "expert_feed_forward_length"),
+    *("expert_shared_feed_forward_length", "rope.scaling.finetuned"),
+}
+# Values with which a key changes nothing
+NEUTRAL: dict[str, Any] = {
+    **{"attention.causal": True, "rope.scaling.attn_factor": 1.0, "rope.scaling.yarn_log_multiplier": 0.0},
+    **{"rope.scale_linear": 1.0, "expert_weights_scale": 1.0},
+}
+# Keys that a configuration has as this field; llama.cpp's converter wrote the field's value
+FIELDS = {
+    "attention.sliding_window": "sliding_window",
+    "logit_scale": "logit_scale",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "use_parallel_residual": "use_parallel_residual",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_weights_norm": "norm_topk_prob",
+}
+ROPE_KEYS = {"rope.dimension_count", "rope.freq_base", "rope.scaling.type", "rope.scaling.factor"}
+ROPE_KEYS |= {"rope.scaling.original_context_length", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"}
+ROPE_TENSOR = "rope_freqs.weight"
+# llama.cpp's converter writes frequencies made with these two, of all Llama 3.1 to 3.3
+LOW, HIGH = 1.0, 4.0
+INSTEAD = "Give the folder or the Hub id of the model that the file was made from."
+
+
+def load_gguf(path: Path) -> tuple[Any, Any]:
+    """
+    Return a GGUF file's model, in float32 on the CPU, and its tokenizer.
+
+    Returns:
+        the model's configuration has what transformers leaves out of it, and so computes as the file says once it is
+        saved and loaded again; its generation config has every end token that the file names.
+
+    Raises:
+        ConfigurationError: the file has a key or a tensor that is not read and changes the output.
+    """
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    architecture = reader.fields["general.architecture"].contents()
+    prefix = f"{architecture}."
+    keys = {
+        name.removeprefix(prefix): field.contents() for name, field in reader.fields.items() if name.startswith(prefix)
+    }
+    if (parts := reader.fields.get("split.count")) is not None and parts.contents() > 1:
+        raise ConfigurationError(
+            f"model_name_or_path={str(path)!r} is one of {parts.contents()} parts of a model: join them with "
+            "llama.cpp's llama-gguf-split --merge, and give the whole file."
+        )
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    changes = changed_fields(path, architecture, keys, config)
+    rope = changed_rope(path, architecture, keys, tensors, config)
+
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
+    )
+    check_tensors(path, tensors, model, loading)
+    for name, value in changes.items():
+        setattr(model.config, name, value)
+    if rope is not None:
+        model.config.rope_parameters = rope
+    add_end_tokens(model.generation_config, reader.fields)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # with this mark the model could not be saved
+    model.hf_quantizer = None
+    return model, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+
+def unread(path: Path, what: str) -> ConfigurationError:
+    """Return the error of something in the file that changes the output and is not read."""
+    return ConfigurationError(
+        f"model_name_or_path={str(path)!r}: the file has {what}, which is not read, so that another model would be "
+        f"made of it. {INSTEAD}"
+    )
+
+
+def changed_fields(path: Path, architecture: str, keys: dict[str, Any], config: Any) -> dict[str, Any]:
+    """
+    Return the fields of the configuration that the file's keys change, beside those that transformers reads.
+
+    Raises:
+        ConfigurationError: a key is unknown, or the configuration has no such field.
+    """
+    names = (architecture, architecture.replace("-", "_"), architecture.replace("moe", "_moe"))
+    mapping: dict[str, Any] = next((GGUF_CONFIG_MAPPING[name] for name in names if name in GGUF_CONFIG_MAPPING), {})
+    changes = {}
+    for key, value in keys.items():
+        if mapping.get(key) is not None or key in HARMLESS or key in ROPE_KEYS or NEUTRAL.get(key) == value:
+            continue
+        if key == "attention.sliding_window" and value >= keys.get("context_length", math.inf):
+            continue
+        field = FIELDS.get(key)
+        if field is None or not hasattr(config, field):
+            raise unread(path, f"{architecture}.{key}={value!r}")
+        if not same(getattr(config, field), value):
+            if getattr(config, "layer_types", None) and field == "sliding_window":
+                raise unread(path, f"{architecture}.{key}={value!r}")
+            changes[field] = value
+    return changes
+
+
+def same(a: Any, b: Any) -> bool:
+    """Return whether two values are equal, numbers up to float32's rounding."""
+    if isinstance(a, int | float) and isinstance(b, int | float):
+        return math.isclose(a, b, rel_tol=1e-6)
+    return bool(a == b)
+
+
+def changed_rope(
+    path: Path, architecture: str, keys: dict[str, Any], tensors: dict[str, Any], config: Any
+) -> dict[str, Any] | None:
+    """
+    Return the configuration's `rope_parameters` as the file has them; None where they are right already.
+
+    Raises:
+        ConfigurationError: a scaling that is not read.
+    """
+    if factors := [name for name in tensors if name.startswith("rope_factors_")]:
+        raise unread(path, f"the rope factors {factors[0]!r}")
+    scaling = {key: value for key, value in keys.items() if key.startswith("rope.scaling.")}
+    kind, factor = scaling.get("rope.scaling.type"), scaling.get("rope.scaling.factor")
+    if kind is None and factor not in (None, 0.0, 1.0):
+        kind = "linear"  # as llama.cpp takes it
+    rope = getattr(config, "rope_parameters", None)
+    if rope is None:
+        if ROPE_KEYS & keys.keys() or ROPE_TENSOR in tensors:
+            raise unread(path, "a rope")
+        return None
+    by_layer = any(isinstance(value, dict) for value in rope.values())  # each kind of attention has its own
+    found = dict(rope["full_attention"] if by_layer else rope)
+    before = dict(found)
+    if (base := keys.get("rope.freq_base")) is not None and not same(found["rope_theta"], base):
+        found["rope_theta"] = base
+    if kind not in (None, "none"):
+        if kind not in ("linear", "yarn") or architecture == "gpt-oss" or (by_layer and kind != "linear"):
+            raise unread(path, f"{architecture}.rope.scaling.type={kind!r}")
+        found.update(rope_type=kind, factor=factor)
+        if kind == "yarn":
+            found["original_max_position_embeddings"] = scaling["rope.scaling.original_context_length"]
+            for name in ("beta_fast", "beta_slow"):
+                if (value := scaling.get(f"rope.scaling.yarn_{name}")) is not None:
+                    found[name] = value
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    share = found.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
+    if not by_layer and keys.get("rope.dimension_count", int(head_dim * share)) != int(head_dim * share):
+        raise unread(path, f"{architecture}.rope.dimension_count={keys['rope.dimension_count']}")
+    if ROPE_TENSOR in tensors and found["rope_type"] != "proportional":  # Gemma 4's configuration has its own
+        divisors = np.array(tensors[ROPE_TENSOR].data, dtype=np.float64).reshape(-1)
+        if not np.allclose(divisors, 1, rtol=1e-6):
+            if by_layer or found["rope_type"] != "default":
+                raise unread(path, f"the rope factors {ROPE_TENSOR!r}")
+            found.update(llama3_rope(path, divisors, found, config))
+    if found == before:
+        return None
+    return {**rope, "full_attention": found} if by_layer else found
+
+
+def llama3_rope(path: Path, divisors: np.ndarray, rope: dict[str, Any], config: Any) -> dict[str, Any]:
+    """
+    Return the parameters of a `llama3` rope (Llama 3.1 and later) from what each frequency is divided by.
+
+    Each frequency is divided by `factor` where its wave is longer than the original context, by 1 where it is shorter
+    than a fourth of that, and in between by 1 / ((1 - s) / factor + s), s = (context / wave - 1) / 3.
+
+    Args:
+        divisors: float64 `[head_dim / 2]`.
+        rope: the configuration's parameters without scaling.
+
+    Raises:
+        ConfigurationError: transformers' own frequencies of these parameters differ from the file's.
+    """
+    plain = 1 / rope["rope_theta"] ** (np.arange(len(divisors)) / len(divisors))
+    waves, factor = 2 * math.pi / plain, float(divisors.max())
+    between = (divisors > 1 + 1e-6) & (divisors < factor * (1 - 1e-6))
+    shares = (1 / divisors - 1 / factor) / (1 - 1 / factor)
+    contexts = waves[between] * (LOW + (HIGH - LOW) * shares[between])
+    if not len(contexts):  # any context between the two groups will do
+        contexts = np.array([HIGH * waves[divisors <= 1 + 1e-6].max(initial=1.0) + 1])
+    found = {
+        **{"rope_type": "llama3", "factor": factor, "low_freq_factor": LOW, "high_freq_factor": HIGH},
+        "original_max_position_embeddings": round(float(np.median(contexts))),
+    }
+    scaled = type(config)(**{**config.to_dict(), "rope_parameters": {**rope, **found}})
+    frequencies = ROPE_INIT_FUNCTIONS["llama3"](scaled, torch.device("cpu"))[0].double().numpy()
+    if len(frequencies) != len(plain) or not np.allclose(frequencies, plain / divisors, rtol=1e-4):
+        raise unread(path, f"the rope factors {ROPE_TENSOR!r}")
+    return found
+
+
+def check_tensors(path: Path, tensors: dict[str, Any], model: Any, loading: dict[str, Any]) -> None:
+    """
+    Check that the model has every number of the file, and none of its own.
+
+    Raises:
+        ConfigurationError: a weight is missing from the file, or a tensor of the file was not read.
+    """
+    if missing := sorted(loading["missing_keys"]):
+        raise ConfigurationError(
+            f"model_name_or_path={str(path)!r}: the file has no {missing[0]}, which {type(model).__name__} needs. "
+            f"{INSTEAD}"
+        )
+    own = {weight.data_ptr(): weight.numel() for weight in model.state_dict().values()}
+    tied = {"output.weight"} if model.config.tie_word_embeddings else set()
+    named = {
+        name: int(tensor.n_elements)
+        for name, tensor in tensors.items()
+        if name not in tied and not re.match(r"rope_(freqs|factors)", name)
+    }
+    if (numbers := sum(named.values())) != sum(own.values()):
+        raise unread(path, f"{numbers:,} numbers in its tensors and the model {sum(own.values()):,}: a tensor of it")
+
+
+def add_end_tokens(config: Any, fields: dict[str, Any]) -> None:
+    """Let a model stop at each end token of the file: of the text, of a turn, of a message."""
+    names = [f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom")]
+    ends = list(dict.fromkeys(int(fields[name].contents()) for name in names if name in fields))
+    if len(ends) > 1:
+        config.eos_token_id = ends
