@@ -278,3 +278,13 @@ def test_model_card_names_the_gate(tmp_path):
 def test_compute_loss_func_is_refused(tmp_path):
     with pytest.raises(ConfigurationError, match="compute_loss_func"):
         EAFTTrainer(make_model(), EAFTConfig(str(tmp_path), use_cpu=True), compute_loss_func=lambda *a: 0)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"init_lora_weights": "pissa"}, {"init_lora_weights": "OLoRA"}, {"bias": "all"}], ids=str
+)
+def test_refuses_a_reference_that_is_not_the_base_model(tmp_path, setting):
+    adapter = LoraConfig(r=4, target_modules=["q_proj"], **setting)
+    with pytest.raises(ConfigurationError, match=f"{next(iter(setting))}=.*base model.*gate='sft-kl'.*: use "):
+        build(EAFTTrainer, tmp_path, peft_config=adapter, gate="sft-kl")
+    build(EAFTTrainer, tmp_path, peft_config=adapter, gate="eaft")  # has no reference

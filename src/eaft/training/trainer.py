@@ -145,11 +145,27 @@ class EAFTTrainer(SFTTrainer):
                 sharded["wrapped"] = lambda: self.model_wrapped
             self.add_callback(ForgettingEval(args, self.log, **sharded))
 
+    def _check_adapters_off_is_base(self) -> None:
+        """Refuse adapters that change the base model's own weights (findings/peft_adapter_off.sh)."""
+        config = self.model.active_peft_config
+        start, bias = getattr(config, "init_lora_weights", True), getattr(config, "bias", "none")
+        if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+            raise ConfigurationError(
+                f"init_lora_weights={start!r} changes the base weights, so that the model without its adapter is not "
+                f"the base model, which gate={self.args.gate!r} needs: use init_lora_weights=True."
+            )
+        if bias != "none":
+            raise ConfigurationError(
+                f"bias={bias!r} trains the base model's own biases, so that the model without its adapter is not the "
+                f"base model, which gate={self.args.gate!r} needs: use bias='none'."
+            )
+
     def _make_reference(self) -> Any:
         """Return what the head runs as the reference model: the PEFT model around the policy, or a frozen copy."""
         if is_peft_model(self.model):
             if self.model.active_peft_config.is_prompt_learning:
                 raise ConfigurationError(f"gate={self.args.gate!r} does not go with prompt learning: use LoRA.")
+            self._check_adapters_off_is_base()
             return self.model
         state = self.accelerator.state
         zero3 = self.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3
