@@ -3,8 +3,8 @@
 # Behaviour: load_in_4bit leaves the experts of a mixture of experts as they are. Since transformers
 #   5 keeps all experts of a layer in one 3-D parameter, and bitsandbytes replaces nn.Linear only,
 #   just the attention becomes 4-bit. In the shape of Qwen3-30B-A3B that is about 3% of the weights.
-# Whom it hurts: who rents a GPU for QLoRA of such a model: it takes 3.8 times the memory that was
-#   planned. Nothing warns; get_memory_footprint() tells.
+# Whom it hurts: who rents a GPU for QLoRA of such a model: it takes nearly four times the memory
+#   that was planned. Nothing warns; get_memory_footprint() tells.
 # Guess beforehand: all large matrices become 4-bit, experts first, since they are most of the
 #   model.
 set -euo pipefail
