@@ -4,7 +4,14 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from eaft import gguf_model, models
@@ -114,6 +121,39 @@ def test_a_converted_model_computes_as_the_one_the_file_was_made_of(name, tmp_pa
         torch.testing.assert_close(found(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
         if name != "default":  # a rope that is lost is seen
             assert (make_llama(ROPES["default"])(ids).logits - model(ids).logits).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("layers", [46, 2])
+def test_gemma_27b_has_the_scale_of_attention_that_llama_cpp_gives_it(layers, tmp_path):
+    """llama.cpp takes width / heads where there are 46 layers; the file has no key for it."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 1, "num_key_value_heads": 1}
+    scalar = 64 if layers == 46 else 256
+    config = Gemma2Config(
+        **sizes, vocab_size=VOCABULARY, num_hidden_layers=layers, head_dim=16, query_pre_attn_scalar=scalar
+    )
+    config.initializer_range = 0.2
+    model = Gemma2ForCausalLM(config).eval()
+    writer = gguf.GGUFWriter(str(tmp_path / "m.gguf"), "gemma2")
+    numbers = {"context_length": 8192, "block_count": layers, "embedding_length": 64, "feed_forward_length": 32}
+    numbers |= {"head_count": 1, "head_count_kv": 1, "key_length": 16, "value_length": 16, "sliding_window": 4096}
+    for name, value in {**numbers, "layer_norm_rms_eps": 1e-6}.items():
+        getattr(writer, f"add_{name}")(value)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(TOKENS)
+    writer.add_token_merges(["a b"])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA2, layers)
+    for own, weight in model.state_dict().items():
+        if own != "lm_head.weight":  # tied; norms are stored as what they multiply by
+            writer.add_tensor(names.get_name(own, (".weight",)), (weight + ("norm" in own)).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = AutoModelForCausalLM.from_pretrained(models.resolve_model(str(tmp_path / "m.gguf")), dtype=torch.float32)
+    ids = torch.randint(3, VOCABULARY, (1, 30), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(found.eval()(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 REFUSED = {

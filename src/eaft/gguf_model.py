@@ -41,6 +41,9 @@ FIELDS = {
     "expert_used_count": "num_experts_per_tok",
     "expert_weights_norm": "norm_topk_prob",
 }
+# Layers by which llama.cpp knows Gemma's 27B models: their attention has another scale, which no key holds
+# (findings/gguf_gemma_27b.sh)
+GEMMA_27B = {"gemma2": 46, "gemma3": 62}
 ROPE_KEYS = {"rope.dimension_count", "rope.freq_base", "rope.scaling.type", "rope.scaling.factor"}
 ROPE_KEYS |= {"rope.scaling.original_context_length", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"}
 ROPE_TENSOR = "rope_freqs.weight"
@@ -76,6 +79,8 @@ def load_gguf(path: Path) -> tuple[Any, Any]:
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     changes = changed_fields(path, architecture, keys, config)
+    if keys.get("block_count") == GEMMA_27B.get(architecture, -1):
+        changes["query_pre_attn_scalar"] = config.hidden_size // config.num_attention_heads
     rope = changed_rope(path, architecture, keys, tensors, config)
 
     model, loading = AutoModelForCausalLM.from_pretrained(

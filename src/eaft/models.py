@@ -19,7 +19,7 @@ from transformers.utils import chat_template_utils
 
 from eaft.errors import ConfigurationError, EAFTError, first_line
 
-CONVERSION = 2  # counts the ways in which GGUF files were converted: the folders of older ones are not used
+CONVERSION = 3  # counts the ways in which GGUF files were converted: the folders of older ones are not used
 
 
 def resolve_model(model: str, trust_remote_code: bool = False) -> str:
