@@ -11,7 +11,8 @@ from eaft.objective.chunk import LogitTransform
 from eaft.objective.registry import Anchor
 from eaft.objective.statistics import token_statistics
 
-pytest.importorskip("triton", reason="Triton is not installed")
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+tl = pytest.importorskip("triton.language")
 triton_backend = pytest.importorskip("eaft.objective.triton_backend")
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -314,6 +315,26 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
     ours(problem, LogitTransform())
     assert len(launched) == 3
     assert all(on and on[0] is projection for on, projection in launched)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter is not used")
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float32])
+def test_the_interpreters_faster_top_k_is_tritons(dtype):
+    """See tests/conftest.py; with ties, since there are few values."""
+    values = torch.randint(-40, 40, (4, 64), generator=torch.Generator().manual_seed(0)).to(dtype)
+    found, expected = (torch.zeros(4, 16, dtype=dtype) for _ in range(2))
+    both_top_ks[(1,)](values, found, expected)
+    assert torch.equal(found, expected)
+    assert torch.equal(found, values.topk(16).values)
+
+
+@triton.jit
+def both_top_ks(values_ptr, found_ptr, expected_ptr):
+    rows = tl.arange(0, 4)[:, None]
+    values = tl.load(values_ptr + rows * 64 + tl.arange(0, 64)[None, :])
+    out = rows * 16 + tl.arange(0, 16)[None, :]
+    tl.store(found_ptr + out, tl.topk(values, 16))
+    tl.store(expected_ptr + out, tl.topk.tritons(values, 16))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
