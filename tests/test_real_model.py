@@ -1,4 +1,8 @@
-"""Every objective trains SmolLM2-135M-Instruct for a few steps, full and LoRA, packed and not, and resumes exactly."""
+"""
+Gates of each kind train SmolLM2-135M-Instruct for a few steps, full and LoRA, packed and not, and resume exactly.
+
+Every gate does so with a tiny model in tests/training/test_objectives.py.
+"""
 
 import json
 from importlib.util import find_spec
@@ -15,6 +19,7 @@ from eaft.evaluation.drift import PROMPTS, BaseAnswers, answer_log_probs, read_p
 from eaft.models import resolve_model
 from eaft.objective.registry import GATES
 from eaft.objective.statistics import kl_divergence
+from tests.objective.test_gates import KINDS, every_gate_once
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,10 +60,14 @@ def train(model, rows, path, resume=None, **settings):
     return trainer
 
 
-@pytest.mark.parametrize("gate", sorted(GATES))
-@pytest.mark.parametrize("packing", [False, True], ids=["loose", "packed"])
-@pytest.mark.parametrize("peft", [False, True], ids=["full", "LoRA"])
-def test_trains_and_resumes_exactly(gate, packing, peft, smollm2, rows, tmp_path):
+@pytest.mark.parametrize(
+    ("gate", "setting"),
+    every_gate_once(
+        ["packed LoRA", "packed full", "loose LoRA", "loose full"], (*KINDS, "sft", "flow", "psft"), ("eaft", "asft")
+    ),
+)
+def test_trains_and_resumes_exactly(gate, setting, smollm2, rows, tmp_path):
+    packing, peft = "packed" in setting, "LoRA" in setting
     settings = {
         "args": {"gate": gate, "packing": packing},
         "peft_config": LoraConfig(r=8, target_modules="all-linear") if peft else None,

@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 
 from eaft import EAFTTrainer
-from eaft.training.examples import labelled, mark, split, unmark
+from eaft.training.examples import labelled, mark, number_tokens, split, unmark
 from tests.training.test_objectives import SETTINGS, make_examples
 from tests.training.test_trainer import build
 
@@ -59,6 +59,14 @@ def test_labelled(data):
     expected = [row for row in dataset if any(label != -100 for label in row["labels"][1:])]
     assert list(kept) == expected
     assert 0 < len(expected) < len(dataset)
+
+
+def test_tokens_are_numbered_through_over_batches():
+    """`map` takes a thousand rows at a time."""
+    rows = [{"input_ids": list(range(n % 4)), "labels": list(range(n % 4))} for n in range(2500)]
+    numbered = number_tokens(Dataset.from_list(rows))
+    assert [i for row in numbered["token_numbers"][:] for i in row] == list(range(sum(n % 4 for n in range(2500))))
+    assert numbered["input_ids"][:] == [row["input_ids"] for row in rows]
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

@@ -24,7 +24,7 @@ from eaft.objective.registry import GATES
 from eaft.training import head
 from eaft.training.head import GatedLMHead, frozen_copy, logit_scale
 from tests.conftest import SHAPE, make_model
-from tests.objective.test_gates import GIVEN
+from tests.objective.test_gates import GIVEN, every_gate_once
 
 SIZES = {**SHAPE, "initializer_range": 0.3}
 CONFIGS = {
@@ -78,8 +78,7 @@ def nudged(model):
     return other
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("gate", sorted(GATES))
+@pytest.mark.parametrize(("gate", "name"), every_gate_once(CONFIGS))
 @pytest.mark.parametrize("budget", [fused.LOGITS_BUDGET, FOUR_TOKENS])
 def test_equals_reference_on_full_logits(name, gate, budget, monkeypatch):
     monkeypatch.setattr(fused, "LOGITS_BUDGET", budget)

@@ -17,6 +17,7 @@ from eaft.objective.registry import GATES, Gate, missing_params
 from eaft.training.measure import MEASUREMENTS_FILE, OLD_LOG_PROB_ABOUT_FILE, OLD_LOG_PROB_FILE, Histogram, fingerprint
 from eaft.training.rows import ROWS
 from tests.conftest import make_model, make_rows, make_tokenizer
+from tests.objective.test_gates import KINDS, every_gate_once
 from tests.training.test_trainer import build, steps, train
 
 LORA = LoraConfig(r=4, target_modules="all-linear")
@@ -248,8 +249,10 @@ def test_the_reference_is_the_model_before_training(gate, peft_config, tmp_path)
     assert trainer.model(**batch, fused_lm_head=True).loss.item() == pytest.approx(plain.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("gate", sorted(GATES))
-@pytest.mark.parametrize("setting", ["padded", "packed", "LoRA"])
+# Of the gates with a pass over the data before training, one of each as well
+@pytest.mark.parametrize(
+    ("gate", "setting"), every_gate_once(["padded", "packed", "LoRA"], kinds=(*KINDS, "flow", "psft"))
+)
 def test_resumed_run_equals_uninterrupted(gate, setting, tmp_path):
     settings = {"peft_config": LORA} if setting == "LoRA" else SETTINGS[setting]
     settings = {"gate": gate, "save_strategy": "steps", "save_steps": 2, "max_steps": 4, **settings}
