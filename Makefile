@@ -17,13 +17,30 @@ OLDEST_TESTS := tests/objective/test_loss.py tests/training/test_head.py $(addpr
     inspection/test_findings.py \
     inspection/test_inspect.py::test_compared_rows_are_the_same_rows \
     inspection/test_queries.py)
+# What a contributor runs on every change: each package, no real model, no browser, no processes to start
+FAST_TESTS := $(addprefix tests/, test_models.py test_provenance.py \
+    objective/test_statistics.py objective/test_gates.py objective/test_loss.py objective/test_check.py \
+    objective/test_fused.py::test_equals_the_reference_function \
+    objective/test_fused.py::test_the_kernels_equal_the_reference_function \
+    objective/test_triton_backend.py \
+    evaluation/test_verdict.py evaluation/test_report.py evaluation/test_tasks.py evaluation/test_thinking.py \
+    evaluation/test_paired.py evaluation/test_drift.py::test_drift_is_the_definition \
+    evaluation/test_evaluate.py::test_a_model_beside_itself \
+    training/test_head.py training/test_examples.py training/test_exclude_examples.py training/test_plan.py \
+    training/test_patch.py training/test_prepare.py training/test_objectives.py \
+    training/test_trainer.py::test_equals_trl_step_for_step \
+    training/test_train_command.py::test_trains_and_writes_what_it_promises \
+    comparison/test_differences.py comparison/test_fronts.py comparison/test_report.py \
+    inspection/test_queries.py inspection/test_findings.py inspection/test_checks.py inspection/test_folder.py \
+    inspection/test_landscape.py inspection/test_pieces.py inspection/test_rule.py inspection/test_kept.py \
+    inspection/test_curve.py integrations)
 # What the tests of BFCL need; tree_sitter of that age has no wheels after Python 3.12, and they are skipped there
 BFCL := bfcl-eval tree_sitter tree-sitter-java tree-sitter-javascript tenacity
 # Installed here, models come from packages and data from the repository: nothing asks the Hub
 export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo inspect notebook test test-oldest check docs browser clean
+.PHONY: demo inspect notebook test test-fast test-oldest check docs browser clean
 
 # What to expect, found in the data before training; then whether it comes true. Where the data fights the model, the model
 # is the real one made surer of itself (logits x 2); where it does not, the real one as it is
@@ -49,14 +66,18 @@ notebook: $(VENV)/.installed  ## docs/from-data-to-decision.ipynb, executed anew
 test: $(VENV)/.installed browser  ## the tests (20 minutes on 2 cores)
 	$(PY) -m pytest -q -n logical --maxprocesses 4 --dist worksteal $(PYTEST_FLAGS)
 
+test-fast: $(VENV)/.installed  ## the tests to run on every change
+	$(PY) -m pytest -q -n logical --maxprocesses 4 --dist worksteal $(PYTEST_FLAGS) $(FAST_TESTS)
+
 test-oldest: $(OLDEST)/.installed  ## a few tests of each wing with the oldest versions allowed (8 GB on disk)
 	$(OLDEST)/bin/python -m pytest -q $(OLDEST_TESTS)
 
-check: $(VENV)/.installed  ## lint, format, types, and who imports whom
+check: $(VENV)/.installed  ## lint (Python, the page's JavaScript), format, types, and who imports whom
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(VENV)/bin/lint-imports --no-logo --no-cache
+	$(VENV)/bin/oxlint src/eaft/inspection/page
 
 # Links and anchors that lead nowhere are errors. Without the variable Material prints that it ends in May 2027, and its heir
 docs: $(VENV)/.installed  ## the documentation as a site, in build/docs (seconds)
