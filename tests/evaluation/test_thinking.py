@@ -13,7 +13,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from eaft.errors import ConfigurationError
 from eaft.evaluation.scores import Protocol, ask, asked, check_thinking, load, load_tokenizer, score, settled, wrap
 from eaft.evaluation.suite import Benchmark, load_suites
-from eaft.evaluation.thinking import Thinking, find_thinking, is_open, split_thoughts
+from eaft.evaluation.thinking import NONE, Thinking, decide, find_thinking, is_open, split_thoughts
 from tests.conftest import CHAT_TEMPLATE, make_model, make_tokenizer
 
 CHAT = (
@@ -50,12 +50,12 @@ def tokenizer_of(template):
 @pytest.mark.parametrize(
     ("template", "found"),
     [
-        ("switch", Thinking("enable_thinking", False, "</think>")),
-        ("both", Thinking("enable_thinking", False, "</think>")),
-        ("named", Thinking("thinking", False, "</think>")),
-        ("always", Thinking(None, True, "</think>")),
-        ("itself", Thinking(None, False, "</think>")),
-        ("never", Thinking(None, False, None)),
+        ("switch", Thinking({"enable_thinking": True}, {"enable_thinking": False}, False, "<think>", "</think>")),
+        ("both", Thinking({"enable_thinking": True}, {"enable_thinking": False}, False, "<think>", "</think>")),
+        ("named", Thinking({"thinking": True}, {"thinking": False}, False, "<think>", "</think>")),
+        ("always", Thinking({}, {}, True, "<think>", "</think>")),
+        ("itself", Thinking({}, {}, False, "<think>", "</think>")),
+        ("never", NONE),
     ],
 )
 def test_thinking_is_found_in_the_template(template, found):
@@ -72,31 +72,105 @@ def test_thinking_is_found_in_the_templates_of_real_models():
         tokenizer.chat_template = file.read_text()
         tokenizer.bos_token = "<bos>"
         found[file.stem] = find_thinking(tokenizer)
-        if found[file.stem].switch is not None:
-            assert not is_open(ask(tokenizer, "Hi", Protocol()), "</think>")
+        if found[file.stem].off:
+            assert not is_open(ask(tokenizer, "Hi", Protocol()), found[file.stem].start)
     for name in ("qwen3", "glm4moe", "nemotron_3_nano"):
-        assert found[name] == Thinking("enable_thinking", False, "</think>")
-    assert found["deepseek_r1_distill"] == Thinking(None, True, "</think>")
+        assert found[name] == Thinking(
+            {"enable_thinking": True}, {"enable_thinking": False}, False, "<think>", "</think>"
+        )
+    assert found["deepseek_r1_distill"] == Thinking({}, {}, True, "<think>", "</think>")
+    assert (found["gemma4_v5"].start, found["gemma4_v5"].end) == ("<|channel>thought", "<channel|>")
+    assert found["gptoss"].end == "<|end|><|start|>assistant<|channel|>final<|message|>"
+    assert found["lfm2_2_5"] == Thinking({}, {}, False, "<think>", "</think>")
     for name in ("qwen2_5", "qwen3_instruct_2507", "llama3", "gemma3", "phi3"):
-        assert found[name] == Thinking(None, False, None)
+        assert found[name] == NONE
 
 
 @pytest.mark.parametrize(
-    ("prompt", "text", "end", "answer"),
+    ("prompt", "text", "start", "end", "answer"),
     [
-        ("", "<think>a</think>b", None, "<think>a</think>b"),
-        ("", "<think>a</think>\n\nb", "</think>", "\n\nb"),
-        ("", "<think>a</think>b</think>c", "</think>", "c"),  # as lm-eval does
-        ("", " <think>a", "</think>", None),
-        ("", "a <think>", "</think>", "a <think>"),
-        ("<think>\n", "a", "</think>", None),
-        ("<think>\n\n</think>\n\n", "a", "</think>", "a"),
-        ("", "a", "<end>", None),  # whether these are thoughts cannot be told
-        ("", "a<end>b", "<end>", "b"),
+        ("", "<think>a</think>b", None, None, "<think>a</think>b"),
+        ("", "<think>a</think>\n\nb", "<think>", "</think>", "\n\nb"),
+        ("", "<think>a</think>b</think>c", "<think>", "</think>", "c"),  # as lm-eval does
+        ("", " <think>a", "<think>", "</think>", None),
+        ("", "a <think>", "<think>", "</think>", "a <think>"),
+        ("<think>\n", "a", "<think>", "</think>", None),
+        ("<think>\n\n</think>\n\n", "a", "<think>", "</think>", "a"),
+        ("", "a", "<start>", "<end>", "a"),
+        ("", "<start>a<end>b", "<start>", "<end>", "b"),
     ],
 )
-def test_thoughts_are_split_off(prompt, text, end, answer):
-    assert split_thoughts(prompt, text, end) == answer
+def test_thoughts_are_split_off(prompt, text, start, end, answer):
+    assert split_thoughts(prompt, text, start, end) == answer
+
+
+OPENS = "{% if add_generation_prompt %}<|im_start|>assistant\n"
+OTHERS = {
+    # Ends without a slash, and known from what is cut from old answers
+    "deep": (CHAT.replace("</think>", "<|reply|>") + OPENS + "<|deep|>{% endif %}", {}, True, "<|deep|>", "<|reply|>"),
+    # As Seed-OSS's: a budget of 0 renders an empty thought
+    "budget": (
+        CHAT.replace("</think>", "</s:t>") + OPENS + "{% if thinking_budget is defined and thinking_budget == 0 %}"
+        "<s:t>none</s:t>{% endif %}{% endif %}",
+        {"thinking_budget": 0},
+        False,
+        "<s:t>",
+        "</s:t>",
+    ),
+    # As Cohere's: thoughts are rendered from a field of the message
+    "field": (
+        "{% for m in messages %}[{{ m.role }}]{% if m.reasoning_content %}<|START|>{{ m.reasoning_content }}<|END|>"
+        "{% endif %}{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}[assistant]"
+        "{% if reasoning is defined and not reasoning %}<|START|><|END|>{% endif %}{% endif %}",
+        {"reasoning": False},
+        False,
+        "<|START|>",
+        "<|END|>",
+    ),
+    # The switch changes the instruction, and the prompt still begins thoughts
+    "left": (
+        "{% if enable_thinking is defined and not enable_thinking %}[system]Be brief.{% endif %}" + TEMPLATES["always"],
+        {"enable_thinking": False},
+        True,
+        "<think>",
+        "</think>",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_ends_and_switches(name):
+    template, *found = OTHERS[name]
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    thinking = find_thinking(tokenizer)
+    assert [thinking.off, thinking.opens, thinking.start, thinking.end] == found
+    assert decide(tokenizer, None) is thinking.opens
+    assert is_open(ask(tokenizer, "Hi", Protocol()), thinking.start) is thinking.opens
+
+
+def test_a_system_message_that_turns_thoughts_off():
+    """As Nemotron Nano v2's."""
+    tokenizer = make_tokenizer()
+    shut = "{% if '/no_think' in messages[0].content %}<think></think>{% else %}<think>\n{% endif %}{% endif %}"
+    tokenizer.chat_template = CHAT + OPENS + shut
+    assert decide(tokenizer, None)
+    assert not decide(tokenizer, False, system="/no_think")
+    with pytest.raises(ConfigurationError, match="--system_instruction /no_think"):
+        decide(tokenizer, False)
+
+
+def test_what_begins_or_ends_thoughts_must_be_known():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT.replace(".split('</think>')[-1]", "") + OPENS + "<|deep|>{% endif %}"
+    with pytest.raises(ConfigurationError, match=r"^thinking: .*begins each answer with '<\|deep\|>'.*think_end_token"):
+        settled(Protocol(), tokenizer)
+    assert settled(Protocol(model_args={"think_end_token": "<|reply|>"}), tokenizer).enable_thinking
+    tokenizer.chat_template = CHAT_TEMPLATE
+    named = {"think_end_token": "<|reply|>"}
+    with pytest.raises(ConfigurationError, match=r"^thinking: '<\|reply\|>' ends .* what begins them is unknown"):
+        settled(Protocol(model_args=named), tokenizer)
+    assert not settled(Protocol(model_args={**named, "think_start_token": "<|deep|>"}), tokenizer).enable_thinking
 
 
 @pytest.mark.parametrize(
@@ -140,8 +214,8 @@ def test_what_cannot_be_is_refused(template, protocol, message):
 
 
 def test_an_unknown_end_of_thoughts_must_be_named():
-    tokenizer = tokenizer_of("switch")
-    tokenizer.chat_template = tokenizer.chat_template.replace("think>", "thought>")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% if enable_thinking %}Think.{% endif %}" + CHAT_TEMPLATE
     assert settled(Protocol(), tokenizer).enable_thinking is False
     with pytest.raises(ConfigurationError, match="what ends this model's thoughts is unknown"):
         settled(Protocol(enable_thinking=True), tokenizer)
@@ -253,6 +327,16 @@ def test_without_thinking_nothing_is_stripped_and_stop_strings_stop(tasks):
     assert [item["cut"] for item in items] == [[]] * 5 + [["answer"]]
     assert all(item["prompt"].endswith(EMPTY) and item["max_gen_toks"] == 12 for item in items)
     assert items[5]["response"] == "right 5!!!!!"
+
+
+def test_thoughts_of_a_model_that_was_not_to_think_are_no_answers(tasks):
+    """As LFM2.5's and Kimi's: there is nothing in the prompt that says so. Special tokens are no text."""
+    tokenizer = tokenizer_of("itself")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<think>", "</think>"]})
+    script = {str(i): f"<think></think>right {i}" for i in range(5)} | {"5": "<think>never ends"}
+    items = score(wrap(writer(tokenizer, script), tokenizer, Protocol()), tasks["words"], Protocol())
+    assert [item["response"] for item in items] == [*(f"right {i}" for i in range(5)), ""]
+    assert [item["cut"] for item in items] == [[]] * 5 + [["thoughts"]]
 
 
 def test_choices_are_asked_without_thinking(tasks, tmp_path):

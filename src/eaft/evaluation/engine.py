@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import handle_stop_sequences
+from lm_eval.models.utils import handle_stop_sequences, postprocess_generated_text
 
 from eaft.evaluation.progress import Progress
-from eaft.evaluation.thinking import SWITCHES, split_thoughts
+from eaft.evaluation.thinking import NONE, Thinking, split_thoughts
 from eaft.models import vocabulary_size
 
 # A tokenizer makes no more tokens of a text than it has bytes, and so many special ones
@@ -38,19 +38,21 @@ class Watched:
     """
 
     progress: Progress | None = None
-    end: str | None = None  # of the thoughts; None: there are none
+    thinking = False  # whether it is asked to think
+    found: Thinking = NONE  # how it thinks
     cuts: dict[tuple[str, int], set[str]]  # of this process's items, by task and row: what of `answer` and `thoughts`
 
-    def think(self, thinking: bool, switch: str | None, end: str | None) -> None:
+    def think(self, thinking: bool, found: Thinking) -> None:
         """Ask with thinking on or off from here on, and begin `cuts` anew; see `eaft.evaluation.thinking.Thinking`."""
         self.cuts = {}
-        others = {name: value for name, value in self.chat_template_args.items() if name not in SWITCHES}
-        self.chat_template_args = {**others, **({} if switch is None else {switch: thinking})}
-        self.enable_thinking = thinking
-        self.end = self.think_end_token = end if thinking else None
+        ours = {**found.on, **found.off}
+        others = {name: value for name, value in self.chat_template_args.items() if name not in ours}
+        self.chat_template_args = {**others, **(found.on if thinking else found.off)}
+        self.enable_thinking = self.thinking = thinking
+        self.found = found
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Return lm-eval's answers, empty where the thoughts never ended."""
+        """Return lm-eval's answers without the thoughts, empty where these never ended; also if it was not to think."""
         self.generated: deque[Generation] = deque()
         # Of equal prompts the first is answered first: lm-eval's sorting is stable
         generations: defaultdict[str, deque[Generation]] = defaultdict(deque)
@@ -64,11 +66,23 @@ class Watched:
         answers = super().generate_until(requests, disable_tqdm=True)  # type: ignore[misc]
         for i, request in enumerate(requests):
             prompt, settings = request.args[:2]
-            cut = cut_of(generations[prompt].popleft(), prompt, settings.get("until"), self.end)
-            if cut == "thoughts":
+            written, until = generations[prompt].popleft(), settings.get("until")
+            answer = split_thoughts(prompt, written.text, self.found.start, self.found.end)
+            if answer is None:
                 answers[i] = ""
+            elif answer != written.text:
+                answers[i] = self.clean(answer, until)
+            cut = cut_of(written, answer, until)
             self.cuts.setdefault((request.task_name, request.doc_id), set()).update([cut] if cut else [])
         return answers
+
+    def clean(self, answer: str, until: str | list[str] | None) -> str:
+        """Return an answer as lm-eval returns it: up to a stop string, without special tokens."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        for token in {*self.tokenizer.all_special_tokens, *(token.content for token in added if token.special)}:
+            answer = answer.replace(token, "")
+        end = None if self.tokenizer.eos_token in self.tokenizer.all_special_tokens else self.tokenizer.eos_token
+        return postprocess_generated_text(answer.lstrip(), handle_stop_sequences(until, eos=end), None)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return lm-eval's log-likelihoods."""
@@ -102,13 +116,12 @@ class Watched:
     longest_pair: int  # tokens of a prompt and a choice; what is longer is cut on the left
 
 
-def cut_of(generation: Generation, prompt: str, until: str | list[str] | None, end: str | None) -> str | None:
+def cut_of(written: Generation, answer: str | None, until: str | list[str] | None) -> str | None:
     """Return what the limit on its length took from an answer: `thoughts` (all of the answer), `answer` or nothing."""
-    answer = split_thoughts(prompt, generation.text, end)
     if answer is None:
         return "thoughts"
     stopped = any(stop in answer for stop in handle_stop_sequences(until, eos=None) if stop)
-    return "answer" if generation.full and not stopped else None
+    return "answer" if written.full and not stopped else None
 
 
 class HFModel(Watched, HFLM):
@@ -121,15 +134,6 @@ class HFModel(Watched, HFLM):
         """The last token is not read, but only predicted."""
         return self.max_length + 1
 
-    def think(self, thinking: bool, switch: str | None, end: str | None) -> None:
-        """See `Watched.think`."""
-        super().think(thinking, switch, end)
-        if self.end is not None:
-            token = self.tokenizer.convert_tokens_to_ids(self.end)
-            added = self.tokenizer.added_tokens_decoder.get(token)
-            if added is not None and added.special:  # lm-eval decodes answers without special tokens
-                self.think_end_token = token
-
     def _create_model(self, *args: Any, peft: str | None = None, **kwargs: Any) -> None:
         super()._create_model(*args, **kwargs)
         if peft is not None:
@@ -141,7 +145,7 @@ class HFModel(Watched, HFLM):
             self._model = PeftModel.from_pretrained(self._model, peft)
 
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **kwargs: Any) -> Any:
-        if self.end is not None:
+        if self.thinking and self.found.end is not None:
             # The task's stop strings may stand in the thoughts; lm-eval cuts the answer at them afterwards
             stop = [self.tok_decode(self.eot_token_id, skip_special_tokens=False)]
         output = super()._model_generate(context, max_length=max_length, stop=stop, **kwargs)
@@ -169,9 +173,10 @@ class WatchedVLLM(Watched):
         """One token less than the context, which vLLM keeps for the one it must generate."""
         return self.max_length - 1
 
-    def think(self, thinking: bool, switch: str | None, end: str | None) -> None:
+    def think(self, thinking: bool, found: Thinking) -> None:
         """See `Watched.think`; lm-eval's hands `enable_thinking` to the template by itself."""
-        super().think(thinking, switch, end)
+        super().think(thinking, found)
+        self.think_end_token = found.end if thinking else None  # then it hands no stop string of a task to vLLM
         self.chat_template_args.pop("enable_thinking", None)
 
     def _model_generate(self, requests: list[list[int]], generate: bool = False, sampling_params: Any = None) -> Any:

@@ -26,7 +26,7 @@ from eaft.errors import ConfigurationError, first_line
 from eaft.evaluation.drift import ANSWER_TOKENS, DRIFT_PROMPTS
 from eaft.evaluation.progress import Progress
 from eaft.evaluation.suite import Benchmark, quiet
-from eaft.evaluation.thinking import SWITCHES, Thinking, decide, find_thinking
+from eaft.evaluation.thinking import NONE, SWITCHES, Thinking, decide, find_thinking
 
 Item = dict[str, Any]
 logger = logging.getLogger(__name__)
@@ -85,9 +85,15 @@ def settled(protocol: Protocol, tokenizer: Any) -> Protocol:
         raise ConfigurationError("apply_chat_template=True: the model has no chat template. Leave it out.")
     if not chat and protocol.enable_thinking:
         raise ConfigurationError("enable_thinking=True: a model thinks when it is asked by its chat template only.")
-    end = protocol.model_args.get("think_end_token")
-    thinks = chat and decide(tokenizer, protocol.enable_thinking, end)
+    thinks = chat and decide(tokenizer, protocol.enable_thinking, protocol.model_args, protocol.system_instruction)
     return replace(protocol, apply_chat_template=chat, enable_thinking=thinks)
+
+
+def thinking_of(tokenizer: Any, protocol: Protocol) -> Thinking:
+    """Return how a model thinks, asked by this protocol."""
+    if not protocol.apply_chat_template:
+        return NONE
+    return find_thinking(tokenizer, protocol.model_args, protocol.system_instruction)
 
 
 def check_thinking(benchmarks: dict[str, Benchmark], tokenizer: Any, protocol: Protocol) -> None:
@@ -100,7 +106,8 @@ def check_thinking(benchmarks: dict[str, Benchmark], tokenizer: Any, protocol: P
         ConfigurationError: such a task; also what `settled` raises.
     """
     protocol = settled(protocol, tokenizer)
-    if not protocol.enable_thinking or find_thinking(tokenizer).switch is not None:
+    found = thinking_of(tokenizer, protocol)
+    if not protocol.enable_thinking or (found.off and not found.opens):
         return
     refused = [
         name
@@ -209,6 +216,8 @@ def load(model: str, tokenizer: Any, protocol: Protocol) -> Any:
         raise ConfigurationError(f"{model} holds a PEFT adapter: pip install 'eaft[peft]'.")
     from eaft.evaluation.engine import HFModel, WatchedVLLM
 
+    own = ("think_start_token", "think_end_token")  # ours: lm-eval knows the second alone
+    protocol = replace(protocol, model_args={k: v for k, v in protocol.model_args.items() if k not in own})
     try:
         with quiet():
             if protocol.backend == "vllm":
@@ -287,10 +296,11 @@ def ask(tokenizer: Any, prompt: Any, protocol: Protocol) -> str:
         messages.insert(0, {"role": "system", "content": protocol.system_instruction})
     if not protocol.apply_chat_template:
         return "\n\n".join(message["content"] for message in messages)
-    switch = find_thinking(tokenizer).switch
-    settings = {**protocol.model_args.get("chat_template_args", {})}
-    if switch is not None:
-        settings[switch] = protocol.enable_thinking
+    found = thinking_of(tokenizer, protocol)
+    settings = {
+        **protocol.model_args.get("chat_template_args", {}),
+        **(found.on if protocol.enable_thinking else found.off),
+    }
     settings |= {"tools": json.loads(tools) if isinstance(tools, str) else tools, **row.get("chat_template_kwargs", {})}
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **settings)
@@ -354,10 +364,7 @@ def run(
     from lm_eval import evaluate
 
     if hasattr(lm, "think"):
-        found = Thinking(switch=None, opens=False, end=None)
-        if protocol.apply_chat_template:
-            found = find_thinking(lm.tokenizer, protocol.model_args.get("think_end_token"))
-        lm.think(thinking, found.switch, found.end)
+        lm.think(thinking, thinking_of(lm.tokenizer, protocol))
     random.seed(protocol.seed)
     np.random.seed(protocol.seed)  # noqa: NPY002 - as lm-eval does
     torch.manual_seed(protocol.seed)
