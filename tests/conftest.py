@@ -145,6 +145,14 @@ def chain_model(tokenizer, *texts, **config):
     return model
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Say how many bad inputs were tried (test_bad_inputs.py), also by the processes of `pytest -n`."""
+    reports = [report for kind in ("passed", "failed", "error") for report in terminalreporter.getreports(kind)]
+    tried = sum(n for r in reports if r.when == "call" for name, n in r.user_properties if name == "bad_inputs")
+    if tried:
+        terminalreporter.write_line(f"{tried} bad inputs were tried over all commands")
+
+
 def leave():
     """End one of several processes without taking its threads apart: gloo's now and then abort when that is done."""
     torch.distributed.barrier()

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import traceback
 from collections.abc import Iterator
 from datetime import date, datetime, time
 from importlib.util import find_spec
@@ -14,12 +15,76 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.constants import HF_HOME
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 from transformers.utils import chat_template_utils
 
 from eaft.errors import ConfigurationError, EAFTError, first_line
+from eaft.files import read_json
 
 CONVERSION = 3  # counts the ways in which GGUF files were converted: the folders of older ones are not used
+
+
+@contextlib.contextmanager
+def loading(message: str) -> Iterator[None]:
+    """
+    Say in one line what `from_pretrained` could not load; it has no error of its own, since each file fails in its way.
+
+    Args:
+        message: names the field and its value; what was raised is put behind it.
+
+    Raises:
+        ConfigurationError: whatever was raised within a library's `from_pretrained`. All else is raised as it is.
+    """
+    try:
+        yield
+    except EAFTError:
+        raise
+    except Exception as error:
+        if "from_pretrained" not in {frame.name for frame in traceback.extract_tb(error.__traceback__)}:
+            raise
+        raise ConfigurationError(f"{message} ({type(error).__name__}: {first_line(error)})") from error
+
+
+def check_vocabulary(model: str, tokenizer: Any, rows: int) -> None:
+    """
+    Check that a model has a row of its embedding for each token that its tokenizer makes of text, and for those it ends
+    and pads with. Added tokens may be more: Gemma 3's tokenizer has one for images, which its text models lack.
+
+    Args:
+        model: what the user calls it.
+        rows: of the embedding.
+
+    Raises:
+        ConfigurationError: it has not.
+    """
+    vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
+    own = {token: i for token, i in vocabulary.items() if token not in added}
+    used = {tokenizer.eos_token_id, tokenizer.pad_token_id, *own.values()} - {None}
+    if (largest := max(used, default=0)) >= rows:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise ConfigurationError(
+            f"{model} has an embedding of {rows} tokens, and its tokenizer makes one of id {largest} ({token!r}): give "
+            "the tokenizer that belongs to it."
+        )
+
+
+def check_finite(model: Any, name: str) -> None:
+    """
+    Check that no weight is NaN or infinite.
+
+    Args:
+        model: a torch module. What is not in memory (torch's meta device) is not looked at.
+        name: what the user calls it.
+
+    Raises:
+        ConfigurationError: one is; names its parameter.
+    """
+    for parameter, weight in model.named_parameters():
+        if weight.is_floating_point() and not weight.is_meta and not weight.isfinite().all():
+            raise ConfigurationError(
+                f"{name} has weights that are NaN or infinite ({parameter}): take another checkpoint of it."
+            )
 
 
 def resolve_model(model: str, trust_remote_code: bool = False) -> str:
@@ -29,6 +94,8 @@ def resolve_model(model: str, trust_remote_code: bool = False) -> str:
     Raises:
         ConfigurationError: there is no such model, or it cannot be read.
     """
+    if not model.strip() or "\0" in model:
+        raise ConfigurationError(f"model_name_or_path={model!r}: give a Hub id, a folder or a .gguf file.")
     path = Path(model).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -37,14 +104,36 @@ def resolve_model(model: str, trust_remote_code: bool = False) -> str:
     if not path.is_dir() and (path.is_absolute() or model.startswith(("./", "../", "~")) or model.count("/") > 1):
         raise ConfigurationError(f"model_name_or_path={model!r}: there is no such folder.")
     model = str(path) if path.is_dir() else model
-    try:
+    with loading(
+        f"model_name_or_path={model!r} is not a readable model. Give a Hub id, a folder written by save_pretrained, or "
+        "a .gguf file."
+    ):
         AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(
-            f"model_name_or_path={model!r} is not a readable model. Give a Hub id, a folder written by "
-            f"save_pretrained, or a .gguf file. ({first_line(error)})"
-        ) from error
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):  # reads the header, and compares the file's length with it
+                pass
+        except SafetensorError as error:
+            raise ConfigurationError(f"{file} is truncated or no safetensors ({error}): copy it again.") from error
     return model
+
+
+def adapter_of(model: str) -> dict[str, Any] | None:
+    """
+    Return the configuration of a folder with a PEFT adapter; None if it is none.
+
+    Raises:
+        ConfigurationError: it is garbled, or does not name the base model.
+    """
+    file = Path(model, "adapter_config.json")
+    if not file.is_file():
+        return None
+    config = read_json(file, dict[str, Any], "copy the adapter's folder again.")
+    if not isinstance(config.get("base_model_name_or_path"), str):
+        raise ConfigurationError(
+            f"{file}: base_model_name_or_path is missing: write the base model's folder or Hub id."
+        )
+    return config
 
 
 def convert_gguf(path: Path) -> Path:

@@ -397,12 +397,12 @@ def test_emptying_a_folder_keeps_the_mark_that_it_is_ours(tmp_path):
         ({"pairs": [["eaft2", "stf"]]}, "pairs: 'stf' is none of sft, eaft2. Did you mean 'sft'?"),
         ({"pairs": [["sft", "sft"]]}, "is not two objectives"),
         ({"seeds": [0, 1, 0]}, "seeds: [0, 1, 0]: expected a list of values that differ"),  # a seed twice is no second
-        ({"seeds": []}, "an empty list leaves nothing to train"),
-        ({"learning_rates": ["fast"]}, "learning_rates: expected a list of numbers"),
-        ({"keep_checkpoints": "best"}, "keep_checkpoints='best': choose all or chosen"),
+        ({"seeds": []}, "seeds=[]: expected a list of at least 1 item"),
+        ({"learning_rates": ["fast"]}, "learning_rates.0="),
+        ({"keep_checkpoints": "best"}, "keep_checkpoints='best': expected 'all' or 'chosen'"),
         (
             {"evaluate": {"target_tasks": ["tiny"]}},
-            "evaluate: missing 1 required keyword-only argument: 'general_tasks'",
+            "evaluate.general_tasks is missing",
         ),
         ({"evaluate": {"held_out": "none.jsonl"}}, "evaluate.held_out: none.jsonl: there is no such file"),
         ({"evaluate": {"held_out": None}, "learning_rates": [1, 2]}, "several learning_rates need evaluate.held_out"),
@@ -445,7 +445,7 @@ def test_one_row_is_too_few_to_say_how_sure(content, tmp_path, capsys):
 
 def test_missing_recipe(tmp_path, capsys):
     assert cli.main(["compare", "--config", str(tmp_path / "none.yaml")]) == 2
-    assert "No such file" in capsys.readouterr().err
+    assert "there is no such file" in capsys.readouterr().err
 
 
 def test_flags_take_a_part_of_the_recipe(content, tmp_path):

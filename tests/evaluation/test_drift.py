@@ -203,7 +203,7 @@ def test_prompts(tmp_path):
     assert read_prompts(str(path), 5) == ["a", "b"]
     assert read_prompts(str(path), 1) == ["a"]
     path.write_text('{"question": "a"}\n')
-    with pytest.raises(ConfigurationError, match="a `prompt` in every row"):
+    with pytest.raises(ConfigurationError, match="in every row"):
         read_prompts(str(path), 5)
     with pytest.raises(ConfigurationError, match="no such file"):
         read_prompts("nowhere.jsonl", 5)

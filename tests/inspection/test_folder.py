@@ -47,7 +47,7 @@ def test_statistics_are_those_of_objective(tmp_path):
 def test_refuses_what_is_no_finished_inspection(tmp_path, content):
     if content is not None:
         (tmp_path / "run.json").write_text(content)
-    with pytest.raises(ConfigurationError, match="give its" if content and "false" in content else "is not a folder"):
+    with pytest.raises(ConfigurationError, match="give its" if content is not None else "is not a folder"):
         Inspection(tmp_path)
 
 

@@ -15,7 +15,6 @@ from eaft import EAFTConfig, EAFTTrainer, TokenStatistics, gated_cross_entropy, 
 from eaft.errors import ConfigurationError, NonFiniteError
 from eaft.objective.registry import GATES, Gate, missing_params
 from eaft.training.measure import MEASUREMENTS_FILE, OLD_LOG_PROB_ABOUT_FILE, OLD_LOG_PROB_FILE, Histogram, fingerprint
-from eaft.training.rows import ROWS
 from tests.conftest import make_model, make_rows, make_tokenizer
 from tests.objective.test_gates import KINDS, every_gate_once
 from tests.training.test_trainer import build, steps, train
@@ -107,7 +106,6 @@ def test_flow_is_measured_with_the_base_model(setting, tmp_path):
     # In training, long after the model has moved, each token has the weight of its example
     seen = set()
     for batch in trainer.get_train_dataloader():
-        batch.pop(ROWS)
         trainer.model(**batch, fused_lm_head=True)
         losses = trainer.gated_lm_head.losses
         assert losses.weights.tolist() == pytest.approx(
@@ -123,7 +121,6 @@ def test_psft_compares_with_the_base_model_on_the_same_rows(setting, tmp_path):
     trainer = train(EAFTTrainer, tmp_path, gate="psft", **settings)
     base, kept = make_model(), 0
     for batch in trainer.get_train_dataloader():
-        batch.pop(ROWS)
         trainer.model(**batch, fused_lm_head=True)
         losses = trainer.gated_lm_head.losses
         inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask") if name in batch}
@@ -237,7 +234,6 @@ def test_the_reference_is_the_model_before_training(gate, peft_config, tmp_path)
     assert kl[0] == pytest.approx(0, abs=1e-6)
     assert kl[-1] > 0.01
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-    batch.pop(ROWS)
     loss = trainer.model(**batch, fused_lm_head=True).loss
     logits, reference = (m(batch["input_ids"]).logits[:, :-1] for m in (trainer.model, make_model()))
     expected = gated_cross_entropy(logits, batch["labels"][:, 1:], gate, reference_logits=reference)

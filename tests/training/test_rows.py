@@ -11,11 +11,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from eaft import EAFTConfig, EAFTTrainer, cli
 from eaft.errors import NonFiniteError
-from eaft.training.rows import ROWS, RowCollator, describe_rows, number_rows
+from eaft.training.rows import describe_rows
 from tests.conftest import make_model, make_rows, make_tokenizer
 from tests.training.test_trainer import DEFAULTS, build
 
@@ -104,38 +105,49 @@ def test_rows_of_a_stream_have_text_but_no_number_and_it_is_not_read_again(paddi
     assert len(read) < 100
 
 
-def test_numbering_maps_nothing_and_leaves_the_data_set_as_it_was():
-    dataset = Dataset.from_list([{"input_ids": [i], "labels": [i]} for i in range(9)]).shuffle(seed=0)
-    numbered = number_rows(dataset)
-    assert numbered._data is dataset._data
-    assert numbered.column_names == dataset.column_names
-    assert numbered[3] == dataset[3]
-    rows = numbered.remove_columns("labels").__getitems__([4, 2])
-    assert rows == [{"input_ids": dataset[i]["input_ids"], ROWS: i} for i in (4, 2)]
-    assert ROWS not in dataset.__getitems__([4, 2])[0]
+def keys_seen(trainer_class, tmp_path):
+    """Train a step with a collator and a loss of one's own; return the keys that they see of rows and batches."""
+    seen = set()
 
-
-def test_a_collator_of_images_sees_its_own_columns_and_its_rows_are_named():
-    """Images become tokens in TRL's other collator, which is given the rows as the data set has them."""
-    seen = []
+    class Watching(trainer_class):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            seen.update(("batch", key) for key in inputs)
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
     def collate(rows):
-        seen.extend(rows)
-        ids = torch.tensor([[9, 9, 9, 9, 70 + i, 71 + i] for i in range(len(rows))])
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "pixel_values": ids}
+        seen.update(("row", key) for row in rows for key in row)
+        return DataCollatorForLanguageModeling(0)(rows)
 
-    dataset = Dataset.from_list([{"prompt": "p", "completion": "c", "images": [i]} for i in range(5)])
-    batch = RowCollator(collate)(number_rows(dataset).__getitems__([3, 1]))
-    assert seen == [dataset[3], dataset[1]]
-    tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids.tolist())))
-    assert describe_rows(batch, tokenizer, images=True) == "3: '9 70 71', 1: '9 71 72'"
+    config = EAFTConfig if issubclass(trainer_class, EAFTTrainer) else SFTConfig
+    args = config(str(tmp_path), **{**DEFAULTS, "max_steps": 1})
+    rows = Dataset.from_list(make_rows())
+    Watching(make_model(), args, collate, rows, processing_class=make_tokenizer()).train()
+    return seen
+
+
+def test_code_of_ones_own_sees_what_it_sees_under_trl(tmp_path):
+    assert keys_seen(EAFTTrainer, tmp_path / "ours") == keys_seen(SFTTrainer, tmp_path / "theirs")
+
+
+class Words:
+    def decode(self, ids):
+        return " ".join(map(str, ids))
+
+
+def test_rows_that_are_not_in_the_data_set_have_no_number():
+    dataset = Dataset.from_list([{"input_ids": [5, 6]}, {"input_ids": [7, 8, 9]}])
+    batch = {"input_ids": torch.tensor([[7, 8, 9], [7, 8, 0]])}
+    batch["attention_mask"] = (batch["input_ids"] > 0).long()
+    assert describe_rows(batch, Words(), dataset) == "1: '7 8 9', (unnumbered): '7 8'"
+    images = {"input_ids": torch.tensor([[9, 9, 9, 70, 71]])}
+    assert describe_rows(images, Words(), None, images=True) == "(unnumbered): '9 70 71'"
 
 
 def test_a_long_row_is_named_by_how_it_begins():
-    rows = number_rows(Dataset.from_list([{"input_ids": list(range(200))}, {"input_ids": [7]}]))
-    batch = RowCollator(DataCollatorForLanguageModeling(0, padding_free=True))(rows.__getitems__([1, 0]))
-    tokenizer = SimpleNamespace(decode=lambda ids: ids.tolist())
-    assert describe_rows(batch, tokenizer, images=False) == f"1: [7], 0: {list(range(32))}"
+    dataset = Dataset.from_list([{"input_ids": list(range(1, 200))}, {"input_ids": [7]}])
+    batch = DataCollatorForLanguageModeling(0, padding_free=True)([dataset[1], dataset[0]])
+    shown = " ".join(map(str, range(1, 33)))
+    assert describe_rows(batch, Words(), dataset) == f"1: '7', 0: {shown!r}"
 
 
 def test_every_process_has_the_message_and_uneven_shares_are_measured_as_one(tmp_path):
@@ -163,29 +175,3 @@ def test_the_command_prints_an_error_once(rank, printed, monkeypatch, capsys):
 
 def fail(argv):
     raise NonFiniteError("nan at 3")
-
-
-class Words:
-    def decode(self, ids):
-        return " ".join(map(str, ids.tolist()))
-
-
-def test_rows_of_a_collator_of_ones_own():
-    """It makes two rows of three, or has no mask: all texts are shown, with numbers only where they are known."""
-    ids, numbers = torch.tensor([[5, 6, 0], [7, 8, 9]]), torch.tensor([[4, 2], [1, 1], [3, 2]])
-    batch = {"input_ids": ids, "attention_mask": (ids > 0).long(), ROWS: numbers}
-    assert describe_rows(batch, Words(), images=False) == "(unnumbered): '5 6', (unnumbered): '7 8 9'"
-    without_mask = {"input_ids": ids, ROWS: numbers[:2]}
-    assert describe_rows(without_mask, Words(), images=False) == "4: '5 6 0', 1: '7 8 9'"
-
-
-def test_a_data_set_of_ones_own_class_keeps_its_ways(model, tokenizer, tmp_path):
-    class Own(Dataset):
-        def __getitems__(self, keys):
-            raise NotImplementedError
-
-    trainer = EAFTTrainer(model, train_dataset=Dataset.from_list(make_rows()), processing_class=tokenizer,
-                          args=EAFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none"))  # fmt: skip
-    trainer.train_dataset.__class__ = Own
-    with pytest.raises(NotImplementedError):
-        next(iter(trainer.get_train_dataloader()))

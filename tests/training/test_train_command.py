@@ -222,7 +222,7 @@ BAD_INPUT = {
     "no labelled token": (lambda d: ["--max_length", "3"], "No row has a labelled token left after truncation"),
     "no test split": (lambda d: ["--eval_strategy", "epoch"], "dataset_test_split='test': the data has only train"),
     "nothing to resume": (lambda d: ["--resume_from_checkpoint", d / "checkpoint-1"], "is no complete checkpoint"),
-    "no such recipe": (lambda d: ["--config", d / "none.yaml"], "No such file"),
+    "no such recipe": (lambda d: ["--config", d / "none.yaml"], "there is no such file"),
 }
 
 

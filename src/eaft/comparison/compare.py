@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState
 
 from eaft.comparison import report
 from eaft.comparison.held_out import Row, check_fit, check_number, prepare
-from eaft.comparison.measure import Measure, check_before_training
+from eaft.comparison.measure import Measure, check_before_training, check_vocabulary_stays
 from eaft.comparison.recipe import Recipe, Run, base_model, check_names, parse_flags, plan_runs
 from eaft.comparison.results import collect
 from eaft.comparison.runs import MARK, FirstAlone, check_folder, claim, end_with_parent, train_run
@@ -68,6 +68,7 @@ def compare_on_date(recipe: Recipe, jobs: int) -> dict[str, Any]:
     runs = plan_runs(recipe, None)  # before a GGUF file is converted
     named, base = recipe.train["model_name_or_path"], base_model(recipe)
     check_before_training(recipe.evaluate, base, benchmarks)
+    check_vocabulary_stays(runs, base)
     identity = [weights_digest(base), tokenizer_digest(load_tokenizer(base))]
     for run in runs:
         run.identity["model"] = identity

@@ -9,13 +9,14 @@ measured with; if that has changed, the run cannot be used any more, and says so
 from __future__ import annotations
 
 import contextlib
-import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from filelock import FileLock
+from typing_extensions import TypedDict
 
 from eaft.comparison.held_out import Row, check_number
 from eaft.comparison.recipe import EvaluateConfig, Run
@@ -24,8 +25,9 @@ from eaft.errors import ConfigurationError, EAFTError
 from eaft.evaluation.evaluate import check_measurable, pair, run_tasks, side_by_side
 from eaft.evaluation.identity import digest, tokenizer_digest
 from eaft.evaluation.measured import MeasuredModel, read_jsonl, shared
-from eaft.evaluation.scores import Item, Protocol, processes
+from eaft.evaluation.scores import Item, Protocol, load_tokenizer, processes
 from eaft.evaluation.suite import Benchmark
+from eaft.files import read_json
 from eaft.provenance import write_json
 
 POINTS_FILE = "points.json"
@@ -54,6 +56,16 @@ class Point:
     def scores(self, task: str) -> np.ndarray:
         """Return a task's scores, item by item."""
         return np.array([item["score"] for item in self.items[task]])
+
+
+class RecordedPoint(TypedDict):
+    """A point as `points.json` has it."""
+
+    epoch: float
+    deleted: bool
+    inputs: str | None
+    drift: dict[str, list[float]]
+    nll: list[float]
 
 
 class Measure:
@@ -235,7 +247,8 @@ class Measure:
     def record(self, run: Run) -> dict[str, Any]:
         """Return what `points.json` holds."""
         file = run.folder / POINTS_FILE
-        return json.loads(file.read_text()) if file.is_file() else {}
+        way = "delete this run's folder, and it is trained again."
+        return read_json(file, dict[str, RecordedPoint], way) if file.is_file() else {}
 
 
 def deleted(run: Run, step: int, what: str) -> str:
@@ -257,3 +270,24 @@ def check_before_training(config: EvaluateConfig, base: str, benchmarks: dict[st
     check_measurable([model], benchmarks, [prompt for prompts in config.prompts.values() for prompt in prompts])
     for kind, prompts in config.prompts.items():
         check_number(f"{kind}_prompts", len(prompts))
+
+
+def check_vocabulary_stays(runs: list[Run], base: str) -> None:
+    """
+    Check that training adds no tokens, since drift compares the probabilities of one vocabulary.
+
+    With a model for its `chat_template_path`, TRL adds that tokenizer's tokens, and others up to a multiple of 64.
+
+    Raises:
+        ConfigurationError: a run's chat template would add some.
+    """
+    own = load_tokenizer(base).get_vocab()
+    for path in dict.fromkeys(run.flags.get("chat_template_path") for run in runs):
+        if path is None or str(path).endswith((".jinja", ".j2")):
+            continue
+        added = {str(token) for token in load_tokenizer(path).added_tokens_decoder.values()} - own.keys()
+        if more := 64 * math.ceil((len(own) + len(added)) / 64) - len(own):
+            raise ConfigurationError(
+                f"train.chat_template_path={path!r}: TRL would add {more} tokens to the base model's {len(own)}, and "
+                "drift compares token by token. Give the template alone, as a .jinja file."
+            )

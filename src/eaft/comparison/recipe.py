@@ -10,40 +10,45 @@ import tempfile
 from dataclasses import asdict, dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from datasets import Dataset
+from pydantic import ConfigDict, Field, with_config
 
 from eaft.comparison.held_out import check_apart, load_rows
 from eaft.errors import ConfigurationError, nearest
 from eaft.evaluation.drift import PROMPTS, read_prompts
 from eaft.evaluation.scores import Protocol
+from eaft.files import Count, Positive, Seed, Text, check, read_yaml
 from eaft.models import resolve_model
 from eaft.provenance import versions
 from eaft.training.templates import check_templates, told
 from eaft.training.train import load_data, parse
 
 REFERENCE = "sft"  # what every objective is compared with, where the recipe names no pairs
-KEEP = ("all", "chosen")
 TRAINS = ("eaft", "torch", "transformers", "trl", "accelerate", "peft", "datasets")  # another version, another run
 # Flags that may name a file
 LOCAL = ("dataset_name", "exclude_examples", "replay_prompts", "chat_template_path", "deepspeed", "fsdp_config")
 
 
+STRICT = ConfigDict(extra="forbid", revalidate_instances="always")
+
+
+@with_config(STRICT)
 @dataclass(kw_only=True)
 class EvaluateConfig(Protocol):
     """How each model is measured (the fields of `Protocol`), and on what."""
 
-    target_tasks: list[str]
-    general_tasks: list[str]
-    every_checkpoint_tasks: list[str] = field(default_factory=list)
-    general_prompts: str = str(PROMPTS)
-    target_prompts: str | None = None
-    held_out: str | None = None
-    include_path: str | None = None
-    data_dir: str | None = None
-    limit: int | None = None
+    target_tasks: Annotated[list[Text], Field(min_length=1)]
+    general_tasks: Annotated[list[Text], Field(min_length=1)]
+    every_checkpoint_tasks: list[Text] = field(default_factory=list)
+    general_prompts: Text = str(PROMPTS)
+    target_prompts: Text | None = None
+    held_out: Text | None = None
+    include_path: Text | None = None
+    data_dir: Text | None = None
+    limit: Count | None = None
 
     @property
     def protocol(self) -> Protocol:
@@ -57,18 +62,19 @@ class EvaluateConfig(Protocol):
         return {kind: read_prompts(file, self.drift_prompts) for kind, file in files.items() if file is not None}
 
 
+@with_config(STRICT)
 @dataclass
 class Recipe:
     """A comparison; see `eaft.comparison.command.DESCRIPTION`."""
 
-    output_dir: str
-    objectives: dict[str, dict[str, Any]]
+    output_dir: Text
+    objectives: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
     train: dict[str, Any]
     evaluate: EvaluateConfig
-    seeds: list[int] = field(default_factory=lambda: [0])
-    learning_rates: list[float] | None = None
-    pairs: list[list[str]] | None = None
-    keep_checkpoints: str = "all"
+    seeds: Annotated[list[Seed], Field(min_length=1)] = field(default_factory=lambda: [0])
+    learning_rates: Annotated[list[Positive], Field(min_length=1)] | None = None
+    pairs: list[Annotated[list[str], Field(min_length=2, max_length=2)]] | None = None
+    keep_checkpoints: Literal["all", "chosen"] = "all"
 
     @property
     def compared(self) -> list[tuple[str, str]]:
@@ -116,12 +122,7 @@ def read_recipe(path: str, overrides: dict[str, Any]) -> Recipe:
     Raises:
         ConfigurationError: it cannot be read, or a field is unknown, missing or of no use.
     """
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigurationError(f"--config {path}: {error}") from error
-    recipe = build(Recipe, content, path)
-    recipe.evaluate = build(EvaluateConfig, recipe.evaluate, f"{path}: evaluate")
+    recipe = check(Recipe, read_yaml(path, f"--config {path}"), path)
     given = {name: value for name, value in overrides.items() if value is not None}
     for name in ("model_name_or_path", "dataset_name"):
         if name in given:
@@ -134,22 +135,9 @@ def read_recipe(path: str, overrides: dict[str, Any]) -> Recipe:
         recipe.pairs = recipe.pairs and [pair for pair in recipe.pairs if set(pair) <= set(names)]
     for name, value in given.items():
         setattr(recipe, name, value)
+    recipe = check(Recipe, recipe, f"{path}, with the flags")
     check_fields(recipe, path)
     return recipe
-
-
-def build(cls: Any, content: Any, where: str) -> Any:
-    """Make a dataclass of a mapping, naming fields that are unknown or missing."""
-    if not isinstance(content, dict):
-        raise ConfigurationError(f"{where}: expected a mapping, got {type(content).__name__}.")
-    names = [f.name for f in fields(cls)]
-    for name in content:
-        if name not in names:
-            raise ConfigurationError(f"{where}: {name!r} is unknown.{nearest(name, names)}")
-    try:
-        return cls(**content)
-    except TypeError as error:
-        raise ConfigurationError(f"{where}: {str(error).partition('() ')[2]}") from error
 
 
 def check_names(where: str, names: list[str], known: Any) -> None:
@@ -173,21 +161,13 @@ def check_fields(recipe: Recipe, path: str) -> None:
             )
     for name in ("seeds", "learning_rates", "pairs"):
         values = getattr(recipe, name)
-        if values is not None and (not isinstance(values, list) or any(v in values[:i] for i, v in enumerate(values))):
+        if values is not None and any(value in values[:i] for i, value in enumerate(values)):
             raise ConfigurationError(f"{path}: {name}: {values!r}: expected a list of values that differ.")
-    if not recipe.seeds or recipe.learning_rates == []:
-        raise ConfigurationError(f"{path}: seeds and learning_rates: an empty list leaves nothing to train.")
     for pair in recipe.pairs or []:
-        if not isinstance(pair, list) or len(pair) != 2 or pair[0] == pair[1]:
+        if pair[0] == pair[1]:
             raise ConfigurationError(f"{path}: pairs: {pair!r} is not two objectives, as [eaft, sft].")
         check_names(f"{path}: pairs", pair, recipe.objectives)
-    if recipe.keep_checkpoints not in KEEP:
-        raise ConfigurationError(f"{path}: keep_checkpoints={recipe.keep_checkpoints!r}: choose {' or '.join(KEEP)}.")
     if recipe.learning_rates is not None:
-        try:  # YAML reads 3e-5 as text
-            recipe.learning_rates = [float(rate) for rate in recipe.learning_rates]
-        except (TypeError, ValueError) as error:
-            raise ConfigurationError(f"{path}: learning_rates: expected a list of numbers ({error}).") from error
         if own := [name for name, flags in recipe.objectives.items() if "learning_rate" in flags]:
             raise ConfigurationError(f"{path}: {own[0]} has a learning_rate, and learning_rates are for all: drop one.")
         if len(recipe.learning_rates) > 1 and recipe.evaluate.held_out is None:

@@ -22,10 +22,11 @@ from eaft.comparison.recipe import Run
 from eaft.errors import ConfigurationError
 from eaft.evaluation.measured import shared
 from eaft.evaluation.scores import processes
+from eaft.files import read_json
 from eaft.processes import LOCK_FILE, locked, without_launcher
 from eaft.provenance import write_json
 from eaft.text import visible
-from eaft.training.train import RUN_FILE, last_complete_checkpoint
+from eaft.training.train import RUN_FILE, RunRecord, last_complete_checkpoint
 
 MARK = "compare.json"  # in every folder that compare made
 WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "model.safetensors.index.json")
@@ -66,7 +67,7 @@ def check_folder(folder: Path, identity: Any) -> None:
                 "it: choose another output_dir, or move it away."
             )
         return
-    old = json.loads(mark.read_text())
+    old = read_json(mark, dict[str, Any], "delete this folder, or choose another output_dir.")
     if old != identity:
         parts = [(part, old.get(part), identity.get(part)) for part in {**old, **identity}]
         changed = [
@@ -94,8 +95,10 @@ def claim(folder: Path, identity: Any) -> None:
 def finished(run: Run) -> dict[str, Any] | None:
     """Return a run's `run.json` if it has been trained to its end."""
     file = run.folder / RUN_FILE
-    found = json.loads(file.read_text()) if file.is_file() else None
-    return found if found is not None and found["finished"] else None
+    if not file.is_file():
+        return None
+    found = read_json(file, RunRecord, "delete this run's folder, and it is trained again.")
+    return found if found["finished"] else None
 
 
 def train_run(run: Run) -> str | None:

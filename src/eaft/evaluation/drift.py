@@ -13,17 +13,20 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, NotRequired, TypeVar
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from pydantic import ConfigDict, Field, with_config
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
+from typing_extensions import TypedDict
 
 from eaft.errors import ConfigurationError, NonFiniteError
+from eaft.files import Text, read_jsonl
 from eaft.objective.statistics import kl_divergence
 from eaft.provenance import write_json
 
@@ -114,6 +117,25 @@ def rest_of(log_probs: Tensor, ids: Tensor) -> Tensor:
     return log_probs.scatter(-1, ids, float("-inf")).logsumexp(-1, keepdim=True)
 
 
+@with_config(ConfigDict(extra="allow"))
+class Message(TypedDict):
+    """A message of a chat; what else it has is the chat template's to read."""
+
+    role: Annotated[str, Field(min_length=1)]
+    content: NotRequired[str | list[Any] | None]
+
+
+Messages = Annotated[list[Message], Field(min_length=1)]
+
+
+@with_config(ConfigDict(extra="allow"))
+class PromptRow(TypedDict):
+    """A row of a file of prompts; what else it has is not read."""
+
+    prompt: NotRequired[Text | Messages | None]
+    messages: NotRequired[Messages | None]
+
+
 def read_prompts(path: str, n: int) -> list[Any]:
     """
     Return the first `n` prompts of a JSON Lines file, as `prompt_of` makes them of its rows.
@@ -123,10 +145,10 @@ def read_prompts(path: str, n: int) -> list[Any]:
     """
     if not Path(path).is_file():
         raise ConfigurationError(f"{path}: there is no such file of prompts.")
-    # Not splitlines, which also splits at the separators that JSON allows inside a string
-    rows = [json.loads(line) for line in Path(path).read_text().split("\n") if line.strip()]
-    if not rows or any(row.get("prompt") is None and not row.get("messages") for row in rows):
-        raise ConfigurationError(f"{path}: expected JSON Lines with a `prompt`, or `messages`, in every row.")
+    expected = "expected JSON Lines with a `prompt` (text or messages), or `messages`, in every row."
+    rows = read_jsonl(Path(path), PromptRow, expected)
+    if not rows or any(row.get("prompt") is None and row.get("messages") is None for row in rows):
+        raise ConfigurationError(f"{path}: {expected}")
     return [prompt_of(row) for row in rows[:n]]
 
 

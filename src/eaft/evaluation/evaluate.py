@@ -29,7 +29,6 @@ from eaft.evaluation.scores import (
     SEED,
     Item,
     Protocol,
-    adapter_of,
     ask,
     asked,
     check_thinking,
@@ -42,8 +41,18 @@ from eaft.evaluation.scores import (
     source,
 )
 from eaft.evaluation.suite import Benchmark, Suite, load_suites, suites_help
-from eaft.models import noted_date, resolve_model, template_date, template_today, vocabulary_size
-from eaft.processes import locked
+from eaft.files import Count, FiniteNotNegative, check, read_json
+from eaft.models import (
+    adapter_of,
+    check_vocabulary,
+    loading,
+    noted_date,
+    resolve_model,
+    template_date,
+    template_today,
+    vocabulary_size,
+)
+from eaft.processes import check_place, locked
 from eaft.provenance import environment, write_json
 from eaft.text import visible
 
@@ -177,7 +186,8 @@ def evaluate(
     Raises:
         ConfigurationError: whatever can be known to be wrong before a model is loaded.
     """
-    protocol = protocol or Protocol()
+    protocol = check_protocol(protocol or Protocol())
+    check(Count | None, limit, "--limit")
     folder = folder_of(model, output_path)
     inputs = {
         **{"model": model, "base": base, "suite": suite, "data_dir": data_dir, "include_path": include_path},
@@ -190,8 +200,7 @@ def evaluate(
     for name, budget in (("max_drop", max_drop), ("max_drift", max_drift)):
         if budget is not None and base is None:
             raise ConfigurationError(f"--{name} is of a change: give the --base it is from.")
-        if budget is not None and not budget >= 0:
-            raise ConfigurationError(f"--{name} {budget}: expected a number that is not negative.")
+        check(FiniteNotNegative | None, budget, f"--{name}")
     questions = read_prompts(prompts, protocol.drift_prompts) if base is not None and protocol.drift_prompts else []
     if max_drift is not None and not questions:
         raise ConfigurationError(f"--max_drift {max_drift} needs drift: leave --drift_prompts 0 out.")
@@ -202,7 +211,7 @@ def evaluate(
         check_measurable([tuned] if original is None else [original, tuned], benchmarks, questions)
     with contextlib.ExitStack() as stack:
         if state.is_main_process:
-            stack.enter_context(locked(folder))
+            stack.enter_context(locked(folder, begins_with=(INPUTS_FILE, "items_before", "answers.json")))
             check_folder(folder, inputs)  # again: another process may just have ended
             write_json(folder / INPUTS_FILE, inputs)
         before, after, sums = measure_both(tuned, original, benchmarks, questions, folder)
@@ -273,6 +282,16 @@ def describe(
     }
 
 
+def check_protocol(protocol: Protocol) -> Protocol:
+    """
+    Return a protocol whose values are of their types and within their bounds.
+
+    Raises:
+        ConfigurationError: the first that is not.
+    """
+    return check(Protocol, asdict(protocol), "")
+
+
 def check_folder(folder: Path, inputs: dict[str, Any]) -> None:
     """
     Refuse a folder that holds another evaluation, or a finished one: one that was stopped, or failed in part, goes on.
@@ -280,16 +299,17 @@ def check_folder(folder: Path, inputs: dict[str, Any]) -> None:
     Raises:
         ConfigurationError: as said.
     """
-    held = folder / INPUTS_FILE
-    if held.is_file() and (old := json.loads(held.read_text())) != json.loads(json.dumps(inputs)):
-        changed = [name for name in inputs if old.get(name) != json.loads(json.dumps(inputs[name]))]
-        raise ConfigurationError(
-            f"output_path={str(folder)!r} holds another evaluation ({', '.join(changed)} differs): choose another "
-            "folder, or delete it."
-        )
+    way = "choose another --output_path, or delete this one."
+    check_place(folder, "output_path")
+    if (held := folder / INPUTS_FILE).is_file():
+        old, new = read_json(held, dict[str, Any], way), json.loads(json.dumps(inputs))
+        if changed := [name for name in {**old, **new} if old.get(name) != new.get(name)]:
+            raise ConfigurationError(
+                f"output_path={str(folder)!r} holds another evaluation ({', '.join(changed)} differs): {way}"
+            )
     results = folder / RESULTS_FILE
-    if results.is_file() and not json.loads(results.read_text()).get("failed"):
-        raise ConfigurationError(f"output_path={str(folder)!r} holds results: choose another folder, or delete it.")
+    if results.is_file() and not read_json(results, dict[str, Any], way).get("failed"):
+        raise ConfigurationError(f"output_path={str(folder)!r} holds results: {way}")
 
 
 def check_packages(backend: str) -> None:
@@ -316,10 +336,19 @@ def find_model(model: str, model_args: dict[str, Any]) -> str:
     Raises:
         ConfigurationError: there is no such model, or PEFT is needed and not installed.
     """
-    if adapter_of(model) is None:
-        return resolve_model(model, bool(model_args.get("trust_remote_code")))
+    adapter, trusted = adapter_of(model), bool(model_args.get("trust_remote_code"))
+    if adapter is None:
+        return resolve_model(model, trusted)
     if find_spec("peft") is None:
         raise ConfigurationError(f"{model} holds a PEFT adapter: pip install 'eaft[peft]'.")
+    from peft import PeftConfig
+
+    with loading(f"{model}: adapter_config.json cannot be used."):
+        PeftConfig.from_pretrained(model)
+    try:
+        resolve_model(adapter["base_model_name_or_path"], trusted)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{model} is an adapter, and its base model is missing: {error}") from error
     return model
 
 
@@ -343,6 +372,9 @@ def side_by_side(
         own, base_own = shared_tokenizer(model, base, drift, protocol.model_args)
     else:
         own = base_own = load_tokenizer(tokenizer)
+    for name, its_own in ((model, own), (base, base_own)):
+        if name is not None:
+            check_vocabulary(name, its_own, text_config(name, protocol.model_args).vocab_size)
     protocol = settled(protocol, own)
     if protocol.dtype == "auto":
         protocol.dtype = own_dtype(base or model, protocol.model_args)
@@ -441,15 +473,21 @@ def context_length(model: str, model_args: dict[str, Any]) -> int:
     """Return how many tokens a model takes, as its configuration says; lm-eval's default where it does not."""
     if "max_length" in model_args:
         return int(model_args["max_length"])
-    adapter = adapter_of(model)
-    name = adapter["base_model_name_or_path"] if adapter else model
-    config = AutoConfig.from_pretrained(name, **source(model_args)).get_text_config()
+    config = text_config(model, model_args)
     lengths = [getattr(config, field, None) for field in ("n_positions", "max_position_embeddings", "n_ctx")]
     return next((length for length in lengths if length), 2048)
 
 
+def text_config(model: str, model_args: dict[str, Any]) -> Any:
+    """Return the configuration of a model's (an adapter's base's) language part."""
+    adapter = adapter_of(model)
+    name = adapter["base_model_name_or_path"] if adapter else model
+    return AutoConfig.from_pretrained(name, **source(model_args)).get_text_config()
+
+
 def record(model: str, prompts: str, tokenizer: str | None, protocol: Protocol) -> None:
     """Keep a base model's answers to prompts: what drift is measured on, also while a sharded model is trained."""
+    protocol = check_protocol(protocol)
     questions = read_prompts(prompts, protocol.drift_prompts)
     base, _ = side_by_side(model, None, protocol, True, tokenizer)
     check_measurable([base], {}, questions)

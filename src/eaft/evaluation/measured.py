@@ -8,21 +8,24 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 
+from eaft import files
 from eaft.evaluation.drift import Answer, BaseAnswers, Share, answer_log_probs, sample_answers
 from eaft.evaluation.identity import digest, software, tasks_digest, tokenizer_digest, weights_digest
 from eaft.evaluation.progress import Progress
 from eaft.evaluation.scores import Item, Protocol, ask, generation_config, load, processes, score, source
 from eaft.evaluation.store import Store
 from eaft.evaluation.suite import Benchmark
+from eaft.files import read_json
 from eaft.provenance import write_json
 
 T = TypeVar("T")
+WAY = "delete its folder, or all that is kept: eaft cache --clear."
 
 
 class MeasuredModel:
@@ -180,7 +183,7 @@ class MeasuredModel:
         """Return prompts as they are asked: all that the protocol and the template's settings make of them."""
         return [ask(self.tokenizer, prompt, self.protocol) for prompt in prompts]
 
-    def _load(self, backend: str) -> Any:
+    def _load(self, backend: Literal["hf", "vllm"]) -> Any:
         """Return lm-eval's model; `hf`'s has the torch model, as `.model`."""
         if self._backend != backend:
             self.free()
@@ -233,13 +236,13 @@ class MeasuredModel:
 
 def read_sums(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Return the sums and numbers of tokens that `MeasuredModel.drift` and `nll` kept."""
-    sums, counts = json.loads((folder / "sums.json").read_text())
+    sums, counts = read_json(folder / "sums.json", tuple[list[float], list[int]], WAY)
     return np.array(sums), np.array(counts)
 
 
 def read_sampled(folder: Path) -> list[Answer]:
     """Return the answers that `MeasuredModel.sampled` kept."""
-    return [Answer(**answer) for answer in json.loads((folder / "answers.json").read_text())]
+    return [Answer(**answer) for answer in read_json(folder / "answers.json", list[dict[str, Any]], WAY)]
 
 
 def share_of(lm: Any) -> Share:
@@ -264,6 +267,5 @@ def write_jsonl(file: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def read_jsonl(file: Path) -> list[dict[str, Any]]:
-    """Return a JSON Lines file's rows."""
-    # Not splitlines, which also splits at the separators that JSON allows inside a string
-    return [json.loads(line) for line in file.read_text().split("\n") if line]
+    """Return the rows of a JSON Lines file that eaft has written."""
+    return files.read_jsonl(file, dict[str, Any], f"delete {file.parent}, and it is measured again.")

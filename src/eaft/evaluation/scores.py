@@ -14,24 +14,47 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from jinja2 import TemplateError
+from pydantic import AfterValidator
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from eaft.errors import ConfigurationError, first_line
+from eaft.errors import ConfigurationError, first_line, nearest
 from eaft.evaluation.drift import ANSWER_TOKENS, DRIFT_PROMPTS
 from eaft.evaluation.progress import Progress
 from eaft.evaluation.suite import Benchmark, quiet
 from eaft.evaluation.thinking import NONE, SWITCHES, Thinking, decide, find_thinking
+from eaft.files import Count, Flag, NotNegative, Seed
+from eaft.models import adapter_of, check_finite, loading
 
 Item = dict[str, Any]
 logger = logging.getLogger(__name__)
 SEED = 1234  # lm-eval's own default for few-shot examples
 CUTS = ("prompt", "answer", "thoughts")
+
+
+def dtype_name(value: str) -> str:
+    """Return the name of a dtype that a model can be loaded in; pydantic names the field."""
+    dtype = getattr(torch, value, None)
+    if value != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError("expected auto, float32, bfloat16 or float16")
+    return value
+
+
+def generation_flags(value: str) -> str:
+    """Return lm-eval's `gen_kwargs` if each part of it has a name that generation knows, and a value."""
+    known = {*GenerationConfig().to_dict(), "until", "max_gen_toks"}
+    for part in value.split(","):
+        name, equals, _ = part.partition("=")
+        if not equals:
+            raise ValueError("expected NAME=VALUE,NAME=VALUE, as temperature=0.7,do_sample=true")
+        if name.strip() not in known:
+            raise ValueError(f"{name.strip()!r} is no setting of generation.{nearest(name.strip(), known)}")
+    return value
 
 
 @dataclass
@@ -54,19 +77,19 @@ class Protocol:
         template_date: the date that chat templates write, as 2026-11-29; None: today's.
     """
 
-    apply_chat_template: bool | None = None
-    enable_thinking: bool | None = None
-    max_thinking_tokens: int = 8192
-    num_fewshot: int | None = None
+    apply_chat_template: Flag | None = None
+    enable_thinking: Flag | None = None
+    max_thinking_tokens: NotNegative = 8192
+    num_fewshot: NotNegative | None = None
     system_instruction: str | None = None
-    gen_kwargs: str | None = None
-    seed: int = SEED
-    batch_size: int = 8
-    dtype: str = "auto"
-    backend: str = "hf"
+    gen_kwargs: Annotated[str, AfterValidator(generation_flags)] | None = None
+    seed: Seed = SEED
+    batch_size: Count = 8
+    dtype: Annotated[str, AfterValidator(dtype_name)] = "auto"
+    backend: Literal["hf", "vllm"] = "hf"
     model_args: dict[str, Any] = field(default_factory=dict)
-    drift_prompts: int = DRIFT_PROMPTS
-    max_new_tokens: int = ANSWER_TOKENS
+    drift_prompts: NotNegative = DRIFT_PROMPTS
+    max_new_tokens: Count = ANSWER_TOKENS
     template_date: str | None = None
 
 
@@ -127,12 +150,6 @@ def processes() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
-def adapter_of(model: str) -> dict[str, Any] | None:
-    """Return the configuration of a folder with a PEFT adapter; None if it is none."""
-    file = Path(model, "adapter_config.json")
-    return json.loads(file.read_text()) if file.is_file() else None
-
-
 def own_dtype(model: str, model_args: dict[str, Any] | None = None) -> str:
     """Return the dtype a model (an adapter's base model) was saved in, as `bfloat16`; float32 where none is noted."""
     adapter = adapter_of(model)
@@ -156,10 +173,8 @@ def load_tokenizer(model: str, model_args: dict[str, Any] | None = None) -> Any:
     adapter = adapter_of(model)
     if adapter is not None and not Path(model, "tokenizer_config.json").is_file():
         model = adapter["base_model_name_or_path"]
-    try:
+    with loading(f"{model} has no tokenizer that can be loaded."):
         tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", **source(model_args))
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"{model} has no tokenizer that can be loaded. ({first_line(error)})") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -216,10 +231,11 @@ def load(model: str, tokenizer: Any, protocol: Protocol) -> Any:
         raise ConfigurationError(f"{model} holds a PEFT adapter: pip install 'eaft[peft]'.")
     from eaft.evaluation.engine import HFModel, WatchedVLLM
 
+    hint = f", with model_args={protocol.model_args}" if protocol.model_args else ""
     own = ("think_start_token", "think_end_token")  # ours: lm-eval knows the second alone
     protocol = replace(protocol, model_args={k: v for k, v in protocol.model_args.items() if k not in own})
     try:
-        with quiet():
+        with quiet(), loading(f"{model} cannot be loaded{hint}."):
             if protocol.backend == "vllm":
                 return load_vllm(WatchedVLLM, model, tokenizer, protocol)
             args: dict[str, Any] = {"pretrained": model}
@@ -231,8 +247,10 @@ def load(model: str, tokenizer: Any, protocol: Protocol) -> Any:
             if adapter is not None:
                 lm.model.get_base_model().generation_config = generation_config(model, protocol.model_args)
     except (OSError, ValueError, RuntimeError, TypeError, ImportError, AssertionError) as error:
-        hint = f", with model_args={protocol.model_args}" if protocol.model_args else ""
+        if isinstance(error, ConfigurationError):
+            raise
         raise ConfigurationError(f"{model} cannot be loaded{hint}. ({first_line(error)})") from error
+    check_finite(lm.model, model)
     return lm if protocol.model_args.get("tp_plan") else share_items(lm)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -19,8 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.constants import HF_HOME
+from pydantic import ConfigDict, with_config
+from typing_extensions import TypedDict
 
+from eaft.errors import ConfigurationError
 from eaft.evaluation.identity import digest
+from eaft.files import read_json
 from eaft.provenance import write_json
 
 DESCRIPTION = """
@@ -34,6 +37,13 @@ The folder is $EAFT_CACHE, by default $HF_HOME/eaft/measured.
 """
 ABOUT_FILE = "about.json"
 STAGING = "writing-"  # begins the name of a folder that is not whole yet
+
+
+@with_config(ConfigDict(extra="allow"))
+class About(TypedDict):
+    """What of `about.json` is read."""
+
+    model: str
 
 
 class Store:
@@ -81,7 +91,12 @@ class Store:
         found: dict[str, int] = defaultdict(int)
         for folder in self.entries():
             about = folder / ABOUT_FILE
-            name = json.loads(about.read_text())["model"] if about.is_file() else "unfinished"
+            name = "unfinished"
+            if about.is_file():
+                try:
+                    name = read_json(about, About, "")["model"]
+                except ConfigurationError:
+                    name = "unreadable"
             found[name] += sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         return found
 

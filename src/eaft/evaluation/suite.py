@@ -8,11 +8,13 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from pydantic import ConfigDict, Field, with_config
 
 from eaft.errors import ConfigurationError, first_line, nearest
+from eaft.files import Count, Text, check, read_text, read_yaml
 
 SUITES = Path(__file__).parent / "suites"
 TASKS = Path(__file__).parent / "tasks"  # those that lm-eval lacks
@@ -75,9 +77,9 @@ def load_suites(
 
     for name in names:
         content = read_suite(name)
-        suites.append(Suite(content.get("suite", name), content["tasks"]))
-        for task in content["tasks"]:
-            set_limit(task, limit if limit is not None else content.get("limit"))
+        suites.append(Suite(content.suite, content.tasks))
+        for task in content.tasks:
+            set_limit(task, limit if limit is not None else content.limit)
     files: dict[str, str] = {}
     for task in limits:
         if (other := files.setdefault(Path(task).stem, task)) != task:
@@ -109,32 +111,44 @@ def load_suites(
     return suites, benchmarks
 
 
-def read_suite(name: str) -> dict[str, Any]:
-    """Return a suite's content; the name of a task, or a task's own file, is a suite of one."""
-    path = SUITES / f"{name}.yaml"
+@with_config(ConfigDict(extra="forbid"))
+@dataclass
+class SuiteFile:
+    """What a suite's YAML file holds."""
+
+    suite: Text
+    tasks: Annotated[list[Text], Field(min_length=1)]
+    description: str = ""
+    limit: Count | None = None
+
+
+def read_suite(name: str) -> SuiteFile:
+    """
+    Return a suite; the name of a task, or a task's own file, is a suite of one.
+
+    Raises:
+        ConfigurationError: a file that is missing, or neither a suite's nor a task's.
+    """
+    where, path = f"suite {name!r}", SUITES / f"{name}.yaml"
     if not path.is_file():
         path = Path(name)
         if path.suffix != ".yaml":
-            return {"tasks": [name]}
+            return SuiteFile(name, [name])
+        text = read_text(path, where)
         try:
             # A task's file may hold !function tags, which only lm-eval can read; a suite's has none
-            content = yaml.load(path.read_text(), Loader=yaml.BaseLoader) if path.is_file() else None
+            content = yaml.load(text, Loader=yaml.BaseLoader)
         except yaml.YAMLError as error:
-            raise ConfigurationError(f"suite {name!r}: {error}") from error
-        if content is None:
-            raise ConfigurationError(f"suite {name!r}: there is no such file.")
+            raise ConfigurationError(f"{where}: {' '.join(str(error).split())}") from error
+        if not isinstance(content, dict):
+            raise ConfigurationError(f"{where}: expected a mapping with `suite` and `tasks`, or a task's.")
         if "group" in content:
             raise ConfigurationError(
-                f"suite {name!r} is a group's file: give its folder as include_path, and name {content['group']!r}."
+                f"{where} is a group's file: give its folder as include_path, and name {content['group']!r}."
             )
-        if "suite" not in content:
-            return {"tasks": [name]}
-    content = yaml.safe_load(path.read_text())
-    if unknown := set(content) - {"suite", "description", "tasks", "limit"}:
-        raise ConfigurationError(f"suite {name!r}: {sorted(unknown)[0]!r} is unknown; it has suite, tasks and limit.")
-    if not isinstance(content.get("tasks"), list) or not content["tasks"]:
-        raise ConfigurationError(f"suite {name!r}: `tasks` must be a list of names.")
-    return content
+        if "suite" not in content and "task" in content:
+            return SuiteFile(name, [name])
+    return check(SuiteFile, read_yaml(path, where), where)
 
 
 def task_manager(tasks: list[str], include_path: str | None) -> Any:

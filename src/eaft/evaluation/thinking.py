@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 
-from eaft.errors import ConfigurationError
+from eaft.errors import ConfigurationError, first_line
 
 END = "</think>"
 SWITCHES = ("enable_thinking", "thinking")  # Qwen, SmolLM, GLM and others; DeepSeek and Granite
@@ -71,6 +71,11 @@ def probe(tokenizer: Any, template: str, start: str | None, end: str | None, sys
         for opening in ([{"role": "system", "content": system}], []) if system else ([],):
             try:
                 return str(tokenizer.apply_chat_template([*opening, *chat], **options))
+            except TemplateSyntaxError as error:
+                raise ConfigurationError(
+                    f"The chat template is not valid Jinja (line {error.lineno}: {first_line(error)}): mend it, or "
+                    "give a model with another."
+                ) from error
             except TemplateError:
                 continue
             except (TypeError, ValueError, KeyError, IndexError, AttributeError):  # of a setting it does not know

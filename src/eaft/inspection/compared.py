@@ -7,12 +7,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from eaft.errors import ConfigurationError
-from eaft.evaluation.evaluate import find_model
-from eaft.evaluation.scores import adapter_of, load_tokenizer
+from eaft.evaluation.evaluate import find_model, text_config
+from eaft.evaluation.scores import load_tokenizer
 from eaft.inspection.folder import BASE, ScoredModel
+from eaft.models import adapter_of
 from eaft.training.train import is_complete
 
 
@@ -81,15 +80,9 @@ def check_vocabulary(model: str, base: str, tokenizer: Any, model_args: dict[str
     try:
         same = load_tokenizer(model, model_args).get_vocab() == tokenizer.get_vocab()
     except ConfigurationError:  # saved without one: its size must do
-        same = vocab_size(model) == vocab_size(base)
+        same = text_config(model, model_args).vocab_size == text_config(base, model_args).vocab_size
     if not same:
         raise ConfigurationError(
             f"compare={model!r} has another vocabulary than {base!r}: their tokens cannot be compared. Inspect it by "
             "itself, into another --output_dir."
         )
-
-
-def vocab_size(model: str) -> int:
-    """Return the size of a model's (an adapter's base's) vocabulary."""
-    adapter = adapter_of(model)
-    return AutoConfig.from_pretrained(adapter["base_model_name_or_path"] if adapter else model).vocab_size

@@ -19,13 +19,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from pydantic import ConfigDict, Field, with_config
+from typing_extensions import TypedDict
 
 from eaft.errors import ConfigurationError
+from eaft.files import read_json
 from eaft.objective.statistics import TokenStatistics
 
 RUN_FILE, SUMMARY_FILE, REPORT_FILE = "run.json", "summary.json", "report.html"
@@ -97,6 +100,23 @@ class ScoredModel:
     step: int | None = None  # of the training run whose checkpoint it is
 
 
+class ModelEntry(TypedDict):
+    """`ScoredModel` as JSON."""
+
+    name: str
+    model: str
+    step: NotRequired[int | None]
+
+
+@with_config(ConfigDict(extra="allow"))
+class InspectedRun(TypedDict):
+    """What of `run.json` is read; a run that is not scored yet may lack the rest."""
+
+    scored: bool
+    models: Annotated[list[ModelEntry], Field(min_length=1)]
+    top_k: int
+
+
 class Inspection:
     """
     A folder that `eaft inspect` has written, to be read.
@@ -110,12 +130,11 @@ class Inspection:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
-        try:
-            self.run: dict[str, Any] = json.loads((self.folder / RUN_FILE).read_text())
-            scored = self.run["scored"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigurationError(f"{str(folder)!r} is not a folder of `eaft inspect`: no {RUN_FILE}.") from error
-        if not scored:
+        if not (self.folder / RUN_FILE).is_file():
+            raise ConfigurationError(f"{str(folder)!r} is not a folder of `eaft inspect`: no {RUN_FILE}.")
+        way = "give its `eaft inspect` command again, with another --output_dir."
+        self.run: dict[str, Any] = read_json(self.folder / RUN_FILE, InspectedRun, way)
+        if not self.run["scored"]:
             raise ConfigurationError(f"{str(folder)!r} is not finished: give its `eaft inspect` command again.")
 
     @property

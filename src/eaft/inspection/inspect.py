@@ -22,10 +22,11 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 from eaft.errors import ConfigurationError, EAFTError
 from eaft.evaluation.drift import Share
 from eaft.evaluation.evaluate import check_packages as check_evaluation
-from eaft.evaluation.evaluate import find_model
+from eaft.evaluation.evaluate import find_model, text_config
 from eaft.evaluation.identity import weights_digest
 from eaft.evaluation.measured import shared
 from eaft.evaluation.scores import load_tokenizer, processes
+from eaft.files import read_json
 from eaft.inspection import findings, rollouts
 from eaft.inspection.compared import find_compared
 from eaft.inspection.curve import top_k_curve
@@ -54,7 +55,7 @@ from eaft.inspection.score import (
     token_table,
     write_parquet,
 )
-from eaft.models import vocabulary_size
+from eaft.models import check_vocabulary, vocabulary_size
 from eaft.objective.statistics import usable_top_k
 from eaft.processes import locked
 from eaft.provenance import environment, write_json
@@ -63,6 +64,7 @@ from eaft.training.config import EAFTConfig
 from eaft.training.data import rows_digest
 from eaft.training.measure import fingerprint
 from eaft.training.prepare import prepare_rows
+from eaft.training.row_checks import check_ids
 from eaft.training.train import changed_arguments, check_data, launch, load_data, parse, run_date
 
 DESCRIPTION = """
@@ -203,6 +205,8 @@ def inspect(
     Everything that can be wrong with the input is found before the folder is touched.
     """
     state, folder = processes(), Path(args.output_dir)
+    if (folder / RUN_FILE).is_file():  # before minutes of preparing
+        read_json(folder / RUN_FILE, dict[str, Any], "choose another --output_dir, or delete this one.")
     args.eval_strategy = "no"  # the held-out data is not asked for
     if inspect_args.rollouts < 0 or inspect_args.max_new_tokens < 1:
         raise ConfigurationError("rollouts must not be negative, and max_new_tokens at least 1.")
@@ -219,6 +223,11 @@ def inspect(
         base = find_model(str(model_args.model_name_or_path), source)
         tokenizer = load_tokenizer(base, source)
         others = find_compared(inspect_args.compare, base, tokenizer, {"trust_remote_code": args.trust_remote_code})
+    size = text_config(base, source).vocab_size
+    check_vocabulary(base, tokenizer, size)
+    check_ids(dataset, size, "the data")
+    for other in others:
+        check_vocabulary(other.model, tokenizer, text_config(other.model, source).vocab_size)
     rows = prepare_rows(tokenizer, args, dataset)
     data = script_args.dataset_name or ", ".join(mixed.path for mixed in dataset_args.datasets)
     asked = {name: getattr(inspect_args, name) for name in ("rollouts", "rollout_backend", "max_new_tokens")}
@@ -233,7 +242,7 @@ def inspect(
 
     with contextlib.ExitStack() as stack:
         if state.is_main_process:
-            stack.enter_context(locked(folder))
+            stack.enter_context(locked(folder, begins_with=(RUN_FILE,)))
             begin(
                 folder,
                 {
@@ -283,9 +292,9 @@ def begin(folder: Path, run: dict[str, Any]) -> None:
     """
     file = folder / RUN_FILE
     if file.is_file():
-        before = json.loads(file.read_text())
         way = "Choose another --output_dir, or delete this one."
-        if "identity" not in before or "compared" not in before["identity"]:
+        before = read_json(file, dict[str, Any], way)
+        if not isinstance(before.get("identity"), dict) or "compared" not in before["identity"]:
             raise ConfigurationError(f"output_dir={str(folder)!r} holds another run, none of eaft inspect. {way}")
         old, new = before["identity"], run["identity"]
         what = {"model": "another model", "data": "other data", "rollouts": "other rollouts", "numbers": "other flags"}

@@ -14,17 +14,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
-from safetensors import SafetensorError
 from torch import Tensor
 from trl import ModelConfig, get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
 from eaft.errors import ConfigurationError, NonFiniteError, first_line
-from eaft.evaluation.scores import adapter_of, generation_config
+from eaft.evaluation.scores import generation_config
 from eaft.inspection.examples import Examples, Tokens, batches, count_labelled
 from eaft.inspection.folder import COMPARED, EXAMPLES, STATISTICS, TOKENS
 from eaft.inspection.pieces import Pieces
-from eaft.models import resolve_model
+from eaft.models import adapter_of, check_finite, loading, resolve_model
 from eaft.objective.statistics import TokenStatistics
 from eaft.training.config import EAFTConfig
 from eaft.training.head import GatedLMHead
@@ -132,12 +131,16 @@ def load(model: str, settings: Settings, is_base: bool) -> Any:
         options["revision"] = adapter.get("revision")
     options = {key: value for key, value in options.items() if value is not None or key == "device_map"}
     try:
-        loaded = create_model_from_path(name, **options)
-        if adapter is not None:
-            loaded = with_adapter(loaded, model)
-            loaded.get_base_model().generation_config = generation_config(model)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        with loading(f"{model} cannot be loaded."):
+            loaded = create_model_from_path(name, **options)
+            if adapter is not None:
+                loaded = with_adapter(loaded, model)
+                loaded.get_base_model().generation_config = generation_config(model)
+    except (ValueError, RuntimeError) as error:  # TRL's, of its arguments; PEFT's
+        if isinstance(error, ConfigurationError):
+            raise
         raise ConfigurationError(f"{model} cannot be loaded. ({first_line(error)})") from error
+    check_finite(loaded, model)
     placed = hasattr(loaded, "hf_device_map") or options.get("quantization_config") is not None
     return loaded if placed else loaded.to(args.device)
 

@@ -11,21 +11,27 @@ in your own code:
 
 Its keyword arguments are its parameters. A parameter without a default must be given, unless `eaft.training.measure`
 knows its name: then the trainer measures it on the training data with the base model.
+
+A weight below 0 makes its label less likely. A gate with such weights is refused, unless it is registered with
+`allow_negative=True`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from eaft.errors import ConfigurationError, nearest
+from eaft.errors import ConfigurationError, EAFTError, first_line, nearest
 from eaft.objective.statistics import TokenStatistics, kl_divergence, token_statistics
 
 Weight = Callable[..., Tensor]
@@ -75,6 +81,7 @@ class Gate:
     needs_example_nll: bool = False  # `stats.example_nll`: the base model's mean nll of that example
     needs_old_log_prob: bool = False  # `stats.old_log_prob`: ln P(label) under the base model
     needs_rank: bool = False  # `stats.rank` and `stats.first_prob`
+    allow_negative: bool = False  # a weight below 0 makes its label less likely: refused, unless it is meant
     anchor: Anchor | None = None  # a reference model
 
     @property
@@ -93,6 +100,14 @@ class Gate:
 GateLike = str | Weight | Gate  # a registered name, `module:function`, or the thing itself
 
 GATES: dict[str, Gate] = {}
+
+
+def called(gate: GateLike) -> str:
+    """Return what a message calls a gate: its name, or the module and the name of its function."""
+    function = gate.weight if isinstance(gate, Gate) else gate
+    if isinstance(function, str):
+        return repr(function)
+    return repr(f"{getattr(function, '__module__', '?')}:{getattr(function, '__qualname__', function)}")
 
 
 def register(name: str, **needs: Any) -> Callable[[Weight], Weight]:
@@ -118,14 +133,40 @@ def get_gate(gate: GateLike) -> Gate:
         return Gate(gate)
     if gate not in GATES and ":" in gate:
         module, _, name = gate.partition(":")
-        try:
+        if not module or not name:
+            raise ConfigurationError(f"gate={gate!r}: expected module:function.")
+        with own_code(f"gate={gate!r} cannot be imported"):
             found = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise ConfigurationError(f"gate={gate!r} cannot be imported. ({error})") from error
+        if not callable(found):
+            raise ConfigurationError(f"gate={gate!r} is {found!r}: expected a function of a token's statistics.")
         return next((known for known in GATES.values() if known.weight is found), Gate(found))
     if gate not in GATES:
         raise ConfigurationError(f"gate={gate!r} is unknown.{nearest(gate, GATES)} Gates: {', '.join(GATES)}.")
     return GATES[gate]
+
+
+@contextlib.contextmanager
+def own_code(what: str) -> Iterator[None]:
+    """
+    Say in one line what a user's own code raised, and where; also `sys.exit`, which would end the command as a success.
+
+    Args:
+        what: begins the message.
+
+    Raises:
+        ConfigurationError: whatever was raised, but for errors of ours.
+    """
+    try:
+        yield
+    except EAFTError:
+        raise
+    except (Exception, SystemExit) as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        where = "" if isinstance(error, ImportError | SyntaxError) else f", {frame.filename}, line {frame.lineno}"
+        message = first_line(error)
+        if isinstance(error, SyntaxError):
+            message = f"{error.msg}, {error.filename}, line {error.lineno}"
+        raise ConfigurationError(f"{what}. ({type(error).__name__}: {message}{where})") from error
 
 
 def is_per_token(gate: GateLike, params: dict[str, Any]) -> bool:
@@ -168,20 +209,38 @@ def check_gate(gate: GateLike, params: dict[str, Any], measured: Iterable[str] =
         raise ConfigurationError(
             f"gate={gate!r} needs {', '.join(lacking)}: give a value. (EAFTTrainer measures thresholds and tau itself.)"
         )
-    stats = replace(
-        token_statistics(torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64), ranked=found.needs_rank),
-        example_ids=torch.arange(2),
-        example_nll=torch.ones(2),
-        old_log_prob=torch.full((2,), -1.5),
-    )
     try:
-        weights = gate_weights(found, stats, **params, **dict.fromkeys(missing, 0.5))
+        weights = gate_weights(gate, probe(found.needs_rank), **params, **dict.fromkeys(missing, 0.5))
         get_anchor(found, **params)
     except (ValueError, TypeError) as error:
-        raise ConfigurationError(f"gate={gate!r}: {error}") from error
+        if isinstance(error, ConfigurationError):
+            raise
+        raise ConfigurationError(f"gate={called(gate)}: {error}") from error
     if not weights.isfinite().all():
-        raise ConfigurationError(f"gate={gate!r} with {params} gives weights that are not finite: {weights.tolist()}.")
+        bad = weights[~weights.isfinite()][0].item()
+        raise ConfigurationError(f"gate={called(gate)} with {params} gives weights that are not finite: {bad}.")
+    if not found.allow_negative and (weights < 0).any():
+        raise ConfigurationError(
+            f"gate={called(gate)} with {params} gives negative weights ({weights.min().item():.3g}), which make labels "
+            "less likely. If that is meant, register it with allow_negative=True; else clamp it at 0."
+        )
     return found
+
+
+@functools.cache
+def probe(ranked: bool) -> TokenStatistics:
+    """Return statistics to try a gate on: of unsure and sure tokens, with likely and unlikely labels."""
+    sharpness, tokens, vocabulary = 8, 4, 32
+    order = torch.linspace(1, 0, vocabulary)
+    logits = torch.linspace(0, 40, sharpness).repeat_interleave(tokens).unsqueeze(-1) * order
+    labels = torch.tensor([0, 1, vocabulary // 2, vocabulary - 1]).repeat(sharpness)
+    n = sharpness * tokens
+    return replace(
+        token_statistics(logits, labels, ranked=ranked),
+        example_ids=torch.arange(n),
+        example_nll=torch.ones(n),
+        old_log_prob=torch.full((n,), -1.5),
+    )
 
 
 def check_gate_by_itself(gate: GateLike, params: dict[str, Any]) -> Gate:
@@ -206,12 +265,19 @@ def gate_weights(gate: GateLike, stats: TokenStatistics, **params: Any) -> Tenso
     Return the weight of each token, without gradient, in the statistics' shape and dtype.
 
     Raises:
-        ConfigurationError: the gate is unknown, or returns another shape.
+        ConfigurationError: the gate is unknown, raises, or returns no tensor, or one of another shape.
     """
     params = {name: value for name, value in params.items() if name not in ("kl_coef", "kl_direction")}
-    weights = get_gate(gate).weight(stats.detach(), **params)
+    weight = get_gate(gate).weight
+    ours = getattr(weight, "__module__", None) == "eaft.objective.gates"
+    with contextlib.nullcontext() if ours else own_code(f"gate={called(gate)} failed"):
+        weights = weight(stats.detach(), **params)
+    if not isinstance(weights, Tensor) or weights.is_complex():
+        what = f"a tensor of {weights.dtype}" if isinstance(weights, Tensor) else type(weights).__name__
+        raise ConfigurationError(f"gate={called(gate)} returned {what}: expected a real tensor, one weight a token.")
     if weights.shape != stats.log_prob.shape:
         raise ConfigurationError(
-            f"gate={gate!r} returned shape {tuple(weights.shape)} for tokens of shape {tuple(stats.log_prob.shape)}."
+            f"gate={called(gate)} returned shape {tuple(weights.shape)} for tokens of shape "
+            f"{tuple(stats.log_prob.shape)}."
         )
     return weights.to(stats.log_prob.dtype)

@@ -9,11 +9,12 @@ from typing import Any
 
 from trl import SFTConfig
 
-from eaft.errors import ConfigurationError
+from eaft.errors import ConfigurationError, first_line
 from eaft.evaluation.drift import DRIFT_PROMPTS, PROMPTS
 from eaft.models import read_date
 from eaft.objective.gate_flags import check_top_k, params_of_flags
 from eaft.objective.registry import check_gate
+from eaft.training.bounds import TRAINING, check_bounds
 from eaft.training.measure import MEASURED
 
 REPLAY_PROMPTS = Path(__file__).with_name("replay_prompts.jsonl")
@@ -135,6 +136,7 @@ class EAFTConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         """Check our fields, then TRL's."""
+        check_bounds(self, TRAINING)
         check_top_k(self.gate_top_k)
         if isinstance(self.gate_kwargs, str):
             try:
@@ -144,15 +146,20 @@ class EAFTConfig(SFTConfig):
         if not isinstance(self.gate_kwargs, dict | None):
             raise ConfigurationError(f"gate_kwargs={self.gate_kwargs!r}: expected a map of names to values.")
         check_gate(self.gate, self.gate_params, MEASURED)
-        if self.loss_type != "nll":
-            raise ConfigurationError(f"loss_type={self.loss_type!r} does not go with a gate; use gate='dft' instead.")
+        if self.loss_type == "dft":
+            raise ConfigurationError("loss_type='dft' does not go with a gate; use gate='dft' instead.")
+        if self.loss_type not in ("nll", "chunked_nll"):  # TRL's own alias
+            raise ConfigurationError(f"loss_type={self.loss_type!r} is unknown: a gate weighs the 'nll'. Leave it out.")
         if self.label_smoothing_factor:
             raise ConfigurationError("label_smoothing_factor does not go with a gate; leave it at 0.")
         if self.template_date is not None:
             self.template_date = read_date(str(self.template_date)).isoformat()  # YAML reads a date
-        if not 0 <= self.replay < 1:
-            raise ConfigurationError(f"replay={self.replay}: expected a share of the rows, from 0 to below 1.")
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:  # of its flags
+            if isinstance(error, ConfigurationError):
+                raise
+            raise ConfigurationError(first_line(error)) from error
         check_selection(self)
 
     @property

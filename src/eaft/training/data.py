@@ -36,6 +36,7 @@ from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
 from trl.data_utils import maybe_convert_to_chatml
 
 from eaft.errors import ConfigurationError, first_line
+from eaft.training.row_checks import check_rows
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -331,7 +332,8 @@ def select_split(splits: DatasetDict, split: str, flag: str, text_field: str) ->
     Return one split after checking that it has rows, in a format TRL's SFT takes.
 
     Raises:
-        ConfigurationError: there is no such split, it is empty, or its columns are none of the expected.
+        ConfigurationError: there is no such split, it is empty, its columns are none of the expected, or a row holds
+            what cannot be trained on.
     """
     if split not in splits:
         raise ConfigurationError(f"{flag}={split!r}: the data has only {', '.join(splits)}.")
@@ -346,6 +348,7 @@ def select_split(splits: DatasetDict, split: str, flag: str, text_field: str) ->
             f"{flag}={split!r}: found the columns {', '.join(first)}; expected one of: {names}. Rename yours, or "
             "name the text column with --dataset_text_field."
         )
+    check_rows(dataset, f"{flag}={split!r}", text_field)
     return dataset
 
 

@@ -80,7 +80,12 @@ class ForgettingEval(TrainerCallback):
         share = Share(PartialState().process_index, PartialState().num_processes)
         kwargs = self.callable(kwargs)
         if state.global_step > 0:
-            if state.global_step < state.max_steps:  # else all is measured: it was stopped while it saved the model
+            if args.select_checkpoint == "budget" and (points := history(state)):
+                chosen = select(points, "budget", args.forgetting_budget)
+                control.should_training_stop = chosen is not None and chosen["step"] != points[-1]["step"]
+            if (
+                state.global_step < state.max_steps and not control.should_training_stop
+            ):  # else all is measured: it was stopped while it saved the model
                 self.base = shared(self.read)
             return
         with measuring(args, **kwargs) as (model, tokenizer):

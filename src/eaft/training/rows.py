@@ -1,34 +1,18 @@
-"""Which row of a data set each row of a batch is, so that a message can name them, at no cost while all is well."""
+"""Which row of its data set each row of a batch is, looked up for a message alone: batches carry no numbers."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass
+import itertools
+from collections import defaultdict
+from collections.abc import MutableMapping
 from typing import Any
 
-import torch
+import numpy as np
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 
 from eaft.models import template_today
-
-ROWS = "row_numbers"  # a batch's key, which `EAFTTrainer.compute_loss` takes out
-
-
-class NumberedRows(Dataset):
-    """A data set that tells its index to each row that a dataloader fetches."""
-
-    def __getitems__(self, keys: list[int]) -> list[dict[str, Any]]:
-        """Return the rows with these indices, each with its index; the method that dataloaders call."""
-        return [{**row, ROWS: key} for key, row in zip(keys, super().__getitems__(keys), strict=True)]
-
-
-def number_rows(dataset: Dataset) -> NumberedRows:
-    """Return the same data set, neither copied nor mapped, whose rows know their index when fetched in batches."""
-    numbered = copy.copy(dataset)
-    numbered.__class__ = NumberedRows
-    return numbered
 
 
 def cached_by_date(dataset: Dataset) -> Dataset:
@@ -38,39 +22,63 @@ def cached_by_date(dataset: Dataset) -> Dataset:
     return dated
 
 
-@dataclass
-class RowCollator:
-    """Collates as `collator` does, and adds `row_numbers` `[rows, 2]`: each row's index and its number of tokens."""
-
-    collator: Callable[[list[dict[str, Any]]], Any]
-
-    def __call__(self, rows: list[dict[str, Any]]) -> Any:
-        """Return the batch; rows whose tokens are still to be made (images) have 0 of them."""
-        numbers = [(row.pop(ROWS), len(row.get("input_ids", ()))) for row in rows]
-        batch = self.collator(rows)
-        if isinstance(batch, MutableMapping):
-            batch[ROWS] = torch.tensor(numbers)
-        return batch
-
-
-def describe_rows(batch: MutableMapping[str, Any], tokenizer: Any, images: bool) -> str:
+def describe_rows(batch: MutableMapping[str, Any], tokenizer: Any, dataset: Any, images: bool = False) -> str:
     """
     Name a batch's rows: their index in their data set, as the trainer holds it, and how their text begins.
 
-    A stream's rows have no index. Of `images`, runs of the same placeholder are shortened to one.
+    Rows that are not found in the data set by their tokens have no index: a stream's, and those that a collator makes
+    (images). Of rows with the same tokens it is the first one's. Of `images`, runs of the same placeholder are
+    shortened to one.
     """
-    input_ids, numbers = batch["input_ids"], batch.get(ROWS)
+    input_ids = batch["input_ids"].cpu().numpy()
     if (mask := batch.get("attention_mask")) is not None:
-        texts = [ids[keep.bool()] for ids, keep in zip(input_ids, mask, strict=True)]
-    elif len(input_ids) > 1:
+        texts = [ids[keep] for ids, keep in zip(input_ids, mask.cpu().numpy().astype(bool), strict=True)]
+        starts = [[0] for _ in texts]
+    elif len(input_ids) > 1 or "position_ids" not in batch:
+        texts, starts = list(input_ids), [[0] for _ in input_ids]
+    else:  # padding-free: one row holds every row, and each of their sequences starts at position 0
         texts = list(input_ids)
-    else:  # padding-free: one row holds every row; of a stream, every sequence, each starting at position 0
-        starts = (batch["position_ids"][0] == 0).nonzero().flatten() if numbers is None else numbers[:, 1].cumsum(0)
-        pieces = input_ids[0].tensor_split(starts.cpu())
-        texts = list(pieces[1:] if numbers is None else pieces[:-1])  # what is left is nothing, or padding
-    if images:
-        texts = [ids.unique_consecutive() for ids in texts]
-    names = ["(unnumbered)"] * len(texts)
-    if numbers is not None and len(numbers) == len(texts):  # a collator of one's own may make more rows, or fewer
-        names = [str(index) for index in numbers[:, 0].tolist()]
-    return ", ".join(f"{name}: {tokenizer.decode(ids[:32])!r}" for name, ids in zip(names, texts, strict=True))
+        starts = [np.flatnonzero(batch["position_ids"][0].cpu().numpy() == 0).tolist()]
+    found = find_rows(dataset, texts, starts)
+    named = []
+    for text, (ids, begins) in enumerate(zip(texts, starts, strict=True)):
+        end = 0
+        for begin, following in itertools.pairwise([*begins, len(ids)]):
+            if begin < end:
+                continue  # another sequence of a packed row
+            index, length = found.get((text, begin), ("(unnumbered)", following - begin))
+            end = begin + length
+            if found and len(begins) > 1 and index == "(unnumbered)" and length == 1:
+                continue  # padding to a multiple
+            shown = ids[begin:end]
+            if images:
+                shown = shown[np.flatnonzero(np.diff(shown, prepend=shown[0] - 1))]
+            named.append(f"{index}: {tokenizer.decode(shown[:32].tolist())!r}")
+    return ", ".join(named)
+
+
+def find_rows(dataset: Any, texts: list[np.ndarray], starts: list[list[int]]) -> dict[tuple[int, int], tuple[int, int]]:
+    """
+    Return the index and length of the data set's row that stands in a text from one of its starts.
+
+    Args:
+        dataset: read once, if it is a `Dataset` with `input_ids`.
+        texts: token ids, each `[tokens]`.
+        starts: of each text, where sequences begin; a packed row has several.
+    """
+    if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
+        return {}
+    sequences = defaultdict(list)
+    for text, (ids, begins) in enumerate(zip(texts, starts, strict=True)):
+        for begin, end in itertools.pairwise([*begins, len(ids)]):
+            sequences[ids[begin:end].tobytes()].append((text, begin))
+    columns = [name for name in ("input_ids", "seq_lengths") if name in dataset.column_names]
+    found: dict[tuple[int, int], tuple[int, int]] = {}
+    for index, row in enumerate(dataset.with_format("numpy", columns=columns)):
+        ids = np.asarray(row["input_ids"], texts[0].dtype)
+        first = ids[: row["seq_lengths"][0]] if len(row.get("seq_lengths", ())) else ids
+        for text, begin in {*sequences.get(ids.tobytes(), ()), *sequences.get(first.tobytes(), ())}:
+            longest = found.get((text, begin), (0, 0))[1]
+            if len(ids) > longest and np.array_equal(texts[text][begin : begin + len(ids)], ids):
+                found[text, begin] = index, len(ids)
+    return found

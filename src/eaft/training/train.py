@@ -12,31 +12,43 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import torch
-import yaml
 from accelerate import PartialState
 from accelerate.commands.launch import launch_command, launch_command_parser
 from datasets import Dataset
-from safetensors import SafetensorError
+from pydantic import ConfigDict, with_config
 from transformers import TrainerCallback
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from trl.cli.commands.training import _subtract_subsequence as subtract_subsequence
+from typing_extensions import TypedDict
 
-from eaft.errors import ConfigurationError, first_line, nearest
+from eaft.errors import ConfigurationError, nearest
+from eaft.evaluation.evaluate import text_config
 from eaft.evaluation.measured import shared, write_jsonl
-from eaft.evaluation.scores import processes
-from eaft.models import noted_date, resolve_model, template_date, template_today
+from eaft.evaluation.scores import load_tokenizer, processes
+from eaft.files import read_json, read_yaml
+from eaft.models import (
+    check_finite,
+    check_vocabulary,
+    loading,
+    noted_date,
+    resolve_model,
+    template_date,
+    template_today,
+)
 from eaft.objective.gate_flags import gates_help
-from eaft.processes import locked
+from eaft.processes import check_place, locked
 from eaft.provenance import environment, peak_memory_gib, write_json
 from eaft.text import visible
+from eaft.training.bounds import MIXTURE, MODEL, check_bounds, check_types
 from eaft.training.config import EAFTConfig
 from eaft.training.data import exclude_rows, load_splits, select_split
 from eaft.training.plan import DryRunArguments, plan
 from eaft.training.replay import REPLAY_FILE, check_replay, replayed_rows
+from eaft.training.row_checks import check_ids
 from eaft.training.templates import check_templates, told
 from eaft.training.trainer import EAFTTrainer
 
@@ -56,6 +68,16 @@ gates (g: entropy / ln K, in [0, 1]; each with its parameters: formulas, needs a
 LAUNCHED = "EAFT_LAUNCHED"  # set for the processes that accelerate starts for us
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
+DELETE = "delete the folder, or choose another output_dir."
+
+
+@with_config(ConfigDict(extra="allow"))
+class RunRecord(TypedDict):
+    """What is read again of `run.json`; `result` is there once the run is finished."""
+
+    finished: bool
+    config: NotRequired[dict[str, Any]]
+    result: NotRequired[dict[str, Any]]
 
 
 def make_parser() -> TrlParser:
@@ -128,13 +150,21 @@ def parse(
         ConfigurationError: an unknown flag, a value of the wrong type, a YAML file that cannot be read.
     """
     parser = parser or make_parser()
+    if "--config" in argv[:-1]:
+        path = argv[argv.index("--config") + 1]
+        check_types(read_yaml(path, f"--config {path}"), parser.dataclass_types, path)
     try:
         *configs, yaml_rest, flags_rest = parser.parse_args_and_config(
             argv, return_remaining_strings=True, separate_remaining_strings=True
         )
         launch_args = resolve_accelerate_config_argument((yaml_rest if recipe_launches else []) + flags_rest)
-    except (OSError, ValueError, yaml.YAMLError) as error:  # transformers' and TRL's own complaints about flags
-        raise ConfigurationError(str(error)) from error
+    except (OSError, ValueError, TypeError) as error:  # transformers' and TRL's own complaints about flags
+        if isinstance(error, ConfigurationError):
+            raise
+        raise ConfigurationError(" ".join(str(error).split())) from error
+    check_bounds(configs[2], MODEL)
+    check_bounds(configs[3], MIXTURE)
+    check_place(Path(configs[1].output_dir), "output_dir")
     known_args, unknown = launch_command_parser().parse_known_args([*launch_args, "script"])
     if flags := [flag for flag in unknown if flag.startswith("-")]:
         known = [option for action in parser._actions for option in action.option_strings]
@@ -153,6 +183,10 @@ def train(
     Everything that can be wrong with the input is found before the folder is touched.
     """
     state = PartialState()
+    if message := finished(args):
+        if state.is_main_process:
+            print(visible(message))
+        return
     find_checkpoint(args)
     state.wait_for_everyone()  # no process may write before every one has looked
     train_dataset, eval_dataset = load_data(script_args, args, model_args, dataset_args)
@@ -160,29 +194,51 @@ def train(
     with state.main_process_first():
         model = resolve_model(model_args.model_name_or_path, args.trust_remote_code)
     args.model_init_kwargs = model_init_kwargs(args, model_args)
+    check_model(model, args, model_args, train_dataset)
+    cannot = f"model_name_or_path={model!r} cannot be loaded."
     try:
-        replayed = replayed_rows(train_dataset, model, args) if args.replay else []
-        trainer = EAFTTrainer(
-            model,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            quantization_config=get_quantization_config(model_args),
-            peft_config=get_peft_config(model_args),
-            replayed=Dataset.from_list(replayed).select_columns(["input_ids", "labels"]) if replayed else None,
-        )
-    except (OSError, SafetensorError) as error:
-        raise ConfigurationError(f"model_name_or_path={model!r} cannot be loaded. ({first_line(error)})") from error
+        with loading(cannot):
+            replayed = replayed_rows(train_dataset, model, args) if args.replay else []
+            trainer = EAFTTrainer(
+                model,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                quantization_config=get_quantization_config(model_args),
+                peft_config=get_peft_config(model_args),
+                replayed=Dataset.from_list(replayed).select_columns(["input_ids", "labels"]) if replayed else None,
+            )
+    except (ValueError, RuntimeError) as error:  # TRL's own complaints about data and flags
+        if isinstance(error, ConfigurationError):
+            raise
+        raise ConfigurationError(" ".join(str(error).split())) from error
+    check_finite(trainer.model, str(model_args.model_name_or_path))
 
     output_dir = Path(args.output_dir)
     with contextlib.ExitStack() as stack:
         if trainer.is_world_process_zero():
-            stack.enter_context(locked(output_dir))
-        checkpoint = find_checkpoint(args)  # again: another process may just have ended
+            stack.enter_context(locked(output_dir, begins_with=(RUN_FILE, METRICS_FILE)))
+        if message := finished(args):  # another process may just have ended
+            print(visible(message))
+            return
+        checkpoint = find_checkpoint(args)  # again, for the same reason
         state.wait_for_everyone()
         if replayed and trainer.is_world_process_zero():
             write_jsonl(output_dir / REPLAY_FILE, replayed)
         fit(trainer, checkpoint, script_args, args, model_args, dataset_args)
+
+
+def check_model(model: str, args: EAFTConfig, model_args: ModelConfig, dataset: Any) -> None:
+    """
+    Check what can be known of a model without its weights: that its tokenizer and the data's token ids are its own.
+
+    Raises:
+        ConfigurationError: they are not, or there is no tokenizer.
+    """
+    source = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
+    tokenizer, size = load_tokenizer(model, source), text_config(model, source).vocab_size
+    check_vocabulary(model, tokenizer, size)
+    check_ids(dataset, size, "the data")
 
 
 def model_init_kwargs(args: EAFTConfig, model_args: ModelConfig) -> dict[str, Any]:
@@ -231,7 +287,7 @@ def fit(
         runtime = result.metrics["train_runtime"]
         run["result"] = {
             "steps": trainer.state.global_step,
-            "train_loss": result.metrics["train_loss"],
+            "train_loss": result.metrics.get("train_loss"),  # None: all was trained before, and its loss not logged
             "train_runtime_s": runtime,  # with evaluation and saving; since the last resumption
             "tokens_per_s": trainer._total_train_tokens / runtime,
             "peak_memory_gib": peak_memory_gib(),
@@ -245,6 +301,8 @@ def fit(
 def dry_run(configs: list[Any], launch_args: list[str]) -> str:
     """Check what `train` checks of its four arguments, and return the plan (`eaft.training.plan`)."""
     script_args, args, model_args, dataset_args = configs
+    if message := finished(args):
+        return message
     find_checkpoint(args)
     data = load_data(script_args, args, model_args, dataset_args)
     check_data(script_args, args, model_args, *data)
@@ -291,6 +349,37 @@ def check_data(
     return found.get(next(iter(rows)), [])
 
 
+def finished(args: EAFTConfig) -> str | None:
+    """
+    Return what to say of a run that is to be resumed and is at its end already, so that nothing is to be done.
+
+    It goes on if more steps or epochs are asked for than before, or an earlier checkpoint of its own.
+    """
+    folder, resume = Path(args.output_dir), str(args.resume_from_checkpoint or "false")
+    file = folder / RUN_FILE
+    if resume.lower() == "false" or not file.is_file() or not list(folder.glob("*.safetensors")):
+        return None
+    run = read_json(file, RunRecord, DELETE)
+    if not run["finished"]:
+        return None
+    last = last_complete_checkpoint(folder)
+    if resume.lower() != "true":
+        own = Path(resume).resolve().parent == folder.resolve()
+        if own and last is not None and Path(resume).resolve() != Path(last).resolve():
+            return None
+    before = [run["config"].get(name, getattr(EAFTConfig, name)) for name in ("max_steps", "num_train_epochs")]
+    if (args.max_steps, args.num_train_epochs) != tuple(before):
+        more_steps = args.max_steps > run["result"]["steps"]
+        more_epochs = args.max_steps < 1 and (before[0] > 0 or args.num_train_epochs > before[1])
+        if more_steps or more_epochs:
+            return None
+    return (
+        f"output_dir={args.output_dir!r} holds this run, finished after {run['result']['steps']} steps; nothing was "
+        "changed. To train further, raise max_steps or num_train_epochs; to train anew, choose another output_dir or "
+        "delete this one."
+    )
+
+
 def find_checkpoint(args: EAFTConfig) -> str | None:
     """
     Return the checkpoint to resume from, or None for a fresh start in a folder that holds no other run.
@@ -310,7 +399,7 @@ def find_checkpoint(args: EAFTConfig) -> str | None:
         if checkpoint := last_complete_checkpoint(folder):
             return checkpoint
         run = folder / RUN_FILE
-        if run.is_file() and not json.loads(run.read_text())["finished"]:
+        if run.is_file() and not read_json(run, RunRecord, DELETE)["finished"]:
             return None
     held = [RUN_FILE, METRICS_FILE, "config.json", "adapter_config.json", "checkpoint-*"]
     if found := [path.name for pattern in held for path in folder.glob(pattern)]:
@@ -329,11 +418,19 @@ def last_complete_checkpoint(folder: Path) -> str | None:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Return whether a checkpoint was written whole: the trainer writes `trainer_state.json` last."""
+    """
+    Return whether a checkpoint was written whole: the trainer writes `trainer_state.json` last.
+
+    Raises:
+        ConfigurationError: that file is whole, and not a trainer's.
+    """
+    file = checkpoint / "trainer_state.json"
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
+        state = json.loads(file.read_text())
     except (OSError, ValueError):
         return False
+    if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
+        raise ConfigurationError(f"{file} has no global_step, so it is no trainer's state: delete this checkpoint.")
     return True
 
 
@@ -364,14 +461,17 @@ class MetricsFile(TrainerCallback):
     """Appends every log of the trainer to a JSON Lines file; a resumed run drops what lies after its checkpoint."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.first_step = path, 0
+        self.loss: float | None = None  # of a run that had come to its end before
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep the lines up to the step training starts at."""
+        self.first_step = state.global_step
         if state.is_world_process_zero:
             lines = self.path.read_text().split("\n") if self.path.exists() else []
             # What follows the last line's end is empty, or what a killed run did not get written
             logs = {line: json.loads(line) for line in lines[:-1]}
+            self.loss = next((log["train_loss"] for log in logs.values() if "train_loss" in log), None)
             # The end's summary is written again
             kept = [line for line, log in logs.items() if log["step"] <= state.global_step and "train_loss" not in log]
             staging = self.path.with_suffix(".tmp")
@@ -379,7 +479,10 @@ class MetricsFile(TrainerCallback):
             os.replace(staging, self.path)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Append one line."""
+        """Append one line; a summary of no steps has the loss of those before, if it was logged."""
+        if logs is not None and "train_loss" in logs and state.global_step == self.first_step:
+            del logs["train_loss"]
+            logs |= {} if self.loss is None else {"train_loss": self.loss}
         if state.is_world_process_zero:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")

@@ -7,6 +7,7 @@ import functools
 import itertools
 import math
 from collections import defaultdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import fsdp2_prepare_model, gather_object, is_peft_model
 from datasets import Dataset, concatenate_datasets
 from torch import Tensor
+from transformers import TrainingArguments
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import get_config_model_id
@@ -29,7 +31,7 @@ from eaft.training.head import GatedLMHead, frozen_copy
 from eaft.training.logits_check import check_logits
 from eaft.training.measure import MeasureGate, MeasureOldLogProb
 from eaft.training.model_card import model_card
-from eaft.training.rows import ROWS, RowCollator, cached_by_date, describe_rows, number_rows
+from eaft.training.rows import cached_by_date, describe_rows
 from eaft.training.templates import conversational, label_turns, mark_assistant
 
 logger = get_logger(__name__)
@@ -51,9 +53,32 @@ def needs_examples(args: EAFTConfig) -> bool:
     return get_gate(args.gate).needs_examples or must_be_measured(args)
 
 
+def eaft_config(args: Any, model: Any) -> EAFTConfig:
+    """
+    Return `args`, or with all of them our defaults: as TRL makes its configuration of transformers'.
+
+    Raises:
+        ConfigurationError: they are no training arguments, or hold what does not go with a gate.
+    """
+    if args is None:
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        return EAFTConfig(f"{name.split('/')[-1]}-EAFT")
+    if isinstance(args, EAFTConfig):
+        return args
+    if not isinstance(args, TrainingArguments):
+        raise ConfigurationError(f"args must be an EAFTConfig, or TRL's SFTConfig; got {type(args).__name__}.")
+    values = args.to_dict()
+    values |= {name: getattr(args, name) for name in values if name.endswith("_token")}  # which `to_dict` hides
+    known = {field.name for field in fields(EAFTConfig)}
+    config = EAFTConfig(**{name: value for name, value in values.items() if name in known})
+    for name in values.keys() - known:  # of a class of one's own, which code of one's own reads
+        setattr(config, name, getattr(args, name))
+    return config
+
+
 class EAFTTrainer(SFTTrainer):
     """
-    Takes what TRL's `SFTTrainer` takes, with `args` an `EAFTConfig`.
+    Takes what TRL's `SFTTrainer` takes, with `args` an `EAFTConfig`; others are completed with its defaults.
 
     The loss runs inside the model's forward, on labelled positions, in chunks (`eaft.training.head`). `eval_loss` is
     always the plain nll. Logged beside TRL's metrics, per labelled token: `nll` (ungated, nats), `conflict_share`
@@ -70,7 +95,8 @@ class EAFTTrainer(SFTTrainer):
 
     Raises:
         ConfigurationError: the data set is empty, no token is labelled after preparation, or the gate needs something
-            this set-up cannot give (a stream, a collator of your own, context parallelism).
+            this set-up cannot give (a stream, a collator of your own, context parallelism); in training, no parameter
+            is trainable, or the first step's gradient is 0.
         NonFiniteError: a loss or a gradient is NaN or infinite; the weights have not been touched by it.
     """
 
@@ -82,24 +108,47 @@ class EAFTTrainer(SFTTrainer):
     def __init__(
         self,
         model: Any,
-        args: EAFTConfig | None = None,
+        args: TrainingArguments | None = None,
         data_collator: Any = None,
         train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_loss_func: Any = None,
+        compute_metrics: Any = None,
+        callbacks: Any = None,
+        optimizers: Any = (None, None),
+        optimizer_cls_and_kwargs: Any = None,
+        preprocess_logits_for_metrics: Any = None,
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        formatting_func: Any = None,
         *,
         replayed: Dataset | None = None,
-        **kwargs: Any,
     ) -> None:
-        if kwargs.get("compute_loss_func") is not None:
+        if compute_loss_func is not None:
             raise ConfigurationError("compute_loss_func does not go with a gate; use SFTTrainer, or register a gate.")
-        args = EAFTConfig() if args is None else args
-        if not isinstance(args, EAFTConfig):
-            raise ConfigurationError(f"args must be an EAFTConfig, which has the gate; got {type(args).__name__}.")
+        args = eaft_config(args, model)
         if train_dataset is not None and next(iter(train_dataset), None) is None:
             raise ConfigurationError("The training data set is empty.")
-        args, self._label_turns = mark_assistant(args, model, kwargs.get("processing_class"), train_dataset)
+        args, self._label_turns = mark_assistant(args, model, processing_class, train_dataset)
         self._followed: FollowedData | None = None
         self._replayed = replayed
-        super().__init__(model, args=args, data_collator=data_collator, train_dataset=train_dataset, **kwargs)
+        super().__init__(
+            model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            formatting_func=formatting_func,
+        )
         base_model = self.model.get_base_model() if is_peft_model(self.model) else self.model
         reference = self._make_reference() if get_gate(args.gate).anchor else None
         self.gated_lm_head = GatedLMHead(base_model, args.gate, args.gate_top_k, args.gate_params, reference)
@@ -134,7 +183,7 @@ class EAFTTrainer(SFTTrainer):
                         model=lambda: self.model_wrapped,
                     )
                 )
-        self._logits_checked = False
+        self._logits_checked = self._gradient_checked = False
         self._token_sums: dict[str, Tensor | float] = defaultdict(float)
         self._eval_prefix = "eval_"
         if args.forgetting_eval_steps:
@@ -236,18 +285,6 @@ class EAFTTrainer(SFTTrainer):
             prepared = number_tokens(prepared)
         return prepared
 
-    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """Number a data set's rows for our messages; a stream's have no number, and Ulysses splits every tensor."""
-        parallelism = self.accelerator.parallelism_config
-        # A class of one's own may fetch rows in its own way
-        if type(dataset) is not Dataset or (parallelism and parallelism.sp_enabled):
-            return super()._get_dataloader(dataset, *args, **kwargs)
-        collator, self.data_collator = self.data_collator, RowCollator(self.data_collator)
-        try:
-            return super()._get_dataloader(number_rows(dataset), *args, **kwargs)
-        finally:
-            self.data_collator = collator
-
     def _set_signature_columns_if_needed(self) -> None:
         """Let `example_ids` and `token_numbers` pass to the collator."""
         super()._set_signature_columns_if_needed()
@@ -258,7 +295,6 @@ class EAFTTrainer(SFTTrainer):
     ) -> Any:
         """Compute TRL's loss, whose per-token terms our head has gated, and keep the sums behind our metrics."""
         batch = dict(inputs)
-        inputs.pop(ROWS, None)
         if not self._logits_checked:
             check_logits(model, inputs, self.accelerator.gather)
             self._logits_checked = True
@@ -326,7 +362,10 @@ class EAFTTrainer(SFTTrainer):
             tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
             where = f"in process {self.accelerator.process_index} " if self.accelerator.num_processes > 1 else ""
             try:
-                rows = describe_rows(batch, tokenizer, images=self._is_vision_dataset)
+                handler = self.callback_handler
+                loader = handler.train_dataloader if self.model.training else handler.eval_dataloader
+                dataset = getattr(loader, "dataset", None)
+                rows = describe_rows(batch, tokenizer, dataset, images=self._is_vision_dataset)
             except Exception as error:  # a batch of an unknown kind; other ranks wait for what this one has to say
                 rows = f"of a kind that cannot be shown ({type(error).__name__}: {error})"
             found = loss.item(), f"{where}the batch's rows are {rows}"
@@ -349,7 +388,53 @@ class EAFTTrainer(SFTTrainer):
                 f"The gradient's norm is {float(grad_norm)} in training, step {self.state.global_step + 1}. {weights}, "
                 "and saved checkpoints are untouched. Lower learning_rate, or train in float32."
             )
+        if not self._gradient_checked and grad_norm is not None and math.isfinite(grad_norm):
+            if grad_norm == 0:
+                self._refuse_zero_gradient()
+            else:
+                self._gradient_checked = True
         return grad_norm
+
+    def _refuse_zero_gradient(self) -> None:
+        """Say why the first step trains nothing, unless its batch has nothing to learn."""
+        if not isinstance(sums := self._token_sums.get("train"), Tensor):
+            return  # the loss is not ours: a subclass computes its own
+        tokens, nll, _, _, gate, *_ = self.accelerator.reduce(sums, "sum").tolist()
+        if tokens == 0 or nll == 0:
+            return
+        message = (
+            f"The gradient's norm is 0 in training, step {self.state.global_step + 1}, so nothing would be trained. "
+        )
+        if gate == 0:
+            raise ConfigurationError(
+                f"{message}gate={self.args.gate!r} gives weight 0 to each of its {tokens:.0f} labelled tokens: choose "
+                "another gate or other parameters for it, or raise per_device_train_batch_size."
+            )
+        trainable = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        if any(getattr(module, "_disable_adapters", False) for module in self.model.modules()):
+            raise ConfigurationError(
+                f"{message}The adapters are switched off: call enable_adapter_layers() on the model."
+            )
+        raise ConfigurationError(
+            f"{message}The {len(trainable)} trainable parameters ({trainable[0]}, ...) have no part in the loss, or a "
+            "layer between them and the loss has no backward pass: unfreeze those that are to be trained."
+        )
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as TRL does, if there is a parameter to train."""
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ConfigurationError(
+                "Every parameter of the model is frozen (requires_grad=False): unfreeze those that are to be trained; "
+                "load an adapter with PeftModel.from_pretrained(..., is_trainable=True)."
+            )
+        return super().train(*args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Train an epoch, unless training is at its end: transformers' Trainer would train one step more."""
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

@@ -1,0 +1,113 @@
+"""The bounds of the numbers among the flags of TRL and transformers, which check few of them before they train."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Annotated, Any, Literal, get_type_hints
+
+from pydantic import AfterValidator, Field, StrictInt
+
+from eaft.errors import ConfigurationError
+from eaft.files import Count, Finite, FiniteNotNegative, NotNegative, Positive, Seed, Share, check
+
+
+def steps(value: int) -> int:
+    """Refuse 0, which transformers takes for no limit, and numbers below -1."""
+    if value != -1 and value < 1:
+        raise ValueError("expected at least 1, or -1 for as many as num_train_epochs gives")
+    return value
+
+
+TRAINING: dict[str, Any] = {
+    "per_device_train_batch_size": Count,
+    "per_device_eval_batch_size": Count,
+    "gradient_accumulation_steps": Count,
+    "num_train_epochs": Positive,
+    "max_steps": Annotated[StrictInt, AfterValidator(steps)],
+    "learning_rate": FiniteNotNegative,
+    "warmup_steps": FiniteNotNegative,
+    "weight_decay": FiniteNotNegative,
+    "adam_beta1": Share,
+    "adam_beta2": Share,
+    "adam_epsilon": Positive,
+    "max_grad_norm": FiniteNotNegative | None,
+    "label_smoothing_factor": Share,
+    "neftune_noise_alpha": FiniteNotNegative | None,
+    "torch_empty_cache_steps": Count | None,
+    "logging_steps": FiniteNotNegative,
+    "eval_steps": FiniteNotNegative | None,
+    "eval_delay": FiniteNotNegative,
+    "eval_accumulation_steps": Count | None,
+    "save_steps": Positive,
+    "save_total_limit": Count | None,
+    "seed": Seed,
+    "data_seed": Seed | None,
+    "dataloader_num_workers": NotNegative,
+    "dataloader_prefetch_factor": Count | None,
+    "ddp_bucket_cap_mb": Count | None,
+    "ddp_timeout": Count,
+    "dataset_num_proc": Count | None,
+    "max_length": Count | None,
+    "router_aux_loss_coef": FiniteNotNegative | None,
+    "gate_alpha": Finite,
+    "gate_top_k": StrictInt,
+    "replay": Share,
+    "forgetting_eval_steps": NotNegative,
+    "forgetting_budget": FiniteNotNegative | None,
+}
+MODEL: dict[str, Any] = {
+    "dtype": Literal["auto", "bfloat16", "float16", "float32"] | None,
+    "lora_r": Count,
+    "lora_alpha": Count,
+    "lora_dropout": Share,
+}
+MIXTURE: dict[str, Any] = {"test_split_size": Annotated[Finite, Field(gt=0, lt=1)] | None}
+# Text by their type, of which a YAML file may also say true or false
+ALSO_BOOL = ("resume_from_checkpoint", "fsdp")
+
+
+def check_bounds(args: Any, bounds: dict[str, Any]) -> None:
+    """
+    Check the numbers of a dataclass of flags.
+
+    Raises:
+        ConfigurationError: the first that is not within its bounds; NaN is within none.
+    """
+    for name, kind in bounds.items():
+        try:
+            check(kind, getattr(args, name), "")
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{name}={getattr(args, name)!r}: {str(error).partition(', got ')[0]}.") from error
+
+
+@functools.cache
+def types(parser_class: type) -> dict[str, Any]:
+    """Return the types of a dataclass's fields."""
+    hints = get_type_hints(parser_class)
+    return {field.name: hints[field.name] for field in dataclasses.fields(parser_class)}
+
+
+def check_types(content: dict[str, Any], dataclass_types: list[Any], where: str) -> None:
+    """
+    Check the types of what a YAML file says of flags: argparse checks texts alone.
+
+    Args:
+        dataclass_types: the dataclasses of the flags. What is a field of none is another's to check.
+
+    Raises:
+        ConfigurationError: the first value that is not of its field's type.
+    """
+    for found in map(types, dataclass_types):
+        for name in content.keys() & found.keys():
+            value = content[name]
+            # A text is what argparse gets from the command line, too; a list of one may be written as a text
+            if isinstance(value, str) or (isinstance(value, bool) and name in ALSO_BOOL):
+                continue
+            try:
+                check(found[name], value, "")
+            except ConfigurationError as error:
+                hint = " (YAML reads yes, no, on and off as true and false: put them in quotes)"
+                raise ConfigurationError(
+                    f"{where}: {name}={value!r}: {str(error).partition(', got ')[0]}{hint * isinstance(value, bool)}."
+                ) from error
