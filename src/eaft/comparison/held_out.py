@@ -16,6 +16,7 @@ from eaft.evaluation.drift import prompt_of
 from eaft.evaluation.scores import load_tokenizer
 from eaft.training.data import load_splits, select_split
 from eaft.training.prepare import prepare_rows
+from eaft.training.templates import without_nulls
 
 Row = dict[str, list[int]]  # `input_ids` and `labels`; -100 is no label
 
@@ -75,13 +76,6 @@ def question(row: dict[str, Any], text_field: str) -> str:
     else:
         asked = row.get(text_field, row.get("input_ids"))
     return json.dumps(asked, sort_keys=True)
-
-
-def without_nulls(value: Any) -> Any:
-    """Return a value without the keys that are null, with which a table fills up what a row lacks."""
-    if isinstance(value, dict):
-        return {key: without_nulls(part) for key, part in value.items() if part is not None}
-    return [without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def prepare(path: str, configs: list[Any], model: str) -> list[Row]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateSyntaxError
+from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 from trl import ModelConfig
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
@@ -324,7 +325,9 @@ def check_rows(
     template, marked = (None, False) if plain else training_template(tokenizer, args)
     findings = Findings(tokenizer, set(ends), template, marked and args.assistant_only_loss, filled_columns(rows))
     is_sized = hasattr(rows, "__len__")
-    for number, row in enumerate(itertools.islice(rows, STREAM_ROWS if plain or not is_sized else None)):
+    checked = itertools.islice(rows, STREAM_ROWS if plain or not is_sized else None)
+    quiet = None if args.process_index == 0 else True  # None: a bar on a terminal only
+    for number, row in enumerate(tqdm(checked, desc=f"Checking {where}", delay=5, disable=quiet)):
         try:
             check_messages(row, plain)
             whole, prompt = (None, None) if plain else render(tokenizer, row, template)
@@ -405,7 +408,7 @@ def tool_calls(messages: Iterable[Row]) -> Iterator[Row]:
 
 
 def without_nulls(value: Any) -> Any:
-    """Return a value of JSON without the keys that are null."""
+    """Return a value of JSON without the keys that are null: a table fills a key that a row lacks with null."""
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
