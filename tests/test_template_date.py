@@ -12,6 +12,8 @@ from eaft.comparison.recipe import EvaluateConfig, Recipe, plan_runs
 from eaft.errors import ConfigurationError
 from eaft.evaluation import evaluate
 from eaft.evaluation.identity import tokenizer_digest
+from eaft.evaluation.scores import Protocol
+from eaft.files import check, read_yaml
 from eaft.inspection import inspect
 from eaft.models import template_date, template_today
 from eaft.training import train
@@ -139,3 +141,13 @@ def test_a_comparison_has_one_date(tmp_path, model_dir, monkeypatch, on):
     (run,) = plan_runs(again, None)
     assert run.flags["template_date"] == "2026-12-01"
     assert "template_date" not in run.identity["flags"]  # the day alone makes no other run
+
+
+def test_yaml_reads_a_date_without_quotes(tmp_path):
+    """In a recipe of `eaft train` and in `evaluate` of `eaft compare` alike."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text("template_date: 2024-02-29\nuse_cpu: true\nbf16: false\n")
+    (configs, _, _) = parse(["--config", str(file)])
+    assert configs[1].template_date == "2024-02-29"
+    read = read_yaml(file, "recipe")["template_date"]
+    assert check(Protocol, {"template_date": read}, "").template_date == "2024-02-29"

@@ -277,8 +277,8 @@ def test_no_chat_template(folder, task_path, tmp_path):  # noqa: F811
     [
         (["--max_new_tokens", 256], "max_new_tokens=256: with the longest prompt for drift"),
         (["--drift_prompts", 0, "--max_drift", 0.1], "--max_drift 0.1 needs drift"),
-        (["--max_drop", -1], "--max_drop -1.0: expected a number that is not negative"),
-        (["--max_drift", "nan"], "--max_drift nan: expected a number"),
+        (["--max_drop", -1], "--max_drop: expected greater than or equal to 0, got -1.0"),
+        (["--max_drift", "nan"], "--max_drift: expected a finite number, got nan"),
     ],
 )
 def test_what_can_be_known_before_is_said_before(model_dir, task_path, tmp_path, monkeypatch, capsys, flags, message):  # noqa: F811

@@ -12,6 +12,7 @@ import tempfile
 from collections import ChainMap
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from jinja2 import TemplateError
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BeforeValidator
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from eaft.errors import ConfigurationError, first_line, nearest
@@ -35,6 +36,11 @@ Item = dict[str, Any]
 logger = logging.getLogger(__name__)
 SEED = 1234  # lm-eval's own default for few-shot examples
 CUTS = ("prompt", "answer", "thoughts")
+
+
+def date_text(value: Any) -> Any:
+    """Return a date, which YAML reads where it has no quotes, as its text."""
+    return value.isoformat() if isinstance(value, date) else value
 
 
 def dtype_name(value: str) -> str:
@@ -90,7 +96,7 @@ class Protocol:
     model_args: dict[str, Any] = field(default_factory=dict)
     drift_prompts: NotNegative = DRIFT_PROMPTS
     max_new_tokens: Count = ANSWER_TOKENS
-    template_date: str | None = None
+    template_date: Annotated[str, BeforeValidator(date_text)] | None = None
 
 
 def settled(protocol: Protocol, tokenizer: Any) -> Protocol:

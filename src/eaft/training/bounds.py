@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from datetime import date
 from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import AfterValidator, Field, StrictInt
@@ -63,8 +64,8 @@ MODEL: dict[str, Any] = {
     "lora_dropout": Share,
 }
 MIXTURE: dict[str, Any] = {"test_split_size": Annotated[Finite, Field(gt=0, lt=1)] | None}
-# Text by their type, of which a YAML file may also say true or false
-ALSO_BOOL = ("resume_from_checkpoint", "fsdp")
+# Text by their type, of which YAML may make true or false, or a date
+ALSO = {"resume_from_checkpoint": bool, "fsdp": bool, "template_date": date}
 
 
 def check_bounds(args: Any, bounds: dict[str, Any]) -> None:
@@ -102,7 +103,7 @@ def check_types(content: dict[str, Any], dataclass_types: list[Any], where: str)
         for name in content.keys() & found.keys():
             value = content[name]
             # A text is what argparse gets from the command line, too; a list of one may be written as a text
-            if isinstance(value, str) or (isinstance(value, bool) and name in ALSO_BOOL):
+            if isinstance(value, (str, ALSO.get(name, str))):
                 continue
             try:
                 check(found[name], value, "")
