@@ -110,6 +110,14 @@ def keys_seen(trainer_class, tmp_path):
     seen = set()
 
     class Watching(trainer_class):
+        def training_step(self, model, inputs, *args, **kwargs):
+            seen.update(("step", key) for key in inputs)
+            return super().training_step(model, inputs, *args, **kwargs)
+
+        def prediction_step(self, model, inputs, *args, **kwargs):
+            seen.update(("prediction", key) for key in inputs)
+            return super().prediction_step(model, inputs, *args, **kwargs)
+
         def compute_loss(self, model, inputs, *args, **kwargs):
             seen.update(("batch", key) for key in inputs)
             return super().compute_loss(model, inputs, *args, **kwargs)
@@ -121,7 +129,10 @@ def keys_seen(trainer_class, tmp_path):
     config = EAFTConfig if issubclass(trainer_class, EAFTTrainer) else SFTConfig
     args = config(str(tmp_path), **{**DEFAULTS, "max_steps": 1})
     rows = Dataset.from_list(make_rows())
-    Watching(make_model(), args, collate, rows, processing_class=make_tokenizer()).train()
+    trainer = Watching(make_model(), args, collate, rows, rows.select(range(4)), make_tokenizer())
+    trainer.train()
+    trainer.evaluate()
+    seen.update(("loader", key) for key in next(iter(trainer.get_train_dataloader())))
     return seen
 
 
@@ -148,6 +159,14 @@ def test_a_long_row_is_named_by_how_it_begins():
     batch = DataCollatorForLanguageModeling(0, padding_free=True)([dataset[1], dataset[0]])
     shown = " ".join(map(str, range(1, 33)))
     assert describe_rows(batch, Words(), dataset) == f"1: '7', 0: {shown!r}"
+
+
+def test_a_packed_row_is_told_from_one_that_begins_like_it():
+    packed = [{"input_ids": [3, 4], "seq_lengths": [2]}, {"input_ids": [3, 4, 5, 6, 7], "seq_lengths": [2, 3]}]
+    rows = Dataset.from_list(packed).shuffle(seed=1)
+    index = {tuple(row["input_ids"]): i for i, row in enumerate(rows)}[3, 4, 5, 6, 7]
+    batch = DataCollatorForLanguageModeling(0, padding_free=True, pad_to_multiple_of=8)([packed[1]])
+    assert describe_rows(batch, Words(), rows) == f"{index}: '3 4 5 6 7'"
 
 
 def test_every_process_has_the_message_and_uneven_shares_are_measured_as_one(tmp_path):

@@ -111,6 +111,39 @@ def test_yaml_lora_and_evaluation_from_a_folder_of_splits(model_dir, tmp_path):
     assert "lm_head.weight" in AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
 
 
+def test_a_run_at_its_end_is_not_trained_on(model_dir, data, tmp_path, capsys):
+    """max_steps in mid-epoch, where transformers' Trainer trains one step more at each resumption."""
+    out = tmp_path / "out"
+    flags = ["--model_name_or_path", model_dir, "--dataset_name", data, "--output_dir", out, "--logging_steps", 1]
+    flags += ["--save_steps", 3, "--resume_from_checkpoint", "true", "--lr_scheduler_type", "constant"]
+
+    def state():
+        return {file.name: file.read_bytes() for file in sorted(out.iterdir()) if file.is_file()}
+
+    assert run(*flags, "--max_steps", 3) == 0
+    whole = state()
+    for again in ("true", out / "checkpoint-3"):
+        assert run(*flags, "--max_steps", 3, "--resume_from_checkpoint", again) == 0
+        assert state() == whole
+        assert "finished after 3 steps; nothing was changed" in capsys.readouterr().out
+
+    # As a kill between the last checkpoint and the final save leaves it
+    (out / "model.safetensors").unlink()
+    (out / "run.json").write_text(json.dumps({**json.loads(whole["run.json"]), "finished": False}))
+    assert run(*flags, "--max_steps", 3) == 0
+    assert state()["model.safetensors"] == whole["model.safetensors"]
+    result, first = (json.loads(found["run.json"])["result"] for found in (state(), whole))
+    assert result["steps"] == 3
+    assert result["train_loss"] == pytest.approx(first["train_loss"], rel=1e-4)  # logged with four digits
+    assert [log["step"] for log in map(json.loads, state()["metrics.jsonl"].splitlines())] == [1, 2, 3, 3]
+
+    assert run(*flags, "--max_steps", 4) == 0  # more is asked for
+    assert json.loads(state()["run.json"])["result"]["steps"] == 4
+    assert run(*flags, "--max_steps", 4, "--resume_from_checkpoint", out / "checkpoint-3") == 0  # from there again
+    assert "nothing was changed" not in capsys.readouterr().out
+    assert state()["model.safetensors"] != whole["model.safetensors"]
+
+
 def test_resume_equals_uninterrupted(model_dir, data, tmp_path):
     shared = ["--model_name_or_path", model_dir, "--dataset_name", data, "--save_steps", 2, "--logging_steps", 1]
     whole, broken = tmp_path / "whole", tmp_path / "broken"

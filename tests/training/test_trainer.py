@@ -1,11 +1,14 @@
 """`EAFTTrainer` beside TRL's own `SFTTrainer`, and against itself where two ways must lead to the same weights."""
 
+import dataclasses
+import inspect
 import math
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from eaft import EAFTConfig, EAFTTrainer, token_statistics
@@ -244,9 +247,73 @@ def test_empty_data(tmp_path):
         EAFTTrainer(make_model(), EAFTConfig(str(tmp_path), use_cpu=True), train_dataset=Dataset.from_list([]))
 
 
-def test_plain_sft_config_is_refused(tmp_path):
-    with pytest.raises(ConfigurationError, match="args must be an EAFTConfig, which has the gate; got SFTConfig"):
-        EAFTTrainer(make_model(), SFTConfig(str(tmp_path), use_cpu=True), train_dataset=Dataset.from_list(make_rows()))
+@dataclasses.dataclass
+class OwnConfig(SFTConfig):
+    own: str = "kept"
+
+
+@pytest.mark.parametrize("config", [SFTConfig, TrainingArguments, OwnConfig])
+def test_other_arguments_are_completed(config, tmp_path):
+    given = config(str(tmp_path), use_cpu=True, bf16=False, report_to=[], learning_rate=0.125, hub_token="secret")
+    trainer = EAFTTrainer(make_model(), given, None, Dataset.from_list(make_rows()), None, make_tokenizer())
+    assert isinstance(trainer.args, EAFTConfig)
+    assert (trainer.args.gate, trainer.args.learning_rate, trainer.args.hub_token) == ("eaft", 0.125, "secret")
+    assert getattr(trainer.args, "own", None) == getattr(given, "own", None)
+
+
+def test_arguments_by_position_are_those_of_trl():
+    def names(cls):
+        return [p.name for p in inspect.signature(cls).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD]
+
+    assert names(EAFTTrainer) == names(SFTTrainer)
+
+
+@pytest.mark.parametrize("args", [{}, "out"])
+def test_what_is_no_configuration_is_refused(args):
+    with pytest.raises(ConfigurationError, match="args must be an EAFTConfig, or TRL's SFTConfig; got"):
+        EAFTTrainer(make_model(), args, train_dataset=Dataset.from_list(make_rows()))
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "way"), [("dft", "use gate='dft'"), ("chunked", "a gate weighs the 'nll'. Leave it out")]
+)
+def test_other_losses_are_refused(loss_type, way, tmp_path):
+    with pytest.raises(ConfigurationError, match=way):
+        EAFTConfig(str(tmp_path), loss_type=loss_type, use_cpu=True, bf16=False)
+    assert EAFTConfig(str(tmp_path), loss_type="chunked_nll", use_cpu=True, bf16=False).loss_type == "nll"
+
+
+def no_weight(statistics):
+    return torch.zeros_like(statistics.log_prob)
+
+
+def test_a_first_gradient_of_zero_says_why(tmp_path):
+    """Weights of 0, frozen or unused parameters are refused; a batch without labels is not."""
+
+    def refused(match, change=lambda trainer: None, **settings):
+        trainer = build(EAFTTrainer, tmp_path, **settings)
+        change(trainer)
+        with pytest.raises(ConfigurationError, match=match):
+            trainer.train()
+        assert trainer.state.global_step == 0
+
+    def unused(trainer):
+        trainer.model.requires_grad_(False)
+        trainer.model.register_parameter("apart", torch.nn.Parameter(torch.ones(3)))
+        trainer.model.enable_input_require_grads()  # as gradient checkpointing does: the backward pass has a leaf
+
+    refused(
+        r"is 0 in training, step 1.*gate='\S+no_weight' gives weight 0 to each of its \d+ labelled",
+        gate=f"{__name__}:no_weight",
+    )
+    refused("frozen .* enable_adapter_layers", lambda t: t.model.disable_adapter_layers(), peft_config=LoraConfig(r=2))
+    refused(r"The 1 trainable parameters \(apart, ...\) have no part in the loss", unused)
+    refused("Every parameter of the model is frozen", lambda t: t.model.requires_grad_(False))
+    unlabelled = {"input_ids": [3, 4, 5], "labels": [-100] * 3}
+    rows = [unlabelled] * 4 + [{"input_ids": [3, 4, 5], "labels": [3, 4, 5]}] * 4
+    trainer = build(EAFTTrainer, tmp_path, rows=rows, train_sampling_strategy="sequential", max_steps=2)
+    trainer.train()
+    assert trainer.state.global_step == 2
 
 
 @pytest.mark.parametrize("packing", [False, True])

@@ -411,10 +411,6 @@ class EAFTTrainer(SFTTrainer):
                 "another gate or other parameters for it, or raise per_device_train_batch_size."
             )
         trainable = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-        if any(getattr(module, "_disable_adapters", False) for module in self.model.modules()):
-            raise ConfigurationError(
-                f"{message}The adapters are switched off: call enable_adapter_layers() on the model."
-            )
         raise ConfigurationError(
             f"{message}The {len(trainable)} trainable parameters ({trainable[0]}, ...) have no part in the loss, or a "
             "layer between them and the loss has no backward pass: unfreeze those that are to be trained."
@@ -425,7 +421,8 @@ class EAFTTrainer(SFTTrainer):
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise ConfigurationError(
                 "Every parameter of the model is frozen (requires_grad=False): unfreeze those that are to be trained; "
-                "load an adapter with PeftModel.from_pretrained(..., is_trainable=True)."
+                "load an adapter with PeftModel.from_pretrained(..., is_trainable=True), and switch adapters on with "
+                "enable_adapter_layers()."
             )
         return super().train(*args, **kwargs)
 
