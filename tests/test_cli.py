@@ -1,5 +1,6 @@
 """The commands before their work begins: what they take, what they import, and that `pip install eaft` is enough."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 import eaft
-from eaft import cli
+from eaft import cli, models
 
 from .conftest import make_rows
 
@@ -82,3 +83,52 @@ sys.exit(cli.main(["inspect", "model", "data"]))
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (found.returncode, found.stdout) == (2, "")
     assert found.stderr.endswith("error: Inspecting needs matplotlib: pip install 'eaft[inspect]'.\n")
+
+
+@pytest.mark.parametrize("chained", [False, True])
+def test_a_full_disk_is_one_line(chained, monkeypatch, capsys):
+    def fill(argv):
+        full = OSError(errno.ENOSPC, "No space left on device", "out/model.safetensors")
+        if chained:
+            raise RuntimeError("cannot be written") from full
+        raise full
+
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: SimpleNamespace(main=fill))
+    assert cli.main(["eval"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("eaft eval: error: the disk is full (out/model.safetensors could not be written): free")
+    assert told.count("\n") == 1
+
+
+def test_another_error_is_not_hidden(monkeypatch):
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: SimpleNamespace(main=lambda argv: [][0]))
+    with pytest.raises(IndexError):
+        cli.main(["eval"])
+
+
+def test_an_interruption_is_one_line(monkeypatch, capsys):
+    def interrupt(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: SimpleNamespace(main=interrupt))
+    assert cli.main(["train"]) == 130
+    assert capsys.readouterr().err == (
+        "eaft train: interrupted: give the same command again with --resume_from_checkpoint true to go on.\n"
+    )
+
+
+def test_the_cache_lists_and_clears_converted_models_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("EAFT_CACHE", str(tmp_path / "measured"))
+    monkeypatch.setattr(models, "HF_HOME", tmp_path)
+    mine = tmp_path / "eaft" / "my notes"
+    for name, folder in (("tiny-0123456789ab-3", tmp_path / "eaft"), ("0" * 64, tmp_path / "measured")):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "file").write_bytes(b"x" * 2**20)
+    (tmp_path / "measured" / ("0" * 64) / "about.json").write_text('{"model": ')
+    mine.mkdir()
+    for argv in ([], ["--clear"]):
+        assert cli.main(["cache", *argv]) == 0
+        told = capsys.readouterr().out
+        assert "1.0 MiB  tiny-0123456789ab-3 (converted from GGUF)" in told
+        assert "1.0 MiB  unreadable" in told
+    assert [folder.name for folder in (tmp_path / "eaft").iterdir()] == [mine.name]

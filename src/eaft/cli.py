@@ -10,7 +10,7 @@ import os
 import sys
 import time
 
-from eaft.errors import EAFTError
+from eaft.errors import EAFTError, disk_full
 from eaft.text import VisibleRecord, visible
 
 DESCRIPTION = """
@@ -38,7 +38,7 @@ MODULES = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; errors that are the user's to mend end with one message and exit code 2."""
+    """Run a command; errors that are the user's to mend end with one message and exit code 2, Ctrl-C with 130."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         prog="eaft",
@@ -56,12 +56,26 @@ def main(argv: list[str] | None = None) -> int:
             return env(argv[1:])
         return importlib.import_module(MODULES[command]).main(argv[1:]) or 0
     except EAFTError as error:
-        # Under a launcher every process has the same message, and one is enough
-        if os.environ.get("RANK", "0") == "0":
-            print(visible(f"eaft {command}: error: {error}"), file=sys.stderr)
-        else:
-            time.sleep(2)  # a launcher ends the others as soon as one has left: let the first speak
+        tell(command, f"error: {error}")
         return 2
+    except KeyboardInterrupt:
+        resume = " with --resume_from_checkpoint true" if command == "train" else ""
+        tell(command, f"interrupted: give the same command again{resume} to go on.")
+        return 130
+    except Exception as error:
+        if (file := disk_full(error)) is None:
+            raise
+        where = f" ({file} could not be written)" if file else ""
+        tell(command, f"error: the disk is full{where}: free some space (`eaft cache` says what is kept), and go on.")
+        return 2
+
+
+def tell(command: str, message: str) -> None:
+    """Print a message once: under a launcher every process has the same one."""
+    if os.environ.get("RANK", "0") == "0":
+        print(visible(f"eaft {command}: {message}"), file=sys.stderr)
+    else:
+        time.sleep(2)  # a launcher ends the others as soon as one has left: let the first speak
 
 
 def env(argv: list[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -27,3 +28,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its type if it has none."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def disk_full(error: BaseException | None) -> str | None:
+    """Return the file that a full disk kept from being written ("" if that is unknown); None for another error."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return str(error.filename or "")
+        if "No space left on device" in str(error):  # safetensors and pyarrow raise errors of their own
+            return ""
+        error = error.__cause__ or error.__context__
+    return None

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import traceback
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 from transformers.utils import chat_template_utils
 
-from eaft.errors import ConfigurationError, EAFTError, first_line
+from eaft.errors import ConfigurationError, EAFTError, disk_full, first_line
 from eaft.files import read_json
 
 CONVERSION = 3  # counts the ways in which GGUF files were converted: the folders of older ones are not used
@@ -159,6 +160,8 @@ def convert_gguf(path: Path) -> Path:
     except EAFTError:
         raise
     except Exception as error:  # the reader has no error of its own: a damaged file fails in many ways
+        if disk_full(error) is not None:
+            raise
         raise ConfigurationError(
             f"model_name_or_path={str(path)!r} is not a readable GGUF file. ({first_line(error)})"
         ) from error
@@ -174,6 +177,12 @@ def convert_gguf(path: Path) -> Path:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder
+
+
+def converted_models() -> list[Path]:
+    """Return the folders that GGUF files were converted to, and those that a killed process left."""
+    names = re.compile(r".+-[0-9a-f]{12}(-\d+)?(\.tmp\d+)?")
+    return [folder for folder in sorted((Path(HF_HOME) / "eaft").glob("*/")) if names.fullmatch(folder.name)]
 
 
 def vocabulary_size(tokenizer: Any) -> int:

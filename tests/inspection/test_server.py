@@ -440,3 +440,24 @@ def test_what_cannot_be_served_is_one_message(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(view, "find_spec", lambda name: None if name == "duckdb" else name)
     assert cli.main(["view", str(folder)]) == 2
     assert "Viewing needs duckdb: pip install 'eaft[inspect]'" in capsys.readouterr().err
+
+
+def test_one_broken_result_does_not_empty_the_list(tmp_path):
+    good = {"asked": {}, "model": "tuned", "base": None, "tasks": {}}
+    contents = {
+        "good": json.dumps(good),
+        "cut": '{"model": ',
+        "list": "[]",
+        "other": json.dumps({**good, "verdict": 5}),
+    }
+    for name, content in contents.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "inputs.json").write_text("{}")
+        (tmp_path / name / "results.json").write_text(content)
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "results.json").write_text("[]")
+    runs = Runs(tmp_path)
+    assert {run["name"]: run["kind"] for run in runs.list()} == {
+        **{"good": "eval", "cut": "broken", "list": "broken", "other": "broken"}
+    }
+    assert "results.json cannot be read (it is truncated" in runs.run("cut")["sentence"]

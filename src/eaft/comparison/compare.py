@@ -25,7 +25,7 @@ from eaft.comparison.recipe import Recipe, Run, base_model, check_names, parse_f
 from eaft.comparison.results import collect
 from eaft.comparison.runs import MARK, FirstAlone, check_folder, claim, end_with_parent, train_run
 from eaft.comparison.study import Study, prune, study
-from eaft.errors import ConfigurationError, EAFTError, first_line
+from eaft.errors import ConfigurationError, EAFTError, disk_full, first_line
 from eaft.evaluation.evaluate import check_packages, context_length
 from eaft.evaluation.identity import tokenizer_digest, weights_digest
 from eaft.evaluation.scores import load_tokenizer, processes
@@ -224,6 +224,8 @@ def one_at_a_time(
             # Of several processes one that fails in the middle leaves the others waiting for it
             if processes().num_processes > 1 and not isinstance(error, EAFTError):
                 raise
+            if disk_full(error) is not None:
+                raise
             yield error
     first_alone.close()
 
@@ -245,6 +247,8 @@ def in_jobs(recipe: Recipe, jobs: int, all_work: list[Work], measure: Measure) -
                 )
                 continue
             except Exception as error:
+                if disk_full(error) is not None:
+                    raise
                 yield error
                 continue
             measure.begin(found.run)  # finds in the store what the worker measured

@@ -24,7 +24,7 @@ from eaft.files import Count, Positive, Seed, Text, check, read_yaml
 from eaft.models import resolve_model
 from eaft.provenance import versions
 from eaft.training.templates import check_templates, told
-from eaft.training.train import load_data, parse
+from eaft.training.train import check_model, load_data, parse
 
 REFERENCE = "sft"  # what every objective is compared with, where the recipe names no pairs
 TRAINS = ("eaft", "torch", "transformers", "trl", "accelerate", "peft", "datasets")  # another version, another run
@@ -250,6 +250,9 @@ def check_training(flags: dict[str, Any], held_out: str | None) -> str:
     found = check_templates({"train": train, "evaluate.held_out": rows}, args, model_args)
     if rows is not None and isinstance(train, Dataset):
         check_apart(rows, train, args.dataset_text_field)
+    model = str(model_args.model_name_or_path)
+    if isinstance(train, Dataset) and "input_ids" in train.column_names and not model.endswith(".gguf"):
+        check_model(resolve_model(model, args.trust_remote_code), args, model_args, train)
     return told(found)
 
 

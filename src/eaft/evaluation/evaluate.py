@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoConfig
 
-from eaft.errors import ConfigurationError, first_line
+from eaft.errors import ConfigurationError, disk_full, first_line
 from eaft.evaluation.drift import ANSWER_TOKENS, DRIFT_PROMPTS, PROMPTS, TOP, BaseAnswers, read_prompts, summarise
 from eaft.evaluation.identity import digest, tokenizer_digest
 from eaft.evaluation.measured import MeasuredModel, shared, write_jsonl
@@ -338,7 +338,12 @@ def find_model(model: str, model_args: dict[str, Any]) -> str:
     """
     adapter, trusted = adapter_of(model), bool(model_args.get("trust_remote_code"))
     if adapter is None:
-        return resolve_model(model, trusted)
+        found = resolve_model(model, trusted)
+        if Path(found).is_dir() and not any(any(Path(found).glob(f"*.{kind}")) for kind in ("safetensors", "bin")):
+            raise ConfigurationError(
+                f"{model} holds no weights: expected *.safetensors or *.bin, as save_pretrained writes."
+            )
+        return found
     if find_spec("peft") is None:
         raise ConfigurationError(f"{model} holds a PEFT adapter: pip install 'eaft[peft]'.")
     from peft import PeftConfig
@@ -518,6 +523,8 @@ def run_tasks(model: MeasuredModel, benchmarks: dict[str, Benchmark], folder: Pa
         except Exception as error:
             # Of several processes one that fails in the middle leaves the others waiting for it
             if processes().num_processes > 1 and not isinstance(error, ConfigurationError):
+                raise
+            if disk_full(error) is not None:
                 raise
             logger.exception(f"{name} failed on {model.model}")
             found.failed[name] = f"{type(error).__name__}: {first_line(error)}"

@@ -24,16 +24,19 @@ from typing_extensions import TypedDict
 from eaft.errors import ConfigurationError
 from eaft.evaluation.identity import digest
 from eaft.files import read_json
+from eaft.models import converted_models
 from eaft.provenance import write_json
+from eaft.text import visible
 
 DESCRIPTION = """
 What `eaft eval`, `eaft compare` and training have measured is kept, so that it is measured once: items, answers and
-probabilities, under a digest of weights, tokenizer, task, data, protocol and versions. This lists it, or deletes it.
+probabilities, under a digest of weights, tokenizer, task, data, protocol and versions. So are the models that GGUF
+files were converted to. This lists both, or deletes them.
 
   eaft cache            what is kept, by model, with its size
-  eaft cache --clear    delete it all (what is deleted is measured again when it is needed)
+  eaft cache --clear    delete it all (what is deleted is measured, or converted, again when it is needed)
 
-The folder is $EAFT_CACHE, by default $HF_HOME/eaft/measured.
+The folder of measurements is $EAFT_CACHE, by default $HF_HOME/eaft/measured; of models $HF_HOME/eaft.
 """
 ABOUT_FILE = "about.json"
 STAGING = "writing-"  # begins the name of a folder that is not whole yet
@@ -97,7 +100,7 @@ class Store:
                     name = read_json(about, About, "")["model"]
                 except ConfigurationError:
                     name = "unreadable"
-            found[name] += sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+            found[name] += size_of(folder)
         return found
 
     def clear(self) -> None:
@@ -116,10 +119,20 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--clear", action="store_true", help="delete everything that is kept")
     clear = parser.parse_args(argv).clear
     store = Store()
-    sizes = store.sizes()
+    sizes, converted = store.sizes(), {folder: size_of(folder) for folder in converted_models()}
     if clear:
         store.clear()
-    for model, size in sorted(sizes.items(), key=lambda entry: -entry[1]):
-        print(f"{size / 2**20:10.1f} MiB  {model}")
-    total = f"{sum(sizes.values()) / 2**20:.1f} MiB in {store.folder}"
-    print(f"deleted {total}" if clear else total)
+        for folder in converted:
+            shutil.rmtree(folder, ignore_errors=True)
+    lines = {**sizes, **{f"{folder.name} (converted from GGUF)": size for folder, size in converted.items()}}
+    for name, size in sorted(lines.items(), key=lambda entry: -entry[1]):
+        print(visible(f"{size / 2**20:10.1f} MiB  {name}"))
+    verb = "deleted " if clear else ""
+    print(f"{verb}{sum(sizes.values()) / 2**20:.1f} MiB of measurements in {store.folder}")
+    if converted:
+        print(f"{verb}{sum(converted.values()) / 2**20:.1f} MiB of converted models in {next(iter(converted)).parent}")
+
+
+def size_of(folder: Path) -> int:
+    """Return the bytes of a folder's files."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

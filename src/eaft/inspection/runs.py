@@ -3,8 +3,9 @@ The folders of `eaft compare` and `eaft eval` that a folder holds, as the viewer
 
 They are read as plain files: `results.json`, and beside it each run's `metrics.jsonl` and the items of its tasks.
 
-`list` has an entry for each: `name` (its path), `kind` ("compare" or "eval"), `sentence` (what it found), `model`,
-`base` (None: none). `run` has of one of them, beside these:
+`list` has an entry for each: `name` (its path), `kind` ("compare", "eval", or "broken" for results that cannot be
+read), `sentence` (what it found, or why it cannot be read), `model`, `base` (None: none). `run` has of one of them,
+beside these:
 
     results      results.json, without its lists by item, prompt or held-out example
     points       one for each checkpoint that was measured, and the base model's before each run's first:
@@ -30,6 +31,7 @@ from eaft.errors import EAFTError
 Answer = dict[str, Any]
 
 RESULTS_FILE = "results.json"
+MARKS = ("inputs.json", "compare.json")  # beside it, written first by `eaft eval` and `eaft compare`
 DEPTH = 3  # folders down that are looked into
 HELD = ("run", "objective", "seed", "learning_rate", "chosen")
 # What tells our results from somebody else's, or from those of a version that wrote others
@@ -61,13 +63,15 @@ class Runs:
 
     def list(self) -> list[Answer]:
         """Return an entry for each, as said above."""
-        return [entry(name, read_results(place)) for name, place in self.found.items()]
+        return [describe(name, place) for name, place in self.found.items()]
 
     def run(self, name: str) -> Answer:
         """Return one of them, as said above."""
         place = self.found[name]
+        about = describe(name, place)
+        if about["kind"] == "broken":
+            return {**about, "results": {}, "points": [], "curves": [], "regressions": []}
         results = read_results(place)
-        about = entry(name, results)
         if about["kind"] == "eval":
             worst = [{"objective": None, "seed": None, "step": None, "items": results.get("worst", [])}]
             return {**about, "results": trimmed(results), "points": [], "curves": [], "regressions": worst}
@@ -81,8 +85,13 @@ class Runs:
 
 
 def find(folder: Path, depth: int) -> list[Path]:
-    """Return the folders with results, in order; links are not followed, nor folders below one with results."""
-    if read_results(folder):
+    """
+    Return the folders with results, in order; links are not followed, nor folders below one with results.
+
+    Results that cannot be read count where a file beside them says that they are ours.
+    """
+    ours = (folder / RESULTS_FILE).is_file() and any((folder / name).is_file() for name in MARKS)
+    if ours or read_results(folder):
         return [folder]
     if not depth:
         return []
@@ -120,6 +129,19 @@ def read_lines(folder: Path, name: str, whole: bool = False) -> list[Any]:
         with contextlib.suppress(ValueError, RecursionError):  # a killed run leaves half a line
             found.append(json.loads(part))
     return found
+
+
+def describe(name: str, place: Path) -> Answer:
+    """Return what `list` says of a folder, also of results that cannot be read."""
+    results = read_results(place)
+    try:
+        if results:
+            return entry(name, results)
+        reason = "it is truncated, or another version of eaft wrote it"
+    except (KeyError, TypeError, AttributeError) as error:
+        reason = f"another version of eaft wrote it, perhaps: {type(error).__name__}, {error}"
+    sentence = f"{place / RESULTS_FILE} cannot be read ({reason}). Give the command that wrote it again."
+    return {"name": name, "kind": "broken", "sentence": sentence, "model": None, "base": None}
 
 
 def entry(name: str, results: Answer) -> Answer:

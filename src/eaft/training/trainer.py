@@ -418,6 +418,8 @@ class EAFTTrainer(SFTTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as TRL does, if there is a parameter to train."""
+        if any(getattr(module, "_disable_adapters", False) for module in self.model.modules()):
+            raise ConfigurationError("The adapters are switched off: call enable_adapter_layers() on the model.")
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise ConfigurationError(
                 "Every parameter of the model is frozen (requires_grad=False): unfreeze those that are to be trained; "

@@ -19,6 +19,7 @@ export default {
       return chooser(list);
     });
     const run = part(body, (found) => {
+      if (found.kind === "broken") return [h("p", { class: "lead" }, found.sentence)];
       return found.kind === "compare" ? comparison(found, width()) : evaluation(found, width());
     });
     const width = watch(body, () => run.redraw());
@@ -36,7 +37,7 @@ export default {
 const chosen = (list) => list.find(({ name }) => name === state.run) ?? list[0];
 
 function chooser(list) {
-  const names = list.map(({ name, kind }) => [name, `${name} (eaft ${kind})`]);
+  const names = list.map(({ name, kind }) => [name, kind === "broken" ? `${name} (cannot be read)` : `${name} (eaft ${kind})`]);
   if (names.length < 2) return [h("h2", {}, names[0]?.[1] ?? "No results.json here.")];
   return [
     h(
