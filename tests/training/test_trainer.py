@@ -306,7 +306,8 @@ def test_a_first_gradient_of_zero_says_why(tmp_path):
         r"is 0 in training, step 1.*gate='\S+no_weight' gives weight 0 to each of its \d+ labelled",
         gate=f"{__name__}:no_weight",
     )
-    refused("adapters are switched off: call enable_adapter_layers", lambda t: t.model.disable_adapter_layers(), peft_config=LoraConfig(r=2))
+    off = "adapters are switched off: call enable_adapter_layers"
+    refused(off, lambda t: t.model.disable_adapter_layers(), peft_config=LoraConfig(r=2))
     refused(r"The 1 trainable parameters \(apart, ...\) have no part in the loss", unused)
     refused("Every parameter of the model is frozen", lambda t: t.model.requires_grad_(False))
     unlabelled = {"input_ids": [3, 4, 5], "labels": [-100] * 3}
