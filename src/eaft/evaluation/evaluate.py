@@ -22,7 +22,7 @@ from transformers import AutoConfig
 
 from eaft.errors import ConfigurationError, disk_full, first_line
 from eaft.evaluation.drift import ANSWER_TOKENS, DRIFT_PROMPTS, PROMPTS, TOP, BaseAnswers, read_prompts, summarise
-from eaft.evaluation.identity import digest, tokenizer_digest
+from eaft.evaluation.identity import check_weights, digest, tokenizer_digest
 from eaft.evaluation.measured import MeasuredModel, shared, write_jsonl
 from eaft.evaluation.progress import Progress
 from eaft.evaluation.scores import (
@@ -334,15 +334,12 @@ def find_model(model: str, model_args: dict[str, Any]) -> str:
     Return what can be loaded: a folder with an adapter as it is, all else as `resolve_model` finds it.
 
     Raises:
-        ConfigurationError: there is no such model, or PEFT is needed and not installed.
+        ConfigurationError: there is no such model, a folder without weights, or PEFT is needed and not installed.
     """
     adapter, trusted = adapter_of(model), bool(model_args.get("trust_remote_code"))
     if adapter is None:
         found = resolve_model(model, trusted)
-        if Path(found).is_dir() and not any(any(Path(found).glob(f"*.{kind}")) for kind in ("safetensors", "bin")):
-            raise ConfigurationError(
-                f"{model} holds no weights: expected *.safetensors or *.bin, as save_pretrained writes."
-            )
+        check_weights(found)
         return found
     if find_spec("peft") is None:
         raise ConfigurationError(f"{model} holds a PEFT adapter: pip install 'eaft[peft]'.")

@@ -35,6 +35,24 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=plain).encode()).hexdigest()
 
 
+def check_weights(model: str) -> list[Path]:
+    """
+    Return the files that a folder's weights and configuration are in; none of a Hub id.
+
+    Raises:
+        ConfigurationError: a folder without weights.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        return []
+    files = sorted({file for pattern in WEIGHTS for file in folder.glob(pattern) if file.name != "training_args.bin"})
+    if not any(file.suffix in (".safetensors", ".bin", ".gguf") for file in files):
+        raise ConfigurationError(
+            f"{model} holds no weights: expected *.safetensors or *.bin, as save_pretrained writes."
+        )
+    return files
+
+
 def weights_digest(model: str, revision: str | None = None) -> str:
     """
     Return a digest of a model's weights and configuration: of a folder's files, or a Hub id's commit.
@@ -48,11 +66,7 @@ def weights_digest(model: str, revision: str | None = None) -> str:
     folder = Path(model)
     if not folder.is_dir():
         return digest(["hub", model, extract_commit_hash(cached_file(model, "config.json", revision=revision), None)])
-    files = sorted({file for pattern in WEIGHTS for file in folder.glob(pattern) if file.name != "training_args.bin"})
-    if not any(file.suffix in (".safetensors", ".bin", ".gguf") for file in files):
-        raise ConfigurationError(
-            f"{model} holds no weights: expected *.safetensors or *.bin, as save_pretrained writes."
-        )
+    files = check_weights(model)
     found: list[Any] = []
     with tqdm(total=sum(f.stat().st_size for f in files), desc="Reading", unit="B", unit_scale=True, delay=2) as bar:
         for file in files:
