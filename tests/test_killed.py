@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tests.conftest import make_model, make_rows
 from tests.evaluation.test_evaluate import task_path  # noqa: F401 - a fixture
 
-KILLS = 8
+KILLS = 4
 
 
 def run_killed(folder, whole, disturbed, seed, kills=KILLS):

@@ -63,7 +63,7 @@ def train(model, rows, path, resume=None, **settings):
 @pytest.mark.parametrize(
     ("gate", "setting"),
     every_gate_once(
-        ["packed LoRA", "packed full", "loose LoRA", "loose full"], (*KINDS, "sft", "flow", "psft"), ("eaft", "asft")
+        ["packed LoRA", "packed full", "loose LoRA", "loose full"], (*KINDS, "sft", "flow", "psft"), ("asft",)
     ),
 )
 def test_trains_and_resumes_exactly(gate, setting, smollm2, rows, tmp_path):

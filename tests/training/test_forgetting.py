@@ -18,8 +18,7 @@ from tests.conftest import make_model, make_rows
 SUITE = "suite: tiny_suite\ntasks: [everyday]\nlimit: 8\n"
 
 
-@pytest.fixture
-def train(tmp_path, model_dir):
+def runner(tmp_path, model_dir):
     """Return a function that trains the tiny model for six steps, in prompts of two words."""
     (tmp_path / "suite.yaml").write_text(SUITE)
     (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "say {i}"}}\n' for i in range(3)))
@@ -54,6 +53,17 @@ def train(tmp_path, model_dir):
     return run
 
 
+@pytest.fixture
+def train(tmp_path, model_dir):
+    return runner(tmp_path, model_dir)
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory, model_dir):
+    """A run without changes: its exit code, its folder, and what it logged."""
+    return runner(tmp_path_factory.mktemp("usual"), model_dir)()
+
+
 def measured(lines):
     return history(TrainerState(log_history=lines))
 
@@ -62,8 +72,8 @@ def weights(folder):
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
 
-def test_what_is_logged_is_what_eval_finds(train, model_dir):
-    code, folder, lines = train()
+def test_what_is_logged_is_what_eval_finds(usual, model_dir):
+    code, folder, lines = usual
     assert code == 0
     points = measured(lines)
     assert [p["step"] for p in points] == [0, 2, 4, 6]
@@ -83,8 +93,8 @@ def test_what_is_logged_is_what_eval_finds(train, model_dir):
     assert [line["step"] for line in lines if "nll" in line] == [2, 4, 6]
 
 
-def test_training_is_not_disturbed(train):
-    _, measured, lines = train()
+def test_training_is_not_disturbed(usual, train):
+    _, measured, lines = usual
     _, plain, plain_lines = train("plain", forgetting_eval_steps=0)
     for name, value in weights(plain).items():
         torch.testing.assert_close(weights(measured)[name], value, rtol=0, atol=0)
@@ -92,8 +102,8 @@ def test_training_is_not_disturbed(train):
     assert losses[0] == losses[1]
 
 
-def test_budget_keeps_the_last_within_and_stops(train):
-    _, _, lines = train("free")
+def test_budget_keeps_the_last_within_and_stops(usual, train):
+    _, _, lines = usual
     drift = {point["step"]: point["drift"] for point in measured(lines)}
     budget = (drift[2] + drift[4]) / 2
     code, folder, lines = train("kept", forgetting_budget=budget)
@@ -111,8 +121,8 @@ def test_a_budget_passed_at_once(train, capsys):
     assert not (folder / "model.safetensors").exists()
 
 
-def test_a_resumed_run_measures_from_the_same_base(train, tokenizer):
-    _, _, lines = train("whole", save_steps=2)
+def test_a_resumed_run_measures_from_the_same_base(usual, train, tokenizer):
+    _, _, lines = usual
     _, folder, _ = train("cut", save_steps=2, max_steps=4)
     code, _, _ = train("cut", save_steps=2, resume_from_checkpoint="true")
     assert code == 2  # they were freed when that run ended
@@ -228,6 +238,7 @@ def test_what_a_sharded_model_cannot_do(tmp_path, monkeypatch, tokenizer, enable
 
 def test_works_in_python_too(tmp_path, tokenizer):
     (tmp_path / "suite.yaml").write_text(SUITE)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "say a"}\n{"prompt": "say b"}\n')
     args = EAFTConfig(
         str(tmp_path / "out"),
         max_steps=1,
@@ -236,6 +247,7 @@ def test_works_in_python_too(tmp_path, tokenizer):
         save_strategy="no",
         forgetting_eval_steps=1,
         forgetting_suite=[str(tmp_path / "suite.yaml")],
+        forgetting_prompts=str(tmp_path / "prompts.jsonl"),
     )
     trainer = EAFTTrainer(make_model(), args, train_dataset=Dataset.from_list(make_rows()), processing_class=tokenizer)
     trainer.train()

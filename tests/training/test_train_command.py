@@ -169,7 +169,7 @@ def launch(launcher, *flags, cwd):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("gate", ["sft", "eaft", "flow", "conflict-mask", "psft", "asft"])
+@pytest.mark.parametrize("gate", ["flow", "conflict-mask", "psft", "asft"])
 def test_two_processes_equal_one(model_dir, data, tmp_path, gate):
     shared = ["--model_name_or_path", model_dir, "--dataset_name", data, "--logging_steps", 1, "--gate", gate]
     shared += ["--learning_rate", "1e-3"]

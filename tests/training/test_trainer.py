@@ -82,8 +82,11 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize(("gate", "loss_type"), [("sft", "nll"), ("dft", "dft")])
+@pytest.mark.parametrize(
+    ("gate", "loss_type", "setting"),
+    [("sft", "nll", setting) for setting in SETTINGS]
+    + [("dft", "dft", setting) for setting in ("completion only", "packed", "accumulated", "LoRA")],
+)
 def test_equals_trl_step_for_step(setting, gate, loss_type, tmp_path):
     settings = SETTINGS[setting]
     ours = train(EAFTTrainer, tmp_path / "ours", gate=gate, **settings)
