@@ -220,5 +220,5 @@ def test_drift_is_asked_with_a_rows_tools_and_settings(folder, tmp_path):
         tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True, **{"enable_thinking": True, **s})
         for m, s in zip(messages, settings, strict=True)
     ]
-    with pytest.raises(ConfigurationError, match="a `prompt`, or `messages`, in every row"):
+    with pytest.raises(ConfigurationError, match="or `messages`, in every row"):
         read_prompts(write(tmp_path / "none.jsonl", [{"text": "a"}]), 9)

@@ -334,13 +334,11 @@ def find_model(model: str, model_args: dict[str, Any]) -> str:
     Return what can be loaded: a folder with an adapter as it is, all else as `resolve_model` finds it.
 
     Raises:
-        ConfigurationError: there is no such model, a folder without weights, or PEFT is needed and not installed.
+        ConfigurationError: there is no such model, or PEFT is needed and not installed.
     """
     adapter, trusted = adapter_of(model), bool(model_args.get("trust_remote_code"))
     if adapter is None:
-        found = resolve_model(model, trusted)
-        check_weights(found)
-        return found
+        return resolve_model(model, trusted)
     if find_spec("peft") is None:
         raise ConfigurationError(f"{model} holds a PEFT adapter: pip install 'eaft[peft]'.")
     from peft import PeftConfig
@@ -445,11 +443,12 @@ def check_measurable(models: list[MeasuredModel], benchmarks: dict[str, Benchmar
     Check that what is to be asked can be asked of the models, and fits their contexts and the disk.
 
     Raises:
-        ConfigurationError: prompts for drift that do not fit, tasks that cannot be asked of a model that thinks, or no
-            room for drift's files.
+        ConfigurationError: a folder without weights, prompts for drift that do not fit, tasks that cannot be asked of
+            a model that thinks, or no room for drift's files.
     """
     first, protocol = models[0], models[0].protocol
     for model in models:
+        check_weights(model.model)
         check_thinking(benchmarks, model.tokenizer, protocol)
     if not prompts:
         return
