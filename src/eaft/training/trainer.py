@@ -396,7 +396,7 @@ class EAFTTrainer(SFTTrainer):
         return grad_norm
 
     def _refuse_zero_gradient(self) -> None:
-        """Say why the first step trains nothing, unless its batch has nothing to learn."""
+        """Say why the first step trains nothing, unless that is right."""
         if not isinstance(sums := self._token_sums.get("train"), Tensor):
             return  # the loss is not ours: a subclass computes its own
         tokens, nll, _, _, gate, *_ = self.accelerator.reduce(sums, "sum").tolist()
@@ -410,10 +410,19 @@ class EAFTTrainer(SFTTrainer):
                 f"{message}gate={self.args.gate!r} gives weight 0 to each of its {tokens:.0f} labelled tokens: choose "
                 "another gate or other parameters for it, or raise per_device_train_batch_size."
             )
-        trainable = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if any(
+            parameter.grad is not None for parameter in trainable.values()
+        ):  # it may be right: of weights that are 0
+            logger.warning(
+                f"{message}Each of the {len(trainable)} trainable parameters has a gradient of 0: check the model's "
+                "weights, and which layers are trained."
+            )
+            self._gradient_checked = True  # said once
+            return
         raise ConfigurationError(
-            f"{message}The {len(trainable)} trainable parameters ({trainable[0]}, ...) have no part in the loss, or a "
-            "layer between them and the loss has no backward pass: unfreeze those that are to be trained."
+            f"{message}The {len(trainable)} trainable parameters ({next(iter(trainable))}, ...) have no part in the "
+            "loss, or a layer between them and the loss has no backward pass: unfreeze those that are to be trained."
         )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
