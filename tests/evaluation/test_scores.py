@@ -193,7 +193,8 @@ def test_what_cannot_be_loaded_is_one_message(model_dir, tmp_path, monkeypatch):
 
 def test_processes_share_items_but_not_those_that_hold_one_model_together(monkeypatch):
     """Under `tp_plan` each process must run every item; the first has them."""
-    monkeypatch.setattr(engine, "HFModel", lambda **args: SimpleNamespace(args=args, _rank=0, _world_size=1))
+    made = {"model": make_model(), "_rank": 0, "_world_size": 1}
+    monkeypatch.setattr(engine, "HFModel", lambda **args: SimpleNamespace(args=args, **made))
     monkeypatch.setattr(scores, "Accelerator", lambda: "accelerator")
     state = SimpleNamespace(num_processes=2, process_index=1, device="cpu", is_main_process=False)
     monkeypatch.setattr(scores, "processes", lambda: state)

@@ -234,7 +234,7 @@ def test_gradient_that_is_not_finite_stops_before_the_weights(tmp_path):
         ({"gate": "eatf"}, r"gate='eatf' is unknown. Did you mean 'eaft'"),
         ({"gate_top_k": 1}, "gate_top_k must be at least 2, got 1"),
         ({"gate_alpha": -0.5}, "alpha must be a number of at least 0, got -0.5"),
-        ({"gate_alpha": math.nan}, "alpha must be a number"),
+        ({"gate_alpha": math.nan}, "gate_alpha=nan: expected a finite number"),
         ({"gate": "dft", "gate_alpha": 2.0}, "gate='dft' takes no alpha"),
         ({"loss_type": "dft"}, "loss_type='dft' does not go with a gate"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor does not go with a gate"),
