@@ -430,7 +430,7 @@ def test_what_cannot_be_served_is_one_message(tmp_path, capsys, monkeypatch):
             ([tmp_path / "none"], "is no folder"),
             ([tmp_path / "empty"], "holds nothing that `eaft inspect`, `compare` or `eval` wrote"),
             ([tmp_path], "holds several inspections (a, b): give one of them"),
-            ([unfinished], "is not finished: give its `eaft inspect` command again"),
+            ([unfinished], "give its `eaft inspect` command again"),
             ([folder, "--port", port], f"--port {port} cannot be used"),
             ([folder, "--port", "99999"], "--port 99999 cannot be used"),
             ([folder, "--token", "a&b"], "--token: letters, digits"),
