@@ -255,6 +255,8 @@ def test_the_reference_is_the_model_before_training(gate, peft_config, tmp_path)
 def test_resumed_run_equals_uninterrupted(gate, setting, tmp_path):
     settings = {"peft_config": LORA} if setting == "LoRA" else SETTINGS[setting]
     settings = {"gate": gate, "save_strategy": "steps", "save_steps": 2, "max_steps": 4, **settings}
+    if gate == "profit":  # the tiny model finds no label as likely as its default asks: nothing would be trained
+        settings["gate_kwargs"] = {"prob_threshold": 0.003}
     whole = train(EAFTTrainer, tmp_path, **settings)
     measured = tmp_path / (OLD_LOG_PROB_ABOUT_FILE if gate == "psft" else MEASUREMENTS_FILE)
     assert measured.exists() == (bool(missing_params(gate, {})) or gate == "psft")
