@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from eaft import cli
+from eaft import cli, models
 from eaft.errors import ConfigurationError
 from eaft.evaluation import evaluate, identity, measured
 from eaft.evaluation.drift import BaseAnswers
@@ -33,6 +33,12 @@ def store(tmp_path, monkeypatch):
 def folder(model_dir, tmp_path):
     """A copy of the tiny model, to be changed."""
     return shutil.copytree(model_dir, tmp_path / "copy")
+
+
+@pytest.fixture(autouse=True)
+def own_models(tmp_path, monkeypatch):
+    """`eaft cache --clear` deletes the models converted from GGUF, too: none of this machine's."""
+    monkeypatch.setattr(models, "HF_HOME", tmp_path / "home")
 
 
 def run(*flags):

@@ -124,13 +124,15 @@ def main(argv: list[str]) -> None:
         store.clear()
         for folder in converted:
             shutil.rmtree(folder, ignore_errors=True)
-    lines = {**sizes, **{f"{folder.name} (converted from GGUF)": size for folder, size in converted.items()}}
-    for name, size in sorted(lines.items(), key=lambda entry: -entry[1]):
-        print(visible(f"{size / 2**20:10.1f} MiB  {name}"))
     verb = "deleted " if clear else ""
-    print(f"{verb}{sum(sizes.values()) / 2**20:.1f} MiB of measurements in {store.folder}")
-    if converted:
-        print(f"{verb}{sum(converted.values()) / 2**20:.1f} MiB of converted models in {next(iter(converted)).parent}")
+    models = {f"{folder.name} (converted from GGUF)": size for folder, size in converted.items()}
+    for what, found, place in (
+        ("measurements", sizes, store.folder),
+        ("converted models", models, Path(HF_HOME) / "eaft"),
+    ):
+        for name, size in sorted(found.items(), key=lambda entry: -entry[1]):
+            print(visible(f"{size / 2**20:10.1f} MiB  {name}"))
+        print(f"{verb}{sum(found.values()) / 2**20:.1f} MiB of {what} in {place}")
 
 
 def size_of(folder: Path) -> int:
