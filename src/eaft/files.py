@@ -149,7 +149,7 @@ def read_json(path: Path, kind: Any, way: str) -> Any:
     Return what a JSON file of ours holds.
 
     Args:
-        kind: as in `check`; what of it is read.
+        kind: as in `check`; the part of the file that is read.
         way: what the user can do about a file that cannot be used.
 
     Raises:

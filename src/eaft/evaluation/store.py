@@ -44,7 +44,7 @@ STAGING = "writing-"  # begins the name of a folder that is not whole yet
 
 @with_config(ConfigDict(extra="allow"))
 class About(TypedDict):
-    """What of `about.json` is read."""
+    """The part of `about.json` that is read."""
 
     model: str
 

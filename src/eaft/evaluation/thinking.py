@@ -50,7 +50,7 @@ def find_thinking(tokenizer: Any, markers: dict[str, Any] | None = None, system:
     Return how a tokenizer's chat template, if it has one, lets the model think.
 
     Args:
-        markers: `think_end_token` and `think_start_token`, in place of those that are found.
+        markers: `think_end_token` and `think_start_token`; they replace the marks that are found.
         system: the system message that the model is asked with, which may turn its thoughts off.
     """
     if tokenizer.chat_template is None:

@@ -110,7 +110,7 @@ class ModelEntry(TypedDict):
 
 @with_config(ConfigDict(extra="allow"))
 class InspectedRun(TypedDict):
-    """What of `run.json` is read; a run that is not scored yet may lack the rest."""
+    """The part of `run.json` that is read; a run that is not scored yet may lack the rest."""
 
     scored: bool
     models: Annotated[list[ModelEntry], Field(min_length=1)]

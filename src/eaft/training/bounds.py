@@ -64,7 +64,7 @@ MODEL: dict[str, Any] = {
     "lora_dropout": Share,
 }
 MIXTURE: dict[str, Any] = {"test_split_size": Annotated[Finite, Field(gt=0, lt=1)] | None}
-# Text by their type, of which YAML may make true or false, or a date
+# Flags that take text; YAML may read their value as true, false or a date
 ALSO = {"resume_from_checkpoint": bool, "fsdp": bool, "template_date": date}
 
 

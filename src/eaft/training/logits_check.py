@@ -214,7 +214,7 @@ def rounding(moved: Tensor, log_probs: Tensor, candidates: Tensor, spread: Tenso
 
     Our nll is made of the logits in float32, the model's in float64. Ours rounds the label's distance from the largest
     logit, at most nll, and the nll, which is rounded once more where both are compared: 3 nll 2^-24. The distances of
-    all logits, their exponentials, the pairwise sum of those and its logarithm add at most about 6 ln V 2^-24.
+    all logits, their exponentials, their pairwise sum and its logarithm add at most about 6 ln V 2^-24.
 
     Args:
         moved: m, `[n, V]`.

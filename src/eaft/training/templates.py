@@ -388,7 +388,7 @@ def way_out(tokenizer: Any, row: Row, template: str | None) -> str:
 
 
 def with_arguments(change: Callable[[Any], Any]) -> Callable[[list[Row]], list[Row]]:
-    """Return a change of messages: that of each tool call's arguments."""
+    """Return a function that changes the arguments of each tool call in messages."""
 
     def changed(messages: list[Row]) -> list[Row]:
         for call in tool_calls(messages):
