@@ -77,7 +77,7 @@ check: $(VENV)/.installed  ## lint (Python, the page's JavaScript), format, type
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(VENV)/bin/lint-imports --no-logo --no-cache
-	$(VENV)/bin/oxlint src/eaft/inspection/page
+	$(VENV)/bin/oxlint src/eaft/inspection/view/page
 
 # Links and anchors that lead nowhere are errors. Without the variable Material prints that it ends in May 2027, and its heir
 docs: $(VENV)/.installed  ## the documentation as a site, in build/docs (seconds)

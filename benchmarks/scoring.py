@@ -41,7 +41,7 @@ def seconds(run: Callable[[], Any]) -> float:
 
 def measure(scorer: Any, tokens: Any, budget: int) -> dict[str, Any]:
     """Return what both take, from the median of each batch's rounds; the rounds of both in turn."""
-    from eaft.inspection.examples import batches
+    from eaft.inspection.score.examples import batches
 
     found = []
     for batch in batches(tokens, budget):
@@ -78,9 +78,9 @@ def main() -> None:
     from eaft import cli
     from eaft.evaluation.measured import read_jsonl
     from eaft.evaluation.scores import load_tokenizer
-    from eaft.inspection.examples import Examples
     from eaft.inspection.inspect import make_parser, named
-    from eaft.inspection.score import BATCH_TOKENS, GPU_BATCH_TOKENS, Scorer, Settings
+    from eaft.inspection.score.examples import Examples
+    from eaft.inspection.score.scorer import BATCH_TOKENS, GPU_BATCH_TOKENS, Scorer, Settings
     from eaft.models import resolve_model
     from eaft.provenance import environment, write_json
     from eaft.training.prepare import prepare_rows

@@ -34,11 +34,11 @@ import torch
 from tabulate import tabulate
 
 from eaft.inspection.folder import BASE, COMPARED, DATA, EXAMPLES, ROLLOUTS, TOKENS, VOCABULARY, Inspection
-from eaft.inspection.gating import weigh
 from eaft.inspection.labelled import weighed_gates
-from eaft.inspection.queries import Queries
-from eaft.inspection.selection import Selection
-from eaft.inspection.tables import Tables
+from eaft.inspection.view.gating import weigh
+from eaft.inspection.view.queries import Queries
+from eaft.inspection.view.selection import Selection
+from eaft.inspection.view.tables import Tables
 from eaft.objective.statistics import CONFLICT_MAX_ENTROPY, CONFLICT_MAX_PROB
 from eaft.provenance import environment, write_json
 

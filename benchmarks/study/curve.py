@@ -6,7 +6,7 @@ Put the study together: effect against dose, what it costs, why, and the rule th
     python benchmarks/study/curve.py                only what has been gathered
 
 Writes study.json, study.md and curve.png into benchmarks/study/results, and the rule into
-src/eaft/inspection/rule.json.
+src/eaft/inspection/find/rule.json.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from eaft.comparison.fronts import Path as RunPath
 from eaft.comparison.fronts import compare_fronts, relative
 from eaft.evaluation.measured import read_jsonl
 from eaft.evaluation.paired import holm
-from eaft.inspection.rule import RULE_FILE, Rule
+from eaft.inspection.find.rule import RULE_FILE, Rule
 from eaft.provenance import environment, write_json
 
 Numbers = dict[str, Any]

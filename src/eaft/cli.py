@@ -32,7 +32,7 @@ MODULES = {
     "eval": "eaft.evaluation.evaluate",
     "compare": "eaft.comparison.command",
     "inspect": "eaft.inspection.inspect",
-    "view": "eaft.inspection.view",
+    "view": "eaft.inspection.view.serve",
     "cache": "eaft.evaluation.store",
 }
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eaft.inspection.advice import Conflicts, advise, percent, shown
-from eaft.inspection.findings import find
+from eaft.inspection.find.advice import Conflicts, advise, percent, shown
+from eaft.inspection.find.findings import find
+from eaft.inspection.find.rule import Rule
 from eaft.inspection.folder import Inspection
 from eaft.inspection.labelled import Labelled
-from eaft.inspection.rule import Rule
 from eaft.models import resolve_model
 from eaft.objective.statistics import TokenStatistics
 from tests.inspection.scored import score_rows

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from eaft.inspection import checks
+from eaft.inspection.find import checks
 from eaft.inspection.folder import BASE, EXAMPLES, TOKENS, VOCABULARY, Inspection
 
 VOCAB = ["<|start|>", "<|end|>", "user", "assistant", "\n", " hi", " yes", " no"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from eaft.inspection.curve import top_k_curve
+from eaft.inspection.score.curve import top_k_curve
 
 
 def entropies(logits, k):

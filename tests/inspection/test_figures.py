@@ -7,10 +7,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from eaft.inspection.figures import CAPTIONS, Planes, draw, svg
-from eaft.inspection.findings import find
+from eaft.inspection.find.figures import CAPTIONS, Planes, draw, svg
+from eaft.inspection.find.findings import find
+from eaft.inspection.find.report import write
 from eaft.inspection.folder import DATA, ROLLOUTS, Inspection
-from eaft.inspection.report import write
 from tests.inspection.made import grad_norm, make_inspection
 
 CURVE = [{"k": k, "pearson": 1 - 1 / k, "spearman": None, "seconds": 0.1 * k, "mib": 0.2 * k} for k in (2, 20, 54)]

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from eaft.inspection import removed
-from eaft.inspection.findings import find
+from eaft.inspection.find.findings import find
 from eaft.inspection.folder import DATA, STATISTICS, Inspection
 from eaft.objective.registry import GATES
 from eaft.provenance import write_json

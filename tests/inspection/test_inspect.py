@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eaft import cli
 from eaft.errors import NonFiniteError
-from eaft.inspection import inspect, rollouts
+from eaft.inspection import inspect
 from eaft.inspection.folder import BASE, ROLLOUTS, STATISTICS, Inspection, ScoredModel
+from eaft.inspection.score import rollouts
 from eaft.models import resolve_model
 from eaft.training.data import row_digest
 from tests.conftest import make_model, make_rows
@@ -345,18 +346,18 @@ def test_sampled_logits_are_the_models(model_dir, tokenizer, monkeypatch):
     from datasets import Dataset
 
     from eaft.evaluation.scores import load_tokenizer
-    from eaft.inspection import score
-    from eaft.inspection.examples import Examples
+    from eaft.inspection.score import scorer as scoring
+    from eaft.inspection.score.examples import Examples
     from eaft.training.prepare import prepare_rows
     from eaft.training.train import parse
 
     (_, args, model_args, *_), *_ = parse(inspect.named([str(model_dir), "rows", *CPU]), inspect.make_parser())
     dataset = Dataset.from_list(make_rows(8))
     examples = Examples(prepare_rows(load_tokenizer(str(model_dir)), args, dataset), dataset, "rows", [])
-    scorer = score.Scorer(str(model_dir), score.Settings(args, model_args))
-    monkeypatch.setattr(score, "SAMPLE_TOKENS", 11)
-    monkeypatch.setattr(score, "SAMPLE_EXAMPLES", 4)
-    logits = score.sample_logits(scorer, examples, seed=0)
+    scorer = scoring.Scorer(str(model_dir), scoring.Settings(args, model_args))
+    monkeypatch.setattr(scoring, "SAMPLE_TOKENS", 11)
+    monkeypatch.setattr(scoring, "SAMPLE_EXAMPLES", 4)
+    logits = scoring.sample_logits(scorer, examples, seed=0)
     assert logits.shape == (11, 264)
     rows = []
     for i in (0, 2, 5, 7):  # spread evenly
@@ -366,7 +367,7 @@ def test_sampled_logits_are_the_models(model_dir, tokenizer, monkeypatch):
     distances = torch.cdist(logits, torch.cat(rows), compute_mode="donot_use_mm_for_euclid_dist")
     assert (distances.amin(1) < 1e-3).all()
     assert len(distances.argmin(1).unique()) == 11
-    assert torch.equal(score.sample_logits(scorer, examples, seed=0), logits)
+    assert torch.equal(scoring.sample_logits(scorer, examples, seed=0), logits)
 
 
 def test_what_is_refused(model_dir, tmp_path, alone, capsys, monkeypatch):

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from eaft.inspection.kept import Kept
+from eaft.inspection.view.kept import Kept
 
 
 def test_the_last_answers_are_kept():

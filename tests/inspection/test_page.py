@@ -20,11 +20,11 @@ import uvicorn
 from playwright import sync_api
 
 from eaft.inspection.folder import Inspection
-from eaft.inspection.queries import Queries
-from eaft.inspection.runs import Runs
-from eaft.inspection.server import make_app
-from eaft.inspection.tables import Tables
-from eaft.inspection.view import listen
+from eaft.inspection.view.queries import Queries
+from eaft.inspection.view.runs import Runs
+from eaft.inspection.view.serve import listen
+from eaft.inspection.view.server import make_app
+from eaft.inspection.view.tables import Tables
 from eaft.objective.registry import gate_weights
 from eaft.objective.statistics import TokenStatistics
 from tests.inspection.made import TOP_K, VOCAB, grad_norm, make_inspection

@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from eaft.inspection.pieces import Pieces
+from eaft.inspection.score.pieces import Pieces
 from eaft.models import vocabulary_size
 from tests.conftest import make_tokenizer
 

@@ -14,10 +14,10 @@ from starlette.testclient import TestClient
 
 from eaft.inspection import queries as queries_module
 from eaft.inspection.folder import Inspection
-from eaft.inspection.queries import Queries, train_command
-from eaft.inspection.runs import Runs
-from eaft.inspection.server import make_app
-from eaft.inspection.tables import Tables
+from eaft.inspection.view.queries import Queries, train_command
+from eaft.inspection.view.runs import Runs
+from eaft.inspection.view.server import make_app
+from eaft.inspection.view.tables import Tables
 from tests.inspection.made import TOP_K, VOCAB, grad_norm, make_inspection
 
 MEASURED = {"entropy_threshold": 0.2, "prob_threshold": 0.3, "tau": 2.5}

@@ -6,10 +6,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from eaft.inspection.figures import CAPTIONS
-from eaft.inspection.findings import find
+from eaft.inspection.find.figures import CAPTIONS
+from eaft.inspection.find.findings import find
+from eaft.inspection.find.report import page, write
 from eaft.inspection.folder import Inspection
-from eaft.inspection.report import page, write
 from eaft.provenance import write_json
 from tests.inspection.made import make_inspection
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from eaft.inspection.rule import Rule
+from eaft.inspection.find.rule import Rule
 
 
 def test_the_line_is_the_least_squares_line():

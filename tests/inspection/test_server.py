@@ -17,11 +17,11 @@ import uvicorn
 from eaft.errors import ConfigurationError
 from eaft.inspection import server as server_module
 from eaft.inspection.folder import Inspection
-from eaft.inspection.queries import Queries
-from eaft.inspection.runs import Runs
-from eaft.inspection.server import make_app
-from eaft.inspection.tables import Tables
-from eaft.inspection.view import find_inspection, listen
+from eaft.inspection.view.queries import Queries
+from eaft.inspection.view.runs import Runs
+from eaft.inspection.view.serve import find_inspection, listen
+from eaft.inspection.view.server import make_app
+from eaft.inspection.view.tables import Tables
 from tests.inspection.made import make_inspection
 
 TOKEN = "s3cret_-"
@@ -416,7 +416,7 @@ def test_the_command_serves_a_folder_of_both(tmp_path):
 
 def test_what_cannot_be_served_is_one_message(tmp_path, capsys, monkeypatch):
     from eaft import cli
-    from eaft.inspection import view
+    from eaft.inspection.view import serve
 
     folder = make_inspection(tmp_path / "a", examples=3, rollouts=0)
     make_inspection(tmp_path / "b", examples=3, rollouts=0)
@@ -437,7 +437,7 @@ def test_what_cannot_be_served_is_one_message(tmp_path, capsys, monkeypatch):
         ):
             assert cli.main(["view", *map(str, flags)]) == 2
             assert message in capsys.readouterr().err
-    monkeypatch.setattr(view, "find_spec", lambda name: None if name == "duckdb" else name)
+    monkeypatch.setattr(serve, "find_spec", lambda name: None if name == "duckdb" else name)
     assert cli.main(["view", str(folder)]) == 2
     assert "Viewing needs duckdb: pip install 'eaft[inspect]'" in capsys.readouterr().err
 

@@ -6,7 +6,7 @@ The folder that `eaft inspect` writes: which files it has, which columns, and wh
     compared/NAME/*.parquet   the same rows of the same files through another model: `COMPARED`
     examples.parquet     a row per prepared example, in order: `EXAMPLES`
     vocabulary.parquet   the text of every token id that occurs: `VOCABULARY`
-    summary.json         what was found (`eaft.inspection.findings`)
+    summary.json         what was found (`eaft.inspection.find.findings`)
     report.html, figures/*.png
 
 Every reader needs these files alone: no model, no tokenizer, no data set.

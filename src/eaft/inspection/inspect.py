@@ -27,10 +27,7 @@ from eaft.evaluation.identity import weights_digest
 from eaft.evaluation.measured import shared
 from eaft.evaluation.scores import load_tokenizer, processes
 from eaft.files import read_json
-from eaft.inspection import findings, rollouts
-from eaft.inspection.compared import find_compared
-from eaft.inspection.curve import top_k_curve
-from eaft.inspection.examples import Examples, Rollout
+from eaft.inspection.find import findings
 from eaft.inspection.folder import (
     BASE,
     COMPARED,
@@ -44,8 +41,12 @@ from eaft.inspection.folder import (
     Inspection,
     ScoredModel,
 )
-from eaft.inspection.pieces import Pieces
-from eaft.inspection.score import (
+from eaft.inspection.score import rollouts
+from eaft.inspection.score.compared import find_compared
+from eaft.inspection.score.curve import top_k_curve
+from eaft.inspection.score.examples import Examples, Rollout
+from eaft.inspection.score.pieces import Pieces
+from eaft.inspection.score.scorer import (
     Scorer,
     Settings,
     compared_table,
@@ -444,7 +445,7 @@ def vocabulary(job: Job, pieces: Pieces) -> pa.Table:
 
 def conclude(folder: Path) -> None:
     """Say what is found: summary.json, the report, and a page on the terminal."""
-    from eaft.inspection import report  # needs the extra, whose absence has been reported by now
+    from eaft.inspection.find import report  # needs the extra, whose absence has been reported by now
 
     inspection = Inspection(folder)
     write_json(folder / SUMMARY_FILE, findings.find(inspection, inspection.run.get("top_k_curve")))

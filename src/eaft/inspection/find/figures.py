@@ -20,8 +20,8 @@ from matplotlib.font_manager import findfont
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
-from eaft.inspection.advice import percent, shown
-from eaft.inspection.effects import complete, weights
+from eaft.inspection.find.advice import percent, shown
+from eaft.inspection.find.effects import complete, weights
 from eaft.inspection.folder import BASE, DATA, ROLLOUTS, Inspection
 from eaft.inspection.labelled import Examples, labelled_tokens
 from eaft.inspection.landscape import (
@@ -61,7 +61,7 @@ def draw(inspection: Inspection, summary: Numbers, gate: str = "eaft") -> dict[s
 
     Args:
         inspection: scored.
-        summary: of `eaft.inspection.findings.find`.
+        summary: of `eaft.inspection.find.findings.find`.
         gate: shown beside SFT in the gradient's figure.
     """
     figures: dict[str, Figure] = {}

@@ -10,7 +10,7 @@ from starlette.datastructures import QueryParams
 
 from eaft.errors import EAFTError, nearest
 from eaft.inspection.folder import BASE, DATA
-from eaft.inspection.tables import Tables
+from eaft.inspection.view.tables import Tables
 
 Range = tuple[float | None, float | None]
 

@@ -52,10 +52,10 @@ def view(folder: Path, port: int | None = None, token: str | None = None, browse
     import uvicorn
 
     from eaft.inspection.folder import Inspection
-    from eaft.inspection.queries import Queries
-    from eaft.inspection.runs import Runs
-    from eaft.inspection.server import make_app
-    from eaft.inspection.tables import Tables
+    from eaft.inspection.view.queries import Queries
+    from eaft.inspection.view.runs import Runs
+    from eaft.inspection.view.server import make_app
+    from eaft.inspection.view.tables import Tables
 
     torch.set_num_threads(1)  # requests are threads already, and DuckDB has all cores
     token = token or secrets.token_urlsafe()

@@ -23,12 +23,12 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 
 from eaft.inspection.folder import BASE, EXAMPLES, STATISTICS
-from eaft.inspection.gating import effect, parameters, sliders, weigh
-from eaft.inspection.kept import Kept
 from eaft.inspection.labelled import with_examples
 from eaft.inspection.landscape import bin_sums
-from eaft.inspection.selection import RequestError, Selection, one_of
-from eaft.inspection.tables import DRAWS, Tables
+from eaft.inspection.view.gating import effect, parameters, sliders, weigh
+from eaft.inspection.view.kept import Kept
+from eaft.inspection.view.selection import RequestError, Selection, one_of
+from eaft.inspection.view.tables import DRAWS, Tables
 from eaft.objective.statistics import HIGH_ENTROPY, LOW_ENTROPY, TokenStatistics
 
 Answer = dict[str, Any]

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from eaft.inspection.advice import Conflicts, advise
-from eaft.inspection.checks import check
-from eaft.inspection.effects import Effects, Measured
+from eaft.inspection.find.advice import Conflicts, advise
+from eaft.inspection.find.checks import check
+from eaft.inspection.find.effects import Effects, Measured
+from eaft.inspection.find.words import Words
 from eaft.inspection.folder import BASE, DATA, ROLLOUTS, Inspection
 from eaft.inspection.labelled import ORIGINS, Examples, Labelled, Vocabulary, labelled_pairs, labelled_tokens
-from eaft.inspection.words import Words
 from eaft.objective.statistics import HIGH_ENTROPY, LOW_ENTROPY, TokenStatistics
 
 Numbers = dict[str, Any]
@@ -94,7 +94,7 @@ def find(inspection: Inspection, top_k_curve: list[Numbers] | None) -> Numbers:
 
     Args:
         inspection: scored; its summary.json need not exist.
-        top_k_curve: of `eaft.inspection.curve.top_k_curve`, if it was measured.
+        top_k_curve: of `eaft.inspection.score.curve.top_k_curve`, if it was measured.
     """
     examples, vocabulary = Examples(inspection), Vocabulary(inspection)
     shares = {BASE: Shares(examples)}

@@ -20,9 +20,9 @@ from trl.trainer.utils import create_model_from_path
 
 from eaft.errors import ConfigurationError, NonFiniteError, first_line
 from eaft.evaluation.scores import generation_config
-from eaft.inspection.examples import Examples, Tokens, batches, count_labelled
 from eaft.inspection.folder import COMPARED, EXAMPLES, STATISTICS, TOKENS
-from eaft.inspection.pieces import Pieces
+from eaft.inspection.score.examples import Examples, Tokens, batches, count_labelled
+from eaft.inspection.score.pieces import Pieces
 from eaft.models import adapter_of, check_finite, loading, resolve_model
 from eaft.objective.statistics import TokenStatistics
 from eaft.training.config import EAFTConfig

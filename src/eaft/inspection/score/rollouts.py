@@ -11,8 +11,8 @@ import torch
 from eaft.evaluation.drift import Share, sample_answers
 from eaft.evaluation.scores import Protocol
 from eaft.evaluation.scores import load as load_lm
-from eaft.inspection.examples import Rollout
-from eaft.inspection.score import Scorer, Settings
+from eaft.inspection.score.examples import Rollout
+from eaft.inspection.score.scorer import Scorer, Settings
 
 Prompts = list[tuple[int, list[int]]]  # each with its row
 

@@ -10,7 +10,7 @@ import numpy as np
 from eaft.errors import EAFTError
 from eaft.inspection.labelled import weighed_gates
 from eaft.inspection.removed import Removed
-from eaft.inspection.selection import RequestError, one_of
+from eaft.inspection.view.selection import RequestError, one_of
 from eaft.objective.registry import check_gate, gate_weights, is_of_data
 from eaft.objective.statistics import TokenStatistics
 

@@ -28,9 +28,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from eaft.errors import nearest
 from eaft.inspection.folder import BASE
-from eaft.inspection.queries import MOST_ROWS, Queries
-from eaft.inspection.runs import Runs
-from eaft.inspection.selection import LARGEST, NAMES, RequestError, Selection, one_of, read_selection, whole
+from eaft.inspection.view.queries import MOST_ROWS, Queries
+from eaft.inspection.view.runs import Runs
+from eaft.inspection.view.selection import LARGEST, NAMES, RequestError, Selection, one_of, read_selection, whole
 
 AT_ONCE = 4  # requests that are computed at the same time
 PAGE = Path(__file__).parent / "page"

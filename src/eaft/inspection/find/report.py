@@ -14,8 +14,8 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from eaft.evaluation.report import save
-from eaft.inspection.advice import percent, shown
-from eaft.inspection.figures import CAPTIONS, draw, svg
+from eaft.inspection.find.advice import percent, shown
+from eaft.inspection.find.figures import CAPTIONS, draw, svg
 from eaft.inspection.folder import BASE, DATA, REPORT_FILE, ROLLOUTS, SUMMARY_FILE, Inspection
 from eaft.inspection.labelled import Vocabulary, weighed_gates
 from eaft.text import table, visible

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from eaft.inspection.find.rule import Expected, Rule
 from eaft.inspection.labelled import Labelled, Vocabulary
-from eaft.inspection.pieces import BYTE_TOKEN
-from eaft.inspection.rule import Expected, Rule
+from eaft.inspection.score.pieces import BYTE_TOKEN
 from eaft.text import visible
 
 Numbers = dict[str, Any]

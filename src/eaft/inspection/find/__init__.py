@@ -1,0 +1,1 @@
+"""What the tables say: checks, conflicts, advice, pictures and the report."""

@@ -1,0 +1,1 @@
+"""The page of `eaft view`: questions answered from the tables, and the server."""
