@@ -1,12 +1,13 @@
 """
-Other trainers' own command lines with our loss: the same losses as theirs, and as `eaft train`'s, step for step?
+Other trainers' own command lines with our loss: the same losses as theirs, and as `eaft train`'s,
+step for step?
 
     .venv/bin/python benchmarks/hosts.py [HOST ...]
 
-makes an environment of the host's own (in runs/hosts: minutes, gigabytes), a small model, and data that are tokens
-already, with answers of unequal lengths; trains with the host's SFT, the host's own EAFT, and ours in the host, and
-with `eaft train` here, one after another. Writes benchmarks/results/hosts.json and hosts.md; hosts that are not named
-keep their numbers.
+makes an environment of the host's own (in runs/hosts: minutes, gigabytes), a small model, and data
+that are tokens already, with answers of unequal lengths; trains with the host's SFT, the host's own
+EAFT, and ours in the host, and with `eaft train` here, one after another. Writes
+benchmarks/results/hosts.json and hosts.md; hosts that are not named keep their numbers.
 """
 
 import argparse
@@ -58,7 +59,12 @@ TOLERANCE = 1e-5  # of a loss: they are logged as they are, and computed in anot
 def make_inputs() -> None:
     """Write the model, with a vocabulary that makes logits cost, and rows of tokens."""
     torch.manual_seed(SEED)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     config = LlamaConfig(vocab_size=VOCABULARY, **sizes, pad_token_id=0, initializer_range=0.2)
     LlamaForCausalLM(config).save_pretrained(WORK / "model")
     find = [sys.executable, str(ROOT / "recipes" / "demo" / "find_model.py")]
@@ -68,7 +74,9 @@ def make_inputs() -> None:
     ids = torch.randint(3, 260, (ROWS, TOKENS), generator=generator).tolist()
     prompts = torch.randint(PROMPT.start, PROMPT.stop, (ROWS,), generator=generator).tolist()
     labels = [[-100] * prompt + row[prompt:] for row, prompt in zip(ids, prompts, strict=True)]
-    rows = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * TOKENS] * ROWS, "labels": labels})
+    rows = Dataset.from_dict(
+        {"input_ids": ids, "attention_mask": [[1] * TOKENS] * ROWS, "labels": labels}
+    )
     DatasetDict({"train": rows}).save_to_disk(WORK / "tokens")
     rows.to_parquet(WORK / "tokens.parquet")
     with (WORK / "tokens.jsonl").open("w") as file:  # as text, for ms-swift
@@ -138,24 +146,24 @@ def axolotl(python: Path) -> dict[str, list[str]]:
         "ours, eaft": {**ours, "gate": "eaft"},
     }
     run = [str(python), "-m", "axolotl.cli.main", "train"]
-    return {name: [*run, recipe("axolotl", name, of), "--launcher", "python"] for name, of in settings.items()}
+    return {
+        name: [*run, recipe("axolotl", name, of), "--launcher", "python"]
+        for name, of in settings.items()
+    }
 
 
 def ms_swift(python: Path) -> dict[str, list[str]]:
     """Return the commands for ms-swift: its own, and the plugin of docs/trainers.md."""
     plugin = WORK / "ms_swift_plugin.py"
     plugin.write_text(
-        "import json\n"
-        "from eaft import GateCallback\n"
-        "from swift import callbacks_map\n"
-        "from swift.template import Template, TemplateMeta, register_template\n"
-        "for gate in ('sft', 'eaft'):\n"
-        "    callbacks_map[f'eaft-{gate}'] = lambda args, trainer, gate=gate: GateCallback(gate=gate)\n"
-        "class Tokens(Template):\n"
-        "    def _encode(self, inputs):\n"
-        "        prompt, answer = (json.loads(message['content']) for message in inputs.messages)\n"
-        "        return {'input_ids': prompt + answer, 'labels': [-100] * len(prompt) + answer}\n"
-        "register_template(TemplateMeta('tokens', [], ['{{QUERY}}'], None, template_cls=Tokens))\n"
+        "import json\nfrom eaft import GateCallback\nfrom swift import callbacks_map\nfrom"
+        " swift.template import Template, TemplateMeta, register_template\nfor gate in ('sft',"
+        " 'eaft'):\n    callbacks_map[f'eaft-{gate}'] = lambda args, trainer, gate=gate:"
+        " GateCallback(gate=gate)\nclass Tokens(Template):\n    def _encode(self, inputs):\n       "
+        " prompt, answer = (json.loads(message['content']) for message in inputs.messages)\n       "
+        " return {'input_ids': prompt + answer, 'labels': [-100] * len(prompt) +"
+        " answer}\nregister_template(TemplateMeta('tokens', [], ['{{QUERY}}'], None,"
+        " template_cls=Tokens))\n"
     )
     shared = {
         **TRAINING,
@@ -190,18 +198,18 @@ def ms_swift(python: Path) -> dict[str, list[str]]:
 
 
 def nemo_automodel(python: Path) -> dict[str, list[str]]:
-    """Return the commands for NeMo AutoModel: its own, with its calls to a GPU replaced, and the loss in its YAML."""
+    """
+    Return the commands for NeMo AutoModel: its own, with its calls to a GPU replaced, and the loss
+    in its YAML.
+    """
     script = WORK / "nemo_automodel_train.py"
     script.write_text(
-        "import torch\n"
-        "from datasets import Dataset\n"
-        "def rows(path):  # its data sets shift labels\n"
-        "    return [{**row, 'labels': row['labels'][1:] + [-100]} for row in Dataset.from_parquet(path)]\n"
-        "if __name__ == '__main__':\n"
-        "    for name in ('reset_peak_memory_stats', 'max_memory_allocated', 'empty_cache'):\n"
-        "        setattr(torch.cuda, name, lambda *args, **settings: 0)\n"
-        "    from nemo_automodel.cli.app import main\n"
-        "    main()\n"
+        "import torch\nfrom datasets import Dataset\ndef rows(path):  # its data sets shift"
+        " labels\n    return [{**row, 'labels': row['labels'][1:] + [-100]} for row in"
+        " Dataset.from_parquet(path)]\nif __name__ == '__main__':\n    for name in"
+        " ('reset_peak_memory_stats', 'max_memory_allocated', 'empty_cache'):\n       "
+        " setattr(torch.cuda, name, lambda *args, **settings: 0)\n    from nemo_automodel.cli.app"
+        " import main\n    main()\n"
     )
     components = "nemo_automodel.components"
     shared = {
@@ -222,8 +230,15 @@ def nemo_automodel(python: Path) -> dict[str, list[str]]:
             "force_hf": True,
         },
         "dataset": {"_target_": f"{script.stem}.rows", "path": str(WORK / "tokens.parquet")},
-        "dataloader": {"shuffle": False, "collate_fn": f"{components}.datasets.utils.default_collater"},
-        "optimizer": {"_target_": "torch.optim.AdamW", "lr": TRAINING["learning_rate"], "weight_decay": 0.0},
+        "dataloader": {
+            "shuffle": False,
+            "collate_fn": f"{components}.datasets.utils.default_collater",
+        },
+        "optimizer": {
+            "_target_": "torch.optim.AdamW",
+            "lr": TRAINING["learning_rate"],
+            "weight_decay": 0.0,
+        },
     }
     ours = "eaft.integrations.nemo_automodel.GatedCrossEntropy"
     losses = {
@@ -235,12 +250,18 @@ def nemo_automodel(python: Path) -> dict[str, list[str]]:
     commands = {}
     for name, loss in losses.items():
         logs = {"enabled": False, "checkpoint_dir": str(output("nemo-automodel", name))}
-        commands[name] = [*run, recipe("nemo-automodel", name, {**shared, "loss_fn": loss, "checkpoint": logs})]
+        commands[name] = [
+            *run,
+            recipe("nemo-automodel", name, {**shared, "loss_fn": loss, "checkpoint": logs}),
+        ]
     return commands
 
 
 def torchtitan(python: Path) -> dict[str, list[str]]:
-    """Return the commands for torchtitan: its own, with its calls to a GPU replaced, and the loss in its config."""
+    """
+    Return the commands for torchtitan: its own, with its calls to a GPU replaced, and the loss in
+    its config.
+    """
     shared = {
         "model": str(WORK / "model"),
         "rows": str(WORK / "tokens.parquet"),
@@ -254,7 +275,10 @@ def torchtitan(python: Path) -> dict[str, list[str]]:
     run = [str(python), str(ROOT / "benchmarks" / "hosts_torchtitan.py")]
     config = ["--module", "hosts_torchtitan", "--config", "recipe"]
     gates = {"its SFT": None, "ours, sft": "sft", "ours, eaft": "eaft"}
-    return {name: [*run, recipe("torchtitan", name, {**shared, "gate": gate}), *config] for name, gate in gates.items()}
+    return {
+        name: [*run, recipe("torchtitan", name, {**shared, "gate": gate}), *config]
+        for name, gate in gates.items()
+    }
 
 
 class Host(NamedTuple):
@@ -266,7 +290,8 @@ class Host(NamedTuple):
         commands: what returns its commands, given its Python.
         factor: by what its own EAFT's loss must be multiplied to be the paper's.
         needs: what is installed instead of all that the packages name.
-        why_not: why our loss is not to be equal to that of its own SFT or EAFT, where this is known.
+        why_not: why our loss is not to be equal to that of its own SFT or EAFT, where this is
+            known.
         note: what is not as a user would run it.
     """
 
@@ -284,7 +309,8 @@ HOSTS = {
         ["axolotl==0.19.0", "axolotl-contribs-lgpl==0.0.7", "axolotl-contribs-mit==0.0.6"],
         axolotl,
         factor=1 / math.log(20),
-        # What `axolotl train` imports here, as it pins it; the rest is for GPUs, clouds and trackers
+        # What `axolotl train` imports here, as it pins it; the rest is for GPUs, clouds and
+        # trackers
         needs=[
             "transformers==5.16.1",
             "trl==1.9.0",
@@ -313,7 +339,8 @@ HOSTS = {
     "nemo-automodel": Host(
         ["nemo_automodel==0.7.0", "flashoptim==0.1.4"],
         nemo_automodel,
-        # All that it names, but for Triton, which flashoptim does: 3.9 does not load one of its kernels
+        # All that it names, but for Triton, which flashoptim does: 3.9 does not load one of its
+        # kernels
         needs=[
             "transformers==5.18.0",
             "datasets",
@@ -394,12 +421,18 @@ def train(host: str, name: str, command: list[str]) -> dict[str, Any]:
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:
-    """Return what a training logged, in transformers' file, ms-swift's, NeMo's, torchtitan's output, or ours."""
+    """
+    Return what a training logged, in transformers' file, ms-swift's, NeMo's, torchtitan's output,
+    or ours.
+    """
     if (ours := folder / "metrics.jsonl").exists():
         return [json.loads(line) for line in ours.read_text().splitlines()]
     if (nemo := folder / "training.jsonl").exists():
         lines = [json.loads(line) for line in nemo.read_text().splitlines()]
-        return [*lines, {"train_runtime": sum(line["num_tokens_per_step"] / line["tps"] for line in lines)}]
+        return [
+            *lines,
+            {"train_runtime": sum(line["num_tokens_per_step"] / line["tps"] for line in lines)},
+        ]
     if (swift := folder / "logging.jsonl").exists():
         return json.loads(swift.read_text().splitlines()[-1])["log_history"]
     log = (folder / "log.txt").read_text()
@@ -429,16 +462,26 @@ def eaft_train(host: str) -> dict[str, list[str]]:
     }
     run = [sys.executable, "-m", "eaft", "train", "--config"]
     names = {f"eaft train, {gate}": gate for gate in ("sft", "eaft")}
-    return {name: [*run, recipe(host, name, {**shared, "gate": gate})] for name, gate in names.items()}
+    return {
+        name: [*run, recipe(host, name, {**shared, "gate": gate})] for name, gate in names.items()
+    }
 
 
 def measure(host: str) -> dict[str, Any]:
-    """Return what a host's trainings and ours gave, one after another, and how their losses stand to each other."""
+    """
+    Return what a host's trainings and ours gave, one after another, and how their losses stand to
+    each other.
+    """
     packages, commands, factor, _, why_not, note = HOSTS[host]
     python = install(host)
     shutil.rmtree(WORK / host, ignore_errors=True)
-    runs = {name: train(host, name, command) for name, command in {**commands(python), **eaft_train(host)}.items()}
-    listed = subprocess.run([python, "-m", "pip", "list", "--format", "json"], check=True, capture_output=True)
+    runs = {
+        name: train(host, name, command)
+        for name, command in {**commands(python), **eaft_train(host)}.items()
+    }
+    listed = subprocess.run(
+        [python, "-m", "pip", "list", "--format", "json"], check=True, capture_output=True
+    )
     versions = {package["name"]: package["version"] for package in json.loads(listed.stdout)}
     pairs = [
         ("ours, sft", "its SFT", 1.0),
@@ -466,7 +509,10 @@ def measure(host: str) -> dict[str, Any]:
 
 
 def difference(run: dict[str, Any], other: dict[str, Any], factor: float) -> float:
-    """Return the largest relative difference of the losses of two trainings, step by step; the other's scaled."""
+    """
+    Return the largest relative difference of the losses of two trainings, step by step; the other's
+    scaled.
+    """
     pairs = list(zip(run["losses"], other["losses"], strict=True))
     return max(abs(a - factor * b) / abs(factor * b) for a, b in pairs)
 
@@ -484,22 +530,33 @@ def report(hosts: dict[str, Any]) -> str:
             difference = f"{pair['largest_difference']:.0e}"
             equal.append([name, pair["objective"], f"{pair['beside']}{factor}", said, difference])
         for objective, run in of_host["runs"].items():
-            speed, peak, load = f"{run['tokens_per_s']:.0f}", f"{run['peak_gib']:.2f}", f"{run['load']:.0f}"
+            speed, peak, load = (
+                f"{run['tokens_per_s']:.0f}",
+                f"{run['peak_gib']:.2f}",
+                f"{run['load']:.0f}",
+            )
             cost.append([name, objective, speed, peak, load])
     heads = (
         ["host", "objective", "beside", "equal, or why not", "largest difference"],
         ["host", "objective", "tokens/s", "peak GiB", "load of the machine"],
     )
     return (
-        "\n\n".join(tabulate(rows, head, tablefmt="github") for rows, head in zip((equal, cost), heads, strict=True))
+        "\n\n".join(
+            tabulate(rows, head, tablefmt="github")
+            for rows, head in zip((equal, cost), heads, strict=True)
+        )
         + "\n"
     )
 
 
 def main() -> None:
     """Run all hosts, or some."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("hosts", nargs="*", metavar="HOST", help=f"{', '.join(HOSTS)} (default: all)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "hosts", nargs="*", metavar="HOST", help=f"{', '.join(HOSTS)} (default: all)"
+    )
     hosts = parser.parse_args().hosts or list(HOSTS)
     WORK.mkdir(parents=True, exist_ok=True)
     make_inputs()

@@ -3,7 +3,8 @@ torchtitan's own command line on a machine without a GPU, with a recipe of hosts
 
     python benchmarks/hosts_torchtitan.py RECIPE.yaml --module hosts_torchtitan --config recipe
 
-Its calls to a GPU are answered by hand. Its attention, which has no backward pass on a CPU, is PyTorch's here.
+Its calls to a GPU are answered by hand. Its attention, which has no backward pass on a CPU, is
+PyTorch's here.
 """
 
 # ruff: noqa: E402 - it asks for the device when it is imported
@@ -23,7 +24,13 @@ import yaml
 from datasets import Dataset
 
 os.environ.update(
-    {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29655"}
+    {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "29655",
+    }
 )
 torch._utils._get_available_device_type = lambda: "cpu"
 ANSWERS: dict[str, Any] = {
@@ -61,9 +68,14 @@ def attend(
     scale: float | None = None,
     **settings: Any,
 ) -> torch.Tensor:
-    """Return causal attention over whole rows, `[B, L, heads, head_dim]`; arguments by torchtitan's names."""
+    """
+    Return causal attention over whole rows, `[B, L, heads, head_dim]`; arguments by torchtitan's
+    names.
+    """
     query, key, value = (states.transpose(1, 2) for states in (q_BLNH, k_BLNH, v_BLNH))
-    rows = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+    rows = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scale
+    )
     return rows.transpose(1, 2)
 
 
@@ -83,7 +95,9 @@ class Rows(BaseDataLoader):
 
     def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         for batch in self.batches:
-            labels = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)  # shifted, as its own are
+            labels = torch.nn.functional.pad(
+                batch["labels"][:, 1:], (0, 1), value=-100
+            )  # shifted, as its own are
             yield {"input": batch["input_ids"]}, labels
 
     def state_dict(self) -> dict[str, Any]:
@@ -95,7 +109,10 @@ class Rows(BaseDataLoader):
 
 
 def recipe() -> Trainer.Config:
-    """Return the configuration: torchtitan's of a small llama3, with the recipe's model, rows, settings and loss."""
+    """
+    Return the configuration: torchtitan's of a small llama3, with the recipe's model, rows,
+    settings and loss.
+    """
     settings = yaml.safe_load(RECIPE.read_text())
     sizes = json.loads((Path(settings["model"]) / "config.json").read_text())
     dim, vocabulary = sizes["hidden_size"], sizes["vocab_size"]
@@ -117,7 +134,10 @@ def recipe() -> Trainer.Config:
         attn_backend="flex",
     )
     model.norm.normalized_shape = dim
-    for norm in [model.norm, *(norm for layer in model.layers for norm in (layer.attention_norm, layer.ffn_norm))]:
+    for norm in [
+        model.norm,
+        *(norm for layer in model.layers for norm in (layer.attention_norm, layer.ffn_norm)),
+    ]:
         norm.eps = sizes["rms_norm_eps"]
     gate = settings["gate"]
     loss = CrossEntropyLoss.Config() if gate is None else GatedCrossEntropy.Config(gate=gate)
@@ -125,7 +145,9 @@ def recipe() -> Trainer.Config:
     config.dump_folder = settings["output_dir"]
     config.hf_assets_path = settings["model"]
     config.dataloader = Rows.Config(dataset_path=settings["rows"])
-    config.optimizer = default_adamw(lr=settings["learning_rate"], betas=(0.9, 0.999), weight_decay=0.0)
+    config.optimizer = default_adamw(
+        lr=settings["learning_rate"], betas=(0.9, 0.999), weight_decay=0.0
+    )
     config.lr_scheduler.warmup_steps, config.lr_scheduler.decay_ratio = 0, 0.0
     config.training.local_batch_size = settings["batch"]
     config.training.global_batch_size = settings["global_batch"]
@@ -138,12 +160,17 @@ def recipe() -> Trainer.Config:
     config.metrics.disable_color_printing = True
     config.debug.seed = settings["seed"]
     config.checkpoint.enable = True
-    config.checkpoint.initial_load_path, config.checkpoint.initial_load_in_hf = settings["model"], True
+    config.checkpoint.initial_load_path, config.checkpoint.initial_load_in_hf = (
+        settings["model"],
+        True,
+    )
     config.checkpoint.interval = 1_000
     return config
 
 
 if __name__ == "__main__":
     RECIPE = Path(sys.argv.pop(1))
-    sys.modules["hosts_torchtitan"] = sys.modules["__main__"]  # torchtitan imports it by its name: once is enough
+    sys.modules["hosts_torchtitan"] = sys.modules[
+        "__main__"
+    ]  # torchtitan imports it by its name: once is enough
     runpy.run_module("torchtitan.train", run_name="__main__")

@@ -1,17 +1,20 @@
 """
-What the Triton kernels cost, without a GPU: compiled, their instructions counted, a model made of the counts.
+What the Triton kernels cost, without a GPU: compiled, their instructions counted, a model made of
+the counts.
 
     .venv/bin/python benchmarks/kernels.py
 
-Every launch of `eaft.objective.triton_backend` is recorded as the loss would make it, compiled for an A100 and an H100,
-and its machine code (SASS) read with the tools in Triton's wheel. A kernel's time a logit is that of the slowest of its
-limits; the loss's time is that of three matrix products, the kernels and the traffic of the head's gradient. All of it
-is a model: nothing here was run on a GPU. Writes benchmarks/results/kernels.json and kernels.md.
+Every launch of `eaft.objective.triton_backend` is recorded as the loss would make it, compiled for
+an A100 and an H100, and its machine code (SASS) read with the tools in Triton's wheel. A kernel's
+time a logit is that of the slowest of its limits; the loss's time is that of three matrix products,
+the kernels and the traffic of the head's gradient. All of it is a model: nothing here was run on a
+GPU. Writes benchmarks/results/kernels.json and kernels.md.
 """
 
 import os
 
-# The compiler, not the interpreter; and not a warning that the default changes: every launch says what it wants
+# The compiler, not the interpreter; and not a warning that the default changes: every launch says
+# what it wants
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
@@ -51,7 +54,8 @@ KERNELS = ["score_kernel", "diverge_kernel", "gradient_kernel"]
 @dataclass(frozen=True)
 class Gpu:
     """
-    Peak figures: bandwidth, SMs, boost clock and dense bf16 rate from NVIDIA's data sheets and white papers.
+    Peak figures: bandwidth, SMs, boost clock and dense bf16 rate from NVIDIA's data sheets and
+    white papers.
 
     Operations of a clock and SM are from the CUDA C++ Programming Guide, "Arithmetic Instructions".
     """
@@ -62,7 +66,8 @@ class Gpu:
     sms: int
     clock: float  # Hz
     tensor: float  # FLOP a second, bf16, dense
-    fp32: int  # additions, multiplications, fused ones; also IMAD, which moves and shifts on the same pipe
+    # additions, multiplications, fused ones; also IMAD, which moves and shifts on the same pipe
+    fp32: int
     max_warps: int  # resident on an SM
     alu: int = 64  # comparisons, selections, integers, conversions
     mufu: int = 16  # exponentials, reciprocals
@@ -76,7 +81,15 @@ GPUS = [
     Gpu("H100 SXM", "sm_90", 3.35e12, 132, 1.755e9, 989e12, fp32=128, max_warps=64),
 ]
 # What a program is taken to reach of a peak; assumed, from what is usual
-REACHED = {"bandwidth": 0.9, "fp32": 0.8, "alu": 0.8, "mufu": 0.8, "lsu": 0.8, "issue": 0.8, "tensor": 0.7}
+REACHED = {
+    "bandwidth": 0.9,
+    "fp32": 0.8,
+    "alu": 0.8,
+    "mufu": 0.8,
+    "lsu": 0.8,
+    "issue": 0.8,
+    "tensor": 0.7,
+}
 
 
 @dataclass(frozen=True)
@@ -134,13 +147,19 @@ def recorded_launches() -> Iterator[list[Launch]]:
 def launches(case: Case) -> dict[str, Launch]:
     """Return the launches that a chunk takes, by what they do."""
     rows, width = 2, triton.cdiv(case.vocab, 16) * 16 if case.padded else case.vocab
-    projection = torch.empty((2 * rows, width), dtype=getattr(torch, case.dtype))[:rows, : case.vocab]
-    reference = torch.empty((2 * rows, width), dtype=getattr(torch, case.dtype))[:rows, : case.vocab]
+    projection = torch.empty((2 * rows, width), dtype=getattr(torch, case.dtype))[
+        :rows, : case.vocab
+    ]
+    reference = torch.empty((2 * rows, width), dtype=getattr(torch, case.dtype))[
+        :rows, : case.vocab
+    ]
     labels, weights = torch.zeros(rows, dtype=torch.int64), torch.ones(rows)
     transform = LogitTransform(case.logit_scale, case.softcap)
     with recorded_launches() as found:
         scores = triton_backend.score(projection, labels, case.top_k, transform)
-        divergence = triton_backend.diverge(projection, reference, scores, Anchor(1.0, case.direction), transform)
+        divergence = triton_backend.diverge(
+            projection, reference, scores, Anchor(1.0, case.direction), transform
+        )
         triton_backend.gradient_(projection, labels, weights, scores, transform)
         triton_backend.gradient_(projection, labels, weights, scores, transform, divergence, 0.5)
     return dict(zip(("score", "diverge", "gradient", "gradient with KL"), found, strict=True))
@@ -169,7 +188,9 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Any:
     options = launch.options
     if target.warp_size == 64:  # as `launch_options` has it there
         options = {**options, "num_warps": options["num_warps"] // 2}
-    return triton.compile(ASTSource(launch.kernel, signature, constants, attributes), target=target, options=options)
+    return triton.compile(
+        ASTSource(launch.kernel, signature, constants, attributes), target=target, options=options
+    )
 
 
 def run_tool(tool: str, *flags: str, cubin: bytes) -> str:
@@ -177,13 +198,17 @@ def run_tool(tool: str, *flags: str, cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([TOOLS / tool, *flags, file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            [TOOLS / tool, *flags, file.name], capture_output=True, text=True, check=True
+        ).stdout
 
 
 def resources(compiled: Any) -> dict[str, int]:
     """Return registers a thread, bytes of stack, local and shared memory."""
     usage = run_tool("cuobjdump", "-res-usage", cubin=compiled.asm["cubin"])
-    found = {name: int(re.findall(rf"{name}:(\d+)", usage)[-1]) for name in ("REG", "STACK", "LOCAL")}
+    found = {
+        name: int(re.findall(rf"{name}:(\d+)", usage)[-1]) for name in ("REG", "STACK", "LOCAL")
+    }
     return {
         "registers": found["REG"],
         "stack": found["STACK"],
@@ -194,7 +219,10 @@ def resources(compiled: Any) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Code:
-    """A kernel's instructions (operation with its modifiers), in the innermost loop and outside of loops."""
+    """
+    A kernel's instructions (operation with its modifiers), in the innermost loop and outside of
+    loops.
+    """
 
     loop: list[str]
     rest: list[str]
@@ -204,8 +232,8 @@ def read_code(compiled: Any) -> Code:
     """
     Return the machine code up to its last exit.
 
-    What comes after it is for warps that have diverged (older targets have copies of the shuffles there), which ours
-    never do.
+    What comes after it is for warps that have diverged (older targets have copies of the shuffles
+    there), which ours never do.
     """
     text = run_tool("cuobjdump", "-sass", cubin=compiled.asm["cubin"])
     code = [
@@ -227,7 +255,9 @@ def read_code(compiled: Any) -> Code:
                 )
             )
     loops = [loop for loop in loops if any(operation.startswith("MUFU") for operation in loop.loop)]
-    return min(loops, key=lambda loop: len(loop.loop), default=Code([], [op(line) for _, line in code]))
+    return min(
+        loops, key=lambda loop: len(loop.loop), default=Code([], [op(line) for _, line in code])
+    )
 
 
 def op(line: str) -> str:
@@ -240,18 +270,44 @@ def kind_of(operation: str) -> str:
     name = operation.split(".")[0]
     if name == "MUFU":
         return "mufu"
-    if name in ("LDG", "STG", "LDS", "STS", "SHFL", "LDGSTS", "LD", "ST", "LDSM", "ATOM", "ATOMS", "RED"):
+    if name in (
+        "LDG",
+        "STG",
+        "LDS",
+        "STS",
+        "SHFL",
+        "LDGSTS",
+        "LD",
+        "ST",
+        "LDSM",
+        "ATOM",
+        "ATOMS",
+        "RED",
+    ):
         return "lsu"
     if name in ("FADD", "FMUL", "FFMA", "FADD2", "FMUL2", "FFMA2", "HFMA2", "IMAD"):
         return "fp32"
     # The scalar unit, control flow, barriers: they only take an issue slot
-    if name.startswith("U") or name in ("BAR", "BRA", "EXIT", "DEPBAR", "LDGDEPBAR", "WARPSYNC", "S2R", "CS2R", "LDC"):
+    if name.startswith("U") or name in (
+        "BAR",
+        "BRA",
+        "EXIT",
+        "DEPBAR",
+        "LDGDEPBAR",
+        "WARPSYNC",
+        "S2R",
+        "CS2R",
+        "LDC",
+    ):
         return "other"
     return "alu"
 
 
 def slots(operation: str) -> int:
-    """Return how often an instruction takes its unit: a load of 128 bits moves four times what a clock does."""
+    """
+    Return how often an instruction takes its unit: a load of 128 bits moves four times what a clock
+    does.
+    """
     if kind_of(operation) != "lsu" or operation.startswith("SHFL"):
         return 1
     return 4 if ".128" in operation else 2 if ".64" in operation else 1
@@ -267,7 +323,10 @@ def per_logit(launch: Launch, code: Code) -> dict[str, float]:
         turns, share = 0, block / lanes * (vocab / (triton.cdiv(vocab, block) * block))
 
     def count(match: Any, weigh: Any = lambda operation: 1) -> float:
-        sums = [sum(weigh(operation) for operation in part if match(operation)) for part in (code.loop, code.rest)]
+        sums = [
+            sum(weigh(operation) for operation in part if match(operation))
+            for part in (code.loop, code.rest)
+        ]
         return (turns * sums[0] + sums[1]) / share
 
     units = {
@@ -286,7 +345,9 @@ def per_logit(launch: Launch, code: Code) -> dict[str, float]:
 
 
 def bytes_per_logit(what: str, launch: Launch) -> float:
-    """Return what a logit moves to and from memory; scratch is written, and read again from the cache."""
+    """
+    Return what a logit moves to and from memory; scratch is written, and read again from the cache.
+    """
     element = launch.args["projection_ptr"].element_size()
     moved = {"score": 1, "diverge": 2, "gradient": 2, "gradient with KL": 3}[what] * element
     groups = launch.args.get("groups_ptr")
@@ -316,7 +377,14 @@ def analyse(case: Case) -> list[dict[str, Any]]:
     for gpu in GPUS:
         for what, launch in launches(case).items():
             compiled = compile_launch(launch, TARGETS[gpu.target])
-            lines.append({"gpu": gpu.name, "kernel": what, **asdict(case), **cost(gpu, what, launch, compiled)})
+            lines.append(
+                {
+                    "gpu": gpu.name,
+                    "kernel": what,
+                    **asdict(case),
+                    **cost(gpu, what, launch, compiled),
+                }
+            )
     return lines
 
 
@@ -341,10 +409,11 @@ def cost(gpu: Gpu, what: str, launch: Launch, compiled: Any) -> dict[str, Any]:
 
 def head_gradient_bytes(chunks: int) -> float:
     """
-    Return the bytes an element of the head's gradient takes, beside the 2 that writing it in bf16 does.
+    Return the bytes an element of the head's gradient takes, beside the 2 that writing it in bf16
+    does.
 
-    One chunk's product is that writing. Of several, the first writes float32, others read and write it, the last in the
-    backward pass; then one pass scales and casts.
+    One chunk's product is that writing. Of several, the first writes float32, others read and write
+    it, the last in the backward pass; then one pass scales and casts.
     """
     return 0.0 if chunks == 1 else 4 + 8 * (chunks - 1) + 4 + 2 - 2
 
@@ -362,14 +431,20 @@ class Share:
     share: float
 
 
-def floors(lines: list[dict[str, Any]], chunk_rows: list[int], gradient_bytes: Callable[[int], float]) -> list[Share]:
-    """Return the shares of the floor of a gate without a reference in bf16, at `V` 151,936 and `H` 2,560."""
+def floors(
+    lines: list[dict[str, Any]], chunk_rows: list[int], gradient_bytes: Callable[[int], float]
+) -> list[Share]:
+    """
+    Return the shares of the floor of a gate without a reference in bf16, at `V` 151,936 and `H`
+    2,560.
+    """
     vocab, width, shares = 151936, 2560, []
     for gpu in GPUS:
         seconds = {
             line["kernel"]: max(line["ns_per_logit"].values()) * 1e-9
             for line in lines
-            if (line["gpu"], line["vocab"], line["dtype"], line["softcap"]) == (gpu.name, vocab, "bfloat16", None)
+            if (line["gpu"], line["vocab"], line["dtype"], line["softcap"])
+            == (gpu.name, vocab, "bfloat16", None)
         }
         kernels = seconds["score"] + seconds["gradient"]
         for tokens in (2048, 16384):
@@ -378,7 +453,11 @@ def floors(lines: list[dict[str, Any]], chunk_rows: list[int], gradient_bytes: C
                 products = 6 * vocab * width * tokens / (gpu.tensor * REACHED["tensor"])
                 traffic = element_bytes * vocab * width / (gpu.bandwidth * REACHED["bandwidth"])
                 share = products / (products + kernels * vocab * tokens + traffic)
-                shares.append(Share(gpu.name, tokens, rows, products, kernels * vocab * tokens, traffic, share))
+                shares.append(
+                    Share(
+                        gpu.name, tokens, rows, products, kernels * vocab * tokens, traffic, share
+                    )
+                )
     return shares
 
 
@@ -428,18 +507,24 @@ def table(lines: list[dict[str, Any]]) -> str:
 def notes() -> str:
     """Return what the table rests on."""
     peaks = tabulate(
-        [{**asdict(gpu), **{k: f"{getattr(gpu, k):.4g}" for k in ("bandwidth", "clock", "tensor")}} for gpu in GPUS],
+        [
+            {
+                **asdict(gpu),
+                **{k: f"{getattr(gpu, k):.4g}" for k in ("bandwidth", "clock", "tensor")},
+            }
+            for gpu in GPUS
+        ],
         headers="keys",
         tablefmt="github",
         disable_numparse=True,
     )
     reached = ", ".join(f"{name} {share:.0%}" for name, share in REACHED.items())
-    return f"""A model, not a measurement: made by `benchmarks/kernels.py` from machine code, on no GPU.
+    return f"""A model, not a measurement: by `benchmarks/kernels.py` from machine code, on no GPU.
 
-Time of a limit, a logit: bytes / bandwidth, or slots / (slots of a clock and SM * SMs * clock). A kernel's time is its
-largest. Instructions outside the loop are spread over a row's logits, those of branches that may not be taken too.
-Peaks are of NVIDIA's data sheets, slots of a clock and SM of the CUDA C++ Programming Guide; what is reached of them is
-assumed: {reached}.
+Time of a limit, a logit: bytes / bandwidth, or slots / (slots of a clock and SM * SMs * clock). A
+kernel's time is its largest. Instructions outside the loop are spread over a row's logits, those of
+branches that may not be taken too. Peaks are of NVIDIA's data sheets, slots of a clock and SM of
+the CUDA C++ Programming Guide; what is reached of them is assumed: {reached}.
 
 {peaks}
 """
@@ -478,9 +563,14 @@ def main() -> None:
     }
     result |= {"reached": REACHED, "kernels": lines, "shares": shares, "before": before}
     path.write_text(json.dumps(result, indent=1) + "\n")
-    text = f"{notes()}\n{table(lines)}\n\nIn bf16, V = 151,936, H = 2,560:\n\n{share_table(shares)}\n"
+    text = (
+        f"{notes()}\n{table(lines)}\n\nIn bf16, V = 151,936, H = 2,560:\n\n{share_table(shares)}\n"
+    )
     if before:
-        text += f"\nBefore, at {before['commit']}:\n\n{table(before['kernels'])}\n\n{share_table(before['shares'])}\n"
+        text += (
+            f"\nBefore, at {before['commit']}:\n\n{table(before['kernels'])}\n\n"
+            f"{share_table(before['shares'])}\n"
+        )
     path.with_suffix(".md").write_text(text)
     print(text)
 

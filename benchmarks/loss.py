@@ -4,10 +4,11 @@ The loss from hidden states: time and memory of ours and its peers, side by side
     .venv/bin/python benchmarks/loss.py            # the sizes that this machine can run
     .venv/bin/python benchmarks/loss.py --quick    # one small size
 
-Every contender gets hidden states `[N, H]`, a head `[V, H]` and labels; gives both gradients. Times are taken in one
-process, contender after contender, several rounds, and once more in a process for each, where memory is measured as the
-growth of the peak over what the inputs take. The floor is what three matrix products on the labelled positions take at
-the rate this machine reaches, and what one writing and four readings of their logits take at its copying rate. Writes
+Every contender gets hidden states `[N, H]`, a head `[V, H]` and labels; gives both gradients. Times
+are taken in one process, contender after contender, several rounds, and once more in a process for
+each, where memory is measured as the growth of the peak over what the inputs take. The floor is
+what three matrix products on the labelled positions take at the rate this machine reaches, and what
+one writing and four readings of their logits take at its copying rate. Writes
 benchmarks/results/loss.json, loss.md and loss.png.
 """
 
@@ -34,7 +35,12 @@ from torch.nn.functional import cross_entropy
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PEERS = ["llamafactory==0.9.5", "axolotl==0.19.0", "omegaconf==2.3.0", "antlr4-python3-runtime==4.9.3"]
+PEERS = [
+    "llamafactory==0.9.5",
+    "axolotl==0.19.0",
+    "omegaconf==2.3.0",
+    "antlr4-python3-runtime==4.9.3",
+]
 CUDA_PEERS = ["liger-kernel==0.8.5", "cut-cross-entropy"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDS = 10 if DEVICE == "cuda" else 2
@@ -79,7 +85,11 @@ def make_inputs(size: Size) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     dtype = getattr(torch, size.dtype)
     hidden = torch.randn(size.tokens, width, generator=generator).to(DEVICE, dtype).requires_grad_()
-    weight = (torch.randn(vocab, width, generator=generator) * 3 / math.sqrt(width)).to(DEVICE, dtype).requires_grad_()
+    weight = (
+        (torch.randn(vocab, width, generator=generator) * 3 / math.sqrt(width))
+        .to(DEVICE, dtype)
+        .requires_grad_()
+    )
     labels = torch.randint(vocab, (size.tokens,), generator=generator)
     labels[torch.rand(size.tokens, generator=generator) >= size.labelled] = -100
     return hidden, weight, labels.to(DEVICE)
@@ -99,11 +109,16 @@ def contenders() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
     from eaft import linear_gated_cross_entropy
 
     def unshifted(function: Callable[..., Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """The peers take logits `[1, N, V]` and shift the labels, by which the last position loses its own."""
+        """
+        The peers take logits `[1, N, V]` and shift the labels, by which the last position loses its
+        own.
+        """
 
         def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
             logits = (hidden @ weight.T).unsqueeze(0)
-            return function(Outputs(logits=logits), torch.cat([labels[:1], labels[:-1]]).unsqueeze(0))
+            return function(
+                Outputs(logits=logits), torch.cat([labels[:1], labels[:-1]]).unsqueeze(0)
+            )
 
         return loss
 
@@ -112,7 +127,15 @@ def contenders() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
         if DEVICE == "cuda":  # as TRL's head does
             hidden, labels, kept = hidden[kept], labels[kept], kept[kept]
         log_probs, entropy, *_ = ChunkedLogProbFunction.apply(
-            hidden, weight, None, labels.clamp(min=0), 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, OUTPUTS
+            hidden,
+            weight,
+            None,
+            labels.clamp(min=0),
+            1.0,
+            _CHUNKED_LOGPROB_CHUNK_SIZE,
+            None,
+            1.0,
+            OUTPUTS,
         )
         gate = (entropy.detach() / math.log(20)).clamp(max=1)
         return -(gate * log_probs * kept).sum() / kept.sum()
@@ -130,7 +153,9 @@ def contenders() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
         found["Liger"] = lambda h, w, y: LigerFusedLinearCrossEntropyLoss()(w, h, y)
-        found["Liger DFT"] = lambda h, w, y: LigerFusedLinearCrossEntropyLoss(use_token_scaling=True)(w, h, y)
+        found["Liger DFT"] = lambda h, w, y: LigerFusedLinearCrossEntropyLoss(
+            use_token_scaling=True
+        )(w, h, y)
         found["cut-cross-entropy"] = lambda h, w, y: linear_cross_entropy(h, w, y)
     return found
 
@@ -143,9 +168,13 @@ def load_peers(folder: str) -> None:
     """Import the peers' functions from the scratch folder."""
     import trl
 
-    os.environ["DISABLE_VERSION_CHECK"] = "1"  # LLaMA-Factory's, of libraries its loss functions do not use
+    os.environ["DISABLE_VERSION_CHECK"] = (
+        "1"  # LLaMA-Factory's, of libraries its loss functions do not use
+    )
     sys.path.insert(0, folder)
-    vars(trl).setdefault("AutoModelForCausalLMWithValueHead", None)  # LLaMA-Factory imports it from an older TRL
+    vars(trl).setdefault(
+        "AutoModelForCausalLMWithValueHead", None
+    )  # LLaMA-Factory imports it from an older TRL
     LOADED.llamafactory = importlib.import_module("llamafactory.train.trainer_utils").eaft_loss_func
     LOADED.axolotl = importlib.import_module("axolotl.monkeypatch.loss.eaft").eaft_loss
 
@@ -167,7 +196,10 @@ def step(function: Callable[..., Tensor], inputs: tuple[Tensor, Tensor, Tensor])
 
 
 def measure_times(size: Size) -> dict[str, list[float]]:
-    """Return each contender's seconds, interleaved; what a first call costs is spent on another size before."""
+    """
+    Return each contender's seconds, interleaved; what a first call costs is spent on another size
+    before.
+    """
     functions, inputs = contenders(), make_inputs(size)
     times: dict[str, list[float]] = {name: [] for name in functions}
     warm_up = inputs if DEVICE == "cuda" else make_inputs(QUICK[0])
@@ -203,7 +235,10 @@ def status(field: str) -> int:
 
 
 def floor(size: Size) -> dict[str, float]:
-    """Return the seconds of the three products, at the measured rate, and of the passes over the logits."""
+    """
+    Return the seconds of the three products, at the measured rate, and of the passes over the
+    logits.
+    """
     from eaft.objective.check import best_seconds, product_rate
 
     vocab, width = HEADS[size.head]
@@ -233,7 +268,9 @@ def worker(request: dict[str, Any]) -> Any:
 
 def ask(**request: Any) -> Any:
     """Do one measurement in a process of its own."""
-    done = subprocess.run([sys.executable, __file__, json.dumps(request)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, __file__, json.dumps(request)], capture_output=True, text=True
+    )
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
     return json.loads(done.stdout.splitlines()[-1])
@@ -266,7 +303,10 @@ def table(results: list[dict[str, Any]]) -> str:
             memory = result["memory_gib"][name]
             rows.append(
                 [
-                    f"{size['head']}, {size['tokens']} tokens, {size['labelled']:.0%} labelled, {size['dtype']}",
+                    (
+                        f"{size['head']}, {size['tokens']} tokens, {size['labelled']:.0%} labelled,"
+                        f" {size['dtype']}"
+                    ),
                     name,
                     f"{median:.3g} ({min(times):.3g} to {max(times):.3g})",
                     f"{ours / median:.2f}",
@@ -277,7 +317,15 @@ def table(results: list[dict[str, Any]]) -> str:
             )
             if name != "eaft":
                 rows[-1][0] = ""
-    headers = ["size", "loss", "seconds", "eaft's / its time", "floor / time", "peak GiB", "eaft's / its memory"]
+    headers = [
+        "size",
+        "loss",
+        "seconds",
+        "eaft's / its time",
+        "floor / time",
+        "peak GiB",
+        "eaft's / its memory",
+    ]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
@@ -299,9 +347,13 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     axes[0].hlines(floors, left, right, "black", "dotted")
     sizes = [Size(**r["size"]) for r in results]
     axes[1].set_xticks(
-        range(len(results)), [f"{s.head}\n{s.tokens} tokens, {s.labelled:.0%}\n{s.dtype}" for s in sizes], fontsize=8
+        range(len(results)),
+        [f"{s.head}\n{s.tokens} tokens, {s.labelled:.0%}\n{s.dtype}" for s in sizes],
+        fontsize=8,
     )
-    for axis, label in zip(axes, ("seconds (dotted: floor)", "peak memory beside the inputs, GiB"), strict=True):
+    for axis, label in zip(
+        axes, ("seconds (dotted: floor)", "peak memory beside the inputs, GiB"), strict=True
+    ):
         axis.set(ylabel=label, yscale="log")
         axis.grid(axis="y", alpha=0.3)
     axes[0].legend(fontsize=8)
@@ -312,20 +364,29 @@ def main() -> None:
     """Measure, print, write."""
     from eaft.provenance import commit, environment, write_json
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="one small size; nothing is written")
     parser.add_argument(
-        "--only", default="", help="sizes that contain this, as in bfloat16; results of others are kept"
+        "--only",
+        default="",
+        help="sizes that contain this, as in bfloat16; results of others are kept",
     )
     flags = parser.parse_args()
     chosen = QUICK if flags.quick else [size for size in SIZES if flags.only in str(size)]
     file = RESULTS / "loss.json"
     found = {}
     if flags.only and file.is_file():
-        found = {str(Size(**result["size"])): result for result in json.loads(file.read_text())["results"]}
+        found = {
+            str(Size(**result["size"])): result
+            for result in json.loads(file.read_text())["results"]
+        }
     for result in measure(chosen):
         found[str(Size(**result["size"]))] = {**result, "commit": commit()}
-        results = [found[str(size)] for size in (QUICK if flags.quick else SIZES) if str(size) in found]
+        results = [
+            found[str(size)] for size in (QUICK if flags.quick else SIZES) if str(size) in found
+        ]
         print(table(results), flush=True)
         if not flags.quick:
             write_json(file, {"results": results, "environment": environment()})

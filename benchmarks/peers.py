@@ -1,10 +1,11 @@
 """
-Our objectives beside the peers' own functions: the same numbers up to a stated factor, and where a peer goes wrong.
+Our objectives beside the peers' own functions: the same numbers up to a stated factor, and where a
+peer goes wrong.
 
     .venv/bin/python benchmarks/peers.py
 
-Installs LLaMA-Factory and Axolotl without their dependencies into a scratch folder, calls their loss functions as they
-are, and writes benchmarks/results/peers.json.
+Installs LLaMA-Factory and Axolotl without their dependencies into a scratch folder, calls their
+loss functions as they are, and writes benchmarks/results/peers.json.
 """
 
 import importlib
@@ -25,7 +26,12 @@ from eaft import gated_cross_entropy
 from eaft.provenance import environment, write_json
 
 ROOT = Path(__file__).parents[1]
-PEERS = ["llamafactory==0.9.5", "axolotl==0.19.0", "omegaconf==2.3.0", "antlr4-python3-runtime==4.9.3"]
+PEERS = [
+    "llamafactory==0.9.5",
+    "axolotl==0.19.0",
+    "omegaconf==2.3.0",
+    "antlr4-python3-runtime==4.9.3",
+]
 SEED = 0
 Loss = Callable[[torch.Tensor], torch.Tensor]
 
@@ -37,7 +43,10 @@ class Outputs(dict):
 
 
 def make_batch() -> tuple[torch.Tensor, torch.Tensor]:
-    """Return logits `[B, S, V]` as sharp as a model's, and labels `[B, S]` of which a third is ignored."""
+    """
+    Return logits `[B, S, V]` as sharp as a model's, and labels `[B, S]` of which a third is
+    ignored.
+    """
     generator = torch.Generator().manual_seed(SEED)
     logits = 5 * torch.randn(4, 32, 1000, generator=generator)
     labels = torch.randint(1000, (4, 32), generator=generator)
@@ -64,11 +73,18 @@ def peer(function: Any, labels: torch.Tensor, *rest: Any) -> Loss:
 
 
 def agreements(llamafactory: Any, axolotl_eaft: Any) -> list[dict[str, Any]]:
-    """Compare values and gradients in float32: peer against ours times the factor that its formula differs by."""
+    """
+    Compare values and gradients in float32: peer against ours times the factor that its formula
+    differs by.
+    """
     logits, labels = make_batch()
     reference = logits + torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
     items = 300  # as if gradients were accumulated
-    eaft, dft, asft = llamafactory.eaft_loss_func, llamafactory.dft_loss_func, llamafactory.asft_loss_func
+    eaft, dft, asft = (
+        llamafactory.eaft_loss_func,
+        llamafactory.dft_loss_func,
+        llamafactory.asft_loss_func,
+    )
     ln_k = math.log(20)
     our_dft = ours(labels, "dft", num_items=items)
     our_asft = ours(labels, "asft", reference_logits=reference[:, :-1])
@@ -82,7 +98,15 @@ def agreements(llamafactory: Any, axolotl_eaft: Any) -> list[dict[str, Any]]:
             ("LLaMA-Factory", eaft, f"(ln 20 / 3)^{alpha:g}", (ln_k / 3) ** alpha),
             ("Axolotl", axolotl_eaft, f"(ln 20)^{alpha:g}", ln_k**alpha),
         ):
-            cases.append((f"{name} EAFT, alpha {alpha:g}", peer(function, labels, items, alpha), mine, text, factor))
+            cases.append(
+                (
+                    f"{name} EAFT, alpha {alpha:g}",
+                    peer(function, labels, items, alpha),
+                    mine,
+                    text,
+                    factor,
+                )
+            )
     rows = []
     for name, theirs, mine, text, factor in cases:
         value, gradient = loss_and_gradient(theirs, logits)
@@ -94,25 +118,37 @@ def agreements(llamafactory: Any, axolotl_eaft: Any) -> list[dict[str, Any]]:
                 "our_loss": our_value,
                 "factor": text,
                 "loss_difference": abs(value / (our_value * factor) - 1),
-                "gradient_difference": ((gradient - factor * our_gradient).norm() / gradient.norm()).item(),
+                "gradient_difference": (
+                    (gradient - factor * our_gradient).norm() / gradient.norm()
+                ).item(),
             }
         )
     return [*rows, trl_dft()]
 
 
 def trl_dft() -> dict[str, Any]:
-    """Compare TRL's own trainer with `loss_type="dft"` to ours with `gate="dft"`, on one batch of a tiny model."""
+    """
+    Compare TRL's own trainer with `loss_type="dft"` to ours with `gate="dft"`, on one batch of a
+    tiny model.
+    """
     sys.path.insert(0, str(ROOT))
     from eaft import EAFTTrainer
 
     build = importlib.import_module("tests.training.test_trainer").build
     found = []
     with tempfile.TemporaryDirectory() as folder:
-        for cls, settings in ((trl.SFTTrainer, {"loss_type": "dft"}), (EAFTTrainer, {"gate": "dft"})):
+        for cls, settings in (
+            (trl.SFTTrainer, {"loss_type": "dft"}),
+            (EAFTTrainer, {"gate": "dft"}),
+        ):
             trainer = build(cls, folder, **settings)
-            loss = trainer.compute_loss(trainer.model.train(), next(iter(trainer.get_train_dataloader())))
+            loss = trainer.compute_loss(
+                trainer.model.train(), next(iter(trainer.get_train_dataloader()))
+            )
             loss.backward()
-            found.append((loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters()])))
+            found.append(
+                (loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters()]))
+            )
     (value, gradient), (our_value, our_gradient) = found
     return {
         "peer": "TRL DFT",
@@ -146,7 +182,9 @@ def differences(llamafactory: Any, axolotl_eaft: Any) -> list[dict[str, str]]:
         for name, function in all_three(y).items():
             try:
                 value, gradient = loss_and_gradient(function, z)
-                result = f"loss {value:.4g}, gradient {'finite' if gradient.isfinite().all() else 'NaN'}"
+                result = (
+                    f"loss {value:.4g}, gradient {'finite' if gradient.isfinite().all() else 'NaN'}"
+                )
             except (RuntimeError, IndexError) as error:
                 result = f"error: {str(error).splitlines()[0]}"
             rows.append({"case": case, "function": name, "result": result})
@@ -154,33 +192,63 @@ def differences(llamafactory: Any, axolotl_eaft: Any) -> list[dict[str, str]]:
     # The same logits, rounded to bfloat16, in float64: what is left is the arithmetic
     rounded = logits.bfloat16()
     exact, _ = loss_and_gradient(ours(labels, "eaft"), rounded.double())
-    for (name, function), factor in zip(all_three(labels).items(), (math.log(20) / 3, math.log(20), 1), strict=True):
+    for (name, function), factor in zip(
+        all_three(labels).items(), (math.log(20) / 3, math.log(20), 1), strict=True
+    ):
         off = abs(loss_and_gradient(function, rounded)[0] / (exact * factor) - 1)
         result = f"relative error of the loss {off:.1e}"
         rows.append({"case": "bfloat16 logits", "function": name, "result": result})
 
-    # Two micro-batches of unequal size, accumulated: the sum over both, divided by the tokens of both
+    # Two micro-batches of unequal size, accumulated: the sum over both, divided by the tokens of
+    # both
     reference = logits + torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
-    micro_batches = [(logits[:1, :8], labels[:1, :8], reference[:1, :8]), (logits[1:], labels[1:], reference[1:])]
+    micro_batches = [
+        (logits[:1, :8], labels[:1, :8], reference[:1, :8]),
+        (logits[1:], labels[1:], reference[1:]),
+    ]
     tokens = sum(int((y[:, 1:] != -100).sum()) for _, y, _ in micro_batches)
     mine = [
         gated_cross_entropy(z[:, :-1], y[:, 1:], "asft", tokens, reference_logits=r[:, :-1]).item()
         for z, y, r in micro_batches
     ]
-    # Its trainer sets `compute_loss_func`, whose result transformers' Trainer does not divide by the micro-batches
-    theirs = [llamafactory.asft_loss_func(Outputs(logits=z), y, r).item() for z, y, r in micro_batches]
+    # Its trainer sets `compute_loss_func`, whose result transformers' Trainer does not divide by
+    # the micro-batches
+    theirs = [
+        llamafactory.asft_loss_func(Outputs(logits=z), y, r).item() for z, y, r in micro_batches
+    ]
     case = "ASFT over 2 accumulated micro-batches"
-    rows.append({"case": case, "function": "LLaMA-Factory", "result": f"sum of their means {sum(theirs):.4f}"})
-    rows.append({"case": case, "function": "ours", "result": f"mean over their tokens {sum(mine):.4f}"})
+    rows.append(
+        {
+            "case": case,
+            "function": "LLaMA-Factory",
+            "result": f"sum of their means {sum(theirs):.4f}",
+        }
+    )
+    rows.append(
+        {"case": case, "function": "ours", "result": f"mean over their tokens {sum(mine):.4f}"}
+    )
     return rows
 
 
 def main() -> None:
     """Install, compare, print, write."""
-    os.environ["DISABLE_VERSION_CHECK"] = "1"  # LLaMA-Factory's, of libraries its loss functions do not use
+    os.environ["DISABLE_VERSION_CHECK"] = (
+        "1"  # LLaMA-Factory's, of libraries its loss functions do not use
+    )
     with tempfile.TemporaryDirectory() as scratch:
         subprocess.run(
-            [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", scratch, *PEERS], check=True
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "-q",
+                "--no-deps",
+                "--target",
+                scratch,
+                *PEERS,
+            ],
+            check=True,
         )
         sys.path.insert(0, scratch)
         # LLaMA-Factory imports it from an older TRL; its loss functions do not use it

@@ -1,14 +1,16 @@
 """
-Preparing the training data: what following every token's example costs beside TRL's own preparation, at scale.
+Preparing the training data: what following every token's example costs beside TRL's own
+preparation, at scale.
 
     .venv/bin/python benchmarks/prepare.py --rows 10000 100000 1000000        # rows of 200 tokens
     .venv/bin/python benchmarks/prepare.py --rows 10000 --tokens 2000 --append
 
-Synthetic prompts and completions, a vocabulary of words. Every run is a process of its own with an empty cache, TRL's
-and ours in turn. `TRL` is `SFTTrainer._prepare_dataset`; `talr` is ours for a gate that must know each token's example;
-`flow` for one that is also measured, whose bookkeeping is timed with a model that does nothing: collating, sums,
-histograms and the fingerprint. Seconds of the processor, which neighbours disturb less, and by the clock. Memory is the
-peak of the process and its workers, beside what the trainer took before: anonymous memory, since files that are mapped
+Synthetic prompts and completions, a vocabulary of words. Every run is a process of its own with an
+empty cache, TRL's and ours in turn. `TRL` is `SFTTrainer._prepare_dataset`; `talr` is ours for a
+gate that must know each token's example; `flow` for one that is also measured, whose bookkeeping is
+timed with a model that does nothing: collating, sums, histograms and the fingerprint. Seconds of
+the processor, which neighbours disturb less, and by the clock. Memory is the peak of the process
+and its workers, beside what the trainer took before: anonymous memory, since files that are mapped
 (Arrow's) can be dropped at any time. Writes benchmarks/results/prepare.json and prepare.md.
 """
 
@@ -26,7 +28,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false")
+os.environ.update(
+    HF_HUB_OFFLINE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false"
+)
 
 import numpy as np
 import pyarrow as pa
@@ -52,12 +56,19 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(vocab=vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="</s>", model_max_length=10**9
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        eos_token="</s>",
+        model_max_length=10**9,
     )
 
 
 def make_data(path: Path, rows: int, tokens: int) -> None:
-    """Write prompts and completions, a quarter and three quarters of about `tokens` (half to one and a half of it)."""
+    """
+    Write prompts and completions, a quarter and three quarters of about `tokens` (half to one and a
+    half of it).
+    """
     generator, words = np.random.default_rng(0), np.array(WORDS, dtype=object)
     schema = pa.schema({"prompt": pa.string(), "completion": pa.string()})
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
@@ -86,7 +97,9 @@ class Watch(threading.Thread):
                 parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
                 if me in (int(folder.name), parent):
                     lines = (folder / "smaps_rollup").read_text().splitlines()
-                    total += int(next(line for line in lines if line.startswith("Pss_Anon")).split()[1])
+                    total += int(
+                        next(line for line in lines if line.startswith("Pss_Anon")).split()[1]
+                    )
             except (OSError, StopIteration):  # it has ended
                 continue
         return total / 1024
@@ -126,7 +139,9 @@ class Idle:
     train = eval
 
 
-def run_one(contender: str, packing: bool, tokens: int, workers: int, folder: Path) -> dict[str, float]:
+def run_one(
+    contender: str, packing: bool, tokens: int, workers: int, folder: Path
+) -> dict[str, float]:
     """Prepare the data in `folder` and return seconds and MiB."""
     found: dict[str, float] = {}
 
@@ -152,7 +167,13 @@ def run_one(contender: str, packing: bool, tokens: int, workers: int, folder: Pa
     }
     args = SFTConfig(**settings) if contender == "TRL" else EAFTConfig(gate=contender, **settings)
     model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=5003, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+        LlamaConfig(
+            vocab_size=5003,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+        )
     )
     data = Dataset.from_file(str(folder / "data.arrow"))
     trainer = Timed(model, args=args, train_dataset=data, processing_class=make_tokenizer())
@@ -167,7 +188,13 @@ def run_one(contender: str, packing: bool, tokens: int, workers: int, folder: Pa
 
 
 def measure(
-    rows: int, tokens: int, workers: int, repeats: int, work: Path, contenders: list[str], packings: list[str]
+    rows: int,
+    tokens: int,
+    workers: int,
+    repeats: int,
+    work: Path,
+    contenders: list[str],
+    packings: list[str],
 ) -> list[dict[str, Any]]:
     """Run the contenders `repeats` times, in turn, and return a line for each."""
     source = work / f"{rows}x{tokens}.arrow"
@@ -179,19 +206,49 @@ def measure(
                 folder = work / "run"
                 folder.mkdir()
                 os.link(source, folder / "data.arrow")
-                command = [sys.executable, __file__, "--one", contender, str(int(packing)), str(tokens), str(workers)]
+                command = [
+                    sys.executable,
+                    __file__,
+                    "--one",
+                    contender,
+                    str(int(packing)),
+                    str(tokens),
+                    str(workers),
+                ]
                 environ = {**os.environ, "TMPDIR": str(folder), "HF_HOME": str(folder)}
-                done = subprocess.run([*command, str(folder)], env=environ, capture_output=True, text=True)
+                done = subprocess.run(
+                    [*command, str(folder)], env=environ, capture_output=True, text=True
+                )
                 if done.returncode:
                     raise RuntimeError(done.stderr[-3000:])
                 found = json.loads(done.stdout.splitlines()[-1])
-                disk = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file() and f.name != "data.arrow")
-                runs.setdefault((packing, contender), []).append({**found, "disk_mib": disk / 2**20})
-                print(rows, tokens, packing, contender, {k: round(v, 1) for k, v in found.items()}, flush=True)
+                disk = sum(
+                    f.stat().st_size
+                    for f in folder.rglob("*")
+                    if f.is_file() and f.name != "data.arrow"
+                )
+                runs.setdefault((packing, contender), []).append(
+                    {**found, "disk_mib": disk / 2**20}
+                )
+                print(
+                    rows,
+                    tokens,
+                    packing,
+                    contender,
+                    {k: round(v, 1) for k, v in found.items()},
+                    flush=True,
+                )
                 shutil.rmtree(folder)
     source.unlink()
     return [
-        {"rows": rows, "tokens": tokens, "workers": workers, "packing": p, "contender": c, "runs": found}
+        {
+            "rows": rows,
+            "tokens": tokens,
+            "workers": workers,
+            "packing": p,
+            "contender": c,
+            "runs": found,
+        }
         for (p, c), found in runs.items()
     ]
 
@@ -212,14 +269,17 @@ def table(lines: list[dict[str, Any]]) -> str:
     def median(runs: list[dict[str, float]], key: str) -> str:
         return f"{statistics.median(run[key] for run in runs):,.0f}" if key in runs[0] else ""
 
-    trls = {(x["rows"], x["tokens"], x["packing"]): x["runs"] for x in lines if x["contender"] == "TRL"}
+    trls = {
+        (x["rows"], x["tokens"], x["packing"]): x["runs"] for x in lines if x["contender"] == "TRL"
+    }
     cells = []
     for x in sorted(lines, key=lambda x: (x["rows"] * x["tokens"], x["rows"], x["packing"])):
         runs = x["runs"]
         # Run by run: both had the same neighbours
         pairs = list(zip(runs, trls[x["rows"], x["tokens"], x["packing"]], strict=True))
         ratios = {
-            k: statistics.median(total(run, k) / total(trl, k) for run, trl in pairs) for k in ("cpu_s", "clock_s")
+            k: statistics.median(total(run, k) / total(trl, k) for run, trl in pairs)
+            for k in ("cpu_s", "clock_s")
         }
         cells.append(
             {
@@ -244,31 +304,59 @@ def main() -> None:
     """Measure, or with `--one` be one measured process."""
     if sys.argv[1:2] == ["--one"]:
         contender, packing, tokens, workers, folder = sys.argv[2:]
-        print(json.dumps(run_one(contender, packing == "1", int(tokens), int(workers), Path(folder))))
+        print(
+            json.dumps(run_one(contender, packing == "1", int(tokens), int(workers), Path(folder)))
+        )
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--tokens", type=int, default=200, help="tokens a row, on average")
     parser.add_argument("--workers", type=int, default=2, help="dataset_num_proc")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--contenders", nargs="+", default=CONTENDERS, choices=CONTENDERS, help="TRL is one of them")
+    parser.add_argument(
+        "--contenders", nargs="+", default=CONTENDERS, choices=CONTENDERS, help="TRL is one of them"
+    )
     parser.add_argument("--packing", nargs="+", default=["no", "yes"], choices=["no", "yes"])
-    parser.add_argument("--work", type=Path, default=Path("/tmp/eaft-prepare"), help="scratch folder; is emptied")
+    parser.add_argument(
+        "--work", type=Path, default=Path("/tmp/eaft-prepare"), help="scratch folder; is emptied"
+    )
     parser.add_argument("--append", action="store_true", help="keep the lines that are there")
-    parser.add_argument("--note", default="", help="written into the results: what else ran meanwhile")
+    parser.add_argument(
+        "--note", default="", help="written into the results: what else ran meanwhile"
+    )
     flags = parser.parse_args()
     file = RESULTS / "prepare.json"
     lines = json.loads(file.read_text())["lines"] if flags.append else []
     for rows in flags.rows:
         shutil.rmtree(flags.work, ignore_errors=True)
         flags.work.mkdir(parents=True)
-        lines += measure(rows, flags.tokens, flags.workers, flags.repeats, flags.work, flags.contenders, flags.packing)
+        lines += measure(
+            rows,
+            flags.tokens,
+            flags.workers,
+            flags.repeats,
+            flags.work,
+            flags.contenders,
+            flags.packing,
+        )
         machine = environment()
-        found = {"date": date.today().isoformat(), "environment": machine, "note": flags.note, "lines": lines}
+        found = {
+            "date": date.today().isoformat(),
+            "environment": machine,
+            "note": flags.note,
+            "lines": lines,
+        }
         file.write_text(json.dumps(found, indent=1) + "\n")
-        head = f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB; {flags.workers} workers. "
+        head = (
+            f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB;"
+            f" {flags.workers} workers. "
+        )
         note = f"{flags.note}\n" if flags.note else ""
-        (RESULTS / "prepare.md").write_text(f"{head}{note}\n{table(lines)}\n\nSee `benchmarks/prepare.py`.\n")
+        (RESULTS / "prepare.md").write_text(
+            f"{head}{note}\n{table(lines)}\n\nSee `benchmarks/prepare.py`.\n"
+        )
     shutil.rmtree(flags.work, ignore_errors=True)
 
 

@@ -1,11 +1,12 @@
 """
-What scoring costs beside a bare forward pass of the same batches (`model(input_ids).logits`): at most 1.15 of it.
+What scoring costs beside a bare forward pass of the same batches (`model(input_ids).logits`): at
+most 1.15 of it.
 
     .venv/bin/python benchmarks/scoring.py
 
-SmolLM2-135M-Instruct on GSM8K's first questions and answers, with answers labelled and with everything labelled; both
-are timed in turn, batch by batch. Then the whole command on the same rows: bytes a token on disk. Writes
-benchmarks/results/scoring.json.
+SmolLM2-135M-Instruct on GSM8K's first questions and answers, with answers labelled and with
+everything labelled; both are timed in turn, batch by batch. Then the whole command on the same
+rows: bytes a token on disk. Writes benchmarks/results/scoring.json.
 """
 
 from __future__ import annotations
@@ -86,22 +87,37 @@ def main() -> None:
     from eaft.training.prepare import prepare_rows
     from eaft.training.train import parse
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA, help="rows with prompt and completion, as messages")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", type=Path, default=DATA, help="rows with prompt and completion, as messages"
+    )
     parser.add_argument("--rows", type=int, default=24)
     flags = parser.parse_args()
     find_model = [sys.executable, str(ROOT / "recipes" / "demo" / "find_model.py")]
-    model = resolve_model(subprocess.run(find_model, capture_output=True, text=True, check=True).stdout.strip())
+    model = resolve_model(
+        subprocess.run(find_model, capture_output=True, text=True, check=True).stdout.strip()
+    )
     rows = read_jsonl(flags.data)[: flags.rows]
     configs, *_ = parse(named([model, "rows"]), make_parser())
     _, args, model_args, *_ = configs
     scorer = Scorer(model, Settings(args, model_args))
     budget = GPU_BATCH_TOKENS if scorer.device.type == "cuda" else BATCH_TOKENS
-    results: dict[str, Any] = {"model": "SmolLM2-135M-Instruct", "rows": flags.rows, "batch_tokens": budget}
+    results: dict[str, Any] = {
+        "model": "SmolLM2-135M-Instruct",
+        "rows": flags.rows,
+        "batch_tokens": budget,
+    }
     results["threads"] = torch.get_num_threads()
-    for name, data in (("answers", rows), ("everything", [{"messages": r["prompt"] + r["completion"]} for r in rows])):
+    for name, data in (
+        ("answers", rows),
+        ("everything", [{"messages": r["prompt"] + r["completion"]} for r in rows]),
+    ):
         dataset = Dataset.from_list(data)
-        examples = Examples(prepare_rows(load_tokenizer(model), args, dataset), dataset, "gsm8k", [])
+        examples = Examples(
+            prepare_rows(load_tokenizer(model), args, dataset), dataset, "gsm8k", []
+        )
         tokens = examples.tokens(range(len(dataset)))
         scorer.statistics(tokens, [0])  # the logits are checked once
         results[name] = measure(scorer, tokens, budget)

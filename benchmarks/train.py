@@ -1,11 +1,12 @@
 """
 Whole training steps of the real model: tokens a second and peak memory.
 
-    .venv/bin/python benchmarks/train.py                # ours beside TRL's SFTTrainer and transformers' Trainer
-    .venv/bin/python benchmarks/train.py --objectives   # every gate, full and LoRA, with the pass before training
+    .venv/bin/python benchmarks/train.py                # ours beside TRL's SFTTrainer and
+    transformers' Trainer .venv/bin/python benchmarks/train.py --objectives   # every gate, full and
+    LoRA, with the pass before training
 
-SmolLM2-135M-Instruct, each run in a process of its own, round after round. Writes benchmarks/results/train.json, or
-objectives.json.
+SmolLM2-135M-Instruct, each run in a process of its own, round after round. Writes
+benchmarks/results/train.json, or objectives.json.
 """
 
 import argparse
@@ -39,7 +40,10 @@ SETTINGS: dict[str, Any] = {
 
 
 def rows(long: bool) -> list[dict[str, Any]]:
-    """Return the demo's requests and calls; `long` joins eight of them into one conversation of about 300 tokens."""
+    """
+    Return the demo's requests and calls; `long` joins eight of them into one conversation of about
+    300 tokens.
+    """
     lines = (ROOT / "recipes/demo/data/train.jsonl").read_text().splitlines()
     examples = [json.loads(line) for line in lines]
     if not long:
@@ -50,7 +54,10 @@ def rows(long: bool) -> list[dict[str, Any]]:
 
 
 def measure(contender: str, peft: bool, long: bool) -> dict[str, Any]:
-    """Train a few steps in this process; return the seconds of each, tokens a step, the pass's seconds, peak GiB."""
+    """
+    Train a few steps in this process; return the seconds of each, tokens a step, the pass's
+    seconds, peak GiB.
+    """
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -72,7 +79,11 @@ def measure(contender: str, peft: bool, long: bool) -> dict[str, Any]:
 
     find_model = [sys.executable, str(ROOT / "recipes" / "demo" / "find_model.py")]
     gguf = subprocess.run(find_model, capture_output=True, text=True, check=True).stdout.strip()
-    settings = {**SETTINGS, "use_cpu": not torch.cuda.is_available(), "per_device_train_batch_size": 4 if long else 8}
+    settings = {
+        **SETTINGS,
+        "use_cpu": not torch.cuda.is_available(),
+        "per_device_train_batch_size": 4 if long else 8,
+    }
     with tempfile.TemporaryDirectory() as out:
         kwargs = {
             "train_dataset": Dataset.from_list(rows(long)),
@@ -84,10 +95,14 @@ def measure(contender: str, peft: bool, long: bool) -> dict[str, Any]:
             if contender != TRL:  # the same model, rows and batches
                 if contender == PATCHED:
                     patch_model(trainer.model, gate="eaft")
-                args = TrainingArguments(out, include_num_input_tokens_seen="non_padding", **settings)
+                args = TrainingArguments(
+                    out, include_num_input_tokens_seen="non_padding", **settings
+                )
                 trainer = Trainer(trainer.model, args, trainer.data_collator, trainer.train_dataset)
         else:
-            trainer = EAFTTrainer(resolve_model(gguf), args=EAFTConfig(out, gate=contender, **settings), **kwargs)
+            trainer = EAFTTrainer(
+                resolve_model(gguf), args=EAFTConfig(out, gate=contender, **settings), **kwargs
+            )
         clock = Clock()
         trainer.add_callback(clock)
         start = time.perf_counter()
@@ -96,10 +111,14 @@ def measure(contender: str, peft: bool, long: bool) -> dict[str, Any]:
         "contender": contender,
         "peft": peft,
         "step_s": [b - a for a, b in zip(clock.times[1:], clock.times[2:], strict=False)],
-        "tokens_per_step": getattr(trainer, "_total_train_tokens", trainer.state.num_input_tokens_seen) / STEPS,
-        "pass_s": clock.times[0] - start
-        if isinstance(trainer, EAFTTrainer) and must_be_measured(trainer.args)
-        else 0.0,
+        "tokens_per_step": (
+            getattr(trainer, "_total_train_tokens", trainer.state.num_input_tokens_seen) / STEPS
+        ),
+        "pass_s": (
+            clock.times[0] - start
+            if isinstance(trainer, EAFTTrainer) and must_be_measured(trainer.args)
+            else 0.0
+        ),
         "peak_gib": peak_memory_gib(),
     }
 
@@ -116,7 +135,10 @@ def run(jobs: list[tuple[str, bool, bool]]) -> list[dict[str, Any]]:
 
 def spread(values: list[float], digits: int = 2) -> str:
     """Return the median and the range."""
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    return (
+        f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to"
+        f" {max(values):.{digits}f})"
+    )
 
 
 def compare_trainers() -> None:
@@ -132,8 +154,14 @@ def compare_trainers() -> None:
         memory = [r["peak_gib"] for r in mine]
         label = f"EAFTTrainer, gate {name}" if name in ("sft", "eaft") else name
         table.append([label, spread(rates, 0), spread(memory)])
-    print(tabulate(table, ["trainer", "tokens/s", "peak GiB"], tablefmt="github", disable_numparse=True))
-    write_json(RESULTS / "train.json", {"settings": SETTINGS, "runs": runs, "environment": environment()})
+    print(
+        tabulate(
+            table, ["trainer", "tokens/s", "peak GiB"], tablefmt="github", disable_numparse=True
+        )
+    )
+    write_json(
+        RESULTS / "train.json", {"settings": SETTINGS, "runs": runs, "environment": environment()}
+    )
 
 
 def compare_objectives() -> None:
@@ -149,16 +177,25 @@ def compare_objectives() -> None:
         table.append([gate, *cells, f"{max(r['pass_s'] for r in mine):.0f}"])
     headers = ["gate", "full: s/step", "peak GiB", "LoRA: s/step", "peak GiB", "pass, s"]
     print(tabulate(table, headers, tablefmt="github", disable_numparse=True))
-    write_json(RESULTS / "objectives.json", {"settings": SETTINGS, "runs": runs, "environment": environment()})
+    write_json(
+        RESULTS / "objectives.json",
+        {"settings": SETTINGS, "runs": runs, "environment": environment()},
+    )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--objectives", action="store_true", help="every gate, instead of ours beside TRL's")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--objectives", action="store_true", help="every gate, instead of ours beside TRL's"
+    )
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.measure:
-        print(json.dumps(measure(flags.measure[0], *(bool(int(flag)) for flag in flags.measure[1:]))))
+        print(
+            json.dumps(measure(flags.measure[0], *(bool(int(flag)) for flag in flags.measure[1:])))
+        )
     elif flags.objectives:
         compare_objectives()
     else:

@@ -1,14 +1,17 @@
 """
-The viewer's server at scale: how long a first picture, a box, a filter, a slider or a page takes, over real HTTP.
+The viewer's server at scale: how long a first picture, a box, a filter, a slider or a page takes,
+over real HTTP.
 
     .venv/bin/python benchmarks/view.py                                  # 10^7 tokens
-    .venv/bin/python benchmarks/view.py --tokens 100000000 --no_compared # 3 GB in /tmp, once; is used again
-    .venv/bin/python benchmarks/view.py --tokens_per_example 10          # a million examples
+    .venv/bin/python benchmarks/view.py --tokens 100000000 --no_compared # 3 GB in /tmp, once; is
+    used again .venv/bin/python benchmarks/view.py --tokens_per_example 10          # a million
+    examples
 
-The folder is synthetic (`make_folder`): statistics with a realistic spread, eight sources, a sixth of it rollouts, one
-compared model. `eaft view` is started as a user starts it. What is timed is what a user does: an action's requests are
-sent at once, as the page does, and the last byte of the last answer ends it. Then the parts of answers, in one process:
-what the time goes to. Writes benchmarks/results/view_TOKENS_EXAMPLES.json and prints both tables.
+The folder is synthetic (`make_folder`): statistics with a realistic spread, eight sources, a sixth
+of it rollouts, one compared model. `eaft view` is started as a user starts it. What is timed is
+what a user does: an action's requests are sent at once, as the page does, and the last byte of the
+last answer ends it. Then the parts of answers, in one process: what the time goes to. Writes
+benchmarks/results/view_TOKENS_EXAMPLES.json and prints both tables.
 """
 
 from __future__ import annotations
@@ -33,7 +36,16 @@ import pyarrow.parquet as pq
 import torch
 from tabulate import tabulate
 
-from eaft.inspection.folder import BASE, COMPARED, DATA, EXAMPLES, ROLLOUTS, TOKENS, VOCABULARY, Inspection
+from eaft.inspection.folder import (
+    BASE,
+    COMPARED,
+    DATA,
+    EXAMPLES,
+    ROLLOUTS,
+    TOKENS,
+    VOCABULARY,
+    Inspection,
+)
 from eaft.inspection.labelled import weighed_gates
 from eaft.inspection.view.gating import weigh
 from eaft.inspection.view.queries import Queries
@@ -51,11 +63,16 @@ SENT = dict[str, Any]
 
 
 def make_statistics(random: np.random.Generator, n: int) -> dict[str, np.ndarray]:
-    """Return the columns of `STATISTICS` for n tokens: skewed entropies, mostly the first choice, 3% in conflict."""
+    """
+    Return the columns of `STATISTICS` for n tokens: skewed entropies, mostly the first choice, 3%
+    in conflict.
+    """
     entropy = random.gamma(0.6, 1.6, n).clip(1e-4, 10)
     first_prob = np.exp(-0.75 * entropy).clip(1e-3, 0.9999)
     is_first = random.random(n) < 0.97 * first_prob + 0.02
-    prob = np.where(is_first, first_prob, np.minimum(1 - first_prob, first_prob) * random.random(n) ** 3).clip(1e-9, 1)
+    prob = np.where(
+        is_first, first_prob, np.minimum(1 - first_prob, first_prob) * random.random(n) ** 3
+    ).clip(1e-9, 1)
     return {
         "log_prob": np.log(prob).astype(np.float32),
         "entropy": entropy.astype(np.float32),
@@ -80,14 +97,18 @@ def make_folder(folder: Path, tokens: int, tokens_per_example: int, compared: bo
         step = max(1, SHARD_TOKENS // tokens_per_example)
         for shard, first in enumerate(range(0, examples, step)):
             count = min(step, examples - first)
-            lengths = random.integers(max(2, tokens_per_example // 2), tokens_per_example * 3 // 2 + 1, count)
+            lengths = random.integers(
+                max(2, tokens_per_example // 2), tokens_per_example * 3 // 2 + 1, count
+            )
             starts = np.concatenate([[0], lengths.cumsum()[:-1]])
             n = int(lengths.sum())
             example = np.repeat(np.arange(first, first + count, dtype=np.int32), lengths)
             position = (np.arange(n) - np.repeat(starts, lengths)).astype(np.int32)
             ids = random.zipf(1.2, n).clip(1, VOCAB).astype(np.int32) - 1
             ends = lengths_of_words[ids].cumsum()
-            ends = (ends - np.repeat(ends[starts] - lengths_of_words[ids[starts]], lengths)).astype(np.int32)
+            ends = (ends - np.repeat(ends[starts] - lengths_of_words[ids[starts]], lengths)).astype(
+                np.int32
+            )
             labelled = (position >= np.repeat(lengths // 3, lengths)) & (position > 0)
             keys = {"example": example, "position": position}
             base: dict[str, np.ndarray] = {}
@@ -96,17 +117,26 @@ def make_folder(folder: Path, tokens: int, tokens_per_example: int, compared: bo
                 base = base or found
                 columns = {k: pa.array(v, mask=~labelled) for k, v in found.items()}
                 if name == BASE:
-                    table = pa.table({**keys, "token_id": ids, "end": ends, "labelled": labelled, **columns}, TOKENS)
+                    table = pa.table(
+                        {**keys, "token_id": ids, "end": ends, "labelled": labelled, **columns},
+                        TOKENS,
+                    )
                     pq.write_table(table, folder / "tokens" / f"{shard:05d}.parquet")
                 else:
                     table = pa.table({**keys, **columns}, COMPARED)
                     pq.write_table(table, folder / "compared" / name / f"{shard:05d}.parquet")
 
-            def mean(values: np.ndarray, labelled: np.ndarray = labelled, starts: np.ndarray = starts) -> np.ndarray:
-                return np.add.reduceat(values * labelled, starts) / np.add.reduceat(labelled.astype(float), starts)
+            def mean(
+                values: np.ndarray, labelled: np.ndarray = labelled, starts: np.ndarray = starts
+            ) -> np.ndarray:
+                return np.add.reduceat(values * labelled, starts) / np.add.reduceat(
+                    labelled.astype(float), starts
+                )
 
             nll = -base["log_prob"].astype(float)
-            conflict = (base["entropy"] < CONFLICT_MAX_ENTROPY) & (np.exp(base["log_prob"]) < CONFLICT_MAX_PROB)
+            conflict = (base["entropy"] < CONFLICT_MAX_ENTROPY) & (
+                np.exp(base["log_prob"]) < CONFLICT_MAX_PROB
+            )
             texts = ["".join(words[ids[a : a + b]]) for a, b in zip(starts, lengths, strict=True)]
             index = np.arange(first, first + count)
             rollouts = index >= examples * 5 // 6
@@ -130,9 +160,14 @@ def make_folder(folder: Path, tokens: int, tokens_per_example: int, compared: bo
             writer.write_table(pa.table(rows, EXAMPLES))
     vocabulary = {"token_id": range(VOCAB), "text": words, "special": [False] * VOCAB}
     pq.write_table(pa.table(vocabulary, VOCABULARY), folder / "vocabulary.parquet")
-    write_json(folder / "summary.json", {"measured": {"entropy_threshold": 0.03, "prob_threshold": 0.1, "tau": 1.5}})
+    write_json(
+        folder / "summary.json",
+        {"measured": {"entropy_threshold": 0.03, "prob_threshold": 0.1, "tau": 1.5}},
+    )
     models = [{"name": name, "model": name} for name in (BASE, *names)]
-    write_json(folder / "run.json", {"scored": True, "finished": True, "top_k": 20, "models": models})
+    write_json(
+        folder / "run.json", {"scored": True, "finished": True, "top_k": 20, "models": models}
+    )
 
 
 # What is timed
@@ -140,7 +175,10 @@ def make_folder(folder: Path, tokens: int, tokens_per_example: int, compared: bo
 
 def box(random: random.Random) -> str:
     """Return a random box of the plane."""
-    ends = [sorted((random.random() * 5, random.random() * 5)), sorted((random.random(), random.random()))]
+    ends = [
+        sorted((random.random() * 5, random.random() * 5)),
+        sorted((random.random(), random.random())),
+    ]
     return ",".join(f"{x:.4f}" for pair in ends for x in pair)
 
 
@@ -162,14 +200,25 @@ def slider(random: random.Random) -> SENT:
     """Return a gate with its sliders somewhere."""
     gates = weighed_gates()
     gate = random.choice(list(gates))
-    values = {"alpha": 4, "steepness": 60, "center": 1, "entropy_threshold": 1, "prob_threshold": 1, "tau": 5}
+    values = {
+        "alpha": 4,
+        "steepness": 60,
+        "center": 1,
+        "entropy_threshold": 1,
+        "prob_threshold": 1,
+        "tau": 5,
+    }
     params = {
-        name: round(0.01 + random.random() * most, 3) for name, most in values.items() if name in gates[gate].params
+        name: round(0.01 + random.random() * most, 3)
+        for name, most in values.items()
+        if name in gates[gate].params
     }
     return {"gate": gate, "params": json.dumps(params)}
 
 
-def actions(random: random.Random, examples: int, compared: bool) -> dict[str, Callable[[], list[tuple[str, SENT]]]]:
+def actions(
+    random: random.Random, examples: int, compared: bool
+) -> dict[str, Callable[[], list[tuple[str, SENT]]]]:
     """Return what a user does, by name: each makes the paths and parameters of its requests."""
     held: SENT = {}
 
@@ -189,7 +238,17 @@ def actions(random: random.Random, examples: int, compared: bool) -> dict[str, C
     def turn() -> list[tuple[str, SENT]]:
         sort = random.choice(["nll", "conflict_share", "entropy", "tokens", "example"])
         order = random.choice(["asc", "desc"])
-        return [("examples", {"sort": sort, "order": order, "offset": random.randrange(examples // 2), "limit": 100})]
+        return [
+            (
+                "examples",
+                {
+                    "sort": sort,
+                    "order": order,
+                    "offset": random.randrange(examples // 2),
+                    "limit": 100,
+                },
+            )
+        ]
 
     def words() -> list[tuple[str, SENT]]:
         group = random.choice(["conflict", "high_entropy", "low_entropy"])
@@ -265,7 +324,18 @@ def memory_gib(pid: int) -> tuple[float, float]:
 def measure(folder: Path, examples: int, compared: bool, rounds: int) -> SENT:
     """Start the server, do everything `rounds` times in random order, and return the times."""
     start = time.perf_counter()
-    command = [sys.executable, "-m", "eaft", "view", str(folder), "--no_browser", "--token", TOKEN, "--port", str(PORT)]
+    command = [
+        sys.executable,
+        "-m",
+        "eaft",
+        "view",
+        str(folder),
+        "--no_browser",
+        "--token",
+        TOKEN,
+        "--port",
+        str(PORT),
+    ]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
@@ -277,7 +347,9 @@ def measure(folder: Path, examples: int, compared: bool, rounds: int) -> SENT:
         found: SENT = {"start_s": time.perf_counter() - start}
         found["first_picture_s"] = client.act([("folder", {}), ("landscape", {})])[0]
         if compared:
-            found["other_model_s"] = client.act([("landscape", {"model": "tuned"})])[0]  # is it read by now?
+            found["other_model_s"] = client.act([("landscape", {"model": "tuned"})])[
+                0
+            ]  # is it read by now?
         chooser = random.Random(0)
         todo = actions(chooser, examples, compared)
         order = [name for name in todo for _ in range(rounds)]
@@ -289,14 +361,23 @@ def measure(folder: Path, examples: int, compared: bool, rounds: int) -> SENT:
             times[name].append(seconds)
             sizes[name].append(size)
         now, peak = memory_gib(server.pid)
-        return {**found, "memory_gib": now, "peak_memory_gib": peak, "seconds": times, "bytes": sizes}
+        return {
+            **found,
+            "memory_gib": now,
+            "peak_memory_gib": peak,
+            "seconds": times,
+            "bytes": sizes,
+        }
     finally:
         server.terminate()
         server.wait()
 
 
 def parts(folder: Path, repeats: int = 5) -> dict[str, float]:
-    """Return what the time goes to: the median milliseconds of each part of an answer, one at a time, none kept."""
+    """
+    Return what the time goes to: the median milliseconds of each part of an answer, one at a time,
+    none kept.
+    """
     torch.set_num_threads(1)  # as the server has it
     start = time.perf_counter()
     tables = Tables(Inspection(folder))
@@ -310,15 +391,23 @@ def parts(folder: Path, repeats: int = 5) -> dict[str, float]:
         "sums over the plane's bins, all tokens": lambda i: queries.find_plane(whole),
         "sums in a box": lambda i: queries.landscape(boxes[i]),
         "examples by their nll": lambda i: queries.find_chosen(Selection(nll=(0.5, 1 + i / 10))),
-        "sums over the bins, of those examples": lambda i: queries.find_plane(Selection(nll=(0.5, 1 + i / 10))),
+        "sums over the bins, of those examples": lambda i: queries.find_plane(
+            Selection(nll=(0.5, 1 + i / 10))
+        ),
         "search of all texts": lambda i: queries.find_chosen(Selection(search=f"w{1000 + i} ")),
         "order of all examples": lambda i: queries.find_ordered(whole, "nll", bool(i % 2)),
-        "order of the examples with tokens in a box": lambda i: queries.find_ordered(boxes[i], "nll", True),
+        "order of the examples with tokens in a box": lambda i: queries.find_ordered(
+            boxes[i], "nll", True
+        ),
         "a page's rows": lambda i: queries.examples(whole, "example", False, 100 * i, 100),
         "a gate's tokens (a sample)": lambda i: queries.find_gate_tokens(whole),
         "a gate's weights": lambda i: weigh("eaft", gated[0], {"alpha": 1 + i / 10}),
-        "a gate's weights and all sums of them": lambda i: queries.gate(whole, "eaft", {"alpha": 1 + i / 10}),
-        "one example, from Parquet": lambda i: queries.example((i + 1) * known // (repeats + 2), BASE, "eaft", {}),
+        "a gate's weights and all sums of them": lambda i: queries.gate(
+            whole, "eaft", {"alpha": 1 + i / 10}
+        ),
+        "one example, from Parquet": lambda i: queries.example(
+            (i + 1) * known // (repeats + 2), BASE, "eaft", {}
+        ),
         "tokens' counts in a group": lambda i: queries.find_token_counts(whole, "conflict"),
         "an answer's JSON": lambda i: json.dumps(plane),
     }
@@ -342,31 +431,54 @@ def table(found: SENT) -> str:
         size = np.median(found["bytes"][name]) / 1000 if name in found["bytes"] else None
         rows.append([name, len(times), *quantiles, "" if size is None else f"{size:.0f}"])
     return tabulate(
-        rows, ["action", "times", "median ms", "p99 ms", "most ms", "kB"], tablefmt="github", disable_numparse=True
+        rows,
+        ["action", "times", "median ms", "p99 ms", "most ms", "kB"],
+        tablefmt="github",
+        disable_numparse=True,
     )
 
 
 def main() -> None:
     """Make the folder if it is not there, measure, write and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=10_000_000)
     parser.add_argument("--tokens_per_example", type=int, default=200, help="on average")
     parser.add_argument("--no_compared", action="store_true", help="no second model")
     parser.add_argument("--rounds", type=int, default=40, help="of every action")
-    parser.add_argument("--work", type=Path, default=Path("/tmp/eaft-view"), help="where the folders are kept")
-    parser.add_argument("--note", default="", help="written into the results: what else ran meanwhile")
+    parser.add_argument(
+        "--work", type=Path, default=Path("/tmp/eaft-view"), help="where the folders are kept"
+    )
+    parser.add_argument(
+        "--note", default="", help="written into the results: what else ran meanwhile"
+    )
     flags = parser.parse_args()
     examples, compared = flags.tokens // flags.tokens_per_example, not flags.no_compared
-    folder = flags.work / f"{flags.tokens}-{flags.tokens_per_example}-{'two' if compared else 'one'}"
+    folder = (
+        flags.work / f"{flags.tokens}-{flags.tokens_per_example}-{'two' if compared else 'one'}"
+    )
     if not (folder / "run.json").is_file():
         make_folder(folder, flags.tokens, flags.tokens_per_example, compared)
     found = measure(folder, examples, compared, flags.rounds)
     found["parts_ms"] = parts(folder)
-    facts = {"tokens": flags.tokens, "examples": examples, "models": 1 + compared, "note": flags.note}
+    facts = {
+        "tokens": flags.tokens,
+        "examples": examples,
+        "models": 1 + compared,
+        "note": flags.note,
+    }
     facts["disk_gib"] = sum(file.stat().st_size for file in folder.rglob("*.parquet")) / 2**30
     about = {"date": date.today().isoformat(), "environment": environment(), **facts}
-    write_json(RESULTS / f"view_{flags.tokens:.0e}_{examples}.json".replace("e+0", "e"), {**about, **found})
-    print({**facts, **{name: round(value, 2) for name, value in found.items() if isinstance(value, float)}})
+    write_json(
+        RESULTS / f"view_{flags.tokens:.0e}_{examples}.json".replace("e+0", "e"), {**about, **found}
+    )
+    print(
+        {
+            **facts,
+            **{name: round(value, 2) for name, value in found.items() if isinstance(value, float)},
+        }
+    )
     print(table(found))
     rows = [[name, f"{value:.0f}"] for name, value in found["parts_ms"].items()]
     print(tabulate(rows, ["what the time goes to", "ms"], tablefmt="github", disable_numparse=True))

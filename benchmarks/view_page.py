@@ -1,13 +1,16 @@
 """
-The viewer's page at scale: how long until the first picture, and until what an action asks for is drawn, in Chromium.
+The viewer's page at scale: how long until the first picture, and until what an action asks for is
+drawn, in Chromium.
 
-    .venv/bin/python benchmarks/view_page.py                                # the folder of 10^7 tokens of view.py
-    .venv/bin/python benchmarks/view_page.py --folder inspection            # any other
+    .venv/bin/python benchmarks/view_page.py                                # the folder of 10^7
+    tokens of view.py .venv/bin/python benchmarks/view_page.py --folder inspection            # any
+    other
 
-A first picture is timed from opening the address in a fresh browser profile; an action from changing the address's
-fragment, as a click does, until the first part of the page (the picture, the numbers, the table) has its answer, and
-until no part waits for one. Beside the server's own
-times (view.py) this has the browser's: parsing, drawing, layout. Writes benchmarks/results/view_page_FOLDER.json.
+A first picture is timed from opening the address in a fresh browser profile; an action from
+changing the address's fragment, as a click does, until the first part of the page (the picture, the
+numbers, the table) has its answer, and until no part waits for one. Beside the server's own times
+(view.py) this has the browser's: parsing, drawing, layout. Writes
+benchmarks/results/view_page_FOLDER.json.
 """
 
 from __future__ import annotations
@@ -36,7 +39,8 @@ ACT = """async (fragment) => {
   const frame = () => new Promise(requestAnimationFrame);
   let first = 0;
   const seen = new MutationObserver((changes) => {
-    if (changes.some(({ target }) => target.getAttribute("aria-busy") === "false")) first ||= performance.now();
+    const done = ({ target }) => target.getAttribute("aria-busy") === "false";
+    if (changes.some(done)) first ||= performance.now();
   });
   seen.observe(document.body, { subtree: true, attributeFilter: ["aria-busy"] });
   const start = performance.now();
@@ -60,7 +64,9 @@ def fragments(random: random.Random) -> dict[str, str]:
         "box": f"view=landscape&box={h:.3f},{h + 1:.3f},{p:.3f},{p + 0.3:.3f}",
         "filter": f"view=landscape&nll={random.random():.3f},",
         "slider": f"view=gates&params={json.dumps({'alpha': alpha})}",
-        "slider of another gate": f"view=gates&gate=eaft-sigmoid&params={json.dumps({'center': center})}",
+        "slider of another gate": (
+            f"view=gates&gate=eaft-sigmoid&params={json.dumps({'center': center})}"
+        ),
         "page of examples": f"view=examples&sort={sort}&page={random.randrange(1, 100)}",
         "search": f"view=examples&search=w{random.randrange(1000)}",
         "example": f"view=examples&example={random.randrange(1000)}",
@@ -81,11 +87,16 @@ def first_picture(browser: Browser, address: str) -> float:
 
 
 def actions(page: Page, address: str, rounds: int) -> dict[str, list[list[float]]]:
-    """Return the milliseconds of every action until the first part and until all is drawn, by kind, in random order."""
+    """
+    Return the milliseconds of every action until the first part and until all is drawn, by kind, in
+    random order.
+    """
     page.goto(address)
     page.wait_for_selector(".plane svg image")
     chooser = random.Random(0)
-    todo = [(name, fragment) for _ in range(rounds) for name, fragment in fragments(chooser).items()]
+    todo = [
+        (name, fragment) for _ in range(rounds) for name, fragment in fragments(chooser).items()
+    ]
     chooser.shuffle(todo)
     times: dict[str, list[list[float]]] = {name: [] for name in fragments(chooser)}
     for name, fragment in todo:
@@ -95,13 +106,21 @@ def actions(page: Page, address: str, rounds: int) -> dict[str, list[list[float]
 
 def main() -> None:
     """Serve the folder, measure, write and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", type=Path, default=FOLDER)
-    parser.add_argument("--rounds", type=int, default=20, help="of every action, and first pictures")
-    parser.add_argument("--note", default="", help="written into the results: what else ran meanwhile")
+    parser.add_argument(
+        "--rounds", type=int, default=20, help="of every action, and first pictures"
+    )
+    parser.add_argument(
+        "--note", default="", help="written into the results: what else ran meanwhile"
+    )
     flags = parser.parse_args()
     command = [sys.executable, "-m", "eaft", "view", str(flags.folder), "--no_browser"]
-    server = subprocess.Popen([*command, "--token", TOKEN, "--port", str(PORT)], stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen(
+        [*command, "--token", TOKEN, "--port", str(PORT)], stdout=subprocess.PIPE, text=True
+    )
     address = f"http://127.0.0.1:{PORT}/?token={TOKEN}"
     try:
         assert server.stdout is not None
@@ -109,21 +128,37 @@ def main() -> None:
             if not line and server.poll() is not None:
                 raise RuntimeError("the server has ended")
         with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+            browser = playwright.chromium.launch(
+                executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+            )
             first = [first_picture(browser, address) for _ in range(flags.rounds)]
-            found = actions(browser.new_page(viewport={"width": 1280, "height": 800}), address, flags.rounds)
+            found = actions(
+                browser.new_page(viewport={"width": 1280, "height": 800}), address, flags.rounds
+            )
             version = browser.version
             browser.close()
     finally:
         server.terminate()
         server.wait()
-    about = {"date": date.today().isoformat(), "environment": environment(), "chromium": version, "note": flags.note}
+    about = {
+        "date": date.today().isoformat(),
+        "environment": environment(),
+        "chromium": version,
+        "note": flags.note,
+    }
     times = {"first_picture_ms": first, "actions_ms": found}
     write_json(RESULTS / f"view_page_{flags.folder.name}.json", {**about, **times})
     found["every action"] = [both for times in found.values() for both in times]
     rows = [["first picture", len(first), *quantiles(first), "", ""]]
     for name, both in found.items():
-        rows.append([name, len(both), *quantiles([ms for ms, _ in both]), *quantiles([ms for _, ms in both])])
+        rows.append(
+            [
+                name,
+                len(both),
+                *quantiles([ms for ms, _ in both]),
+                *quantiles([ms for _, ms in both]),
+            ]
+        )
     titles = ["action", "times", "first part: median ms", "p99 ms", "all: median ms", "p99 ms"]
     print(tabulate(rows, titles, tablefmt="github", disable_numparse=True))
 

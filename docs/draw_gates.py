@@ -3,8 +3,9 @@ Draw every gate's weight over the entropy-probability plane: writes docs/gates.p
 
     .venv/bin/python docs/draw_gates.py
 
-Each point is a distribution over 20 tokens: the label with probability p, the rest falling off geometrically, faster or
-slower for another entropy. Where nothing is drawn, no distribution has that entropy and probability.
+Each point is a distribution over 20 tokens: the label with probability p, the rest falling off
+geometrically, faster or slower for another entropy. Where nothing is drawn, no distribution has
+that entropy and probability.
 """
 
 from dataclasses import replace
@@ -38,21 +39,32 @@ def main() -> None:
     label = prob.expand(len(fall), -1).unsqueeze(-1)  # [fall, prob, 1]
     logits = torch.cat([label, (1 - label) * others.unsqueeze(1)], -1).log()
     stats = token_statistics(logits, torch.zeros(logits.shape[:-1], dtype=torch.int64), ranked=True)
-    stats = replace(stats, example_nll=stats.nll, old_log_prob=torch.full_like(stats.nll, 0.5).log())
+    stats = replace(
+        stats, example_nll=stats.nll, old_log_prob=torch.full_like(stats.nll, 0.5).log()
+    )
     g = normalized_entropy(stats)
 
-    figure, axes = plt.subplots(4, 4, figsize=(12, 11), sharex=True, sharey=True, layout="constrained")
+    figure, axes = plt.subplots(
+        4, 4, figsize=(12, 11), sharex=True, sharey=True, layout="constrained"
+    )
     for axis, (name, params) in zip(axes.flat, PANELS, strict=True):
         weights = gate_weights(name, stats, **params)
         most = max(1.0, weights.max().item())
-        mesh = axis.pcolormesh(g, stats.prob, weights / most, vmin=0, vmax=1, cmap="viridis", shading="gouraud")
+        mesh = axis.pcolormesh(
+            g, stats.prob, weights / most, vmin=0, vmax=1, cmap="viridis", shading="gouraud"
+        )
         notes = [f"{key.removesuffix('_threshold')} {value:g}" for key, value in params.items()] + (
             ["+ KL"] if GATES[name].anchor else []
         )
         notes += [f"divided by {most:.2g}"] if most > 1.001 else []
         axis.set_title(name + (f"  ({', '.join(notes)})" if notes else ""), fontsize=9)
     axes[0, 0].annotate(
-        "confident\nconflicts", (0.08, 0.06), (0.3, 0.6), color="black", fontsize=9, arrowprops={"arrowstyle": "->"}
+        "confident\nconflicts",
+        (0.08, 0.06),
+        (0.3, 0.6),
+        color="black",
+        fontsize=9,
+        arrowprops={"arrowstyle": "->"},
     )
     for axis in axes[-1]:
         axis.set_xlabel("g, entropy / ln 20")

@@ -1,8 +1,10 @@
 """
-A hook of mkdocs: links that lead out of docs/, as a code host follows them, in a site that holds docs/ alone.
+A hook of mkdocs: links that lead out of docs/, as a code host follows them, in a site that holds
+docs/ alone.
 
-Pictures come into the site. Other files and folders become links into the repository if mkdocs.yml has a `repo_url`,
-and else their path in plain text. One that does not exist is a warning, which `--strict` makes an error.
+Pictures come into the site. Other files and folders become links into the repository if mkdocs.yml
+has a `repo_url`, and else their path in plain text. One that does not exist is a warning, which
+`--strict` makes an error.
 """
 
 import re

@@ -1,5 +1,6 @@
 """
-Write the table of docs/templates.md: what the chat templates that the installed TRL ships do with the same few rows.
+Write the table of docs/templates.md: what the chat templates that the installed TRL ships do with
+the same few rows.
 
     .venv/bin/python docs/make_templates.py
 
@@ -16,7 +17,14 @@ from transformers import PreTrainedTokenizerFast
 
 PAGE = Path(__file__).with_name("templates.md")
 BEGIN, END = "<!-- made by docs/make_templates.py -->\n", "<!-- end -->\n"
-COLUMNS = ["template", "thoughts: switch", "written in rows", "prompt is a prefix: text", "tokens", "a row ends with"]
+COLUMNS = [
+    "template",
+    "thoughts: switch",
+    "written in rows",
+    "prompt is a prefix: text",
+    "tokens",
+    "a row ends with",
+]
 COLUMNS += ["tool arguments: map", "JSON text", "system text added", "date"]
 USER = {"role": "user", "content": "Question?"}
 ANSWER = {"role": "assistant", "content": "Answer."}
@@ -36,7 +44,9 @@ def byte_tokenizer():
     tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), NEWLINE * 2]
     bpe = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, [(NEWLINE, NEWLINE)]))
     split = pre_tokenizers.Split(Regex(r"\n+|[^\n]+"), "isolated")
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<bos>", eos_token="<eos>")
 
 
@@ -53,7 +63,9 @@ class Template:
     def render(self, messages, **settings):
         """Return the text of messages, or None where the template raises."""
         if self.blocks:
-            messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+            messages = [
+                {**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages
+            ]
         settings |= {"chat_template": self.text, "tokenize": False}
         with patch("transformers.utils.chat_template_utils.datetime") as clock:
             clock.now.return_value.strftime.return_value = TODAY
@@ -75,10 +87,20 @@ class Template:
 def row_of(name, template):
     """Return a template's row of the table."""
     whole = template.render([USER, ANSWER])
-    thought = template.render([USER, {**ANSWER, "reasoning_content": "Thought.", "thinking": "Thought."}])
+    thought = template.render(
+        [USER, {**ANSWER, "reasoning_content": "Thought.", "thinking": "Thought."}]
+    )
     before = re.sub(r"<[^<>]*>|\[[^\[\]]*\]", " ", whole.split(USER["content"])[0])
-    words = [w for w in before.split() if w.lower().strip(":") not in ("user", "system") and TODAY not in w]
-    switches = [(switch, values) for switch, values in SWITCHES.items() if switched(template, switch, values)]
+    words = [
+        w
+        for w in before.split()
+        if w.lower().strip(":") not in ("user", "system") and TODAY not in w
+    ]
+    switches = [
+        (switch, values)
+        for switch, values in SWITCHES.items()
+        if switched(template, switch, values)
+    ]
     settings = [{}, *({switch: value} for switch, values in switches for value in values)]
     return [
         name,
@@ -96,13 +118,19 @@ def row_of(name, template):
 
 def switched(template, name, values):
     """Return whether a setting changes the prompt, and is taken."""
-    prompts = {template.render([USER], add_generation_prompt=True, **{name: value}) for value in values}
+    prompts = {
+        template.render([USER], add_generation_prompt=True, **{name: value}) for value in values
+    }
     return len(prompts) > 1 and None not in prompts
 
 
 def arguments(template, value):
     """Return what becomes of a tool call's arguments."""
-    call = {"type": "function", "id": "abcdefghi", "function": {"name": "weather", "arguments": value}}
+    call = {
+        "type": "function",
+        "id": "abcdefghi",
+        "function": {"name": "weather", "arguments": value},
+    }
     text = template.render([USER, {"role": "assistant", "content": "", "tool_calls": [call]}])
     if text is None:
         return "**error**"
@@ -133,7 +161,9 @@ def table():
     """Return the table, as Markdown."""
     files = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
     rows = [COLUMNS, ["---"] * len(COLUMNS)]
-    rows += [row_of(f.stem, Template(f.read_text())) for f in files if not f.stem.endswith("_training")]
+    rows += [
+        row_of(f.stem, Template(f.read_text())) for f in files if not f.stem.endswith("_training")
+    ]
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return f"{BEGIN}TRL {trl.__version__}:\n\n" + "\n".join(lines) + f"\n{END}"
 

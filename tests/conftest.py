@@ -10,11 +10,17 @@ from pathlib import Path
 
 if own_store := "EAFT_CACHE" not in os.environ:  # nothing measured before, nothing left behind
     os.environ["EAFT_CACHE"] = tempfile.mkdtemp(prefix="eaft-measured-")
-os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false")
+os.environ.update(
+    HF_HUB_OFFLINE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false"
+)
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-if not Path("/dev/nvidiactl").exists():  # before anything imports Triton: its kernels run without a GPU
+if not Path(
+    "/dev/nvidiactl"
+).exists():  # before anything imports Triton: its kernels run without a GPU
     os.environ["TRITON_INTERPRET"] = "1"
-if parallel := "PYTEST_XDIST_WORKER" in os.environ:  # `pytest -n`: a thread for each, and for what they start
+if (
+    parallel := "PYTEST_XDIST_WORKER" in os.environ
+):  # `pytest -n`: a thread for each, and for what they start
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
@@ -32,8 +38,9 @@ def speed_up_tritons_interpreter():
     """
     Let Triton's interpreter select the top K with numpy, and prepare its language once a launch.
 
-    Its own `tl.topk` is a bitonic sort of hundreds of interpreted operations, and it prepares the language anew for
-    every function that a kernel calls: nine tenths of the time of a small kernel. Neither is code of ours.
+    Its own `tl.topk` is a bitonic sort of hundreds of interpreted operations, and it prepares the
+    language anew for every function that a kernel calls: nine tenths of the time of a small kernel.
+    Neither is code of ours.
     """
     try:
         import numpy
@@ -71,10 +78,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 # ChatML with the markers that assistant_only_loss needs
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<|im_end|>\n{% endgeneration %}"
-    "{% else %}{{ message['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['role'] =="
+    " 'assistant' %}{% generation %}{{ message['content'] }}<|im_end|>\n{% endgeneration %}{% else"
+    " %}{{ message['content'] }}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt"
+    " %}<|im_start|>assistant\n{% endif %}"
 )
 
 
@@ -108,7 +115,10 @@ SHAPE = {
 
 
 def make_model(seed=0, **overrides):
-    """A Llama of two narrow layers with tied embeddings, random but sharp enough that entropies differ."""
+    """
+    A Llama of two narrow layers with tied embeddings, random but sharp enough that entropies
+    differ.
+    """
     torch.manual_seed(seed)
     config = LlamaConfig(
         **{
@@ -126,9 +136,19 @@ def make_model(seed=0, **overrides):
 
 
 def chain_model(tokenizer, *texts, **config):
-    """A model that goes on from a token as the first of these texts that has it does, whatever was before it."""
-    size = 2 * (max(tokenizer.get_vocab().values()) // 2 + 1)  # a dimension a token: the head reads what follows
-    shape = {"vocab_size": size, "hidden_size": size, "intermediate_size": 8, "num_hidden_layers": 1}
+    """
+    A model that goes on from a token as the first of these texts that has it does, whatever was
+    before it.
+    """
+    size = 2 * (
+        max(tokenizer.get_vocab().values()) // 2 + 1
+    )  # a dimension a token: the head reads what follows
+    shape = {
+        "vocab_size": size,
+        "hidden_size": size,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+    }
     shape |= {"num_attention_heads": 1, "num_key_value_heads": 1, "tie_word_embeddings": False}
     shape |= {"max_position_embeddings": 1024, "eos_token_id": tokenizer.eos_token_id}
     model, known = make_model(**shape, **config).eval(), set()
@@ -146,15 +166,30 @@ def chain_model(tokenizer, *texts, **config):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Say how many bad inputs were tried (test_bad_inputs.py), also by the processes of `pytest -n`."""
-    reports = [report for kind in ("passed", "failed", "error") for report in terminalreporter.getreports(kind)]
-    tried = sum(n for r in reports if r.when == "call" for name, n in r.user_properties if name == "bad_inputs")
+    """
+    Say how many bad inputs were tried (test_bad_inputs.py), also by the processes of `pytest -n`.
+    """
+    reports = [
+        report
+        for kind in ("passed", "failed", "error")
+        for report in terminalreporter.getreports(kind)
+    ]
+    tried = sum(
+        n
+        for r in reports
+        if r.when == "call"
+        for name, n in r.user_properties
+        if name == "bad_inputs"
+    )
     if tried:
         terminalreporter.write_line(f"{tried} bad inputs were tried over all commands")
 
 
 def leave():
-    """End one of several processes without taking its threads apart: gloo's now and then abort when that is done."""
+    """
+    End one of several processes without taking its threads apart: gloo's now and then abort when
+    that is done.
+    """
     torch.distributed.barrier()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -173,7 +208,10 @@ def model():
 
 def make_rows(n=16):
     """Prompt-completion rows of different lengths."""
-    return [{"prompt": f"{i} plus {i * 3}", "completion": f" is {i * 4}" + "!" * (i % 5)} for i in range(n)]
+    return [
+        {"prompt": f"{i} plus {i * 3}", "completion": f" is {i * 4}" + "!" * (i % 5)}
+        for i in range(n)
+    ]
 
 
 @pytest.fixture

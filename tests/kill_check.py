@@ -1,5 +1,6 @@
 """
-Run a command, kill it at a random moment, run it again, and so on, then let it end: for test_killed.py.
+Run a command, kill it at a random moment, run it again, and so on, then let it end: for
+test_killed.py.
 
 Everything is imported once, in a process of one thread, and each run is a fork of it.
 """
@@ -40,15 +41,24 @@ def start(argv, log):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    log, kills, seed, whole, disturbed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *map(json.loads, sys.argv[4:])
+    log, kills, seed, whole, disturbed = (
+        sys.argv[1],
+        int(sys.argv[2]),
+        int(sys.argv[3]),
+        *map(json.loads, sys.argv[4:]),
+    )
     began = time.monotonic()
-    assert os.waitstatus_to_exitcode(os.waitpid(start(whole, log), 0)[1]) == 0, "the undisturbed run failed"
+    assert os.waitstatus_to_exitcode(os.waitpid(start(whole, log), 0)[1]) == 0, (
+        "the undisturbed run failed"
+    )
     duration = time.monotonic() - began
     rng, killed = random.Random(seed), 0
     os.environ["EAFT_CACHE"] += "-disturbed"  # what the undisturbed run kept is not to help
     for i in range(kills):
         pid = start(disturbed, log)
-        time.sleep(duration * (i + rng.random()) / kills)  # later and later, since each begins where the last one was
+        time.sleep(
+            duration * (i + rng.random()) / kills
+        )  # later and later, since each begins where the last one was
         os.kill(pid, signal.SIGKILL)
         killed += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
     code = os.waitstatus_to_exitcode(os.waitpid(start(disturbed, log), 0)[1])

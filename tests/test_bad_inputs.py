@@ -1,7 +1,9 @@
 """
-Inputs that cannot work, over all commands: each ends with exit code 2 and one message, and leaves nothing behind.
+Inputs that cannot work, over all commands: each ends with exit code 2 and one message, and leaves
+nothing behind.
 
-`pytest` says at its end how many were tried. What would begin to train, to score or to measure counts as accepted.
+`pytest` says at its end how many were tried. What would begin to train, to score or to measure
+counts as accepted.
 """
 
 import copy
@@ -59,7 +61,16 @@ TRAIN_FLAGS = {
     "lora_r": ["0", "-1", "1.5", "many"],
     "lora_alpha": ["0", "-1", "1.5", "many"],
     "lora_dropout": NO_SHARE,
-    "gate": ["", "eaf", "nosuch:f", "own_gates:nosuch", "own_gates:", ":f", "os:getcwd", "broken_gates:f"],
+    "gate": [
+        "",
+        "eaf",
+        "nosuch:f",
+        "own_gates:nosuch",
+        "own_gates:",
+        ":f",
+        "os:getcwd",
+        "broken_gates:f",
+    ],
     "gate_alpha": ["-1", "nan", "inf", "many"],
     "gate_top_k": ["1", "0", "-3", "1.5", "many"],
     "gate_entropy": ["", "full", "2"],
@@ -91,7 +102,10 @@ INSPECT_FLAGS = {
     "max_new_tokens": ["0", "-1", "many"],
     "rollout_backend": ["nosuch", ""],
     "compare": ["nosuch/folder/x", "/nosuch"],
-    **{name: TRAIN_FLAGS[name] for name in ("gate", "gate_top_k", "gate_entropy", "max_length", "dtype", "seed")},
+    **{
+        name: TRAIN_FLAGS[name]
+        for name in ("gate", "gate_top_k", "gate_entropy", "max_length", "dtype", "seed")
+    },
     "nosuch_flag": ["1"],
 }
 EVAL_FLAGS = {
@@ -120,12 +134,41 @@ EVAL_FLAGS = {
 NO_LIST, NO_MAP = [None, 5, {}, {"a": 1}, True], [None, 5, "x", [], ["sft"], True]
 RECIPE_KEYS = {
     "output_dir": [None, 5, [], {}, True, ""],
-    "objectives": [*NO_MAP, {}, {"sft": None}, {"sft": 5}, {"sft": ["gate"]}, {"s/t": {}}, {"sft": {"nosuch": 1}}],
+    "objectives": [
+        *NO_MAP,
+        {},
+        {"sft": None},
+        {"sft": 5},
+        {"sft": ["gate"]},
+        {"s/t": {}},
+        {"sft": {"nosuch": 1}},
+    ],
     "train": [*NO_MAP, {}, {"model_name_or_path": None}],
     "evaluate": [*NO_MAP, {}],
     "seeds": [*NO_LIST, [], [None], [-1], [1.5], ["x"], [0, 0], [True], 2**40],
-    "learning_rates": [5, {}, True, [], [None], [0], [-1.0], [float("nan")], [float("inf")], ["x"], [1e-4, 1e-4]],
-    "pairs": [5, {}, "sft", [["sft"]], [["sft", "sft"]], [["sft", "nosuch"]], [5], [["a", "b", "c"]]],
+    "learning_rates": [
+        5,
+        {},
+        True,
+        [],
+        [None],
+        [0],
+        [-1.0],
+        [float("nan")],
+        [float("inf")],
+        ["x"],
+        [1e-4, 1e-4],
+    ],
+    "pairs": [
+        5,
+        {},
+        "sft",
+        [["sft"]],
+        [["sft", "sft"]],
+        [["sft", "nosuch"]],
+        [5],
+        [["a", "b", "c"]],
+    ],
     "keep_checkpoints": [None, 5, "some", []],
     "nosuch": [1],
     "evaluate.target_tasks": [None, 5, "tiny", {}, [], [5], [None], ["nosuch"]],
@@ -278,7 +321,11 @@ def attempt(place, monkeypatch, capsys, record_property):
         except Exception as error:
             code = f"{type(error).__name__}: {error}"[:200]
         printed = capsys.readouterr()
-        left = [p for p in Path(out).rglob("*") if p.is_file() and p not in before and not p.name.endswith("_lock")]
+        left = [
+            p
+            for p in Path(out).rglob("*")
+            if p.is_file() and p not in before and not p.name.endswith("_lock")
+        ]
         tried.append(name)
         record_property("bad_inputs", 0 if good else 1)
         if good:
@@ -292,7 +339,17 @@ def attempt(place, monkeypatch, capsys, record_property):
     assert not wrong, f"{len(wrong)} of {len(tried)}:\n" + "\n".join(wrong)
 
 
-TRAIN = ["--max_steps", "2", "--use_cpu", "--bf16", "false", "--report_to", "none", "--output_dir", "out"]
+TRAIN = [
+    "--max_steps",
+    "2",
+    "--use_cpu",
+    "--bf16",
+    "false",
+    "--report_to",
+    "none",
+    "--output_dir",
+    "out",
+]
 
 
 def train(attempt, name, *more, model="model", data="data.jsonl", **how):
@@ -306,14 +363,19 @@ def scan(attempt, name, *more, model="model", data="data.jsonl", **how):
 
 
 def measure(attempt, name, *more, model="tuned", **how):
-    given = "--base model --suite tiny --include_path tasks --drift_prompts 2 --max_new_tokens 4 --output_path out"
+    given = (
+        "--base model --suite tiny --include_path tasks --drift_prompts 2 --max_new_tokens 4"
+        " --output_path out"
+    )
     attempt(f"eval: {name}", "eval", model, *without(given.split(), more), *more, **how)
 
 
 def without(given, more):
     """The flags that are given, but for those that are given otherwise."""
     pairs = [given[i : i + 2] for i in range(len(given)) if given[i].startswith("--")]
-    kept = [[part for part in pair if part == pair[0] or not part.startswith("--")] for pair in pairs]
+    kept = [
+        [part for part in pair if part == pair[0] or not part.startswith("--")] for pair in pairs
+    ]
     return [part for pair in kept if pair[0] not in more for part in pair]
 
 
@@ -350,7 +412,9 @@ def test_the_controls_are_accepted(attempt):
 
 
 @pytest.mark.parametrize(
-    ("command", "flags"), [(train, TRAIN_FLAGS), (scan, INSPECT_FLAGS), (measure, EVAL_FLAGS)], ids=lambda x: ""
+    ("command", "flags"),
+    [(train, TRAIN_FLAGS), (scan, INSPECT_FLAGS), (measure, EVAL_FLAGS)],
+    ids=lambda x: "",
 )
 def test_flags(command, flags, attempt):
     Path("broken_gates.py").write_text("def f(:\n")
@@ -366,7 +430,9 @@ def test_recipes(attempt):
         for value in values:
             matched(attempt, f"{key}={value!r}", key, value)
     twice = "  sft:\n    gate: sft\n"
-    matched(attempt, "an objective twice", text=lambda written: written.replace(twice, twice + twice))
+    matched(
+        attempt, "an objective twice", text=lambda written: written.replace(twice, twice + twice)
+    )
     for name, text in (
         ("a list", "- a\n"),
         ("nothing", ""),
@@ -384,7 +450,10 @@ def test_recipes(attempt):
 
 @pytest.mark.parametrize("command", [train, scan, matched], ids=["train", "inspect", "compare"])
 def test_rows(command, attempt):
-    contents = {name: "".join(json.dumps(row) + "\n" for row in rows).encode() for name, rows in ROWS.items()}
+    contents = {
+        name: "".join(json.dumps(row) + "\n" for row in rows).encode()
+        for name, rows in ROWS.items()
+    }
     for i, (name, content) in enumerate({**contents, **FILES}.items()):
         file = f"rows{i}.jsonl"
         Path(file).write_bytes(content)
@@ -408,7 +477,11 @@ def test_files_of_ours(attempt):
     for text in NO_JSON:
         for command, file, flags in (
             (train, "run.json", ["--resume_from_checkpoint", "true"]),
-            (train, "checkpoint-2/trainer_state.json", ["--resume_from_checkpoint", "out/checkpoint-2"]),
+            (
+                train,
+                "checkpoint-2/trainer_state.json",
+                ["--resume_from_checkpoint", "out/checkpoint-2"],
+            ),
             (scan, "run.json", []),
             (measure, "results.json", []),
             (matched, "compare.json", None),
@@ -421,7 +494,14 @@ def test_files_of_ours(attempt):
     for text in NO_JSON[:-1]:
         Path("bad.jsonl").write_text(text)
         measure(attempt, f"prompts are {text!r}", "--prompts", "bad.jsonl")
-        train(attempt, f"replay_prompts are {text!r}", "--replay", "0.5", "--replay_prompts", "bad.jsonl")
+        train(
+            attempt,
+            f"replay_prompts are {text!r}",
+            "--replay",
+            "0.5",
+            "--replay_prompts",
+            "bad.jsonl",
+        )
         if text:
             train(attempt, f"exclude_examples are {text!r}", "--exclude_examples", "bad.jsonl")
 
@@ -438,7 +518,11 @@ def test_suites(attempt):
             "suite: 5\ntasks: [tiny]\n",
         ),
         *(f"suite: x\ntasks: [tiny]\nlimit: {value}\n" for value in ("many", -3, 0, 1.5, "[1]")),
-        *("suite: x\ntasks: [nosuch]\n", "suite: x\ntasks: [5]\n", "suite: x\ntasks: [tiny]\nnosuch: 1\n"),
+        *(
+            "suite: x\ntasks: [nosuch]\n",
+            "suite: x\ntasks: [5]\n",
+            "suite: x\ntasks: [tiny]\nnosuch: 1\n",
+        ),
     ):
         Path("suite.yaml").write_text(text)
         measure(attempt, f"suite {text!r}", "--suite", "suite.yaml")
@@ -482,7 +566,14 @@ def test_models(command, models, attempt):
 def test_view_cache_and_env(attempt):
     Path("empty").mkdir()
     for argv in (
-        *(["nosuch"], ["empty"], ["data.jsonl"], [], ["empty", "--port", "x"], ["empty", "--nosuch"]),
+        *(
+            ["nosuch"],
+            ["empty"],
+            ["data.jsonl"],
+            [],
+            ["empty", "--port", "x"],
+            ["empty", "--nosuch"],
+        ),
         *(["model", "--port", "99999999"], ["model", "--token", "a b"]),
     ):
         attempt(f"view {argv}", "view", *argv, *(["--no_browser"] if argv else []))

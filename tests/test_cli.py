@@ -1,4 +1,7 @@
-"""The commands before their work begins: what they take, what they import, and that `pip install eaft` is enough."""
+"""
+The commands before their work begins: what they take, what they import, and that `pip install eaft`
+is enough.
+"""
 
 import errno
 import json
@@ -15,7 +18,9 @@ from .conftest import make_rows
 
 
 def python(code, *argv, cwd):
-    done = subprocess.run([sys.executable, "-c", code, *map(str, argv)], cwd=cwd, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, argv)], cwd=cwd, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -63,11 +68,20 @@ def test_trains_without_the_extras(tmp_path, model_dir):
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows()))
     code = """
 import sys
-sys.modules.update(dict.fromkeys(["gguf", "lm_eval", "matplotlib", "peft", "scipy", "tabulate"]))  # not to be found
+# None of these can be imported
+sys.modules.update(dict.fromkeys(["gguf", "lm_eval", "matplotlib", "peft", "scipy", "tabulate"]))
 from eaft import cli
 sys.exit(cli.main(["train", *sys.argv[1:]]))
 """
-    flags = ["--model_name_or_path", model_dir, "--dataset_name", "data.jsonl", "--output_dir", "out", "--use_cpu"]
+    flags = [
+        "--model_name_or_path",
+        model_dir,
+        "--dataset_name",
+        "data.jsonl",
+        "--output_dir",
+        "out",
+        "--use_cpu",
+    ]
     python(code, *flags, "--max_steps", 1, "--report_to", "none", cwd=tmp_path)
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
@@ -82,7 +96,9 @@ sys.exit(cli.main(["inspect", "model", "data"]))
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (found.returncode, found.stdout) == (2, "")
-    assert found.stderr.endswith("error: Inspecting needs matplotlib: pip install 'eaft[inspect]'.\n")
+    assert found.stderr.endswith(
+        "error: Inspecting needs matplotlib: pip install 'eaft[inspect]'.\n"
+    )
 
 
 @pytest.mark.parametrize("chained", [False, True])
@@ -96,12 +112,16 @@ def test_a_full_disk_is_one_line(chained, monkeypatch, capsys):
     monkeypatch.setattr(cli.importlib, "import_module", lambda name: SimpleNamespace(main=fill))
     assert cli.main(["eval"]) == 2
     told = capsys.readouterr().err
-    assert told.startswith("eaft eval: error: the disk is full (out/model.safetensors could not be written): free")
+    assert told.startswith(
+        "eaft eval: error: the disk is full (out/model.safetensors could not be written): free"
+    )
     assert told.count("\n") == 1
 
 
 def test_another_error_is_not_hidden(monkeypatch):
-    monkeypatch.setattr(cli.importlib, "import_module", lambda name: SimpleNamespace(main=lambda argv: [][0]))
+    monkeypatch.setattr(
+        cli.importlib, "import_module", lambda name: SimpleNamespace(main=lambda argv: [][0])
+    )
     with pytest.raises(IndexError):
         cli.main(["eval"])
 
@@ -110,10 +130,14 @@ def test_an_interruption_is_one_line(monkeypatch, capsys):
     def interrupt(argv):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.importlib, "import_module", lambda name: SimpleNamespace(main=interrupt))
+    monkeypatch.setattr(
+        cli.importlib, "import_module", lambda name: SimpleNamespace(main=interrupt)
+    )
     assert cli.main(["train"]) == 130
-    assert capsys.readouterr().err == (
-        "eaft train: interrupted: give the same command again with --resume_from_checkpoint true to go on.\n"
+    assert (
+        capsys.readouterr().err
+        == "eaft train: interrupted: give the same command again with --resume_from_checkpoint true"
+        " to go on.\n"
     )
 
 
@@ -121,7 +145,10 @@ def test_the_cache_lists_and_clears_converted_models_too(tmp_path, monkeypatch, 
     monkeypatch.setenv("EAFT_CACHE", str(tmp_path / "measured"))
     monkeypatch.setattr(models, "HF_HOME", tmp_path)
     mine = tmp_path / "eaft" / "my notes"
-    for name, folder in (("tiny-0123456789ab-3", tmp_path / "eaft"), ("0" * 64, tmp_path / "measured")):
+    for name, folder in (
+        ("tiny-0123456789ab-3", tmp_path / "eaft"),
+        ("0" * 64, tmp_path / "measured"),
+    ):
         (folder / name).mkdir(parents=True)
         (folder / name / "file").write_bytes(b"x" * 2**20)
     (tmp_path / "measured" / ("0" * 64) / "about.json").write_text('{"model": ')

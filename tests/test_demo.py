@@ -1,4 +1,6 @@
-"""What the demo says of what was expected and found, on what it found when its results were committed."""
+"""
+What the demo says of what was expected and found, on what it found when its results were committed.
+"""
 
 import json
 import shutil
@@ -16,7 +18,9 @@ def test_expected_beside_found(tmp_path):
         shutil.copytree(DEMO / name, tmp_path / name)
         facts = {"nll": 0.5, "expected": {"change": (low + high) / 2, "low": low, "high": high}}
         (tmp_path / "inspect" / name).mkdir(parents=True)
-        (tmp_path / "inspect" / name / "summary.json").write_text(json.dumps({"advice": {"facts": facts}}))
+        (tmp_path / "inspect" / name / "summary.json").write_text(
+            json.dumps({"advice": {"facts": facts}})
+        )
     script = ROOT / "recipes" / "demo" / "expected.py"
     subprocess.run([sys.executable, script, tmp_path], check=True, capture_output=True)
     assert (tmp_path / "demo.png").stat().st_size > 10_000
@@ -28,6 +32,8 @@ def test_expected_beside_found(tmp_path):
     assert [row[3] for row in rows] == ["-85% (-90% to -80%)", "+0% (-100% to +100%)"]
     assert [row[5] for row in rows] == ["no", "yes"]
     for name, row in zip(expected, rows, strict=True):
-        front = json.loads((DEMO / name / "results.json").read_text())["pairs"][0]["fronts"]["held-out nll"]
+        front = json.loads((DEMO / name / "results.json").read_text())["pairs"][0]["fronts"][
+            "held-out nll"
+        ]
         change = front["mean"]["change"] / (sum(front["second"]) / len(front["second"]))
         assert row[4].startswith(f"{change:+.0%} (")

@@ -1,4 +1,7 @@
-"""The README and the docs: their Python runs as it stands, but for the model and the data; their flags exist."""
+"""
+The README and the docs: their Python runs as it stands, but for the model and the data; their flags
+exist.
+"""
 
 import contextlib
 import functools
@@ -21,7 +24,11 @@ from eaft.training.train import parse
 from .conftest import make_rows
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "recipes").glob("*/README.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "recipes").glob("*/README.md")),
+]
 
 
 def name(page):
@@ -29,7 +36,10 @@ def name(page):
 
 
 def snippets():
-    """Every Python block, once; one that cannot be run has `<!-- not run: why -->` on the line before it."""
+    """
+    Every Python block, once; one that cannot be run has `<!-- not run: why -->` on the line before
+    it.
+    """
     block = re.compile(r"(?:<!-- not run: (.+) -->\n)?^```python\n((?:.*\n)*?)```$", re.MULTILINE)
     found = {}
     for page in PAGES:
@@ -44,7 +54,9 @@ def test_snippet_runs(snippet, model_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows()))
     tokenized = Dataset.from_list([{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]}] * 8)
-    code = snippet.replace("Qwen/Qwen3-0.6B", str(model_dir)).replace('("out"', '("out", use_cpu=True, report_to=[]')
+    code = snippet.replace("Qwen/Qwen3-0.6B", str(model_dir)).replace(
+        '("out"', '("out", use_cpu=True, report_to=[]'
+    )
     exec(code, {"tokenized": tokenized})
     if '("out"' in snippet:
         assert list((tmp_path / "out").glob("checkpoint-*/model.safetensors"))
@@ -67,9 +79,13 @@ def flags_of(command):
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_flags_exist(page):
-    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE).replace("\\\n", " ")
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE).replace(
+        "\\\n", " "
+    )
     code = re.findall(r"^    (.*)$", text, re.MULTILINE) + re.findall(r"`([^`]+)`", text)
-    for command, rest in (match for piece in code for match in re.findall(r"\beaft\s+([a-z]+)\b([^`]*)", piece)):
+    for command, rest in (
+        match for piece in code for match in re.findall(r"\beaft\s+([a-z]+)\b([^`]*)", piece)
+    ):
         flags = {word for word in shlex.split(rest, comments=True) if word.startswith("--")}
         assert flags <= flags_of(command), f"eaft {command} {rest}"
 
@@ -110,7 +126,9 @@ def test_a_gate_of_your_own(model_dir, tmp_path, monkeypatch):
 
 
 def test_the_docs_yaml_is_a_configuration_and_a_recipe(tmp_path):
-    text, recipe = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "objectives.md").read_text(), re.DOTALL)
+    text, recipe = re.findall(
+        r"```yaml\n(.*?)```", (ROOT / "docs" / "objectives.md").read_text(), re.DOTALL
+    )
     config = EAFTConfig("out", use_cpu=True, **yaml.safe_load(text))
     assert config.gate_params == {"steepness": 20, "center": 0.2, "entropy": "top-k"}
     for flags in yaml.safe_load(recipe)["objectives"].values():
@@ -121,7 +139,9 @@ def test_the_docs_yaml_is_a_configuration_and_a_recipe(tmp_path):
 
 
 def test_every_gate_is_documented():
-    rows = re.findall(r"^\| `([\w-]+)` \|", (ROOT / "docs" / "objectives.md").read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\| `([\w-]+)` \|", (ROOT / "docs" / "objectives.md").read_text(), re.MULTILINE
+    )
     assert set(rows) == set(GATES)
 
 

@@ -1,4 +1,7 @@
-"""kill -9 at random moments: run again, `eaft eval`, `train` and `compare` give what an undisturbed run gives."""
+"""
+kill -9 at random moments: run again, `eaft eval`, `train` and `compare` give what an undisturbed
+run gives.
+"""
 
 import json
 import os
@@ -18,7 +21,10 @@ KILLS = 4
 
 
 def run_killed(folder, whole, disturbed, seed, kills=KILLS):
-    """Run both commands, the second with kills; returns how many of them hit, before it ended by itself."""
+    """
+    Run both commands, the second with kills; returns how many of them hit, before it ended by
+    itself.
+    """
     log = folder / "log"
     environment = {**os.environ, "EAFT_CACHE": str(folder / "kept"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.kill_check", log, kills, seed]
@@ -47,22 +53,59 @@ def test_eval(model_dir, task_path, tmp_path, tokenizer, seed):  # noqa: F811
     # A kill after the last file is written finds it complete
     assert report["code"] == 0 or "holds results" in log.splitlines()[-1]
     assert report["killed"] >= KILLS // 2, report
-    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "killed"))
+    one, two = (
+        json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "killed")
+    )
     for name in one.keys() - {"output_path", "environment", "kept"}:
         assert one[name] == two[name], name
-    for part in ("items_before/tiny.jsonl", "items_after/copy.jsonl", "answers.json", "changes.png"):
+    for part in (
+        "items_before/tiny.jsonl",
+        "items_after/copy.jsonl",
+        "answers.json",
+        "changes.png",
+    ):
         assert (tmp_path / "whole" / part).read_bytes() == (tmp_path / "killed" / part).read_bytes()
 
 
 @pytest.mark.parametrize("seed", [0])
 def test_train(model_dir, tmp_path, seed):
-    data, prompts, suite = tmp_path / "data.jsonl", tmp_path / "prompts.jsonl", tmp_path / "suite.yaml"
+    data, prompts, suite = (
+        tmp_path / "data.jsonl",
+        tmp_path / "prompts.jsonl",
+        tmp_path / "suite.yaml",
+    )
     suite.write_text("suite: few\ntasks: [everyday]\nlimit: 4\n")
     data.write_text("".join(json.dumps(row) + "\n" for row in make_rows()))
     prompts.write_text('{"prompt": "say a"}\n{"prompt": "say b"}\n')
-    flags = ["--model_name_or_path", model_dir, "--dataset_name", data, "--max_steps", 12, "--save_steps", 2]
-    flags += ["--learning_rate", 1e-3, "--logging_steps", 1, "--use_cpu", "--bf16", "false", "--report_to", "none"]
-    flags += ["--forgetting_eval_steps", 4, "--forgetting_suite", suite, "--forgetting_prompts", prompts]
+    flags = [
+        "--model_name_or_path",
+        model_dir,
+        "--dataset_name",
+        data,
+        "--max_steps",
+        12,
+        "--save_steps",
+        2,
+    ]
+    flags += [
+        "--learning_rate",
+        1e-3,
+        "--logging_steps",
+        1,
+        "--use_cpu",
+        "--bf16",
+        "false",
+        "--report_to",
+        "none",
+    ]
+    flags += [
+        "--forgetting_eval_steps",
+        4,
+        "--forgetting_suite",
+        suite,
+        "--forgetting_prompts",
+        prompts,
+    ]
     flags += ["--resume_from_checkpoint", "true", "--output_dir"]
     commands = (["train", *flags, tmp_path / name] for name in ("whole", "killed"))
     report, log = run_killed(tmp_path, *commands, seed)
@@ -93,7 +136,12 @@ def test_compare(model_dir, task_path, tmp_path):  # noqa: F811
     data, held_out = tmp_path / "data.jsonl", tmp_path / "held_out.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in make_rows()))
     held_out.write_text("".join(json.dumps(row) + "\n" for row in make_rows(20)[16:]))
-    train = {"model_name_or_path": str(model_dir), "dataset_name": str(data), "max_steps": 4, "save_steps": 2}
+    train = {
+        "model_name_or_path": str(model_dir),
+        "dataset_name": str(data),
+        "max_steps": 4,
+        "save_steps": 2,
+    }
     train |= {"learning_rate": 1e-3, "use_cpu": True, "bf16": False, "report_to": "none"}
     evaluate = {"target_tasks": ["tiny"], "general_tasks": ["copy"], "include_path": task_path}
     evaluate |= {"held_out": str(held_out), "drift_prompts": 4, "max_new_tokens": 8}
@@ -101,13 +149,17 @@ def test_compare(model_dir, task_path, tmp_path):  # noqa: F811
     for name in ("whole", "killed"):
         recipe = {"output_dir": str(tmp_path / name), "objectives": {"sft": {"gate": "sft"}}}
         (tmp_path / f"{name}.yaml").write_text(
-            yaml.safe_dump({**recipe, "train": train, "evaluate": evaluate, "keep_checkpoints": "chosen"})
+            yaml.safe_dump(
+                {**recipe, "train": train, "evaluate": evaluate, "keep_checkpoints": "chosen"}
+            )
         )
         commands.append(["compare", "--config", tmp_path / f"{name}.yaml"])
     report, log = run_killed(tmp_path, *commands, seed=0, kills=4)
     assert report["code"] == 0, log[-3000:]
     assert report["killed"] >= 2, report
-    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "killed"))
+    one, two = (
+        json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "killed")
+    )
     measured = [name for name in one if name not in ("environment", "kept", "recipe")]
     assert {"base", "objectives", "failed"} <= set(measured)
     for name in measured:

@@ -1,4 +1,7 @@
-"""From what a user calls a model to a folder: a GGUF file computes as the model it was made of, or is refused."""
+"""
+From what a user calls a model to a folder: a GGUF file computes as the model it was made of, or is
+refused.
+"""
 
 import gguf
 import numpy as np
@@ -94,7 +97,9 @@ def write_gguf(file, model, change=lambda writer: None, without=()):
 
 
 def divisors(model):
-    """By what each frequency of a scaled rope is divided, from transformers' own frequencies; float32."""
+    """
+    By what each frequency of a scaled rope is divided, from transformers' own frequencies; float32.
+    """
     rope, device = model.config.rope_parameters, torch.device("cpu")
     scaled = ROPE_INIT_FUNCTIONS[rope["rope_type"]](model.config, device)[0]
     plain = 1 / rope["rope_theta"] ** (torch.arange(HEAD_DIM // 2) / (HEAD_DIM // 2))
@@ -115,7 +120,9 @@ def write_rope(writer, name, model):
 def test_a_converted_model_computes_as_the_one_the_file_was_made_of(name, tmp_path):
     model = make_llama(ROPES[name])
     file = write_gguf(tmp_path / "m.gguf", model, lambda writer: write_rope(writer, name, model))
-    found = AutoModelForCausalLM.from_pretrained(models.resolve_model(str(file)), dtype=torch.float32).eval()
+    found = AutoModelForCausalLM.from_pretrained(
+        models.resolve_model(str(file)), dtype=torch.float32
+    ).eval()
     ids = torch.randint(3, VOCABULARY, (1, 300), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         torch.testing.assert_close(found(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
@@ -127,16 +134,36 @@ def test_a_converted_model_computes_as_the_one_the_file_was_made_of(name, tmp_pa
 def test_gemma_27b_has_the_scale_of_attention_that_llama_cpp_gives_it(layers, tmp_path):
     """llama.cpp takes width / heads where there are 46 layers; the file has no key for it."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 1, "num_key_value_heads": 1}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 32,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+    }
     scalar = 64 if layers == 46 else 256
     config = Gemma2Config(
-        **sizes, vocab_size=VOCABULARY, num_hidden_layers=layers, head_dim=16, query_pre_attn_scalar=scalar
+        **sizes,
+        vocab_size=VOCABULARY,
+        num_hidden_layers=layers,
+        head_dim=16,
+        query_pre_attn_scalar=scalar,
     )
     config.initializer_range = 0.2
     model = Gemma2ForCausalLM(config).eval()
     writer = gguf.GGUFWriter(str(tmp_path / "m.gguf"), "gemma2")
-    numbers = {"context_length": 8192, "block_count": layers, "embedding_length": 64, "feed_forward_length": 32}
-    numbers |= {"head_count": 1, "head_count_kv": 1, "key_length": 16, "value_length": 16, "sliding_window": 4096}
+    numbers = {
+        "context_length": 8192,
+        "block_count": layers,
+        "embedding_length": 64,
+        "feed_forward_length": 32,
+    }
+    numbers |= {
+        "head_count": 1,
+        "head_count_kv": 1,
+        "key_length": 16,
+        "value_length": 16,
+        "sliding_window": 4096,
+    }
     for name, value in {**numbers, "layer_norm_rms_eps": 1e-6}.items():
         getattr(writer, f"add_{name}")(value)
     writer.add_tokenizer_model("gpt2")
@@ -150,14 +177,20 @@ def test_gemma_27b_has_the_scale_of_attention_that_llama_cpp_gives_it(layers, tm
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    found = AutoModelForCausalLM.from_pretrained(models.resolve_model(str(tmp_path / "m.gguf")), dtype=torch.float32)
+    found = AutoModelForCausalLM.from_pretrained(
+        models.resolve_model(str(tmp_path / "m.gguf")), dtype=torch.float32
+    )
     ids = torch.randint(3, VOCABULARY, (1, 30), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        torch.testing.assert_close(found.eval()(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            found.eval()(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4
+        )
 
 
 REFUSED = {
-    "rope.scaling.type='longrope'": lambda writer: writer.add_string("llama.rope.scaling.type", "longrope"),
+    "rope.scaling.type='longrope'": lambda writer: writer.add_string(
+        "llama.rope.scaling.type", "longrope"
+    ),
     "the rope factors 'rope_factors_long.weight'": lambda writer: writer.add_tensor(
         "rope_factors_long.weight", np.full(HEAD_DIM // 2, 2, np.float32)
     ),
@@ -168,7 +201,9 @@ REFUSED = {
     "llama.attention.sliding_window=64": lambda writer: writer.add_sliding_window(64),
     "llama.attention.causal=False": lambda writer: writer.add_causal_attention(False),
     "llama.logit_scale=0.5": lambda writer: writer.add_logit_scale(0.5),
-    "a tensor of it": lambda writer: writer.add_tensor("blk.0.attn_q.bias", np.ones(WIDTH, np.float32)),
+    "a tensor of it": lambda writer: writer.add_tensor(
+        "blk.0.attn_q.bias", np.ones(WIDTH, np.float32)
+    ),
 }
 
 
@@ -185,8 +220,12 @@ def test_what_would_be_lost_is_refused_in_one_line(what, tmp_path):
 def test_a_file_without_a_tensor_or_whole_in_parts_is_refused(tmp_path):
     model = make_llama(ROPES["default"])
     with pytest.raises(ConfigurationError, match=r"the file has no model\.norm\.weight"):
-        models.resolve_model(str(write_gguf(tmp_path / "a.gguf", model, without=("output_norm.weight",))))
-    part = write_gguf(tmp_path / "b.gguf", model, lambda writer: writer.add_uint16("split.count", 2))
+        models.resolve_model(
+            str(write_gguf(tmp_path / "a.gguf", model, without=("output_norm.weight",)))
+        )
+    part = write_gguf(
+        tmp_path / "b.gguf", model, lambda writer: writer.add_uint16("split.count", 2)
+    )
     with pytest.raises(ConfigurationError, match="one of 2 parts of a model"):
         models.resolve_model(str(part))
     (tmp_path / "c.gguf").write_bytes(part.read_bytes()[:3000])
@@ -195,7 +234,9 @@ def test_a_file_without_a_tensor_or_whole_in_parts_is_refused(tmp_path):
 
 
 def test_a_converted_model_stops_at_every_end_token_of_the_file(tmp_path):
-    file = write_gguf(tmp_path / "m.gguf", make_llama(ROPES["default"]), lambda writer: writer.add_eot_token_id(7))
+    file = write_gguf(
+        tmp_path / "m.gguf", make_llama(ROPES["default"]), lambda writer: writer.add_eot_token_id(7)
+    )
     assert GenerationConfig.from_pretrained(models.resolve_model(str(file))).eos_token_id == [2, 7]
 
 

@@ -14,14 +14,20 @@ def checkout(tmp_path, monkeypatch):
     package.mkdir(parents=True)
     (package / "provenance.py").write_text("")
     (tmp_path / ".gitignore").write_text("/runs/\n")
-    for command in (["init", "-q"], ["add", "-A"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a"]):
+    for command in (
+        ["init", "-q"],
+        ["add", "-A"],
+        ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a"],
+    ):
         subprocess.run(["git", "-C", tmp_path, *command], check=True)
     monkeypatch.setattr(provenance, "__file__", str(package / "provenance.py"))
     return tmp_path
 
 
 def test_untracked_and_changed_files_are_noticed(checkout):
-    head = subprocess.run(["git", "-C", checkout, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
+    head = subprocess.run(
+        ["git", "-C", checkout, "rev-parse", "HEAD"], capture_output=True, text=True
+    ).stdout
     assert provenance.commit() == head[:12]
     (checkout / "runs").mkdir()
     (checkout / "runs" / "out.json").write_text("{}")  # ignored

@@ -1,5 +1,6 @@
 """
-Gates of each kind train SmolLM2-135M-Instruct for a few steps, full and LoRA, packed and not, and resume exactly.
+Gates of each kind train SmolLM2-135M-Instruct for a few steps, full and LoRA, packed and not, and
+resume exactly.
 
 Every gate does so with a tiny model in tests/training/test_objectives.py.
 """
@@ -15,7 +16,13 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eaft import EAFTConfig, EAFTTrainer
-from eaft.evaluation.drift import PROMPTS, BaseAnswers, answer_log_probs, read_prompts, sample_answers
+from eaft.evaluation.drift import (
+    PROMPTS,
+    BaseAnswers,
+    answer_log_probs,
+    read_prompts,
+    sample_answers,
+)
 from eaft.models import resolve_model
 from eaft.objective.registry import GATES
 from eaft.objective.statistics import kl_divergence
@@ -63,7 +70,9 @@ def train(model, rows, path, resume=None, **settings):
 @pytest.mark.parametrize(
     ("gate", "setting"),
     every_gate_once(
-        ["packed LoRA", "packed full", "loose LoRA", "loose full"], (*KINDS, "sft", "flow", "psft"), ("asft",)
+        ["packed LoRA", "packed full", "loose LoRA", "loose full"],
+        (*KINDS, "sft", "flow", "psft"),
+        ("asft",),
     ),
 )
 def test_trains_and_resumes_exactly(gate, setting, smollm2, rows, tmp_path):
@@ -81,7 +90,9 @@ def test_trains_and_resumes_exactly(gate, setting, smollm2, rows, tmp_path):
         assert abs(logs[0]["kl"]) < 1e-5 < logs[2]["kl"]
 
     resumed = train(smollm2, rows, tmp_path, str(tmp_path / "checkpoint-2"), **settings)
-    assert [log["loss"] for log in resumed.state.log_history if "loss" in log] == [log["loss"] for log in logs]
+    assert [log["loss"] for log in resumed.state.log_history if "loss" in log] == [
+        log["loss"] for log in logs
+    ]
     changed = 0
     for p, q in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(p, q)
@@ -91,7 +102,9 @@ def test_trains_and_resumes_exactly(gate, setting, smollm2, rows, tmp_path):
 
 @torch.no_grad()
 def test_drift_of_the_largest_probabilities_is_that_of_all_within_a_hundredth(smollm2):
-    base, tokenizer = (kind.from_pretrained(smollm2) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    base, tokenizer = (
+        kind.from_pretrained(smollm2) for kind in (AutoModelForCausalLM, AutoTokenizer)
+    )
     texts = [
         tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         for prompt in read_prompts(str(PROMPTS), 3)
@@ -100,8 +113,13 @@ def test_drift_of_the_largest_probabilities_is_that_of_all_within_a_hundredth(sm
     tuned = AutoModelForCausalLM.from_pretrained(smollm2).eval()
     torch.manual_seed(0)
     for parameter in tuned.parameters():
-        parameter.add_(0.03 * parameter.std() * torch.randn_like(parameter) if parameter.ndim > 1 else 0)
+        parameter.add_(
+            0.03 * parameter.std() * torch.randn_like(parameter) if parameter.ndim > 1 else 0
+        )
     sums, counts = BaseAnswers.record(base, answers).drift(tuned)
-    whole = sum(kl_divergence(answer_log_probs(base, a), answer_log_probs(tuned, a)).sum().item() for a in answers)
+    whole = sum(
+        kl_divergence(answer_log_probs(base, a), answer_log_probs(tuned, a)).sum().item()
+        for a in answers
+    )
     assert whole / counts.sum() > 0.01
     assert 0.99 * whole < sums.sum() < whole

@@ -1,4 +1,7 @@
-"""What is published is whole: the sdist of the repository, the wheel of the sdist, as `python -m build` makes them."""
+"""
+What is published is whole: the sdist of the repository, the wheel of the sdist, as `python -m
+build` makes them.
+"""
 
 import os
 import re
@@ -14,11 +17,16 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
-BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
+BUILD = (
+    "import sys; from setuptools import build_meta; print(getattr(build_meta,"
+    " sys.argv[1])(sys.argv[2]))"
+)
 
 
 def build(kind, source, target):
-    done = subprocess.run([sys.executable, "-c", BUILD, kind, target], cwd=source, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", BUILD, kind, target], cwd=source, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return target / done.stdout.split()[-1]
 
@@ -26,7 +34,11 @@ def build(kind, source, target):
 def files(folder):
     """The files of a folder, but for what setuptools writes about them."""
     found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return {path.as_posix() for path in found if not any(part.endswith(".egg-info") for part in path.parts)}
+    return {
+        path.as_posix()
+        for path in found
+        if not any(part.endswith(".egg-info") for part in path.parts)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +47,9 @@ def repository(tmp_path_factory):
     if not (ROOT / ".git").exists():
         pytest.skip("not the repository")
     copy = tmp_path_factory.mktemp("repository")
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     for name in filter(None, listed.split("\0")):
         if (ROOT / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
@@ -67,16 +81,25 @@ def test_the_sdist_has_what_the_repository_has(repository, sdist):
 
 def test_the_wheel_has_every_file_of_the_package_and_nothing_else(repository, wheel):
     ours = {name for name in files(wheel) if name.startswith("eaft/")}
-    assert ours == {name.removeprefix("src/") for name in files(repository) if name.startswith("src/")}
-    assert {"eaft/py.typed", "eaft/inspection/page/index.html", "eaft/training/replay_prompts.jsonl"} <= ours
+    assert ours == {
+        name.removeprefix("src/") for name in files(repository) if name.startswith("src/")
+    }
+    assert {
+        "eaft/py.typed",
+        "eaft/inspection/page/index.html",
+        "eaft/training/replay_prompts.jsonl",
+    } <= ours
     assert all(re.match(r"eaft(/|-[\d.]+\w*\.dist-info/)", name) for name in files(wheel))
 
 
 def test_the_wheel_runs_without_the_repository(wheel, tmp_path):
-    # The environment that the tests run in has the dependencies, and the repository itself: the wheel comes before it
+    # The environment that the tests run in has the dependencies, and the repository itself: the
+    # wheel comes before it
     env = {**os.environ, "PYTHONPATH": str(wheel)}
     code = "import eaft, eaft.cli; print(eaft.__file__); eaft.cli.main(['--help'])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.startswith(str(wheel))
     assert "eaft COMMAND --help" in done.stdout

@@ -21,7 +21,9 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("root")
     for name in ("benchmarks", "recipes"):
         (root / name).symlink_to(ROOT / name)
-    rows = [{"question": f"{i} + 1?", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"} for i in range(100)]
+    rows = [
+        {"question": f"{i} + 1?", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"} for i in range(100)
+    ]
     rows.insert(3, {"question": "Long?", "answer": "x" * 240})
     for split, first in (("train", 0), ("test", 1000)):
         own = [{**row, "question": f"{first} + {row['question']}"} for row in rows]
@@ -36,7 +38,10 @@ def read(file):
 
 def test_what_is_trained_on_chosen_by_and_scored_is_apart(root):
     for name, sizes in (("gsm8k", (32, 64, 50)), ("function_calls", (48, 32, 68))):
-        parts = [read(root / "runs/replication/data" / f"{name}_{p}.jsonl") for p in ("train", "held_out", "test")]
+        parts = [
+            read(root / "runs/replication/data" / f"{name}_{p}.jsonl")
+            for p in ("train", "held_out", "test")
+        ]
         assert tuple(map(len, parts)) == sizes
         prompts = [row["prompt"][0]["content"] for part in parts for row in part]
         assert len(set(prompts)) == len(prompts)
@@ -46,7 +51,11 @@ def test_what_is_trained_on_chosen_by_and_scored_is_apart(root):
 @pytest.mark.parametrize("name", ["gsm8k", "function_calls"])
 def test_a_recipe_can_be_run(root, name, model_dir, monkeypatch):
     monkeypatch.chdir(root)
-    overrides = {"model_name_or_path": str(model_dir), "objectives": ["sft", "eaft", "talr"], "seeds": [0]}
+    overrides = {
+        "model_name_or_path": str(model_dir),
+        "objectives": ["sft", "eaft", "talr"],
+        "seeds": [0],
+    }
     recipe = read_recipe(f"benchmarks/replication/{name}.yaml", overrides)
     runs = plan_runs(recipe, None)
     assert len(runs) == 3 * len(recipe.learning_rates)

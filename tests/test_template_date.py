@@ -1,4 +1,7 @@
-"""Templates that write the date write one date for a whole run, which a resumed run and all that belongs to it keep."""
+"""
+Templates that write the date write one date for a whole run, which a resumed run and all that
+belongs to it keep.
+"""
 
 import json
 
@@ -33,7 +36,9 @@ def dated_tokenizer():
 
 
 def first_line(tokenizer):
-    return tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False).splitlines()[0]
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False
+    ).splitlines()[0]
 
 
 @pytest.fixture
@@ -59,7 +64,9 @@ def test_a_template_writes_the_fixed_date_and_then_the_clocks_again(on):
         assert (template_today(), first_line(tokenizer)) == (SOME_DAY, "29 Feb 2024 00:00")
         on(2)
     assert first_line(tokenizer) == "01 Dec 2026 07:31"
-    with pytest.raises(ConfigurationError, match="template_date='29 Feb': expected a date, as 2026-11-29"):
+    with pytest.raises(
+        ConfigurationError, match="template_date='29 Feb': expected a date, as 2026-11-29"
+    ):
         template_date("29 Feb").__enter__()
 
 
@@ -67,7 +74,9 @@ def test_only_a_template_that_writes_the_date_is_another_on_another_day():
     digests = {}
     for day in (SOME_DAY, "2024-03-01"):
         with template_date(day):
-            digests[day] = [tokenizer_digest(tokenizer) for tokenizer in (make_tokenizer(), dated_tokenizer())]
+            digests[day] = [
+                tokenizer_digest(tokenizer) for tokenizer in (make_tokenizer(), dated_tokenizer())
+            ]
     (plain, dated), (plain_after, dated_after) = digests.values()
     assert plain == plain_after
     assert dated != dated_after
@@ -76,24 +85,48 @@ def test_only_a_template_that_writes_the_date_is_another_on_another_day():
 def test_prepared_rows_have_the_runs_date_whatever_datasets_has_cached(tmp_path, model_dir):
     rows = [{"messages": [{"role": "user", "content": row["prompt"]}]} for row in make_rows(3)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = {"model_name_or_path": str(model_dir), "dataset_name": str(tmp_path / "rows.jsonl"), "use_cpu": True}
-    (tmp_path / "train.yaml").write_text(yaml.safe_dump({**flags, "output_dir": str(tmp_path / "out")}))
-    (script_args, args, _, dataset_args, _), _, _ = parse(["--config", str(tmp_path / "train.yaml")])
+    flags = {
+        "model_name_or_path": str(model_dir),
+        "dataset_name": str(tmp_path / "rows.jsonl"),
+        "use_cpu": True,
+    }
+    (tmp_path / "train.yaml").write_text(
+        yaml.safe_dump({**flags, "output_dir": str(tmp_path / "out")})
+    )
+    (script_args, args, _, dataset_args, _), _, _ = parse(
+        ["--config", str(tmp_path / "train.yaml")]
+    )
     for day, text in (("2024-02-29", "29 Feb 2024"), ("2024-03-01", "01 Mar 2024")):
         with template_date(day):
-            found = prepare_rows(dated_tokenizer(), args, load_splits(script_args, dataset_args)["train"]).cut
+            found = prepare_rows(
+                dated_tokenizer(), args, load_splits(script_args, dataset_args)["train"]
+            ).cut
         assert [dated_tokenizer().decode(row["input_ids"])[:11] for row in found] == [text] * 3
 
 
 @pytest.mark.parametrize(
     ("module", "name", "argv", "file", "content"),
     [
-        (train, "train", ["train", "--resume_from_checkpoint", "true"], "run.json", {"config": {"template_date": 1}}),
+        (
+            train,
+            "train",
+            ["train", "--resume_from_checkpoint", "true"],
+            "run.json",
+            {"config": {"template_date": 1}},
+        ),
         (inspect, "inspect", ["inspect", "m", "d"], "run.json", {"config": {"template_date": 1}}),
-        (evaluate, "evaluate", ["eval", "m", "--suite", "s"], "inputs.json", {"protocol": {"template_date": 1}}),
+        (
+            evaluate,
+            "evaluate",
+            ["eval", "m", "--suite", "s"],
+            "inputs.json",
+            {"protocol": {"template_date": 1}},
+        ),
     ],
 )
-def test_what_was_begun_goes_on_with_its_date(module, name, argv, file, content, tmp_path, monkeypatch, on):
+def test_what_was_begun_goes_on_with_its_date(
+    module, name, argv, file, content, tmp_path, monkeypatch, on
+):
     seen = []
 
     def stand_in(*args, protocol=None, **kwargs):
@@ -124,7 +157,11 @@ def test_a_comparison_has_one_date(tmp_path, model_dir, monkeypatch, on):
 
     monkeypatch.setattr(compare, "compare_on_date", stand_in)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(3)))
-    flags = {"model_name_or_path": str(model_dir), "dataset_name": str(tmp_path / "rows.jsonl"), "use_cpu": True}
+    flags = {
+        "model_name_or_path": str(model_dir),
+        "dataset_name": str(tmp_path / "rows.jsonl"),
+        "use_cpu": True,
+    }
 
     def recipe():
         config = EvaluateConfig(target_tasks=["t"], general_tasks=["g"])
@@ -133,7 +170,9 @@ def test_a_comparison_has_one_date(tmp_path, model_dir, monkeypatch, on):
     on(1)
     compare.compare(recipe())
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "compare.json").write_text(json.dumps({**compare.OURS, "template_date": "2026-12-01"}))
+    (tmp_path / "out" / "compare.json").write_text(
+        json.dumps({**compare.OURS, "template_date": "2026-12-01"})
+    )
     on(2)
     again = recipe()
     compare.compare(again)

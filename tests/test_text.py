@@ -1,4 +1,7 @@
-"""Text of others stays text, as a Markdown parser of its own reads it, and sends a terminal nothing but characters."""
+"""
+Text of others stays text, as a Markdown parser of its own reads it, and sends a terminal nothing
+but characters.
+"""
 
 import io
 import logging
@@ -11,9 +14,20 @@ from eaft.text import VisibleRecord, block, code, markdown, markdown_strings, ta
 
 PARSER = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
 SIGNS = st.text(st.sampled_from("\\`*_[]()<>!&#|~$+-=.:/ \t\n\r\x1b\u202e\x85a1;"), max_size=12)
-WORDS = st.lists(st.sampled_from(["<b>", "![x](y)", "&amp;", "# ", "- ", "1. ", "**b**", "_i_", "x_y", "`", "|", "\\"]))
+WORDS = st.lists(
+    st.sampled_from(
+        ["<b>", "![x](y)", "&amp;", "# ", "- ", "1. ", "**b**", "_i_", "x_y", "`", "|", "\\"]
+    )
+)
 TEXTS = st.one_of(st.text(), SIGNS, WORDS.map("".join))
-ESCAPES = {0x1B: "\\x1b", 0x202E: "\\u202e", 0x7F: "\\x7f", 0x85: "\\x85", 0xD800: "\\ud800", 0x2028: "\\u2028"}
+ESCAPES = {
+    0x1B: "\\x1b",
+    0x202E: "\\u202e",
+    0x7F: "\\x7f",
+    0x85: "\\x85",
+    0xD800: "\\ud800",
+    0x2028: "\\u2028",
+}
 
 
 def tokens(text):
@@ -23,7 +37,9 @@ def tokens(text):
 def words(text):
     """Return the text that a piece of Markdown shows, and what kinds of token it is made of."""
     found = [token for token in tokens(text) if token.type != "inline"]
-    shown = "".join(token.content for token in found if token.type in ("text", "text_special", "code_inline"))
+    shown = "".join(
+        token.content for token in found if token.type in ("text", "text_special", "code_inline")
+    )
     return shown, {token.type for token in found}
 
 
@@ -35,7 +51,9 @@ def test_markdown_shows_text_as_it_is(text):
         shown, kinds = words(around.format(markdown(text)))
         assert kinds <= plain | {"text", "text_special"}, around
         if around == "one {} two":
-            assert " ".join(shown.split()) == " ".join(f"one {visible(text, lines=False)} two".split())
+            assert " ".join(shown.split()) == " ".join(
+                f"one {visible(text, lines=False)} two".split()
+            )
 
 
 @given(TEXTS)
@@ -43,8 +61,15 @@ def test_code_and_block(text):
     shown, kinds = words(f"Target: {code(text)}")
     assert kinds == {"paragraph_open", "paragraph_close", "text", "code_inline"}
     assert shown.strip() == f"Target: {visible(text, lines=False)}".strip()
-    found = [token for token in tokens(f"Prompt:\n\n{block(text)}\n\nAfter") if token.type != "inline"]
-    assert {token.type for token in found} <= {"paragraph_open", "paragraph_close", "text", "code_block"}
+    found = [
+        token for token in tokens(f"Prompt:\n\n{block(text)}\n\nAfter") if token.type != "inline"
+    ]
+    assert {token.type for token in found} <= {
+        "paragraph_open",
+        "paragraph_close",
+        "text",
+        "code_block",
+    }
 
 
 @given(TEXTS, TEXTS)
@@ -69,7 +94,10 @@ def test_common_names_are_unchanged_and_hidden_characters_shown():
     for point, escape in ESCAPES.items():
         assert visible(f"a{chr(point)}\n\tb") == f"a{escape}\n\tb"
         assert visible(f"{chr(point)}\n", lines=False) == escape + "\\n"
-    assert markdown_strings({"<b>": ["`", 1.5, None], "p_holm": True}) == {"\\<b>": ["\\`", 1.5, None], "p_holm": True}
+    assert markdown_strings({"<b>": ["`", 1.5, None], "p_holm": True}) == {
+        "\\<b>": ["\\`", 1.5, None],
+        "p_holm": True,
+    }
 
 
 def test_log_messages(monkeypatch):

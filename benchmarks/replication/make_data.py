@@ -1,10 +1,12 @@
 """
-Write the data of the replication's recipes into runs/replication/data: prompt and completion, JSON Lines.
+Write the data of the replication's recipes into runs/replication/data: prompt and completion, JSON
+Lines.
 
     python benchmarks/replication/make_data.py ../shared/data
 
-from the repository's root; the folder holds `gsm8k_train.jsonl` and `gsm8k_test.jsonl` (`question`, `answer`, as on the
-Hub). What is trained on, what chooses the checkpoint (`held_out`), and what is scored share no row.
+from the repository's root; the folder holds `gsm8k_train.jsonl` and `gsm8k_test.jsonl` (`question`,
+`answer`, as on the Hub). What is trained on, what chooses the checkpoint (`held_out`), and what is
+scored share no row.
 """
 
 import argparse
@@ -13,13 +15,17 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-CHARACTERS = 240  # of a question and its answer together, at most: what two CPU cores can go over often
+CHARACTERS = (
+    240  # of a question and its answer together, at most: what two CPU cores can go over often
+)
 DEMO = Path(__file__).parents[2] / "recipes" / "demo" / "data"
 
 
 def main() -> None:
     """Write all files."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data_dir", type=Path, help="holds GSM8K")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/replication/data"))
     flags = parser.parse_args()
@@ -34,7 +40,9 @@ def main() -> None:
         "function_calls_held_out": demo["test"][68:],
         "function_calls_test": demo["test"][:68],
     }.items():
-        (flags.output_dir / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (flags.output_dir / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows)
+        )
 
 
 def gsm8k(file: Path) -> list[Row]:

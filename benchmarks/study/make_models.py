@@ -1,10 +1,11 @@
 """
-Write the study's base models: the real one, and the same made surer of itself, as safetensors in runs/study/models.
+Write the study's base models: the real one, and the same made surer of itself, as safetensors in
+runs/study/models.
 
     python benchmarks/study/make_models.py "$(python recipes/demo/find_model.py)"
 
-`s2` is the model with its logits times 2: the weight of its last norm is scaled, so that all it has learned and every
-first choice stay as they are, and only its certainty changes.
+`s2` is the model with its logits times 2: the weight of its last norm is scaled, so that all it has
+learned and every first choice stay as they are, and only its certainty changes.
 """
 
 import argparse
@@ -19,10 +20,17 @@ SHARPNESS = [1.0, 1.25, 1.5, 2.0, 3.0]
 
 def main() -> None:
     """Write a folder for each sharpness that has none."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path, help="a GGUF file")
     parser.add_argument(
-        "--sharpness", type=float, nargs="+", default=SHARPNESS, metavar="S", help="what logits are multiplied by"
+        "--sharpness",
+        type=float,
+        nargs="+",
+        default=SHARPNESS,
+        metavar="S",
+        help="what logits are multiplied by",
     )
     parser.add_argument("--output_dir", type=Path, default=Path("runs/study/models"))
     flags = parser.parse_args()

@@ -3,9 +3,10 @@ Write the study's data into runs/study/data: prompt and completion, JSON Lines.
 
     python -m benchmarks.study.make_rows ../shared/data
 
-from the repository's root; the folder holds `gsm8k_train.jsonl` and `gsm8k_test.jsonl` (`question`, `answer`, as on the
-Hub). Each seed has 32 rows of its own to train on (`gsm8k-0.jsonl`, ...). What is trained on, what chooses the
-checkpoint (`held_out`), and what is scored (`test`) share no row. `--demo` writes the demo's GSM8K rows into its folder
+from the repository's root; the folder holds `gsm8k_train.jsonl` and `gsm8k_test.jsonl` (`question`,
+`answer`, as on the Hub). Each seed has 32 rows of its own to train on (`gsm8k-0.jsonl`, ...). What
+is trained on, what chooses the checkpoint (`held_out`), and what is scored (`test`) share no row.
+`--demo` writes the demo's GSM8K rows into its folder
 instead: the next ones, which no seed trains on or chooses by.
 """
 
@@ -22,12 +23,16 @@ SEEDS, ROWS, HELD_OUT, TEST = 5, 32, 32, 32
 
 def main() -> None:
     """Write all files."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data_dir", type=Path, help="holds GSM8K")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/study/data"))
     parser.add_argument("--demo", action="store_true", help="the demo's rows, and no others")
     flags = parser.parse_args()
-    gsm8k, gsm8k_test = (gsm8k_rows(flags.data_dir / f"gsm8k_{split}.jsonl") for split in ("train", "test"))
+    gsm8k, gsm8k_test = (
+        gsm8k_rows(flags.data_dir / f"gsm8k_{split}.jsonl") for split in ("train", "test")
+    )
     if flags.demo:
         used = SEEDS * ROWS + HELD_OUT
         write(DEMO / "gsm8k_train.jsonl", gsm8k[used:][:ROWS])
@@ -44,7 +49,10 @@ def main() -> None:
     for seed in range(SEEDS):
         write(flags.output_dir / f"gsm8k-{seed}.jsonl", gsm8k[seed * ROWS :][:ROWS])
         # Of 80 requests each seed draws some: a few are in several seeds'
-        write(flags.output_dir / f"function_calls-{seed}.jsonl", random.Random(seed).sample(calls, ROWS))
+        write(
+            flags.output_dir / f"function_calls-{seed}.jsonl",
+            random.Random(seed).sample(calls, ROWS),
+        )
 
 
 def write(file: Path, rows: list[Row]) -> None:

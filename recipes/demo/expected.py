@@ -25,14 +25,18 @@ CASES = {
 
 def main() -> None:
     """Read both, and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="where both wrote")
     folder = parser.parse_args().folder
     cases = [read(folder / "inspect" / name, folder / name, about) for name, about in CASES.items()]
     text = report(cases)
     (folder / "demo.md").write_text(text)
     draw(cases, folder / "demo.png")
-    print(f"\n{text}\nWritten to {folder}: demo.md, demo.png; what is behind them, in folders beside.")
+    print(
+        f"\n{text}\nWritten to {folder}: demo.md, demo.png; what is behind them, in folders beside."
+    )
 
 
 def read(inspected: Path, compared: Path, about: str) -> Numbers:
@@ -67,12 +71,20 @@ def report(cases: list[Numbers]) -> str:
         ]
         for case in cases
     ]
-    headers = ["data and model", "nll in conflicts", "expected", "found", "as expected", "best held-out nll"]
+    headers = [
+        "data and model",
+        "nll in conflicts",
+        "expected",
+        "found",
+        "as expected",
+        "best held-out nll",
+    ]
     return (
         tabulate(rows, headers, tablefmt="github", disable_numparse=True)
-        + "\n\nExpected and found: EAFT's drift less SFT's at the same held-out nll, as a share of SFT's, with its 95% "
-        "interval (expected: of\none run; found: over prompts and held-out answers, with one seed). As expected: "
-        "what was found lies in the interval\nthat was expected. Best held-out nll: EAFT's less SFT's, in nats.\n"
+        + "\n\nExpected and found: EAFT's drift less SFT's at the same held-out nll, as a share of"
+        " SFT's, with its 95% interval (expected: of\none run; found: over prompts and held-out"
+        " answers, with one seed). As expected: what was found lies in the interval\nthat was"
+        " expected. Best held-out nll: EAFT's less SFT's, in nats.\n"
     )
 
 
@@ -82,10 +94,15 @@ def percent(change: Numbers) -> str:
 
 
 def draw(cases: list[Numbers], file: Path) -> None:
-    """Draw, for each case, what was expected as a band and what was found as a point with its interval."""
+    """
+    Draw, for each case, what was expected as a band and what was found as a point with its
+    interval.
+    """
     figure, axis = plt.subplots(figsize=(8, 2.8), layout="constrained")
     for y, case in enumerate(cases):
-        expected, found = ({k: 100 * v for k, v in case[name].items()} for name in ("expected", "found"))
+        expected, found = (
+            {k: 100 * v for k, v in case[name].items()} for name in ("expected", "found")
+        )
         first = y == 0
         axis.barh(
             y,

@@ -1,4 +1,6 @@
-"""eaft: Entropy-Adaptive Fine-Tuning (arXiv:2601.02151) for Hugging Face TRL, transformers and PEFT."""
+"""
+eaft: Entropy-Adaptive Fine-Tuning (arXiv:2601.02151) for Hugging Face TRL, transformers and PEFT.
+"""
 
 from importlib import import_module
 from importlib.metadata import version
@@ -40,7 +42,8 @@ MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    # torch and TRL take seconds to import: each name brings what it needs, and `eaft --help` neither
+    # torch and TRL take seconds to import: each name brings what it needs, and `eaft --help`
+    # neither
     if name == "gates":
         return import_module("eaft.objective.gates")
     if name in MODULES:

@@ -1,4 +1,7 @@
-"""`python -m eaft`, for launchers: `torchrun -m eaft train ...`, `accelerate launch -m eaft train ...`."""
+"""
+`python -m eaft`, for launchers: `torchrun -m eaft train ...`, `accelerate launch -m eaft train
+...`.
+"""
 
 from eaft.cli import main
 

@@ -17,9 +17,9 @@ DESCRIPTION = """
 Entropy-Adaptive Fine-Tuning: fine-tune a language model without making it worse at everything else.
 
   eaft train     fine-tune with a gate on each token's loss (takes the flags and YAML of `trl sft`)
-  eaft eval      score a model on suites of tasks; with --base, say what fine-tuning gained and forgot
+  eaft eval      score a model on suites of tasks; with --base, say what it gained and forgot
   eaft compare   train with several objectives from one base, and show what each gained and forgot
-  eaft inspect   score data through a model: which tokens it fights, what each gate would do, is the data right?
+  eaft inspect   score data through a model: which tokens it fights, what gates do, is it right?
   eaft view      look around in what `inspect`, `compare` or `eval` wrote, in the browser
   eaft cache     say what has been measured and kept, or clear it
   eaft env       print versions and machine, for bug reports; with --check, test this machine
@@ -38,7 +38,10 @@ MODULES = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; errors that are the user's to mend end with one message and exit code 2, Ctrl-C with 130."""
+    """
+    Run a command; errors that are the user's to mend end with one message and exit code 2, Ctrl-C
+    with 130.
+    """
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         prog="eaft",
@@ -66,7 +69,11 @@ def main(argv: list[str] | None = None) -> int:
         if (file := disk_full(error)) is None:
             raise
         where = f" ({file} could not be written)" if file else ""
-        tell(command, f"error: the disk is full{where}: free some space (`eaft cache` says what is kept), and go on.")
+        tell(
+            command,
+            f"error: the disk is full{where}: free some space (`eaft cache` says what is kept), and"
+            " go on.",
+        )
         return 2
 
 
@@ -80,9 +87,13 @@ def tell(command: str, message: str) -> None:
 
 def env(argv: list[str]) -> int:
     """Print versions and machine as JSON, or test the machine; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="eaft env", description="Print versions and machine, for bug reports.")
+    parser = argparse.ArgumentParser(
+        prog="eaft env", description="Print versions and machine, for bug reports."
+    )
     parser.add_argument(
-        "--check", action="store_true", help="test the loss on this machine instead: is it right, and how fast is it?"
+        "--check",
+        action="store_true",
+        help="test the loss on this machine instead: is it right, and how fast is it?",
     )
     if parser.parse_args(argv).check:
         return importlib.import_module("eaft.objective.check").main()

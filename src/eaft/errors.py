@@ -1,4 +1,7 @@
-"""Errors that are the user's to mend: the command line prints their message, without a traceback, and exits with 2."""
+"""
+Errors that are the user's to mend: the command line prints their message, without a traceback, and
+exits with 2.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,10 @@ class NonFiniteError(EAFTError, ArithmeticError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return `" Did you mean 'x'?"` for the known name closest to `name`, or an empty string if none is close."""
+    """
+    Return `" Did you mean 'x'?"` for the known name closest to `name`, or an empty string if none
+    is close.
+    """
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
 
@@ -31,11 +37,16 @@ def first_line(error: BaseException) -> str:
 
 
 def disk_full(error: BaseException | None) -> str | None:
-    """Return the file that a full disk kept from being written ("" if that is unknown); None for another error."""
+    """
+    Return the file that a full disk kept from being written ("" if that is unknown); None for
+    another error.
+    """
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return str(error.filename or "")
-        if "No space left on device" in str(error):  # safetensors and pyarrow raise errors of their own
+        if "No space left on device" in str(
+            error
+        ):  # safetensors and pyarrow raise errors of their own
             return ""
         error = error.__cause__ or error.__context__
     return None

@@ -1,4 +1,6 @@
-"""What users and earlier runs wrote: files and settings, read and checked, or refused with one line."""
+"""
+What users and earlier runs wrote: files and settings, read and checked, or refused with one line.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,15 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, StrictInt, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    StrictBool,
+    StrictInt,
+    TypeAdapter,
+    ValidationError,
+)
 
 from eaft.errors import ConfigurationError, nearest
 
@@ -31,7 +41,9 @@ def no_nul(value: str) -> str:
 Count = Annotated[StrictInt, Field(ge=1)]
 NotNegative = Annotated[StrictInt, Field(ge=0)]
 Seed = Annotated[StrictInt, Field(ge=0, lt=2**32)]  # what NumPy takes
-Finite = Annotated[float, BeforeValidator(no_bool), Field(allow_inf_nan=False)]  # also "3e-5", which YAML reads as text
+Finite = Annotated[
+    float, BeforeValidator(no_bool), Field(allow_inf_nan=False)
+]  # also "3e-5", which YAML reads as text
 FiniteNotNegative = Annotated[Finite, Field(ge=0)]
 Positive = Annotated[Finite, Field(gt=0)]
 Share = Annotated[Finite, Field(ge=0, lt=1)]
@@ -42,14 +54,16 @@ adapter = functools.cache(TypeAdapter)
 
 def check(kind: Any, value: Any, where: str) -> Any:
     """
-    Return a value as pydantic makes it of `kind`: a type with its bounds, or a dataclass of such fields.
+    Return a value as pydantic makes it of `kind`: a type with its bounds, or a dataclass of such
+    fields.
 
     Args:
-        where: what begins the message: the file, or the setting that the value is of; empty for flags, whose names are
-            the fields'.
+        where: what begins the message: the file, or the setting that the value is of; empty for
+            flags, whose names are the fields'.
 
     Raises:
-        ConfigurationError: it is not of this kind; says which field is wrong first, its value, and what is expected.
+        ConfigurationError: it is not of this kind; says which field is wrong first, its value, and
+            what is expected.
     """
     try:
         return adapter(kind).validate_python(value)
@@ -59,19 +73,29 @@ def check(kind: Any, value: Any, where: str) -> Any:
 
 def explain(error: ValidationError, kind: Any, where: str) -> str:
     """Return the first of pydantic's complaints as one line."""
-    unknown, begin = ("unexpected_keyword_argument", "extra_forbidden"), f"{where}: " if where else ""
+    unknown, begin = (
+        ("unexpected_keyword_argument", "extra_forbidden"),
+        f"{where}: " if where else "",
+    )
     # An unknown name first: it is often another field's that is missing
-    problem = min(error.errors(include_url=False), key=lambda problem: problem["type"] not in unknown)
+    problem = min(
+        error.errors(include_url=False), key=lambda problem: problem["type"] not in unknown
+    )
     # Tags of a union's members are no part of the path that the user wrote
     place = ".".join(str(part) for part in problem["loc"] if not str(part).endswith(("]", ")")))
     if problem["type"] in unknown:
         name = str(problem["loc"][-1])
         inside = "".join(f"{part}: " for part in problem["loc"][:-1])
-        return f"{begin}{inside}{name!r} is unknown.{nearest(name, field_names(kind, problem['loc'][:-1]))}"
+        return (
+            f"{begin}{inside}{name!r} is"
+            f" unknown.{nearest(name, field_names(kind, problem['loc'][:-1]))}"
+        )
     if problem["type"] in ("missing", "missing_argument"):
         return f"{begin}{place} is missing."
     reason = problem["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
-    reason = reason.replace("List should have", "expected a list of").replace("Dictionary should have", "expected")
+    reason = reason.replace("List should have", "expected a list of").replace(
+        "Dictionary should have", "expected"
+    )
     got = short(problem["input"])
     return f"{begin}{place}={got}: {reason}." if place else f"{begin}{reason}, got {got}."
 
@@ -90,7 +114,10 @@ def short(value: Any) -> str:
 
 
 class UniqueKeys(yaml.SafeLoader):
-    """YAML's safe loader, but for a key that stands twice: YAML says it is an error, and PyYAML takes the last."""
+    """
+    YAML's safe loader, but for a key that stands twice: YAML says it is an error, and PyYAML takes
+    the last.
+    """
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         """Return a mapping; see the class."""
@@ -98,7 +125,9 @@ class UniqueKeys(yaml.SafeLoader):
         for key, _ in node.value:
             name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else None
             if name in seen and name is not None:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value!r} stands twice", key.start_mark
+                )
             seen.add(name)
         return super().construct_mapping(node, deep)
 
@@ -115,7 +144,9 @@ def read_text(path: str | Path, where: str) -> str:
     except FileNotFoundError as error:
         raise ConfigurationError(f"{where}: there is no such file.") from error
     except UnicodeDecodeError as error:
-        raise ConfigurationError(f"{where} is not UTF-8 (byte {error.start}): save it as UTF-8.") from error
+        raise ConfigurationError(
+            f"{where} is not UTF-8 (byte {error.start}): save it as UTF-8."
+        ) from error
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"{where} cannot be read. ({error})") from error
 
@@ -153,16 +184,24 @@ def read_json(path: Path, kind: Any, way: str) -> Any:
         way: what the user can do about a file that cannot be used.
 
     Raises:
-        ConfigurationError: it is truncated, not JSON, or of another form: of another version, perhaps, or not ours.
+        ConfigurationError: it is truncated, not JSON, or of another form: of another version,
+            perhaps, or not ours.
     """
     return parsed(read_text(path, str(path)), kind, str(path), way)
 
 
 def read_jsonl(path: Path, kind: Any, way: str) -> list[Any]:
-    """Return the lines of a JSON Lines file, each read and checked as `read_json` does; empty ones are left out."""
+    """
+    Return the lines of a JSON Lines file, each read and checked as `read_json` does; empty ones are
+    left out.
+    """
     # Not splitlines, which also splits at the separators that JSON allows inside a string
     lines = read_text(path, str(path)).removeprefix("\ufeff").split("\n")
-    return [parsed(line, kind, f"{path}, line {n}", way) for n, line in enumerate(lines, 1) if line.strip()]
+    return [
+        parsed(line, kind, f"{path}, line {n}", way)
+        for n, line in enumerate(lines, 1)
+        if line.strip()
+    ]
 
 
 def parsed(text: str, kind: Any, where: str, way: str) -> Any:
@@ -174,4 +213,6 @@ def parsed(text: str, kind: Any, where: str, way: str) -> Any:
     try:
         return adapter(kind).validate_python(content)
     except ValidationError as error:
-        raise ConfigurationError(f"{explain(error, kind, where).removesuffix('.')}: {way}") from error
+        raise ConfigurationError(
+            f"{explain(error, kind, where).removesuffix('.')}: {way}"
+        ) from error

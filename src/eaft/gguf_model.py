@@ -1,8 +1,10 @@
 """
-A GGUF file as a model of transformers, with everything that changes the output: what is not read is refused.
+A GGUF file as a model of transformers, with everything that changes the output: what is not read is
+refused.
 
-transformers leaves out the keys and tensors that it does not know, without a word: the factors of a scaled rope make
-another model of a Llama 3.1. Here each key and tensor of the file is read, or known to change nothing, or refused.
+transformers leaves out the keys and tensors that it does not know, without a word: the factors of a
+scaled rope make another model of a Llama 3.1. Here each key and tensor of the file is read, or
+known to change nothing, or refused.
 """
 
 from __future__ import annotations
@@ -22,13 +24,29 @@ from eaft.errors import ConfigurationError
 
 # Keys below the architecture's name that the shapes of the tensors fix, or that change no output
 HARMLESS = {
-    *("block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size", "tensor_data_layout"),
-    *("attention.key_length", "attention.value_length", "expert_count", "expert_feed_forward_length"),
+    *(
+        "block_count",
+        "context_length",
+        "embedding_length",
+        "feed_forward_length",
+        "vocab_size",
+        "tensor_data_layout",
+    ),
+    *(
+        "attention.key_length",
+        "attention.value_length",
+        "expert_count",
+        "expert_feed_forward_length",
+    ),
     *("expert_shared_feed_forward_length", "rope.scaling.finetuned"),
 }
 # Values with which a key changes nothing
 NEUTRAL: dict[str, Any] = {
-    **{"attention.causal": True, "rope.scaling.attn_factor": 1.0, "rope.scaling.yarn_log_multiplier": 0.0},
+    **{
+        "attention.causal": True,
+        "rope.scaling.attn_factor": 1.0,
+        "rope.scaling.yarn_log_multiplier": 0.0,
+    },
     **{"rope.scale_linear": 1.0, "expert_weights_scale": 1.0},
 }
 # Keys that a configuration has as this field; llama.cpp's converter wrote the field's value
@@ -41,11 +59,15 @@ FIELDS = {
     "expert_used_count": "num_experts_per_tok",
     "expert_weights_norm": "norm_topk_prob",
 }
-# Layers by which llama.cpp knows Gemma's 27B models: their attention has another scale, which no key holds
-# (findings/gguf_gemma_27b.sh)
+# Layers by which llama.cpp knows Gemma's 27B models: their attention has another scale, which no
+# key holds (findings/gguf_gemma_27b.sh)
 GEMMA_27B = {"gemma2": 46, "gemma3": 62}
 ROPE_KEYS = {"rope.dimension_count", "rope.freq_base", "rope.scaling.type", "rope.scaling.factor"}
-ROPE_KEYS |= {"rope.scaling.original_context_length", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"}
+ROPE_KEYS |= {
+    "rope.scaling.original_context_length",
+    "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
+}
 ROPE_TENSOR = "rope_freqs.weight"
 # llama.cpp's converter writes frequencies made with these two, of all Llama 3.1 to 3.3
 LOW, HIGH = 1.0, 4.0
@@ -57,8 +79,9 @@ def load_gguf(path: Path) -> tuple[Any, Any]:
     Return a GGUF file's model, in float32 on the CPU, and its tokenizer.
 
     Returns:
-        the model's configuration has what transformers leaves out of it, and so computes as the file says once it is
-        saved and loaded again; its generation config has every end token that the file names.
+        the model's configuration has what transformers leaves out of it, and so computes as the
+        file says once it is saved and loaded again; its generation config has every end token that
+        the file names.
 
     Raises:
         ConfigurationError: the file has a key or a tensor that is not read and changes the output.
@@ -69,12 +92,14 @@ def load_gguf(path: Path) -> tuple[Any, Any]:
     architecture = reader.fields["general.architecture"].contents()
     prefix = f"{architecture}."
     keys = {
-        name.removeprefix(prefix): field.contents() for name, field in reader.fields.items() if name.startswith(prefix)
+        name.removeprefix(prefix): field.contents()
+        for name, field in reader.fields.items()
+        if name.startswith(prefix)
     }
     if (parts := reader.fields.get("split.count")) is not None and parts.contents() > 1:
         raise ConfigurationError(
-            f"model_name_or_path={str(path)!r} is one of {parts.contents()} parts of a model: join them with "
-            "llama.cpp's llama-gguf-split --merge, and give the whole file."
+            f"model_name_or_path={str(path)!r} is one of {parts.contents()} parts of a model: join"
+            " them with llama.cpp's llama-gguf-split --merge, and give the whole file."
         )
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -101,23 +126,33 @@ def load_gguf(path: Path) -> tuple[Any, Any]:
 def unread(path: Path, what: str) -> ConfigurationError:
     """Return the error of something in the file that changes the output and is not read."""
     return ConfigurationError(
-        f"model_name_or_path={str(path)!r}: the file has {what}, which is not read, so that another model would be "
-        f"made of it. {INSTEAD}"
+        f"model_name_or_path={str(path)!r}: the file has {what}, which is not read, so that another"
+        f" model would be made of it. {INSTEAD}"
     )
 
 
-def changed_fields(path: Path, architecture: str, keys: dict[str, Any], config: Any) -> dict[str, Any]:
+def changed_fields(
+    path: Path, architecture: str, keys: dict[str, Any], config: Any
+) -> dict[str, Any]:
     """
-    Return the fields of the configuration that the file's keys change, beside those that transformers reads.
+    Return the fields of the configuration that the file's keys change, beside those that
+    transformers reads.
 
     Raises:
         ConfigurationError: a key is unknown, or the configuration has no such field.
     """
     names = (architecture, architecture.replace("-", "_"), architecture.replace("moe", "_moe"))
-    mapping: dict[str, Any] = next((GGUF_CONFIG_MAPPING[name] for name in names if name in GGUF_CONFIG_MAPPING), {})
+    mapping: dict[str, Any] = next(
+        (GGUF_CONFIG_MAPPING[name] for name in names if name in GGUF_CONFIG_MAPPING), {}
+    )
     changes = {}
     for key, value in keys.items():
-        if mapping.get(key) is not None or key in HARMLESS or key in ROPE_KEYS or NEUTRAL.get(key) == value:
+        if (
+            mapping.get(key) is not None
+            or key in HARMLESS
+            or key in ROPE_KEYS
+            or NEUTRAL.get(key) == value
+        ):
             continue
         if key == "attention.sliding_window" and value >= keys.get("context_length", math.inf):
             continue
@@ -142,7 +177,8 @@ def changed_rope(
     path: Path, architecture: str, keys: dict[str, Any], tensors: dict[str, Any], config: Any
 ) -> dict[str, Any] | None:
     """
-    Return the configuration's `rope_parameters` as the file has them; None where they are right already.
+    Return the configuration's `rope_parameters` as the file has them; None where they are right
+    already.
 
     Raises:
         ConfigurationError: a scaling that is not read.
@@ -158,25 +194,39 @@ def changed_rope(
         if ROPE_KEYS & keys.keys() or ROPE_TENSOR in tensors:
             raise unread(path, "a rope")
         return None
-    by_layer = any(isinstance(value, dict) for value in rope.values())  # each kind of attention has its own
+    by_layer = any(
+        isinstance(value, dict) for value in rope.values()
+    )  # each kind of attention has its own
     found = dict(rope["full_attention"] if by_layer else rope)
     before = dict(found)
     if (base := keys.get("rope.freq_base")) is not None and not same(found["rope_theta"], base):
         found["rope_theta"] = base
     if kind not in (None, "none"):
-        if kind not in ("linear", "yarn") or architecture == "gpt-oss" or (by_layer and kind != "linear"):
+        if (
+            kind not in ("linear", "yarn")
+            or architecture == "gpt-oss"
+            or (by_layer and kind != "linear")
+        ):
             raise unread(path, f"{architecture}.rope.scaling.type={kind!r}")
         found.update(rope_type=kind, factor=factor)
         if kind == "yarn":
-            found["original_max_position_embeddings"] = scaling["rope.scaling.original_context_length"]
+            found["original_max_position_embeddings"] = scaling[
+                "rope.scaling.original_context_length"
+            ]
             for name in ("beta_fast", "beta_slow"):
                 if (value := scaling.get(f"rope.scaling.yarn_{name}")) is not None:
                     found[name] = value
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    share = found.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
-    if not by_layer and keys.get("rope.dimension_count", int(head_dim * share)) != int(head_dim * share):
+    share = (
+        found.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
+    )
+    if not by_layer and keys.get("rope.dimension_count", int(head_dim * share)) != int(
+        head_dim * share
+    ):
         raise unread(path, f"{architecture}.rope.dimension_count={keys['rope.dimension_count']}")
-    if ROPE_TENSOR in tensors and found["rope_type"] != "proportional":  # Gemma 4's configuration has its own
+    if (
+        ROPE_TENSOR in tensors and found["rope_type"] != "proportional"
+    ):  # Gemma 4's configuration has its own
         divisors = np.array(tensors[ROPE_TENSOR].data, dtype=np.float64).reshape(-1)
         if not np.allclose(divisors, 1, rtol=1e-6):
             if by_layer or found["rope_type"] != "default":
@@ -187,19 +237,24 @@ def changed_rope(
     return {**rope, "full_attention": found} if by_layer else found
 
 
-def llama3_rope(path: Path, divisors: np.ndarray, rope: dict[str, Any], config: Any) -> dict[str, Any]:
+def llama3_rope(
+    path: Path, divisors: np.ndarray, rope: dict[str, Any], config: Any
+) -> dict[str, Any]:
     """
-    Return the parameters of a `llama3` rope (Llama 3.1 and later) from what each frequency is divided by.
+    Return the parameters of a `llama3` rope (Llama 3.1 and later) from what each frequency is
+    divided by.
 
-    Each frequency is divided by `factor` where its wave is longer than the original context, by 1 where it is shorter
-    than a fourth of that, and in between by 1 / ((1 - s) / factor + s), s = (context / wave - 1) / 3.
+    Each frequency is divided by `factor` where its wave is longer than the original context, by 1
+    where it is shorter than a fourth of that, and in between by 1 / ((1 - s) / factor + s), s =
+    (context / wave - 1) / 3.
 
     Args:
         divisors: float64 `[head_dim / 2]`.
         rope: the configuration's parameters without scaling.
 
     Raises:
-        ConfigurationError: transformers' own frequencies of these parameters differ from the file's.
+        ConfigurationError: transformers' own frequencies of these parameters differ from the
+            file's.
     """
     plain = 1 / rope["rope_theta"] ** (np.arange(len(divisors)) / len(divisors))
     waves, factor = 2 * math.pi / plain, float(divisors.max())
@@ -209,7 +264,12 @@ def llama3_rope(path: Path, divisors: np.ndarray, rope: dict[str, Any], config: 
     if not len(contexts):  # any context between the two groups will do
         contexts = np.array([HIGH * waves[divisors <= 1 + 1e-6].max(initial=1.0) + 1])
     found = {
-        **{"rope_type": "llama3", "factor": factor, "low_freq_factor": LOW, "high_freq_factor": HIGH},
+        **{
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": LOW,
+            "high_freq_factor": HIGH,
+        },
         "original_max_position_embeddings": round(float(np.median(contexts))),
     }
     scaled = type(config)(**{**config.to_dict(), "rope_parameters": {**rope, **found}})
@@ -228,8 +288,8 @@ def check_tensors(path: Path, tensors: dict[str, Any], model: Any, loading: dict
     """
     if missing := sorted(loading["missing_keys"]):
         raise ConfigurationError(
-            f"model_name_or_path={str(path)!r}: the file has no {missing[0]}, which {type(model).__name__} needs. "
-            f"{INSTEAD}"
+            f"model_name_or_path={str(path)!r}: the file has no {missing[0]}, which"
+            f" {type(model).__name__} needs. {INSTEAD}"
         )
     own = {weight.data_ptr(): weight.numel() for weight in model.state_dict().values()}
     tied = {"output.weight"} if model.config.tie_word_embeddings else set()
@@ -239,7 +299,11 @@ def check_tensors(path: Path, tensors: dict[str, Any], model: Any, loading: dict
         if name not in tied and not re.match(r"rope_(freqs|factors)", name)
     }
     if (numbers := sum(named.values())) != sum(own.values()):
-        raise unread(path, f"{numbers:,} numbers in its tensors and the model {sum(own.values()):,}: a tensor of it")
+        raise unread(
+            path,
+            f"{numbers:,} numbers in its tensors and the model {sum(own.values()):,}: a tensor"
+            " of it",
+        )
 
 
 def add_end_tokens(config: Any, fields: dict[str, Any]) -> None:

@@ -1,4 +1,6 @@
-"""From what a user calls a model (Hub id, folder, GGUF file) to something `from_pretrained` loads."""
+"""
+From what a user calls a model (Hub id, folder, GGUF file) to something `from_pretrained` loads.
+"""
 
 from __future__ import annotations
 
@@ -23,34 +25,43 @@ from transformers.utils import chat_template_utils
 from eaft.errors import ConfigurationError, EAFTError, disk_full, first_line
 from eaft.files import read_json
 
-CONVERSION = 3  # counts the ways in which GGUF files were converted: the folders of older ones are not used
+CONVERSION = (
+    3  # counts the ways in which GGUF files were converted: the folders of older ones are not used
+)
 
 
 @contextlib.contextmanager
 def loading(message: str) -> Iterator[None]:
     """
-    Say in one line what `from_pretrained` could not load; it has no error of its own, since each file fails in its way.
+    Say in one line what `from_pretrained` could not load; it has no error of its own, since each
+    file fails in its way.
 
     Args:
         message: names the field and its value; what was raised is put behind it.
 
     Raises:
-        ConfigurationError: whatever was raised within a library's `from_pretrained`. All else is raised as it is.
+        ConfigurationError: whatever was raised within a library's `from_pretrained`. All else is
+            raised as it is.
     """
     try:
         yield
     except EAFTError:
         raise
     except Exception as error:
-        if "from_pretrained" not in {frame.name for frame in traceback.extract_tb(error.__traceback__)}:
+        if "from_pretrained" not in {
+            frame.name for frame in traceback.extract_tb(error.__traceback__)
+        }:
             raise
-        raise ConfigurationError(f"{message} ({type(error).__name__}: {first_line(error)})") from error
+        raise ConfigurationError(
+            f"{message} ({type(error).__name__}: {first_line(error)})"
+        ) from error
 
 
 def check_vocabulary(model: str, tokenizer: Any, rows: int) -> None:
     """
-    Check that a model has a row of its embedding for each token that its tokenizer makes of text, and for those it ends
-    and pads with. Added tokens may be more: Gemma 3's tokenizer has one for images, which its text models lack.
+    Check that a model has a row of its embedding for each token that its tokenizer makes of text,
+    and for those it ends and pads with. Added tokens may be more: Gemma 3's tokenizer has one for
+    images, which its text models lack.
 
     Args:
         model: what the user calls it.
@@ -65,8 +76,8 @@ def check_vocabulary(model: str, tokenizer: Any, rows: int) -> None:
     if (largest := max(used, default=0)) >= rows:
         token = tokenizer.convert_ids_to_tokens(largest)
         raise ConfigurationError(
-            f"{model} has an embedding of {rows} tokens, and its tokenizer makes one of id {largest} ({token!r}): give "
-            "the tokenizer that belongs to it."
+            f"{model} has an embedding of {rows} tokens, and its tokenizer makes one of id"
+            f" {largest} ({token!r}): give the tokenizer that belongs to it."
         )
 
 
@@ -84,30 +95,36 @@ def check_finite(model: Any, name: str) -> None:
     for parameter, weight in model.named_parameters():
         if weight.is_floating_point() and not weight.is_meta and not weight.isfinite().all():
             raise ConfigurationError(
-                f"{name} has weights that are NaN or infinite ({parameter}): take another checkpoint of it."
+                f"{name} has weights that are NaN or infinite ({parameter}): take another"
+                " checkpoint of it."
             )
 
 
 def resolve_model(model: str, trust_remote_code: bool = False) -> str:
     """
-    Return `model` if it is a folder or Hub id with a readable config, or the folder a GGUF file is converted to.
+    Return `model` if it is a folder or Hub id with a readable config, or the folder a GGUF file is
+    converted to.
 
     Raises:
         ConfigurationError: there is no such model, or it cannot be read.
     """
     if not model.strip() or "\0" in model:
-        raise ConfigurationError(f"model_name_or_path={model!r}: give a Hub id, a folder or a .gguf file.")
+        raise ConfigurationError(
+            f"model_name_or_path={model!r}: give a Hub id, a folder or a .gguf file."
+        )
     path = Path(model).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ConfigurationError(f"model_name_or_path={model!r}: there is no such file.")
         return str(convert_gguf(path))
-    if not path.is_dir() and (path.is_absolute() or model.startswith(("./", "../", "~")) or model.count("/") > 1):
+    if not path.is_dir() and (
+        path.is_absolute() or model.startswith(("./", "../", "~")) or model.count("/") > 1
+    ):
         raise ConfigurationError(f"model_name_or_path={model!r}: there is no such folder.")
     model = str(path) if path.is_dir() else model
     with loading(
-        f"model_name_or_path={model!r} is not a readable model. Give a Hub id, a folder written by save_pretrained, or "
-        "a .gguf file."
+        f"model_name_or_path={model!r} is not a readable model. Give a Hub id, a folder written by"
+        " save_pretrained, or a .gguf file."
     ):
         AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     for file in sorted(path.glob("*.safetensors")):
@@ -115,7 +132,9 @@ def resolve_model(model: str, trust_remote_code: bool = False) -> str:
             with safe_open(file, "pt"):  # reads the header, and compares the file's length with it
                 pass
         except SafetensorError as error:
-            raise ConfigurationError(f"{file} is truncated or no safetensors ({error}): copy it again.") from error
+            raise ConfigurationError(
+                f"{file} is truncated or no safetensors ({error}): copy it again."
+            ) from error
     return model
 
 
@@ -139,15 +158,20 @@ def adapter_of(model: str) -> dict[str, Any] | None:
 
 def convert_gguf(path: Path) -> Path:
     """
-    Dequantise a GGUF file into a float32 folder in the cache (`$HF_HOME/eaft`), once per content of the file.
+    Dequantise a GGUF file into a float32 folder in the cache (`$HF_HOME/eaft`), once per content of
+    the file.
 
-    Every library can load a folder; a model loaded from GGUF keeps quantization marks that prevent saving it again.
+    Every library can load a folder; a model loaded from GGUF keeps quantization marks that prevent
+    saving it again.
 
     Raises:
-        ConfigurationError: the file cannot be read, or not whole (`eaft.gguf_model`); or gguf is not installed.
+        ConfigurationError: the file cannot be read, or not whole (`eaft.gguf_model`); or gguf is
+            not installed.
     """
     if find_spec("gguf") is None:
-        raise ConfigurationError(f"Reading {path} needs the gguf package: pip install 'eaft[gguf]'.")
+        raise ConfigurationError(
+            f"Reading {path} needs the gguf package: pip install 'eaft[gguf]'."
+        )
     from eaft.gguf_model import load_gguf
 
     with path.open("rb") as file:
@@ -159,7 +183,9 @@ def convert_gguf(path: Path) -> Path:
         model, tokenizer = load_gguf(path)
     except EAFTError:
         raise
-    except Exception as error:  # the reader has no error of its own: a damaged file fails in many ways
+    except (
+        Exception
+    ) as error:  # the reader has no error of its own: a damaged file fails in many ways
         if disk_full(error) is not None:
             raise
         raise ConfigurationError(
@@ -180,13 +206,22 @@ def convert_gguf(path: Path) -> Path:
 
 
 def converted_models() -> list[Path]:
-    """Return the folders that GGUF files were converted to, and those that a killed process left."""
+    """
+    Return the folders that GGUF files were converted to, and those that a killed process left.
+    """
     names = re.compile(r".+-[0-9a-f]{12}(-\d+)?(\.tmp\d+)?")
-    return [folder for folder in sorted((Path(HF_HOME) / "eaft").glob("*/")) if names.fullmatch(folder.name)]
+    return [
+        folder
+        for folder in sorted((Path(HF_HOME) / "eaft").glob("*/"))
+        if names.fullmatch(folder.name)
+    ]
 
 
 def vocabulary_size(tokenizer: Any) -> int:
-    """Return how many rows a head needs for a tokenizer's ids, which may have gaps: `len(tokenizer)` counts tokens."""
+    """
+    Return how many rows a head needs for a tokenizer's ids, which may have gaps: `len(tokenizer)`
+    counts tokens.
+    """
     return int(max(tokenizer.get_vocab().values())) + 1
 
 
@@ -196,20 +231,28 @@ def template_today() -> str:
 
 
 def noted_date(file: Path, *keys: str) -> str | None:
-    """Return the `template_date` that a file of a run notes under these keys; None if it notes none."""
+    """
+    Return the `template_date` that a file of a run notes under these keys; None if it notes none.
+    """
     try:
         found = json.loads(file.read_text())
         for key in keys:
             found = found[key]
         return found["template_date"]
-    except (OSError, ValueError, KeyError, TypeError):  # who goes on with the run says what is wrong with its file
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ):  # who goes on with the run says what is wrong with its file
         return None
 
 
 @contextlib.contextmanager
 def template_date(day: str) -> Iterator[None]:
     """
-    Let chat templates write this date, at midnight, as if it were now: transformers' `strftime_now` reads the clock.
+    Let chat templates write this date, at midnight, as if it were now: transformers' `strftime_now`
+    reads the clock.
 
     Raises:
         ConfigurationError: no date, as 2026-11-29.
@@ -239,4 +282,6 @@ def read_date(day: str) -> date:
     try:
         return date.fromisoformat(day)
     except ValueError as error:
-        raise ConfigurationError(f"template_date={day!r}: expected a date, as 2026-11-29.") from error
+        raise ConfigurationError(
+            f"template_date={day!r}: expected a date, as 2026-11-29."
+        ) from error

@@ -1,4 +1,6 @@
-"""One process at a time in an output folder; a process of its own, though a launcher started this one."""
+"""
+One process at a time in an output folder; a process of its own, though a launcher started this one.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,17 @@ from eaft.errors import ConfigurationError
 
 LOCK_FILE = "_lock"  # with an underscore: `push_to_hub` leaves such files out
 # What torchrun and accelerate set for the processes they start
-LAUNCHER = ("ACCELERATE_", "FSDP_", "GROUP_", "LOCAL_", "MASTER_", "RANK", "ROLE_", "TORCHELASTIC_", "WORLD_SIZE")
+LAUNCHER = (
+    "ACCELERATE_",
+    "FSDP_",
+    "GROUP_",
+    "LOCAL_",
+    "MASTER_",
+    "RANK",
+    "ROLE_",
+    "TORCHELASTIC_",
+    "WORLD_SIZE",
+)
 
 
 def check_place(folder: Path, field: str) -> None:
@@ -30,9 +42,13 @@ def check_place(folder: Path, field: str) -> None:
     try:
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     except (OSError, ValueError) as error:  # a name that is too long, or holds what no path may
-        raise ConfigurationError(f"{field}={str(folder)!r} cannot be a folder's name. ({error})") from error
+        raise ConfigurationError(
+            f"{field}={str(folder)!r} cannot be a folder's name. ({error})"
+        ) from error
     if not there.is_dir():
-        raise ConfigurationError(f"{field}={str(folder)!r}: {str(there)!r} is a file: choose another folder.")
+        raise ConfigurationError(
+            f"{field}={str(folder)!r}: {str(there)!r} is a file: choose another folder."
+        )
     if not os.access(there, os.W_OK | os.X_OK):
         raise ConfigurationError(
             f"{field}={str(folder)!r}: {str(there)!r} cannot be written to: choose another folder."
@@ -45,8 +61,9 @@ def locked(folder: Path, begins_with: tuple[str, ...] = ()) -> Iterator[None]:
     Make a folder, and hold it while the block runs; a killed process holds nothing.
 
     Args:
-        begins_with: files and folders that a command writes first, and can make again at no cost. If the block ends
-            with a `ConfigurationError`, and a folder that was empty holds nothing else, they are deleted.
+        begins_with: files and folders that a command writes first, and can make again at no cost.
+            If the block ends with a `ConfigurationError`, and a folder that was empty holds nothing
+            else, they are deleted.
 
     Raises:
         ConfigurationError: another process has it.
@@ -58,7 +75,8 @@ def locked(folder: Path, begins_with: tuple[str, ...] = ()) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise ConfigurationError(
-            f"{str(folder)!r} is in use: another eaft process writes there. Wait for it, or choose another folder."
+            f"{str(folder)!r} is in use: another eaft process writes there. Wait for it, or choose"
+            " another folder."
         ) from error
     held = {path.name for path in folder.iterdir()} - {LOCK_FILE}
     try:
@@ -75,5 +93,8 @@ def locked(folder: Path, begins_with: tuple[str, ...] = ()) -> Iterator[None]:
 
 
 def without_launcher() -> dict[str, str]:
-    """Return this process's environment for one that is to run by itself, outside the launch that this one is of."""
+    """
+    Return this process's environment for one that is to run by itself, outside the launch that this
+    one is of.
+    """
     return {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER)}

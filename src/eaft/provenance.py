@@ -1,4 +1,7 @@
-"""Where a result comes from: versions, commit, machine. Written into every result file, printed by `eaft env`."""
+"""
+Where a result comes from: versions, commit, machine. Written into every result file, printed by
+`eaft env`.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,22 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-LIBRARIES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "lm_eval", "safetensors")
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "trl",
+    "accelerate",
+    "datasets",
+    "peft",
+    "lm_eval",
+    "safetensors",
+)
 
 
 def environment() -> dict[str, Any]:
-    """Return eaft's version and commit, the libraries' versions and the machine, as plain JSON values."""
+    """
+    Return eaft's version and commit, the libraries' versions and the machine, as plain JSON values.
+    """
     import torch
 
     return {
@@ -45,11 +59,16 @@ def versions(packages: Iterable[str]) -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """Return the commit of the checkout eaft runs from; `-dirty`: a file differs or is untracked; None: installed."""
+    """
+    Return the commit of the checkout eaft runs from; `-dirty`: a file differs or is untracked;
+    None: installed.
+    """
     here = Path(__file__).parent
 
     def git(*args: str) -> str:
-        return subprocess.run(["git", "-C", here, *args], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", here, *args], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         # A virtual environment inside somebody's own repository is not our checkout
@@ -73,7 +92,10 @@ def cpu_name() -> str:
 
 
 def peak_memory_gib() -> float:
-    """Return the peak memory of this process so far: of the GPU where there is one, else resident memory (GiB)."""
+    """
+    Return the peak memory of this process so far: of the GPU where there is one, else resident
+    memory (GiB).
+    """
     import torch
 
     if torch.cuda.is_available():

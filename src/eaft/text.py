@@ -8,10 +8,19 @@ import traceback
 import unicodedata
 from typing import Any
 
-HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode's control, format, surrogate and line-separator characters
+HIDDEN = {
+    "Cc",
+    "Cf",
+    "Cs",
+    "Zl",
+    "Zp",
+}  # Unicode's control, format, surrogate and line-separator characters
 KEPT = "\t\u200c\u200d"  # the two joiners spell words and emoji
-# What Markdown (CommonMark and GitHub's) reads as markup in the middle of a line, and at its beginning or end
-INLINE = re.compile(r"[\\`*\[\]<&~$]|(?<![^\W_])_|_(?![^\W_])|(?<=\w):(?=//)|(?<=\bwww)\.|(?<=\w)@(?=\w)")
+# What Markdown (CommonMark and GitHub's) reads as markup in the middle of a line, and at its
+# beginning or end
+INLINE = re.compile(
+    r"[\\`*\[\]<&~$]|(?<![^\W_])_|_(?![^\W_])|(?<=\w):(?=//)|(?<=\bwww)\.|(?<=\w)@(?=\w)"
+)
 EDGES = re.compile(r"^(?=[#=>:]|-[-\s]|[+-](\s|$))|^\d+(?=[.)](\s|$))|(?=#+$)")
 PIPE = re.compile(r"(\\*)\|")
 
@@ -30,18 +39,27 @@ def visible(text: Any, lines: bool = True) -> str:
         return text
     kept = KEPT + "\n" if lines else KEPT
     return "".join(
-        c if c in kept or unicodedata.category(c) not in HIDDEN else c.encode("unicode_escape").decode() for c in text
+        c
+        if c in kept or unicodedata.category(c) not in HIDDEN
+        else c.encode("unicode_escape").decode()
+        for c in text
     )
 
 
 def markdown(text: Any) -> str:
-    """Return text as one line of Markdown that shows it as it is. `code` is for code, `table` escapes pipes."""
+    """
+    Return text as one line of Markdown that shows it as it is. `code` is for code, `table` escapes
+    pipes.
+    """
     line = visible(text, lines=False).strip()
     return EDGES.sub(lambda m: m[0] + "\\", INLINE.sub(lambda m: "\\" + m[0], line))
 
 
 def markdown_strings(value: Any) -> Any:
-    """Return JSON with all strings as `markdown` has them, keys included; common names are unchanged by that."""
+    """
+    Return JSON with all strings as `markdown` has them, keys included; common names are unchanged
+    by that.
+    """
     if isinstance(value, dict):
         return {markdown_strings(key): markdown_strings(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -67,21 +85,29 @@ def table(rows: list[list[Any]], headers: list[str]) -> str:
     from tabulate import tabulate  # comes with the extras
 
     cells = [[cell(value) for value in row] for row in rows]
-    return str(tabulate(cells, [cell(name) for name in headers], tablefmt="github", disable_numparse=True))
+    return str(
+        tabulate(cells, [cell(name) for name in headers], tablefmt="github", disable_numparse=True)
+    )
 
 
 def cell(value: Any) -> str:
     """Return a table's cell, whose pipes do not end it."""
-    return PIPE.sub(lambda m: m[1] + ("\\" if len(m[1]) % 2 else "") + "\\|", visible(value, lines=False))
+    return PIPE.sub(
+        lambda m: m[1] + ("\\" if len(m[1]) % 2 else "") + "\\|", visible(value, lines=False)
+    )
 
 
 class VisibleRecord(logging.LogRecord):
-    """A log message in which control characters are shown, also in the exception that comes with it."""
+    """
+    A log message in which control characters are shown, also in the exception that comes with it.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.exc_info and self.exc_info[0]:
-            self.exc_text = visible("".join(traceback.format_exception(*self.exc_info)).rstrip("\n"))
+            self.exc_text = visible(
+                "".join(traceback.format_exception(*self.exc_info)).rstrip("\n")
+            )
 
     def getMessage(self) -> str:
         """Return the message."""

@@ -1,4 +1,7 @@
-"""`eaft compare` on the tiny model: from recipe to verdict; reuse, resumption, failures, folders, and bad recipes."""
+"""
+`eaft compare` on the tiny model: from recipe to verdict; reuse, resumption, failures, folders, and
+bad recipes.
+"""
 
 import json
 import os
@@ -32,7 +35,8 @@ def write_rows(file, rows):
 def make_tasks(folder):
     """`tiny`, questions of two choices, and `copy`, which are to be repeated."""
     questions = write_rows(
-        folder / "questions.jsonl", [{"question": f"{i}?", "choices": ["a", "bb"], "answer": i % 2} for i in range(6)]
+        folder / "questions.jsonl",
+        [{"question": f"{i}?", "choices": ["a", "bb"], "answer": i % 2} for i in range(6)],
     )
     tasks = folder / "tasks"
     tasks.mkdir()
@@ -42,12 +46,19 @@ def make_tasks(folder):
         "test_split": "test",
         "doc_to_text": "{{question}}",
     }
-    tiny = {"task": "tiny", "output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "answer"}
+    tiny = {
+        "task": "tiny",
+        "output_type": "multiple_choice",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "answer",
+    }
     copy = {"task": "copy", "output_type": "generate_until", "doc_to_target": "{{question}}"}
     copy["generation_kwargs"] = {"max_gen_toks": 4, "until": ["zzz"]}
     for task, metric in ((tiny, "acc"), (copy, "exact_match")):
         metrics = [{"metric": metric, "aggregation": "mean", "higher_is_better": True}]
-        (tasks / f"{task['task']}.yaml").write_text(yaml.safe_dump({**of_both, **task, "metric_list": metrics}))
+        (tasks / f"{task['task']}.yaml").write_text(
+            yaml.safe_dump({**of_both, **task, "metric_list": metrics})
+        )
     return str(tasks)
 
 
@@ -55,7 +66,10 @@ def make_recipe(folder, model_dir):
     """A recipe of two objectives, with rows held out, in a folder of its own."""
     tasks = make_tasks(folder)
     rows = make_rows(20)
-    data, held_out = write_rows(folder / "rows.jsonl", rows[:16]), write_rows(folder / "held_out.jsonl", rows[16:])
+    data, held_out = (
+        write_rows(folder / "rows.jsonl", rows[:16]),
+        write_rows(folder / "held_out.jsonl", rows[16:]),
+    )
     return {
         "output_dir": str(folder / "out"),
         "objectives": {"sft": {"gate": "sft"}, "eaft2": {"gate": "eaft", "gate_alpha": 2.0}},
@@ -103,10 +117,14 @@ def content(model_dir, tmp_path):
 
 @pytest.fixture(scope="module")
 def compared(model_dir, tmp_path_factory):
-    """A comparison of two learning rates, of which only what is chosen is kept; do not change it."""
+    """
+    A comparison of two learning rates, of which only what is chosen is kept; do not change it.
+    """
     folder = tmp_path_factory.mktemp("compared")
     content = make_recipe(folder, model_dir)
-    content.update(keep_checkpoints="chosen", learning_rates=["1e-3", 1e-2])  # YAML reads 1e-3 as text
+    content.update(
+        keep_checkpoints="chosen", learning_rates=["1e-3", 1e-2]
+    )  # YAML reads 1e-3 as text
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "train_apart", train_here)
         assert run(content) == 0
@@ -127,8 +145,12 @@ def test_results_are_whole_and_as_the_schema_says(compared):
         assert [point["step"] for point in r["points"]] == [1, 2]
         for point in r["points"]:
             for kind, drift in point["drift"].items():
-                assert drift["mean"] == pytest.approx(sum(drift["sums"]) / sum(results["prompts"][kind]["tokens"]))
-            assert point["nll"]["mean"] == pytest.approx(sum(point["nll"]["sums"]) / sum(results["held_out"]["tokens"]))
+                assert drift["mean"] == pytest.approx(
+                    sum(drift["sums"]) / sum(results["prompts"][kind]["tokens"])
+                )
+            assert point["nll"]["mean"] == pytest.approx(
+                sum(point["nll"]["sums"]) / sum(results["held_out"]["tokens"])
+            )
             assert "tiny" in point["tasks"]
         assert r["peak_memory_gib"] > 0.1
     assert results["environment"]["libraries"]["torch"]
@@ -143,9 +165,18 @@ def test_the_lowest_held_out_nll_chooses(compared):
         assert choice["numbers"]["chosen"]["nll"] == pytest.approx(min(nll.values()))
         (chosen,) = [r for r in own if r["chosen"]]
         assert choice["steps"]["last"] == chosen["points"][-1]["step"]
-        items = compared.out / chosen["folder"] / "items" / f"step-{choice['steps']['chosen']}" / "copy.jsonl"
+        items = (
+            compared.out
+            / chosen["folder"]
+            / "items"
+            / f"step-{choice['steps']['chosen']}"
+            / "copy.jsonl"
+        )
         assert len(items.read_text().splitlines()) == 6
-    assert results["base"]["point"]["nll"]["mean"] > results["objectives"]["sft"]["chosen"]["nll"]["mean"]
+    assert (
+        results["base"]["point"]["nll"]["mean"]
+        > results["objectives"]["sft"]["chosen"]["nll"]["mean"]
+    )
 
 
 def test_objectives_are_compared_on_the_same_items(compared):
@@ -154,13 +185,20 @@ def test_objectives_are_compared_on_the_same_items(compared):
     assert (pair["first"], pair["second"], pair["seeds"]) == ("eaft2", "sft", [0])
     at = {c["objective"]: c["numbers"] for c in results["choices"]}
     for view, found in pair["views"].items():
-        for measured, name in ((found["means"]["target"], "target"), (found["drift"]["general"], "drift_general")):
-            assert measured["change"] == pytest.approx(at["eaft2"][view][name] - at["sft"][view][name])
+        for measured, name in (
+            (found["means"]["target"], "target"),
+            (found["drift"]["general"], "drift_general"),
+        ):
+            assert measured["change"] == pytest.approx(
+                at["eaft2"][view][name] - at["sft"][view][name]
+            )
         family = [*found["means"].values(), *found["drift"].values(), found["nll"]]
         assert [d["p_holm"] for d in family] == pytest.approx(holm([d["p_value"] for d in family]))
     front = pair["fronts"]["held-out nll"]
     assert len(front["targets"]) == len(front["low"]) == len(front["first"])
-    assert np.subtract(front["first"], front["second"]) == pytest.approx(np.array(front["difference"]))
+    assert np.subtract(front["first"], front["second"]) == pytest.approx(
+        np.array(front["difference"])
+    )
 
 
 def test_the_report_begins_with_what_to_do(compared):
@@ -170,7 +208,11 @@ def test_the_report_begins_with_what_to_do(compared):
     assert first.startswith("**No objective is shown to be better")
     assert "eaft2 and sft cannot be told apart" in first
     assert "Asked in plain text, without a chat template, in float32, seed 1234." in text
-    assert compared.results["asked"]["copy"]["cut"]["sft"] == {"prompt": 0, "answer": 6, "thoughts": 0}
+    assert compared.results["asked"]["copy"]["cut"]["sft"] == {
+        "prompt": 0,
+        "answer": 6,
+        "thoughts": 0,
+    }
     assert "base: 6 answers; sft: 6 answers" in text
     assert "One seed: the intervals hold no seed-to-seed variance" in first
     assert "| general avg. " in text
@@ -180,11 +222,17 @@ def test_the_report_begins_with_what_to_do(compared):
 
 
 def test_only_the_chosen_are_kept_and_again_gives_the_same(compared, capsys):
-    kept = {p.parent.relative_to(compared.out).as_posix() for p in compared.out.glob("**/model.safetensors")}
+    kept = {
+        p.parent.relative_to(compared.out).as_posix()
+        for p in compared.out.glob("**/model.safetensors")
+    }
     expected = set()
     for choice in compared.results["choices"]:
         folder = f"{choice['objective']}-lr{choice['learning_rate']:g}-seed0"
-        expected |= {folder if step == 2 else f"{folder}/checkpoint-{step}" for step in choice["steps"].values()}
+        expected |= {
+            folder if step == 2 else f"{folder}/checkpoint-{step}"
+            for step in choice["steps"].values()
+        }
     assert kept == expected
     assert run(compared.content) == 0
     assert capsys.readouterr().out.count("already trained") == 4
@@ -198,35 +246,51 @@ def test_what_was_deleted_is_not_shown_under_another_measure(compared, tmp_path,
     rows = write_rows(tmp_path / "other.jsonl", make_rows(30)[24:])
     more = {"target_tasks": ["tiny", "copy"], "every_checkpoint_tasks": ["copy"]}
     for changes, message in (
-        ({"held_out": rows}, "was deleted (keep_checkpoints: chosen), and what it was measured with has changed"),
+        (
+            {"held_out": rows},
+            "was deleted (keep_checkpoints: chosen), and what it was measured with has changed",
+        ),
         (more, "was deleted (keep_checkpoints: chosen), and copy cannot be run on it"),
     ):
-        assert run({**compared.content, "evaluate": {**compared.content["evaluate"], **changes}}) == 2
+        assert (
+            run({**compared.content, "evaluate": {**compared.content["evaluate"], **changes}}) == 2
+        )
         assert message in capsys.readouterr().err
 
 
 def test_resumes_and_lets_others_go_on_when_one_fails(content, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runs, "train_apart", train_here)
-    content["objectives"]["broken"] = {"gate": "sft", "max_length": 3}  # nothing is left to train on
-    content["evaluate"].update(held_out=None, every_checkpoint_tasks=[], target_prompts=None, general_tasks=["tiny"])
+    content["objectives"]["broken"] = {
+        "gate": "sft",
+        "max_length": 3,
+    }  # nothing is left to train on
+    content["evaluate"].update(
+        held_out=None, every_checkpoint_tasks=[], target_prompts=None, general_tasks=["tiny"]
+    )
     out = tmp_path / "out"
     assert run(content, "--seeds", "0", "1") == 1
     results = read(out)
     jsonschema.Draft202012Validator(SCHEMA).validate(results)
-    assert [(f["objective"], f["seed"]) for f in results["failed"]] == [("broken", 0), ("broken", 1)]
+    assert [(f["objective"], f["seed"]) for f in results["failed"]] == [
+        ("broken", 0),
+        ("broken", 1),
+    ]
     assert "training ended with exit code 2" in results["failed"][0]["message"]
     assert "## What failed" in (out / "results.md").read_text()
     assert set(results["objectives"]) == {"sft", "eaft2"}
     (pair,) = results["pairs"]
     assert pair["seeds"] == [0, 1]
     assert list(pair["views"]) == ["last"]
-    numbers = [c["numbers"]["last"]["drift_general"] for c in results["choices"] if c["objective"] == "sft"]
+    numbers = [
+        c["numbers"]["last"]["drift_general"] for c in results["choices"] if c["objective"] == "sft"
+    ]
     assert results["objectives"]["sft"]["last"]["drift_general"] == {
         "mean": pytest.approx(sum(numbers) / 2),
         "std": pytest.approx(abs(numbers[0] - numbers[1]) / 2**0.5),
     }
 
-    # Again: the finished is reused, the interrupted goes on from its checkpoint and ends in the same place
+    # Again: the finished is reused, the interrupted goes on from its checkpoint and ends in the
+    # same place
     capsys.readouterr()
     del content["objectives"]["broken"]
     interrupted = out / "eaft2-seed1"
@@ -239,7 +303,8 @@ def test_resumes_and_lets_others_go_on_when_one_fails(content, tmp_path, monkeyp
     assert f"eaft2-seed1: training from {interrupted / 'checkpoint-1'}" in output
     assert read(out)["pairs"] == results["pairs"]
 
-    # Another setting does not silently reuse or overwrite; the same model and data elsewhere is the same
+    # Another setting does not silently reuse or overwrite; the same model and data elsewhere is the
+    # same
     moved = shutil.copytree(content["train"]["model_name_or_path"], tmp_path / "moved")
     content["train"]["model_name_or_path"] = str(moved)
     assert run(content) == 0
@@ -249,20 +314,30 @@ def test_resumes_and_lets_others_go_on_when_one_fails(content, tmp_path, monkeyp
 
 
 def test_jobs_find_what_one_after_the_other_finds(compared, tmp_path, monkeypatch, capsys):
-    """In processes of their own, one of which fails; as the same runs in `compared`, at one of its learning rates."""
+    """
+    In processes of their own, one of which fails; as the same runs in `compared`, at one of its
+    learning rates.
+    """
     monkeypatch.setenv("EAFT_CACHE", str(tmp_path / "cache"))
     content = {**compared.content, "output_dir": str(tmp_path / "out"), "learning_rates": [1e-2]}
-    content["objectives"] = {"sft": {"gate": "sft"}, "broken": {"gate": "sft", "attn_implementation": "none"}}
+    content["objectives"] = {
+        "sft": {"gate": "sft"},
+        "broken": {"gate": "sft", "attn_implementation": "none"},
+    }
     assert run(content, "--jobs", "2") == 1
     results = read(tmp_path / "out")
     assert [f["objective"] for f in results["failed"]] == ["broken"]
     assert "training ended with exit code" in results["failed"][0]["message"]
     (found,) = results["runs"]
     (before,) = (
-        r for r in compared.results["runs"] if (r["objective"], r["learning_rate"]) == (found["objective"], 1e-2)
+        r
+        for r in compared.results["runs"]
+        if (r["objective"], r["learning_rate"]) == (found["objective"], 1e-2)
     )
     for point, same in zip(found["points"], before["points"], strict=True):
-        assert point["drift"]["general"]["mean"] == pytest.approx(same["drift"]["general"]["mean"], rel=1e-4)
+        assert point["drift"]["general"]["mean"] == pytest.approx(
+            same["drift"]["general"]["mean"], rel=1e-4
+        )
         assert point["nll"]["sums"] == pytest.approx(same["nll"]["sums"], rel=1e-4)
         assert point["tasks"]["tiny"] == same["tasks"]["tiny"]
     kept = results["kept"]["models"]
@@ -277,7 +352,8 @@ def test_a_job_that_is_killed_is_said_to_be(content, monkeypatch, capsys):
     content["objectives"] = {"sft": {"gate": "sft"}}
     assert run(content, "--jobs", "2") == 2
     assert (
-        "one of 2 jobs was killed, perhaps for its memory, and all stopped: run the command" in capsys.readouterr().err
+        "one of 2 jobs was killed, perhaps for its memory, and all stopped: run the command"
+        in capsys.readouterr().err
     )
 
 
@@ -320,11 +396,16 @@ def test_trackers_show_the_runs_as_one_group(tmp_path, monkeypatch):
     assert runs.train_run(one) is None
     assert yaml.safe_load((folder / "train.yaml").read_text()) == one.flags
     env = trained[1][1]
-    assert (env["WANDB_RUN_GROUP"], env["TENSORBOARD_LOGGING_DIR"]) == ("theirs", f"boards/{folder.name}")
+    assert (env["WANDB_RUN_GROUP"], env["TENSORBOARD_LOGGING_DIR"]) == (
+        "theirs",
+        f"boards/{folder.name}",
+    )
 
 
 def test_the_others_wait_for_the_first_without_a_collective(tmp_path, monkeypatch):
-    """Two processes, here threads: the second gets what the first returns, and does nothing itself."""
+    """
+    Two processes, here threads: the second gets what the first returns, and does nothing itself.
+    """
     local = threading.local()
     monkeypatch.setattr(runs, "shared", lambda find: "launch")
     monkeypatch.setattr(runs, "processes", lambda: local.state)
@@ -332,7 +413,9 @@ def test_the_others_wait_for_the_first_without_a_collective(tmp_path, monkeypatc
     barrier, worked, found = threading.Barrier(2), [], {}
 
     def process(rank):
-        local.state = SimpleNamespace(is_main_process=rank == 0, num_processes=2, wait_for_everyone=barrier.wait)
+        local.state = SimpleNamespace(
+            is_main_process=rank == 0, num_processes=2, wait_for_everyone=barrier.wait
+        )
         first_alone = runs.FirstAlone(tmp_path)
         for i in range(3):
             found[rank, i] = first_alone(lambda i=i: worked.append((rank, i)) or [i, None])
@@ -359,7 +442,10 @@ def test_a_folder_of_somebody_else_is_left_alone(content, tmp_path, capsys):
     content["output_dir"] = str(tmp_path / "out2")
     theirs.replace(tmp_path / "out2" / "sft-seed0")
     assert run(content) == 2
-    assert f"{str(tmp_path / 'out2' / 'sft-seed0')!r} was not made by eaft compare" in capsys.readouterr().err
+    assert (
+        f"{str(tmp_path / 'out2' / 'sft-seed0')!r} was not made by eaft compare"
+        in capsys.readouterr().err
+    )
     assert (tmp_path / "out2" / "sft-seed0" / "thesis.txt").read_text() == "all of it"
 
 
@@ -392,11 +478,20 @@ def test_emptying_a_folder_keeps_the_mark_that_it_is_ours(tmp_path):
         ({"objectives": {"a": {"gaet": "eaft"}}}, "--gaet is unknown. Did you mean '--gate'?"),
         ({"objectives": {"a/b": {}}}, "the objective 'a/b' names a folder"),
         ({"objectives": {"a": {"seed": 3}}}, "seed is compare's to set"),
-        ({"objectives": {"a": {"learning_rate": 3}}, "learning_rates": [1]}, "a has a learning_rate"),
-        ({"objectives": {"a": {"load_best_model_at_end": True}}}, "with load_best_model_at_end the model is not"),
+        (
+            {"objectives": {"a": {"learning_rate": 3}}, "learning_rates": [1]},
+            "a has a learning_rate",
+        ),
+        (
+            {"objectives": {"a": {"load_best_model_at_end": True}}},
+            "with load_best_model_at_end the model is not",
+        ),
         ({"pairs": [["eaft2", "stf"]]}, "pairs: 'stf' is none of sft, eaft2. Did you mean 'sft'?"),
         ({"pairs": [["sft", "sft"]]}, "is not two objectives"),
-        ({"seeds": [0, 1, 0]}, "seeds: [0, 1, 0]: expected a list of values that differ"),  # a seed twice is no second
+        (
+            {"seeds": [0, 1, 0]},
+            "seeds: [0, 1, 0]: expected a list of values that differ",
+        ),  # a seed twice is no second
         ({"seeds": []}, "seeds=[]: expected a list of at least 1 item"),
         ({"learning_rates": ["fast"]}, "learning_rates.0="),
         ({"keep_checkpoints": "best"}, "keep_checkpoints='best': expected 'all' or 'chosen'"),
@@ -404,12 +499,27 @@ def test_emptying_a_folder_keeps_the_mark_that_it_is_ours(tmp_path):
             {"evaluate": {"target_tasks": ["tiny"]}},
             "evaluate.general_tasks is missing",
         ),
-        ({"evaluate": {"held_out": "none.jsonl"}}, "evaluate.held_out: none.jsonl: there is no such file"),
-        ({"evaluate": {"held_out": None}, "learning_rates": [1, 2]}, "several learning_rates need evaluate.held_out"),
-        ({"evaluate": {"every_checkpoint_tasks": ["copy"]}}, "every_checkpoint_tasks: 'copy' is none of tiny"),
+        (
+            {"evaluate": {"held_out": "none.jsonl"}},
+            "evaluate.held_out: none.jsonl: there is no such file",
+        ),
+        (
+            {"evaluate": {"held_out": None}, "learning_rates": [1, 2]},
+            "several learning_rates need evaluate.held_out",
+        ),
+        (
+            {"evaluate": {"every_checkpoint_tasks": ["copy"]}},
+            "every_checkpoint_tasks: 'copy' is none of tiny",
+        ),
         ({"evaluate": {"drift_prompts": 0}}, "drift_prompts=0 leaves nothing to compare"),
-        ({"evaluate": {"batchsize": 1}}, "evaluate: 'batchsize' is unknown. Did you mean 'batch_size'?"),
-        ({"train": {"dataset_name": "none.jsonl"}}, "dataset_name='none.jsonl': there is no such file"),
+        (
+            {"evaluate": {"batchsize": 1}},
+            "evaluate: 'batchsize' is unknown. Did you mean 'batch_size'?",
+        ),
+        (
+            {"train": {"dataset_name": "none.jsonl"}},
+            "dataset_name='none.jsonl': there is no such file",
+        ),
         ({"train": {"model_name_or_path": None}}, "train: model_name_or_path is missing"),
     ],
 )
@@ -433,11 +543,16 @@ def test_held_out_rows_fit_the_model(content, tmp_path, capsys):
     rows = [{"prompt": "a", "completion": "b" * 300}, {"prompt": "b", "completion": "b"}]
     content["evaluate"]["held_out"] = write_rows(tmp_path / "long.jsonl", rows)
     assert run(content) == 2
-    assert "evaluate.held_out: row 0 has 302 tokens, more than the model's context of 256" in capsys.readouterr().err
+    assert (
+        "evaluate.held_out: row 0 has 302 tokens, more than the model's context of 256"
+        in capsys.readouterr().err
+    )
 
 
 def test_one_row_is_too_few_to_say_how_sure(content, tmp_path, capsys):
-    """Of a single prompt no variance can be had: it would end, or mislead, after all the training."""
+    """
+    Of a single prompt no variance can be had: it would end, or mislead, after all the training.
+    """
     content["evaluate"]["target_prompts"] = write_rows(tmp_path / "one.jsonl", make_rows(1))
     assert run(content) == 2
     assert "evaluate.target_prompts: 1 row: how sure a mean is takes two" in capsys.readouterr().err
@@ -453,17 +568,28 @@ def test_flags_take_a_part_of_the_recipe(content, tmp_path):
     content["pairs"] = [["eaft2", "dft"], ["eaft2", "sft"]]
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(content))
-    found = recipe.read_recipe(str(file), {"objectives": ["sft", "eaft2"], "seeds": [3], "learning_rates": [0.5]})
+    found = recipe.read_recipe(
+        str(file), {"objectives": ["sft", "eaft2"], "seeds": [3], "learning_rates": [0.5]}
+    )
     assert list(found.objectives) == ["sft", "eaft2"]
     assert found.compared == [("eaft2", "sft")]
-    assert [r.folder.name for r in recipe.plan_runs(found, None)] == ["sft-lr0.5-seed3", "eaft2-lr0.5-seed3"]
+    assert [r.folder.name for r in recipe.plan_runs(found, None)] == [
+        "sft-lr0.5-seed3",
+        "eaft2-lr0.5-seed3",
+    ]
     del content["pairs"]
     file.write_text(yaml.safe_dump(content, sort_keys=False))
     assert recipe.read_recipe(str(file), {}).compared == [("eaft2", "sft"), ("dft", "sft")]
     with pytest.raises(ConfigurationError, match="'eaft' is none of"):
         recipe.read_recipe(str(file), {"objectives": ["eaft"]})
-    other = recipe.read_recipe(str(file), {"dataset_name": "d", "model_name_or_path": "m", "held_out": "h"})
-    assert (other.train["dataset_name"], other.train["model_name_or_path"], other.evaluate.held_out) == ("d", "m", "h")
+    other = recipe.read_recipe(
+        str(file), {"dataset_name": "d", "model_name_or_path": "m", "held_out": "h"}
+    )
+    assert (
+        other.train["dataset_name"],
+        other.train["model_name_or_path"],
+        other.evaluate.held_out,
+    ) == ("d", "m", "h")
 
 
 def test_a_run_is_known_by_what_it_depends_on(content, tmp_path):
@@ -516,7 +642,10 @@ def test_baselines_that_are_no_gate_are_objectives(content, tmp_path):
 
     def identities(*requests):
         write_rows(prompts, [{"prompt": request} for request in requests])
-        return [found.identity for found in recipe.plan_runs(recipe.read_recipe(str(file), {}), "digest")]
+        return [
+            found.identity
+            for found in recipe.plan_runs(recipe.read_recipe(str(file), {}), "digest")
+        ]
 
     before, after = identities("Hello"), identities("Good day")
     assert [found["flags"].get("replay") for found in before] == [None, None, 0.05]
@@ -542,7 +671,9 @@ def test_a_base_without_a_template_is_asked_as_the_tuned_model_is(tmp_path):
         tokenizer.chat_template = None
         (tmp_path / "base" / "chat_template.jinja").unlink(missing_ok=True)
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "Hello"}])
-    config = recipe.EvaluateConfig(target_tasks=[], general_tasks=[], general_prompts=prompts, max_new_tokens=2)
+    config = recipe.EvaluateConfig(
+        target_tasks=[], general_tasks=[], general_prompts=prompts, max_new_tokens=2
+    )
     found = measure.Measure(config, str(tmp_path / "base"), {}, tmp_path, [])
     found.begin(runs.Run("sft", 0, None, tmp_path / "tuned", {}, {}))
     asked = make_tokenizer().decode(found.answers["general"].answers[0].prompt_ids)
@@ -551,11 +682,20 @@ def test_a_base_without_a_template_is_asked_as_the_tuned_model_is(tmp_path):
 
 def test_how_models_are_asked_is_a_protocol():
     """All its fields, those that a later version adds too, and no list of them here."""
-    config = recipe.EvaluateConfig(target_tasks=[], general_tasks=[], backend="vllm", enable_thinking=True, seed=5)
-    assert (config.protocol.backend, config.protocol.enable_thinking, config.protocol.seed) == ("vllm", True, 5)
+    config = recipe.EvaluateConfig(
+        target_tasks=[], general_tasks=[], backend="vllm", enable_thinking=True, seed=5
+    )
+    assert (config.protocol.backend, config.protocol.enable_thinking, config.protocol.seed) == (
+        "vllm",
+        True,
+        5,
+    )
 
 
 def test_no_objective_that_succeeds_is_an_error(content, monkeypatch, capsys):
     monkeypatch.setattr(compare, "train_run", lambda run: "training ended with exit code 1")
     assert run(content) == 2
-    assert "Nothing can be compared:\n  sft-seed0: training ended with exit code 1" in capsys.readouterr().err
+    assert (
+        "Nothing can be compared:\n  sft-seed0: training ended with exit code 1"
+        in capsys.readouterr().err
+    )

@@ -1,4 +1,7 @@
-"""Differences over seeds and items: by hand, against t-tests where only one of the two varies, and by simulation."""
+"""
+Differences over seeds and items: by hand, against t-tests where only one of the two varies, and by
+simulation.
+"""
 
 import numpy as np
 import pytest
@@ -11,8 +14,8 @@ def simulate(rng, seeds, items, share, rest):
     """
     Each seed's sums of differences by prompt, true mean 0, and the prompts' tokens.
 
-    Of the variance of the mean, `share` is the seeds' and the remainder the prompts' (skewed, as drift is), and beside
-    both, `rest` is of each prompt under each seed.
+    Of the variance of the mean, `share` is the seeds' and the remainder the prompts' (skewed, as
+    drift is), and beside both, `rest` is of each prompt under each seed.
     """
     tokens = rng.integers(20, 65, items)
     by_seed = rng.normal(size=(seeds, 1)) * np.sqrt(share * seeds)
@@ -24,10 +27,11 @@ def simulate(rng, seeds, items, share, rest):
 @pytest.mark.parametrize(("seeds", "most"), [(2, 0.985), (3, 0.98), (5, 0.975)])
 def test_interval_covers_with_few_seeds(seeds, most):
     """
-    Whatever part of the variance is the seeds': of 500 intervals 95% hold the truth (three standard errors: 2.9%).
+    Whatever part of the variance is the seeds': of 500 intervals 95% hold the truth (three standard
+    errors: 2.9%).
 
-    With two seeds some are wider than they need be; a percentile bootstrap of two seeds would cover half of the time
-    where the seeds are all that varies: its interval goes from one to the other.
+    With two seeds some are wider than they need be; a percentile bootstrap of two seeds would cover
+    half of the time where the seeds are all that varies: its interval goes from one to the other.
     """
     rng = np.random.default_rng(seeds)
     for share, rest in ((0.0, 0.0), (0.0, 0.7), (0.3, 0.3), (0.7, 0.3), (0.95, 0.0), (1.0, 0.0)):
@@ -63,7 +67,10 @@ def test_items_alone_are_a_t_test_of_the_items():
 
 
 def test_variances_by_hand():
-    """Two seeds, three items; Cochran and Cox's t weighs 12.706 (one degree of freedom) and 4.303 (two)."""
+    """
+    Two seeds, three items; Cochran and Cox's t weighs 12.706 (one degree of freedom) and 4.303
+    (two).
+    """
     difference = np.array([[1.0, 2.0, 3.0], [2.0, 4.0, 3.0]])
     found = ratio_difference(difference, np.zeros((2, 3)), np.ones(3))
     by_seed = (2 - 2.5) ** 2 + (3 - 2.5) ** 2  # sample variance of the seeds' means
@@ -84,7 +91,10 @@ def test_an_objective_beside_itself():
 
 
 def test_scores_cover_and_tasks_weigh_alike():
-    """Two tasks of different size; each seed moves both, items are lost and gained: 400 intervals, as above."""
+    """
+    Two tasks of different size; each seed moves both, items are lost and gained: 400 intervals, as
+    above.
+    """
     rng = np.random.default_rng(3)
     covered = []
     for _ in range(400):

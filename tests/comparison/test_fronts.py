@@ -17,9 +17,11 @@ def test_a_front_is_the_least_drift_at_a_target_at_least_so_good():
     slow = path((2.0, 0.0), (1.0, 0.1), (0.8, 0.3), (1.5, 0.9))  # learns, and then memorises
     fast = path((2.0, 0.0), (0.9, 0.5), (0.7, 0.25), (1.9, 2.0))
     targets = np.array([1.5, 1.0, 0.9, 0.8, 0.7])
-    # 1.5: half-way to slow's first; 0.9: half-way from slow's first to its second; 0.8: fast's second is better and
-    # has drifted less than slow's
-    assert front([slow], targets)[0] == pytest.approx([0.05, 0.1, 0.2, 0.3, 0.3])  # 0.7 it does not reach: the nearest
+    # 1.5: half-way to slow's first; 0.9: half-way from slow's first to its second; 0.8: fast's
+    # second is better and has drifted less than slow's
+    assert front([slow], targets)[0] == pytest.approx(
+        [0.05, 0.1, 0.2, 0.3, 0.3]
+    )  # 0.7 it does not reach: the nearest
     assert front([slow, fast], targets)[0] == pytest.approx([0.05, 0.1, 0.2, 0.25, 0.25])
 
 
@@ -59,7 +61,13 @@ def truth(targets, spread):
     """Return the true difference at targets: of all prompts, examples and 500 seeds."""
     seeds = draw_seeds(np.random.default_rng(99), 500 if spread else 1, spread)
     first, second = (
-        np.mean([front([path(*zip(*expected(side, r, s), strict=True)) for r in RATES], targets)[0] for s in own], 0)
+        np.mean(
+            [
+                front([path(*zip(*expected(side, r, s), strict=True)) for r in RATES], targets)[0]
+                for s in own
+            ],
+            0,
+        )
         for side, own in zip(SIDES, seeds, strict=True)
     )
     return first - second
@@ -67,10 +75,13 @@ def truth(targets, spread):
 
 def measured(rng, seeds, prompts, examples, spread):
     """
-    Return one comparison's data: paths by objective and seed, and the tokens of prompts and examples; and by how much
-    harder than all examples these are.
+    Return one comparison's data: paths by objective and seed, and the tokens of prompts and
+    examples; and by how much harder than all examples these are.
     """
-    tokens = rng.integers(20, 65, prompts).astype(float), rng.integers(20, 90, examples).astype(float)
+    tokens = (
+        rng.integers(20, 65, prompts).astype(float),
+        rng.integers(20, 90, examples).astype(float),
+    )
     prompt = np.exp(rng.normal(size=prompts) * 0.8 - 0.32)  # skewed, as drift is over prompts
     example, noise = rng.normal(size=examples) * 0.35, rng.normal(size=examples) * 0.1
     sides = []
@@ -82,7 +93,11 @@ def measured(rng, seeds, prompts, examples, spread):
             by_seed.append([])
             for rate in RATES:
                 nll, drift = expected(side, rate, seed)
-                kl = drift[:, None] * prompt_here * np.exp(rng.normal(size=(len(drift), prompts)) * 0.15 - 0.01125)
+                kl = (
+                    drift[:, None]
+                    * prompt_here
+                    * np.exp(rng.normal(size=(len(drift), prompts)) * 0.15 - 0.01125)
+                )
                 loss = nll[:, None] + example_here + rng.normal(size=(len(nll), examples)) * 0.05
                 loss[0] = nll[0] + example + noise  # one base model for all
                 by_seed[-1].append(Path(kl * tokens[0], loss * tokens[1]))
@@ -92,11 +107,18 @@ def measured(rng, seeds, prompts, examples, spread):
 
 @pytest.mark.parametrize(
     ("seeds", "prompts", "examples", "spread"),
-    [(1, 32, 32, 0.0), (1, 128, 64, 0.0), (2, 128, 64, 0.04), (3, 128, 64, 0.04), (5, 128, 64, 0.04)],
+    [
+        (1, 32, 32, 0.0),
+        (1, 128, 64, 0.0),
+        (2, 128, 64, 0.04),
+        (3, 128, 64, 0.04),
+        (5, 128, 64, 0.04),
+    ],
 )
 def test_the_band_holds_the_true_curve(monkeypatch, seeds, prompts, examples, spread):
     """
-    Of 100 comparisons about 95% hold it at every target, and their mean (three standard errors: 6.5%).
+    Of 100 comparisons about 95% hold it at every target, and their mean (three standard errors:
+    6.5%).
 
     One seed is simulated without spread: its interval is of that seed's models.
     """
@@ -111,7 +133,12 @@ def test_the_band_holds_the_true_curve(monkeypatch, seeds, prompts, examples, sp
         data, harder = measured(rng, seeds, prompts, examples, spread)
         found = compare_fronts(*data)
         here = np.interp(np.array(found["targets"]) - harder, grid, true)
-        whole.append(all(low <= d <= high for low, d, high in zip(found["low"], here, found["high"], strict=True)))
+        whole.append(
+            all(
+                low <= d <= high
+                for low, d, high in zip(found["low"], here, found["high"], strict=True)
+            )
+        )
         mean.append(found["mean"]["low"] <= here.mean() <= found["mean"]["high"])
     assert np.mean(whole) >= 0.89, np.mean(whole)
     assert np.mean(mean) >= 0.89, np.mean(mean)
@@ -142,10 +169,15 @@ def test_the_uncertainty_of_the_target_is_in_the_band():
     few = compare_fronts(first, second, *tokens)
     (first, second, *tokens), _ = measured(rng, 1, 400, 800, 0.0)
     many = compare_fronts(first, second, *tokens)
-    assert np.mean(np.subtract(few["high"], few["low"])) > 2 * np.mean(np.subtract(many["high"], many["low"]))
+    assert np.mean(np.subtract(few["high"], few["low"])) > 2 * np.mean(
+        np.subtract(many["high"], many["low"])
+    )
 
 
 def test_no_common_target():
     (first, second, *tokens), _ = measured(np.random.default_rng(10), 1, 20, 20, 0.0)
-    second = [[Path(path.drift, path.shortfall[[0]].repeat(len(EPOCHS), 0)) for path in paths] for paths in second]
+    second = [
+        [Path(path.drift, path.shortfall[[0]].repeat(len(EPOCHS), 0)) for path in paths]
+        for paths in second
+    ]
     assert compare_fronts(first, second, *tokens) is None

@@ -9,7 +9,13 @@ GROUPS = {"target": ["t"], "general": ["g", "h"]}
 
 
 def difference(change, p=0.001, half=0.01):
-    return {"change": change, "low": change - half, "high": change + half, "p_value": p, "p_holm": p}
+    return {
+        "change": change,
+        "low": change - half,
+        "high": change + half,
+        "p_value": p,
+        "p_holm": p,
+    }
 
 
 def front(*differences, half=0.01):
@@ -26,27 +32,54 @@ def front(*differences, half=0.01):
 
 
 def make_pair(
-    target=0.0, general=0.0, drift=0.0, fronts=None, first="eaft", second="sft", seeds=(0, 1), g=0.0, h=0.0, nll=None
+    target=0.0,
+    general=0.0,
+    drift=0.0,
+    fronts=None,
+    first="eaft",
+    second="sft",
+    seeds=(0, 1),
+    g=0.0,
+    h=0.0,
+    nll=None,
 ):
     """A pair whose differences are significant unless they are 0."""
     view = {
-        "means": {n: difference(c, 0.001 if c else 1.0) for n, c in (("target", target), ("general", general))},
+        "means": {
+            n: difference(c, 0.001 if c else 1.0)
+            for n, c in (("target", target), ("general", general))
+        },
         "drift": {"general": difference(drift, 0.001 if drift else 1.0)},
-        "tasks": {name: difference(c, 0.001 if c else 1.0) for name, c in {"t": target, "g": g, "h": h}.items()},
+        "tasks": {
+            name: difference(c, 0.001 if c else 1.0)
+            for name, c in {"t": target, "g": g, "h": h}.items()
+        },
         "nll": None if nll is None else difference(nll),
     }
-    return {"first": first, "second": second, "seeds": list(seeds), "views": {"last": view}, "fronts": fronts or {}}
+    return {
+        "first": first,
+        "second": second,
+        "seeds": list(seeds),
+        "views": {"last": view},
+        "fronts": fronts or {},
+    }
 
 
 def beside(objective, *changes, p=0.001):
-    """What an objective has beside the base model, with one seed each: the change of its target and general task."""
+    """
+    What an objective has beside the base model, with one seed each: the change of its target and
+    general task.
+    """
     return [
         {
             "objective": objective,
             "changes": {
                 "last": {
                     "means": {"target": {"change": target}, "general": {"change": general}},
-                    "tasks": {"t": {"change": target, "p_holm": p}, "g": {"change": general, "p_holm": p}},
+                    "tasks": {
+                        "t": {"change": target, "p_holm": p},
+                        "g": {"change": general, "p_holm": p},
+                    },
                 }
             },
         }
@@ -55,13 +88,20 @@ def beside(objective, *changes, p=0.001):
 
 
 def headline(*pairs, failed=(), choices=()):
-    verdicts = [{"first": pair["first"], "second": pair["second"], **verdict(pair, GROUPS)} for pair in pairs]
-    return report.headline({"pairs": pairs, "verdicts": verdicts, "failed": list(failed), "choices": choices})
+    verdicts = [
+        {"first": pair["first"], "second": pair["second"], **verdict(pair, GROUPS)}
+        for pair in pairs
+    ]
+    return report.headline(
+        {"pairs": pairs, "verdicts": verdicts, "failed": list(failed), "choices": choices}
+    )
 
 
 def test_a_gain_without_a_loss_is_chosen():
     said = headline(make_pair(drift=-0.2), make_pair(target=-0.1, first="dft"))
-    assert said.startswith("**Choose eaft.** eaft is better than sft in drift, and not shown to be worse in anything")
+    assert said.startswith(
+        "**Choose eaft.** eaft is better than sft in drift, and not shown to be worse in anything"
+    )
     assert "drift -0.2000 (95%: -0.2100 to -0.1900; p 0.001)" in said
     assert "dft is worse than sft in target, and not shown to be better in anything" in said
     assert "target -10.0 points (95%: -11.0 to -9.0; p 0.001)" in said
@@ -74,29 +114,49 @@ def test_the_best_of_them_may_still_be_nothing_to_ship():
     pair = make_pair(target=0.02)
     both = [*beside("eaft", (0.5, -0.125), (0.25, -0.0625)), *beside("sft", (0.1, 0.1))]
     said = headline(pair, choices=both)
-    assert "**Choose eaft.** Beside the base model eaft has target +37.5, general -9.4 points: " in said
+    assert (
+        "**Choose eaft.** Beside the base model eaft has target +37.5, general -9.4 points: "
+        in said
+    )
     assert "**do not ship it as it is, a loss is shown on g**" in said
     assert "Beside the base model sft" not in said
-    unsure = headline(make_pair(), choices=[*beside("eaft", (0.5, -0.1), p=0.2), *beside("sft", (-0.1, 0.1))])
+    unsure = headline(
+        make_pair(), choices=[*beside("eaft", (0.5, -0.1), p=0.2), *beside("sft", (-0.1, 0.1))]
+    )
     assert "eaft has target +50.0, general -10.0 points: no loss is shown." in unsure
-    assert "sft has target -10.0, general +10.0 points: **do not ship it as it is, a loss is shown on t**." in unsure
+    assert (
+        "sft has target -10.0, general +10.0 points: **do not ship it as it is, a loss is shown on"
+        " t**." in unsure
+    )
 
 
 def test_a_trade_and_nothing_are_said_to_be_that():
     said = headline(make_pair(target=-0.1, drift=-0.2))
-    assert said.startswith("**Choose by what you need: what is gained is paid for.** eaft is better than sft in drift")
+    assert said.startswith(
+        "**Choose by what you need: what is gained is paid for.** eaft is better than sft in drift"
+    )
     assert "and worse in target" in said
     said = headline(make_pair(seeds=[0]))
-    assert said.startswith("**No objective is shown to be better than another: take the simplest.**")
+    assert said.startswith(
+        "**No objective is shown to be better than another: take the simplest.**"
+    )
     assert said.endswith("another seed may turn this round.")
     both = headline(make_pair(drift=-0.2), make_pair(drift=-0.1, first="talr"))
-    assert both.startswith("**Choose one of eaft, talr**, none of which is shown to be better than another.")
-    ranked = headline(make_pair(drift=-0.2), make_pair(drift=-0.1, first="talr"), make_pair(drift=-0.1, second="talr"))
+    assert both.startswith(
+        "**Choose one of eaft, talr**, none of which is shown to be better than another."
+    )
+    ranked = headline(
+        make_pair(drift=-0.2),
+        make_pair(drift=-0.1, first="talr"),
+        make_pair(drift=-0.1, second="talr"),
+    )
     assert ranked.startswith("**Choose eaft.**")
     assert headline().startswith("Nothing was compared")
     assert "What failed" not in said
     failure = {"objective": "dft", "seed": 0, "message": "out of memory"}
-    assert headline(make_pair(drift=-0.2), failed=[failure]).endswith("What failed (below) is not judged.")
+    assert headline(make_pair(drift=-0.2), failed=[failure]).endswith(
+        "What failed (below) is not judged."
+    )
 
 
 def test_how_it_was_tested_is_what_was_done():
@@ -106,11 +166,16 @@ def test_how_it_was_tested_is_what_was_done():
 
 def test_less_drift_for_less_learned_is_no_gain():
     """Drift at each one's own choice is lower, but not where both have learned as much."""
-    found = verdict(make_pair(drift=-0.2, fronts={NLL: front(0.0, 0.0) | {"mean": difference(0.0, 1.0)}}), GROUPS)
+    found = verdict(
+        make_pair(drift=-0.2, fronts={NLL: front(0.0, 0.0) | {"mean": difference(0.0, 1.0)}}),
+        GROUPS,
+    )
     assert found == {"better": [], "worse": [], "prefer": None}
     found = verdict(make_pair(drift=-0.2, fronts={NLL: front(0.05, 0.07)}), GROUPS)
     assert found == {"better": [], "worse": [f"drift at equal {NLL}"], "prefer": "sft"}
-    assert verdict(make_pair(drift=-0.2, fronts={NLL: None}), GROUPS)["prefer"] == "eaft"  # no common target
+    assert (
+        verdict(make_pair(drift=-0.2, fronts={NLL: None}), GROUPS)["prefer"] == "eaft"
+    )  # no common target
 
 
 def test_nothing_learned_is_no_gain():
@@ -123,7 +188,11 @@ def test_nothing_learned_is_no_gain():
 def test_a_worse_best_nll_is_a_price_also_beside_fronts():
     """As in the demo: less drift at equal nll, and a best nll that is shown to be worse."""
     pair = make_pair(nll=0.072, fronts={NLL: front(-0.02, -0.03)})
-    assert verdict(pair, GROUPS) == {"better": [f"drift at equal {NLL}"], "worse": [NLL], "prefer": None}
+    assert verdict(pair, GROUPS) == {
+        "better": [f"drift at equal {NLL}"],
+        "worse": [NLL],
+        "prefer": None,
+    }
     said = headline(pair)
     assert said.startswith("**Choose by what you need: what is gained is paid for.**")
     assert "held-out nll +0.0720 (95%: +0.0620 to +0.0820; p 0.001)" in said
@@ -139,7 +208,9 @@ def test_a_loss_on_one_task_is_not_hidden_by_a_gain_on_another():
     assert "eaft is better than sft in h and drift and worse in g" in said
     assert "h +10.0 points" in said
     assert "g -10.0 points (95%: -11.0 to -9.0; p 0.001)" in said
-    assert " t " not in headline(make_pair(target=0.1)).partition("(eaft less")[0]  # one task is its group's mean
+    assert (
+        " t " not in headline(make_pair(target=0.1)).partition("(eaft less")[0]
+    )  # one task is its group's mean
 
 
 def test_where_fronts_can_be_told_apart():
@@ -148,25 +219,35 @@ def test_where_fronts_can_be_told_apart():
         (-1, 1.0, pytest.approx(1.1)),
         (1, pytest.approx(1.3), pytest.approx(1.3)),
     ]
-    assert report.where(pair, NLL) == (
-        "eaft and sft: at held-out nll 1.000 to 1.100 eaft drifts less, by 0.0200 to 0.0300, at held-out nll 1.300 "
-        "eaft drifts more, by 0.0200; elsewhere from 1.000 to 1.400 they cannot be told apart (on average -0.0050 "
-        "(95%: -0.0150 to +0.0050; p 0.001), -5% of sft's)."
+    assert (
+        report.where(pair, NLL)
+        == "eaft and sft: at held-out nll 1.000 to 1.100 eaft drifts less, by 0.0200 to 0.0300, at"
+        " held-out nll 1.300 eaft drifts more, by 0.0200; elsewhere from 1.000 to 1.400 they"
+        " cannot be told apart (on average -0.0050 (95%: -0.0150 to +0.0050; p 0.001), -5% of"
+        " sft's)."
     )
     whole = make_pair(fronts={NLL: front(-0.03, -0.02)})
     assert "elsewhere" not in report.where(whole, NLL)
     nothing = make_pair(fronts={NLL: front(0.0, 0.001)})
-    assert "cannot be told apart at any held-out nll from 1.000 to 1.100" in report.where(nothing, NLL)
-    assert "there is no held-out nll that both reach" in report.where(make_pair(fronts={NLL: None}), NLL)
+    assert "cannot be told apart at any held-out nll from 1.000 to 1.100" in report.where(
+        nothing, NLL
+    )
+    assert "there is no held-out nll that both reach" in report.where(
+        make_pair(fronts={NLL: None}), NLL
+    )
     score = front(-0.03, -0.03)
     score["targets"] = [0.3, 0.5]  # shortfalls
-    assert "at gsm8k 70.0% to 50.0% eaft drifts less" in report.where(make_pair(fronts={"gsm8k": score}), "gsm8k")
+    assert "at gsm8k 70.0% to 50.0% eaft drifts less" in report.where(
+        make_pair(fronts={"gsm8k": score}), "gsm8k"
+    )
 
 
 def test_p_is_adjusted_within_each_kind_over_all_pairs():
     pairs = [make_pair(0.1, 0.1, 0.1), make_pair(0.1, 0.1, 0.1, first="dft")]
     adjust(pairs, ["last"])
-    assert [p["views"]["last"]["means"]["target"]["p_holm"] for p in pairs] == pytest.approx([0.006, 0.006])
+    assert [p["views"]["last"]["means"]["target"]["p_holm"] for p in pairs] == pytest.approx(
+        [0.006, 0.006]
+    )
 
 
 def test_tables_show_spread_only_with_several_seeds():
@@ -176,7 +257,12 @@ def test_tables_show_spread_only_with_several_seeds():
     results = {
         "base": {"target": 0.1, "general": 0.6, "tasks": {"t": 0.1, "g": 0.7, "h": 0.5}},
         "groups": {"target": ["t"], "general": ["g", "h"]},
-        "objectives": {"sft": {"last": at, "training": dict.fromkeys(("tokens_per_s", "peak_memory_gib"), numbers)}},
+        "objectives": {
+            "sft": {
+                "last": at,
+                "training": dict.fromkeys(("tokens_per_s", "peak_memory_gib"), numbers),
+            }
+        },
     }
     row = report.objectives_table(results, "last").splitlines()[3]
     assert [cell.strip() for cell in row.split("|")[1:-1]] == [
@@ -184,7 +270,8 @@ def test_tables_show_spread_only_with_several_seeds():
     ]  # fmt: skip
     at["tasks"]["g"] = {"mean": 0.5, "std": 0.02}
     head, _, base, sft = (
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in report.table_1(results, "last").splitlines()[:4]
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in report.table_1(results, "last").splitlines()[:4]
     )
     assert head == ["method", "g", "h", "general avg.", "change", "t", "target avg.", "change"]
     assert base == ["base", "70.0", "50.0", "60.0", "", "10.0", "10.0", ""]

@@ -18,7 +18,9 @@ def scores(both, lost, gained, neither):
 
 
 def task_results(kinds, choices=()):
-    """`tasks` of results, from each task's counts (see `scores`); those named in `choices` have four."""
+    """
+    `tasks` of results, from each task's counts (see `scores`); those named in `choices` have four.
+    """
     found = {
         name: paired_change(*scores(*kind), np.full(sum(kind), 4) if name in choices else None)
         for name, kind in kinds.items()
@@ -41,7 +43,8 @@ def drift_results(mean=0.05, prompts=128):
 @pytest.fixture
 def results():
     """
-    Results in which GSM8K fell, but only as it is read strictly, MMLU rose, IFEval is small, and AIME failed.
+    Results in which GSM8K fell, but only as it is read strictly, MMLU rose, IFEval is small, and
+    AIME failed.
     """
     kinds = {"gsm8k": (700, 160, 20, 120), "mmlu": (1500, 120, 260, 820), "ifeval": (20, 4, 3, 23)}
     tasks = task_results(kinds, ["mmlu"])
@@ -49,12 +52,20 @@ def results():
     cut = {"prompt": 0, "answer": 0, "thoughts": 0}
     asked = {
         name: {
-            **{"version": "3.0", "filter": "none", "metric": "acc", "num_fewshot": 0, "max_gen_toks": None},
+            **{
+                "version": "3.0",
+                "filter": "none",
+                "metric": "acc",
+                "num_fewshot": 0,
+                "max_gen_toks": None,
+            },
             "cut": {"before": dict(cut), "after": dict(cut)},
         }
         for name in kinds
     }
-    asked["gsm8k"].update(filter="strict-match", metric="exact_match", num_fewshot=5, max_gen_toks=256)
+    asked["gsm8k"].update(
+        filter="strict-match", metric="exact_match", num_fewshot=5, max_gen_toks=256
+    )
     asked["mmlu"]["version"] = {"mmlu_a": 1.0, "mmlu_b": 2.0}
     asked["gsm8k"]["cut"]["after"]["answer"] = 17
     changes = [paired_change(*scores(*kind)) for kind in kinds.values()]
@@ -64,7 +75,12 @@ def results():
         "base": "org/base",
         "suites": {"mine": list(kinds)},
         "protocol": {
-            **{"apply_chat_template": True, "enable_thinking": False, "dtype": "bfloat16", "seed": 1234},
+            **{
+                "apply_chat_template": True,
+                "enable_thinking": False,
+                "dtype": "bfloat16",
+                "seed": 1234,
+            },
             **{"limit": None, "data_sha256": "0" * 64},
         },
         "environment": {"eaft": "0.1.0"},
@@ -77,8 +93,17 @@ def results():
         "drift": drift_results(),
         "worst": [
             {
-                **{"benchmark": "gsm8k", "task": "gsm8k", "doc_id": 3, "prompt": "How many?", "target": "#### 4"},
-                **{"before": {"response": "#### 4", "score": 1.0}, "after": {"response": "4", "score": 0.0}},
+                **{
+                    "benchmark": "gsm8k",
+                    "task": "gsm8k",
+                    "doc_id": 3,
+                    "prompt": "How many?",
+                    "target": "#### 4",
+                },
+                **{
+                    "before": {"response": "#### 4", "score": 1.0},
+                    "after": {"response": "4", "score": 0.0},
+                },
             }
         ],
     }

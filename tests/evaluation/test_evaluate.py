@@ -1,4 +1,7 @@
-"""`eaft eval`: lm-eval's scores, paired; a model beside itself, and beside one with a damaged head; bad input."""
+"""
+`eaft eval`: lm-eval's scores, paired; a model beside itself, and beside one with a damaged head;
+bad input.
+"""
 
 import json
 import subprocess
@@ -24,13 +27,16 @@ SCHEMA = Path(evaluate.__file__).with_name("results.schema.json")
 
 @pytest.fixture
 def task_path(tmp_path):
-    """A folder with `tiny`, six questions of two choices, and `copy`, four to be answered in words."""
+    """
+    A folder with `tiny`, six questions of two choices, and `copy`, four to be answered in words.
+    """
     folder = tmp_path / "tasks"
     folder.mkdir()
     rows = [{"question": f"{i}?", "choices": ["a", "bb"], "answer": i % 2} for i in range(6)]
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = (
-        f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/questions.jsonl}}}}\ntest_split: test\n"
+        "dataset_path: json\ndataset_kwargs: {data_files: {test:"
+        f" {tmp_path}/questions.jsonl}}}}\ntest_split: test\n"
     )
     (folder / "tiny.yaml").write_text(
         f'task: tiny\n{data}output_type: multiple_choice\ndoc_to_text: "{{{{question}}}}"\n'
@@ -65,7 +71,10 @@ def measured(model_dir, task_path, names=("tiny",), limit=None):
 
 def test_scores_are_lm_evals(model_dir, task_path):
     items = measured(model_dir, task_path)["tiny"]
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_dir), load_tokenizer(str(model_dir))
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(model_dir),
+        load_tokenizer(str(model_dir)),
+    )
     # By hand: which of the two continuations has the larger log-likelihood?
     for i, item in enumerate(items):
         prompt = tokenizer(f"{i}?")["input_ids"]
@@ -74,7 +83,9 @@ def test_scores_are_lm_evals(model_dir, task_path):
             ids = prompt + tokenizer(choice)["input_ids"]
             with torch.no_grad():
                 log_probs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-            likelihoods.append(sum(log_probs[t, ids[t + 1]].item() for t in range(len(prompt) - 1, len(ids) - 1)))
+            likelihoods.append(
+                sum(log_probs[t, ids[t + 1]].item() for t in range(len(prompt) - 1, len(ids) - 1))
+            )
         best = int(likelihoods[1] > likelihoods[0])
         assert item["choices"] == pytest.approx(likelihoods, abs=1e-4)
         assert (item["score"], item["response"]) == (float(best == i % 2), ["a", "bb"][best])
@@ -98,7 +109,12 @@ def test_a_model_beside_itself(model_dir, task_path, tmp_path, capsys):
     assert run(*flags) == 0
     results = json.loads((out / "results.json").read_text())
     for change in results["tasks"].values():
-        assert (change["change"], change["p_value"], change["lost"], change["gained"]) == (0, 1, 0, 0)
+        assert (change["change"], change["p_value"], change["lost"], change["gained"]) == (
+            0,
+            1,
+            0,
+            0,
+        )
     assert results["drift"]["mean"] == 0
     assert len(results["drift"]["per_prompt"]) == 3
     assert results["worst"] == []
@@ -108,7 +124,9 @@ def test_a_model_beside_itself(model_dir, task_path, tmp_path, capsys):
     assert markdown in capsys.readouterr().out
     assert "| tiny " in markdown
     assert (out / "changes.png").read_bytes().startswith(b"\x89PNG")
-    before, after = ((out / f"items_{side}" / "tiny.jsonl").read_text() for side in ("before", "after"))
+    before, after = (
+        (out / f"items_{side}" / "tiny.jsonl").read_text() for side in ("before", "after")
+    )
     assert before == after
     assert (out / "answers.json").is_file()
     assert not (out / "log_probs").exists()
@@ -118,25 +136,44 @@ def test_a_model_beside_itself(model_dir, task_path, tmp_path, capsys):
 
 
 def test_a_damaged_head_is_found(model_dir, damaged_dir, tmp_path):
-    """Questions whose answers the base model decided itself: it has them all, the damaged model loses them."""
-    base, tokenizer = AutoModelForCausalLM.from_pretrained(model_dir), load_tokenizer(str(model_dir))
+    """
+    Questions whose answers the base model decided itself: it has them all, the damaged model loses
+    them.
+    """
+    base, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(model_dir),
+        load_tokenizer(str(model_dir)),
+    )
     choices = ["a", "b", "c", "d"]
     letters = [tokenizer(choice)["input_ids"][0] for choice in choices]
     with (tmp_path / "own.jsonl").open("w") as file:
         for i in range(60):
             with torch.no_grad():
                 logits = base(torch.tensor([tokenizer(f"{i}? ")["input_ids"]])).logits[0, -1]
-            row = {"question": f"{i}?", "choices": choices, "answer": logits[letters].argmax().item()}
+            row = {
+                "question": f"{i}?",
+                "choices": choices,
+                "answer": logits[letters].argmax().item(),
+            }
             file.write(json.dumps(row) + "\n")
     task = tmp_path / "own.yaml"
     task.write_text(
-        f"task: own\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/own.jsonl}}}}\n"
-        "test_split: test\n"
-        'output_type: multiple_choice\ndoc_to_text: "{{question}}"\ndoc_to_choice: choices\ndoc_to_target: answer\n'
-        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+        "task: own\ndataset_path: json\ndataset_kwargs: {data_files: {test:"
+        f" {tmp_path}/own.jsonl}}}}\ntest_split: test\noutput_type: multiple_choice\ndoc_to_text:"
+        ' "{{question}}"\ndoc_to_choice: choices\ndoc_to_target: answer\nmetric_list:'
+        " [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
     )
     out = tmp_path / "out"
-    flags = [damaged_dir, "--base", model_dir, "--suite", task, "--output_path", out, "--no-apply_chat_template"]
+    flags = [
+        damaged_dir,
+        "--base",
+        model_dir,
+        "--suite",
+        task,
+        "--output_path",
+        out,
+        "--no-apply_chat_template",
+    ]
     assert run(*flags, "--drift_prompts", 32, "--max_new_tokens", 8) == 0
     results = json.loads((out / "results.json").read_text())
     change = results["tasks"][str(task)]
@@ -144,7 +181,12 @@ def test_a_damaged_head_is_found(model_dir, damaged_dir, tmp_path):
     assert change["high"] < 0
     assert change["p_value"] < 1e-6
     assert change["lost"] >= 30
-    assert 0 < change["lost_beyond_chance"]["low"] <= change["lost_beyond_chance"]["estimate"] <= 60 * 4 / 3
+    assert (
+        0
+        < change["lost_beyond_chance"]["low"]
+        <= change["lost_beyond_chance"]["estimate"]
+        <= 60 * 4 / 3
+    )
     assert results["drift"]["mean"] > 0.1
     assert len(results["worst"]) == 20
     for item in results["worst"]:
@@ -160,10 +202,20 @@ def test_one_dtype_for_both(model_dir, task_path, tmp_path):
         model.to(dtype).save_pretrained(tmp_path / name)
         load_tokenizer(str(model_dir)).save_pretrained(tmp_path / name)
     (tmp_path / "lora").mkdir()
-    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": f"{tmp_path}/wide"}))
+    (tmp_path / "lora" / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": f"{tmp_path}/wide"})
+    )
     assert own_dtype(str(tmp_path / "narrow")) == "bfloat16"
     assert own_dtype(str(tmp_path / "lora")) == "float32"
-    flags = [tmp_path / "wide", "--base", tmp_path / "narrow", "--suite", "copy", "--include_path", task_path]
+    flags = [
+        tmp_path / "wide",
+        "--base",
+        tmp_path / "narrow",
+        "--suite",
+        "copy",
+        "--include_path",
+        task_path,
+    ]
     assert run(*flags, "--drift_prompts", 2, "--output_path", tmp_path / "out") == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["drift"]["mean"] == 0
@@ -174,15 +226,23 @@ def test_answers_are_cut_to_the_context(model_dir, task_path, caplog):
     file = Path(task_path) / "copy.yaml"
     file.write_text(file.read_text().replace("max_gen_toks: 4", "max_gen_toks: 32768"))
     assert len(measured(model_dir, task_path, ["copy"], limit=1)["copy"]) == 1
-    assert "copy: answers are cut at 192 tokens instead of 32768" in caplog.text  # of a context of 256
+    assert (
+        "copy: answers are cut at 192 tokens instead of 32768" in caplog.text
+    )  # of a context of 256
 
 
 def test_an_item_is_never_its_own_example(model_dir, tmp_path):
     rows = [{"question": f"number {i}?", "answer": f"#### {i}"} for i in range(6)]
     (tmp_path / "gsm8k_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     _, benchmarks = load_suites(["gsm8k"], data_dir=str(tmp_path))
-    protocol = Protocol(apply_chat_template=False, num_fewshot=3, gen_kwargs="max_gen_toks=1", batch_size=4)
-    items = score(load(str(model_dir), load_tokenizer(str(model_dir)), protocol), benchmarks["gsm8k"], protocol)
+    protocol = Protocol(
+        apply_chat_template=False, num_fewshot=3, gen_kwargs="max_gen_toks=1", batch_size=4
+    )
+    items = score(
+        load(str(model_dir), load_tokenizer(str(model_dir)), protocol),
+        benchmarks["gsm8k"],
+        protocol,
+    )
     for i, item in enumerate(items):
         assert item["prompt"].count("number") == 4
         assert item["prompt"].count(f"number {i}?") == 1
@@ -191,7 +251,9 @@ def test_an_item_is_never_its_own_example(model_dir, tmp_path):
 def test_an_adapter_and_no_base(model_dir, task_path, tmp_path):
     torch.manual_seed(0)
     config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), config).save_pretrained(tmp_path / "lora")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), config).save_pretrained(
+        tmp_path / "lora"
+    )
     common = ["--suite", "tiny", "--include_path", task_path]
     out = tmp_path / "out"
     drift = ["--drift_prompts", 2, "--max_new_tokens", 8]
@@ -200,7 +262,11 @@ def test_an_adapter_and_no_base(model_dir, task_path, tmp_path):
     assert run(model_dir, *common, "--limit", 4, "--output_path", tmp_path / "alone") == 0
     results = json.loads((tmp_path / "alone" / "results.json").read_text())
     assert results["tasks"]["tiny"]["n"] == 4
-    assert results["tasks"]["tiny"]["low"] < results["tasks"]["tiny"]["score"] < results["tasks"]["tiny"]["high"]
+    assert (
+        results["tasks"]["tiny"]["low"]
+        < results["tasks"]["tiny"]["score"]
+        < results["tasks"]["tiny"]["high"]
+    )
     jsonschema.validate(results, json.loads(SCHEMA.read_text()))
     assert "score %" in (tmp_path / "alone" / "results.md").read_text()
 
@@ -209,12 +275,32 @@ def test_two_processes_find_what_one_finds(model_dir, task_path, tmp_path):
     flags = [model_dir, "--base", model_dir, "--suite", "tiny", "copy", "--include_path", task_path]
     flags += ["--drift_prompts", "2", "--max_new_tokens", "4"]
     assert run(*flags, "--output_path", tmp_path / "one") == 0
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, "-m", "eaft", "eval", *map(str, flags), "--output_path", str(tmp_path / "two")]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
+    command = [
+        *launcher,
+        "-m",
+        "eaft",
+        "eval",
+        *map(str, flags),
+        "--output_path",
+        str(tmp_path / "two"),
+    ]
     subprocess.run(command, check=True, timeout=300)
     for name in ("tiny", "copy"):
         one, two = (
-            [json.loads(line) for line in (tmp_path / run / "items_after" / f"{name}.jsonl").read_text().splitlines()]
+            [
+                json.loads(line)
+                for line in (
+                    (tmp_path / run / "items_after" / f"{name}.jsonl").read_text().splitlines()
+                )
+            ]
             for run in ("one", "two")
         )
         assert [(i["doc_id"], i["score"], i["response"]) for i in one] == [
@@ -228,7 +314,15 @@ def test_another_vocabulary(model_dir, task_path, tmp_path, capsys):
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(tmp_path / "other")
     make_model(1).save_pretrained(tmp_path / "other")
-    flags = [tmp_path / "other", "--base", model_dir, "--suite", "tiny", "--include_path", task_path]
+    flags = [
+        tmp_path / "other",
+        "--base",
+        model_dir,
+        "--suite",
+        "tiny",
+        "--include_path",
+        task_path,
+    ]
     assert run(*flags, "--output_path", tmp_path / "out") == 2
     assert "different vocabularies (260 and 259 tokens)" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -248,17 +342,30 @@ def test_items_of_other_prompts_are_not_compared(model_dir, task_path):
 def test_worst_regressions_take_benchmarks_in_turn():
     def item(name, doc_id, value, right):
         hashes = dict.fromkeys(("prompt_hash", "target_hash", "doc_hash"), "")
-        return {"task": name, "doc_id": doc_id, "prompt": "", "response": "", "score": value, **hashes} | (
-            {"choices": [right, 0.0], "target": 0} if right is not None else {"target": ""}
-        )
+        return {
+            "task": name,
+            "doc_id": doc_id,
+            "prompt": "",
+            "response": "",
+            "score": value,
+            **hashes,
+        } | ({"choices": [right, 0.0], "target": 0} if right is not None else {"target": ""})
 
-    before = {"a": [item("a", i, 1.0, 1.0) for i in range(30)], "b": [item("b", i, 1.0, None) for i in range(2)]}
+    before = {
+        "a": [item("a", i, 1.0, 1.0) for i in range(30)],
+        "b": [item("b", i, 1.0, None) for i in range(2)],
+    }
     after = {
         "a": [item("a", i, 0.0, -float(i)) for i in range(30)],
         "b": [item("b", 0, 1.0, None), item("b", 1, 0.0, None)],
     }
     worst = worst_regressions(before, after)
-    assert [(w["benchmark"], w["doc_id"]) for w in worst[:4]] == [("a", 29), ("b", 1), ("a", 28), ("a", 27)]
+    assert [(w["benchmark"], w["doc_id"]) for w in worst[:4]] == [
+        ("a", 29),
+        ("b", 1),
+        ("a", 28),
+        ("a", 27),
+    ]
     assert len(worst) == 20
 
 
@@ -282,7 +389,10 @@ def test_suites(task_path, tmp_path):
     with pytest.raises(ConfigurationError, match=r"tiny and .*tiny\.yaml would write to one file"):
         load_suites(["tiny", str(other)], task_path)
     mine.write_text("group: mine\ntask: [tiny]")
-    with pytest.raises(ConfigurationError, match="is a group's file: give its folder as include_path, and name 'mine'"):
+    with pytest.raises(
+        ConfigurationError,
+        match="is a group's file: give its folder as include_path, and name 'mine'",
+    ):
         load_suites([str(mine)], task_path)
     for name in ("general", "math", "medical", "agent", "quick"):
         assert name in suites_help()
@@ -305,9 +415,12 @@ def test_local_data(tmp_path):
     assert pubmedqa.doc_to_text(pubmedqa.eval_docs[0]) == "Abstract: c\nd\nQuestion: q\nAnswer:"
     with pytest.raises(ConfigurationError) as error:
         load_suites(["mmlu_stem", "medmcqa"], data_dir=str(tmp_path))
-    assert "mmlu_stem: mmlu_abstract_algebra: no row with type 'abstract_algebra'" in str(error.value)
-    assert f"medmcqa needs the data set openlifescienceai/medmcqa from the Hub, or medmcqa.jsonl in {tmp_path}" in str(
+    assert "mmlu_stem: mmlu_abstract_algebra: no row with type 'abstract_algebra'" in str(
         error.value
+    )
+    assert (
+        "medmcqa needs the data set openlifescienceai/medmcqa from the Hub, or medmcqa.jsonl in"
+        f" {tmp_path}" in str(error.value)
     )
 
 
@@ -315,14 +428,25 @@ def test_local_data(tmp_path):
     ("flags", "message"),
     [
         (["--suite", "medicla"], "no suite and no lm-eval task 'medicla'. Did you mean 'medical'"),
-        (["--suite", "tiny", "--include_path", "nowhere"], "include_path='nowhere': there is no such folder"),
-        (["--suite", "everyday", "--data_dir", "nowhere"], "data_dir='nowhere': there is no such folder"),
+        (
+            ["--suite", "tiny", "--include_path", "nowhere"],
+            "include_path='nowhere': there is no such folder",
+        ),
+        (
+            ["--suite", "everyday", "--data_dir", "nowhere"],
+            "data_dir='nowhere': there is no such folder",
+        ),
         (["--suite", "none.yaml"], "suite 'none.yaml': there is no such file"),
         (["--suite", "everyday", "--base", "./none"], "'./none': there is no such folder"),
-        (["--suite", "everyday", "--backend", "vllm"], "backend='vllm' needs vLLM: pip install vllm"),
+        (
+            ["--suite", "everyday", "--backend", "vllm"],
+            "backend='vllm' needs vLLM: pip install vllm",
+        ),
     ],
 )
-def test_bad_flags_are_one_message_and_nothing_written(model_dir, tmp_path, capsys, monkeypatch, flags, message):
+def test_bad_flags_are_one_message_and_nothing_written(
+    model_dir, tmp_path, capsys, monkeypatch, flags, message
+):
     monkeypatch.chdir(tmp_path)
     assert run(model_dir, *flags) == 2
     assert message in capsys.readouterr().err
@@ -330,7 +454,9 @@ def test_bad_flags_are_one_message_and_nothing_written(model_dir, tmp_path, caps
 
 
 def test_unknown_task_is_refused(task_path):
-    with pytest.raises(ConfigurationError, match=r"no lm-eval task 'gsm8kk'\. Did you mean 'gsm8k'"):
+    with pytest.raises(
+        ConfigurationError, match=r"no lm-eval task 'gsm8kk'\. Did you mean 'gsm8k'"
+    ):
         task_manager(["gsm8kk"], task_path)
 
 
@@ -342,21 +468,37 @@ def test_a_task_without_a_score_is_refused(task_path):
 
 
 def test_vllm_runs_an_adapter_on_its_base(tmp_path):
-    assert vllm_args("m", "t", {"dtype": "bfloat16"}) == {"pretrained": "m", "tokenizer": "t", "dtype": "bfloat16"}
+    assert vllm_args("m", "t", {"dtype": "bfloat16"}) == {
+        "pretrained": "m",
+        "tokenizer": "t",
+        "dtype": "bfloat16",
+    }
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "base", "r": 32}')
     args = vllm_args(str(tmp_path), "t", {})
-    assert (args["pretrained"], args["lora_local_path"], args["max_lora_rank"]) == ("base", str(tmp_path), 32)
+    assert (args["pretrained"], args["lora_local_path"], args["max_lora_rank"]) == (
+        "base",
+        str(tmp_path),
+        32,
+    )
 
 
 def test_gsm8k_and_ifeval_agree_with_lm_evals_own_run(model_dir, tmp_path, monkeypatch):
-    """The same model and rows through lm-eval's own loading of the model, its own metrics and its own averages."""
+    """
+    The same model and rows through lm-eval's own loading of the model, its own metrics and its own
+    averages.
+    """
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     from eaft.evaluation import suite
 
-    monkeypatch.setattr(suite, "has_sentence_tokenizer", lambda: True)  # these instructions do not need it
-    gsm8k = [{"question": f"{i} and {i}?", "answer": f"<<{i}+{i}={2 * i}>> #### {2 * i}"} for i in range(6)]
+    monkeypatch.setattr(
+        suite, "has_sentence_tokenizer", lambda: True
+    )  # these instructions do not need it
+    gsm8k = [
+        {"question": f"{i} and {i}?", "answer": f"<<{i}+{i}={2 * i}>> #### {2 * i}"}
+        for i in range(6)
+    ]
     ifeval = [
         {"key": i, "prompt": f"Write {i}.", "instruction_id_list": [name], "kwargs": [{}]}
         for i, name in enumerate(["punctuation:no_comma", "change_case:english_lowercase"] * 3)
@@ -364,7 +506,11 @@ def test_gsm8k_and_ifeval_agree_with_lm_evals_own_run(model_dir, tmp_path, monke
     for name, rows in (("gsm8k_test", gsm8k), ("gsm8k_train", gsm8k), ("ifeval", ifeval)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     _, benchmarks = load_suites(["gsm8k", "ifeval"], data_dir=str(tmp_path))
-    settings = {"apply_chat_template": True, "num_fewshot": 2, "gen_kwargs": "max_gen_toks=24"}  # 2: gsm8k's sampling
+    settings = {
+        "apply_chat_template": True,
+        "num_fewshot": 2,
+        "gen_kwargs": "max_gen_toks=24",
+    }  # 2: gsm8k's sampling
     protocol = Protocol(**settings, batch_size=3)
     lm = load(str(model_dir), load_tokenizer(str(model_dir)), protocol)
     ours = {name: score(lm, benchmark, protocol) for name, benchmark in benchmarks.items()}
@@ -377,11 +523,18 @@ def test_gsm8k_and_ifeval_agree_with_lm_evals_own_run(model_dir, tmp_path, monke
         log_samples=True,
         **settings,
     )
-    for name, metric in (("gsm8k", "exact_match,strict-match"), ("ifeval", "prompt_level_strict_acc,none")):
+    for name, metric in (
+        ("gsm8k", "exact_match,strict-match"),
+        ("ifeval", "prompt_level_strict_acc,none"),
+    ):
         assert ours[name][0]["metric"] == metric
         mean = sum(item["score"] for item in ours[name]) / len(ours[name])
         assert mean == pytest.approx(theirs["results"][name][metric])
         samples = [s for s in theirs["samples"][name] if s["filter"] == metric.partition(",")[2]]
-        assert [item["response"] for item in ours[name]] == [sample["resps"][0][0] for sample in samples]
+        assert [item["response"] for item in ours[name]] == [
+            sample["resps"][0][0] for sample in samples
+        ]
         assert any(item["response"] for item in ours[name])
-    assert 0 < sum(item["score"] for item in ours["ifeval"]) < 6  # both right and wrong answers were compared
+    assert (
+        0 < sum(item["score"] for item in ours["ifeval"]) < 6
+    )  # both right and wrong answers were compared

@@ -1,4 +1,7 @@
-"""What is measured is kept under a digest of all it depends on: read again where nothing changed, and only there."""
+"""
+What is measured is kept under a digest of all it depends on: read again where nothing changed, and
+only there.
+"""
 
 import json
 import shutil
@@ -49,13 +52,32 @@ def never(*args, **kwargs):
     raise AssertionError("a model was loaded")
 
 
-def test_nothing_is_loaded_where_all_is_kept(model_dir, folder, task_path, tmp_path, monkeypatch, capsys):  # noqa: F811
-    flags = ["--suite", "tiny", "copy", "--include_path", task_path, "--drift_prompts", 2, "--max_new_tokens", 4]
+def test_nothing_is_loaded_where_all_is_kept(
+    model_dir,
+    folder,
+    task_path,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    capsys,
+):
+    flags = [
+        "--suite",
+        "tiny",
+        "copy",
+        "--include_path",
+        task_path,
+        "--drift_prompts",
+        2,
+        "--max_new_tokens",
+        4,
+    ]
     assert run(folder, "--base", model_dir, *flags, "--output_path", tmp_path / "one") == 0
     monkeypatch.setattr(measured, "load", never)
     # By another path, and as base and tuned model alike: what counts is what is in the files
     assert run(model_dir, "--base", folder, *flags, "--output_path", tmp_path / "two") == 0
-    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    one, two = (
+        json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")
+    )
     assert one["kept"]["base"] == []
     assert two["kept"]["model"] == ["drift", "tiny", "copy"]
     assert two["kept"]["base"] == ["answers", "tiny", "copy"]
@@ -76,7 +98,9 @@ CHANGES = {
     "weights": lambda d: make_model(1).save_pretrained(d),
     "a setting of the model": lambda d: edit(d / "config.json", "rms_norm_eps", 1e-3),
     "an end token": lambda d: edit(d / "generation_config.json", "eos_token_id", 7),
-    "the chat template": lambda d: (d / "chat_template.jinja").write_text("{{ messages[0]['content'] }}"),
+    "the chat template": lambda d: (d / "chat_template.jinja").write_text(
+        "{{ messages[0]['content'] }}"
+    ),
     "the vocabulary": lambda d: added_token().save_pretrained(d),
 }
 
@@ -92,7 +116,9 @@ def added_token():
 
 
 def identity_of(folder, **protocol):
-    model = MeasuredModel(str(folder), load_tokenizer(str(folder)), Protocol(dtype="float32", **protocol))
+    model = MeasuredModel(
+        str(folder), load_tokenizer(str(folder)), Protocol(dtype="float32", **protocol)
+    )
     return identity.digest(model._identity)
 
 
@@ -171,7 +197,9 @@ def test_a_change_of_task_or_data_is_a_new_key(task_path, tmp_path):  # noqa: F8
 def test_a_change_of_protocol_is_measured_anew(model_dir, task_path, change):  # noqa: F811
     benchmark = load_suites(["tiny"], task_path)[1]["tiny"]
     for again, protocol in ((False, {}), (True, {}), (False, change)):
-        model, _ = side_by_side(str(model_dir), None, Protocol(**{"apply_chat_template": True, **protocol}), True)
+        model, _ = side_by_side(
+            str(model_dir), None, Protocol(**{"apply_chat_template": True, **protocol}), True
+        )
         model.items(benchmark)
         assert bool(model.kept) == again
 
@@ -183,13 +211,18 @@ def test_another_version_measures_anew(model_dir, monkeypatch):
 
 
 def test_answers_are_kept_apart_from_what_computes_their_probabilities(model_dir, monkeypatch):
-    """So that training finds what `eaft eval --record` sampled in another precision, on another device."""
+    """
+    So that training finds what `eaft eval --record` sampled in another precision, on another
+    device.
+    """
     prompts = ["say a", [{"role": "user", "content": "say b"}]]
     model, _ = side_by_side(str(model_dir), None, Protocol(max_new_tokens=4), True)
     assert model.find_sampled(prompts) is None
     answers = model.sampled(prompts)
     monkeypatch.setattr(identity, "versions", lambda names: dict.fromkeys(names, "0.0"))
-    again, _ = side_by_side(str(model_dir), None, Protocol(max_new_tokens=4, dtype="bfloat16"), True)
+    again, _ = side_by_side(
+        str(model_dir), None, Protocol(max_new_tokens=4, dtype="bfloat16"), True
+    )
     assert again.find_sampled(prompts) == answers
     assert model.find_sampled(prompts[:1]) is None
 
@@ -202,7 +235,10 @@ def test_nll_is_the_definition(model_dir):
     ids[1] = [5, 6]
     labelled = [{0, 3, 4, 8}, {0, 1}, {1, 12}]
     rows = [
-        {"input_ids": row, "labels": [token if t in places else -100 for t, token in enumerate(row)]}
+        {
+            "input_ids": row,
+            "labels": [token if t in places else -100 for t, token in enumerate(row)],
+        }
         for row, places in zip(ids, labelled, strict=True)
     ]
     sums, counts = model.nll(rows)
@@ -215,12 +251,31 @@ def test_nll_is_the_definition(model_dir):
     assert model.nll(rows)[0].tolist() == sums.tolist()
     assert model.kept == ["nll"]
     other, _ = side_by_side(str(model_dir), None, Protocol(), True)
-    other.nll([{**row, "labels": row["input_ids"]} for row in rows])  # other labels are measured anew
+    other.nll(
+        [{**row, "labels": row["input_ids"]} for row in rows]
+    )  # other labels are measured anew
     assert other.kept == []
 
 
-def test_a_task_that_fails_does_not_take_the_others_along(model_dir, folder, task_path, tmp_path, monkeypatch):  # noqa: F811
-    flags = [folder, "--base", model_dir, "--suite", "tiny", "copy", "--include_path", task_path, "--drift_prompts", 0]
+def test_a_task_that_fails_does_not_take_the_others_along(
+    model_dir,
+    folder,
+    task_path,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    flags = [
+        folder,
+        "--base",
+        model_dir,
+        "--suite",
+        "tiny",
+        "copy",
+        "--include_path",
+        task_path,
+        "--drift_prompts",
+        0,
+    ]
     flags += ["--output_path", tmp_path / "out"]
     score = measured.score
 
@@ -239,7 +294,9 @@ def test_a_task_that_fails_does_not_take_the_others_along(model_dir, folder, tas
     monkeypatch.setattr(
         measured,
         "score",
-        lambda lm, benchmark, *args: score(lm, benchmark, *args) if benchmark.name == "tiny" else never(),
+        lambda lm, benchmark, *args: (
+            score(lm, benchmark, *args) if benchmark.name == "tiny" else never()
+        ),
     )
     assert run(*flags) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -269,7 +326,17 @@ def test_no_chat_template(folder, task_path, tmp_path):  # noqa: F811
     make_model().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     out = tmp_path / "out"
-    flags = [folder, "--base", folder, "--suite", "tiny", "--include_path", task_path, "--max_new_tokens", 4]
+    flags = [
+        folder,
+        "--base",
+        folder,
+        "--suite",
+        "tiny",
+        "--include_path",
+        task_path,
+        "--max_new_tokens",
+        4,
+    ]
     assert run(*flags, "--drift_prompts", 3, "--output_path", out) == 0
     results = json.loads((out / "results.json").read_text())
     assert results["protocol"]["apply_chat_template"] is False
@@ -287,7 +354,15 @@ def test_no_chat_template(folder, task_path, tmp_path):  # noqa: F811
         (["--max_drift", "nan"], "--max_drift: expected a finite number, got nan"),
     ],
 )
-def test_what_can_be_known_before_is_said_before(model_dir, task_path, tmp_path, monkeypatch, capsys, flags, message):  # noqa: F811
+def test_what_can_be_known_before_is_said_before(
+    model_dir,
+    task_path,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    capsys,
+    flags,
+    message,
+):
     monkeypatch.setattr(measured, "load", never)
     common = [model_dir, "--base", model_dir, "--suite", "tiny", "--include_path", task_path]
     assert run(*common, "--output_path", tmp_path / "out", *flags) == 2
@@ -298,13 +373,17 @@ def test_what_can_be_known_before_is_said_before(model_dir, task_path, tmp_path,
 @pytest.mark.parametrize("package", ["matplotlib", "tabulate", "scipy"])
 def test_a_missing_package_is_said_before(model_dir, tmp_path, monkeypatch, capsys, package):
     find_spec = evaluate.find_spec
-    monkeypatch.setattr(evaluate, "find_spec", lambda name: None if name == package else find_spec(name))
+    monkeypatch.setattr(
+        evaluate, "find_spec", lambda name: None if name == package else find_spec(name)
+    )
     assert run(model_dir, "--suite", "everyday", "--output_path", tmp_path / "out") == 2
     assert f"Evaluating needs {package}: pip install 'eaft[eval]'" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_said_before(model_dir, task_path, tmp_path, monkeypatch, capsys):  # noqa: F811
-    monkeypatch.setattr(evaluate.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(1, 1, 2**10))
+    monkeypatch.setattr(
+        evaluate.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(1, 1, 2**10)
+    )
     flags = [model_dir, "--base", model_dir, "--suite", "tiny", "--include_path", task_path]
     assert run(*flags, "--output_path", tmp_path / "out", "--drift_prompts", 2) == 2
     assert "lower --drift_prompts, or set EAFT_CACHE" in capsys.readouterr().err
@@ -341,7 +420,10 @@ def test_drift_depends_on_the_bases_probabilities(model_dir, folder):
 
 
 def test_a_template_that_writes_the_day_is_another_question_tomorrow(monkeypatch):
-    """Else a base model kept from yesterday is not asked what the tuned one is asked today, and all is refused."""
+    """
+    Else a base model kept from yesterday is not asked what the tuned one is asked today, and all is
+    refused.
+    """
     from transformers.utils import chat_template_utils
 
     tokenizer = make_tokenizer()
@@ -388,7 +470,9 @@ def test_sampled_answers_are_to_the_prompts_as_they_are_asked(folder):
 
 def test_drift_beside_vllm_is_of_the_same_revision(model_dir, monkeypatch):
     loaded = []
-    monkeypatch.setattr(measured, "load", lambda model, tokenizer, protocol: loaded.append(protocol.model_args))
+    monkeypatch.setattr(
+        measured, "load", lambda model, tokenizer, protocol: loaded.append(protocol.model_args)
+    )
     args = {"revision": "v1", "gpu_memory_utilization": 0.5}
     protocol = Protocol(backend="vllm", model_args=args)
     model = MeasuredModel(str(model_dir), load_tokenizer(str(model_dir)), protocol)

@@ -1,4 +1,6 @@
-"""Paired statistics against hand counts, peers' tests, and simulation: coverage, error rate, power."""
+"""
+Paired statistics against hand counts, peers' tests, and simulation: coverage, error rate, power.
+"""
 
 import math
 
@@ -23,7 +25,10 @@ from eaft.evaluation.paired import (
 
 @pytest.fixture
 def few_resamples(monkeypatch):
-    """For simulations of intervals: the intervals differ little, and the tests beside them are not looked at."""
+    """
+    For simulations of intervals: the intervals differ little, and the tests beside them are not
+    looked at.
+    """
     monkeypatch.setattr(paired, "RESAMPLES", 399)
 
 
@@ -75,29 +80,40 @@ def simulate(rng, n, p_lost, p_gained):
     ("n", "p_lost", "p_gained"), [(20, 0.1, 0.1), (30, 0.1, 0.05), (100, 0.2, 0.2), (300, 0.02, 0)]
 )
 def test_interval_covers_the_true_change(n, p_lost, p_gained):
-    """Of 2,000 simulated comparisons about 95% of the intervals hold the truth (three standard errors: 1.5%)."""
+    """
+    Of 2,000 simulated comparisons about 95% of the intervals hold the truth (three standard errors:
+    1.5%).
+    """
     rng = np.random.default_rng(1)
     changes = [paired_change(*simulate(rng, n, p_lost, p_gained)) for _ in range(2000)]
     covered = np.mean([c.low <= p_gained - p_lost <= c.high for c in changes])
     assert 0.935 <= covered <= 0.985
 
 
-# Differences of graded scores: their values, and how likely each is where a score changes at all. Of the last, a sample
-# may hold none of the large ones, which no interval can know of
+# Differences of graded scores: their values, and how likely each is where a score changes at all.
+# Of the last, a sample may hold none of the large ones, which no interval can know of
 GRADED = {
     "both ways": ([-1, -2 / 3, -1 / 3, 1 / 3, 2 / 3, 1], [0.10, 0.15, 0.35, 0.25, 0.10, 0.05]),
     "losses only": ([-1, -1 / 2, -1 / 4], [0.2, 0.3, 0.5]),
-    "small losses, few large gains": ([-0.02, -0.05, -0.1, -0.3, 0.5, 1], [0.3, 0.3, 0.2, 0.1, 0.07, 0.03]),
+    "small losses, few large gains": (
+        [-0.02, -0.05, -0.1, -0.3, 0.5, 1],
+        [0.3, 0.3, 0.2, 0.1, 0.07, 0.03],
+    ),
 }
 
 
 @pytest.mark.parametrize(("law", "least"), zip(GRADED, (0.93, 0.93, 0.87), strict=True))
 def test_interval_of_graded_scores_covers_the_true_change(law, least, few_resamples):
-    """With many scores that do not change, as graded scores have; 1,000 trials each, three standard errors: 2.1%."""
+    """
+    With many scores that do not change, as graded scores have; 1,000 trials each, three standard
+    errors: 2.1%.
+    """
     values, chances = GRADED[law]
     rng = np.random.default_rng(2)
     for n, changed in ((20, 0.5), (20, 1), (100, 0.1), (1000, 0.03)):
-        difference = rng.choice([0, *values], p=[1 - changed, *(changed * np.array(chances))], size=(1000, n))
+        difference = rng.choice(
+            [0, *values], p=[1 - changed, *(changed * np.array(chances))], size=(1000, n)
+        )
         truth = changed * np.dot(values, chances)
         found = [paired_change(np.maximum(-d, 0), np.maximum(d, 0)) for d in difference]
         covered = np.mean([c.low <= truth <= c.high for c in found])
@@ -119,7 +135,9 @@ def test_swapping_finds_what_mcnemar_finds():
     before, after = scores(20, 13, 4, 30)
     exact = paired_change(before, after).p_value
     graded = paired_change(before * 0.5, after * 0.5)  # the same differences, halved
-    assert graded.p_value == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / 9999) + 2e-4)
+    assert graded.p_value == pytest.approx(
+        exact, abs=4 * math.sqrt(exact * (1 - exact) / 9999) + 2e-4
+    )
     assert graded.change == pytest.approx(-9 / 67 / 2)
 
 
@@ -137,16 +155,21 @@ def test_mean_weighs_tasks_alike_whatever_their_size():
 
 
 def answers(rng, state, choices, alike=0.0):
-    """Scores before and after of items known to both (0), forgotten (1), learned (2) or never known (3), else guessed;
+    """Scores before and after of items known to both (0), forgotten (1), learned (2) or never known
+    (3), else guessed;
     `alike`: the share of never-known items that both models guess alike."""
     before, after = (
-        np.where(np.isin(state, known), 1.0, rng.random(state.shape) < 1 / choices) for known in ([0, 1], [0, 2])
+        np.where(np.isin(state, known), 1.0, rng.random(state.shape) < 1 / choices)
+        for known in ([0, 1], [0, 2])
     )
     return before, np.where((state == 3) & (rng.random(state.shape) < alike), before, after)
 
 
 def test_chance_is_taken_out():
-    """Items known with certainty or guessed: the corrected counts find how many were known and lost (or learned)."""
+    """
+    Items known with certainty or guessed: the corrected counts find how many were known and lost
+    (or learned).
+    """
     rng = np.random.default_rng(4)
     n = 40000
     choices = rng.integers(2, 6, size=n)
@@ -160,11 +183,17 @@ def test_chance_is_taken_out():
 
 @pytest.mark.parametrize(("n", "c"), [(50, 2), (50, 3), (50, 5), (200, 4), (1000, 2), (1000, 5)])
 def test_interval_beyond_chance_covers_and_the_estimate_has_no_bias(n, c):
-    """2,000 simulated tasks each: standard error of a coverage 0.5%, of a mean that of the estimates / 45."""
+    """
+    2,000 simulated tasks each: standard error of a coverage 0.5%, of a mean that of the estimates /
+    45.
+    """
     rng = np.random.default_rng(8)
     for forgotten, never in ((0, 0.1), (0, 0.5), (0.02, 0.3), (0.1, 0.05), (0.3, 0.5)):
         state = rng.choice([0, 1, 3], size=(2000, n), p=[1 - forgotten - never, forgotten, never])
-        found = [beyond_chance(b, a, np.full(n, c)) for b, a in zip(*answers(rng, state, np.array(c)), strict=True)]
+        found = [
+            beyond_chance(b, a, np.full(n, c))
+            for b, a in zip(*answers(rng, state, np.array(c)), strict=True)
+        ]
         covered = np.mean([e.low <= forgotten * n <= e.high for e in found])
         assert covered >= 0.935, (forgotten, never)
         estimates = np.array([e.estimate for e in found])
@@ -177,19 +206,27 @@ def test_models_that_guess_alike_are_told_a_lower_bound():
     rng = np.random.default_rng(9)
     n, choices = 40000, np.array(4)
     state = rng.choice([0, 1, 3], size=n, p=[0.5, 0.1, 0.4])
-    found = [beyond_chance(*answers(rng, state, choices, alike), np.full(n, 4)) for alike in (0, 0.5, 1)]
+    found = [
+        beyond_chance(*answers(rng, state, choices, alike), np.full(n, 4)) for alike in (0, 0.5, 1)
+    ]
     assert found[0].estimate > found[1].estimate > found[2].estimate
     assert found[1].high < 0.1 * n
 
 
 def test_chance_by_hand_and_refusal():
     before, after = scores(1, 4, 0, 3)
-    lost, gained = (beyond_chance(*sides, np.full(8, 4)) for sides in ((before, after), (after, before)))
+    lost, gained = (
+        beyond_chance(*sides, np.full(8, 4)) for sides in ((before, after), (after, before))
+    )
     assert lost.estimate == pytest.approx((4 - 3 / 3) * 4 / 3)
     assert gained.estimate == pytest.approx((0 - 3 / 3) * 4 / 3)  # not cut at 0
     # One lost (4/3) and one missed by both (-4/9) added, of then 5 and 4 in 10 items
     mean = (5 * 4 / 3 - 4 * 4 / 9) / 10
-    half = stats.norm.ppf(0.975) * math.sqrt((5 * (4 / 3) ** 2 + 4 * (4 / 9) ** 2) / 10 - mean**2) / math.sqrt(10)
+    half = (
+        stats.norm.ppf(0.975)
+        * math.sqrt((5 * (4 / 3) ** 2 + 4 * (4 / 9) ** 2) / 10 - mean**2)
+        / math.sqrt(10)
+    )
     assert (lost.low, lost.high) == pytest.approx((8 * (mean - half), 8 * (mean + half)))
     with pytest.raises(ValueError, match="fewer than two choices"):
         beyond_chance(before, after, np.ones(8))
@@ -197,7 +234,10 @@ def test_chance_by_hand_and_refusal():
 
 @pytest.mark.parametrize("n", [100, 400, 1500])
 def test_smallest_drop_is_found_four_times_in_five(n):
-    """With as much disagreement as was seen, a true drop of that size is significant in about 80% of simulations."""
+    """
+    With as much disagreement as was seen, a true drop of that size is significant in about 80% of
+    simulations.
+    """
     seen = paired_change(*simulate(np.random.default_rng(5), n, 0.1, 0.1))
     drop = seen.smallest_drop
     disagreement = (seen.lost + seen.gained) / n
@@ -224,13 +264,18 @@ def test_interval_of_a_mean():
 
 @pytest.mark.parametrize("n", [20, 100, 1000])
 def test_interval_of_a_mean_covers_it(n):
-    """Scores of 0 and 1 (Wilson), and graded ones; 2,000 trials each, three standard errors: 1.5%."""
+    """
+    Scores of 0 and 1 (Wilson), and graded ones; 2,000 trials each, three standard errors: 1.5%.
+    """
     rng = np.random.default_rng(10)
     laws = {
         "right or wrong": (rng.random((2000, n)) < 0.3, 0.3),
         "spread": (rng.random((2000, n)), 0.5),
         "half of them 0": (np.where(rng.random((2000, n)) < 0.5, 0, rng.random((2000, n))), 0.25),
-        "nearly all 1": (np.where(rng.random((2000, n)) < 0.05, rng.choice([0, 0.5], (2000, n)), 1), 0.9625),
+        "nearly all 1": (
+            np.where(rng.random((2000, n)) < 0.05, rng.choice([0, 0.5], (2000, n)), 1),
+            0.9625,
+        ),
         "thirds": (rng.choice([0, 1 / 3, 2 / 3, 1], p=[0.7, 0.1, 0.1, 0.1], size=(2000, n)), 0.2),
     }
     for name, (sample, truth) in laws.items():
@@ -239,7 +284,10 @@ def test_interval_of_a_mean_covers_it(n):
 
 
 def test_interval_of_graded_scores_takes_no_side():
-    """Where all that changed went from 0 to 1, the interval is the mirror of that where it went from 1 to 0."""
+    """
+    Where all that changed went from 0 to 1, the interval is the mirror of that where it went from 1
+    to 0.
+    """
     before = np.array([0.0] * 3 + [0.5] * 17)
     after = np.array([1.0] * 3 + [0.5] * 17)
     gain, loss = paired_change(before, after), paired_change(after, before)
@@ -251,7 +299,10 @@ def test_interval_of_graded_scores_takes_no_side():
 
 
 def test_interval_of_a_ratio_of_sums():
-    """By the textbook's standard error of a ratio (linearised), where items are many; sums go with their counts."""
+    """
+    By the textbook's standard error of a ratio (linearised), where items are many; sums go with
+    their counts.
+    """
     rng = np.random.default_rng(7)
     counts = rng.integers(4, 400, size=400)
     sums = counts * rng.lognormal(0, 0.2, size=400)
@@ -268,13 +319,20 @@ def test_interval_of_a_ratio_of_sums():
 
 @pytest.mark.parametrize(
     ("n", "spread", "answers_each", "least"),
-    [(128, 0.36, 1, 0.93), (128, 0.67, 1, 0.92), (128, 0.67, 4, 0.92), (32, 0.5, 1, 0.93), (128, 1.0, 1, 0.91)],
+    [
+        (128, 0.36, 1, 0.93),
+        (128, 0.67, 1, 0.92),
+        (128, 0.67, 4, 0.92),
+        (32, 0.5, 1, 0.93),
+        (128, 1.0, 1, 0.91),
+    ],
 )
 def test_interval_of_drift_covers_it(n, spread, answers_each, least, few_resamples):
     """
-    Per-prompt drifts like those of benchmarks/replication: log-normal, the logarithm's standard deviation 0.36 to 0.67
-    (median 0.51), the answers' lengths very different and cut at 128, drift smaller in longer answers; then one far
-    heavier (1.0). 1,000 trials each: three standard errors 2.1% (10,000 find 93 to 95%, and 93% for the heavy one).
+    Per-prompt drifts like those of benchmarks/replication: log-normal, the logarithm's standard
+    deviation 0.36 to 0.67 (median 0.51), the answers' lengths very different and cut at 128, drift
+    smaller in longer answers; then one far heavier (1.0). 1,000 trials each: three standard errors
+    2.1% (10,000 find 93 to 95%, and 93% for the heavy one).
     """
     rng = np.random.default_rng(11)
     # Less what answers differ within a prompt (trigamma(16)), and by their length
@@ -282,7 +340,11 @@ def test_interval_of_drift_covers_it(n, spread, answers_each, least, few_resampl
 
     def draw(size):
         tokens = np.minimum(np.ceil(rng.lognormal(4.2, 0.9, (*size, answers_each))), 128)
-        drift = rng.lognormal(0, between, (*size, 1)) * rng.gamma(16, 1 / 16, tokens.shape) * (tokens / 60) ** -0.2
+        drift = (
+            rng.lognormal(0, between, (*size, 1))
+            * rng.gamma(16, 1 / 16, tokens.shape)
+            * (tokens / 60) ** -0.2
+        )
         return (drift * tokens).sum(-1), tokens.sum(-1)
 
     sums, counts = draw((100_000,))
@@ -299,7 +361,9 @@ def test_drift_is_tested_as_its_interval_says():
     low, high = bootstrap_interval(sums, counts)
     assert bootstrap_test(sums, counts, low) == pytest.approx(0.05, abs=0.001)
     assert bootstrap_test(sums, counts, high) == pytest.approx(0.05, abs=0.001)
-    assert bootstrap_test(sums, counts, low - 1e-3) < 0.05 < bootstrap_test(sums, counts, low + 1e-3)
+    assert (
+        bootstrap_test(sums, counts, low - 1e-3) < 0.05 < bootstrap_test(sums, counts, low + 1e-3)
+    )
     assert bootstrap_test(sums, counts, sums.sum() / counts.sum()) > 0.8
     assert bootstrap_test(sums[:1], counts[:1], 0.0) == 1.0  # one prompt is no evidence
 
@@ -313,17 +377,24 @@ def test_holm_by_hand():
 
 
 def test_a_drop_beyond_a_margin_is_tested_as_the_interval_says():
-    changes = [paired_change(*scores(200, 40, 10, 50)), paired_change(np.linspace(0.3, 1, 50), np.linspace(0, 0.9, 50))]
+    changes = [
+        paired_change(*scores(200, 40, 10, 50)),
+        paired_change(np.linspace(0.3, 1, 50), np.linspace(0, 0.9, 50)),
+    ]
     for change in changes:
         assert drop_test(change, 0) == change.p_value
         assert drop_test(change, -change.high) == pytest.approx(0.05)
-        assert drop_test(change, -change.high - 1e-3) < 0.05 < drop_test(change, -change.high + 1e-3)
+        assert (
+            drop_test(change, -change.high - 1e-3) < 0.05 < drop_test(change, -change.high + 1e-3)
+        )
     # Not significant as a change (9 lost, 2 gained), whatever a test about a small margin may find
     change = paired_change(*scores(20, 9, 2, 9))
     assert drop_test(change, 1e-9) >= change.p_value > 0.05
 
 
-@pytest.mark.parametrize(("n", "gained"), [(50, 0.05), (50, 0.2), (200, 0.0), (200, 0.2), (1000, 0.05)])
+@pytest.mark.parametrize(
+    ("n", "gained"), [(50, 0.05), (50, 0.2), (200, 0.0), (200, 0.2), (1000, 0.05)]
+)
 def test_a_drop_of_the_margin_is_found_too_large_in_less_than_2_5_percent(n, gained):
     """And one well beyond is found. 4,000 trials: three standard errors of 2.5% are 0.7%."""
     rng = np.random.default_rng(13)
@@ -333,7 +404,9 @@ def test_a_drop_of_the_margin_is_found_too_large_in_less_than_2_5_percent(n, gai
             counts = rng.multinomial(n, [gained + drop, gained, 1 - 2 * gained - drop], size=4000)
             kinds, times = np.unique(counts, axis=0, return_counts=True)
             changes = [paired_change(*scores(0, *kind)) for kind in kinds]
-            return times @ [drop_test(c, margin) < 0.05 and c.change < -margin for c in changes] / 4000
+            return (
+                times @ [drop_test(c, margin) < 0.05 and c.change < -margin for c in changes] / 4000
+            )
 
         assert found(margin) <= 0.032
         assert found(margin + 3.5 * math.sqrt((2 * gained + 0.15) / n) + 0.02) > 0.8

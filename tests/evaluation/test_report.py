@@ -1,4 +1,7 @@
-"""The report of an evaluation: it begins with the verdict, and holds what proves it; results.json keeps its schema."""
+"""
+The report of an evaluation: it begins with the verdict, and holds what proves it; results.json
+keeps its schema.
+"""
 
 import copy
 import json
@@ -17,7 +20,9 @@ SCHEMA = json.loads((files("eaft.evaluation") / "results.schema.json").read_text
 
 
 def check(results):
-    jsonschema.validate(json.loads(json.dumps(results)), SCHEMA, cls=jsonschema.Draft202012Validator)
+    jsonschema.validate(
+        json.loads(json.dumps(results)), SCHEMA, cls=jsonschema.Draft202012Validator
+    )
 
 
 def rows(markdown, header):
@@ -55,21 +60,41 @@ def test_results_keep_the_schema(results, alone):
 
 def test_it_begins_with_the_verdict_and_the_table_that_proves_it(results):
     text = report.evaluation(results)
-    assert text.startswith("**Do not ship as it is:** gsm8k fell by 14.0 points (95%: 11.5 to 16.5; Holm-adjusted p ")
+    assert text.startswith(
+        "**Do not ship as it is:** gsm8k fell by 14.0 points (95%: 11.5 to 16.5; Holm-adjusted p "
+    )
     assert text.splitlines()[0] == results["verdict"]["sentence"]
     headers, *table = rows(text, "smallest drop")
     assert headers == [
-        *("task", "items", "before %", "after %", "change", "95% interval", "p", "Holm's p", "lost, gained"),
+        *(
+            "task",
+            "items",
+            "before %",
+            "after %",
+            "change",
+            "95% interval",
+            "p",
+            "Holm's p",
+            "lost, gained",
+        ),
         "smallest drop",
     ]
     # The other filter beneath its task, without an adjusted p; then the other tasks, and the mean
-    assert [row[0] for row in table] == ["gsm8k", "… flexible-extract", "mmlu", "ifeval", "mean: mine"]
+    assert [row[0] for row in table] == [
+        "gsm8k",
+        "… flexible-extract",
+        "mmlu",
+        "ifeval",
+        "mean: mine",
+    ]
     assert [row[4] for row in table][:4] == ["**-14.0**", "+0.2", "**+5.2**", "-2.0"]
     assert [row[7] == "" for row in table] == [False, True, False, False, True]
     p, adjusted = (float(table[3][i]) for i in (6, 7))
     assert p == adjusted == 1
     assert float(table[2][7]) == pytest.approx(2 * float(table[2][6]), rel=0.1)
-    assert max(len(line) for line in text.splitlines() if line.startswith("|")) < 160  # a table one can read
+    assert (
+        max(len(line) for line in text.splitlines() if line.startswith("|")) < 160
+    )  # a table one can read
 
 
 def test_one_task_has_one_p(results):
@@ -84,7 +109,9 @@ def test_one_task_has_one_p(results):
 def test_beyond_chance_has_its_interval(results):
     text = report.evaluation(results)
     [row] = rows(text, "known and lost")[1:]
-    lost, learned = (results["tasks"]["mmlu"][f"{which}_beyond_chance"] for which in ("lost", "gained"))
+    lost, learned = (
+        results["tasks"]["mmlu"][f"{which}_beyond_chance"] for which in ("lost", "gained")
+    )
     assert lost["estimate"] < 0  # of those 820 missed by both, chance alone would have lost more
     assert row == [
         *("mmlu", "2700"),
@@ -108,7 +135,10 @@ def test_what_was_asked(results):
     results["protocol"].update(apply_chat_template=False, enable_thinking=None, limit=20)
     results["kept"]["base"] = []
     text = report.evaluation(results)
-    assert "Asked in plain text, without a chat template, in bfloat16, seed 1234, at most 20 items" in text
+    assert (
+        "Asked in plain text, without a chat template, in bfloat16, seed 1234, at most 20 items"
+        in text
+    )
     assert "/cache/eaft" not in text
 
 
@@ -150,7 +180,9 @@ def test_the_picture_is_coloured_by_what_is_shown(results, tmp_path, monkeypatch
     assert (tmp_path / "changes.png").read_bytes().startswith(b"\x89PNG")
     axis = kept[0].axes[0]
     colors = [matplotlib.colors.to_hex(c.lines[0].get_color()) for c in axis.containers]
-    assert colors == [matplotlib.colors.to_hex(name) for name in ("tab:gray", "tab:green", "tab:red")]  # from below
+    assert colors == [
+        matplotlib.colors.to_hex(name) for name in ("tab:gray", "tab:green", "tab:red")
+    ]  # from below
     monkeypatch.undo()
     plt.close(kept[0])
 
@@ -158,6 +190,10 @@ def test_the_picture_is_coloured_by_what_is_shown(results, tmp_path, monkeypatch
 def test_end_tokens_are_shown_as_they_are(results):
     ends = {"base": ["<|im_end|>"], "model": ["a`b", "</s>"]}
     text = report.evaluation(results | {"differs": {"end_tokens": ends}})
-    inline = [token for token in MarkdownIt().parse(text) if "differ in more than weights" in token.content]
+    inline = [
+        token
+        for token in MarkdownIt().parse(text)
+        if "differ in more than weights" in token.content
+    ]
     found = [token.content for token in inline[0].children if token.type == "code_inline"]
     assert [json.loads(part) for part in found] == [ends["base"], ends["model"]]

@@ -1,4 +1,6 @@
-"""Scores: filters beside each other, what was cut, prompts without a template, loading, progress."""
+"""
+Scores: filters beside each other, what was cut, prompts without a template, loading, progress.
+"""
 
 import io
 import json
@@ -25,21 +27,27 @@ PLAIN = Protocol(apply_chat_template=False, batch_size=4)
 
 @pytest.fixture
 def write_task(tmp_path):
-    """A function that makes a task of questions, to be answered in words or by one of two choices."""
+    """
+    A function that makes a task of questions, to be answered in words or by one of two choices.
+    """
 
     def write(name, questions, max_gen_toks=None):
         rows = [{"question": question, "choices": ["a", "bbb"]} for question in questions]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         kind = (
-            "output_type: multiple_choice\ndoc_to_choice: choices\ndoc_to_target: 0\ntarget_delimiter: ''\n"
-            "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+            "output_type: multiple_choice\ndoc_to_choice: choices\ndoc_to_target:"
+            " 0\ntarget_delimiter: ''\nmetric_list: [{metric: acc, aggregation: mean,"
+            " higher_is_better: true}]\n"
             if max_gen_toks is None
-            else "output_type: generate_until\ndoc_to_target: question\n"
-            f"generation_kwargs: {{max_gen_toks: {max_gen_toks}, until: ['\\0']}}\n"
-            "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
+            else (
+                "output_type: generate_until\ndoc_to_target: question\ngeneration_kwargs:"
+                f" {{max_gen_toks: {max_gen_toks}, until: ['\\0']}}\nmetric_list: [{{metric:"
+                " exact_match, aggregation: mean, higher_is_better: true}]\n"
+            )
         )
         (tmp_path / f"{name}.yaml").write_text(
-            f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/{name}.jsonl}}}}\n"
+            f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test:"
+            f" {tmp_path}/{name}.jsonl}}}}\n"
             f'test_split: test\ndoc_to_text: "{{{{question}}}}"\nmetadata: {{version: 2.5}}\n{kind}'
         )
         return load_suites([name], str(tmp_path))[1][name]
@@ -65,7 +73,9 @@ def test_gsm8k_has_both_its_scores(tmp_path):
         {"strict-match": 0, "flexible-extract": 1},
         {"strict-match": 0, "flexible-extract": 0},
     ]
-    assert [(item["score"], item["metric"]) for item in found] == [(s, "exact_match,strict-match") for s in (1, 0, 0)]
+    assert [(item["score"], item["metric"]) for item in found] == [
+        (s, "exact_match,strict-match") for s in (1, 0, 0)
+    ]
     assert asked(benchmark, protocol, found) == {
         "version": 3.0,
         "metric": "exact_match",
@@ -78,14 +88,20 @@ def test_gsm8k_has_both_its_scores(tmp_path):
 
 
 def test_prompts_cut_on_the_left(write_task, lm):
-    """A byte is a token, the context has 256: a choice's last token is not read, an answer of 16 leaves 240."""
+    """
+    A byte is a token, the context has 256: a choice's last token is not read, an answer of 16
+    leaves 240.
+    """
     letters = write_task("letters", ["x" * n for n in (253, 254, 255, 300)])
     found = score(lm, letters, PLAIN)
     assert [item["cut"] for item in found] == [[], [], ["prompt"], ["prompt"]]
     assert "scores" not in found[0]
     # What is cut has no influence: the first byte of a prompt that has one too many
     ys, zs = (score(lm, write_task(c, [c + "x" * 253, c + "x" * 254]), PLAIN) for c in "yz")
-    assert [a["choices"][1] == b["choices"][1] for a, b in zip(ys, zs, strict=True)] == [False, True]
+    assert [a["choices"][1] == b["choices"][1] for a, b in zip(ys, zs, strict=True)] == [
+        False,
+        True,
+    ]
 
     words = write_task("words", ["x" * n for n in (239, 240, 241, 900)], max_gen_toks=16)
     found = score(lm, words, PLAIN)
@@ -127,14 +143,20 @@ def test_a_tasks_settings_do_not_stay(write_task, lm, caplog):
 def test_a_model_without_a_template_is_asked_in_plain_text(write_task, model_dir):
     tokenizer = load_tokenizer(str(model_dir))
     tokenizer.chat_template = None
-    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+    chat = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "u"},
+        {"role": "assistant", "content": "a"},
+    ]
     for protocol in (Protocol(), Protocol(apply_chat_template=False)):
         assert ask(tokenizer, "Hi", protocol) == "Hi"
         assert ask(tokenizer, chat, protocol) == "s\n\nu\n\na"
     assert ask(tokenizer, "Hi", Protocol(system_instruction="Be brief.")) == "Be brief.\n\nHi"
     with pytest.raises(ConfigurationError, match="the model has no chat template"):
         ask(tokenizer, "Hi", Protocol(apply_chat_template=True))
-    (item,) = score(load(str(model_dir), tokenizer, Protocol()), write_task("words", ["Hi"], 2), Protocol())
+    (item,) = score(
+        load(str(model_dir), tokenizer, Protocol()), write_task("words", ["Hi"], 2), Protocol()
+    )
     assert item["prompt"] == ask(tokenizer, "Hi", Protocol())
 
 
@@ -155,18 +177,28 @@ def test_lm_evals_own_arguments_work(model_dir, write_task):
     tokenizer = load_tokenizer(str(model_dir))
     args = {"max_length": 100, "attn_implementation": "eager", "parallelize": True}
     lm = load(str(model_dir), tokenizer, Protocol(dtype="bfloat16", model_args=args))
-    assert (lm.max_length, lm.model.config._attn_implementation, lm.model.dtype) == (100, "eager", torch.bfloat16)
+    assert (lm.max_length, lm.model.config._attn_implementation, lm.model.dtype) == (
+        100,
+        "eager",
+        torch.bfloat16,
+    )
     assert lm.model.hf_device_map  # it was spread by accelerate
     assert len(score(lm, write_task("letters", ["x", "y"]), Protocol())) == 2
-    with pytest.raises(ConfigurationError, match=r"cannot be loaded, with model_args={'paralelize': True}"):
+    with pytest.raises(
+        ConfigurationError, match=r"cannot be loaded, with model_args={'paralelize': True}"
+    ):
         load(str(model_dir), tokenizer, Protocol(model_args={"paralelize": True}))
 
 
 def test_an_adapter_keeps_the_rows_of_its_base_model(model_dir, tmp_path):
     """The tiny model has 264 rows for 259 tokens, as many have more; drift compares all of them."""
     torch.manual_seed(0)
-    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-    get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), config).save_pretrained(tmp_path)
+    config = LoraConfig(
+        r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), config).save_pretrained(
+        tmp_path
+    )
     tokenizer = load_tokenizer(str(tmp_path))  # its base model's
     assert len(tokenizer) == 259
     lm = load(str(tmp_path), tokenizer, Protocol())
@@ -185,9 +217,13 @@ def test_what_cannot_be_loaded_is_one_message(model_dir, tmp_path, monkeypatch):
         load(str(tmp_path), tokenizer, Protocol())
     with pytest.raises(ConfigurationError, match="has no tokenizer that can be loaded"):
         load_tokenizer(str(tmp_path))
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(model_dir)}))
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": str(model_dir)})
+    )
     monkeypatch.setattr(scores, "find_spec", lambda name: None)
-    with pytest.raises(ConfigurationError, match=r"holds a PEFT adapter: pip install 'eaft\[peft\]'"):
+    with pytest.raises(
+        ConfigurationError, match=r"holds a PEFT adapter: pip install 'eaft\[peft\]'"
+    ):
         load(str(tmp_path), tokenizer, Protocol())
 
 

@@ -1,4 +1,7 @@
-"""A folder as `eaft inspect` writes it, made from random logits over a small vocabulary: no model, no tokenizer."""
+"""
+A folder as `eaft inspect` writes it, made from random logits over a small vocabulary: no model, no
+tokenizer.
+"""
 
 import json
 from pathlib import Path
@@ -12,7 +15,19 @@ from eaft.inspection.folder import BASE, COMPARED, DATA, EXAMPLES, ROLLOUTS, TOK
 from eaft.objective.statistics import token_statistics
 
 # Words, format, markup, right-to-left text, numbers; the last three ids together are one emoji
-WORDS = [" the", " cat", " Paris", " 42", " blue", "<<", ">>", "<|im_end|>", "<script>alert(1)</script>", " שלום", "\n"]
+WORDS = [
+    " the",
+    " cat",
+    " Paris",
+    " 42",
+    " blue",
+    "<<",
+    ">>",
+    "<|im_end|>",
+    "<script>alert(1)</script>",
+    " שלום",
+    "\n",
+]
 VOCAB = WORDS + [f" w{i}" for i in range(40)] + ["<0xF0><0x9F>", "<0x99>", "<0x82>"]
 EMOJI = [len(VOCAB) - 3, len(VOCAB) - 2, len(VOCAB) - 1]
 TOP_K = 20
@@ -47,17 +62,23 @@ def columns(logits, ids, labelled):
     """Return the columns of `STATISTICS`, null where a token is not labelled."""
     labels = torch.tensor(ids)
     stats = token_statistics(logits, labels, TOP_K)
-    found = {name: getattr(stats, name) for name in ("log_prob", "entropy", "top_k_entropy", "sum_sq_probs")}
+    found = {
+        name: getattr(stats, name)
+        for name in ("log_prob", "entropy", "top_k_entropy", "sum_sq_probs")
+    }
     probs = logits.softmax(-1)
     found["first_prob"], found["first_choice"] = probs.max(-1)
     found["rank"] = (logits > logits.gather(-1, labels[:, None])).sum(-1) + 1
     keep = [bool(x) for x in labelled]
     return {
-        name: [v if k else None for v, k in zip(values.tolist(), keep, strict=True)] for name, values in found.items()
+        name: [v if k else None for v, k in zip(values.tolist(), keep, strict=True)]
+        for name, values in found.items()
     }, stats
 
 
-def make_inspection(folder, examples=40, rollouts=20, compared=("tuned",), shards=2, seed=0, summary=None):
+def make_inspection(
+    folder, examples=40, rollouts=20, compared=("tuned",), shards=2, seed=0, summary=None
+):
     """Write the folder and return its path; `summary` is written as summary.json."""
     folder = Path(folder)
     generator = torch.Generator().manual_seed(seed)
@@ -91,7 +112,9 @@ def make_inspection(folder, examples=40, rollouts=20, compared=("tuned",), shard
                 "row": example if origin == DATA else example - examples,
                 "digest": f"{example:016x}",
                 "text": text,
-                "messages": json.dumps({"prompt": text[: len(text) // 3], "completion": text[len(text) // 3 :]}),
+                "messages": json.dumps(
+                    {"prompt": text[: len(text) // 3], "completion": text[len(text) // 3 :]}
+                ),
                 "tokens": len(ids),
                 "labelled": sum(labelled),
                 "cut": 5 if example == 4 else 0,
@@ -99,7 +122,9 @@ def make_inspection(folder, examples=40, rollouts=20, compared=("tuned",), shard
                 "nll": float(nll.mean()) if any_label else None,
                 "entropy": float(stats.entropy[keep].mean()) if any_label else None,
                 "conflict_share": float(conflict.float().mean()) if any_label else None,
-                "conflict_nll_share": float((nll * conflict).sum() / nll.sum()) if any_label else None,
+                "conflict_nll_share": float((nll * conflict).sum() / nll.sum())
+                if any_label
+                else None,
             }
         )
     write_shards(folder / "tokens", tokens, TOKENS, shards)
@@ -110,18 +135,34 @@ def make_inspection(folder, examples=40, rollouts=20, compared=("tuned",), shard
     vocabulary = {"token_id": range(len(VOCAB)), "text": VOCAB, "special": special}
     pq.write_table(pa.table(vocabulary, VOCABULARY), folder / "vocabulary.parquet")
     models = [{"name": BASE, "model": "made/base"}]
-    models += [{"name": name, "model": f"made/{name}", "step": 10 * (i + 1)} for i, name in enumerate(compared)]
-    run = {"scored": True, "finished": True, "model": "made/base", "dataset": "made.jsonl", "top_k": TOP_K}
-    (folder / "run.json").write_text(json.dumps({**run, "models": models, "config": {}, "environment": {}}))
+    models += [
+        {"name": name, "model": f"made/{name}", "step": 10 * (i + 1)}
+        for i, name in enumerate(compared)
+    ]
+    run = {
+        "scored": True,
+        "finished": True,
+        "model": "made/base",
+        "dataset": "made.jsonl",
+        "top_k": TOP_K,
+    }
+    (folder / "run.json").write_text(
+        json.dumps({**run, "models": models, "config": {}, "environment": {}})
+    )
     if summary is not None:
         (folder / "summary.json").write_text(json.dumps(summary))
     return folder
 
 
 def grad_norm(sum_sq_probs, log_prob):
-    """sqrt(sum p^2 - 2 p_y + 1) in float64, which float32 statistics tell where p_y is near 1 only by its bounds."""
+    """
+    sqrt(sum p^2 - 2 p_y + 1) in float64, which float32 statistics tell where p_y is near 1 only by
+    its bounds.
+    """
     log_prob = np.asarray(log_prob, dtype=float)
-    other = -np.expm1(log_prob)  # the others' probabilities are at most this together: their squares lie between
+    other = -np.expm1(
+        log_prob
+    )  # the others' probabilities are at most this together: their squares lie between
     squares = np.asarray(sum_sq_probs, dtype=float) - 2 * np.exp(log_prob) + 1
     return np.sqrt(np.clip(squares, other**2, 2 * other**2))
 

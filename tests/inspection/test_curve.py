@@ -33,10 +33,13 @@ def test_correlations_are_those_of_the_definition():
     for row in rows:
         entropy = entropies(logits, row["k"])
         assert row["pearson"] == pytest.approx(np.corrcoef(entropy, exact)[0, 1], abs=1e-5)
-        assert row["spearman"] == pytest.approx(np.corrcoef(ranks(entropy), ranks(exact))[0, 1], abs=1e-4)
+        assert row["spearman"] == pytest.approx(
+            np.corrcoef(ranks(entropy), ranks(exact))[0, 1], abs=1e-4
+        )
         assert row["seconds"] > 0
     assert rows[-1]["pearson"] == pytest.approx(1)
-    # As torch's profiler counts them: K values and their int64 indices; log_softmax, exp and the entropy's terms
+    # As torch's profiler counts them: K values and their int64 indices; log_softmax, exp and the
+    # entropy's terms
     assert rows[1]["mib"] * 2**20 == 256 * 5 * (4 + 8)
     assert rows[-1]["mib"] * 2**20 == 256 * 40 * 3 * 4
 

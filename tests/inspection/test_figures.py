@@ -1,4 +1,6 @@
-"""The pictures: what is in them beside brute force, and that they stand in a page without an address."""
+"""
+The pictures: what is in them beside brute force, and that they stand in a page without an address.
+"""
 
 import json
 import re
@@ -13,12 +15,17 @@ from eaft.inspection.find.report import write
 from eaft.inspection.folder import DATA, ROLLOUTS, Inspection
 from tests.inspection.made import grad_norm, make_inspection
 
-CURVE = [{"k": k, "pearson": 1 - 1 / k, "spearman": None, "seconds": 0.1 * k, "mib": 0.2 * k} for k in (2, 20, 54)]
+CURVE = [
+    {"k": k, "pearson": 1 - 1 / k, "spearman": None, "seconds": 0.1 * k, "mib": 0.2 * k}
+    for k in (2, 20, 54)
+]
 
 
 @pytest.fixture(scope="module")
 def inspected(tmp_path_factory):
-    inspection = Inspection(make_inspection(tmp_path_factory.mktemp("made"), examples=30, rollouts=10))
+    inspection = Inspection(
+        make_inspection(tmp_path_factory.mktemp("made"), examples=30, rollouts=10)
+    )
     return inspection, find(inspection, CURVE)
 
 
@@ -62,7 +69,12 @@ def test_figures_stand_in_a_page(inspected):
 
 def test_only_what_there_is_something_of_is_drawn(tmp_path):
     inspection = Inspection(make_inspection(tmp_path, examples=3, rollouts=0, compared=()))
-    assert draw(inspection, find(inspection, None)).keys() == {"landscape", "gradient", "gates", "words"}
+    assert draw(inspection, find(inspection, None)).keys() == {
+        "landscape",
+        "gradient",
+        "gates",
+        "words",
+    }
     nothing = {"measured": None, "top_k": None}
     assert draw(inspection, nothing) == {}
 

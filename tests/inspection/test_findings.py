@@ -18,7 +18,11 @@ QUANTITIES = ("tokens", "nll", "gradient")
 
 @pytest.fixture(scope="module")
 def inspection(tmp_path_factory):
-    return Inspection(make_inspection(tmp_path_factory.mktemp("made"), examples=60, rollouts=20, compared=("a", "b")))
+    return Inspection(
+        make_inspection(
+            tmp_path_factory.mktemp("made"), examples=60, rollouts=20, compared=("a", "b")
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +34,15 @@ def frame(inspection, model="base"):
     """All labelled tokens in float64, with their origin and source."""
     names = ["example", *(field.name for field in STATISTICS)]
     table = pa.Table.from_batches(inspection.batches(names, model)).to_pandas()
-    table["token_id"] = pa.Table.from_batches(inspection.batches(["token_id"])).to_pandas()["token_id"]
-    table = table.merge(inspection.examples(["example", "origin", "source"]).to_pandas(), on="example")
-    table["base_entropy"] = pa.Table.from_batches(inspection.batches(["entropy"])).to_pandas()["entropy"]
+    table["token_id"] = pa.Table.from_batches(inspection.batches(["token_id"])).to_pandas()[
+        "token_id"
+    ]
+    table = table.merge(
+        inspection.examples(["example", "origin", "source"]).to_pandas(), on="example"
+    )
+    table["base_entropy"] = pa.Table.from_batches(inspection.batches(["entropy"])).to_pandas()[
+        "entropy"
+    ]
     table = table.dropna(subset="log_prob").astype({name.name: np.float64 for name in STATISTICS})
     table["p"], table["nll"], table["tokens"] = np.exp(table.log_prob), -table.log_prob, 1.0
     table["gradient"] = grad_norm(table.sum_sq_probs, table.log_prob)
@@ -48,12 +58,18 @@ def test_conflicts_and_nll_of_every_model_and_origin(inspection, found):
             for name in QUANTITIES:
                 # Float32 statistics leave the gradient open where p is near 1
                 expected = rows[name][rows.conflict].sum() / rows[name].sum()
-                assert shares[name] == pytest.approx(expected, rel=1e-4 if name == "gradient" else 1e-6)
+                assert shares[name] == pytest.approx(
+                    expected, rel=1e-4 if name == "gradient" else 1e-6
+                )
             assert found["entropy"][model][origin] == pytest.approx(rows.entropy.mean(), rel=1e-6)
             nll = found["nll"][model][origin]
             assert nll["all"] == pytest.approx(rows.nll.mean(), rel=1e-6)
-            assert nll["high_entropy"] == pytest.approx(rows.nll[rows.base_entropy >= 2].mean(), rel=1e-6)
-            assert nll["low_entropy"] == pytest.approx(rows.nll[rows.base_entropy <= 0.5].mean(), rel=1e-6)
+            assert nll["high_entropy"] == pytest.approx(
+                rows.nll[rows.base_entropy >= 2].mean(), rel=1e-6
+            )
+            assert nll["low_entropy"] == pytest.approx(
+                rows.nll[rows.base_entropy <= 0.5].mean(), rel=1e-6
+            )
 
 
 def weights(rows, measured):
@@ -62,7 +78,9 @@ def weights(rows, measured):
     mean = rows.groupby("example").nll.transform("mean")
     masked = (g > measured["entropy_threshold"]).astype(float)
     conflict = 1.0 - ((g <= measured["entropy_threshold"]) & (rows.p <= measured["prob_threshold"]))
-    expected = np.where(rows.entropy >= 2 * np.log(2), np.exp(rows.entropy) / 4 + 1, 2 - rows.first_prob)
+    expected = np.where(
+        rows.entropy >= 2 * np.log(2), np.exp(rows.entropy) / 4 + 1, 2 - rows.first_prob
+    )
     exponent = np.log2(np.maximum(expected, rows["rank"]) + 1) ** -2
     return {
         "sft": np.ones(len(rows)),
@@ -100,11 +118,17 @@ def test_what_gates_remove(inspection, found):
             share = (removed * rows[name])[here].sum() / rows[name][here].sum()
             assert row[name] == pytest.approx(share, rel=1e-4, abs=1e-6)
         if row["source"] is None and row["gate"] != "sft":
-            by_token = (removed * rows.nll).groupby(rows.token_id).sum().sort_values(ascending=False)
+            by_token = (
+                (removed * rows.nll).groupby(rows.token_id).sum().sort_values(ascending=False)
+            )
             for muted in row["muted"]:
                 assert muted["nll"] == pytest.approx(by_token[muted["token_id"]], rel=1e-4)
-                assert muted["count"] == ((removed > 0.5) & (rows.token_id == muted["token_id"])).sum()
-            assert [m["nll"] for m in row["muted"]] == pytest.approx(by_token[by_token > 0][:12].tolist(), rel=1e-4)
+                assert (
+                    muted["count"] == ((removed > 0.5) & (rows.token_id == muted["token_id"])).sum()
+                )
+            assert [m["nll"] for m in row["muted"]] == pytest.approx(
+                by_token[by_token > 0][:12].tolist(), rel=1e-4
+            )
 
 
 def test_of_many_sources_the_largest_have_rows(inspection, monkeypatch):
@@ -117,7 +141,11 @@ def test_of_many_sources_the_largest_have_rows(inspection, monkeypatch):
 def test_tokens_of_each_group(inspection, found):
     rows = frame(inspection)
     rows = rows[rows.origin == DATA]
-    groups = {"high_entropy": rows.entropy >= 2, "low_entropy": rows.entropy <= 0.5, "conflict": rows.conflict}
+    groups = {
+        "high_entropy": rows.entropy >= 2,
+        "low_entropy": rows.entropy <= 0.5,
+        "conflict": rows.conflict,
+    }
     for name, mask in groups.items():
         group = rows[mask]
         assert sum(row["count"] for row in found["tokens"][name]) == len(group)
@@ -138,7 +166,9 @@ def test_without_a_label_there_is_advice_but_no_number(tmp_path):
         table = pa.parquet.read_table(file)
         for name in (field.name for field in STATISTICS):
             index = table.schema.get_field_index(name)
-            table = table.set_column(index, name, pa.nulls(len(table), table.schema.field(name).type))
+            table = table.set_column(
+                index, name, pa.nulls(len(table), table.schema.field(name).type)
+            )
         pa.parquet.write_table(table, file)
     found = find(inspection, None)
     assert found["advice"]["kind"] == "none"

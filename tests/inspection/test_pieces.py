@@ -1,4 +1,7 @@
-"""The text of tokens: characters over several tokens, bytes that are none, both ways of writing bytes as tokens."""
+"""
+The text of tokens: characters over several tokens, bytes that are none, both ways of writing bytes
+as tokens.
+"""
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -17,11 +20,19 @@ def byte_fallback():
     names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
     vocab = {name: i for i, name in enumerate(names)}
     merges = [("▁", "a"), ("▁a", "b"), ("a", "b")]
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocab, merges=merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
     strip = decoders.Strip(" ", 1, 0)
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
 
 
 @pytest.mark.parametrize("make", [make_tokenizer, byte_fallback])
@@ -57,16 +68,33 @@ def test_one_token_shown():
     assert {0, 1, 2} <= pieces.special
     assert pieces.text(262) == "<id 262>"  # a row of the head that no token has
     fallback = byte_fallback()
-    assert [Pieces(fallback).text(i) for i in fallback("ab é")["input_ids"]] == [" ab", " ", "<0xC3>", "<0xA9>"]
+    assert [Pieces(fallback).text(i) for i in fallback("ab é")["input_ids"]] == [
+        " ab",
+        " ",
+        "<0xC3>",
+        "<0xA9>",
+    ]
 
 
 def test_ids_with_gaps():
-    """As Kimi's: the highest id is above the number of tokens, and an id between them is no token's."""
-    vocab = {token: i for i, token in enumerate(["<|pad|>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    """
+    As Kimi's: the highest id is above the number of tokens, and an id between them is no token's.
+    """
+    vocab = {
+        token: i
+        for i, token in enumerate(["<|pad|>", *sorted(pre_tokenizers.ByteLevel.alphabet())])
+    }
     bpe = Tokenizer(models.BPE(vocab={**vocab, "<|end|>": 300, "<|tool|>": 310}, merges=[]))
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.pre_tokenizer, bpe.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     marks = {"eos_token": "<|end|>", "additional_special_tokens": ["<|tool|>"]}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **marks)
     pieces = Pieces(tokenizer)
-    assert [pieces.text(i) for i in (300, 305, 310)] == [tokenizer.decode([300]), "<id 305>", tokenizer.decode([310])]
+    assert [pieces.text(i) for i in (300, 305, 310)] == [
+        tokenizer.decode([300]),
+        "<id 305>",
+        tokenizer.decode([310]),
+    ]
     assert vocabulary_size(tokenizer) == 311

@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 from starlette.testclient import TestClient
 
-from eaft.inspection import queries as queries_module
 from eaft.inspection.folder import Inspection
+from eaft.inspection.view import queries as queries_module
 from eaft.inspection.view.queries import Queries, train_command
 from eaft.inspection.view.runs import Runs
 from eaft.inspection.view.server import make_app
@@ -27,14 +27,20 @@ MEANS = ["nll", "entropy", "conflict_share", "conflict_nll_share"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return make_inspection(
-        tmp_path_factory.mktemp("view") / "made", examples=60, rollouts=30, shards=3, summary={"measured": MEASURED}
+        tmp_path_factory.mktemp("view") / "made",
+        examples=60,
+        rollouts=30,
+        shards=3,
+        summary={"measured": MEASURED},
     )
 
 
 @pytest.fixture(scope="module")
 def ask(folder):
     app = make_app("made", Queries(Tables(Inspection(folder))), Runs(folder), 8765, "secret")
-    client = TestClient(app, base_url="http://127.0.0.1:8765", headers={"Authorization": "token secret"})
+    client = TestClient(
+        app, base_url="http://127.0.0.1:8765", headers={"Authorization": "token secret"}
+    )
 
     def get(path, **params):
         answer = client.get(f"/api/{path}", params=params)
@@ -46,20 +52,32 @@ def ask(folder):
 
 @pytest.fixture(scope="module")
 def everything(folder):
-    """Labelled tokens with their examples, by model, and the examples, each with its means under the model."""
+    """
+    Labelled tokens with their examples, by model, and the examples, each with its means under the
+    model.
+    """
     examples = pd.read_parquet(folder / "examples.parquet")
-    places = pd.concat(map(pd.read_parquet, sorted((folder / "tokens").glob("*.parquet"))), ignore_index=True)
+    places = pd.concat(
+        map(pd.read_parquet, sorted((folder / "tokens").glob("*.parquet"))), ignore_index=True
+    )
     places["start"] = places.groupby("example")["end"].shift(fill_value=0)
-    compared = pd.concat(map(pd.read_parquet, sorted((folder / "compared/tuned").glob("*.parquet"))), ignore_index=True)
+    compared = pd.concat(
+        map(pd.read_parquet, sorted((folder / "compared/tuned").glob("*.parquet"))),
+        ignore_index=True,
+    )
     found = {}
     for model, table in {"base": places, "tuned": places.assign(**compared)}.items():
-        tokens = table[table["labelled"]].astype({"log_prob": float, "entropy": float, "sum_sq_probs": float})
+        tokens = table[table["labelled"]].astype(
+            {"log_prob": float, "entropy": float, "sum_sq_probs": float}
+        )
         tokens = tokens.astype({"rank": int, "first_choice": int, "top_k_entropy": float})
         tokens["nll"], tokens["prob"] = -tokens["log_prob"], np.exp(tokens["log_prob"])
         tokens["gradient"] = grad_norm(tokens["sum_sq_probs"], tokens["log_prob"])
         tokens["conflict"] = (tokens["entropy"] < 0.5) & (tokens["prob"] < 0.1)
         grouped = tokens.assign(lost=tokens["nll"] * tokens["conflict"]).groupby("example")
-        means = grouped.agg(nll=("nll", "mean"), entropy=("entropy", "mean"), conflict_share=("conflict", "mean"))
+        means = grouped.agg(
+            nll=("nll", "mean"), entropy=("entropy", "mean"), conflict_share=("conflict", "mean")
+        )
         means["conflict_nll_share"] = grouped["lost"].sum() / grouped["nll"].sum()
         of_model = examples.drop(columns=MEANS).join(means, on="example")
         named = of_model.rename(columns={name: f"example_{name}" for name in MEANS}).drop(
@@ -89,7 +107,13 @@ SELECTIONS = {
     "one row": {"row": 7},
     "one row of the rollouts": {"row": 7, "origin": "rollouts"},
     "together": {
-        **{"model": "tuned", "origin": "rollouts", "source": "source-0", "nll": "0.1,9", "conflict": ",0.9"},
+        **{
+            "model": "tuned",
+            "origin": "rollouts",
+            "source": "source-0",
+            "nll": "0.1,9",
+            "conflict": ",0.9",
+        },
         **{"search": "W1", "box": "0,2,0,0.9", "token": 3},
     },
 }
@@ -97,12 +121,15 @@ SELECTIONS = {
 
 def numbers(text):
     return [
-        float(part) if part else default for part, default in zip(text.split(","), (-math.inf, math.inf), strict=True)
+        float(part) if part else default
+        for part, default in zip(text.split(","), (-math.inf, math.inf), strict=True)
     ]
 
 
 def expected(everything, asked, box=True):
-    """The tokens and examples of a selection; examples of a box or a token are those that have one."""
+    """
+    The tokens and examples of a selection; examples of a box or a token are those that have one.
+    """
     tokens, examples = everything[asked.get("model", "base")]
     chosen = examples["origin"] == asked.get("origin", "data")
     if "source" in asked:
@@ -139,7 +166,11 @@ def same(found, wanted):
 
 
 def sums(tokens):
-    found = {"tokens": len(tokens), "nll": tokens["nll"].sum(), "gradient": tokens["gradient"].sum()}
+    found = {
+        "tokens": len(tokens),
+        "nll": tokens["nll"].sum(),
+        "gradient": tokens["gradient"].sum(),
+    }
     return pytest.approx(found, rel=1e-5, abs=2e-3)
 
 
@@ -151,9 +182,15 @@ def test_landscape(ask, everything, name):
     tokens, _ = expected(everything, asked)
     edges = [np.array(found["entropy_edges"]), np.array(found["prob_edges"])]
     assert edges[0][-1] >= max(table["entropy"].max() for table, _ in everything.values())
-    for measure, weights in (("tokens", None), ("nll", of_grid["nll"]), ("gradient", of_grid["gradient"])):
+    for measure, weights in (
+        ("tokens", None),
+        ("nll", of_grid["nll"]),
+        ("gradient", of_grid["gradient"]),
+    ):
         grid, *_ = np.histogram2d(of_grid["entropy"], of_grid["prob"], bins=edges, weights=weights)
-        np.testing.assert_allclose(found[measure], grid, rtol=1e-5, atol=2e-3)  # float32 loses near p = 1
+        np.testing.assert_allclose(
+            found[measure], grid, rtol=1e-5, atol=2e-3
+        )  # float32 loses near p = 1
     assert found["total"] == sums(of_grid)
     assert found["corner"] == sums(of_grid[of_grid["conflict"]])
     assert found["selected"].pop("examples") == tokens["example"].nunique()
@@ -163,7 +200,11 @@ def test_landscape(ask, everything, name):
 def test_a_box_of_whole_bins_has_what_its_bins_have(ask):
     grid = np.array(ask("landscape")["tokens"])
     edges = [ask("landscape")[f"{axis}_edges"] for axis in ("entropy", "prob")]
-    for h0, h1, p0, p1 in ((0, 20, 0, 25), (3, 41, 17, 60), (20, len(edges[0]) - 1, 25, len(edges[1]) - 1)):
+    for h0, h1, p0, p1 in (
+        (0, 20, 0, 25),
+        (3, 41, 17, 60),
+        (20, len(edges[0]) - 1, 25, len(edges[1]) - 1),
+    ):
         box = ",".join(map(str, (edges[0][h0], edges[0][h1], edges[1][p0], edges[1][p1])))
         assert ask("landscape", box=box)["selected"]["tokens"] == grid[h0:h1, p0:p1].sum()
 
@@ -174,7 +215,9 @@ WEIGHTS = {
     ("eaft", '{"alpha": 2.5}'): lambda t: G["eaft"](t, 2.5),
     ("eaft", '{"entropy": "exact"}'): lambda t: (t["entropy"] / math.log(TOP_K)).clip(0, 1),
     ("masked", "{}"): lambda t: 1.0 * (G["eaft"](t) > MEASURED["entropy_threshold"]),
-    ("conflict-mask", '{"prob_threshold": 0.5}'): lambda t: 1 - 1.0 * ((G["eaft"](t) <= 0.2) & (t["prob"] <= 0.5)),
+    ("conflict-mask", '{"prob_threshold": 0.5}'): lambda t: (
+        1 - 1.0 * ((G["eaft"](t) <= 0.2) & (t["prob"] <= 0.5))
+    ),
     ("deft", "{}"): lambda t: t["prob"] ** t["sum_sq_probs"],
     ("talr", "{}"): lambda t: (t["prob"] ** (1 / MEASURED["tau"])).clip(lower=0.01),
     ("flow", '{"tau": 1.5}'): lambda t: np.exp(-t["base_nll"] / 1.5),
@@ -182,7 +225,9 @@ WEIGHTS = {
 
 
 def with_base(everything, tokens):
-    return tokens.assign(base_nll=everything["base"][1].set_index("example")["nll"].loc[tokens["example"]].to_numpy())
+    return tokens.assign(
+        base_nll=everything["base"][1].set_index("example")["nll"].loc[tokens["example"]].to_numpy()
+    )
 
 
 @pytest.mark.parametrize(("gate", "params"), WEIGHTS)
@@ -194,17 +239,23 @@ def test_gates(ask, everything, gate, params, name):
     measures = ["tokens", "nll", "gradient"]
 
     def removed(weights, tokens):
-        return {m: 1 - (weights * tokens[m]).sum() / tokens[m].sum() if len(tokens) else None for m in measures}
+        return {
+            m: 1 - (weights * tokens[m]).sum() / tokens[m].sum() if len(tokens) else None
+            for m in measures
+        }
 
     assert (found["count"], found["sampled"]) == (len(tokens), None)
     assert found["removed"] == pytest.approx(removed(weights, tokens), abs=1e-5)
     assert sum(found["weights"]["counts"]) == len(tokens)
     of_source = {source.pop("source"): source for source in found["by_source"]}
     assert of_source == {
-        source: pytest.approx(removed(weights[of.index], of), abs=1e-5) for source, of in tokens.groupby("source")
+        source: pytest.approx(removed(weights[of.index], of), abs=1e-5)
+        for source, of in tokens.groupby("source")
     }
     edges = [found["entropy_edges"], found["prob_edges"]]
-    grid, *_ = np.histogram2d(tokens["entropy"], tokens["prob"], bins=edges, weights=weights * tokens["gradient"])
+    grid, *_ = np.histogram2d(
+        tokens["entropy"], tokens["prob"], bins=edges, weights=weights * tokens["gradient"]
+    )
     np.testing.assert_allclose(found["gradient"], grid, rtol=1e-4, atol=1e-3)
     lost = ((1 - weights) * tokens["nll"]).groupby(tokens["token_id"]).sum()
     lost = lost[lost > 1e-9].sort_values(ascending=False)
@@ -214,7 +265,9 @@ def test_gates(ask, everything, gate, params, name):
         assert muted["count"] == (of & (weights < 0.5)).sum()
         assert muted["text"] == VOCAB[muted["token_id"]]
         assert muted["nll_removed"] == pytest.approx(lost[muted["token_id"]], rel=1e-4, abs=1e-6)
-    assert [m["nll_removed"] for m in found["muted"]] == pytest.approx(lost[:50].tolist(), rel=1e-4, abs=1e-6)
+    assert [m["nll_removed"] for m in found["muted"]] == pytest.approx(
+        lost[:50].tolist(), rel=1e-4, abs=1e-6
+    )
     if len(tokens):
         assert found["mean_weight"] == pytest.approx(weights.mean(), rel=1e-5)
         assert np.histogram(weights, found["weights"]["edges"])[0].sum() == len(tokens)
@@ -230,7 +283,9 @@ def test_a_gate_on_more_tokens_than_time_allows_is_a_fixed_sample(folder, monkey
     monkeypatch.setattr(queries_module, "GATE_TOKENS", 10**6)
     exact = Queries(found.tables).gate(whole, "eaft", {})
     assert exact["sampled"] is None
-    assert sample["removed"] == pytest.approx(exact["removed"], abs=0.05)  # 600 tokens: 0.015 standard error
+    assert sample["removed"] == pytest.approx(
+        exact["removed"], abs=0.05
+    )  # 600 tokens: 0.015 standard error
     assert sum(sample["weights"]["counts"]) == pytest.approx(exact["count"], rel=0.02)
     assert np.sum(sample["gradient"]) == pytest.approx(np.sum(exact["gradient"]), rel=0.1)
 
@@ -240,11 +295,19 @@ def test_examples(ask, everything, name):
     asked = SELECTIONS[name]
     _, examples = expected(everything, asked)
     columns = [*("example", "origin", "source", "row", "tokens", "labelled", "cut"), *MEANS]
-    for sort, order in (("example", "asc"), ("nll", "desc"), ("conflict_share", "asc"), ("tokens", "desc")):
+    for sort, order in (
+        ("example", "asc"),
+        ("nll", "desc"),
+        ("conflict_share", "asc"),
+        ("tokens", "desc"),
+    ):
         keys = examples.assign(by=examples[sort].round(5)).sort_values(
             ["by", "example"], ascending=[order == "asc", True], na_position="last"
         )
-        pages = [ask("examples", sort=sort, order=order, offset=at, limit=17, **asked) for at in range(0, 95, 17)]
+        pages = [
+            ask("examples", sort=sort, order=order, offset=at, limit=17, **asked)
+            for at in range(0, 95, 17)
+        ]
         rows = [row for page in pages for row in page["rows"]]
         assert {page["total"] for page in pages} == {len(examples)}
         values = [math.nan if row[sort] is None else row[sort] for row in rows]
@@ -280,16 +343,33 @@ def test_an_example(ask, everything, folder, model):
         base = everything["base"][0]
         base = base[base["example"] == number].set_index("position")["log_prob"]
         for token in found["tokens"]:
-            names = ["log_prob", "prob", "entropy", "nll", "rank", "first_choice", "first_prob", "conflict"]
+            names = [
+                "log_prob",
+                "prob",
+                "entropy",
+                "nll",
+                "rank",
+                "first_choice",
+                "first_prob",
+                "conflict",
+            ]
             if token["position"] not in scored.index:
-                assert {token[name] for name in [*names, "weight", "first_text", "base_log_prob"]} == {None}
+                assert {
+                    token[name] for name in [*names, "weight", "first_text", "base_log_prob"]
+                } == {None}
                 continue
             of = scored.loc[token["position"]]
-            assert {name: token[name] for name in names} == pytest.approx({name: of[name] for name in names}, rel=1e-5)
+            assert {name: token[name] for name in names} == pytest.approx(
+                {name: of[name] for name in names}, rel=1e-5
+            )
             assert token["first_text"] == VOCAB[of["first_choice"]]
             assert token["weight"] == pytest.approx(math.exp(-of["base_nll"] / 1.5), rel=1e-5)
-            assert token["base_log_prob"] == (None if model == "base" else pytest.approx(base[token["position"]]))
-    assert "🙂" in examples["text"].str.cat()  # split over three tokens, of which only the last has text
+            assert token["base_log_prob"] == (
+                None if model == "base" else pytest.approx(base[token["position"]])
+            )
+    assert (
+        "🙂" in examples["text"].str.cat()
+    )  # split over three tokens, of which only the last has text
 
 
 GROUPS = {
@@ -305,7 +385,9 @@ def test_tokens_and_their_places(ask, everything, group, name):
     tokens, _ = expected(everything, SELECTIONS[name])
     of_group = tokens[GROUPS[group](tokens)]
     counts = of_group["token_id"].value_counts()
-    pages = [ask("tokens", group=group, offset=at, limit=20, **SELECTIONS[name]) for at in (0, 20, 40)]
+    pages = [
+        ask("tokens", group=group, offset=at, limit=20, **SELECTIONS[name]) for at in (0, 20, 40)
+    ]
     rows = [row for page in pages for row in page["rows"]]
     assert {page["total"] for page in pages} == {len(counts)} == {len(rows)}
     assert [row["count"] for row in rows] == sorted(counts, reverse=True)
@@ -322,7 +404,9 @@ def test_tokens_and_their_places(ask, everything, group, name):
     for row in rows[:3]:
         where = {**SELECTIONS[name], "token": row["token_id"], "group": group}
         found = ask("concordance", limit=200, **where)
-        places = of_group[of_group["token_id"] == row["token_id"]].sort_values(["example", "position"])
+        places = of_group[of_group["token_id"] == row["token_id"]].sort_values(
+            ["example", "position"]
+        )
         assert found["total"] == len(found["rows"]) == len(places)
         for place, (_, of) in zip(found["rows"], places.iterrows(), strict=True):
             assert (place["example"], place["position"]) == (of["example"], of["position"])
@@ -339,7 +423,10 @@ def test_exports(ask, everything, folder, name, monkeypatch):
     monkeypatch.setattr(queries_module, "EXPORTED", 7)
     monkeypatch.setattr(queries_module, "CHUNK", 3)
     tokens, examples = expected(everything, SELECTIONS[name])
-    lines = [json.loads(line) for line in ask("export/examples.jsonl", **SELECTIONS[name]).split("\n")[:-1]]
+    lines = [
+        json.loads(line)
+        for line in ask("export/examples.jsonl", **SELECTIONS[name]).split("\n")[:-1]
+    ]
     assert [line["example"] for line in lines] == examples["example"].tolist()
     for line, (_, row) in zip(lines, examples.iterrows(), strict=True):
         assert line.pop("messages") == json.loads(row["messages"])
@@ -354,7 +441,9 @@ def test_exports(ask, everything, folder, name, monkeypatch):
         assert float(row["grad_norm"]) == pytest.approx(of["gradient"], abs=1e-3)
         assert json.loads(row["text"]) == VOCAB[of["token_id"]]
         assert json.loads(row["first_text"]) == VOCAB[of["first_choice"]]
-        assert not any(cell[:1] in "=+@\t\r" for cell in row.values())  # no formula; a minus begins a number
+        assert not any(
+            cell[:1] in "=+@\t\r" for cell in row.values()
+        )  # no formula; a minus begins a number
 
 
 def test_what_a_page_is_built_from(ask, everything):
@@ -365,13 +454,25 @@ def test_what_a_page_is_built_from(ask, everything):
     assert [(m["name"], m["step"]) for m in found["models"]] == [("base", None), ("tuned", 10)]
     assert found["entropy_max"] == max(tokens["entropy"].max() for tokens, _ in everything.values())
     gates = {gate["name"]: gate for gate in found["gates"]}
-    starts = {name: {p["name"]: p["default"] for p in gate["params"]} for name, gate in gates.items()}
-    assert starts["masked"] == {"entropy_threshold": MEASURED["entropy_threshold"], "entropy": "top-k"}
+    starts = {
+        name: {p["name"]: p["default"] for p in gate["params"]} for name, gate in gates.items()
+    }
+    assert starts["masked"] == {
+        "entropy_threshold": MEASURED["entropy_threshold"],
+        "entropy": "top-k",
+    }
     assert starts["eaft-sigmoid"] == {"steepness": 30.0, "center": 0.17, "entropy": "top-k"}
     assert starts["flow"] == {"tau": MEASURED["tau"]}
-    assert [name for name, gate in gates.items() if gate["measured"]] == ["masked", "conflict-mask", "talr", "flow"]
-    assert found["train"] == (
-        "eaft train --model_name_or_path made/base --dataset_name made.jsonl --exclude_examples examples.jsonl"
+    assert [name for name, gate in gates.items() if gate["measured"]] == [
+        "masked",
+        "conflict-mask",
+        "talr",
+        "flow",
+    ]
+    assert (
+        found["train"]
+        == "eaft train --model_name_or_path made/base --dataset_name made.jsonl --exclude_examples"
+        " examples.jsonl"
     )
     for name, gate in gates.items():  # each is answered as it starts
         assert ask("gates", gate=name)["params"] == starts[name]
@@ -381,15 +482,27 @@ def test_what_a_page_is_built_from(ask, everything):
 def test_the_command_is_safe_to_paste():
     run = {"model": "a b'; touch x; '", "dataset": "$(id).jsonl"}
     run["config"] = {"output_dir": "inspection", "max_length": 512, "assistant_only_loss": True}
-    flags = {"model_name_or_path": run["model"], "dataset_name": run["dataset"], "max_length": "512"}
+    flags = {
+        "model_name_or_path": run["model"],
+        "dataset_name": run["dataset"],
+        "max_length": "512",
+    }
     flags |= {"assistant_only_loss": "true", "exclude_examples": "examples.jsonl"}
-    words = subprocess.run(["sh", "-c", f"printf '%s\\0' {train_command(run)}"], capture_output=True, text=True).stdout
-    assert words.split("\0")[:-1] == ["eaft", "train", *(word for n, v in flags.items() for word in (f"--{n}", v))]
+    words = subprocess.run(
+        ["sh", "-c", f"printf '%s\\0' {train_command(run)}"], capture_output=True, text=True
+    ).stdout
+    assert words.split("\0")[:-1] == [
+        "eaft",
+        "train",
+        *(word for n, v in flags.items() for word in (f"--{n}", v)),
+    ]
 
 
 def test_several_who_ask_at_once_get_their_own_answers(folder):
     selections = [
-        queries_module.Selection(nll=(low / 10, None), box=(0.0, 1.0 + low / 10, 0.0, 0.9), search="w1" * (low % 2))
+        queries_module.Selection(
+            nll=(low / 10, None), box=(0.0, 1.0 + low / 10, 0.0, 0.9), search="w1" * (low % 2)
+        )
         for low in range(24)
     ]
     one, many = (Queries(Tables(Inspection(folder))) for _ in range(2))

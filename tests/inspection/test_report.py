@@ -49,7 +49,9 @@ def test_is_one_small_file_with_the_sentence_first(inspection):
     assert "script" not in elements.tags
     assert elements.tags.count("svg") == len(CAPTIONS)
     assert "<script>alert(1)</script>" in elements.text  # a token of the made data
-    addresses = [v for name, v in elements.attributes if name in ("src", "href", "xlink:href") and v]
+    addresses = [
+        v for name, v in elements.attributes if name in ("src", "href", "xlink:href") and v
+    ]
     assert all(v.startswith(("#", "data:image/png")) for v in addresses)
     advice = inspection.summary["advice"]["headline"]
     assert elements.text.index(advice) < elements.text.index("Is the data what you think?")
@@ -73,7 +75,9 @@ def test_the_printed_page_has_the_numbers(inspection):
 
 
 def test_a_folder_with_little_in_it(tmp_path):
-    inspection = Inspection(make_inspection(tmp_path, examples=3, rollouts=0, compared=(), shards=1))
+    inspection = Inspection(
+        make_inspection(tmp_path, examples=3, rollouts=0, compared=(), shards=1)
+    )
     write_json(inspection.folder / "summary.json", find(inspection, None))
     write(inspection)
     assert page(inspection)
@@ -95,4 +99,6 @@ def test_opens_in_a_browser_alone(inspection, width, scheme):
         assert tab.locator("svg").first.bounding_box()["height"] > 100
         browser.close()
     assert said == []
-    assert [url for url in asked if not url.startswith("data:")] == [(inspection.folder / "report.html").as_uri()]
+    assert [url for url in asked if not url.startswith("data:")] == [
+        (inspection.folder / "report.html").as_uri()
+    ]

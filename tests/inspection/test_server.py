@@ -1,4 +1,7 @@
-"""The viewer's server under attack, and what it says of comparisons and evaluations; over a real socket."""
+"""
+The viewer's server under attack, and what it says of comparisons and evaluations; over a real
+socket.
+"""
 
 import http.client
 import json
@@ -15,8 +18,8 @@ import pytest
 import uvicorn
 
 from eaft.errors import ConfigurationError
-from eaft.inspection import server as server_module
 from eaft.inspection.folder import Inspection
+from eaft.inspection.view import server as server_module
 from eaft.inspection.view.queries import Queries
 from eaft.inspection.view.runs import Runs
 from eaft.inspection.view.serve import find_inspection, listen
@@ -27,7 +30,16 @@ from tests.inspection.made import make_inspection
 TOKEN = "s3cret_-"
 ROOT = Path(__file__).parents[2]
 COMPARED = ROOT / "benchmarks" / "results" / "demo" / "function_calls"
-API = ["folder", "landscape", "gates?gate=eaft", "examples", "example?example=0", "tokens", "concordance", "runs"]
+API = [
+    "folder",
+    "landscape",
+    "gates?gate=eaft",
+    "examples",
+    "example?example=0",
+    "tokens",
+    "concordance",
+    "runs",
+]
 API += ["export/examples.jsonl", "export/tokens.csv"]
 
 
@@ -57,14 +69,19 @@ def port(folder, tmp_path_factory):
 
 @pytest.fixture
 def send(port):
-    """Send a request as it is, with the token unless headers are given; return status, headers and body."""
+    """
+    Send a request as it is, with the token unless headers are given; return status, headers and
+    body.
+    """
 
     def send(path, method="GET", headers=None, host=None):
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
         connection.putrequest(method, path, skip_host=True)
         for name in [f"127.0.0.1:{port}"] if host is None else host:
             connection.putheader("Host", name)
-        for name, value in ({"Authorization": f"token {TOKEN}"} if headers is None else headers).items():
+        for name, value in (
+            {"Authorization": f"token {TOKEN}"} if headers is None else headers
+        ).items():
             connection.putheader(name, value)
         connection.endheaders()
         answer = connection.getresponse()
@@ -75,14 +92,24 @@ def send(port):
 
 def test_every_answer_needs_the_token(send, port):
     paths = ["/", "/page/app.js", "/page/", *(f"/api/{path}" for path in API)]
-    wrong = [{}, {"Authorization": "token wrong"}, {"Authorization": f"Basic {TOKEN}"}, {"Authorization": "token"}]
-    wrong += [{"Cookie": f"eaft-view-{port}=wrong"}, {"Cookie": f"eaft-view={TOKEN}"}, {"Authorization": "token \xe9"}]
+    wrong = [
+        {},
+        {"Authorization": "token wrong"},
+        {"Authorization": f"Basic {TOKEN}"},
+        {"Authorization": "token"},
+    ]
+    wrong += [
+        {"Cookie": f"eaft-view-{port}=wrong"},
+        {"Cookie": f"eaft-view={TOKEN}"},
+        {"Authorization": "token \xe9"},
+    ]
     for path in paths:
         for headers in wrong:
             status, _, body = send(path, headers=headers)
             assert status == 403
             assert "token" in json.loads(body)["error"]
-    # In an address it is for the page alone: elsewhere `token` is a label, and addresses are kept in histories
+    # In an address it is for the page alone: elsewhere `token` is a label, and addresses are kept
+    # in histories
     assert send(f"/?token={TOKEN}x", headers={})[0] == 403
     assert send(f"/api/folder?token={TOKEN}", headers={})[0] == 403
     for path in ("/", "/page/app.js", *(f"/api/{path}" for path in API)):
@@ -98,7 +125,9 @@ def test_the_page_sets_a_cookie_that_other_sites_cannot_send(send, port):
     assert send("/api/folder", headers={"Cookie": cookie})[0] == 200
     # Who has the cookie cannot have it, or a header, set to something else
     headers = send("/?token=x%0d%0aSet-Cookie:%20a=b", headers={"Cookie": cookie})[1]
-    assert headers.get_all("Set-Cookie") == [f"eaft-view-{port}={TOKEN}; HttpOnly; SameSite=Strict; Path=/"]
+    assert headers.get_all("Set-Cookie") == [
+        f"eaft-view-{port}={TOKEN}; HttpOnly; SameSite=Strict; Path=/"
+    ]
 
 
 def test_only_the_loopback_address_is_a_host(send, port):
@@ -119,17 +148,26 @@ def test_only_the_loopback_address_is_a_host(send, port):
         assert "Set-Cookie" not in headers
 
 
-@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "CONNECT", "PROPFIND"])
+@pytest.mark.parametrize(
+    "method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "CONNECT", "PROPFIND"]
+)
 def test_nothing_but_reading(send, method):
     assert send("/api/folder", method)[0] in (400, 405)
     assert send("/", method)[0] in (400, 405)
 
 
 def test_headers_of_every_answer(send):
-    for path, status in (("/api/folder", 200), ("/page/none.js", 404), ("/nothing", 404), ("/api/landscape?x=1", 400)):
+    for path, status in (
+        ("/api/folder", 200),
+        ("/page/none.js", 404),
+        ("/nothing", 404),
+        ("/api/landscape?x=1", 400),
+    ):
         found, headers, _ = send(path)
         assert found == status
-        policy = dict(part.strip().split(" ", 1) for part in headers["Content-Security-Policy"].split(";"))
+        policy = dict(
+            part.strip().split(" ", 1) for part in headers["Content-Security-Policy"].split(";")
+        )
         assert (
             policy["default-src"]
             == policy["base-uri"]
@@ -143,7 +181,10 @@ def test_headers_of_every_answer(send):
         assert headers["Cache-Control"] == "no-store"
         assert headers.get("Access-Control-Allow-Origin") is None
     assert send("/api/folder", headers={})[1]["X-Content-Type-Options"] == "nosniff"
-    assert send("/api/export/tokens.csv")[1]["Content-Disposition"] == 'attachment; filename="tokens.csv"'
+    assert (
+        send("/api/export/tokens.csv")[1]["Content-Disposition"]
+        == 'attachment; filename="tokens.csv"'
+    )
 
 
 @pytest.mark.parametrize("start", ["/page/", "/page//", "/", "//", "/api/", "/page/./"])
@@ -157,8 +198,22 @@ def test_no_path_leads_out_of_the_page(send, start):
         "..%5cserver.py",
         "..;/server.py",
     ]
-    ways += [deep, quote(deep, safe=""), "/etc/passwd", "%2fetc%2fpasswd", "..%00/server.py", "%252e%252e/server.py"]
-    ways += ["....//server.py", "a" * 5000, "%ff%fe", "\\..\\server.py", "file:///etc/passwd", "secret"]
+    ways += [
+        deep,
+        quote(deep, safe=""),
+        "/etc/passwd",
+        "%2fetc%2fpasswd",
+        "..%00/server.py",
+        "%252e%252e/server.py",
+    ]
+    ways += [
+        "....//server.py",
+        "a" * 5000,
+        "%ff%fe",
+        "\\..\\server.py",
+        "file:///etc/passwd",
+        "secret",
+    ]
     for way in ways:
         status, _, body = send(start + way)
         assert status in (400, 404, 405)
@@ -174,11 +229,28 @@ BAD = {
     "nll": ["x", "1", "1,2,3", "nan,", ",inf", "-inf,1", "1e400,", "0x1,", "1;2", "'"],
     "conflict": ["x", "nan,nan", "1,2,3", "(SELECT 1),1"],
     "search": ["a" * 1001, "a\0b"],
-    "box": ["x", "1,2,3", "1,2,3,4,5", "nan,1,0,1", "0,inf,0,1", "0,1,0,1e999", ",,,", "0,1,0,1) OR (1=1"],
+    "box": [
+        "x",
+        "1,2,3",
+        "1,2,3,4,5",
+        "nan,1,0,1",
+        "0,inf,0,1",
+        "0,1,0,1e999",
+        ",,,",
+        "0,1,0,1) OR (1=1",
+    ],
     "token": ["x", "-1", "1.5", str(2**31), "9" * 5000, "nan", "1 OR 1=1", ""],
     "offset": ["-1", "x", str(2**31), "1e3", "nan", "9" * 5000],
     "limit": ["0", "-1", "201", "x", "1e9", "1; DROP TABLE texts"],
-    "sort": ["x", "text", "nll; DROP TABLE examples", "nll DESC, (SELECT 1)", "NLL", "means.nll", ""],
+    "sort": [
+        "x",
+        "text",
+        "nll; DROP TABLE examples",
+        "nll DESC, (SELECT 1)",
+        "NLL",
+        "means.nll",
+        "",
+    ],
     "order": ["x", "asc; SELECT 1", "ASC", ""],
     "group": ["x", "conflict OR true", "true"],
     "gate": ["x", "os:system", "eaft.objective.gates:sft", "eaft'"],
@@ -221,7 +293,9 @@ NEEDED = {"gates": {"gate": "eaft"}, "example": {"example": "0", "gate": "eaft"}
 
 @pytest.mark.parametrize("path", TAKES)
 def test_no_parameter_breaks_anything(send, path):
-    """Every bad value of every parameter is refused with a reason, and afterwards all is as before."""
+    """
+    Every bad value of every parameter is refused with a reason, and afterwards all is as before.
+    """
     before = send("/api/landscape")[2]
     for name in [*TAKES[path].split(), "nothing"]:
         for value in BAD[name]:
@@ -237,9 +311,16 @@ def test_no_parameter_breaks_anything(send, path):
 
 
 def test_odd_values_that_mean_something_are_answered(send):
-    text = quote("'; DROP TABLE texts; -- \" % _ \\ \ud83d\ude42".encode("utf-16", "surrogatepass").decode("utf-16"))
+    text = quote(
+        "'; DROP TABLE texts; -- \" % _ \\ \ud83d\ude42".encode("utf-16", "surrogatepass").decode(
+            "utf-16"
+        )
+    )
     assert json.loads(send(f"/api/examples?search={text}")[2]) == {"total": 0, "rows": []}
-    assert json.loads(send("/api/landscape?box=-1e300,1e300,-1e300,1e300")[2])["selected"]["tokens"] > 0
+    assert (
+        json.loads(send("/api/landscape?box=-1e300,1e300,-1e300,1e300")[2])["selected"]["tokens"]
+        > 0
+    )
     assert json.loads(send("/api/landscape?box=3,-3,1,0")[2])["selected"]["tokens"] == 0
     assert json.loads(send("/api/examples?offset=2147483647")[2])["rows"] == []
     assert send("/api/folder", "HEAD")[2] == b""
@@ -259,7 +340,9 @@ def test_what_the_page_has_given_up_is_not_computed(send, port, monkeypatch):
 
     def ask(token):
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-        connection.request("GET", f"/api/landscape?token={token}", headers={"Authorization": f"token {TOKEN}"})
+        connection.request(
+            "GET", f"/api/landscape?token={token}", headers={"Authorization": f"token {TOKEN}"}
+        )
         return connection
 
     running = [ask(token) for token in range(server_module.AT_ONCE)]
@@ -272,7 +355,9 @@ def test_what_the_page_has_given_up_is_not_computed(send, port, monkeypatch):
     for _ in range(5):
         send("/page/app.js")
     go.set()
-    assert [connection.getresponse().status for connection in [*running, wanted]] == [200] * (len(running) + 1)
+    assert [connection.getresponse().status for connection in [*running, wanted]] == [200] * (
+        len(running) + 1
+    )
     assert computed[-1] == 200
     assert len(computed) == len(running) + 1
 
@@ -307,7 +392,11 @@ def test_links_that_lead_out_are_not_followed(folder, tmp_path):
     assert not any(worst["items"] for worst in found["regressions"])
 
 
-MESSAGES = {"missing": "is missing", "cut": "cannot be read", "other rows": "its rows are not those of"}
+MESSAGES = {
+    "missing": "is missing",
+    "cut": "cannot be read",
+    "other rows": "its rows are not those of",
+}
 
 
 @pytest.mark.parametrize("damage", MESSAGES)
@@ -340,7 +429,15 @@ EVALUATION = {
 
 def item(doc, score):
     hashes = {name: str(doc) for name in ("prompt_hash", "target_hash", "doc_hash")}
-    return {"task": "t", "doc_id": doc, **hashes, "prompt": f"p{doc}", "target": "x", "response": "r", "score": score}
+    return {
+        "task": "t",
+        "doc_id": doc,
+        **hashes,
+        "prompt": f"p{doc}",
+        "target": "x",
+        "response": "r",
+        "score": score,
+    }
 
 
 def test_runs_are_what_their_files_say(tmp_path):
@@ -351,15 +448,31 @@ def test_runs_are_what_their_files_say(tmp_path):
     results["groups"] = {"target": ["t"], "general": ["everyday"]}
     run = next(r for r in results["runs"] if r["objective"] == "eaft")
     step = next(c for c in results["choices"] if c["objective"] == "eaft")["steps"]["chosen"]
-    for side, scores in (("base/items", [1, 1, 0, 0.5]), (f"{run['folder']}/items/step-{step}", [1, 0, 1, 0.25])):
+    for side, scores in (
+        ("base/items", [1, 1, 0, 0.5]),
+        (f"{run['folder']}/items/step-{step}", [1, 0, 1, 0.25]),
+    ):
         (compared / side).mkdir(parents=True)
-        (compared / side / "t.jsonl").write_text("".join(json.dumps(item(i, s)) + "\n" for i, s in enumerate(scores)))
-    log = [{"step": 1, "nll": 2.0, "mean_gate": 0.5}, {"step": 2, "nll": 1.5}, {"step": 2, "train_loss": 1.0}]
-    (compared / run["folder"] / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log) + '{"st')
-    for point in [results["base"]["point"], *(point for one in results["runs"] for point in one["points"])]:
+        (compared / side / "t.jsonl").write_text(
+            "".join(json.dumps(item(i, s)) + "\n" for i, s in enumerate(scores))
+        )
+    log = [
+        {"step": 1, "nll": 2.0, "mean_gate": 0.5},
+        {"step": 2, "nll": 1.5},
+        {"step": 2, "train_loss": 1.0},
+    ]
+    (compared / run["folder"] / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in log) + '{"st'
+    )
+    for point in [
+        results["base"]["point"],
+        *(point for one in results["runs"] for point in one["points"]),
+    ]:
         point["tasks"] = {"t": {"mean": 0.5, "scores": [0.5]}}
     (compared / "results.json").write_text(json.dumps(results))
-    (tmp_path / "eval" / "results.json").write_text('{"asked": 1, "objectives": {}}')  # somebody's own
+    (tmp_path / "eval" / "results.json").write_text(
+        '{"asked": 1, "objectives": {}}'
+    )  # somebody's own
     runs = Runs(tmp_path)
     assert {(r["name"], r["kind"], r["base"]) for r in runs.list()} == {
         ("eval/out", "eval", "small"),
@@ -372,12 +485,18 @@ def test_runs_are_what_their_files_say(tmp_path):
     assert found["sentence"] == results["sentence"]
     assert len(found["points"]) == sum(1 + len(one["points"]) for one in results["runs"])
     of_run = [point for point in found["points"] if point["run"] == run["folder"]]
-    assert [(p["step"], p["nll"], p["drift_general"], p["target"], p["general"]) for p in of_run] == [
+    assert [
+        (p["step"], p["nll"], p["drift_general"], p["target"], p["general"]) for p in of_run
+    ] == [
         (p["step"], p["nll"]["mean"], p["drift"]["general"]["mean"], 0.5, None)
         for p in [results["base"]["point"], *run["points"]]
     ]
     metrics = {curve["run"]: curve["metrics"] for curve in found["curves"]}
-    assert metrics[run["folder"]] == {"nll": [[1, 2.0], [2, 1.5]], "mean_gate": [[1, 0.5]], "train_loss": [[2, 1.0]]}
+    assert metrics[run["folder"]] == {
+        "nll": [[1, 2.0], [2, 1.5]],
+        "mean_gate": [[1, 0.5]],
+        "train_loss": [[2, 1.0]],
+    }
     items = {r["objective"]: [i["doc_id"] for i in r["items"]] for r in found["regressions"]}
     assert items == {"sft": [], "eaft": [1, 3]}  # from 1 to 0 before from 0.5 to 0.25
     assert "scores" not in json.dumps(found)
@@ -399,15 +518,21 @@ def test_the_command_serves_a_folder_of_both(tmp_path):
             start, _, token = address.partition("/?token=")
             assert start.rpartition(":")[2] != str(taken.getsockname()[1])
             assert len(token) >= 40
-            request = urllib.request.Request(f"{start}/api/folder", headers={"Authorization": f"token {token}"})
-            about = json.loads(urllib.request.urlopen(request, timeout=30).read())  # it listens already
+            request = urllib.request.Request(
+                f"{start}/api/folder", headers={"Authorization": f"token {token}"}
+            )
+            about = json.loads(
+                urllib.request.urlopen(request, timeout=30).read()
+            )  # it listens already
             assert (about["name"], about["kind"]) == ("all", "both")
             # No other interface of this machine
             sockets = Path("/proc/net/tcp")
             if sockets.exists():
                 ours = f"{int(start.rpartition(':')[2]):04X}"
                 lines = [line.split() for line in sockets.read_text().splitlines()[1:]]
-                bound = {line[1] for line in lines if line[1].endswith(f":{ours}") and line[3] == "0A"}
+                bound = {
+                    line[1] for line in lines if line[1].endswith(f":{ours}") and line[3] == "0A"
+                }
                 assert bound == {f"0100007F:{ours}"}
         finally:
             server.terminate()

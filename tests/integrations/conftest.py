@@ -1,4 +1,7 @@
-"""Hosts that are not installed here: a module of ours is imported with stand-ins for what it takes of its host."""
+"""
+Hosts that are not installed here: a module of ours is imported with stand-ins for what it takes of
+its host.
+"""
 
 import importlib
 import sys

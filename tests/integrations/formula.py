@@ -1,4 +1,7 @@
-"""The losses by their formulas, in float64, from logits `[..., V]` and labels that are shifted already."""
+"""
+The losses by their formulas, in float64, from logits `[..., V]` and labels that are shifted
+already.
+"""
 
 import math
 

@@ -1,4 +1,7 @@
-"""Axolotl's plugin, called as Axolotl 0.19.0 calls it, without Axolotl, which benchmarks/hosts.py runs."""
+"""
+Axolotl's plugin, called as Axolotl 0.19.0 calls it, without Axolotl, which benchmarks/hosts.py
+runs.
+"""
 
 import dataclasses
 import importlib
@@ -30,7 +33,11 @@ class Fields(BaseModel):
 def plugin(monkeypatch):
     base = ModuleType("axolotl.integrations.base")
     base.BasePlugin = object
-    for name, module in {"axolotl": None, "axolotl.integrations": None, "axolotl.integrations.base": base}.items():
+    for name, module in {
+        "axolotl": None,
+        "axolotl.integrations": None,
+        "axolotl.integrations.base": base,
+    }.items():
         monkeypatch.setitem(sys.modules, name, module or ModuleType(name))
     monkeypatch.delitem(sys.modules, "eaft.integrations.axolotl", raising=False)
     yield importlib.import_module("eaft.integrations.axolotl").EAFTPlugin()
@@ -41,7 +48,9 @@ def plugin(monkeypatch):
 def config(plugin):
     """A configuration as Axolotl makes it: a class of its fields and the plugin's."""
     module, name = plugin.get_input_args().rsplit(".", 1)
-    return type("Config", (Fields, getattr(importlib.import_module(module), name)), {"__module__": __name__})
+    return type(
+        "Config", (Fields, getattr(importlib.import_module(module), name)), {"__module__": __name__}
+    )
 
 
 def test_names_and_defaults_are_those_of_the_command_line(config):
@@ -53,7 +62,10 @@ def test_names_and_defaults_are_those_of_the_command_line(config):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"use_eaft": True}, "use_eaft: True does not go with gate: eaft: it computes a loss of its own"),
+        (
+            {"use_eaft": True},
+            "use_eaft: True does not go with gate: eaft: it computes a loss of its own",
+        ),
         ({"rl": "dpo"}, "rl: dpo does not go with gate"),
         ({"reward_model": True}, "reward_model: True"),
         ({"context_parallel_size": 2}, "context_parallel_size: 2 .* set it to 1"),
@@ -71,14 +83,18 @@ def test_what_would_pass_the_gate_by_is_refused(config, fields, message):
 
 
 def test_other_fields_are_left_alone(config):
-    """Cut-cross-entropy and Liger change the class's forward before ours takes the model's place."""
+    """
+    Cut-cross-entropy and Liger change the class's forward before ours takes the model's place.
+    """
     config(use_eaft=False, cut_cross_entropy=True, context_parallel_size=None)
 
 
 @pytest.mark.parametrize("gate", ["sft", "eaft"])
 def test_accumulated_labels_count_alike(plugin, config, tmp_path, gate):
     rows = torch.randint(3, 200, (8, 9), generator=torch.Generator().manual_seed(0)).tolist()
-    data = Dataset.from_list([{"input_ids": r, "labels": [-100] * (i % 7) + r[i % 7 :]} for i, r in enumerate(rows)])
+    data = Dataset.from_list(
+        [{"input_ids": r, "labels": [-100] * (i % 7) + r[i % 7 :]} for i, r in enumerate(rows)]
+    )
     cfg = SimpleNamespace(**config(gate=gate).model_dump())
 
     def train(batch, accumulated):
@@ -93,7 +109,9 @@ def test_accumulated_labels_count_alike(plugin, config, tmp_path, gate):
             disable_tqdm=True,
         )
         model = make_model()
-        trainer = Trainer(model, args, train_dataset=data, callbacks=plugin.add_callbacks_pre_trainer(cfg, model))
+        trainer = Trainer(
+            model, args, train_dataset=data, callbacks=plugin.add_callbacks_pre_trainer(cfg, model)
+        )
         trainer.model_accepts_loss_kwargs = False  # as Axolotl leaves it
         plugin.post_trainer_create(cfg, trainer)
         trainer.train()
@@ -103,19 +121,26 @@ def test_accumulated_labels_count_alike(plugin, config, tmp_path, gate):
 
 
 def test_a_forward_that_the_class_was_given_before_is_passed_by(plugin, config):
-    """As cut-cross-entropy's and Liger's, which return a plain loss and no logits where there are labels."""
+    """
+    As cut-cross-entropy's and Liger's, which return a plain loss and no logits where there are
+    labels.
+    """
     model = make_model().train()
     own, ids = type(model).forward, torch.tensor([[5, 6, 7, 8]])
     expected = model(input_ids=ids, labels=ids).loss
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, labels=None, **kwargs):
+    def forward(
+        self, input_ids=None, attention_mask=None, position_ids=None, labels=None, **kwargs
+    ):
         output = own(self, input_ids, attention_mask, position_ids, **kwargs)
         return SimpleNamespace(loss=torch.tensor(0.0)) if labels is not None else output
 
     model_class = type(model)
     try:
         model_class.forward = forward
-        (callback,) = plugin.add_callbacks_pre_trainer(SimpleNamespace(**config(gate="sft").model_dump()), model)
+        (callback,) = plugin.add_callbacks_pre_trainer(
+            SimpleNamespace(**config(gate="sft").model_dump()), model
+        )
         callback.on_init_end(SimpleNamespace(), None, None, model=model)
         torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, expected)
         assert model.eval()(input_ids=ids, labels=ids).loss == 0
@@ -132,5 +157,7 @@ def test_a_packed_row_is_its_sequences(plugin, config):
     callback.on_init_end(SimpleNamespace(), None, None, model=model)
     apart = model(input_ids=ids, labels=labels).loss
     positions = torch.arange(4).repeat(2)[None]
-    packed = model(input_ids=ids.view(1, -1), position_ids=positions, labels=labels.view(1, -1)).loss
+    packed = model(
+        input_ids=ids.view(1, -1), position_ids=positions, labels=labels.view(1, -1)
+    ).loss
     torch.testing.assert_close(packed, apart)

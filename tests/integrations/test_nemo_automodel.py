@@ -1,4 +1,7 @@
-"""NeMo AutoModel's losses, called as its recipes call them (`nemo_automodel.components.loss.utils.calculate_loss`)."""
+"""
+NeMo AutoModel's losses, called as its recipes call them
+(`nemo_automodel.components.loss.utils.calculate_loss`).
+"""
 
 import pytest
 import torch
@@ -76,9 +79,15 @@ def test_loss_and_gradients_are_the_formulas(host, batch, gate, count):
 
 def test_packed_batch(host, batch):
     hidden, weight, labels = batch
-    packed = {"hidden_states": hidden.reshape(1, 12, 8), "labels": labels.flatten(), "lm_weight": weight}
+    packed = {
+        "hidden_states": hidden.reshape(1, 12, 8),
+        "labels": labels.flatten(),
+        "lm_weight": weight,
+    }
     expected = terms(hidden.double() @ weight.double().T, labels).sum() / 9
-    torch.testing.assert_close(host.GatedCrossEntropy()(**packed, num_label_tokens=9), expected.float())
+    torch.testing.assert_close(
+        host.GatedCrossEntropy()(**packed, num_label_tokens=9), expected.float()
+    )
 
 
 def test_validation_is_the_plain_nll(host, batch):
@@ -86,14 +95,18 @@ def test_validation_is_the_plain_nll(host, batch):
     expected = terms(hidden.double() @ weight.double().T, labels, "sft").sum().float()
     with torch.no_grad():
         linear = host.GatedCrossEntropy(gate="eaft", gate_alpha=2)(hidden, labels, weight)
-        of_logits = host.GatedCrossEntropyFromLogits(gate="eaft", gate_alpha=2)(hidden @ weight.T, labels)
+        of_logits = host.GatedCrossEntropyFromLogits(gate="eaft", gate_alpha=2)(
+            hidden @ weight.T, labels
+        )
     torch.testing.assert_close(linear, expected)
     torch.testing.assert_close(of_logits, expected)
 
 
 def test_a_batch_without_labels_gives_zero_gradients(host, batch):
     hidden, weight, labels = batch
-    loss = host.GatedCrossEntropy()(hidden, torch.full_like(labels, -100), weight, num_label_tokens=0)
+    loss = host.GatedCrossEntropy()(
+        hidden, torch.full_like(labels, -100), weight, num_label_tokens=0
+    )
     loss.backward()
     assert loss == 0
     assert not hidden.grad.any()
@@ -113,7 +126,9 @@ def test_logits_are_scaled_and_capped_as_the_model_does(host, batch):
 
 def test_another_head_is_sent_to_the_loss_from_logits(host, monkeypatch):
     def refuse(lm_head):
-        raise ValueError("ChunkedCrossEntropy requires a plain bias-free nn.Linear; use MaskedCrossEntropy")
+        raise ValueError(
+            "ChunkedCrossEntropy requires a plain bias-free nn.Linear; use MaskedCrossEntropy"
+        )
 
     monkeypatch.setattr(ChunkedCrossEntropy, "validate_lm_head", staticmethod(refuse))
     with pytest.raises(ConfigurationError, match=r"take .*GatedCrossEntropyFromLogits"):

@@ -51,7 +51,9 @@ def test_loss_and_gradient_are_the_formulas(host, batch, gate):
     loss, metrics = build(host, gate=gate)(logits, labels, valid, positions=None)
     assert metrics == {}
     torch.testing.assert_close(loss, expected.float())
-    for one, other in zip(*(torch.autograd.grad(value, logits) for value in (loss, expected)), strict=True):
+    for one, other in zip(
+        *(torch.autograd.grad(value, logits) for value in (loss, expected)), strict=True
+    ):
         torch.testing.assert_close(one, other)
 
 
@@ -75,7 +77,10 @@ def test_validation_is_the_plain_nll(host, batch):
     [
         ({"gate": "psft"}, "needs the base model"),
         ({"gate": "talr"}, "weighs tokens by others"),
-        ({"gate": "masked", "gate_kwargs": {"entropy_threshold": "batch"}}, "weighs tokens by others"),
+        (
+            {"gate": "masked", "gate_kwargs": {"entropy_threshold": "batch"}},
+            "weighs tokens by others",
+        ),
         ({"gate": "eaft", "gate_kwargs": {"beta": 1}}, "takes no beta"),
     ],
 )

@@ -28,7 +28,8 @@ class SFTTrainer:
         engine |= {"ulysses_sequence_parallel_size": 1}
         self.engine_config = types.SimpleNamespace(**engine)
         self.training_client = types.SimpleNamespace(
-            set_loss_fn=lambda loss_fn: setattr(self, "loss_fn", loss_fn), train_batch=self.train_batch
+            set_loss_fn=lambda loss_fn: setattr(self, "loss_fn", loss_fn),
+            train_batch=self.train_batch,
         )
 
     def train_batch(self, data):
@@ -39,7 +40,9 @@ class SFTTrainer:
             outputs = self.loss_fn(student_logits=logits.unsqueeze(0), data=data)
             for name, values in outputs.items():
                 assert values.shape == (1, len(logits))
-                model_output[name] = torch.nested.nested_tensor_from_jagged(values.squeeze(0), offsets)
+                model_output[name] = torch.nested.nested_tensor_from_jagged(
+                    values.squeeze(0), offsets
+                )
         labels = data["input_ids"].values().roll(-1)
         log_probs = logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
         model_output["log_probs"] = torch.nested.nested_tensor_from_jagged(log_probs, offsets)
@@ -51,7 +54,9 @@ class SFTTrainer:
 def host(import_with):
     utils = types.SimpleNamespace(assign_non_tensor=lambda data, **values: data.update(values))
     return import_with(
-        "verl", verl__utils={"tensordict_utils": utils}, verl__workers__utils__losses={"sft_loss": sft_loss}
+        "verl",
+        verl__utils={"tensordict_utils": utils},
+        verl__workers__utils__losses={"sft_loss": sft_loss},
     )
 
 
@@ -67,7 +72,9 @@ def data():
     ids = torch.randint(50, (sum(LENGTHS),), generator=generator)
     return {
         "input_ids": torch.nested.nested_tensor_from_jagged(ids, offsets),
-        "loss_mask": torch.nested.nested_tensor_from_jagged(torch.tensor([*masks[0], *masks[1], *masks[2]]), offsets),
+        "loss_mask": torch.nested.nested_tensor_from_jagged(
+            torch.tensor([*masks[0], *masks[1], *masks[2]]), offsets
+        ),
         "logits": (3 * torch.randn(len(ids), 50, generator=generator)).requires_grad_(),
         "batch_num_tokens": 21,
         "dp_size": 2,
@@ -97,13 +104,21 @@ def test_loss_and_gradient_are_the_formulas(host, data, gate, rows, monkeypatch)
     expected = terms(data["logits"], shifted_labels(data), gate).sum() / 21 * 2
     loss = trained(host, data, gate=gate)
     torch.testing.assert_close(loss, expected.float())
-    for one, other in zip(*(torch.autograd.grad(v, data["logits"]) for v in (loss, expected)), strict=True):
+    for one, other in zip(
+        *(torch.autograd.grad(v, data["logits"]) for v in (loss, expected)), strict=True
+    ):
         torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize(
     ("gate", "params"),
-    [("talr", {}), ("ranktuner", {}), ("deft", {}), ("masked", {"entropy_threshold": "batch"}), ("mile", {})],
+    [
+        ("talr", {}),
+        ("ranktuner", {}),
+        ("deft", {}),
+        ("masked", {"entropy_threshold": "batch"}),
+        ("mile", {}),
+    ],
 )
 def test_other_gates_are_those_of_the_reference(host, data, gate, params):
     examples = torch.arange(3).repeat_interleave(torch.tensor(LENGTHS))
@@ -115,7 +130,9 @@ def test_other_gates_are_those_of_the_reference(host, data, gate, params):
 
 def test_a_closed_gate_shuts_out_a_label_that_cannot_occur(host, data):
     with torch.no_grad():
-        data["logits"][2, data["input_ids"].values()[3]] = -torch.inf  # a label's: dft weighs it with 0
+        data["logits"][
+            2, data["input_ids"].values()[3]
+        ] = -torch.inf  # a label's: dft weighs it with 0
     loss = trained(host, data, gate="dft")
     loss.backward()
     assert loss.isfinite()
@@ -132,7 +149,9 @@ def test_validation_is_the_hosts_own(host, data):
     trainer._build_engine()
     with torch.no_grad():
         loss = trainer.train_batch(data)  # not by the client's: no logits are shown
-    torch.testing.assert_close(loss, (terms(data["logits"], shifted_labels(data), "sft").sum() / 21 * 2).float())
+    torch.testing.assert_close(
+        loss, (terms(data["logits"], shifted_labels(data), "sft").sum() / 21 * 2).float()
+    )
 
 
 def test_refuses_what_it_cannot_do(host):
@@ -145,7 +164,8 @@ def test_refuses_what_it_cannot_do(host):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("use_fused_kernels", True), ("ulysses_sequence_parallel_size", 2), ("pad_to_length", True)]
+    ("name", "value"),
+    [("use_fused_kernels", True), ("ulysses_sequence_parallel_size", 2), ("pad_to_length", True)],
 )
 def test_refuses_an_engine_that_shows_no_logits(host, name, value):
     trainer = SFTTrainer()

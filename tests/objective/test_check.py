@@ -1,4 +1,7 @@
-"""`eaft env --check` at small sizes: a right loss passes, and a backend that is wrong in one number is found."""
+"""
+`eaft env --check` at small sizes: a right loss passes, and a backend that is wrong in one number is
+found.
+"""
 
 import pytest
 import torch
@@ -76,7 +79,10 @@ def test_a_wrong_gradient_of_the_backend_fails(monkeypatch, capsys):
     monkeypatch.setattr(check, "linear_gated_cross_entropy", forgetful)
     monkeypatch.setattr(check, "GATES", ["sft"])
     assert check.main(SMALL, seconds=0) == 1
-    assert "FAIL  cpu torch float32 gate=sft V=101 H=8 N=64: gradient of hidden" in capsys.readouterr().out
+    assert (
+        "FAIL  cpu torch float32 gate=sft V=101 H=8 N=64: gradient of hidden"
+        in capsys.readouterr().out
+    )
 
 
 def test_an_error_is_a_failure_and_the_rest_goes_on(monkeypatch, capsys):
@@ -103,7 +109,10 @@ CAPPED, FIVE_TOKENS = {"logit_scale": 0.5, "softcap": 5.0}, 101 * 8 * 5
     every_gate_once([(CAPPED, FIVE_TOKENS), ({}, FIVE_TOKENS), (CAPPED, 2**30), ({}, 2**30)]),
 )
 def test_the_truth_is_the_reference_function(gate, setting, monkeypatch):
-    """What the check compares with, in chunks or at once, is `gated_cross_entropy` differentiated by autograd."""
+    """
+    What the check compares with, in chunks or at once, is `gated_cross_entropy` differentiated by
+    autograd.
+    """
     head, chunk_bytes = setting
     monkeypatch.setattr(check, "CHUNK_BYTES", chunk_bytes)
     case, params = check.Case(101, 8, **head), {}

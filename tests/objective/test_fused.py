@@ -1,4 +1,7 @@
-"""The fused loss: equal to the reference in value, statistics and gradients, as exact as plain cross-entropy."""
+"""
+The fused loss: equal to the reference in value, statistics and gradients, as exact as plain
+cross-entropy.
+"""
 
 import math
 import os
@@ -21,7 +24,9 @@ DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 @pytest.fixture(params=["torch", "triton"])
 def backend(request, monkeypatch):
-    """Run through torch, or through the Triton kernels: on a GPU if there is one, else interpreted."""
+    """
+    Run through torch, or through the Triton kernels: on a GPU if there is one, else interpreted.
+    """
     use(request.param, monkeypatch)
     return request.param
 
@@ -35,7 +40,9 @@ def kernels(monkeypatch):
 def use(backend, monkeypatch):
     choose = fused.choose_backend
     monkeypatch.setattr(
-        fused, "choose_backend", lambda name, hidden: choose(None if hidden.dtype == torch.float64 else backend, hidden)
+        fused,
+        "choose_backend",
+        lambda name, hidden: choose(None if hidden.dtype == torch.float64 else backend, hidden),
     )
 
 
@@ -79,7 +86,11 @@ class Problem:
 
     @property
     def context(self):
-        return {"example_ids": self.example_ids, "example_nll": self.example_nll, "old_log_prob": -self.example_nll}
+        return {
+            "example_ids": self.example_ids,
+            "example_nll": self.example_nll,
+            "old_log_prob": -self.example_nll,
+        }
 
 
 def capped(z, logit_scale=1.0, softcap=None):
@@ -88,7 +99,9 @@ def capped(z, logit_scale=1.0, softcap=None):
 
 
 def plain(problem, gate="eaft", logit_scale=1.0, softcap=None, **params):
-    """Loss, statistics and gradients by the reference function, on logits in the problem's dtype."""
+    """
+    Loss, statistics and gradients by the reference function, on logits in the problem's dtype.
+    """
     leaves = problem.leaves()
 
     def logits(hidden, weight, bias=None):
@@ -96,11 +109,20 @@ def plain(problem, gate="eaft", logit_scale=1.0, softcap=None, **params):
 
     z, r = logits(**leaves), problem.reference
     loss = gated_cross_entropy(
-        z, problem.labels, gate, reference_logits=logits(r.hidden, r.weight, r.bias), **problem.context, **params
+        z,
+        problem.labels,
+        gate,
+        reference_logits=logits(r.hidden, r.weight, r.bias),
+        **problem.context,
+        **params,
     )
     loss.backward()
     kept = problem.labels != -100
-    return loss, token_statistics(z[kept], problem.labels[kept]).detach(), {k: v.grad for k, v in leaves.items()}
+    return (
+        loss,
+        token_statistics(z[kept], problem.labels[kept]).detach(),
+        {k: v.grad for k, v in leaves.items()},
+    )
 
 
 def fuse(problem, gate="eaft", **kwargs):
@@ -141,7 +163,9 @@ CAPPED = {"logit_scale": 0.4, "softcap": 2.0}
 
 @pytest.mark.parametrize(
     ("variant", "setting"),
-    every_gate_once([(3, CAPPED), (3, {}), (100, CAPPED), (100, {})], VARIANTS, [(gate, {}) for gate in KINDS]),
+    every_gate_once(
+        [(3, CAPPED), (3, {}), (100, CAPPED), (100, {})], VARIANTS, [(gate, {}) for gate in KINDS]
+    ),
 )
 def test_equals_the_reference_function(variant, setting, monkeypatch):
     (gate, params), (tokens_at_a_time, head), problem = variant, setting, Problem()
@@ -150,7 +174,9 @@ def test_equals_the_reference_function(variant, setting, monkeypatch):
     theirs = plain(problem, gate, **head, **params)
     numbers = flatten(ours)
     for name, truth in flatten(theirs).items():
-        torch.testing.assert_close(numbers[name], truth, rtol=1e-10, atol=1e-13, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            numbers[name], truth, rtol=1e-10, atol=1e-13, msg=lambda m, n=name: f"{n}: {m}"
+        )
     assert torch.equal(ours[1].is_top1, theirs[1].is_top1)
     assert ours[1].top_k == theirs[1].top_k
 
@@ -168,22 +194,35 @@ SIZES = {
 
 def check_as_exact_as_plain(gate, size, dtype, seeds=16, tokens_at_a_time=5):
     """
-    The relative norm error of every number is at most that of the reference function in the same dtype.
+    The relative norm error of every number is at most that of the reference function in the same
+    dtype.
 
-    Over all seeds together, since one rounding is luck. The margin is half the plain error, and 8 units in the last
-    place of the format the number is returned in: two sums of the same terms in another order differ by that much.
+    Over all seeds together, since one rounding is luck. The margin is half the plain error, and 8
+    units in the last place of the format the number is returned in: two sums of the same terms in
+    another order differ by that much.
     """
     found = {"truth": [], "plain": [], "ours": []}
     for seed in range(seeds):
-        problem = Problem(**{"n": 23, "vocab": 150, "width": 16, "seed": seed, **SIZES[size]}).to(dtype)
+        problem = Problem(**{"n": 23, "vocab": 150, "width": 16, "seed": seed, **SIZES[size]}).to(
+            dtype
+        )
         found["truth"].append(flatten(plain(problem.to(torch.float64), gate)))
         found["plain"].append(flatten(plain(problem, gate)))
         found["ours"].append(
-            flatten(fuse(problem, gate, logits_budget=tokens_at_a_time * problem.weight.shape[0] * dtype.itemsize))
+            flatten(
+                fuse(
+                    problem,
+                    gate,
+                    logits_budget=tokens_at_a_time * problem.weight.shape[0] * dtype.itemsize,
+                )
+            )
         )
     for name in found["truth"][0]:
-        truth, naive, ours = (torch.cat([result[name].flatten() for result in found[key]]) for key in found)
-        # Statistics and loss are float32 whatever the inputs, but of logits that were rounded to the inputs' dtype
+        truth, naive, ours = (
+            torch.cat([result[name].flatten() for result in found[key]]) for key in found
+        )
+        # Statistics and loss are float32 whatever the inputs, but of logits that were rounded to
+        # the inputs' dtype
         ulp = torch.finfo(dtype if name.startswith("gradient") else torch.float32).eps
         error, plainly = relative_error(ours, truth), relative_error(naive, truth)
         assert error <= 1.5 * plainly + 8 * ulp, f"{name}: {error:.2e}, plain {plainly:.2e}"
@@ -211,16 +250,21 @@ def test_a_single_chunk_is_as_exact(size, dtype):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_kernels_are_as_exact_as_plain_cross_entropy(size, dtype, kernels):
-    # Near-ties of logits in the thousands are rare and decide its error, so that one needs as many seeds as torch had
+    # Near-ties of logits in the thousands are rare and decide its error, so that one needs as many
+    # seeds as torch had
     check_as_exact_as_plain("eaft", size, dtype, seeds=16 if size == "in the thousands" else 3)
 
 
-@pytest.mark.parametrize(("variant", "head"), every_gate_once([CAPPED, {}], VARIANTS, [(gate, {}) for gate in KINDS]))
+@pytest.mark.parametrize(
+    ("variant", "head"), every_gate_once([CAPPED, {}], VARIANTS, [(gate, {}) for gate in KINDS])
+)
 def test_the_kernels_equal_the_reference_function(variant, head, kernels):
     (gate, params), problem = variant, Problem(n=5, dtype=torch.float32)
     ours, theirs = (flatten(f(problem, gate, **head, **params)) for f in (fuse, plain))
     for name, number in theirs.items():
-        torch.testing.assert_close(ours[name], number, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            ours[name], number, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def broken(function, spoil):
@@ -228,11 +272,19 @@ def broken(function, spoil):
 
 
 MUTANTS = {
-    "the gate is 0": lambda m: m.setattr(fused, "gate_weights", broken(fused.gate_weights, lambda w: 0 * w)),
-    "the gate is halved": lambda m: m.setattr(fused, "gate_weights", broken(fused.gate_weights, lambda w: w / 2)),
-    "the gate is permuted": lambda m: m.setattr(fused, "gate_weights", broken(fused.gate_weights, lambda w: w.flip(0))),
+    "the gate is 0": lambda m: m.setattr(
+        fused, "gate_weights", broken(fused.gate_weights, lambda w: 0 * w)
+    ),
+    "the gate is halved": lambda m: m.setattr(
+        fused, "gate_weights", broken(fused.gate_weights, lambda w: w / 2)
+    ),
+    "the gate is permuted": lambda m: m.setattr(
+        fused, "gate_weights", broken(fused.gate_weights, lambda w: w.flip(0))
+    ),
     "a chunk is dropped": lambda m: m.setattr(
-        fused, "add_product", lambda total, a, b, dtype: (a.to(dtype) @ b.to(dtype)) if total is None else total
+        fused,
+        "add_product",
+        lambda total, a, b, dtype: (a.to(dtype) @ b.to(dtype)) if total is None else total,
     ),
     "the gradient of the weight is missing": lambda m: m.setattr(
         fused, "add_product", broken(fused.add_product, lambda product: 0 * product)
@@ -255,11 +307,15 @@ def test_the_rule_of_exactness_catches_a_gate_that_lets_gradient_through():
 
     def leaking(problem):
         leaves = problem.leaves()
-        logits = torch.nn.functional.linear(**{"input": leaves["hidden"], **{k: leaves[k] for k in ("weight", "bias")}})
+        logits = torch.nn.functional.linear(
+            **{"input": leaves["hidden"], **{k: leaves[k] for k in ("weight", "bias")}}
+        )
         log_probs = logits[kept].log_softmax(-1)
         top = logits[kept].topk(20).values.log_softmax(-1)
         gate = -(top.exp() * top).sum(-1) / math.log(20)  # not detached
-        (gate * cross_entropy(logits[kept], problem.labels[kept], reduction="none")).mean().backward()
+        (
+            gate * cross_entropy(logits[kept], problem.labels[kept], reduction="none")
+        ).mean().backward()
         return {name: leaf.grad.double() for name, leaf in leaves.items()}, log_probs
 
     truth = flatten(plain(problem.to(torch.float64)))
@@ -312,7 +368,9 @@ def test_a_closed_gate_shuts_out_an_infinite_nll():
     bias = torch.zeros(3)
     # -inf * 0 is NaN in a product, so the projection is given as it is
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused.Projector, "__call__", lambda p, rows: p.memory[:2].copy_(p.hidden[rows]))
+        patch.setattr(
+            fused.Projector, "__call__", lambda p, rows: p.memory[:2].copy_(p.hidden[rows])
+        )
         loss = linear_gated_cross_entropy(hidden, weight, torch.tensor([1, 1]), "eaft", bias)
     expected = gated_cross_entropy(hidden.detach()[1:], torch.tensor([1]), "eaft", num_items=2)
     torch.testing.assert_close(loss.detach(), expected)
@@ -334,22 +392,34 @@ def test_labels_of_any_shape_and_their_context():
     problem = Problem(n=12)
     shaped = Problem(n=12)
     shaped.hidden, shaped.labels = problem.hidden.view(3, 4, 8), problem.labels.view(3, 4)
-    shaped.reference = Reference(problem.reference.hidden.view(3, 4, 8), problem.weight, problem.bias)
-    shaped.example_ids, shaped.example_nll = problem.example_ids.view(3, 4), problem.example_nll.view(3, 4)
+    shaped.reference = Reference(
+        problem.reference.hidden.view(3, 4, 8), problem.weight, problem.bias
+    )
+    shaped.example_ids, shaped.example_nll = (
+        problem.example_ids.view(3, 4),
+        problem.example_nll.view(3, 4),
+    )
     for gate in ("eaft", "talr", "flow", "psft", "ranktuner", "asft"):
         a, b = (flatten(fuse(p, gate, **GIVEN.get(gate, {}))) for p in (problem, shaped))
         assert a["loss"] == b["loss"]
         assert torch.equal(a["gradient of hidden"].view(3, 4, 8), b["gradient of hidden"])
     rows = linear_gated_cross_entropy(shaped.hidden, shaped.weight, shaped.labels, "talr")
     ids = torch.arange(3).unsqueeze(1).expand(3, 4)
-    assert rows == linear_gated_cross_entropy(shaped.hidden, shaped.weight, shaped.labels, "talr", example_ids=ids)
+    assert rows == linear_gated_cross_entropy(
+        shaped.hidden, shaped.weight, shaped.labels, "talr", example_ids=ids
+    )
 
 
 @pytest.mark.parametrize("frozen", ["weight", "hidden"])
 def test_what_is_frozen_costs_no_product(frozen, monkeypatch, backend):
     problem, products = Problem(dtype=torch.float32), []
-    monkeypatch.setattr(fused, "add_product", broken(fused.add_product, lambda p: products.append(p) or p))
-    mm, outs = torch.mm, []  # widths of what is multiplied into memory that is there: logits, and hidden states
+    monkeypatch.setattr(
+        fused, "add_product", broken(fused.add_product, lambda p: products.append(p) or p)
+    )
+    mm, outs = (
+        torch.mm,
+        [],
+    )  # widths of what is multiplied into memory that is there: logits, and hidden states
 
     def spy(*args, **kwargs):
         if "out" in kwargs:
@@ -362,7 +432,9 @@ def test_what_is_frozen_costs_no_product(frozen, monkeypatch, backend):
     linear_gated_cross_entropy(leaves["hidden"], leaves["weight"], problem.labels).backward()
     expected = flatten(plain_without_bias(problem))
     for name in {"weight", "hidden"} - {frozen}:
-        torch.testing.assert_close(leaves[name].grad.double(), expected[f"gradient of {name}"], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            leaves[name].grad.double(), expected[f"gradient of {name}"], rtol=1e-4, atol=1e-6
+        )
     assert leaves[frozen].grad is None
     assert len(products) == (0 if frozen == "weight" else 1)
     assert outs.count(8) == (0 if frozen == "hidden" else 1)
@@ -383,7 +455,9 @@ def test_without_gradients_only_the_statistics_are_computed(monkeypatch, backend
     with torch.no_grad():
         loss = linear_gated_cross_entropy(leaves["hidden"], leaves["weight"], problem.labels)
     assert not loss.requires_grad
-    torch.testing.assert_close(loss.double(), flatten(plain_without_bias(problem))["loss"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        loss.double(), flatten(plain_without_bias(problem))["loss"], rtol=1e-5, atol=0
+    )
 
 
 @pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (-0.7, 3.0)])
@@ -392,10 +466,14 @@ def test_statistics_with_ranks_and_without_a_loss(scale, softcap, dtype, monkeyp
     monkeypatch.setattr(torch_backend, "CACHE_BUDGET", 2 * 45 * 4 * 2)  # two rows a block
     problem = Problem(n=30).to(dtype)
     labels = problem.labels.where(problem.labels >= 0, 3)
-    hidden, weight, bias = (t.requires_grad_() for t in (problem.hidden, problem.weight, problem.bias))
+    hidden, weight, bias = (
+        t.requires_grad_() for t in (problem.hidden, problem.weight, problem.bias)
+    )
     options = {"logit_scale": scale, "softcap": softcap}
     budget = 7 * 45 * dtype.itemsize  # seven rows a chunk
-    found = fused.linear_token_statistics(hidden, weight, labels, bias, logits_budget=budget, **options)
+    found = fused.linear_token_statistics(
+        hidden, weight, labels, bias, logits_budget=budget, **options
+    )
     with torch.no_grad():
         z = capped(torch.addmm(bias, hidden, weight.T).double(), **options)
     truth = token_statistics(z, labels, ranked=True)
@@ -403,7 +481,9 @@ def test_statistics_with_ranks_and_without_a_loss(scale, softcap, dtype, monkeyp
     for name in ("log_prob", "entropy", "top_k_entropy", "sum_sq_probs", "first_prob"):
         got = getattr(found, name)
         assert not got.requires_grad
-        torch.testing.assert_close(got.double(), getattr(truth, name), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(
+            got.double(), getattr(truth, name), rtol=tolerance, atol=tolerance
+        )
     assert torch.equal(found.rank, truth.rank)
     # bfloat16 has ties, of which any is the first choice
     assert torch.equal(z.gather(-1, found.first_choice.unsqueeze(-1)).squeeze(-1), z.amax(-1))
@@ -424,7 +504,9 @@ def test_the_largest_are_found_as_torch_finds_them(width):
         torch.testing.assert_close(top, expected, rtol=0, atol=0, equal_nan=True)
         assert torch.equal(first, index)
         expected = logits.topk(k).values
-        torch.testing.assert_close(largest.sort(descending=True).values, expected, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(
+            largest.sort(descending=True).values, expected, rtol=0, atol=0, equal_nan=True
+        )
 
 
 def test_a_second_backward_pass_is_refused():
@@ -449,7 +531,10 @@ def test_the_gradient_follows_what_the_loss_is_multiplied_by():
     for factor in (1.0, -3.5):
         leaves = problem.leaves()
         (
-            factor * linear_gated_cross_entropy(leaves["hidden"], leaves["weight"], problem.labels, num_items=7)
+            factor
+            * linear_gated_cross_entropy(
+                leaves["hidden"], leaves["weight"], problem.labels, num_items=7
+            )
         ).backward()
         truth = plain_without_bias(problem)[2]["weight"] * (problem.labels != -100).sum() / 7
         torch.testing.assert_close(leaves["weight"].grad, factor * truth)
@@ -463,7 +548,9 @@ def test_under_autocast_the_products_are_in_its_dtype():
     assert ours[0].item() == rounded[0].item()
     assert all(g.dtype == torch.float32 for g in ours[2].values())
     # The weight's gradient is accumulated in float32 and not rounded on its return
-    torch.testing.assert_close(ours[2]["weight"], rounded[2]["weight"].float(), rtol=2**-7, atol=1e-4)
+    torch.testing.assert_close(
+        ours[2]["weight"], rounded[2]["weight"].float(), rtol=2**-7, atol=1e-4
+    )
 
 
 def test_in_a_compiled_model_and_under_activation_checkpointing():
@@ -513,7 +600,10 @@ def test_a_gate_may_return_one_number_for_all(backend):
     def half(stats):
         return torch.tensor(0.5).expand(stats.nll.shape)
 
-    ours, theirs = (flatten(fuse(problem, gate)) for gate in (half, lambda stats: torch.full_like(stats.nll, 0.5)))
+    ours, theirs = (
+        flatten(fuse(problem, gate))
+        for gate in (half, lambda stats: torch.full_like(stats.nll, 0.5))
+    )
     for name in ours:
         assert torch.equal(ours[name], theirs[name]), name
 
@@ -535,11 +625,17 @@ def test_chunks_are_equal_and_in_whole_tiles(n, vocab_size, budget, rows):
     assert rows * vocab_size * 2 <= max(budget, vocab_size * 2)
 
 
-@pytest.mark.parametrize(("tokens_at_a_time", "dtypes"), [(100, [torch.bfloat16]), (6, 4 * [torch.float32])])
-def test_a_single_chunk_needs_no_float32_sum_of_the_heads_gradient(tokens_at_a_time, dtypes, monkeypatch):
+@pytest.mark.parametrize(
+    ("tokens_at_a_time", "dtypes"), [(100, [torch.bfloat16]), (6, 4 * [torch.float32])]
+)
+def test_a_single_chunk_needs_no_float32_sum_of_the_heads_gradient(
+    tokens_at_a_time, dtypes, monkeypatch
+):
     problem, found = Problem(n=25).to(torch.bfloat16), []
     assert (problem.labels != -100).sum() == 21
-    monkeypatch.setattr(fused, "add_product", broken(fused.add_product, lambda p: found.append(p.dtype) or p))
+    monkeypatch.setattr(
+        fused, "add_product", broken(fused.add_product, lambda p: found.append(p.dtype) or p)
+    )
     fuse(problem, logits_budget=tokens_at_a_time * 45 * 2)
     assert found == dtypes
 
@@ -583,27 +679,44 @@ def test_a_model_does_not_diverge_from_itself(gate, backend):
     problem = Problem(n=12, vocab=20_000, width=16).to(torch.float32)
     reference = Reference(problem.hidden, problem.weight, problem.bias)
     _, losses = linear_gated_cross_entropy(
-        problem.hidden, problem.weight, problem.labels, gate, problem.bias, reference=reference, return_losses=True
+        problem.hidden,
+        problem.weight,
+        problem.labels,
+        gate,
+        problem.bias,
+        reference=reference,
+        return_losses=True,
     )
     assert torch.equal(losses.kl, torch.zeros_like(losses.kl))
 
 
 @pytest.mark.parametrize("tokens_at_a_time", [10_000, 700])
 def test_float16_does_not_overflow_before_it_is_divided(tokens_at_a_time):
-    """4,096 tokens with one label: the sum of their gradients is beyond float16, their mean is not."""
+    """
+    4,096 tokens with one label: the sum of their gradients is beyond float16, their mean is not.
+    """
     hidden = torch.full((4096, 8), 50.0, dtype=torch.float16)
     weight = torch.randn(45, 8, generator=torch.Generator().manual_seed(0)).to(torch.float16) / 100
     labels = torch.full((4096,), 3)
     leaves = [weight.clone().requires_grad_() for _ in range(2)]
-    linear_gated_cross_entropy(hidden, leaves[0], labels, "sft", logits_budget=tokens_at_a_time * 90).backward()
+    linear_gated_cross_entropy(
+        hidden, leaves[0], labels, "sft", logits_budget=tokens_at_a_time * 90
+    ).backward()
     gated_cross_entropy(hidden.double() @ leaves[1].double().T, labels, "sft").backward()
-    assert relative_error(leaves[0].grad.double(), leaves[1].grad.double()) < 4 * torch.finfo(torch.float16).eps
+    assert (
+        relative_error(leaves[0].grad.double(), leaves[1].grad.double())
+        < 4 * torch.finfo(torch.float16).eps
+    )
 
 
 @pytest.mark.parametrize("tokens_at_a_time", [100, 3])
 @pytest.mark.parametrize(
     ("hidden", "weight"),
-    [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.float16)],
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.float16),
+    ],
 )
 def test_hidden_states_and_head_of_two_dtypes(hidden, weight, tokens_at_a_time):
     """The products are in the hidden states' dtype; each gradient comes back in its own."""
@@ -613,7 +726,9 @@ def test_hidden_states_and_head_of_two_dtypes(hidden, weight, tokens_at_a_time):
     ours = fuse(problem, logits_budget=tokens_at_a_time * 45 * 4)
     assert (ours[2]["hidden"].dtype, ours[2]["weight"].dtype) == (hidden, weight)
     problem.weight = problem.weight.to(hidden)
-    truth, plainly = ({k: v.double() for k, v in fuse(p)[2].items()} for p in (problem.to(torch.float64), problem))
+    truth, plainly = (
+        {k: v.double() for k, v in fuse(p)[2].items()} for p in (problem.to(torch.float64), problem)
+    )
     for name, gradient in ours[2].items():
         ulp = max(torch.finfo(dtype).eps for dtype in (hidden, weight))
         allowed = 1.5 * relative_error(plainly[name], truth[name]) + 2 * ulp
@@ -622,7 +737,13 @@ def test_hidden_states_and_head_of_two_dtypes(hidden, weight, tokens_at_a_time):
 
 def test_tensors_that_do_not_belong_together_are_refused():
     labels = torch.zeros(3, 4, dtype=torch.int64)
-    with pytest.raises(ConfigurationError, match=r"labels \[3, 4\] do not go with a tensor \[4, 3, 8\]"):
+    with pytest.raises(
+        ConfigurationError, match=r"labels \[3, 4\] do not go with a tensor \[4, 3, 8\]"
+    ):
         linear_gated_cross_entropy(torch.zeros(4, 3, 8), torch.zeros(5, 8), labels)
-    with pytest.raises(ConfigurationError, match=r"labels \[3, 4\] do not go with a tensor \[4, 3\]"):
-        linear_gated_cross_entropy(torch.zeros(3, 4, 8), torch.zeros(5, 8), labels, example_ids=labels.T)
+    with pytest.raises(
+        ConfigurationError, match=r"labels \[3, 4\] do not go with a tensor \[4, 3\]"
+    ):
+        linear_gated_cross_entropy(
+            torch.zeros(3, 4, 8), torch.zeros(5, 8), labels, example_ids=labels.T
+        )

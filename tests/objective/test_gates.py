@@ -1,4 +1,7 @@
-"""Each gate against its paper's formula; the table's rules for every gate in it, and for one from outside."""
+"""
+Each gate against its paper's formula; the table's rules for every gate in it, and for one from
+outside.
+"""
 
 import functools
 import math
@@ -13,7 +16,15 @@ from hypothesis import strategies as st
 
 from eaft import token_statistics
 from eaft.errors import ConfigurationError
-from eaft.objective.registry import GATES, Anchor, check_gate, gate_weights, get_anchor, get_gate, register
+from eaft.objective.registry import (
+    GATES,
+    Anchor,
+    check_gate,
+    gate_weights,
+    get_anchor,
+    get_gate,
+    register,
+)
 from tests.objective.test_statistics import cases, truth
 
 # Parameters that have no default, and the other ways to call a gate
@@ -29,7 +40,10 @@ VARIANTS = [
     ("eaft-sigmoid", {"steepness": 5.0, "center": 0.5, "entropy": "exact"}),
     ("masked", {"entropy_threshold": "batch", "entropy_percentile": 40.0}),
     ("masked", {"entropy_threshold": 0.4, "entropy": "exact"}),
-    ("conflict-mask", {"entropy_threshold": "batch", "prob_threshold": "batch", "prob_percentile": 50.0}),
+    (
+        "conflict-mask",
+        {"entropy_threshold": "batch", "prob_threshold": "batch", "prob_percentile": 50.0},
+    ),
     ("profit", {"prob_threshold": 0.03}),
     ("mile", {"gamma": 0.5}),
     ("ranktuner", {"base": "one"}),
@@ -40,19 +54,28 @@ VARIANTS = [
     ("asft", {"kl_coef": 0.7, "kl_direction": "reverse"}),
 ]
 SEEN = [pytest.param(*variant, id=f"{variant[0]}-{i}") for i, variant in enumerate(VARIANTS)]
-# One gate of each kind: by the token, by the batch, with an anchor. A gate sees statistics only. So every gate is tried
-# at one setting, and dtype, chunks, architecture, packing and adapters are varied with these
+# One gate of each kind: by the token, by the batch, with an anchor. A gate sees statistics only. So
+# every gate is tried at one setting, and dtype, chunks, architecture, packing and adapters are
+# varied with these
 KINDS = ("eaft", "talr", "asft")
 
 
 def every_gate_once(settings, gates=tuple(GATES), kinds=KINDS):
-    """Return (gate, setting) for every gate at the first of the settings, and for one gate of each kind at all."""
+    """
+    Return (gate, setting) for every gate at the first of the settings, and for one gate of each
+    kind at all.
+    """
     first, *others = settings
-    return [(gate, first) for gate in gates] + [(gate, setting) for setting in others for gate in kinds]
+    return [(gate, first) for gate in gates] + [
+        (gate, setting) for setting in others for gate in kinds
+    ]
 
 
 def percentile(values, percent):
-    """Linear interpolation between the order statistics, as in numpy's default and Hyndman & Fan's type 7."""
+    """
+    Linear interpolation between the order statistics, as in numpy's default and Hyndman & Fan's
+    type 7.
+    """
     values, place = sorted(values), percent / 100 * (len(values) - 1)
     below = math.floor(place)
     above = min(below + 1, len(values) - 1)
@@ -60,7 +83,10 @@ def percentile(values, percent):
 
 
 def formula(name, rows, labels, examples, example_nll, k=20, **params):
-    """The weights of a batch of tokens, from the papers, in Python floats; a token's base nll is its example's."""
+    """
+    The weights of a batch of tokens, from the papers, in Python floats; a token's base nll is its
+    example's.
+    """
     stats = [truth(row, label, k) for row, label in zip(rows, labels, strict=True)]
     log_p = [t["log_prob"] for t in stats]
     p = [math.exp(x) for x in log_p]
@@ -69,14 +95,19 @@ def formula(name, rows, labels, examples, example_nll, k=20, **params):
 
     def threshold(which, values):
         given = params[f"{which}_threshold"]
-        return percentile(values, params.get(f"{which}_percentile", 15)) if given == "batch" else given
+        return (
+            percentile(values, params.get(f"{which}_percentile", 15)) if given == "batch" else given
+        )
 
     if name in ("sft", "sft-kl"):
         return [1.0] * len(rows)
     if name == "eaft":
         return [x ** params.get("alpha", 1.0) for x in g]
     if name == "eaft-sigmoid":
-        return [1 / (1 + math.exp(-params.get("steepness", 30) * (x - params.get("center", 0.17)))) for x in g]
+        return [
+            1 / (1 + math.exp(-params.get("steepness", 30) * (x - params.get("center", 0.17))))
+            for x in g
+        ]
     if name == "masked":
         return [float(x > threshold("entropy", g)) for x in g]
     if name == "conflict-mask":
@@ -87,7 +118,8 @@ def formula(name, rows, labels, examples, example_nll, k=20, **params):
     if name == "deft":
         return [x ** t["sum_sq_probs"] for x, t in zip(p, stats, strict=True)]
     if name == "psft":
-        # d min(r, clip(r, 1 - 0.2, 1 + clip)) / d ln P(label), which is r, or 0 where the minimum is a constant
+        # d min(r, clip(r, 1 - 0.2, 1 + clip)) / d ln P(label), which is r, or 0 where the minimum
+        # is a constant
         ratios = [math.exp(x + nll) for x, nll in zip(log_p, example_nll, strict=True)]
         return [r if r < 1 + params.get("clip", 0.28) else 0.0 for r in ratios]
     if name == "profit":
@@ -105,7 +137,10 @@ def formula(name, rows, labels, examples, example_nll, k=20, **params):
             weights.append(scale if params.get("base") == "one" else scale * x)
         return weights
     if name == "talr":
-        nlls = {e: [-x for x, other in zip(log_p, examples, strict=True) if other == e] for e in examples}
+        nlls = {
+            e: [-x for x, other in zip(log_p, examples, strict=True) if other == e]
+            for e in examples
+        }
         tau = params.get("tau") or statistics.median(statistics.fmean(nll) for nll in nlls.values())
         return [max(math.exp(x / tau), params.get("min_weight", 0.01)) for x in log_p]
     if name == "flow":
@@ -115,7 +150,12 @@ def formula(name, rows, labels, examples, example_nll, k=20, **params):
 
 def with_examples(stats, examples, example_nll):
     example_nll = torch.tensor(example_nll, dtype=stats.log_prob.dtype)
-    return replace(stats, example_ids=torch.tensor(examples), example_nll=example_nll, old_log_prob=-example_nll)
+    return replace(
+        stats,
+        example_ids=torch.tensor(examples),
+        example_nll=example_nll,
+        old_log_prob=-example_nll,
+    )
 
 
 def compute(logits, labels, examples, example_nll, top_k=20):
@@ -129,7 +169,11 @@ def batches(draw):
     vocab = draw(st.integers(2, 40))
     n = draw(st.integers(1, 8))
     rows = draw(
-        st.lists(st.lists(st.floats(-30, 30, width=32), min_size=vocab, max_size=vocab), min_size=n, max_size=n)
+        st.lists(
+            st.lists(st.floats(-30, 30, width=32), min_size=vocab, max_size=vocab),
+            min_size=n,
+            max_size=n,
+        )
     )
     labels = draw(st.lists(st.integers(0, vocab - 1), min_size=n, max_size=n))
     examples = draw(st.lists(st.integers(0, 3), min_size=n, max_size=n))
@@ -140,13 +184,20 @@ def batches(draw):
 def close_to_a_threshold(name, params, batch):
     """Whether rounding alone may decide on which side of its threshold a token of a mask lies."""
     if name == "ranktuner":
-        bits = [truth(row, label, 20)["entropy"] / math.log(2) for row, label in zip(*batch[:2], strict=True)]
+        bits = [
+            truth(row, label, 20)["entropy"] / math.log(2)
+            for row, label in zip(*batch[:2], strict=True)
+        ]
         return any(abs(b - 2) < 1e-9 for b in bits)
     if name not in ("masked", "conflict-mask", "profit", "psft"):
         return False
     params = {**{"profit": {"prob_threshold": 0.1}, "psft": {"clip": 0.28}}.get(name, {}), **params}
     nudged = [
-        formula(name, *batch, **{k: v * (1 + e) if isinstance(v, float) else v for k, v in params.items()})
+        formula(
+            name,
+            *batch,
+            **{k: v * (1 + e) if isinstance(v, float) else v for k, v in params.items()},
+        )
         for e in (-1e-9, 1e-9)
     ]
     stats = compute(torch.tensor(batch[0], dtype=torch.float64), *batch[1:])
@@ -179,8 +230,12 @@ def test_gate_is_its_formula_on_adversarial_logits(name, params, dtype):
     rows = {case: row.to(dtype) for case, row in cases().items()}
     for row in rows.values():
         labels, examples, example_nll = [1, 2, 1], [5, 5, 9], [0.5, 0.5, 2.0]
-        weights = gate_weights(name, compute(row.repeat(3, 1), labels, examples, example_nll), **params)
-        expected = formula(name, [row.double().tolist()] * 3, labels, examples, example_nll, **params)
+        weights = gate_weights(
+            name, compute(row.repeat(3, 1), labels, examples, example_nll), **params
+        )
+        expected = formula(
+            name, [row.double().tolist()] * 3, labels, examples, example_nll, **params
+        )
         tolerance = 1e-10 if dtype == torch.float64 else 3e-5
         assert weights.tolist() == pytest.approx(expected, rel=tolerance, abs=tolerance)
         assert weights.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -195,7 +250,9 @@ def test_weights_ignore_a_constant_and_follow_the_tokens(name, params):
     labels = labels.tolist()
     examples, base = [0, 0, 0, 1, 1, 2, 2, 2, 2], [0.3, 0.3, 0.3, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0]
     weights = gate_weights(name, compute(logits, labels, examples, base), **params)
-    torch.testing.assert_close(gate_weights(name, compute(logits + 3.7, labels, examples, base), **params), weights)
+    torch.testing.assert_close(
+        gate_weights(name, compute(logits + 3.7, labels, examples, base), **params), weights
+    )
     order = torch.randperm(9, generator=generator).tolist()
     shuffled = compute(logits[order], *([x[i] for i in order] for x in (labels, examples, base)))
     torch.testing.assert_close(gate_weights(name, shuffled, **params), weights[order])
@@ -212,7 +269,8 @@ def falls_never(values):
 def test_weight_never_falls_as_the_entropy_rises(name, scales):
     row = torch.linspace(0, 1, 25, dtype=torch.float64)
     stats = token_statistics(
-        torch.stack([row * s / 10 for s in sorted(scales, reverse=True)]), torch.zeros(len(scales)).long()
+        torch.stack([row * s / 10 for s in sorted(scales, reverse=True)]),
+        torch.zeros(len(scales)).long(),
     )
     assert falls_never(stats.top_k_entropy)
     # The same probability for all, so that only the entropy changes
@@ -224,12 +282,17 @@ def test_weight_never_falls_as_the_entropy_rises(name, scales):
 @settings(deadline=None, max_examples=40)
 @given(log_probs=st.lists(st.floats(-30, 0), min_size=2, max_size=20), spread=st.floats(0, 5))
 def test_weight_never_falls_as_the_probability_rises(name, log_probs, spread):
-    one = token_statistics(torch.arange(25, dtype=torch.float64).unsqueeze(0) * spread, torch.tensor([0]))
+    one = token_statistics(
+        torch.arange(25, dtype=torch.float64).unsqueeze(0) * spread, torch.tensor([0])
+    )
     n = len(log_probs)
     stats = replace(
         one,
         log_prob=torch.tensor(sorted(log_probs), dtype=torch.float64),
-        **{f: getattr(one, f).expand(n) for f in ("entropy", "top_k_entropy", "sum_sq_probs", "is_top1")},
+        **{
+            f: getattr(one, f).expand(n)
+            for f in ("entropy", "top_k_entropy", "sum_sq_probs", "is_top1")
+        },
         example_ids=torch.arange(n) % 3,
     )
     assert falls_never(gate_weights(name, stats, **GIVEN.get(name, {})))
@@ -241,7 +304,9 @@ def test_flow_falls_with_the_base_models_nll():
 
 
 def test_talr_takes_the_median_over_examples_not_over_tokens():
-    logits = torch.tensor([[0.0, 4.0], [0.0, 4.0], [0.0, 4.0], [0.0, 0.0], [0.0, -3.0]], dtype=torch.float64)
+    logits = torch.tensor(
+        [[0.0, 4.0], [0.0, 4.0], [0.0, 4.0], [0.0, 0.0], [0.0, -3.0]], dtype=torch.float64
+    )
     examples = [7, 7, 7, 3, 5]  # three tokens of one long, hard example
     batch = (logits.tolist(), [0] * 5, examples, [1.0] * 5)
     weights = gate_weights("talr", compute(logits, *batch[1:]))
@@ -253,7 +318,9 @@ def test_talr_takes_the_median_over_examples_not_over_tokens():
 def test_uniform_gate_is_one_and_sure_gate_is_zero():
     uniform, sure = torch.zeros(100), torch.zeros(100)
     sure[5] = 1000.0
-    weights = gate_weights("eaft", token_statistics(torch.stack([uniform, sure]), torch.tensor([0, 0])))
+    weights = gate_weights(
+        "eaft", token_statistics(torch.stack([uniform, sure]), torch.tensor([0, 0]))
+    )
     assert weights.tolist() == pytest.approx([1.0, 0.0], abs=1e-6)
     assert weights.max() <= 1
 
@@ -292,7 +359,9 @@ def test_adding_a_gate_from_outside():
 
 
 def test_a_gate_is_imported_by_its_path(tmp_path, monkeypatch):
-    (tmp_path / "own_gates.py").write_text("def half(stats, share=0.5):\n    return 0 * stats.prob + share\n")
+    (tmp_path / "own_gates.py").write_text(
+        "def half(stats, share=0.5):\n    return 0 * stats.prob + share\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "own_gates", raising=False)
     stats = token_statistics(torch.zeros(2, 10), torch.tensor([0, 1]))
@@ -312,7 +381,9 @@ def test_a_gate_cannot_leak_gradient():
 
 
 def test_unknown_gate_names_the_nearest_and_all():
-    with pytest.raises(ConfigurationError, match=r"gate='eaf' is unknown. Did you mean 'eaft'\? Gates: .*dft"):
+    with pytest.raises(
+        ConfigurationError, match=r"gate='eaf' is unknown. Did you mean 'eaft'\? Gates: .*dft"
+    ):
         check_gate("eaf", {})
     with pytest.raises(ConfigurationError, match="gate='dft' takes no alpha; it takes nothing"):
         check_gate("dft", {"alpha": 1.0})
@@ -364,12 +435,17 @@ def test_missing_examples_are_named():
 
 def test_wrong_shape_is_refused():
     with pytest.raises(ConfigurationError, match="returned shape"):
-        gate_weights(lambda stats: stats.log_prob.mean(), token_statistics(torch.zeros(2, 5), torch.tensor([0, 1])))
+        gate_weights(
+            lambda stats: stats.log_prob.mean(),
+            token_statistics(torch.zeros(2, 5), torch.tensor([0, 1])),
+        )
 
 
 def test_anchors_are_the_papers():
     assert get_anchor("sft-kl") == Anchor(0.5, "reverse")  # arXiv:2601.02151, appendix F.2
-    assert get_anchor("asft") == Anchor(0.1, "forward")  # arXiv:2509.23753, equation 6 and the authors' default
+    assert get_anchor("asft") == Anchor(
+        0.1, "forward"
+    )  # arXiv:2509.23753, equation 6 and the authors' default
     assert get_anchor("asft", kl_coef=0.3) == Anchor(0.3, "forward")
     assert get_anchor("eaft") is None
 

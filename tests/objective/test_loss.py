@@ -12,24 +12,36 @@ from tests.objective.test_statistics import cases, softmax
 
 
 def kl_and_gradient(row, reference, direction):
-    """KL between two softmaxes, and its gradient by the first one's logits; -inf adds nothing where both have it."""
+    """
+    KL between two softmaxes, and its gradient by the first one's logits; -inf adds nothing where
+    both have it.
+    """
     p, q = softmax(row), softmax(reference)
     log_ratio = [math.log(a / b) if a > 0 and b > 0 else 0.0 for a, b in zip(p, q, strict=True)]
     if direction == "reverse":
         kl = math.fsum(a * r for a, r in zip(p, log_ratio, strict=True))
         return kl, [a * (r - kl) for a, r in zip(p, log_ratio, strict=True)]
-    return -math.fsum(b * r for b, r in zip(q, log_ratio, strict=True)), [a - b for a, b in zip(p, q, strict=True)]
+    return -math.fsum(b * r for b, r in zip(q, log_ratio, strict=True)), [
+        a - b for a, b in zip(p, q, strict=True)
+    ]
 
 
 def expected_loss(name, rows, labels, examples, example_nll, references, **params):
-    """The loss and its gradient by the logits of labelled tokens, from the papers; the gate is a constant."""
+    """
+    The loss and its gradient by the logits of labelled tokens, from the papers; the gate is a
+    constant.
+    """
     weights = formula(name, rows, labels, examples, example_nll, **params)
-    coef, direction = {"sft-kl": (0.5, "reverse"), "asft": (0.1, "forward")}.get(name, (0.0, "reverse"))
+    coef, direction = {"sft-kl": (0.5, "reverse"), "asft": (0.1, "forward")}.get(
+        name, (0.0, "reverse")
+    )
     coef, direction = params.get("kl_coef", coef), params.get("kl_direction", direction)
     total, gradients, n = 0.0, [], len(rows)
     for row, label, weight, reference in zip(rows, labels, weights, references, strict=True):
         probs = softmax(row)
-        kl, kl_gradient = kl_and_gradient(row, reference, direction) if coef else (0.0, [0.0] * len(row))
+        kl, kl_gradient = (
+            kl_and_gradient(row, reference, direction) if coef else (0.0, [0.0] * len(row))
+        )
         total += weight * -math.log(probs[label]) + coef * kl
         gradients.append(
             [
@@ -47,7 +59,10 @@ def test_value_and_gradient_are_the_formula(gate, params, vocab):
     logits, references = 3 * torch.randn(2, 6, vocab, dtype=torch.float64, generator=generator)
     logits.requires_grad_()
     labels = torch.tensor([0, 3, -100, 6, -100, 2])
-    examples, example_nll = torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([0.4, 0.4, 0.4, 1.7, 1.7, 3.0])
+    examples, example_nll = (
+        torch.tensor([0, 0, 0, 1, 1, 2]),
+        torch.tensor([0.4, 0.4, 0.4, 1.7, 1.7, 3.0]),
+    )
     loss = gated_cross_entropy(
         logits,
         labels,
@@ -69,12 +84,16 @@ def test_value_and_gradient_are_the_formula(gate, params, vocab):
     assert torch.equal(logits.grad[~kept], torch.zeros(2, vocab))
 
 
-@pytest.mark.parametrize(("gate", "dtype"), every_gate_once([torch.float32, torch.float64, torch.bfloat16]))
+@pytest.mark.parametrize(
+    ("gate", "dtype"), every_gate_once([torch.float32, torch.float64, torch.bfloat16])
+)
 @pytest.mark.parametrize("case", cases())
 def test_value_and_gradient_on_adversarial_logits(gate, dtype, case):
     params = GIVEN.get(gate, {})
     row = cases()[case].to(dtype)
-    reference = torch.where(row.isfinite(), torch.randn(row.shape, generator=torch.Generator().manual_seed(1)), row)
+    reference = torch.where(
+        row.isfinite(), torch.randn(row.shape, generator=torch.Generator().manual_seed(1)), row
+    )
     logits = row.repeat(3, 1).requires_grad_()
     labels, examples, example_nll = [1, 2, 1], [0, 0, 1], [0.5, 0.5, 2.0]
     loss = gated_cross_entropy(
@@ -89,11 +108,15 @@ def test_value_and_gradient_on_adversarial_logits(gate, dtype, case):
     )
     loss.backward()
     rows, references = [row.double().tolist()] * 3, [reference.to(dtype).double().tolist()] * 3
-    if min(softmax(rows[0])[label] for label in labels) < 1e-300:  # one-hot: the formula's own logarithm is of 0
+    if (
+        min(softmax(rows[0])[label] for label in labels) < 1e-300
+    ):  # one-hot: the formula's own logarithm is of 0
         assert loss.isfinite()
         assert logits.grad.isfinite().all()
         return
-    value, gradients = expected_loss(gate, rows, labels, examples, example_nll, references, **params)
+    value, gradients = expected_loss(
+        gate, rows, labels, examples, example_nll, references, **params
+    )
     # A gradient is returned in the logits' dtype; bfloat16 has 8 bits
     rounding = {torch.float64: 1e-10, torch.float32: 3e-5, torch.bfloat16: 2**-8}[dtype]
     assert loss.item() == pytest.approx(value, rel=min(rounding, 3e-5), abs=min(rounding, 3e-5))
@@ -102,25 +125,35 @@ def test_value_and_gradient_on_adversarial_logits(gate, dtype, case):
 
 
 def test_gradient_of_psft_is_that_of_the_papers_loss():
-    logits = torch.randn(40, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    logits = torch.randn(
+        40, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    ).requires_grad_()
     labels, old = torch.arange(40) % 9, torch.linspace(-5.0, -0.2, 40, dtype=torch.float64)
     ratio = (logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1) - old).exp()
     assert (ratio < 0.8).any()
     assert (ratio > 1.28).any()
-    (expected,) = torch.autograd.grad(-torch.minimum(ratio, ratio.clamp(1 - 0.2, 1 + 0.28)).mean(), logits)
-    (gradient,) = torch.autograd.grad(gated_cross_entropy(logits, labels, "psft", old_log_prob=old), logits)
+    (expected,) = torch.autograd.grad(
+        -torch.minimum(ratio, ratio.clamp(1 - 0.2, 1 + 0.28)).mean(), logits
+    )
+    (gradient,) = torch.autograd.grad(
+        gated_cross_entropy(logits, labels, "psft", old_log_prob=old), logits
+    )
     torch.testing.assert_close(gradient, expected)
 
 
 @pytest.mark.parametrize("gate", ["sft-kl", "asft"])
 def test_gradient_of_an_anchor_is_the_finite_difference(gate):
-    logits, references = torch.randn(2, 4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    logits, references = torch.randn(
+        2, 4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     labels = torch.tensor([1, 2, 3, 4])
 
     def kl_part(logits):
         # The gated nll cancels: what is left is differentiated by autograd's own numeric check
         loss = gated_cross_entropy(logits, labels, gate, reference_logits=references, kl_coef=1.0)
-        return loss - gated_cross_entropy(logits, labels, gate, reference_logits=references, kl_coef=0.0)
+        return loss - gated_cross_entropy(
+            logits, labels, gate, reference_logits=references, kl_coef=0.0
+        )
 
     assert torch.autograd.gradcheck(kl_part, logits.requires_grad_())
     assert kl_part(references).abs() < 1e-15
@@ -131,7 +164,9 @@ def test_a_closed_gate_shuts_out_an_infinite_nll():
     labels = torch.tensor([1, 1])
     for gate in ("eaft", "dft", "deft", "profit", "ranktuner"):
         loss = gated_cross_entropy(logits, labels, gate)
-        assert loss.item() == pytest.approx(gated_cross_entropy(logits[1:], labels[1:], gate, num_items=2).item())
+        assert loss.item() == pytest.approx(
+            gated_cross_entropy(logits[1:], labels[1:], gate, num_items=2).item()
+        )
         (gradient,) = torch.autograd.grad(loss, logits)
         assert gradient.isfinite().all()
         assert gradient[0].abs().max() == 0
@@ -143,7 +178,13 @@ def test_a_nan_is_never_hidden(gate, params):
     logits = torch.tensor([[1.0, math.nan, 0.0], [1.0, 2.0, 3.0]])
     nll, reference = torch.ones(2), torch.zeros(2, 3)
     loss = gated_cross_entropy(
-        logits, torch.tensor([1, 1]), gate, example_nll=nll, old_log_prob=-nll, reference_logits=reference, **params
+        logits,
+        torch.tensor([1, 1]),
+        gate,
+        example_nll=nll,
+        old_log_prob=-nll,
+        reference_logits=reference,
+        **params,
     )
     assert loss.isnan()
 
@@ -166,21 +207,29 @@ def test_rows_are_the_examples_unless_said_otherwise():
     by_row = gated_cross_entropy(logits, labels, "talr", example_ids=rows)
     torch.testing.assert_close(gated_cross_entropy(logits, labels, "talr"), by_row)
     flat = gated_cross_entropy(logits.view(12, 9), labels.view(12), "talr")
-    torch.testing.assert_close(flat, gated_cross_entropy(logits, labels, "talr", example_ids=torch.zeros_like(labels)))
+    torch.testing.assert_close(
+        flat, gated_cross_entropy(logits, labels, "talr", example_ids=torch.zeros_like(labels))
+    )
     assert (flat - by_row).abs() > 1e-4
 
 
 def test_num_items_divides():
     logits, labels = torch.randn(4, 30, dtype=torch.float64), torch.tensor([1, -100, 2, 3])
     mean = gated_cross_entropy(logits, labels)
-    assert gated_cross_entropy(logits, labels, num_items=12).item() == pytest.approx(mean.item() * 3 / 12)
-    assert gated_cross_entropy(logits, labels, num_items=torch.tensor(12)).item() == pytest.approx(mean.item() * 3 / 12)
+    assert gated_cross_entropy(logits, labels, num_items=12).item() == pytest.approx(
+        mean.item() * 3 / 12
+    )
+    assert gated_cross_entropy(logits, labels, num_items=torch.tensor(12)).item() == pytest.approx(
+        mean.item() * 3 / 12
+    )
 
 
 def test_ignore_index_is_honoured():
     logits = torch.randn(3, 30)
     expected = gated_cross_entropy(logits[:2], torch.tensor([1, 2]))
-    torch.testing.assert_close(gated_cross_entropy(logits, torch.tensor([1, 2, 0]), ignore_index=0), expected)
+    torch.testing.assert_close(
+        gated_cross_entropy(logits, torch.tensor([1, 2, 0]), ignore_index=0), expected
+    )
 
 
 @pytest.mark.parametrize(("gate", "params"), SEEN)
@@ -198,7 +247,9 @@ def test_bfloat16_logits_are_computed_in_float32():
     logits, labels = torch.randn(50, 300).bfloat16(), torch.randint(300, (50,))
     loss = gated_cross_entropy(logits, labels)
     assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(gated_cross_entropy(logits.double(), labels).item(), rel=1e-6)
+    assert loss.item() == pytest.approx(
+        gated_cross_entropy(logits.double(), labels).item(), rel=1e-6
+    )
 
 
 def test_unknown_parameter_is_refused():

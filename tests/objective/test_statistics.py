@@ -1,4 +1,7 @@
-"""Statistics against float64 formulas written from the definitions, with Python's own `math`, term by term."""
+"""
+Statistics against float64 formulas written from the definitions, with Python's own `math`, term by
+term.
+"""
 
 import math
 
@@ -24,7 +27,9 @@ def truth(row, label, k):
     probs = softmax(row)
     top = sorted(probs, reverse=True)[:k]
     return {
-        "log_prob": row[label] - max(row) - math.log(math.fsum(math.exp(z - max(row)) for z in row)),
+        "log_prob": row[label]
+        - max(row)
+        - math.log(math.fsum(math.exp(z - max(row)) for z in row)),
         "entropy": entropy(probs),
         "top_k_entropy": entropy([p / math.fsum(top) for p in top]),
         "sum_sq_probs": math.fsum(p * p for p in probs),
@@ -59,7 +64,8 @@ def cases():
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [(n, d) for n in cases() for d in (torch.float64, torch.float32, torch.bfloat16)]
+    ("name", "dtype"),
+    [(n, d) for n in cases() for d in (torch.float64, torch.float32, torch.bfloat16)],
 )
 def test_statistics_are_the_definitions(name, dtype):
     logits = cases()[name].to(dtype)
@@ -78,7 +84,10 @@ def test_statistics_are_the_definitions(name, dtype):
 
 @pytest.mark.parametrize("vocab", [2, 50, 3000])
 def test_the_expected_rank_is_at_least_its_bound(vocab):
-    """From uniform to one-hot the bound is below the sorted sum, and near it where the distribution is sharp."""
+    """
+    From uniform to one-hot the bound is below the sorted sum, and near it where the distribution is
+    sharp.
+    """
     generator = torch.Generator().manual_seed(vocab)
     logits = torch.linspace(0, 20, 60, dtype=torch.float64).unsqueeze(-1) * torch.randn(
         60, vocab, dtype=torch.float64, generator=generator
@@ -97,22 +106,31 @@ def test_log_prob_gradient_is_one_hot_minus_probabilities():
     logits_masked = logits.masked_fill(torch.arange(9) == 8, -math.inf)
     labels = torch.tensor([0, 3, 3, 7])
     token_statistics(logits_masked, labels).log_prob.sum().backward()
-    for row, label, grad in zip(logits.tolist(), labels.tolist(), logits.grad.tolist(), strict=True):
+    for row, label, grad in zip(
+        logits.tolist(), labels.tolist(), logits.grad.tolist(), strict=True
+    ):
         probs = [*softmax(row[:8]), 0.0]
-        assert grad == pytest.approx([(j == label) * 1.0 - p for j, p in enumerate(probs)], abs=1e-12)
+        assert grad == pytest.approx(
+            [(j == label) * 1.0 - p for j, p in enumerate(probs)], abs=1e-12
+        )
 
 
 def test_only_log_prob_has_a_gradient():
     stats = token_statistics(torch.randn(3, 30, requires_grad=True), torch.tensor([1, 2, 3]))
     assert stats.log_prob.requires_grad
-    assert not any(getattr(stats, f).requires_grad for f in ("entropy", "top_k_entropy", "sum_sq_probs", "is_top1"))
+    assert not any(
+        getattr(stats, f).requires_grad
+        for f in ("entropy", "top_k_entropy", "sum_sq_probs", "is_top1")
+    )
     assert not stats.detach().log_prob.requires_grad
 
 
 def test_conflicts_are_sure_and_wrong():
     def stats(entropy, prob):
         one = torch.ones(1)
-        return TokenStatistics(torch.tensor([math.log(prob)]), one * entropy, one, one, one.bool(), 20)
+        return TokenStatistics(
+            torch.tensor([math.log(prob)]), one * entropy, one, one, one.bool(), 20
+        )
 
     assert stats(0.49, 0.09).is_conflict
     assert not stats(0.51, 0.09).is_conflict
@@ -145,9 +163,9 @@ def test_kl_divergence_is_the_definition():
 
 
 def test_entropy_of_uniform_is_log_of_size():
-    assert entropy_from_log_probs(torch.zeros(8, dtype=torch.float64).log_softmax(-1)).item() == pytest.approx(
-        math.log(8)
-    )
+    assert entropy_from_log_probs(
+        torch.zeros(8, dtype=torch.float64).log_softmax(-1)
+    ).item() == pytest.approx(math.log(8))
 
 
 def test_grad_norm_is_that_of_autograd():
@@ -161,7 +179,10 @@ def test_grad_norm_is_that_of_autograd():
 
 @pytest.mark.parametrize("gap", [4, 8, 12, 16, 30, 200])
 def test_grad_norm_where_the_label_is_nearly_certain(gap):
-    """Float32 loses the others' probabilities beside the label's; the norm stays within sqrt(2) of the true one."""
+    """
+    Float32 loses the others' probabilities beside the label's; the norm stays within sqrt(2) of the
+    true one.
+    """
     logits = torch.full((1, 30), -float(gap))
     logits[0, 0] = 0.0
     other = math.exp(-gap) / (1 + 29 * math.exp(-gap))

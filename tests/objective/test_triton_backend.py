@@ -1,4 +1,7 @@
-"""The Triton backend's three doors against float64 formulas: on a GPU if there is one, else interpreted."""
+"""
+The Triton backend's three doors against float64 formulas: on a GPU if there is one, else
+interpreted.
+"""
 
 import math
 import os
@@ -59,7 +62,9 @@ def truth(problem, transform, top_k=20, kl_coef=0.0, direction="forward", dtype=
     """Statistics, KL and gradient by PyTorch's own functions and autograd, in `dtype`."""
     z = problem.projection.to(dtype).requires_grad_()
     logits = capped(z, transform)
-    log_probs, reference = (x.log_softmax(-1) for x in (logits, capped(problem.reference.to(dtype), transform)))
+    log_probs, reference = (
+        x.log_softmax(-1) for x in (logits, capped(problem.reference.to(dtype), transform))
+    )
     pair = (log_probs, reference) if direction == "forward" else (reference, log_probs)
     kl = kl_div(*pair, reduction="none", log_target=True).sum(-1)
     nll = cross_entropy(logits, problem.labels, reduction="none")
@@ -76,7 +81,13 @@ def ours(problem, transform, top_k=20, kl_coef=0.0, direction="forward"):
     )
     memory = padded(problem.projection)
     gradient = triton_backend.gradient_(
-        memory, problem.labels, problem.weights, scores, transform, divergence if kl_coef else None, kl_coef
+        memory,
+        problem.labels,
+        problem.weights,
+        scores,
+        transform,
+        divergence if kl_coef else None,
+        kl_coef,
     )
     assert gradient.data_ptr() == memory.data_ptr()
     assert gradient.shape == memory.shape
@@ -89,20 +100,29 @@ def relative_error(value, exact):
 
 def check_as_exact_as_plain(transform, dtype, seeds, **sizes):
     """
-    The relative norm error of every number is at most 1.5 times that of plain float32 formulas, and 8 ulp.
+    The relative norm error of every number is at most 1.5 times that of plain float32 formulas, and
+    8 ulp.
 
     As in `test_fused.check_as_exact_as_plain`, whose reasons hold here.
     """
     found = {"truth": [], "plain": [], "ours": []}
     for seed in range(seeds):
         problem = Problem(dtype=dtype, seed=seed, **sizes)
-        settings = {"transform": transform, "kl_coef": 0.3, "direction": ("forward", "reverse")[seed % 2]}
+        settings = {
+            "transform": transform,
+            "kl_coef": 0.3,
+            "direction": ("forward", "reverse")[seed % 2],
+        }
         found["truth"].append(truth(problem, **settings))
         found["plain"].append(truth(problem, **settings, dtype=torch.float32))
         found["ours"].append(ours(problem, **settings))
     for name in (*FIELDS, "kl", "gradient"):
-        pick = {"kl": lambda r: r[1], "gradient": lambda r: r[2]}.get(name, lambda r, name=name: getattr(r[0], name))
-        exact, plain, own = (torch.cat([pick(result).flatten() for result in found[key]]) for key in found)
+        pick = {"kl": lambda r: r[1], "gradient": lambda r: r[2]}.get(
+            name, lambda r, name=name: getattr(r[0], name)
+        )
+        exact, plain, own = (
+            torch.cat([pick(result).flatten() for result in found[key]]) for key in found
+        )
         ulp = torch.finfo(dtype if name == "gradient" else torch.float32).eps
         error, plainly = relative_error(own, exact), relative_error(plain, exact)
         assert error <= 1.5 * plainly + 8 * ulp, f"{name}: {error:.2e}, plain {plainly:.2e}"
@@ -147,7 +167,9 @@ def test_a_small_divergence_keeps_its_digits(direction):
         ours(problem, LogitTransform(), direction=direction)[1].double(), exact, rtol=5e-3, atol=0
     )
     problem.reference = problem.projection.clone()
-    assert torch.equal(ours(problem, LogitTransform(), direction=direction)[1], torch.zeros(6, device=DEVICE))
+    assert torch.equal(
+        ours(problem, LogitTransform(), direction=direction)[1], torch.zeros(6, device=DEVICE)
+    )
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
@@ -155,7 +177,9 @@ def test_tokens_of_probability_0_add_nothing_to_the_divergence(direction):
     problem = Problem()
     problem.projection[:, 10:30] = problem.reference[:, 10:30] = -math.inf
     problem.labels[:] = 4
-    z, q = (x.double()[:, [*range(10), *range(30, 70)]] for x in (problem.projection, problem.reference))
+    z, q = (
+        x.double()[:, [*range(10), *range(30, 70)]] for x in (problem.projection, problem.reference)
+    )
     expected = Anchor(1.0, direction).kl(z.log_softmax(-1), q.log_softmax(-1))
     _, kl, gradient = ours(problem, LogitTransform(), kl_coef=0.3, direction=direction)
     torch.testing.assert_close(kl.double(), expected, rtol=1e-5, atol=3e-7)
@@ -167,11 +191,15 @@ def test_tokens_of_probability_0_add_nothing_to_the_divergence(direction):
 def test_above_128_torch_looks_for_the_top_k(transform, monkeypatch):
     problem, top_k = Problem(vocab=300), 129
     expected = truth(problem, TRANSFORMS[transform], top_k)[0].top_k_entropy
-    found = triton_backend.score(problem.projection, problem.labels, top_k, TRANSFORMS[transform]).statistics
+    found = triton_backend.score(
+        problem.projection, problem.labels, top_k, TRANSFORMS[transform]
+    ).statistics
     torch.testing.assert_close(found.top_k_entropy.double(), expected, rtol=1e-5, atol=0)
     assert found.top_k == top_k
     problem.projection[0, 3] = math.nan
-    found = triton_backend.score(problem.projection, problem.labels, top_k, TRANSFORMS[transform]).statistics
+    found = triton_backend.score(
+        problem.projection, problem.labels, top_k, TRANSFORMS[transform]
+    ).statistics
     assert found.top_k_entropy.isnan().tolist() == [True, False, False]
 
 
@@ -188,8 +216,13 @@ def test_ties(top_k, dtype):
     firsts = problem.projection.float().argmax(-1)
     problem.labels[4] = firsts[4]
     problem.labels[5] = (problem.projection[5] == 3).nonzero()[1]  # a later one
-    expected, found = truth(problem, LogitTransform(), top_k)[0], ours(problem, LogitTransform(), top_k)[0]
-    torch.testing.assert_close(found.top_k_entropy.double(), expected.top_k_entropy, rtol=1e-5, atol=1e-6)
+    expected, found = (
+        truth(problem, LogitTransform(), top_k)[0],
+        ours(problem, LogitTransform(), top_k)[0],
+    )
+    torch.testing.assert_close(
+        found.top_k_entropy.double(), expected.top_k_entropy, rtol=1e-5, atol=1e-6
+    )
     assert torch.equal(found.is_top1, expected.is_top1)
     assert found.is_top1[4]
     assert not found.is_top1[5]
@@ -201,12 +234,16 @@ def test_the_top_k_may_lie_anywhere():
     problem = Problem(n=4, vocab=vocab)
     problem.projection.clamp_(max=3.0)
     high = torch.linspace(4, 9, 64)
-    problem.projection[0, torch.arange(64) % 4 + torch.arange(64) // 4 * 1024 + 8] = high  # columns of few lanes
+    problem.projection[0, torch.arange(64) % 4 + torch.arange(64) // 4 * 1024 + 8] = (
+        high  # columns of few lanes
+    )
     problem.projection[1, 1000:1064] = high
     problem.projection[2, -64:] = high
     problem.projection[3, torch.arange(64) * 600 + 7] = high
     expected = truth(problem, LogitTransform(), 20)[0].top_k_entropy
-    torch.testing.assert_close(ours(problem, LogitTransform())[0].top_k_entropy.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        ours(problem, LogitTransform())[0].top_k_entropy.double(), expected, rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("finite", [30, 5])
@@ -217,9 +254,14 @@ def test_logits_that_are_minus_infinity(finite):
     few = Problem(vocab=64)
     few.projection, few.reference = problem.projection[:, :finite], few.reference[:, :finite]
     few.labels = problem.labels
-    expected, found = truth(few, LogitTransform(), min(20, finite))[0], ours(problem, LogitTransform())[0]
+    expected, found = (
+        truth(few, LogitTransform(), min(20, finite))[0],
+        ours(problem, LogitTransform())[0],
+    )
     for field in FIELDS:
-        torch.testing.assert_close(getattr(found, field).double(), getattr(expected, field), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(
+            getattr(found, field).double(), getattr(expected, field), rtol=1e-5, atol=1e-7
+        )
     problem.labels[0] = 63
     assert ours(problem, LogitTransform())[0].log_prob[0] == -math.inf
 
@@ -243,20 +285,32 @@ def test_a_nan_is_never_hidden(where, spoil):
 @pytest.mark.parametrize("width", [50, 64, 67, 80])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_of_any_stride(width, dtype):
-    """What lies in memory between the rows is not part of them, and what lies beyond their padding stays."""
+    """
+    What lies in memory between the rows is not part of them, and what lies beyond their padding
+    stays.
+    """
     problem = Problem(vocab=50, dtype=dtype)
     expected = ours(problem, LogitTransform(), kl_coef=0.3)
     scores = triton_backend.score(problem.projection, problem.labels, 20, LogitTransform())
-    projection, reference = in_rows_of(width, problem.projection), in_rows_of(width, problem.reference)
+    projection, reference = (
+        in_rows_of(width, problem.projection),
+        in_rows_of(width, problem.reference),
+    )
     memory = projection.as_strided((len(projection), width), (width, 1))
     memory[:, 64:] = 7.0
     found = triton_backend.score(projection, problem.labels, 20, LogitTransform())
-    divergence = triton_backend.diverge(projection, reference, found, Anchor(1.0, "forward"), LogitTransform())
+    divergence = triton_backend.diverge(
+        projection, reference, found, Anchor(1.0, "forward"), LogitTransform()
+    )
     for field in FIELDS:
         # In another order of their sums: an ulp or two of numbers around 4, the log-totals
-        torch.testing.assert_close(getattr(found.statistics, field), getattr(expected[0], field), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            getattr(found.statistics, field), getattr(expected[0], field), rtol=1e-6, atol=1e-6
+        )
     # Two units in the last place of each of the two totals, between 1 and 2
-    torch.testing.assert_close(divergence.kl, expected[1], rtol=1e-5, atol=4 * torch.finfo(torch.float32).eps)
+    torch.testing.assert_close(
+        divergence.kl, expected[1], rtol=1e-5, atol=4 * torch.finfo(torch.float32).eps
+    )
     gradient = triton_backend.gradient_(
         projection, problem.labels, problem.weights, scores, LogitTransform(), divergence, 0.3
     )
@@ -273,22 +327,35 @@ def test_rows_are_read_by_vectors_where_their_memory_allows():
     assert triton_backend.layout(memory[:, 1:51]) == one_by_one  # starts between vectors
     assert triton_backend.layout(torch.zeros(4, 50)) == one_by_one
     assert triton_backend.layout(torch.zeros(4, 72)[:, :50]) == one_by_one
-    assert triton_backend.layout(memory.flatten()[48:].as_strided((3, 50), (64, 1))) == {"VECTOR": 8, "width": 64}
+    assert triton_backend.layout(memory.flatten()[48:].as_strided((3, 50), (64, 1))) == {
+        "VECTOR": 8,
+        "width": 64,
+    }
     # The last row's padding would be behind the end of the storage
-    assert triton_backend.layout(memory.flatten()[:242].clone().as_strided((4, 50), (64, 1))) == one_by_one
-    assert triton_backend.layout(memory[:, :50], torch.zeros(4, 50, dtype=torch.bfloat16)) == one_by_one
+    assert (
+        triton_backend.layout(memory.flatten()[:242].clone().as_strided((4, 50), (64, 1)))
+        == one_by_one
+    )
+    assert (
+        triton_backend.layout(memory[:, :50], torch.zeros(4, 50, dtype=torch.bfloat16))
+        == one_by_one
+    )
 
 
 def test_weights_and_labels_need_not_be_contiguous():
     problem = Problem()
     problem.weights[:] = 0.7
     expected = ours(problem, LogitTransform())[2]
-    problem.weights = torch.tensor(0.7, device=DEVICE).expand(3)  # as a gate of one's own may return
+    problem.weights = torch.tensor(0.7, device=DEVICE).expand(
+        3
+    )  # as a gate of one's own may return
     torch.testing.assert_close(ours(problem, LogitTransform())[2], expected)
     problem.labels = torch.stack([problem.labels, torch.zeros_like(problem.labels)], 1)[:, 0]
     stats, _, gradient = ours(problem, LogitTransform())
     torch.testing.assert_close(gradient, expected)
-    torch.testing.assert_close(stats.log_prob.double(), truth(problem, LogitTransform())[0].log_prob, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        stats.log_prob.double(), truth(problem, LogitTransform())[0].log_prob, rtol=1e-5, atol=0
+    )
 
 
 def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
@@ -362,6 +429,8 @@ def test_no_token():
 @pytest.mark.parametrize("label", [-1, 40, 10_000])
 def test_a_label_that_is_none_is_never_hidden(label):
     projection = torch.randn(2, 40, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    scores = triton_backend.score(projection, torch.tensor([3, label], device=DEVICE), 20, LogitTransform())
+    scores = triton_backend.score(
+        projection, torch.tensor([3, label], device=DEVICE), 20, LogitTransform()
+    )
     assert scores.statistics.log_prob.isnan().tolist() == [False, True]
     assert not scores.statistics.is_top1[1]

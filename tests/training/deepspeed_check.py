@@ -1,4 +1,7 @@
-"""A few steps of training: run under accelerate by test_distributed.py, for DeepSpeed, and repeated in one process."""
+"""
+A few steps of training: run under accelerate by test_distributed.py, for DeepSpeed, and repeated in
+one process.
+"""
 
 import json
 import os
@@ -41,9 +44,13 @@ def train(model_dir: str, out: str, gate: str, adapter: bool) -> list[dict[str, 
         train_dataset=Dataset.from_list(make_rows()),
         processing_class=make_tokenizer(),
         # The head is trained whole, so that the reference's is another parameter
-        peft_config=LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]) if adapter else None,
+        peft_config=LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+        if adapter
+        else None,
     )
-    generator = torch.Generator().manual_seed(0)  # ZeRO-3 loads a model with other calls of torch's own
+    generator = torch.Generator().manual_seed(
+        0
+    )  # ZeRO-3 loads a model with other calls of torch's own
     for name, parameter in trainer.model.named_parameters():
         if "lora_A" in name:
             torch.nn.init.normal_(parameter, generator=generator)
@@ -55,7 +62,8 @@ def train(model_dir: str, out: str, gate: str, adapter: bool) -> list[dict[str, 
 if __name__ == "__main__":
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__ = {}  # else it compiles an operation for CPUs, for minutes, if it finds a compiler
+    # else it compiles an operation for CPUs, for minutes, if it finds a compiler
+    deepspeed.ops.__compatible_ops__ = {}
     model_dir, out, gate, adapter = sys.argv[1:]
     logs = train(model_dir, out, gate, adapter == "LoRA")
     if torch.distributed.get_rank() == 0:

@@ -1,4 +1,7 @@
-"""Run under accelerate by test_distributed.py: gradients under FSDP2, and how much of the reference is ever whole."""
+"""
+Run under accelerate by test_distributed.py: gradients under FSDP2, and how much of the reference is
+ever whole.
+"""
 
 import json
 import sys
@@ -26,7 +29,9 @@ def gradients(model, ids):
 
 def build(gate):
     model = make_model(tie_word_embeddings=False)
-    reference = frozen_copy(make_model(seed=1, tie_word_embeddings=False)) if gate == "asft" else None
+    reference = (
+        frozen_copy(make_model(seed=1, tie_word_embeddings=False)) if gate == "asft" else None
+    )
     GatedLMHead(model, gate, 20, {}, reference)
     return model, reference
 
@@ -46,19 +51,31 @@ def check_gradients(gate: str, head_alone: bool):
     for sharded in (model, reference) if reference else (model,):
         for layer in sharded.model.layers:
             fully_shard(layer, mesh=mesh)
-        if head_alone:  # its own unit is never entered, so the weight is still sharded when the head reads it
+        if (
+            head_alone
+        ):  # its own unit is never entered, so the weight is still sharded when the head reads it
             fully_shard(sharded.lm_head, mesh=mesh)
         fully_shard(sharded, mesh=mesh)
     for name, grad in gradients(model, ids[rank : rank + 1]).items():
         torch.testing.assert_close(
-            grad.full_tensor(), expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+            grad.full_tensor(),
+            expected[name],
+            rtol=1e-4,
+            atol=1e-6,
+            msg=lambda m, n=name: f"{n}: {m}",
         )
     assert expected["lm_head.weight"].norm() > 1e-2
 
 
 def check_reference(out: str):
     """At no time is more of the reference whole than its largest unit; after a step, nothing is."""
-    arguments = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
+    arguments = {
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+    }
     trainer = EAFTTrainer(
         make_model(num_hidden_layers=4, tie_word_embeddings=False),
         EAFTConfig(out, gate="sft-kl", max_steps=1, gradient_checkpointing=False, **arguments),
@@ -78,7 +95,10 @@ def check_reference(out: str):
     trainer.train()
     assert isinstance(trainer.model, FSDPModule)
     layer, head = reference.model.layers[0], reference.lm_head.weight
-    sizes = [sum(p.numel() for p in layer.parameters()), head.numel() + reference.model.norm.weight.numel()]
+    sizes = [
+        sum(p.numel() for p in layer.parameters()),
+        head.numel() + reference.model.norm.weight.numel(),
+    ]
     assert len(whole) == len(parts) - 1  # the head is read, not called
     assert max(whole) == max(sizes), (whole, sizes)
     whole_now()

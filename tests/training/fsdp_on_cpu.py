@@ -1,8 +1,9 @@
 """
 `eaft` under FSDP2 on the CPU, launched by `accelerate launch`.
 
-accelerate 1.15 sets up FSDP on accelerators only (`AcceleratorState.__init__`): of two CPU processes it makes DDP,
-without a word, whatever the config file says. Here it does for them what it does for GPUs; nothing else is changed.
+accelerate 1.15 sets up FSDP on accelerators only (`AcceleratorState.__init__`): of two CPU
+processes it makes DDP, without a word, whatever the config file says. Here it does for them what it
+does for GPUs; nothing else is changed.
 """
 
 import sys

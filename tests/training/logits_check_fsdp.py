@@ -1,4 +1,7 @@
-"""Run under torchrun by test_logits_check.py: the check of the logits under FSDP2, wrapped as accelerate does."""
+"""
+Run under torchrun by test_logits_check.py: the check of the logits under FSDP2, wrapped as
+accelerate does.
+"""
 
 import sys
 
@@ -44,7 +47,9 @@ def main():
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     mesh = init_device_mesh("cpu", (world,))
-    ids = torch.randint(3, 264, (world, 9), generator=torch.Generator().manual_seed(0))[rank : rank + 1]
+    ids = torch.randint(3, 264, (world, 9), generator=torch.Generator().manual_seed(0))[
+        rank : rank + 1
+    ]
     inputs = {"input_ids": ids, "labels": ids}
 
     checked = build(mesh)
@@ -56,7 +61,9 @@ def main():
     try:  # the second rank alone sees other logits
         check_logits(build(mesh, 2.0 if rank else 1.0), inputs, gather)
     except ConfigurationError as error:
-        sys.stdout.write(f"refused: {str(error).partition(': ')[2]}\n")  # at once: two processes write to one pipe
+        sys.stdout.write(
+            f"refused: {str(error).partition(': ')[2]}\n"
+        )  # at once: two processes write to one pipe
         sys.stdout.flush()
     leave()
 

@@ -1,4 +1,7 @@
-"""Run under torchrun by test_rows.py: messages that every process has, data prepared once, measured in two shares."""
+"""
+Run under torchrun by test_rows.py: messages that every process has, data prepared once, measured in
+two shares.
+"""
 
 import json
 import math
@@ -18,8 +21,12 @@ from tests.training.test_trainer import DEFAULTS
 
 
 def make_trainer(path, data, **settings):
-    args = EAFTConfig(str(path), **{**DEFAULTS, "max_steps": 3, "per_device_train_batch_size": 2, **settings})
-    return EAFTTrainer(make_model(), args=args, train_dataset=data, processing_class=make_tokenizer())
+    args = EAFTConfig(
+        str(path), **{**DEFAULTS, "max_steps": 3, "per_device_train_batch_size": 2, **settings}
+    )
+    return EAFTTrainer(
+        make_model(), args=args, train_dataset=data, processing_class=make_tokenizer()
+    )
 
 
 def same_message(folder):
@@ -50,8 +57,12 @@ def measured_as_one(folder):
     if dist.get_rank() == 0:
         file.write_text("".join(json.dumps(row) + "\n" for row in make_rows(7)))
     dist.barrier()
-    data = load_dataset("json", data_files=str(file), split="train", cache_dir=str(folder / "cache"))
-    trainer = make_trainer(folder / "flow", data, gate="flow", per_device_eval_batch_size=3, max_steps=1)
+    data = load_dataset(
+        "json", data_files=str(file), split="train", cache_dir=str(folder / "cache")
+    )
+    trainer = make_trainer(
+        folder / "flow", data, gate="flow", per_device_eval_batch_size=3, max_steps=1
+    )
     trainer.train()
     measured = json.loads((folder / "flow" / MEASUREMENTS_FILE).read_text())
     assert measured["examples"] == 7

@@ -1,4 +1,7 @@
-"""Rows reach the chat template as they stand in the file, whatever their order; what is no row is refused by line."""
+"""
+Rows reach the chat template as they stand in the file, whatever their order; what is no row is
+refused by line.
+"""
 
 import json
 
@@ -16,7 +19,10 @@ TEMPLATE = "{% for m in messages %}{{ m | tojson }}{% endfor %}{{ tools | tojson
 
 def calling(arguments, **more):
     call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
-    return {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}], **more}
+    return {
+        "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}],
+        **more,
+    }
 
 
 # Keys that others lack, mixed types, numbers that `datasets` rounds, a text that is itself JSON
@@ -24,15 +30,24 @@ ROWS = [
     calling({"city": "Paris"}, note="x"),
     calling({"lat": 0.00011778686747391669, "unit": None}, note=7),
     calling('{"city": "Paris"}'),
-    calling({"city": ["Paris", 1]}, tools=[{"name": "f", "parameters": {"city": {"type": "string"}}}]),
+    calling(
+        {"city": ["Paris", 1]}, tools=[{"name": "f", "parameters": {"city": {"type": "string"}}}]
+    ),
     calling({"id": 12345678901234567890123, "city": {"name": "Paris"}}, tools=[{"name": "g"}]),
-    {"messages": [{"role": "user", "content": "Hi", "extra": 1e-12}, {"role": "assistant", "content": "Hello"}]},
+    {
+        "messages": [
+            {"role": "user", "content": "Hi", "extra": 1e-12},
+            {"role": "assistant", "content": "Hello"},
+        ]
+    },
 ]
 PADDING = "p" * (11 << 20)  # more than the part of a file from which `datasets` infers types
 
 
 def load(path, **settings):
-    return load_splits(ScriptArguments(dataset_name=str(path), **settings), DatasetMixtureConfig())["train"]
+    return load_splits(ScriptArguments(dataset_name=str(path), **settings), DatasetMixtureConfig())[
+        "train"
+    ]
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -43,21 +58,31 @@ def test_rows_are_kept_whatever_their_order(tmp_path, order, streaming):
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(row) + "\n\n" for row in rows))
     found = list(load(path, dataset_streaming=streaming))
-    assert [{name: value for name, value in row.items() if value is not None} for row in found] == rows
+    assert [
+        {name: value for name, value in row.items() if value is not None} for row in found
+    ] == rows
 
 
 def test_trl_renders_what_stands_in_the_file(tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = TEMPLATE
     for path, text in (
-        (tmp_path / "data.jsonl", "".join(json.dumps(row) + "\n" for row in ROWS * 400)),  # TRL maps a thousand at once
+        (
+            tmp_path / "data.jsonl",
+            "".join(json.dumps(row) + "\n" for row in ROWS * 400),
+        ),  # TRL maps a thousand at once
         (tmp_path / "data.json", json.dumps(ROWS, indent=1)),
     ):
         path.write_text(text)
-        args = EAFTConfig(str(tmp_path / "out"), use_cpu=True, bf16=False, report_to=[], max_length=None)
+        args = EAFTConfig(
+            str(tmp_path / "out"), use_cpu=True, bf16=False, report_to=[], max_length=None
+        )
         prepared = prepare_rows(tokenizer, args, load(path)).whole
         texts = tokenizer.batch_decode(prepared["input_ids"][: len(ROWS)])
-        right = [tokenizer.apply_chat_template(r["messages"], tools=r.get("tools"), tokenize=False) for r in ROWS]
+        right = [
+            tokenizer.apply_chat_template(r["messages"], tools=r.get("tools"), tokenize=False)
+            for r in ROWS
+        ]
         assert texts == right
         assert prepared["input_ids"][-len(ROWS) :] == prepared["input_ids"][: len(ROWS)]
 
@@ -67,24 +92,32 @@ def test_a_mixture_of_files_keeps_their_rows(tmp_path):
     for number, rows in enumerate((ROWS[:3], ROWS[3:])):
         path = tmp_path / f"{number}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        parts.append({"path": "json", "data_files": str(path), "split": "train", "columns": ["messages"]})
+        parts.append(
+            {"path": "json", "data_files": str(path), "split": "train", "columns": ["messages"]}
+        )
     found = load_splits(ScriptArguments(), DatasetMixtureConfig(datasets=parts))["train"]
     assert list(found) == [{"messages": row["messages"]} for row in ROWS]
 
 
 def test_messages_of_from_and_value_keep_what_they_hold(tmp_path):
-    rows = [{"conversations": [{"from": m["role"], "value": m.get("content"), "calls": m.get("tool_calls")}
-                               for m in row["messages"]]} for row in ROWS * 300]  # fmt: skip
+    def message(m):
+        return {"from": m["role"], "value": m.get("content"), "calls": m.get("tool_calls")}
+
+    rows = [{"conversations": [message(m) for m in row["messages"]]} for row in ROWS * 300]
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = load(path)["messages"][-len(ROWS) :]
-    assert [m["calls"] for row in found for m in row] == [m.get("tool_calls") for r in ROWS for m in r["messages"]]
+    assert [m["calls"] for row in found for m in row] == [
+        m.get("tool_calls") for r in ROWS for m in r["messages"]
+    ]
     assert {key for row in found for m in row for key in m} == {"role", "content", "calls"}
 
 
 def test_columns_have_the_types_that_training_needs(tmp_path):
     path = tmp_path / "data.jsonl"
-    path.write_text('{"input_ids": [], "text": null, "x": 1}\n{"input_ids": [5, 6], "text": "a", "x": 0.5}\n')
+    path.write_text(
+        '{"input_ids": [], "text": null, "x": 1}\n{"input_ids": [5, 6], "text": "a", "x": 0.5}\n'
+    )
     features = load(path).features.arrow_schema
     assert [str(features.field(name).type) for name in ("input_ids", "text", "x")] == [
         "list<item: int64>",

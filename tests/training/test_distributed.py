@@ -35,12 +35,30 @@ FSDP2 = {
 def launch(folder, config, *command):
     """Run a module in two processes on the CPU as `accelerate launch --config_file` does."""
     file = folder / "accelerate.yaml"
-    file.write_text(yaml.safe_dump({"num_processes": 2, "use_cpu": True, "main_process_port": 0, **config}))
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), "-m"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
+    file.write_text(
+        yaml.safe_dump({"num_processes": 2, "use_cpu": True, "main_process_port": 0, **config})
+    )
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(file),
+        "-m",
+    ]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
+    }
     environment["DS_ACCELERATOR"] = "cpu"
     done = subprocess.run(
-        [*launcher, *map(str, command)], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+        [*launcher, *map(str, command)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -68,31 +86,74 @@ def assert_logs_agree(one, two, tolerance, names=NAMES):
 
 
 @pytest.mark.parametrize(
-    ("gate", "tied", "precision"), [("eaft", False, "no"), ("sft-kl", True, "no"), ("sft-kl", False, "bf16")]
+    ("gate", "tied", "precision"),
+    [("eaft", False, "no"), ("sft-kl", True, "no"), ("sft-kl", False, "bf16")],
 )
 def test_fsdp2_as_accelerate_wraps_it(tmp_path, tokenizer, gate, tied, precision):
-    """As a user launches `eaft train`: by layers, the last group [norm, lm_head], or with the tied embedding."""
+    """
+    As a user launches `eaft train`: by layers, the last group [norm, lm_head], or with the tied
+    embedding.
+    """
     model = save(tmp_path / "model", tokenizer, tie_word_embeddings=tied)
     data = tmp_path / "data"
     data.mkdir()
     for split, rows in (("train", make_rows()), ("test", make_rows()[:4])):
         (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--model_name_or_path", model, "--dataset_name", data, "--gate", gate, "--learning_rate", "1e-3"]
-    flags += ["--max_steps", 4, "--logging_steps", 1, "--eval_strategy", "steps", "--eval_steps", 2, "--use_cpu"]
+    flags = [
+        "--model_name_or_path",
+        model,
+        "--dataset_name",
+        data,
+        "--gate",
+        gate,
+        "--learning_rate",
+        "1e-3",
+    ]
+    flags += [
+        "--max_steps",
+        4,
+        "--logging_steps",
+        1,
+        "--eval_strategy",
+        "steps",
+        "--eval_steps",
+        2,
+        "--use_cpu",
+    ]
     flags += ["--bf16", precision == "bf16", "--report_to", "none", "--disable_tqdm", "true"]
     if drift := gate == "eaft":
         prompts = tmp_path / "prompts.jsonl"
         prompts.write_text("".join(f'{{"prompt": "say {i}"}}\n' for i in range(3)))
-        flags += ["--forgetting_eval_steps", 2, "--forgetting_prompts", prompts, "--per_device_eval_batch_size", 2]
+        flags += [
+            "--forgetting_eval_steps",
+            2,
+            "--forgetting_prompts",
+            prompts,
+            "--per_device_eval_batch_size",
+            2,
+        ]
         record = ["eval", model, "--record", "--prompts", prompts, "--batch_size", 2]
         assert cli.main(list(map(str, record))) == 0
     one, two = tmp_path / "one", tmp_path / "two"
     batch = "--per_device_train_batch_size"
     assert cli.main(["train", *map(str, flags), "--output_dir", str(one), batch, "4"]) == 0
     config = {**FSDP2, "mixed_precision": precision}
-    launch(tmp_path, config, "tests.training.fsdp_on_cpu", "train", *flags, "--output_dir", two, batch, 2)
+    launch(
+        tmp_path,
+        config,
+        "tests.training.fsdp_on_cpu",
+        "train",
+        *flags,
+        "--output_dir",
+        two,
+        batch,
+        2,
+    )
 
-    lines = [[json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (one, two)]
+    lines = [
+        [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        for out in (one, two)
+    ]
     drifts = [[log["eval_drift"] for log in side if "eval_drift" in log] for side in lines]
     assert len(drifts[1]) == (3 if drift else 0)
     assert drifts[1] == pytest.approx(drifts[0], rel=1e-4)  # step 0 is 0 from itself
@@ -101,7 +162,9 @@ def test_fsdp2_as_accelerate_wraps_it(tmp_path, tokenizer, gate, tied, precision
     assert [("eval_loss" in log, "loss" in log) for log in logs[0]] == [
         *[(False, True)] * 2, (True, False), *[(False, True)] * 2, (True, False),
     ]  # fmt: skip
-    if precision == "bf16":  # FSDP2 rounds what the model returns, and gradients before it averages them
+    if (
+        precision == "bf16"
+    ):  # FSDP2 rounds what the model returns, and gradients before it averages them
         assert_logs_agree(*logs, 2**-8, ("loss", "nll", "grad_norm", "eval_loss"))
         return
     assert_logs_agree(*logs, 1e-4)
@@ -111,17 +174,24 @@ def test_fsdp2_as_accelerate_wraps_it(tmp_path, tokenizer, gate, tied, precision
 
 
 def test_fsdp2_gradients_reference_and_adapters(tmp_path, tokenizer):
-    """See fsdp_check.py; then LoRA with a KL term, whose reference is the sharded policy itself, as one process."""
+    """
+    See fsdp_check.py; then LoRA with a KL term, whose reference is the sharded policy itself, as
+    one process.
+    """
     model = save(tmp_path / "model", tokenizer, tie_word_embeddings=False)
     launch(tmp_path, FSDP2, "tests.training.fsdp_check", model, tmp_path / "two")
     two = json.loads((tmp_path / "two" / "logs.json").read_text())
-    assert_logs_agree(train_a_few_steps(str(model), str(tmp_path / "one"), "sft-kl", True), two, 1e-4)
+    assert_logs_agree(
+        train_a_few_steps(str(model), str(tmp_path / "one"), "sft-kl", True), two, 1e-4
+    )
 
 
 @pytest.mark.parametrize("sharding", ["ZeRO-3", "FSDP1"])
 def test_a_copy_that_cannot_be_sharded_is_refused(sharding):
     zero3 = sharding == "ZeRO-3"
-    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3), fsdp_plugin=SimpleNamespace(fsdp_version=1))
+    state = SimpleNamespace(
+        deepspeed_plugin=SimpleNamespace(zero_stage=3), fsdp_plugin=SimpleNamespace(fsdp_version=1)
+    )
     trainer = SimpleNamespace(model=make_model(), args=SimpleNamespace(gate="sft-kl"))
     trainer.accelerator = SimpleNamespace(state=state)
     trainer.is_deepspeed_enabled, trainer.is_fsdp_enabled = zero3, not zero3
@@ -129,20 +199,36 @@ def test_a_copy_that_cannot_be_sharded_is_refused(sharding):
         EAFTTrainer._make_reference(trainer)
 
 
-@pytest.mark.parametrize(("stage", "gate", "trained"), [(2, "eaft", "all"), (3, "eaft", "all"), (3, "sft-kl", "LoRA")])
+@pytest.mark.parametrize(
+    ("stage", "gate", "trained"), [(2, "eaft", "all"), (3, "eaft", "all"), (3, "sft-kl", "LoRA")]
+)
 def test_zero(tmp_path, tokenizer, stage, gate, trained):
     pytest.importorskip("deepspeed")
     model = save(tmp_path / "model", tokenizer, tie_word_embeddings=False)
-    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}  # else parameters this small stay whole
-    content = {"zero_optimization": zero, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
-    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    zero = {
+        "stage": stage,
+        "stage3_param_persistence_threshold": 0,
+    }  # else parameters this small stay whole
+    content = {
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    sizes = (
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+    )
     file = tmp_path / "deepspeed.json"
     file.write_text(json.dumps({**content, **dict.fromkeys(sizes, "auto")}))
     config = {
         "distributed_type": "DEEPSPEED",
         "deepspeed_config": {"deepspeed_config_file": str(file), "zero3_init_flag": stage == 3},
     }
-    launch(tmp_path, config, "tests.training.deepspeed_check", model, tmp_path / "two", gate, trained)
+    launch(
+        tmp_path, config, "tests.training.deepspeed_check", model, tmp_path / "two", gate, trained
+    )
     two = json.loads((tmp_path / "two" / "logs.json").read_text())
     one = train_a_few_steps(str(model), str(tmp_path / "one"), gate, trained == "LoRA")
     drifts = [[log["eval_drift"] for log in logs if "eval_drift" in log] for logs in (one, two)]

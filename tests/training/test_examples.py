@@ -1,4 +1,7 @@
-"""The passes over Arrow batches that follow examples, against plain Python; and that TRL prepares but once."""
+"""
+The passes over Arrow batches that follow examples, against plain Python; and that TRL prepares but
+once.
+"""
 
 import random
 
@@ -14,7 +17,10 @@ from tests.training.test_trainer import build
 
 @pytest.fixture(params=["whole", "some rows", "parts"])
 def data(request):
-    """Rows of 0 to 12 tokens: as they are, chosen out of order, or in batches that begin inside Arrow's buffers."""
+    """
+    Rows of 0 to 12 tokens: as they are, chosen out of order, or in batches that begin inside
+    Arrow's buffers.
+    """
     draw = random.Random(0)
     rows = [
         {
@@ -31,13 +37,19 @@ def data(request):
 
 def mapped(data, function, **kwargs):
     dataset, size = data
-    return dataset.with_format("arrow").map(function, batched=True, batch_size=size, **kwargs).with_format(None)
+    return (
+        dataset.with_format("arrow")
+        .map(function, batched=True, batch_size=size, **kwargs)
+        .with_format(None)
+    )
 
 
 def test_a_marked_token_is_its_example_and_itself(data):
     rows = list(data[0])
     marked = mapped(data, mark, with_indices=True)
-    assert marked["input_ids"][:] == [[i * 2**32 + t for t in row["input_ids"]] for i, row in enumerate(rows)]
+    assert marked["input_ids"][:] == [
+        [i * 2**32 + t for t in row["input_ids"]] for i, row in enumerate(rows)
+    ]
     back = mapped((marked, data[1]), unmark)
     assert [{k: row[k] for k in rows[0]} for row in back] == rows
     assert back["example_ids"][:] == [[i] * len(row["input_ids"]) for i, row in enumerate(rows)]
@@ -55,7 +67,11 @@ def test_split(length, data):
 
 def test_labelled(data):
     dataset, size = data
-    kept = dataset.with_format("arrow").filter(labelled, batched=True, batch_size=size).with_format(None)
+    kept = (
+        dataset.with_format("arrow")
+        .filter(labelled, batched=True, batch_size=size)
+        .with_format(None)
+    )
     expected = [row for row in dataset if any(label != -100 for label in row["labels"][1:])]
     assert list(kept) == expected
     assert 0 < len(expected) < len(dataset)
@@ -65,13 +81,18 @@ def test_tokens_are_numbered_through_over_batches():
     """`map` takes a thousand rows at a time."""
     rows = [{"input_ids": list(range(n % 4)), "labels": list(range(n % 4))} for n in range(2500)]
     numbered = number_tokens(Dataset.from_list(rows))
-    assert [i for row in numbered["token_numbers"][:] for i in row] == list(range(sum(n % 4 for n in range(2500))))
+    assert [i for row in numbered["token_numbers"][:] for i in row] == list(
+        range(sum(n % 4 for n in range(2500)))
+    )
     assert numbered["input_ids"][:] == [row["input_ids"] for row in rows]
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_each_example_is_tokenized_cut_and_packed_once(setting, tmp_path, monkeypatch):
-    """Tokens that TRL's passes write, with a gate that is measured, beside those for one that needs no examples."""
+    """
+    Tokens that TRL's passes write, with a gate that is measured, beside those for one that needs no
+    examples.
+    """
     written = {"sft": 0, "talr": 0}
     for gate in written:
         plain = Dataset.map

@@ -1,4 +1,7 @@
-"""Forgetting measured while training: what is logged, that training is not disturbed, and which checkpoint is kept."""
+"""
+Forgetting measured while training: what is logged, that training is not disturbed, and which
+checkpoint is kept.
+"""
 
 import json
 import subprocess
@@ -83,8 +86,19 @@ def test_what_is_logged_is_what_eval_finds(usual, model_dir):
     # The model that was saved drifted as far as the last line says, by a measurement of its own
     assert not (folder / "forgetting").exists()
     out = folder.with_name("eval")
-    flags = [folder, "--base", model_dir, "--suite", folder.with_name("suite.yaml"), "--output_path", out]
-    assert cli.main(["eval", *map(str, flags), "--prompts", str(folder.with_name("prompts.jsonl"))]) == 0
+    flags = [
+        folder,
+        "--base",
+        model_dir,
+        "--suite",
+        folder.with_name("suite.yaml"),
+        "--output_path",
+        out,
+    ]
+    assert (
+        cli.main(["eval", *map(str, flags), "--prompts", str(folder.with_name("prompts.jsonl"))])
+        == 0
+    )
     again = json.loads((out / "results.json").read_text())
     assert again["drift"]["mean"] == pytest.approx(points[3]["drift"], rel=1e-4)
     assert again["tasks"]["everyday"]["before"] == points[0]["general"]
@@ -117,7 +131,10 @@ def test_budget_keeps_the_last_within_and_stops(usual, train):
 def test_a_budget_passed_at_once(train, capsys):
     code, folder, _ = train(forgetting_budget=1e-9)
     assert code == 2
-    assert "forgetting_budget=1e-09 was passed before the first measurement (drift 0." in capsys.readouterr().err
+    assert (
+        "forgetting_budget=1e-09 was passed before the first measurement (drift 0."
+        in capsys.readouterr().err
+    )
     assert not (folder / "model.safetensors").exists()
 
 
@@ -127,10 +144,15 @@ def test_a_resumed_run_measures_from_the_same_base(usual, train, tokenizer):
     code, _, _ = train("cut", save_steps=2, resume_from_checkpoint="true")
     assert code == 2  # they were freed when that run ended
     before = [{"role": "user", "content": f"say {i}"} for i in range(3)]
-    texts = [tokenizer.apply_chat_template([m], tokenize=False, add_generation_prompt=True) for m in before]
+    texts = [
+        tokenizer.apply_chat_template([m], tokenize=False, add_generation_prompt=True)
+        for m in before
+    ]
     base = make_model().eval()
     (folder / "forgetting").mkdir()
-    BaseAnswers.record(base, sample_answers(base, tokenizer, texts, 64, batch_size=8)).save(folder / "forgetting")
+    BaseAnswers.record(base, sample_answers(base, tokenizer, texts, 64, batch_size=8)).save(
+        folder / "forgetting"
+    )
     code, _, again = train("cut", save_steps=2, resume_from_checkpoint="true")
     assert code == 0
     drift = [[point["drift"] for point in measured(run)] for run in (lines, again)]
@@ -141,8 +163,12 @@ def test_a_resumed_run_measures_from_the_same_base(usual, train, tokenizer):
 def test_the_chosen_checkpoint_is_what_is_saved(train, tmp_path, rule):
     code, folder, lines = train(select_checkpoint=rule, target_suite=tmp_path / "suite2.yaml")
     assert code == 2  # there is no such suite, and nothing was trained
-    (tmp_path / "suite2.yaml").write_text(SUITE.replace("limit: 8", "limit: 8").replace("tiny_suite", "other"))
-    code, folder, lines = train("kept", select_checkpoint=rule, target_suite=tmp_path / "suite2.yaml")
+    (tmp_path / "suite2.yaml").write_text(
+        SUITE.replace("limit: 8", "limit: 8").replace("tiny_suite", "other")
+    )
+    code, folder, lines = train(
+        "kept", select_checkpoint=rule, target_suite=tmp_path / "suite2.yaml"
+    )
     assert code == 0
     points = measured(lines)
     chosen = int(select(points, rule, None)["step"])
@@ -162,16 +188,21 @@ def points(*rows):
 
 
 def test_rules_by_hand():
-    run = points((0, 0.1, 0.8), (0.1, 0.5, 0.8), (0.2, 0.7, 0.75), (0.5, 0.72, 0.5), (0.6, 0.6, 0.4))
+    run = points(
+        (0, 0.1, 0.8), (0.1, 0.5, 0.8), (0.2, 0.7, 0.75), (0.5, 0.72, 0.5), (0.6, 0.6, 0.4)
+    )
     assert select(run, "budget", 0.2)["step"] == 2
     assert select(run, "budget", 0.05) is None
     assert select(run, "budget", 9.0)["step"] == 4
     assert select(run, "best-mean", None)["step"] == 2
     assert [p["step"] for p in pareto_front(run)] == [0, 1, 2, 3]
-    # Gain as a share of the largest, less drift as a share of the largest: .645 - .2, .968 - .4, 1 - 1
+    # Gain as a share of the largest, less drift as a share of the largest: .645 - .2, .968 - .4, 1
+    # - 1
     assert select(run, "pareto", None)["step"] == 2
     # Drift that falls again after passing the budget does not count
-    assert select(points((0, 0, 0), (0.1, 0, 0), (0.3, 0, 0), (0.1, 0, 0)), "budget", 0.2)["step"] == 1
+    assert (
+        select(points((0, 0, 0), (0.1, 0, 0), (0.3, 0, 0), (0.1, 0, 0)), "budget", 0.2)["step"] == 1
+    )
 
 
 def test_pareto_keeps_what_it_chose_where_nothing_was_gained(tmp_path):
@@ -180,12 +211,22 @@ def test_pareto_keeps_what_it_chose_where_nothing_was_gained(tmp_path):
     for step in (1, 2, 3):
         (tmp_path / f"checkpoint-{step}").mkdir()
     args = EAFTConfig(
-        str(tmp_path), use_cpu=True, forgetting_eval_steps=1, select_checkpoint="pareto", target_suite=["everyday"]
+        str(tmp_path),
+        use_cpu=True,
+        forgetting_eval_steps=1,
+        select_checkpoint="pareto",
+        target_suite=["everyday"],
     )
-    logs = [{name if name == "step" else f"eval_{name}": value for name, value in p.items()} for p in run]
+    logs = [
+        {name if name == "step" else f"eval_{name}": value for name, value in p.items()}
+        for p in run
+    ]
     ForgettingEval.on_save(None, args, TrainerState(log_history=logs, global_step=3), None)
     assert select(run, "pareto", None)["step"] == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-3"]  # and the newest
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint-1",
+        "checkpoint-3",
+    ]  # and the newest
 
 
 def test_history_survives_a_resumption_without_doubles():
@@ -198,14 +239,20 @@ def test_history_survives_a_resumption_without_doubles():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"select_checkpoint": "worst"}, "select_checkpoint='worst' is unknown; choose one of budget"),
+        (
+            {"select_checkpoint": "worst"},
+            "select_checkpoint='worst' is unknown; choose one of budget",
+        ),
         ({"select_checkpoint": "budget"}, "forgetting_budget goes with select_checkpoint='budget'"),
         ({"select_checkpoint": "pareto"}, "weighs target against forgetting: set target_suite"),
         (
             {"select_checkpoint": "pareto", "target_suite": ["everyday"], "save_total_limit": 2},
             "keeps the whole curve: leave save_total_limit out",
         ),
-        ({"forgetting_budget": 0.1, "forgetting_eval_steps": 0}, "needs measurements: set forgetting_eval_steps"),
+        (
+            {"forgetting_budget": 0.1, "forgetting_eval_steps": 0},
+            "needs measurements: set forgetting_eval_steps",
+        ),
         ({"forgetting_budget": 0.1, "save_strategy": "no"}, "keeps checkpoints: set save_strategy"),
         (
             {"forgetting_budget": 0.1, "load_best_model_at_end": True, "eval_strategy": "steps"},
@@ -215,13 +262,20 @@ def test_history_survives_a_resumption_without_doubles():
 )
 def test_bad_settings(tmp_path, changes, message):
     with pytest.raises(ConfigurationError, match=message):
-        EAFTConfig(str(tmp_path), use_cpu=True, **{"forgetting_eval_steps": 2, "save_strategy": "steps", **changes})
+        EAFTConfig(
+            str(tmp_path),
+            use_cpu=True,
+            **{"forgetting_eval_steps": 2, "save_strategy": "steps", **changes},
+        )
 
 
 @pytest.mark.parametrize("enabled", ["is_fsdp_enabled", "is_deepspeed_enabled"])
 @pytest.mark.parametrize(
     ("suite", "message"),
-    [(["everyday"], "need the whole model on each process"), (None, "give the model by its name or folder")],
+    [
+        (["everyday"], "need the whole model on each process"),
+        (None, "give the model by its name or folder"),
+    ],
 )
 def test_what_a_sharded_model_cannot_do(tmp_path, monkeypatch, tokenizer, enabled, suite, message):
     make_accelerator = EAFTTrainer.create_accelerator_and_postprocess
@@ -231,9 +285,20 @@ def test_what_a_sharded_model_cannot_do(tmp_path, monkeypatch, tokenizer, enable
         setattr(self, enabled, True)
 
     monkeypatch.setattr(EAFTTrainer, "create_accelerator_and_postprocess", make_sharded)
-    args = EAFTConfig(str(tmp_path), use_cpu=True, report_to="none", forgetting_eval_steps=1, forgetting_suite=suite)
+    args = EAFTConfig(
+        str(tmp_path),
+        use_cpu=True,
+        report_to="none",
+        forgetting_eval_steps=1,
+        forgetting_suite=suite,
+    )
     with pytest.raises(ConfigurationError, match=message):
-        EAFTTrainer(make_model(), args, train_dataset=Dataset.from_list(make_rows()), processing_class=tokenizer)
+        EAFTTrainer(
+            make_model(),
+            args,
+            train_dataset=Dataset.from_list(make_rows()),
+            processing_class=tokenizer,
+        )
 
 
 def test_works_in_python_too(tmp_path, tokenizer):
@@ -249,21 +314,46 @@ def test_works_in_python_too(tmp_path, tokenizer):
         forgetting_suite=[str(tmp_path / "suite.yaml")],
         forgetting_prompts=str(tmp_path / "prompts.jsonl"),
     )
-    trainer = EAFTTrainer(make_model(), args, train_dataset=Dataset.from_list(make_rows()), processing_class=tokenizer)
+    trainer = EAFTTrainer(
+        make_model(), args, train_dataset=Dataset.from_list(make_rows()), processing_class=tokenizer
+    )
     trainer.train()
     assert [p["step"] for p in history(trainer.state)] == [0, 1]
     assert trainer.model.training
 
 
 def test_two_processes_measure_what_one_measures(train, tmp_path, model_dir):
-    """Under DDP the items are shared out, the first process measures drift, and all choose the same checkpoint."""
+    """
+    Under DDP the items are shared out, the first process measures drift, and all choose the same
+    checkpoint.
+    """
     flags = {"per_device_train_batch_size": 8, "forgetting_budget": 1e9, "save_total_limit": 1}
     _, _, lines = train("one", **flags)
-    settings = {**train.settings, **flags, "per_device_train_batch_size": 4, "output_dir": tmp_path / "two"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, "-m", "eaft", "train", *(f"--{key}={value}" for key, value in settings.items())]
+    settings = {
+        **train.settings,
+        **flags,
+        "per_device_train_batch_size": 4,
+        "output_dir": tmp_path / "two",
+    }
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
+    command = [
+        *launcher,
+        "-m",
+        "eaft",
+        "train",
+        *(f"--{key}={value}" for key, value in settings.items()),
+    ]
     subprocess.run(command, check=True, timeout=300)
-    again = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    again = [
+        json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
+    ]
     for one, two in zip(measured(lines), measured(again), strict=True):
         assert two["step"] == one["step"]
         assert two["drift"] == pytest.approx(one["drift"], rel=1e-3)

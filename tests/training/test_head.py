@@ -1,4 +1,7 @@
-"""The head inside the model's forward: equal to the reference loss on the model's own full logits, for every option."""
+"""
+The head inside the model's forward: equal to the reference loss on the model's own full logits, for
+every option.
+"""
 
 import contextlib
 import copy
@@ -42,7 +45,9 @@ CONFIGS = {
 
 def build(name):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="eager", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(
+        CONFIGS[name], attn_implementation="eager", dtype=torch.float32
+    )
     if model.get_output_embeddings().bias is not None:
         torch.nn.init.normal_(model.get_output_embeddings().bias)
     return model
@@ -62,7 +67,8 @@ FOUR_TOKENS = 4 * 264 * 4  # bytes of the float32 logits of four tokens
 # Which example each position is from: two in the first row, as if packed
 EXAMPLE_IDS = torch.tensor([[0] * 6 + [1] * 5, [2] * 11, [3] * 11])
 EXAMPLE_NLL = torch.tensor([0.2, 1.1, 0.7, 2.0])
-# Which token of the data each is: rows out of order. The base model finds 256 tokens about as likely
+# Which token of the data each is: rows out of order. The base model finds 256 tokens about as
+# likely
 TOKEN_NUMBERS = torch.arange(33).view(3, 11)[[2, 0, 1]]
 OLD_LOG_PROB = torch.linspace(-6.5, -4.5, 33)
 # On a model that knows nothing: the papers' values would shut out everything, or magnify rounding
@@ -135,7 +141,9 @@ def test_a_frozen_copy_is_a_copy(model):
 def test_with_adapters_the_reference_is_the_model_without_them(modules_to_save):
     ids, labels = batch()
     base = build("untied")
-    lora = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.5, modules_to_save=modules_to_save)
+    lora = LoraConfig(
+        r=4, target_modules="all-linear", lora_dropout=0.5, modules_to_save=modules_to_save
+    )
     peft_model = get_peft_model(copy.deepcopy(base), lora)
     with torch.no_grad():
         for p in peft_model.parameters():
@@ -163,10 +171,15 @@ def test_with_adapters_the_reference_is_the_model_without_them(modules_to_save):
 
 
 def test_an_adapter_on_the_head_is_refused():
-    """As it is made it changes no logit, so that the check of the logits sees nothing; and it would get no gradient."""
+    """
+    As it is made it changes no logit, so that the check of the logits sees nothing; and it would
+    get no gradient.
+    """
     ids, labels = batch()
     config = LoraConfig(r=2, target_modules=["q_proj", "lm_head"])
-    refused = pytest.raises(ConfigurationError, match=r"The head has an adapter \(peft\.tuners\..*modules_to_save")
+    refused = pytest.raises(
+        ConfigurationError, match=r"The head has an adapter \(peft\.tuners\..*modules_to_save"
+    )
     base = build("untied")
     gated = GatedLMHead(base, "eaft", 20, {})
     peft_model = get_peft_model(base, config)  # after the head was patched
@@ -235,14 +248,19 @@ def test_full_logits_never_exist(gate, passes, model, monkeypatch):
 def test_no_labelled_token_gives_zero_gradients(model):
     ids, labels = batch()
     GatedLMHead(model, "eaft", 20, {})
-    loss = model.train()(input_ids=ids, labels=torch.full_like(labels, -100), fused_lm_head=True).loss
+    loss = model.train()(
+        input_ids=ids, labels=torch.full_like(labels, -100), fused_lm_head=True
+    ).loss
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is not None and p.grad.abs().max() == 0 for p in model.parameters())
 
 
 def test_head_that_is_partitioned_outside_its_context(monkeypatch):
-    """As under ZeRO-3: the head's weight is empty but while it is gathered, in the forward and in the backward pass."""
+    """
+    As under ZeRO-3: the head's weight is empty but while it is gathered, in the forward and in the
+    backward pass.
+    """
     monkeypatch.setattr(fused, "LOGITS_BUDGET", FOUR_TOKENS)
     ids, labels = batch()
     expected = build("untied").train()
@@ -265,7 +283,9 @@ def test_head_that_is_partitioned_outside_its_context(monkeypatch):
             weight.data = torch.empty(0)
 
     monkeypatch.setattr(head, "gather_partitioned", gather)
-    weight.register_hook(lambda grad: setattr(weight, "data", full))  # DeepSpeed sees to the gradient's own reduction
+    weight.register_hook(
+        lambda grad: setattr(weight, "data", full)
+    )  # DeepSpeed sees to the gradient's own reduction
     weight.data = torch.empty(0)
     loss = model(input_ids=ids, labels=labels, fused_lm_head=True).loss
     assert weight.numel() == 0
@@ -288,7 +308,10 @@ def test_logit_scale_is_one_without_a_field():
 
 
 def test_reference_head_that_is_partitioned_outside_its_context(monkeypatch):
-    """As ZeRO-3 leaves the frozen head under LoRA with modules_to_save=["lm_head"]: it is not the policy's."""
+    """
+    As ZeRO-3 leaves the frozen head under LoRA with modules_to_save=["lm_head"]: it is not the
+    policy's.
+    """
     ids, labels = batch()
     config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
 
@@ -317,5 +340,7 @@ def test_reference_head_that_is_partitioned_outside_its_context(monkeypatch):
 
     monkeypatch.setattr(head, "gather_partitioned", gather)
     weight.data = torch.empty(0)
-    assert model(input_ids=ids, labels=labels, fused_lm_head=True).loss.item() == pytest.approx(expected.item())
+    assert model(input_ids=ids, labels=labels, fused_lm_head=True).loss.item() == pytest.approx(
+        expected.item()
+    )
     assert any(p is model.lm_head.weight for p in gathered)

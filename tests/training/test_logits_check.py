@@ -1,4 +1,7 @@
-"""The check of the head against the model's own logits: what it refuses, what it lets through, what it leaves alone."""
+"""
+The check of the head against the model's own logits: what it refuses, what it lets through, what it
+leaves alone.
+"""
 
 import os
 import random
@@ -28,7 +31,9 @@ class Float8Head(torch.nn.Linear):
     def __init__(self, head):
         torch.nn.Module.__init__(self)
         self.scale = head.weight.detach().abs().max() / 448
-        self.weight = torch.nn.Parameter((head.weight.detach() / self.scale).to(torch.float8_e4m3fn), False)
+        self.weight = torch.nn.Parameter(
+            (head.weight.detach() / self.scale).to(torch.float8_e4m3fn), False
+        )
         self.bias = None
 
     def forward(self, hidden):
@@ -51,24 +56,39 @@ def with_fault(forward, change):
 
 
 def with_logits(change):
-    """A model whose own forward changes its logits in a way that no field of its configuration tells of."""
+    """
+    A model whose own forward changes its logits in a way that no field of its configuration tells
+    of.
+    """
     model = make_model()
     model.forward = with_fault(model.forward, change)
     return model
 
 
 def modernbert():
-    """Its head is a dense layer and a norm before the matrix that `get_output_embeddings` returns."""
+    """
+    Its head is a dense layer and a norm before the matrix that `get_output_embeddings` returns.
+    """
     sizes = {"vocab_size": 264, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+    tokens = {
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "cls_token_id": 1,
+        "sep_token_id": 2,
+    }
     config = AutoConfig.for_model("modernbert-decoder", **sizes, **tokens, num_attention_heads=4)
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    return AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", dtype=torch.float32
+    )
 
 
 HIDDEN = {
     "8-bit head": quantised,
     "dense layer in the head": modernbert,
-    "masked vocabulary": lambda: with_logits(lambda z: z.index_fill(-1, torch.arange(200, 220), -1e9)),
+    "masked vocabulary": lambda: with_logits(
+        lambda z: z.index_fill(-1, torch.arange(200, 220), -1e9)
+    ),
     "soft cap": lambda: with_logits(lambda z: 5 * torch.tanh(z / 5)),
     "scale": lambda: with_logits(lambda z: z / 1.1),
 }
@@ -78,7 +98,10 @@ HIDDEN = {
 @pytest.mark.parametrize("name", HIDDEN)
 def test_hidden_transformation_is_refused(name, bf16, tmp_path):
     trainer = build(EAFTTrainer, tmp_path, model=HIDDEN[name](), bf16=bf16)
-    with pytest.raises(ConfigurationError, match=r"model_type='\S+': the nll of a token is .* where rounding explains"):
+    with pytest.raises(
+        ConfigurationError,
+        match=r"model_type='\S+': the nll of a token is .* where rounding explains",
+    ):
         trainer.train()
     assert trainer.state.global_step == 0
 
@@ -100,11 +123,17 @@ def test_rounding_is_not_refused(name, dtype):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"padding_free": True, "max_length": None}, {"packing": True, "max_length": 64, "rows": TEXTS}],
+    [
+        {},
+        {"padding_free": True, "max_length": None},
+        {"packing": True, "max_length": 64, "rows": TEXTS},
+    ],
     ids=["padded", "padding-free", "packed"],
 )
 def test_changes_nothing_else(settings, tmp_path, monkeypatch):
-    """Training with dropout, with the check and without, ends in the same weights; and it runs once."""
+    """
+    Training with dropout, with the check and without, ends in the same weights; and it runs once.
+    """
     calls = []
 
     def counted(*args):
@@ -114,7 +143,13 @@ def test_changes_nothing_else(settings, tmp_path, monkeypatch):
     def run(check):
         monkeypatch.setattr("eaft.training.trainer.check_logits", check)
         lora = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.5)
-        trainer = build(EAFTTrainer, tmp_path, model=make_model(attention_dropout=0.5), peft_config=lora, **settings)
+        trainer = build(
+            EAFTTrainer,
+            tmp_path,
+            model=make_model(attention_dropout=0.5),
+            peft_config=lora,
+            **settings,
+        )
         trainer.train()
         return trainer
 
@@ -125,7 +160,10 @@ def test_changes_nothing_else(settings, tmp_path, monkeypatch):
 
 
 class Merging(torch.nn.Module):
-    """A layer that changes its weight for inference when it leaves training mode, as some adapters do, for good."""
+    """
+    A layer that changes its weight for inference when it leaves training mode, as some adapters do,
+    for good.
+    """
 
     def __init__(self, layer):
         super().__init__()
@@ -149,7 +187,9 @@ def test_leaves_no_trace(name):
         model.model.layers[1].eval()
     else:
         sizes = {"vocab_size": 264, "hidden_size": 32, "ffn_dim": 64, "word_embed_proj_dim": 32}
-        model = OPTForCausalLM(OPTConfig(**sizes, num_hidden_layers=2, num_attention_heads=4, dropout=0.5)).train()
+        model = OPTForCausalLM(
+            OPTConfig(**sizes, num_hidden_layers=2, num_attention_heads=4, dropout=0.5)
+        ).train()
     GatedLMHead(model, "eaft", 20, {})
     ids = torch.randint(3, 264, (2, 9))
     modes = [module.training for module in model.modules()]
@@ -163,7 +203,10 @@ def test_leaves_no_trace(name):
 
 
 class Repacking(torch.nn.Linear):
-    """As bitsandbytes 0.50's `Linear4bit` on a CPU with AVX512-BF16: evaluation repacks it and stops gradients."""
+    """
+    As bitsandbytes 0.50's `Linear4bit` on a CPU with AVX512-BF16: evaluation repacks it and stops
+    gradients.
+    """
 
     support_avx512bf16_for_cpu = True
 
@@ -210,7 +253,9 @@ def test_tiny_random_models_are_not_refused_and_their_faults_are(hidden, vocab):
     }
     for seed in range(6):
         torch.manual_seed(seed)
-        model = make_model(hidden_size=hidden, vocab_size=vocab, initializer_range=0.02, tie_word_embeddings=False)
+        model = make_model(
+            hidden_size=hidden, vocab_size=vocab, initializer_range=0.02, tie_word_embeddings=False
+        )
         forward = model.forward
         ids = torch.randint(3, vocab, (4, 16))
         inputs = {"input_ids": ids, "labels": ids}
@@ -245,17 +290,35 @@ def test_other_auxiliary_loss_is_refused():
     model = make("GraniteMoE").train()
     ids = torch.randint(3, 264, (2, 9))
     head = GatedLMHead(model, "eaft", 20, {})
-    inputs = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids), "output_router_logits": True}
+    inputs = {
+        "input_ids": ids,
+        "labels": ids,
+        "attention_mask": torch.ones_like(ids),
+        "output_router_logits": True,
+    }
     check_logits(model, inputs, lambda x: x)
     head.aux_loss = lambda *args: torch.tensor(2.5)
-    with pytest.raises(ConfigurationError, match=r"the router's auxiliary loss is .* and 2\.5 by ours"):
+    with pytest.raises(
+        ConfigurationError, match=r"the router's auxiliary loss is .* and 2\.5 by ours"
+    ):
         check_logits(model, inputs, lambda x: x)
 
 
 def test_sharded_model_is_checked_and_refused_by_every_rank():
     root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}"}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}",
+    }
     command += ["-m", "tests.training.logits_check_fsdp"]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,4 +1,7 @@
-"""What the gates need beside a token's own statistics: followed examples, one pass with the base model, a reference."""
+"""
+What the gates need beside a token's own statistics: followed examples, one pass with the base
+model, a reference.
+"""
 
 import json
 import math
@@ -14,20 +17,31 @@ from trl import SFTTrainer
 from eaft import EAFTConfig, EAFTTrainer, TokenStatistics, gated_cross_entropy, token_statistics
 from eaft.errors import ConfigurationError, NonFiniteError
 from eaft.objective.registry import GATES, Gate, missing_params
-from eaft.training.measure import MEASUREMENTS_FILE, OLD_LOG_PROB_ABOUT_FILE, OLD_LOG_PROB_FILE, Histogram, fingerprint
+from eaft.training.measure import (
+    MEASUREMENTS_FILE,
+    OLD_LOG_PROB_ABOUT_FILE,
+    OLD_LOG_PROB_FILE,
+    Histogram,
+    fingerprint,
+)
 from tests.conftest import make_model, make_rows, make_tokenizer
 from tests.objective.test_gates import KINDS, every_gate_once
 from tests.training.test_trainer import build, steps, train
 
 LORA = LoraConfig(r=4, target_modules="all-linear")
-SKETCH = 1e-5 + 2**-15  # of two ways to compute a statistic, and what `Histogram` states of its percentiles
+SKETCH = (
+    1e-5 + 2**-15
+)  # of two ways to compute a statistic, and what `Histogram` states of its percentiles
 
 
 def make_examples(n=14):
-    """Prompt-completion rows, each of its own length and text; some longer than the packed rows below."""
+    """
+    Prompt-completion rows, each of its own length and text; some longer than the packed rows below.
+    """
     letters = random.Random(0)
     return [
-        {"prompt": f"{i}:", "completion": "".join(letters.choices("abcdefgh", k=3 + 7 * (i % 8)))} for i in range(n)
+        {"prompt": f"{i}:", "completion": "".join(letters.choices("abcdefgh", k=3 + 7 * (i % 8)))}
+        for i in range(n)
     ]
 
 
@@ -48,12 +62,16 @@ def test_every_token_is_of_the_example_it_says(setting, shuffle, tmp_path):
     settings = {**SETTINGS[setting], "shuffle_dataset": shuffle, "rows": make_examples()}
     trainer = build(EAFTTrainer, tmp_path, gate="flow", **settings)
     tokenizer = make_tokenizer()
-    texts = [tokenizer(row["prompt"] + row["completion"])["input_ids"] + [2] for row in make_examples()]
+    texts = [
+        tokenizer(row["prompt"] + row["completion"])["input_ids"] + [2] for row in make_examples()
+    ]
     seen = set()
     for row in trainer.train_dataset:
         assert len(row["example_ids"]) == len(row["input_ids"])
         for example in set(row["example_ids"]):
-            piece = [t for t, e in zip(row["input_ids"], row["example_ids"], strict=True) if e == example]
+            piece = [
+                t for t, e in zip(row["input_ids"], row["example_ids"], strict=True) if e == example
+            ]
             text = texts[example]
             assert any(text[i : i + len(piece)] == piece for i in range(len(text)))
             seen.add(example)
@@ -67,13 +85,18 @@ def test_every_token_is_of_the_example_it_says(setting, shuffle, tmp_path):
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
     plain = trainer.data_collator.collator([trls[i] for i in range(3)])
     assert torch.equal(batch["input_ids"], plain["input_ids"])
-    for ids, label, example in zip(*(batch[k].view(-1) for k in ("input_ids", "labels", "example_ids")), strict=True):
+    for ids, label, example in zip(
+        *(batch[k].view(-1) for k in ("input_ids", "labels", "example_ids")), strict=True
+    ):
         if label != -100:
             assert ids in texts[example]
 
 
 def base_statistics(rows, max_length=None, split=None):
-    """Each example's statistics under the base model, from full logits: alone, cut, or in pieces without context."""
+    """
+    Each example's statistics under the base model, from full logits: alone, cut, or in pieces
+    without context.
+    """
     model, tokenizer, found = make_model(), make_tokenizer(), []
     for row in rows:
         prompt = tokenizer(row["prompt"])["input_ids"]
@@ -91,12 +114,26 @@ def base_statistics(rows, max_length=None, split=None):
     return found
 
 
-@pytest.mark.parametrize("setting", ["padded", "cut", "padding-free", "packed", "packed, keep_end", "packed and split"])
+@pytest.mark.parametrize(
+    "setting", ["padded", "cut", "padding-free", "packed", "packed, keep_end", "packed and split"]
+)
 def test_flow_is_measured_with_the_base_model(setting, tmp_path):
-    packed_from_the_start = {"packing": True, "max_length": 32, "truncation_mode": "keep_end"}  # `bfd` takes no notice
-    settings = {**SETTINGS.get(setting, packed_from_the_start), "rows": make_examples(), "learning_rate": 0.05}
+    packed_from_the_start = {
+        "packing": True,
+        "max_length": 32,
+        "truncation_mode": "keep_end",
+    }  # `bfd` takes no notice
+    settings = {
+        **SETTINGS.get(setting, packed_from_the_start),
+        "rows": make_examples(),
+        "learning_rate": 0.05,
+    }
     trainer = train(EAFTTrainer, tmp_path, gate="flow", **settings)
-    cut = settings["max_length"] if setting not in ("packed and split", "padded", "padding-free") else None
+    cut = (
+        settings["max_length"]
+        if setting not in ("packed and split", "padded", "padding-free")
+        else None
+    )
     split = 32 if setting == "packed and split" else None
     means = [stats.nll.mean().item() for stats in base_statistics(make_examples(), cut, split)]
     measured = json.loads((tmp_path / MEASUREMENTS_FILE).read_text())
@@ -109,7 +146,11 @@ def test_flow_is_measured_with_the_base_model(setting, tmp_path):
         trainer.model(**batch, fused_lm_head=True)
         losses = trainer.gated_lm_head.losses
         assert losses.weights.tolist() == pytest.approx(
-            [math.exp(-means[i] / np.median(means)) for i in losses.statistics.example_ids.tolist()], rel=1e-5
+            [
+                math.exp(-means[i] / np.median(means))
+                for i in losses.statistics.example_ids.tolist()
+            ],
+            rel=1e-5,
         )
         seen |= set(losses.weights.tolist())
     assert len(seen) == 14
@@ -123,13 +164,21 @@ def test_psft_compares_with_the_base_model_on_the_same_rows(setting, tmp_path):
     for batch in trainer.get_train_dataloader():
         trainer.model(**batch, fused_lm_head=True)
         losses = trainer.gated_lm_head.losses
-        inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask") if name in batch}
+        inputs = {
+            name: batch[name]
+            for name in ("input_ids", "position_ids", "attention_mask")
+            if name in batch
+        }
         labels = batch["labels"][:, 1:]
         with torch.no_grad():
-            logits = base(**inputs, use_cache=False).logits[:, :-1]  # with a cache, packed examples see each other
+            logits = base(**inputs, use_cache=False).logits[
+                :, :-1
+            ]  # with a cache, packed examples see each other
             old = token_statistics(logits[labels != -100], labels[labels != -100]).log_prob
         ratios = (losses.statistics.log_prob - old).exp()
-        torch.testing.assert_close(losses.weights, torch.where(ratios < 1.28, ratios, 0.0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            losses.weights, torch.where(ratios < 1.28, ratios, 0.0), rtol=1e-4, atol=1e-5
+        )
         assert (losses.weights == 0).any()
         kept += (losses.weights > 0).sum()
     assert kept > 10
@@ -140,8 +189,15 @@ def test_psft_compares_with_the_base_model_on_the_same_rows(setting, tmp_path):
 
 @pytest.mark.parametrize("setting", ["packed"])
 def test_psft_begins_as_sft(setting, tmp_path):
-    settings = {**SETTINGS[setting], "rows": make_examples(), "max_steps": 1, "gradient_accumulation_steps": 2}
-    psft, sft = (train(EAFTTrainer, tmp_path / gate, gate=gate, **settings) for gate in ("psft", "sft"))
+    settings = {
+        **SETTINGS[setting],
+        "rows": make_examples(),
+        "max_steps": 1,
+        "gradient_accumulation_steps": 2,
+    }
+    psft, sft = (
+        train(EAFTTrainer, tmp_path / gate, gate=gate, **settings) for gate in ("psft", "sft")
+    )
     assert steps(psft, "mean_gate") == pytest.approx([1.0], rel=1e-5)
     for p, q in zip(psft.model.parameters(), sft.model.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
@@ -161,29 +217,50 @@ def test_a_gate_can_need_both_passes(tmp_path, monkeypatch):
     def weight(stats):
         return (stats.log_prob - stats.old_log_prob - stats.example_nll).exp()
 
-    monkeypatch.setitem(GATES, "both", Gate(weight, needs_old_log_prob=True, needs_example_nll=True))
-    settings = {"gate": "both", "save_strategy": "steps", "save_steps": 2, "max_steps": 4, **SETTINGS["packed"]}
+    monkeypatch.setitem(
+        GATES, "both", Gate(weight, needs_old_log_prob=True, needs_example_nll=True)
+    )
+    settings = {
+        "gate": "both",
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "max_steps": 4,
+        **SETTINGS["packed"],
+    }
     whole = train(EAFTTrainer, tmp_path, **settings)
     resumed = train(EAFTTrainer, tmp_path, resume=str(tmp_path / "checkpoint-2"), **settings)
     assert steps(resumed) == steps(whole)
 
 
-# The tiny model is so unsure that `masked` by the exact entropy would leave out every token, and training is refused
+# The tiny model is so unsure that `masked` by the exact entropy would leave out every token, and
+# training is refused
 @pytest.mark.parametrize(
     ("gate", "entropy", "divisor"),
     [("masked", "top-k", 20), ("conflict-mask", "top-k", 20), ("conflict-mask", "exact", 20)],
 )
-def test_thresholds_are_percentiles_of_the_data_under_the_base_model(gate, entropy, divisor, tmp_path):
+def test_thresholds_are_percentiles_of_the_data_under_the_base_model(
+    gate, entropy, divisor, tmp_path
+):
     kwargs = {"entropy_percentile": 30.0}
     trainer = train(
-        EAFTTrainer, tmp_path, gate=gate, gate_entropy=entropy, gate_kwargs=kwargs, rows=make_examples(), max_steps=1
+        EAFTTrainer,
+        tmp_path,
+        gate=gate,
+        gate_entropy=entropy,
+        gate_kwargs=kwargs,
+        rows=make_examples(),
+        max_steps=1,
     )
     stats = base_statistics(make_examples())
     key = {"top-k": "top_k_entropy", "exact": "entropy"}[entropy]
-    g = np.concatenate([getattr(s, key).numpy() for s in stats]).clip(0, math.log(divisor)) / math.log(divisor)
+    g = np.concatenate([getattr(s, key).numpy() for s in stats]).clip(
+        0, math.log(divisor)
+    ) / math.log(divisor)
     expected = {"entropy_threshold": np.percentile(g, 30)}
     if gate == "conflict-mask":
-        expected["prob_threshold"] = np.percentile(np.concatenate([s.prob.numpy() for s in stats]), 15)
+        expected["prob_threshold"] = np.percentile(
+            np.concatenate([s.prob.numpy() for s in stats]), 15
+        )
     measured = json.loads((tmp_path / MEASUREMENTS_FILE).read_text())
     assert measured["params"] == pytest.approx(expected, rel=SKETCH)
     assert measured["tokens"] == len(g)
@@ -193,7 +270,13 @@ def test_thresholds_are_percentiles_of_the_data_under_the_base_model(gate, entro
 
 def test_a_threshold_that_is_given_is_not_measured(tmp_path):
     for threshold in (0.5, "batch"):
-        train(EAFTTrainer, tmp_path, gate="masked", gate_kwargs={"entropy_threshold": threshold}, max_steps=1)
+        train(
+            EAFTTrainer,
+            tmp_path,
+            gate="masked",
+            gate_kwargs={"entropy_threshold": threshold},
+            max_steps=1,
+        )
         assert not (tmp_path / MEASUREMENTS_FILE).exists()
 
 
@@ -204,18 +287,27 @@ def test_measuring_does_not_change_the_order_of_the_data(tmp_path):
 
 
 @pytest.mark.parametrize("gate", ["talr", "flow"])
-@pytest.mark.parametrize("setting", ["padding-free", "packed", "packed and split", "packed and wrapped"])
+@pytest.mark.parametrize(
+    "setting", ["padding-free", "packed", "packed and split", "packed and wrapped"]
+)
 def test_packed_or_not_the_loss_of_the_same_examples_is_the_same(gate, setting, tmp_path):
     rows = make_examples(9)[:-1]
     if setting == "packed":  # which cuts
         rows = [row for row in rows if len(row["completion"]) < 28]
-    everything = {"rows": rows, "gate": gate, "max_steps": 1, "learning_rate": 0.0, "per_device_train_batch_size": 16}
+    everything = {
+        "rows": rows,
+        "gate": gate,
+        "max_steps": 1,
+        "learning_rate": 0.0,
+        "per_device_train_batch_size": 16,
+    }
     loose = train(EAFTTrainer, tmp_path / "loose", max_length=None, **everything)
     packed = train(EAFTTrainer, tmp_path / "packed", **SETTINGS[setting], **everything)
     if setting in ("padding-free", "packed"):
         assert steps(packed) == pytest.approx(steps(loose), rel=1e-5)
         return
-    # A split example loses its context at the cut, so its nll differs; but the gate still knows it as one
+    # A split example loses its context at the cut, so its nll differs; but the gate still knows it
+    # as one
     stats = packed.gated_lm_head.losses.statistics
     if gate == "flow":
         head = packed.gated_lm_head
@@ -223,7 +315,9 @@ def test_packed_or_not_the_loss_of_the_same_examples_is_the_same(gate, setting, 
         torch.testing.assert_close(head.losses.weights, expected)
         assert stats.example_ids.unique().numel() == len(rows)
     else:
-        means = [stats.nll[stats.example_ids == i].mean().item() for i in stats.example_ids.unique()]
+        means = [
+            stats.nll[stats.example_ids == i].mean().item() for i in stats.example_ids.unique()
+        ]
         assert len(means) == len(rows)
         expected = (stats.log_prob / np.median(means)).exp().clamp(min=0.01)
         torch.testing.assert_close(packed.gated_lm_head.losses.weights, expected)
@@ -238,24 +332,31 @@ def test_the_reference_is_the_model_before_training(gate, peft_config, tmp_path)
     assert kl[-1] > 0.01
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     loss = trainer.model(**batch, fused_lm_head=True).loss
-    logits, reference = (m(batch["input_ids"]).logits[:, :-1] for m in (trainer.model, make_model()))
+    logits, reference = (
+        m(batch["input_ids"]).logits[:, :-1] for m in (trainer.model, make_model())
+    )
     expected = gated_cross_entropy(logits, batch["labels"][:, 1:], gate, reference_logits=reference)
     torch.testing.assert_close(loss, expected)
     if peft_config:  # no second copy of the weights
         assert trainer.gated_lm_head.reference is trainer.model
     plain = gated_cross_entropy(logits, batch["labels"][:, 1:], "sft")
     trainer.model.eval()
-    assert trainer.model(**batch, fused_lm_head=True).loss.item() == pytest.approx(plain.item(), rel=1e-5)
+    assert trainer.model(**batch, fused_lm_head=True).loss.item() == pytest.approx(
+        plain.item(), rel=1e-5
+    )
 
 
 # Of the gates with a pass over the data before training, one of each as well
 @pytest.mark.parametrize(
-    ("gate", "setting"), every_gate_once(["padded", "packed", "LoRA"], kinds=(*KINDS, "flow", "psft"))
+    ("gate", "setting"),
+    every_gate_once(["padded", "packed", "LoRA"], kinds=(*KINDS, "flow", "psft")),
 )
 def test_resumed_run_equals_uninterrupted(gate, setting, tmp_path):
     settings = {"peft_config": LORA} if setting == "LoRA" else SETTINGS[setting]
     settings = {"gate": gate, "save_strategy": "steps", "save_steps": 2, "max_steps": 4, **settings}
-    if gate == "profit":  # the tiny model finds no label as likely as its default asks: nothing would be trained
+    if (
+        gate == "profit"
+    ):  # the tiny model finds no label as likely as its default asks: nothing would be trained
         settings["gate_kwargs"] = {"prob_threshold": 0.003}
     whole = train(EAFTTrainer, tmp_path, **settings)
     measured = tmp_path / (OLD_LOG_PROB_ABOUT_FILE if gate == "psft" else MEASUREMENTS_FILE)
@@ -331,10 +432,21 @@ def test_examples_without_a_label_left_are_not_measured(tmp_path):
 
 
 def test_examples_that_never_had_a_label_are_not_measured(tmp_path):
-    rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]}, {"input_ids": [5, 6], "labels": [-100, -100]}] * 4
+    rows = [
+        {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]},
+        {"input_ids": [5, 6], "labels": [-100, -100]},
+    ] * 4
     rows.append({"input_ids": [9], "labels": [9]})  # the first token is nobody's label
     for gate in ("flow", "masked"):
-        train(EAFTTrainer, tmp_path / gate, gate=gate, rows=rows, padding_free=True, max_length=None, max_steps=1)
+        train(
+            EAFTTrainer,
+            tmp_path / gate,
+            gate=gate,
+            rows=rows,
+            padding_free=True,
+            max_length=None,
+            max_steps=1,
+        )
         assert json.loads((tmp_path / gate / MEASUREMENTS_FILE).read_text())["examples"] == 4
 
 
@@ -345,7 +457,9 @@ def test_a_gate_of_your_own_is_measured_at_the_papers_percentile(tmp_path, monke
     monkeypatch.syspath_prepend(tmp_path)
     trainer = train(EAFTTrainer, tmp_path / "out", gate="low_gates:low", max_steps=1)
     probs = torch.cat([stats.prob for stats in base_statistics(make_rows())])
-    assert trainer.gated_lm_head.params["prob_threshold"] == pytest.approx(np.percentile(probs.numpy(), 15), rel=SKETCH)
+    assert trainer.gated_lm_head.params["prob_threshold"] == pytest.approx(
+        np.percentile(probs.numpy(), 15), rel=SKETCH
+    )
 
 
 def test_what_predict_leaves_does_not_reach_the_next_evaluation(tmp_path):
@@ -363,7 +477,10 @@ def stream():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"train_dataset": IterableDataset.from_generator(stream)}, "needs a data set with a length"),
+        (
+            {"train_dataset": IterableDataset.from_generator(stream)},
+            "needs a data set with a length",
+        ),
         ({"data_collator": lambda rows: rows}, "not with a data_collator of your own"),
         ({"dataset_kwargs": {"skip_prepare_dataset": True}}, "not with dataset_kwargs"),
     ],
@@ -372,7 +489,9 @@ def stream():
 def test_set_ups_that_lose_the_example_are_refused(gate, kwargs, message, tmp_path):
     kwargs = {"train_dataset": Dataset.from_list(make_rows()), **kwargs}
     prepared = {"dataset_kwargs": kwargs.pop("dataset_kwargs", None)}
-    args = EAFTConfig(str(tmp_path), gate=gate, use_cpu=True, bf16=False, report_to=[], max_steps=1, **prepared)
+    args = EAFTConfig(
+        str(tmp_path), gate=gate, use_cpu=True, bf16=False, report_to=[], max_steps=1, **prepared
+    )
     with pytest.raises(ConfigurationError, match=message):
         EAFTTrainer(make_model(), args=args, processing_class=make_tokenizer(), **kwargs)
 
@@ -382,10 +501,16 @@ def test_set_ups_that_lose_the_example_are_refused(gate, kwargs, message, tmp_pa
     [
         ({"gate_kwargs": "{steepness"}, "is not JSON"),
         ({"gate_kwargs": [1]}, "expected a map"),
-        ({"gate": "eaft-sigmoid", "gate_kwargs": {"steepnes": 3}}, "takes no steepnes; it takes steepness, center"),
+        (
+            {"gate": "eaft-sigmoid", "gate_kwargs": {"steepnes": 3}},
+            "takes no steepnes; it takes steepness, center",
+        ),
         ({"gate_kwargs": {"alpha": 2.0}}, "set alpha by gate_alpha"),
         ({"gate": "dft", "gate_entropy": "exact"}, "takes no entropy"),
-        ({"gate": "masked", "gate_kwargs": {"entropy_threshold": "none"}}, "expected a number or 'batch'"),
+        (
+            {"gate": "masked", "gate_kwargs": {"entropy_threshold": "none"}},
+            "expected a number or 'batch'",
+        ),
     ],
 )
 def test_bad_parameters_of_a_gate(settings, message):

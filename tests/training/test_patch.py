@@ -1,4 +1,7 @@
-"""One call, and a plain trainer trains with the gated loss: against the reference, and transformers' own Trainer."""
+"""
+One call, and a plain trainer trains with the gated loss: against the reference, and transformers'
+own Trainer.
+"""
 
 import copy
 import inspect
@@ -20,7 +23,9 @@ from tests.training.test_head import batch
 
 def train_plainly(tmp_path, callback=None, loss=None, **kwargs):
     rows = torch.randint(3, 200, (12, 9), generator=torch.Generator().manual_seed(0)).tolist()
-    data = Dataset.from_list([{"input_ids": r, "labels": [-100] * (i % 4) + r[i % 4 :]} for i, r in enumerate(rows)])
+    data = Dataset.from_list(
+        [{"input_ids": r, "labels": [-100] * (i % 4) + r[i % 4 :]} for i, r in enumerate(rows)]
+    )
     args = TrainingArguments(
         tmp_path,
         max_steps=3,
@@ -33,14 +38,21 @@ def train_plainly(tmp_path, callback=None, loss=None, **kwargs):
     )
     callbacks = [] if callback is None else [callback]
     trainer = Trainer(
-        make_model(), args, train_dataset=data, eval_dataset=data, callbacks=callbacks, compute_loss_func=loss
+        make_model(),
+        args,
+        train_dataset=data,
+        eval_dataset=data,
+        callbacks=callbacks,
+        compute_loss_func=loss,
     )
     trainer.train()
     return trainer
 
 
 def test_plain_trainer_with_sft_equals_the_models_own_loss(tmp_path):
-    ours = train_plainly(tmp_path, GateCallback("sft"), per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    ours = train_plainly(
+        tmp_path, GateCallback("sft"), per_device_train_batch_size=2, gradient_accumulation_steps=2
+    )
     own = train_plainly(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)
     for a, b in zip(ours.state.log_history[:3], own.state.log_history[:3], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
@@ -49,7 +61,12 @@ def test_plain_trainer_with_sft_equals_the_models_own_loss(tmp_path):
 
 def test_plain_trainer_accumulates_and_evaluates_plain_nll(tmp_path):
     flags = {"gate": "eaft", "gate_alpha": 2.0}
-    split = train_plainly(tmp_path, GateCallback(**flags), per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    split = train_plainly(
+        tmp_path,
+        GateCallback(**flags),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=4,
+    )
     whole = train_plainly(tmp_path, GateCallback(**flags), per_device_train_batch_size=4)
     for a, b in zip(split.state.log_history[:3], whole.state.log_history[:3], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
@@ -69,24 +86,31 @@ def test_a_trainer_that_computes_a_loss_of_its_own_is_found_out(tmp_path):
 
 def test_ligers_fused_loss_is_refused():
     args = SimpleNamespace(use_liger_kernel=True, liger_kernel_config=None)
-    with pytest.raises(ConfigurationError, match="use_liger_kernel puts Liger's plain cross-entropy"):
+    with pytest.raises(
+        ConfigurationError, match="use_liger_kernel puts Liger's plain cross-entropy"
+    ):
         GateCallback("eaft").on_init_end(args, None, None, model=make_model())
     args.liger_kernel_config = {"fused_linear_cross_entropy": False}
     GateCallback("eaft").on_init_end(args, None, None, model=make_model())
 
 
 @pytest.mark.parametrize(
-    ("gate", "params"), [("eaft", {"alpha": 2.0}), ("talr", {"tau": 0.5}), (lambda stats: stats.prob, {})]
+    ("gate", "params"),
+    [("eaft", {"alpha": 2.0}), ("talr", {"tau": 0.5}), (lambda stats: stats.prob, {})],
 )
 @pytest.mark.parametrize("adapter", [False, True])
 def test_loss_and_gradients_are_the_references(gate, params, adapter):
     model = make_model()
     if adapter:
-        model = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+        model = get_peft_model(
+            model, LoraConfig(target_modules="all-linear", init_lora_weights=False)
+        )
     reference = copy.deepcopy(model)
     head = patch_model(model, gate, **params)
     (ids, labels), seen = batch(), []
-    model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(output.shape[:2]))
+    model.get_output_embeddings().register_forward_hook(
+        lambda module, inputs, output: seen.append(output.shape[:2])
+    )
     for _ in range(2):
         model.zero_grad()
         output = model(input_ids=ids, labels=labels, num_items_in_batch=torch.tensor(40))
@@ -109,7 +133,9 @@ def test_other_calls_are_the_models_own():
     own, (ids, labels) = copy.deepcopy(model), batch()
     patch_model(model, "eaft")
     assert inspect.signature(model.forward) == inspect.signature(own.forward)
-    torch.testing.assert_close(model.train()(input_ids=ids).logits, own.train()(input_ids=ids).logits)
+    torch.testing.assert_close(
+        model.train()(input_ids=ids).logits, own.train()(input_ids=ids).logits
+    )
     ours, theirs = (m.eval()(input_ids=ids, labels=labels) for m in (model, own))
     torch.testing.assert_close((ours.loss, ours.logits), (theirs.loss, theirs.logits))
     assert model.generate(ids[:1], max_new_tokens=2, do_sample=False).shape == (1, 13)
@@ -137,7 +163,9 @@ def test_a_copy_has_weights_and_gradients_of_its_own():
     assert clone.get_input_embeddings().weight.grad is not None
     fresh = make_model()
     fresh.load_state_dict(clone.state_dict())
-    torch.testing.assert_close(clone.eval()(input_ids=ids).logits, fresh.eval()(input_ids=ids).logits)
+    torch.testing.assert_close(
+        clone.eval()(input_ids=ids).logits, fresh.eval()(input_ids=ids).logits
+    )
 
 
 def test_labels_by_position_are_labels():
@@ -145,7 +173,9 @@ def test_labels_by_position_are_labels():
     patch_model(model, "eaft")
     by_name = model(input_ids=ids, labels=labels, return_dict=False).loss
     names = list(inspect.signature(model.forward).parameters)
-    torch.testing.assert_close(model(ids, *[None] * (names.index("labels") - 1), labels).loss, by_name)
+    torch.testing.assert_close(
+        model(ids, *[None] * (names.index("labels") - 1), labels).loss, by_name
+    )
 
 
 @pytest.mark.parametrize("kept", [5, torch.ones(11, dtype=torch.bool)])
@@ -171,7 +201,12 @@ def test_a_callback_that_cannot_reach_the_model_says_so(tmp_path):
     late.add_callback(GateCallback("eaft"))
     with pytest.raises(ConfigurationError, match="give it to the trainer's constructor"):
         late.train()
-    remade = Trainer(model_init=lambda: make_model(), args=args, train_dataset=data, callbacks=[GateCallback("eaft")])
+    remade = Trainer(
+        model_init=lambda: make_model(),
+        args=args,
+        train_dataset=data,
+        callbacks=[GateCallback("eaft")],
+    )
     with pytest.raises(ConfigurationError, match="model_init"):
         remade.train()
     with pytest.raises(ConfigurationError, match="one process a GPU"):
@@ -181,7 +216,9 @@ def test_a_callback_that_cannot_reach_the_model_says_so(tmp_path):
 def test_a_gate_that_needs_the_base_model_is_refused():
     model = make_model()
     for gate, params in (("flow", {"tau": 1.0}), ("psft", {}), ("sft-kl", {})):
-        with pytest.raises(ConfigurationError, match="needs the base model as well; use EAFTTrainer"):
+        with pytest.raises(
+            ConfigurationError, match="needs the base model as well; use EAFTTrainer"
+        ):
             patch_model(model, gate, **params)
     with pytest.raises(ConfigurationError, match="takes no beta"):
         patch_model(model, "eaft", beta=2.0)
@@ -194,9 +231,10 @@ def test_it_needs_no_trl():
     """Other trainers come with a TRL of another version, or none."""
     missing = "sys.modules.update(dict.fromkeys(['trl', 'datasets', 'peft', 'lm_eval']))"
     use = (
-        "from transformers import LlamaConfig, LlamaForCausalLM; from eaft import GateCallback, patch_model; "
-        "model = LlamaForCausalLM(LlamaConfig(vocab_size=30, hidden_size=8, intermediate_size=8, num_hidden_layers=1, "
-        "num_attention_heads=1)); patch_model(model); GateCallback(); ids = torch.tensor([[5, 6, 7]]); "
-        "model.train()(input_ids=ids, labels=ids).loss.backward()"
+        "from transformers import LlamaConfig, LlamaForCausalLM; from eaft import GateCallback,"
+        " patch_model; model = LlamaForCausalLM(LlamaConfig(vocab_size=30, hidden_size=8,"
+        " intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)); patch_model(model);"
+        " GateCallback(); ids = torch.tensor([[5, 6, 7]]); model.train()(input_ids=ids,"
+        " labels=ids).loss.backward()"
     )
     subprocess.run([sys.executable, "-c", f"import sys, torch; {missing}; {use}"], check=True)

@@ -1,4 +1,7 @@
-"""A loss that is not finite: which rows of the data set the message names, for every way that rows reach the model."""
+"""
+A loss that is not finite: which rows of the data set the message names, for every way that rows
+reach the model.
+"""
 
 import math
 import os
@@ -75,7 +78,9 @@ def test_rows_of_an_evaluation_are_named(tmp_path):
     trainer = build(EAFTTrainer, tmp_path, eval_rows=make_rows(5))
     poison(trainer, 0)
     text = trainer.processing_class.decode(trainer.eval_dataset[4]["input_ids"][:32])
-    with pytest.raises(NonFiniteError, match=re.escape("in evaluation; the batch's rows are 0: ")) as raised:
+    with pytest.raises(
+        NonFiniteError, match=re.escape("in evaluation; the batch's rows are 0: ")
+    ) as raised:
         trainer.evaluate()
     assert f"4: {text!r}" in str(raised.value)
 
@@ -91,7 +96,11 @@ def test_rows_of_a_stream_have_text_but_no_number_and_it_is_not_read_again(paddi
             yield {"input_ids": [3 + i % 200] * (4 + i % 3), "labels": [3 + i % 200] * (4 + i % 3)}
             i += 1
 
-    settings = {**DEFAULTS, "padding_free": padding_free, "max_length": None if padding_free else 64}
+    settings = {
+        **DEFAULTS,
+        "padding_free": padding_free,
+        "max_length": None if padding_free else 64,
+    }
     trainer = EAFTTrainer(
         make_model(),
         args=EAFTConfig(str(tmp_path), **settings),
@@ -101,12 +110,17 @@ def test_rows_of_a_stream_have_text_but_no_number_and_it_is_not_read_again(paddi
     message = failure(trainer)
     assert message.count("(unnumbered): ") == 4
     for i in range(4, 8):
-        assert f"(unnumbered): {trainer.processing_class.decode([3 + i] * (4 + i % 3))!r}" in message
+        assert (
+            f"(unnumbered): {trainer.processing_class.decode([3 + i] * (4 + i % 3))!r}" in message
+        )
     assert len(read) < 100
 
 
 def keys_seen(trainer_class, tmp_path):
-    """Train a step with a collator and a loss of one's own; return the keys that they see of rows and batches."""
+    """
+    Train a step with a collator and a loss of one's own; return the keys that they see of rows and
+    batches.
+    """
     seen = set()
 
     class Watching(trainer_class):
@@ -162,7 +176,10 @@ def test_a_long_row_is_named_by_how_it_begins():
 
 
 def test_a_packed_row_is_told_from_one_that_begins_like_it():
-    packed = [{"input_ids": [3, 4], "seq_lengths": [2]}, {"input_ids": [3, 4, 5, 6, 7], "seq_lengths": [2, 3]}]
+    packed = [
+        {"input_ids": [3, 4], "seq_lengths": [2]},
+        {"input_ids": [3, 4, 5, 6, 7], "seq_lengths": [2, 3]},
+    ]
     rows = Dataset.from_list(packed).shuffle(seed=1)
     index = {tuple(row["input_ids"]): i for i, row in enumerate(rows)}[3, 4, 5, 6, 7]
     batch = DataCollatorForLanguageModeling(0, padding_free=True, pad_to_multiple_of=8)([packed[1]])
@@ -172,8 +189,19 @@ def test_a_packed_row_is_told_from_one_that_begins_like_it():
 def test_every_process_has_the_message_and_uneven_shares_are_measured_as_one(tmp_path):
     """Two processes: see `rows_check`, which they run."""
     root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(root), *sys.path[1:]])}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(root), *sys.path[1:]]),
+    }
     command += ["-m", "tests.training.rows_check", str(tmp_path)]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -189,7 +217,9 @@ def test_the_command_prints_an_error_once(rank, printed, monkeypatch, capsys):
         monkeypatch.setenv("RANK", rank)
     assert cli.main(["train"]) == 2
     assert capsys.readouterr().err.count("eaft train: error: nan at 3") == printed
-    assert bool(waited) == (not printed)  # the first has spoken before a launcher sees that one has left
+    assert bool(waited) == (
+        not printed
+    )  # the first has spoken before a launcher sees that one has left
 
 
 def fail(argv):

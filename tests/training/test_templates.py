@@ -1,4 +1,7 @@
-"""What chat templates make of rows: errors by row before a model is loaded, and the assistant's tokens by turns."""
+"""
+What chat templates make of rows: errors by row before a model is loaded, and the assistant's tokens
+by turns.
+"""
 
 import json
 import runpy
@@ -24,7 +27,10 @@ TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 
 
 def tokenizer_with(name, more=""):
-    """Return the byte tokenizer with a template that TRL ships; with `more`, one that TRL does not know."""
+    """
+    Return the byte tokenizer with a template that TRL ships; with `more`, one that TRL does not
+    know.
+    """
     tokenizer = make_tokenizer()
     tokenizer.bos_token = "<|pad|>"
     tokenizer.chat_template = (TEMPLATES / f"{name}.jinja").read_text() + more
@@ -37,7 +43,9 @@ def config(**settings):
 
 
 def row(*messages):
-    return {"messages": [m if isinstance(m, dict) else {"role": r, "content": m} for m, r in messages]}
+    return {
+        "messages": [m if isinstance(m, dict) else {"role": r, "content": m} for m, r in messages]
+    }
 
 
 def said(*contents):
@@ -46,7 +54,9 @@ def said(*contents):
 
 def calling(arguments):
     call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
-    return row(("Weather?", "user"), ({"role": "assistant", "content": "", "tool_calls": [call]}, None))
+    return row(
+        ("Weather?", "user"), ({"role": "assistant", "content": "", "tool_calls": [call]}, None)
+    )
 
 
 AS_MAP, AS_TEXT = "and this template takes a map", "and this template takes JSON text"
@@ -55,10 +65,22 @@ REFUSED = {
     "text, glm4moe": ("glm4moe", calling('{"city": "Paris"}'), AS_MAP),
     "text, nemotron_3_nano": ("nemotron_3_nano", calling('{"city": "Paris"}'), AS_MAP),
     "map, deepseekv3": ("deepseekv3", calling({"city": "Paris"}), AS_TEXT),
-    "system": ("gemma", row(("Be brief.", "system"), ("Hi", "user"), ("Hi.", "assistant")), "no system message"),
-    "roles do not alternate": ("gemma", row(("Hi", "user"), ("You", "user"), ("Hi.", "assistant")), "must alternate"),
-    "no content": ("qwen2_5", row(("Hi", "user"), ({"role": "assistant"}, None)), 'Give each message a "content"'),
-}  # fmt: skip
+    "system": (
+        "gemma",
+        row(("Be brief.", "system"), ("Hi", "user"), ("Hi.", "assistant")),
+        "no system message",
+    ),
+    "roles do not alternate": (
+        "gemma",
+        row(("Hi", "user"), ("You", "user"), ("Hi.", "assistant")),
+        "must alternate",
+    ),
+    "no content": (
+        "qwen2_5",
+        row(("Hi", "user"), ({"role": "assistant"}, None)),
+        'Give each message a "content"',
+    ),
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -76,7 +98,9 @@ def test_a_row_that_a_template_does_not_take_is_named_with_the_way_out(name):
 def test_a_template_that_is_no_jinja_is_no_fault_of_a_row():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}\n{{ m['content'] "
-    with pytest.raises(ConfigurationError, match=r"not valid Jinja.*give another with --chat_template_path"):
+    with pytest.raises(
+        ConfigurationError, match=r"not valid Jinja.*give another with --chat_template_path"
+    ):
         check_rows(tokenizer, [said("Hi", "Hello.")], config(), "data")
     tokenizer.chat_template = None
     with pytest.raises(ConfigurationError, match="no chat template, which rows of messages need"):
@@ -88,23 +112,50 @@ def test_no_model_is_loaded_and_nothing_written(command, model_dir, tmp_path, ca
     template = tmp_path / "other.jinja"
     template.write_text((TEMPLATES / "glm4moe.jinja").read_text())
     data, held_out = tmp_path / "data.jsonl", tmp_path / "held_out.jsonl"
-    data.write_text("".join(json.dumps(r) + "\n" for r in (said("Hi", "Hello."), calling('{"city": "Paris"}'))))
-    loads = ["training.train.resolve_model", "training.plan.resolve_model", "inspection.inspect.find_model"]
+    data.write_text(
+        "".join(json.dumps(r) + "\n" for r in (said("Hi", "Hello."), calling('{"city": "Paris"}')))
+    )
+    loads = [
+        "training.train.resolve_model",
+        "training.plan.resolve_model",
+        "inspection.inspect.find_model",
+    ]
     for module in [*loads, "comparison.recipe.resolve_model"]:
         monkeypatch.setattr(f"eaft.{module}", lambda *a, **k: pytest.fail("a model is looked for"))
     out = tmp_path / "out"
-    flags = {"dataset_name": data, "output_dir": out, "use_cpu": "true", "bf16": "false", "report_to": "none"}
+    flags = {
+        "dataset_name": data,
+        "output_dir": out,
+        "use_cpu": "true",
+        "bf16": "false",
+        "report_to": "none",
+    }
     flags |= {"model_name_or_path": model_dir, "chat_template_path": template}
     argv = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
     if command == "held_out":
-        good = {"prompt": said("Hi")["messages"], "completion": [{"role": "assistant", "content": "Hello."}]}
-        bad = {"prompt": said("Weather?")["messages"], "completion": calling('{"city": "Paris"}')["messages"][1:]}
+        good = {
+            "prompt": said("Hi")["messages"],
+            "completion": [{"role": "assistant", "content": "Hello."}],
+        }
+        bad = {
+            "prompt": said("Weather?")["messages"],
+            "completion": calling('{"city": "Paris"}')["messages"][1:],
+        }
         data.write_text(json.dumps({**good, "prompt": said("Bye")["messages"]}))
         held_out.write_text(json.dumps(good) + "\n" + json.dumps(bad))
         train = {name: str(value) for name, value in flags.items() if name != "output_dir"}
         train |= {"use_cpu": True, "bf16": False}
-        evaluate = {"target_tasks": ["everyday"], "general_tasks": ["everyday"], "held_out": str(held_out)}
-        recipe = {"output_dir": str(out), "objectives": {"sft": {"gate": "sft"}}, "train": train, "evaluate": evaluate}
+        evaluate = {
+            "target_tasks": ["everyday"],
+            "general_tasks": ["everyday"],
+            "held_out": str(held_out),
+        }
+        recipe = {
+            "output_dir": str(out),
+            "objectives": {"sft": {"gate": "sft"}},
+            "train": train,
+            "evaluate": evaluate,
+        }
         (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
         code = cli.main(["compare", "--config", str(tmp_path / "recipe.yaml")])
     else:
@@ -123,15 +174,21 @@ def found(rows, tokenizer, args=None, **more):
     return {e["name"]: (e["count"], e["rows"], e["text"]) for e in entries}
 
 
-@pytest.mark.parametrize(("name", "count"), [("glm4moe", 2), ("qwen2_5", 0), ("phi3", 0), ("deepseekv3", 0)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("glm4moe", 2), ("qwen2_5", 0), ("phi3", 0), ("deepseekv3", 0)]
+)
 def test_answers_without_an_end_token_are_told(name, count):
     tokenizer = tokenizer_with(name)
     rows = [said("Hi", "Hello."), said("Hi"), said("Hi you", "Hello.")]
-    ends, text = {"<|im_end|>"}, "generation stops at ('<|im_end|>',). Give a template that ends the assistant's turn"
+    ends, text = (
+        {"<|im_end|>"},
+        "generation stops at ('<|im_end|>',). Give a template that ends the assistant's turn",
+    )
     if name == "deepseekv3":
         ends = {"\uff5cend\u2581of\u2581sentence\uff5c>"}
     at_the_end = [
-        tokenizer.apply_chat_template(r["messages"], tokenize=False).strip().endswith(tuple(ends)) for r in rows
+        tokenizer.apply_chat_template(r["messages"], tokenize=False).strip().endswith(tuple(ends))
+        for r in rows
     ]
     assert (not at_the_end[0]) == bool(count)
     number, first, told = found(rows, tokenizer, ends=ends)["no_end"]
@@ -142,7 +199,8 @@ def test_answers_without_an_end_token_are_told(name, count):
 def test_an_end_token_that_generation_does_not_know_is_told_with_the_flag():
     rows = [said("Hi", "Hello.")]
     assert (
-        "Set --eos_token '<|im_end|>'." in found(rows, tokenizer_with("qwen2_5"), ends={"<|endoftext|>"})["no_end"][2]
+        "Set --eos_token '<|im_end|>'."
+        in found(rows, tokenizer_with("qwen2_5"), ends={"<|endoftext|>"})["no_end"][2]
     )
     assert found(rows, tokenizer_with("qwen2_5"))["no_end"][0] == 0
 
@@ -177,8 +235,17 @@ def test_what_are_no_messages_is_refused_by_row(bad):
 
 
 def test_nulls_that_parquet_fills_in_are_told_and_those_of_json_lines_are_not(tmp_path):
-    rows = [said("Hi", "Hello."), calling({"city": "Paris"}), calling({"city": "Rome", "unit": None})]
-    typed = [rows[0], calling({"city": "Paris"}), calling({"unit": "C"}), calling({"city": "Rome", "unit": "C"})]
+    rows = [
+        said("Hi", "Hello."),
+        calling({"city": "Paris"}),
+        calling({"city": "Rome", "unit": None}),
+    ]
+    typed = [
+        rows[0],
+        calling({"city": "Paris"}),
+        calling({"unit": "C"}),
+        calling({"city": "Rome", "unit": "C"}),
+    ]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     Dataset.from_list(typed).to_parquet(tmp_path / "data.parquet")
     tokenizer = tokenizer_with("qwen3_5_think")
@@ -190,10 +257,15 @@ def load_rows(path):
     return load_splits(ScriptArguments(dataset_name=str(path)), DatasetMixtureConfig())["train"]
 
 
-@pytest.mark.parametrize(("name", "count"), [("lfm2", 2), ("llama3", 2), ("qwen2_5", 0), ("phi3", 2), ("llama3_1", 0)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("lfm2", 2), ("llama3", 2), ("qwen2_5", 0), ("phi3", 2), ("llama3_1", 0)]
+)
 def test_tool_calls_that_a_template_drops_are_told(name, count):
     answered = calling({"city": "Paris"})
-    answered["messages"] += [{"role": "tool", "name": "weather", "content": "rain"}, *said("", "Rain.")["messages"][1:]]
+    answered["messages"] += [
+        {"role": "tool", "name": "weather", "content": "rain"},
+        *said("", "Rain.")["messages"][1:],
+    ]
     rows = [said("weather?", "Hello."), calling({"city": "Paris"}), answered]
     tokenizer = tokenizer_with(name)
     texts = [tokenizer.apply_chat_template(r["messages"], tokenize=False) for r in rows[1:]]
@@ -207,7 +279,9 @@ def test_tool_calls_that_a_template_drops_are_told(name, count):
 def test_prompts_that_do_not_begin_their_row_are_told(name):
     tokenizer, messages = tokenizer_with(name), said("Hi you", "Hello.")["messages"]
     row = {"prompt": messages[:1], "completion": messages[1:]}
-    given = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+    given = tokenizer.apply_chat_template(
+        row["prompt"], add_generation_prompt=True, return_dict=False
+    )
     whole = tokenizer.apply_chat_template(messages, return_dict=False)
     right = whole[: len(given)] != given
     assert found([row], tokenizer)["no_prefix"][0] == right
@@ -227,15 +301,29 @@ def test_a_token_that_spans_the_end_of_a_prompt_is_told():
 def test_train_dry_run_and_inspect_tell_the_same(model_dir, tmp_path, capsys):
     template, data = tmp_path / "other.jinja", tmp_path / "data.jsonl"
     template.write_text((TEMPLATES / "glm4moe.jinja").read_text())
-    data.write_text("".join(json.dumps(r) + "\n" for r in [said("Hi", "Hello."), said("Hi you", "Hello.")] * 4))
-    flags = {"dataset_name": data, "use_cpu": "true", "bf16": "false", "report_to": "none", "max_steps": 1}
+    data.write_text(
+        "".join(json.dumps(r) + "\n" for r in [said("Hi", "Hello."), said("Hi you", "Hello.")] * 4)
+    )
+    flags = {
+        "dataset_name": data,
+        "use_cpu": "true",
+        "bf16": "false",
+        "report_to": "none",
+        "max_steps": 1,
+    }
     flags |= {"model_name_or_path": model_dir, "chat_template_path": template}
     argv = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
     line = (
-        "dataset_train_split='train': Answers without an end token: 8 (row 0, 1, 2, 3, 4). The model does not learn to"
+        "dataset_train_split='train': Answers without an end token: 8 (row 0, 1, 2, 3, 4). The"
+        " model does not learn to"
     )
     for command, *more in (["train"], ["train", "--dry_run"], ["inspect"]):
-        assert cli.main([command, *argv, "--output_dir", str(tmp_path / (command + "".join(more))), *more]) == 0
+        assert (
+            cli.main(
+                [command, *argv, "--output_dir", str(tmp_path / (command + "".join(more))), *more]
+            )
+            == 0
+        )
         assert line in capsys.readouterr().err
     checks = json.loads((tmp_path / "inspect" / "summary.json").read_text())["checks"]
     assert {c["name"]: c["count"] for c in checks}["no_end"] == 8
@@ -254,13 +342,17 @@ MARKED = ["cohere", "cohere2", "gemma3", "lfm2_v2", "llama3", "qwen2_5_vl", "qwe
 @pytest.mark.parametrize("name", MARKED)
 def test_turns_are_the_tokens_that_trl_marks(name, wanted):
     data = [said("Hi you", "Hello.", "Bye", "See you."), said("Café?", "Ja, 咖啡.")]
-    right = labelled(tokenizer_with(name), data, assistant_only_loss=True)  # TRL's own marked version of it
+    right = labelled(
+        tokenizer_with(name), data, assistant_only_loss=True
+    )  # TRL's own marked version of it
     assert any(label == -100 for label in right[1][0])
     assert labelled(tokenizer_with(name, "{# mine #}"), data, **wanted) == right
     assert labelled(tokenizer_with(name), data, **wanted) == right
 
 
-@pytest.mark.parametrize("name", ["qwen2_5", "phi3", "glm4moe", "nemotron_3_nano", "qwen3_8", "gptoss", "qwen3"])
+@pytest.mark.parametrize(
+    "name", ["qwen2_5", "phi3", "glm4moe", "nemotron_3_nano", "qwen3_8", "gptoss", "qwen3"]
+)
 def test_a_single_turn_is_labelled_as_trl_labels_a_completion(name):
     tokenizer = tokenizer_with(name, "{# mine #}")
     whole = said("Hi you", "Hello.")
@@ -271,9 +363,13 @@ def test_a_single_turn_is_labelled_as_trl_labels_a_completion(name):
 
 
 def test_turns_that_cannot_be_found_are_refused_with_a_form_that_works():
-    tokenizer = tokenizer_with("qwen3", "{# mine #}")  # leaves the empty thought out of earlier turns
+    tokenizer = tokenizer_with(
+        "qwen3", "{# mine #}"
+    )  # leaves the empty thought out of earlier turns
     data = [said("Hi", "Hello."), said("Hi you", "Hello.", "Bye", "See you.")]
-    with pytest.raises(ConfigurationError, match=r'Row 1: .*message 1 .*\{"prompt": .*"completion": '):
+    with pytest.raises(
+        ConfigurationError, match=r'Row 1: .*message 1 .*\{"prompt": .*"completion": '
+    ):
         labelled(tokenizer, data, assistant_only_loss=True)
 
 
@@ -281,4 +377,6 @@ def test_the_table_of_the_docs_is_what_the_templates_do():
     page = (DOCS / "templates.md").read_text()
     if f"\nTRL {trl.__version__}:\n" not in page:
         pytest.skip("the table is of another TRL")
-    assert runpy.run_path(str(DOCS / "make_templates.py"))["table"]() in page, "run docs/make_templates.py"
+    assert runpy.run_path(str(DOCS / "make_templates.py"))["table"]() in page, (
+        "run docs/make_templates.py"
+    )

@@ -11,7 +11,10 @@ from tests.conftest import make_model, make_rows, make_tokenizer
 
 PAGE = Path(__file__).parents[2] / "docs" / "trackers.md"
 # Of transformers and TRL, without a row of their own
-THEIRS = r"train/(epoch|grad_norm|learning_rate|total_flos|train_\w+|\w+_per_second)|eval/(runtime|\w+_per_second)"
+THEIRS = (
+    r"train/(epoch|grad_norm|learning_rate|total_flos|train_\w+|\w+_per_second)"
+    r"|eval/(runtime|\w+_per_second)"
+)
 
 
 def test_names_are_those_of_the_docs(tmp_path):
@@ -34,9 +37,13 @@ def test_names_are_those_of_the_docs(tmp_path):
     )
     rows = Dataset.from_list(make_rows(8))
     model = make_model(initializer_range=0.8)  # sure of some tokens, unsure of others
-    trainer = EAFTTrainer(model, args=args, train_dataset=rows, eval_dataset=rows, processing_class=make_tokenizer())
+    trainer = EAFTTrainer(
+        model, args=args, train_dataset=rows, eval_dataset=rows, processing_class=make_tokenizer()
+    )
     trainer.train()
-    logged = rewrite_logs({name: 0 for log in trainer.state.log_history for name in log if name != "step"})
+    logged = rewrite_logs(
+        {name: 0 for log in trainer.state.log_history for name in log if name != "step"}
+    )
     table = "".join(re.findall(r"^\| `.*\n", PAGE.read_text(), re.MULTILINE))
     documented = re.findall(r"`((?:train|eval)/[\w/]+)`", table)
     names = {name.replace("score/everyday", "score/TASK") for name in logged}

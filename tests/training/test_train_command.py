@@ -1,4 +1,7 @@
-"""`eaft train` as a user runs it: formats in, a loadable folder out, and bad input refused with nothing written."""
+"""
+`eaft train` as a user runs it: formats in, a loadable folder out, and bad input refused with
+nothing written.
+"""
 
 import json
 import os
@@ -18,7 +21,17 @@ from eaft.objective.registry import GATES
 from eaft.training.train import last_complete_checkpoint, parse
 from tests.conftest import make_rows
 
-SMALL = ["--use_cpu", "--report_to", "none", "--disable_tqdm", "true", "--bf16", "false", "--max_steps", "4"]
+SMALL = [
+    "--use_cpu",
+    "--report_to",
+    "none",
+    "--disable_tqdm",
+    "true",
+    "--bf16",
+    "false",
+    "--max_steps",
+    "4",
+]
 
 
 @pytest.fixture
@@ -40,13 +53,25 @@ def weights(folder):
 def test_trains_and_writes_what_it_promises(model_dir, data, tmp_path, capsys):
     out = tmp_path / "out"
     assert (
-        run("--model_name_or_path", model_dir, "--dataset_name", data, "--output_dir", out, "--logging_steps", 1) == 0
+        run(
+            "--model_name_or_path",
+            model_dir,
+            "--dataset_name",
+            data,
+            "--output_dir",
+            out,
+            "--logging_steps",
+            1,
+        )
+        == 0
     )
     before, after = weights(model_dir), weights(out)
     assert any(not torch.equal(before[n], after[n]) for n in before)
     logs = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [log["step"] for log in logs] == [1, 2, 3, 4, 4]
-    assert {"loss", "nll", "mean_gate", "entropy", "conflict_share", "conflict_nll_share"} <= logs[0].keys()
+    assert {"loss", "nll", "mean_gate", "entropy", "conflict_share", "conflict_nll_share"} <= logs[
+        0
+    ].keys()
     assert "`eaft`" in (out / "README.md").read_text()
     record = json.loads((out / "run.json").read_text())
     assert record["finished"]
@@ -68,7 +93,12 @@ CHAT = [
     for row in ROWS
 ]
 SHAREGPT = [
-    {"conversations": [{"from": "human", "value": r["prompt"]}, {"from": "gpt", "value": r["completion"]}]}
+    {
+        "conversations": [
+            {"from": "human", "value": r["prompt"]},
+            {"from": "gpt", "value": r["completion"]},
+        ]
+    }
     for r in ROWS
 ]
 MESSAGES = [{"messages": row["prompt"] + row["completion"]} for row in CHAT]
@@ -80,7 +110,10 @@ FORMATS = {"chat": CHAT, "sharegpt": SHAREGPT, "messages": MESSAGES, "text": TEX
 
 @pytest.mark.parametrize(
     ("name", "suffix"),
-    [*((name, suffix) for name in FORMATS for suffix in (".jsonl", ".json", ".parquet")), ("text", ".csv")],
+    [
+        *((name, suffix) for name in FORMATS for suffix in (".jsonl", ".json", ".parquet")),
+        ("text", ".csv"),
+    ],
 )
 def test_every_format_from_every_file(model_dir, tmp_path, name, suffix):
     path, table = tmp_path / f"rows{suffix}", pd.DataFrame(FORMATS[name])
@@ -90,7 +123,17 @@ def test_every_format_from_every_file(model_dir, tmp_path, name, suffix):
         ".csv": lambda: table.to_csv(path, index=False),
         ".parquet": lambda: table.to_parquet(path),
     }[suffix]()
-    assert run("--model_name_or_path", model_dir, "--dataset_name", path, "--output_dir", tmp_path / "out") == 0
+    assert (
+        run(
+            "--model_name_or_path",
+            model_dir,
+            "--dataset_name",
+            path,
+            "--output_dir",
+            tmp_path / "out",
+        )
+        == 0
+    )
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
@@ -101,21 +144,42 @@ def test_yaml_lora_and_evaluation_from_a_folder_of_splits(model_dir, tmp_path):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = tmp_path / "config.yaml"
     config.write_text(
-        f"model_name_or_path: {model_dir}\ndataset_name: {folder}\noutput_dir: {tmp_path / 'out'}\ngate: dft\n"
-        "use_peft: true\nlora_r: 4\neval_strategy: steps\neval_steps: 2\n"
+        f"model_name_or_path: {model_dir}\ndataset_name: {folder}\noutput_dir:"
+        f" {tmp_path / 'out'}\ngate: dft\nuse_peft: true\nlora_r: 4\neval_strategy:"
+        " steps\neval_steps: 2\n"
     )
     assert run("--config", config, "--gate", "eaft") == 0  # a flag overrides the file
     assert json.loads((tmp_path / "out" / "run.json").read_text())["gate"]["name"] == "eaft"
-    logs = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    logs = [
+        json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [log["step"] for log in logs if "eval_loss" in log] == [2, 4]
     assert "lm_head.weight" in AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
 
 
 def test_a_run_at_its_end_is_not_trained_on(model_dir, data, tmp_path, capsys):
-    """max_steps in mid-epoch, where transformers' Trainer trains one step more at each resumption."""
+    """
+    max_steps in mid-epoch, where transformers' Trainer trains one step more at each resumption.
+    """
     out = tmp_path / "out"
-    flags = ["--model_name_or_path", model_dir, "--dataset_name", data, "--output_dir", out, "--logging_steps", 1]
-    flags += ["--save_steps", 3, "--resume_from_checkpoint", "true", "--lr_scheduler_type", "constant"]
+    flags = [
+        "--model_name_or_path",
+        model_dir,
+        "--dataset_name",
+        data,
+        "--output_dir",
+        out,
+        "--logging_steps",
+        1,
+    ]
+    flags += [
+        "--save_steps",
+        3,
+        "--resume_from_checkpoint",
+        "true",
+        "--lr_scheduler_type",
+        "constant",
+    ]
 
     def state():
         return {file.name: file.read_bytes() for file in sorted(out.iterdir()) if file.is_file()}
@@ -134,18 +198,36 @@ def test_a_run_at_its_end_is_not_trained_on(model_dir, data, tmp_path, capsys):
     assert state()["model.safetensors"] == whole["model.safetensors"]
     result, first = (json.loads(found["run.json"])["result"] for found in (state(), whole))
     assert result["steps"] == 3
-    assert result["train_loss"] == pytest.approx(first["train_loss"], rel=1e-4)  # logged with four digits
-    assert [log["step"] for log in map(json.loads, state()["metrics.jsonl"].splitlines())] == [1, 2, 3, 3]
+    assert result["train_loss"] == pytest.approx(
+        first["train_loss"], rel=1e-4
+    )  # logged with four digits
+    assert [log["step"] for log in map(json.loads, state()["metrics.jsonl"].splitlines())] == [
+        1,
+        2,
+        3,
+        3,
+    ]
 
     assert run(*flags, "--max_steps", 4) == 0  # more is asked for
     assert json.loads(state()["run.json"])["result"]["steps"] == 4
-    assert run(*flags, "--max_steps", 4, "--resume_from_checkpoint", out / "checkpoint-3") == 0  # from there again
+    assert (
+        run(*flags, "--max_steps", 4, "--resume_from_checkpoint", out / "checkpoint-3") == 0
+    )  # from there again
     assert "nothing was changed" not in capsys.readouterr().out
     assert state()["model.safetensors"] != whole["model.safetensors"]
 
 
 def test_resume_equals_uninterrupted(model_dir, data, tmp_path):
-    shared = ["--model_name_or_path", model_dir, "--dataset_name", data, "--save_steps", 2, "--logging_steps", 1]
+    shared = [
+        "--model_name_or_path",
+        model_dir,
+        "--dataset_name",
+        data,
+        "--save_steps",
+        2,
+        "--logging_steps",
+        1,
+    ]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert run(*shared, "--output_dir", whole) == 0
     assert run(*shared, "--output_dir", broken) == 0
@@ -157,7 +239,8 @@ def test_resume_equals_uninterrupted(model_dir, data, tmp_path):
     a, b = weights(whole), weights(broken)
     assert all(torch.equal(a[name], b[name]) for name in a)
     logs = [
-        [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[:4]] for out in (whole, broken)
+        [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[:4]]
+        for out in (whole, broken)
     ]
     assert [log["nll"] for log in logs[0]] == [log["nll"] for log in logs[1]]
 
@@ -171,7 +254,16 @@ def launch(launcher, *flags, cwd):
 
 @pytest.mark.parametrize("gate", ["flow", "conflict-mask", "psft", "asft"])
 def test_two_processes_equal_one(model_dir, data, tmp_path, gate):
-    shared = ["--model_name_or_path", model_dir, "--dataset_name", data, "--logging_steps", 1, "--gate", gate]
+    shared = [
+        "--model_name_or_path",
+        model_dir,
+        "--dataset_name",
+        data,
+        "--logging_steps",
+        1,
+        "--gate",
+        gate,
+    ]
     shared += ["--learning_rate", "1e-3"]
     one, two = tmp_path / "one", tmp_path / "two"
     assert run(*shared, "--output_dir", one, "--per_device_train_batch_size", 4) == 0
@@ -181,10 +273,15 @@ def test_two_processes_equal_one(model_dir, data, tmp_path, gate):
     moved = sum((a[n] - start[n]).square().sum() for n in a).sqrt()
     different = sum((a[n] - b[n]).square().sum() for n in a).sqrt()
     assert different / moved < 1e-3
-    logs = [[json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[:4]] for out in (one, two)]
+    logs = [
+        [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[:4]]
+        for out in (one, two)
+    ]
     for key in ("nll", "mean_gate", "grad_norm", "num_tokens", *(["kl"] if gate == "asft" else [])):
         # The first step's divergence is that of a model from itself: 0, within rounding
-        assert [log[key] for log in logs[0]] == pytest.approx([log[key] for log in logs[1]], rel=1e-4, abs=1e-6), key
+        assert [log[key] for log in logs[0]] == pytest.approx(
+            [log[key] for log in logs[1]], rel=1e-4, abs=1e-6
+        ), key
     if gate in ("flow", "conflict-mask"):
         a, b = (json.loads((out / "gate_measurements.json").read_text()) for out in (one, two))
         assert a["inputs"] == b["inputs"]
@@ -194,23 +291,54 @@ def test_two_processes_equal_one(model_dir, data, tmp_path, gate):
 
 def test_starts_under_accelerate_launch(model_dir, data, tmp_path):
     launcher = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
-    launch(launcher, "--model_name_or_path", model_dir, "--dataset_name", data, "--output_dir", "out", cwd=tmp_path)
+    launch(
+        launcher,
+        "--model_name_or_path",
+        model_dir,
+        "--dataset_name",
+        data,
+        "--output_dir",
+        "out",
+        cwd=tmp_path,
+    )
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_flags_of_accelerate_launch_are_passed_on(model_dir, data, tmp_path):
-    flags = ["--model_name_or_path", model_dir, "--dataset_name", data, "--output_dir", "out", "--num_processes", "1"]
+    flags = [
+        "--model_name_or_path",
+        model_dir,
+        "--dataset_name",
+        data,
+        "--output_dir",
+        "out",
+        "--num_processes",
+        "1",
+    ]
     launch([], *flags, cwd=tmp_path)
     assert json.loads((tmp_path / "out" / "run.json").read_text())["finished"]
 
 
 def test_divergence_ends_with_one_message_and_a_good_checkpoint(model_dir, data, tmp_path, capsys):
-    """The rows of the batch, which the message also names for a loss, are tested in test_trainer.py."""
+    """
+    The rows of the batch, which the message also names for a loss, are tested in test_trainer.py.
+    """
     out = tmp_path / "out"
-    flags = ["--learning_rate", "1e30", "--max_grad_norm", "0", "--save_steps", 1, "--output_dir", out]
+    flags = [
+        "--learning_rate",
+        "1e30",
+        "--max_grad_norm",
+        "0",
+        "--save_steps",
+        1,
+        "--output_dir",
+        out,
+    ]
     assert run("--model_name_or_path", model_dir, "--dataset_name", data, *flags) == 2
     error = capsys.readouterr().err
-    assert re.search(r"error: The (loss|gradient's norm) is (nan|inf) in training, step 2[;.]", error)
+    assert re.search(
+        r"error: The (loss|gradient's norm) is (nan|inf) in training, step 2[;.]", error
+    )
     assert "Traceback" not in error
     assert all(weight.isfinite().all() for weight in weights(out / "checkpoint-1").values())
     assert not json.loads((out / "run.json").read_text())["finished"]
@@ -231,30 +359,51 @@ BAD_INPUT = {
     "unknown flag": (lambda d: ["--gaet", "eaft"], "--gaet is unknown. Did you mean '--gate'?"),
     "wrong type": (lambda d: ["--gate_top_k", "many"], "invalid int value"),
     "gate_top_k": (lambda d: ["--gate_top_k", "1"], "gate_top_k must be at least 2, got 1"),
-    "gate_alpha": (lambda d: ["--gate_alpha", "-1"], "alpha must be a number of at least 0, got -1.0"),
+    "gate_alpha": (
+        lambda d: ["--gate_alpha", "-1"],
+        "alpha must be a number of at least 0, got -1.0",
+    ),
     "no such folder": (lambda d: ["--model_name_or_path", d / "none"], "there is no such folder"),
     "no such Hub id": (
         lambda d: ["--model_name_or_path", "nobody/nothing"],
         "'nobody/nothing' is not a readable model",
     ),
     "no such GGUF": (lambda d: ["--model_name_or_path", d / "none.gguf"], "there is no such file"),
-    "damaged GGUF": (lambda d: ["--model_name_or_path", bad(d, "x.gguf", "GGUF")], "is not a readable GGUF file"),
+    "damaged GGUF": (
+        lambda d: ["--model_name_or_path", bad(d, "x.gguf", "GGUF")],
+        "is not a readable GGUF file",
+    ),
     "folder without model": (lambda d: ["--model_name_or_path", d], "is not a readable model"),
-    "no such data file": (lambda d: ["--dataset_name", d / "none.jsonl"], "there is no such file or folder"),
+    "no such data file": (
+        lambda d: ["--dataset_name", d / "none.jsonl"],
+        "there is no such file or folder",
+    ),
     "no such data set": (
         lambda d: ["--dataset_name", "nobody/nothing"],
         "dataset_name='nobody/nothing' cannot be read",
     ),
-    "damaged data": (lambda d: ["--dataset_name", bad(d, "x.jsonl", '{"prompt": ')], "line 1 is not JSON"),
+    "damaged data": (
+        lambda d: ["--dataset_name", bad(d, "x.jsonl", '{"prompt": ')],
+        "line 1 is not JSON",
+    ),
     "empty file": (lambda d: ["--dataset_name", bad(d, "x.jsonl")], "the file is empty"),
     "no rows": (lambda d: ["--dataset_name", bad(d, "x.csv", "text\n")], "data set is empty"),
     "wrong columns": (
         lambda d: ["--dataset_name", bad(d, "x.jsonl", '{"question": "a", "answer": "b"}\n')],
         "found the columns question, answer; expected one of: messages, prompt + completion, text",
     ),
-    "no labelled token": (lambda d: ["--max_length", "3"], "No row has a labelled token left after truncation"),
-    "no test split": (lambda d: ["--eval_strategy", "epoch"], "dataset_test_split='test': the data has only train"),
-    "nothing to resume": (lambda d: ["--resume_from_checkpoint", d / "checkpoint-1"], "is no complete checkpoint"),
+    "no labelled token": (
+        lambda d: ["--max_length", "3"],
+        "No row has a labelled token left after truncation",
+    ),
+    "no test split": (
+        lambda d: ["--eval_strategy", "epoch"],
+        "dataset_test_split='test': the data has only train",
+    ),
+    "nothing to resume": (
+        lambda d: ["--resume_from_checkpoint", d / "checkpoint-1"],
+        "is no complete checkpoint",
+    ),
     "no such recipe": (lambda d: ["--config", d / "none.yaml"], "there is no such file"),
 }
 
@@ -265,7 +414,15 @@ def test_bad_input_is_one_message_and_nothing_written(name, model_dir, data, tmp
     out = tmp_path / "out"
     # argparse itself exits for a value of the wrong type; ours is returned
     try:
-        code = run("--model_name_or_path", model_dir, "--dataset_name", data, "--output_dir", out, *flags(tmp_path))
+        code = run(
+            "--model_name_or_path",
+            model_dir,
+            "--dataset_name",
+            data,
+            "--output_dir",
+            out,
+            *flags(tmp_path),
+        )
     except SystemExit as exit_:
         code = exit_.code
     error = capsys.readouterr().err
@@ -279,7 +436,9 @@ def test_truncated_weights_are_refused(model_dir, data, tmp_path, capsys):
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in model_dir.iterdir():
-        (broken / file.name).write_bytes(file.read_bytes()[: 1000 if file.suffix == ".safetensors" else None])
+        (broken / file.name).write_bytes(
+            file.read_bytes()[: 1000 if file.suffix == ".safetensors" else None]
+        )
     out = tmp_path / "out"
     assert run("--model_name_or_path", broken, "--dataset_name", data, "--output_dir", out) == 2
     assert "is truncated or no safetensors" in capsys.readouterr().err
@@ -302,7 +461,8 @@ def test_env_is_json(capsys):
     assert cli.main(["env"]) == 0
     environment = json.loads(capsys.readouterr().out)
     assert (
-        environment["libraries"]["torch"] == torch.__version__.split("+")[0] or "+" in environment["libraries"]["torch"]
+        environment["libraries"]["torch"] == torch.__version__.split("+")[0]
+        or "+" in environment["libraries"]["torch"]
     )
     assert environment["cores"] >= 1
 

@@ -1,4 +1,7 @@
-"""`EAFTTrainer` beside TRL's own `SFTTrainer`, and against itself where two ways must lead to the same weights."""
+"""
+`EAFTTrainer` beside TRL's own `SFTTrainer`, and against itself where two ways must lead to the same
+weights.
+"""
 
 import dataclasses
 import inspect
@@ -52,9 +55,14 @@ def steps(trainer, key="loss"):
 
 
 def assert_same_training(a, b, initial, tolerance=1e-3):
-    """Weights may differ by what float32 rounding, amplified by Adam, makes of the distance that training went."""
+    """
+    Weights may differ by what float32 rounding, amplified by Adam, makes of the distance that
+    training went.
+    """
     moved = different = 0.0
-    for p, q, start in zip(a.model.parameters(), b.model.parameters(), initial.parameters(), strict=True):
+    for p, q, start in zip(
+        a.model.parameters(), b.model.parameters(), initial.parameters(), strict=True
+    ):
         different += (p - q).square().sum().item()
         moved += (p - start).square().sum().item()
     assert moved > 0
@@ -62,7 +70,12 @@ def assert_same_training(a, b, initial, tolerance=1e-3):
 
 
 CONVERSATIONS = [
-    {"messages": [{"role": "user", "content": f"{i} plus {i}"}, {"role": "assistant", "content": f"It is {2 * i}."}]}
+    {
+        "messages": [
+            {"role": "user", "content": f"{i} plus {i}"},
+            {"role": "assistant", "content": f"It is {2 * i}."},
+        ]
+    }
     for i in range(12)
 ]
 TEXTS = [{"text": f"{i} and {i} makes {2 * i}. " * (1 + i % 3)} for i in range(12)]
@@ -73,7 +86,12 @@ SETTINGS = {
     "conversations": {"rows": CONVERSATIONS},
     "assistant only": {"rows": CONVERSATIONS, "assistant_only_loss": True},
     "packed": {"packing": True, "max_length": 64},
-    "packed, wrapped": {"packing": True, "packing_strategy": "wrapped", "max_length": 64, "rows": TEXTS},
+    "packed, wrapped": {
+        "packing": True,
+        "packing_strategy": "wrapped",
+        "max_length": 64,
+        "rows": TEXTS,
+    },
     "padding-free": {"padding_free": True, "max_length": None},
     "accumulated": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
     "gradient checkpointing": {"gradient_checkpointing": True},
@@ -100,7 +118,8 @@ def test_equals_trl_step_for_step(setting, gate, loss_type, tmp_path):
 def test_bf16_equals_trl_within_bf16(tmp_path):
     ours = train(EAFTTrainer, tmp_path / "ours", gate="sft", bf16=True)
     trls = train(SFTTrainer, tmp_path / "trls", bf16=True)
-    # Both round the logits to bf16, 8 bits of mantissa; the mean over tokens is better than one token's 2**-8
+    # Both round the logits to bf16, 8 bits of mantissa; the mean over tokens is better than one
+    # token's 2**-8
     assert steps(ours) == pytest.approx(steps(trls), rel=2**-8)
 
 
@@ -114,13 +133,20 @@ def test_eaft_trains_differently_and_alpha_zero_is_sft(tmp_path):
         assert_same_training(eaft, sft, make_model())
 
 
-@pytest.mark.parametrize("peft_config", [None, LoraConfig(r=4, target_modules="all-linear")], ids=["full", "LoRA"])
+@pytest.mark.parametrize(
+    "peft_config", [None, LoraConfig(r=4, target_modules="all-linear")], ids=["full", "LoRA"]
+)
 def test_accumulating_4_x_1_equals_1_x_4(tmp_path, peft_config):
-    split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "peft_config": peft_config}
+    split = {
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 4,
+        "peft_config": peft_config,
+    }
     one = train(EAFTTrainer, tmp_path / "4x1", **split)
     four = train(EAFTTrainer, tmp_path / "1x4", peft_config=peft_config)
     assert steps(one) == pytest.approx(steps(four), rel=1e-5)
-    # Adam hides a factor in all gradients, clipping does not (transformers 5.4 divides them by 4 once more)
+    # Adam hides a factor in all gradients, clipping does not (transformers 5.4 divides them by 4
+    # once more)
     assert steps(one, "grad_norm") == pytest.approx(steps(four, "grad_norm"), rel=1e-4)
     assert_same_training(one, four, build(EAFTTrainer, tmp_path, **split).model)
 
@@ -129,7 +155,12 @@ def test_accumulating_4_x_1_equals_1_x_4(tmp_path, peft_config):
 def test_resumed_run_equals_uninterrupted(tmp_path, setting):
     settings = {**SETTINGS[setting], "save_strategy": "steps", "save_steps": 2}
     whole = train(EAFTTrainer, tmp_path / "whole", **settings)
-    resumed = train(EAFTTrainer, tmp_path / "resumed", resume=str(tmp_path / "whole" / "checkpoint-4"), **settings)
+    resumed = train(
+        EAFTTrainer,
+        tmp_path / "resumed",
+        resume=str(tmp_path / "whole" / "checkpoint-4"),
+        **settings,
+    )
     assert steps(resumed) == steps(whole)
     for p, q in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(p, q)
@@ -137,7 +168,8 @@ def test_resumed_run_equals_uninterrupted(tmp_path, setting):
 
 def test_eval_loss_is_plain_nll_whatever_the_gate(tmp_path):
     losses = [
-        build(EAFTTrainer, tmp_path, eval_rows=make_rows(5), gate=gate).evaluate() for gate in ("sft", "eaft", "dft")
+        build(EAFTTrainer, tmp_path, eval_rows=make_rows(5), gate=gate).evaluate()
+        for gate in ("sft", "eaft", "dft")
     ]
     trls = build(SFTTrainer, tmp_path, eval_rows=make_rows(5)).evaluate()
     for metrics in losses:
@@ -145,9 +177,19 @@ def test_eval_loss_is_plain_nll_whatever_the_gate(tmp_path):
 
 
 def test_best_checkpoint_is_kept_by_evaluation_during_training(tmp_path):
-    settings = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    settings = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
     trainer = train(
-        EAFTTrainer, tmp_path, eval_rows=make_rows(5), load_best_model_at_end=True, save_total_limit=1, **settings
+        EAFTTrainer,
+        tmp_path,
+        eval_rows=make_rows(5),
+        load_best_model_at_end=True,
+        save_total_limit=1,
+        **settings,
     )
     losses = steps(trainer, "eval_loss")
     assert len(losses) == 3
@@ -156,13 +198,21 @@ def test_best_checkpoint_is_kept_by_evaluation_during_training(tmp_path):
 
 @pytest.mark.parametrize("accumulated", [1, 4])
 def test_metrics_are_those_of_the_tokens(tmp_path, accumulated):
-    """One step on the whole data, with a model sure enough to have conflicts, against its own full logits."""
+    """
+    One step on the whole data, with a model sure enough to have conflicts, against its own full
+    logits.
+    """
     model = make_model(initializer_range=0.6)
-    settings = {"per_device_train_batch_size": 16 // accumulated, "gradient_accumulation_steps": accumulated}
+    settings = {
+        "per_device_train_batch_size": 16 // accumulated,
+        "gradient_accumulation_steps": accumulated,
+    }
     trainer = build(EAFTTrainer, tmp_path, model=model, max_steps=1, **settings)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(16)])
     with torch.no_grad():
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[
+            :, :-1
+        ]
     labelled = batch["labels"][:, 1:] != -100
     stats = token_statistics(logits[labelled].double(), batch["labels"][:, 1:][labelled])
     conflict = (stats.entropy < 0.5) & (stats.log_prob < math.log(0.1))
@@ -170,13 +220,17 @@ def test_metrics_are_those_of_the_tokens(tmp_path, accumulated):
     trainer.train()
     log = trainer.state.log_history[0]
     assert log["nll"] == pytest.approx(-stats.log_prob.mean().item(), rel=1e-4)
-    assert log["mean_gate"] == pytest.approx((stats.top_k_entropy / math.log(20)).mean().item(), rel=1e-4)
+    assert log["mean_gate"] == pytest.approx(
+        (stats.top_k_entropy / math.log(20)).mean().item(), rel=1e-4
+    )
     assert log["conflict_share"] == pytest.approx(conflict.double().mean().item())
     share = stats.log_prob[conflict].sum() / stats.log_prob.sum()
     assert log["conflict_nll_share"] == pytest.approx(share.item(), rel=1e-4)
     for name, group in (("high", stats.entropy >= 2.0), ("low", stats.entropy <= 0.5)):
         assert 0 < group.sum() < len(group)
-        assert log[f"nll_{name}_entropy"] == pytest.approx(-stats.log_prob[group].mean().item(), rel=1e-4)
+        assert log[f"nll_{name}_entropy"] == pytest.approx(
+            -stats.log_prob[group].mean().item(), rel=1e-4
+        )
 
 
 def test_groups_without_a_token_are_not_logged(tmp_path):
@@ -206,13 +260,16 @@ def test_loss_that_is_not_finite_stops_before_the_weights(tmp_path, padding_free
         return output
 
     trainer.model.model.forward = poisoned
-    with pytest.raises(NonFiniteError, match=r"The loss is nan in training, step 2; the batch's rows are") as raised:
+    with pytest.raises(
+        NonFiniteError, match=r"The loss is nan in training, step 2; the batch's rows are"
+    ) as raised:
         trainer.train()
     # Both epochs' second batch holds four rows, each named by its index and text
     named = [
         i
         for i in range(8)
-        if f"{i}: '{trainer.processing_class.decode(trainer.train_dataset[i]['input_ids'])[:8]}" in str(raised.value)
+        if f"{i}: '{trainer.processing_class.decode(trainer.train_dataset[i]['input_ids'])[:8]}"
+        in str(raised.value)
     ]
     assert len(named) == 4
     assert all(p.isfinite().all() for p in trainer.model.parameters())
@@ -222,7 +279,9 @@ def test_loss_that_is_not_finite_stops_before_the_weights(tmp_path, padding_free
 def test_gradient_that_is_not_finite_stops_before_the_weights(tmp_path):
     trainer = build(EAFTTrainer, tmp_path)
     trainer.model.model.norm.weight.register_hook(lambda grad: grad * math.inf)
-    with pytest.raises(NonFiniteError, match=r"The gradient's norm is (nan|inf) in training, step 1"):
+    with pytest.raises(
+        NonFiniteError, match=r"The gradient's norm is (nan|inf) in training, step 1"
+    ):
         trainer.train()
     for p, q in zip(trainer.model.parameters(), make_model().parameters(), strict=True):
         assert torch.equal(p, q)
@@ -247,7 +306,11 @@ def test_bad_settings(settings, message):
 
 def test_empty_data(tmp_path):
     with pytest.raises(ConfigurationError, match="data set is empty"):
-        EAFTTrainer(make_model(), EAFTConfig(str(tmp_path), use_cpu=True), train_dataset=Dataset.from_list([]))
+        EAFTTrainer(
+            make_model(),
+            EAFTConfig(str(tmp_path), use_cpu=True),
+            train_dataset=Dataset.from_list([]),
+        )
 
 
 @dataclasses.dataclass
@@ -257,33 +320,56 @@ class OwnConfig(SFTConfig):
 
 @pytest.mark.parametrize("config", [SFTConfig, TrainingArguments, OwnConfig])
 def test_other_arguments_are_completed(config, tmp_path):
-    given = config(str(tmp_path), use_cpu=True, bf16=False, report_to=[], learning_rate=0.125, hub_token="secret")
-    trainer = EAFTTrainer(make_model(), given, None, Dataset.from_list(make_rows()), None, make_tokenizer())
+    given = config(
+        str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        learning_rate=0.125,
+        hub_token="secret",
+    )
+    trainer = EAFTTrainer(
+        make_model(), given, None, Dataset.from_list(make_rows()), None, make_tokenizer()
+    )
     assert isinstance(trainer.args, EAFTConfig)
-    assert (trainer.args.gate, trainer.args.learning_rate, trainer.args.hub_token) == ("eaft", 0.125, "secret")
+    assert (trainer.args.gate, trainer.args.learning_rate, trainer.args.hub_token) == (
+        "eaft",
+        0.125,
+        "secret",
+    )
     assert getattr(trainer.args, "own", None) == getattr(given, "own", None)
 
 
 def test_arguments_by_position_are_those_of_trl():
     def names(cls):
-        return [p.name for p in inspect.signature(cls).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD]
+        return [
+            p.name
+            for p in inspect.signature(cls).parameters.values()
+            if p.kind == p.POSITIONAL_OR_KEYWORD
+        ]
 
     assert names(EAFTTrainer) == names(SFTTrainer)
 
 
 @pytest.mark.parametrize("args", [{}, "out"])
 def test_what_is_no_configuration_is_refused(args):
-    with pytest.raises(ConfigurationError, match="args must be an EAFTConfig, or TRL's SFTConfig; got"):
+    with pytest.raises(
+        ConfigurationError, match="args must be an EAFTConfig, or TRL's SFTConfig; got"
+    ):
         EAFTTrainer(make_model(), args, train_dataset=Dataset.from_list(make_rows()))
 
 
 @pytest.mark.parametrize(
-    ("loss_type", "way"), [("dft", "use gate='dft'"), ("chunked", "a gate weighs the 'nll'. Leave it out")]
+    ("loss_type", "way"),
+    [("dft", "use gate='dft'"), ("chunked", "a gate weighs the 'nll'. Leave it out")],
 )
 def test_other_losses_are_refused(loss_type, way, tmp_path):
     with pytest.raises(ConfigurationError, match=way):
         EAFTConfig(str(tmp_path), loss_type=loss_type, use_cpu=True, bf16=False)
-    assert EAFTConfig(str(tmp_path), loss_type="chunked_nll", use_cpu=True, bf16=False).loss_type == "nll"
+    assert (
+        EAFTConfig(str(tmp_path), loss_type="chunked_nll", use_cpu=True, bf16=False).loss_type
+        == "nll"
+    )
 
 
 def no_weight(statistics):
@@ -303,7 +389,8 @@ def test_a_first_gradient_of_zero_says_why(tmp_path):
     def unused(trainer):
         trainer.model.requires_grad_(False)
         trainer.model.register_parameter("apart", torch.nn.Parameter(torch.ones(3)))
-        trainer.model.enable_input_require_grads()  # as gradient checkpointing does: the backward pass has a leaf
+        # as gradient checkpointing does: the backward pass has a leaf
+        trainer.model.enable_input_require_grads()
 
     refused(
         r"is 0 in training, step 1.*gate='\S+no_weight' gives weight 0 to each of its \d+ labelled",
@@ -315,7 +402,9 @@ def test_a_first_gradient_of_zero_says_why(tmp_path):
     refused("Every parameter of the model is frozen", lambda t: t.model.requires_grad_(False))
     unlabelled = {"input_ids": [3, 4, 5], "labels": [-100] * 3}
     rows = [unlabelled] * 4 + [{"input_ids": [3, 4, 5], "labels": [3, 4, 5]}] * 4
-    trainer = build(EAFTTrainer, tmp_path, rows=rows, train_sampling_strategy="sequential", max_steps=2)
+    trainer = build(
+        EAFTTrainer, tmp_path, rows=rows, train_sampling_strategy="sequential", max_steps=2
+    )
     trainer.train()
     assert trainer.state.global_step == 2
 
@@ -324,7 +413,10 @@ def test_a_first_gradient_of_zero_says_why(tmp_path):
 @pytest.mark.parametrize("gate", ["eaft", "psft"])
 def test_no_label_after_truncation(tmp_path, packing, gate):
     rows = [{"input_ids": [3, 4, 5, 6], "labels": [-100, -100, -100, 6]}] * 4
-    with pytest.raises(ConfigurationError, match=r"No row has a labelled token left after truncation to max_length=3"):
+    with pytest.raises(
+        ConfigurationError,
+        match=r"No row has a labelled token left after truncation to max_length=3",
+    ):
         build(EAFTTrainer, tmp_path, rows=rows, max_length=3, packing=packing, gate=gate)
 
 
@@ -348,14 +440,20 @@ def test_model_card_names_the_gate(tmp_path):
 
 def test_compute_loss_func_is_refused(tmp_path):
     with pytest.raises(ConfigurationError, match="compute_loss_func"):
-        EAFTTrainer(make_model(), EAFTConfig(str(tmp_path), use_cpu=True), compute_loss_func=lambda *a: 0)
+        EAFTTrainer(
+            make_model(), EAFTConfig(str(tmp_path), use_cpu=True), compute_loss_func=lambda *a: 0
+        )
 
 
 @pytest.mark.parametrize(
-    "setting", [{"init_lora_weights": "pissa"}, {"init_lora_weights": "OLoRA"}, {"bias": "all"}], ids=str
+    "setting",
+    [{"init_lora_weights": "pissa"}, {"init_lora_weights": "OLoRA"}, {"bias": "all"}],
+    ids=str,
 )
 def test_refuses_a_reference_that_is_not_the_base_model(tmp_path, setting):
     adapter = LoraConfig(r=4, target_modules=["q_proj"], **setting)
-    with pytest.raises(ConfigurationError, match=f"{next(iter(setting))}=.*base model.*gate='sft-kl'.*: use "):
+    with pytest.raises(
+        ConfigurationError, match=f"{next(iter(setting))}=.*base model.*gate='sft-kl'.*: use "
+    ):
         build(EAFTTrainer, tmp_path, peft_config=adapter, gate="sft-kl")
     build(EAFTTrainer, tmp_path, peft_config=adapter, gate="eaft")  # has no reference

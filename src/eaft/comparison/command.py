@@ -8,10 +8,10 @@ from eaft.evaluation.suite import suites_help
 from eaft.objective.gate_flags import gates_help
 
 DESCRIPTION = """
-Train with several objectives from one base model, one data set and the same seeds; measure the base, every checkpoint's
-drift and held-out nll, and the tasks on the checkpoint that each objective chooses and on the last; compare the
-objectives with each other. Writes results.md, which begins with what to do, results.json, pareto.png, curves.png and
-fronts.png.
+Train with several objectives from one base model, one data set and the same seeds; measure the
+base, every checkpoint's drift and held-out nll, and the tasks on the checkpoint that each objective
+chooses and on the last; compare the objectives with each other. Writes results.md, which begins
+with what to do, results.json, pareto.png, curves.png and fronts.png.
 
 The recipe (YAML):
 
@@ -41,9 +41,10 @@ The recipe (YAML):
   pairs: [[eaft, sft]]             # what is compared with what (default: each objective with sft)
   keep_checkpoints: all            # chosen: delete the others' weights once they are measured
 
-Run it again to go on after an interruption: what is finished is reused, what is not is resumed. A run that fails does
-not stop the others. Exit code: 0; 1 if a run or a task failed; 2 for what is wrong with the command.
-"""
+Run it again to go on after an interruption: what is finished is reused, what is not is resumed. A
+run that fails does not stop the others. Exit code: 0; 1 if a run or a task failed; 2 for what is
+wrong with the command.
+"""  # noqa: E501
 
 
 def main(argv: list[str]) -> int:
@@ -58,16 +59,24 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--model_name_or_path", metavar="MODEL", help="overrides the recipe's")
     parser.add_argument("--dataset_name", metavar="DATA", help="overrides the recipe's")
     parser.add_argument("--held_out", metavar="FILE", help="overrides the recipe's")
-    parser.add_argument("--objectives", nargs="+", metavar="NAME", help="only these of the recipe's")
-    parser.add_argument("--learning_rates", type=float, nargs="+", metavar="RATE", help="overrides the recipe's")
-    parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="overrides the recipe's")
+    parser.add_argument(
+        "--objectives", nargs="+", metavar="NAME", help="only these of the recipe's"
+    )
+    parser.add_argument(
+        "--learning_rates", type=float, nargs="+", metavar="RATE", help="overrides the recipe's"
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", metavar="SEED", help="overrides the recipe's"
+    )
     parser.add_argument(
         "--jobs",
         type=int,
         default=1,
         metavar="N",
-        help="train and measure so many runs at a time, each with its share of the cores (default: 1); they "
-        "share the GPU, if there is one",
+        help=(
+            "train and measure so many runs at a time, each with its share of the cores (default:"
+            " 1); they share the GPU, if there is one"
+        ),
     )
     flags = vars(parser.parse_args(argv))
     jobs = flags.pop("jobs")

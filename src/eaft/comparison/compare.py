@@ -1,4 +1,6 @@
-"""Train with several objectives from one base; say which learned more, which forgot less, how sure."""
+"""
+Train with several objectives from one base; say which learned more, which forgot less, how sure.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,16 @@ from eaft.text import VisibleRecord, visible
 logger = logging.getLogger(__name__)
 OURS = {"made_by": "eaft compare"}  # in the mark of an output folder
 # Flags of training that change no row's tokens or labels
-LEAVES_TOKENS = ("output_dir", "dataset_name", "seed", "learning_rate", "gate", "gate_alpha", "gate_kwargs", "replay")
+LEAVES_TOKENS = (
+    "output_dir",
+    "dataset_name",
+    "seed",
+    "learning_rate",
+    "gate",
+    "gate_alpha",
+    "gate_kwargs",
+    "replay",
+)
 
 
 def compare(recipe: Recipe, jobs: int = 1) -> dict[str, Any]:
@@ -45,7 +56,8 @@ def compare(recipe: Recipe, jobs: int = 1) -> dict[str, Any]:
     Train and measure what has not been, and write the results.
 
     Args:
-        jobs: how many studies (an objective with a seed) are trained and measured at a time, in processes of their own.
+        jobs: how many studies (an objective with a seed) are trained and measured at a time, in
+            processes of their own.
 
     Returns:
         what `results.json` holds; on processes other than the first only its `failed`.
@@ -56,7 +68,11 @@ def compare(recipe: Recipe, jobs: int = 1) -> dict[str, Any]:
     """
     check_jobs(jobs)
     check_packages(recipe.evaluate.backend)
-    day = recipe.evaluate.template_date or noted_date(Path(recipe.output_dir) / MARK) or template_today()
+    day = (
+        recipe.evaluate.template_date
+        or noted_date(Path(recipe.output_dir) / MARK)
+        or template_today()
+    )
     recipe.evaluate.template_date = day
     with template_date(day):
         return compare_on_date(recipe, jobs)
@@ -89,15 +105,27 @@ def compare_on_date(recipe: Recipe, jobs: int) -> dict[str, Any]:
         state.wait_for_everyone()
         measure = Measure(recipe.evaluate, base, benchmarks, output_dir, rows)
         keep_all = recipe.keep_checkpoints == "all"
-        run_each = partial(one_at_a_time, output_dir, keep_all) if jobs == 1 else partial(in_jobs, recipe, jobs)
+        run_each = (
+            partial(one_at_a_time, output_dir, keep_all)
+            if jobs == 1
+            else partial(in_jobs, recipe, jobs)
+        )
         studies, failed = run_all(runs, measure, run_each)
         if not studies:
-            raise EAFTError("Nothing can be compared:\n  " + "\n  ".join(failure["message"] for failure in failed))
+            raise EAFTError(
+                "Nothing can be compared:\n  "
+                + "\n  ".join(failure["message"] for failure in failed)
+            )
         if not state.is_main_process:
             return {"failed": failed}
         found = collect(recipe, measure, studies, groups, failed)
         text = report.write(found, output_dir)
-    print(visible(f"\n{text}\nWritten to {output_dir}: results.md, results.json, pareto.png, curves.png, fronts.png"))
+    print(
+        visible(
+            f"\n{text}\nWritten to {output_dir}: results.md, results.json, pareto.png, curves.png,"
+            " fronts.png"
+        )
+    )
     return found
 
 
@@ -105,25 +133,32 @@ def load_tasks(recipe: Recipe) -> tuple[dict[str, Benchmark], list[Suite]]:
     """Return the recipe's benchmarks, and which of them are `target` and `general`."""
     config = recipe.evaluate
     suites, benchmarks = load_suites(
-        config.target_tasks + config.general_tasks, config.include_path, config.data_dir, config.limit
+        config.target_tasks + config.general_tasks,
+        config.include_path,
+        config.data_dir,
+        config.limit,
     )
     count = len(config.target_tasks)
     groups = [
         Suite(kind, [name for suite in part for name in suite.benchmarks])
         for kind, part in (("target", suites[:count]), ("general", suites[count:]))
     ]
-    check_names("evaluate.every_checkpoint_tasks", config.every_checkpoint_tasks, groups[0].benchmarks)
+    check_names(
+        "evaluate.every_checkpoint_tasks", config.every_checkpoint_tasks, groups[0].benchmarks
+    )
     return benchmarks, groups
 
 
 def prepare_held_out(recipe: Recipe, runs: list[Run], base: str) -> list[Row]:
     """
-    Return the recipe's held-out rows as all runs prepare their training data; none without `held_out`.
+    Return the recipe's held-out rows as all runs prepare their training data; none without
+    `held_out`.
 
     Rows without a labelled token are left out, as training leaves them out.
 
     Raises:
-        ConfigurationError: they cannot be prepared or measured, too few are left, or two runs prepare them differently.
+        ConfigurationError: they cannot be prepared or measured, too few are left, or two runs
+            prepare them differently.
     """
     path = recipe.evaluate.held_out
     if path is None:
@@ -143,8 +178,8 @@ def prepare_held_out(recipe: Recipe, runs: list[Run], base: str) -> list[Row]:
     if len(labelled) < len(rows):
         left_out = [str(i) for i, row in enumerate(rows) if not row["input_ids"]]
         logger.warning(
-            f"evaluate.held_out: row {', '.join(left_out)} has no labelled token left, and is not measured, as such "
-            "rows are not trained on."
+            f"evaluate.held_out: row {', '.join(left_out)} has no labelled token left, and is not"
+            " measured, as such rows are not trained on."
         )
     check_number("held_out", len(labelled))
     return labelled
@@ -157,13 +192,15 @@ def check_alike(first: Run, rows: list[Row], second: Run, found: list[Row]) -> N
     Raises:
         ConfigurationError: they do not; names the flags in which they differ.
     """
-    if (i := next((i for i, (a, b) in enumerate(zip(rows, found, strict=True)) if a != b), None)) is not None:
+    if (
+        i := next((i for i, (a, b) in enumerate(zip(rows, found, strict=True)) if a != b), None)
+    ) is not None:
         names = [name for name in {**first.flags, **second.flags} if name not in LEAVES_TOKENS]
         names = [name for name in names if first.flags.get(name) != second.flags.get(name)]
         raise ConfigurationError(
-            f"evaluate.held_out: {first.name} and {second.name} make different tokens or labels of row {i} (by "
-            f"{', '.join(names)}), so their nlls cannot be compared. Give all objectives the same (in train), or leave "
-            "held_out out."
+            f"evaluate.held_out: {first.name} and {second.name} make different tokens or labels of"
+            f" row {i} (by {', '.join(names)}), so their nlls cannot be compared. Give all"
+            " objectives the same (in train), or leave held_out out."
         )
 
 
@@ -172,19 +209,24 @@ def check_jobs(jobs: int) -> None:
     Check the number of jobs.
 
     Raises:
-        ConfigurationError: fewer than one, or several in a launch of several processes, which work together on each.
+        ConfigurationError: fewer than one, or several in a launch of several processes, which work
+            together on each.
     """
     if jobs < 1:
         raise ConfigurationError(f"--jobs={jobs}: expected at least 1.")
     if jobs > 1 and processes().num_processes > 1:
-        raise ConfigurationError(f"--jobs={jobs} goes with a single process: drop it, or the launcher.")
+        raise ConfigurationError(
+            f"--jobs={jobs} goes with a single process: drop it, or the launcher."
+        )
 
 
 Work = list[Run]  # of one objective with one seed, one a learning rate
 
 
 def run_all(
-    runs: list[Run], measure: Measure, run_each: Callable[[list[Work], Measure], Iterator[Study | Exception]]
+    runs: list[Run],
+    measure: Measure,
+    run_each: Callable[[list[Work], Measure], Iterator[Study | Exception]],
 ) -> tuple[dict[tuple[str, int], Study], list[dict[str, Any]]]:
     """
     Train and measure every objective with every seed; one that fails does not stop the others.
@@ -219,7 +261,9 @@ def one_at_a_time(
     first_alone = FirstAlone(output_dir)
     for work in all_work:
         try:
-            yield run_study(work, measure, lambda run: first_alone(partial(train_run, run)), keep_all)
+            yield run_study(
+                work, measure, lambda run: first_alone(partial(train_run, run)), keep_all
+            )
         except Exception as error:
             # Of several processes one that fails in the middle leaves the others waiting for it
             if processes().num_processes > 1 and not isinstance(error, EAFTError):
@@ -230,20 +274,27 @@ def one_at_a_time(
     first_alone.close()
 
 
-def in_jobs(recipe: Recipe, jobs: int, all_work: list[Work], measure: Measure) -> Iterator[Study | Exception]:
-    """Yield what becomes of each piece of work, done by some processes of their own, which share the cores."""
+def in_jobs(
+    recipe: Recipe, jobs: int, all_work: list[Work], measure: Measure
+) -> Iterator[Study | Exception]:
+    """
+    Yield what becomes of each piece of work, done by some processes of their own, which share the
+    cores.
+    """
     threads = max(1, torch.get_num_threads() // jobs)
     base_kept = []
     with ProcessPoolExecutor(
         jobs, get_context("spawn"), start_worker, (recipe, measure.folder, threads, measure.rows)
     ) as pool:
-        for future in [pool.submit(work_apart, work, recipe.keep_checkpoints == "all") for work in all_work]:
+        for future in [
+            pool.submit(work_apart, work, recipe.keep_checkpoints == "all") for work in all_work
+        ]:
             try:
                 found, kept = future.result()
             except BrokenProcessPool:
                 yield EAFTError(
-                    f"one of {jobs} jobs was killed, perhaps for its memory, and all stopped: run the command again to "
-                    "go on, with fewer --jobs."
+                    f"one of {jobs} jobs was killed, perhaps for its memory, and all stopped: run"
+                    " the command again to go on, with fewer --jobs."
                 )
                 continue
             except Exception as error:
@@ -253,16 +304,21 @@ def in_jobs(recipe: Recipe, jobs: int, all_work: list[Work], measure: Measure) -
                 continue
             measure.begin(found.run)  # finds in the store what the worker measured
             base_kept.append(kept.pop("base"))
-            measure.kept.update({**kept, "base": min(base_kept, key=len)})  # the first worker measured it
+            measure.kept.update(
+                {**kept, "base": min(base_kept, key=len)}
+            )  # the first worker measured it
             yield found
 
 
 def start_worker(recipe: Recipe, folder: Path, threads: int, rows: list[Row]) -> None:
-    """Make a process ready to train and measure, with its share of the cores for what it starts too."""
+    """
+    Make a process ready to train and measure, with its share of the cores for what it starts too.
+    """
     global WORKER
     end_with_parent()
     logging.setLogRecordFactory(VisibleRecord)
-    # Ctrl-C reaches all processes: one that took it for its work's failure would go on with the next piece
+    # Ctrl-C reaches all processes: one that took it for its work's failure would go on with the
+    # next piece
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
@@ -282,7 +338,9 @@ def work_apart(work: Work, keep_all: bool) -> tuple[Study, dict[str, list[str]]]
     return found, {name: kept for name, kept in WORKER.kept.items() if name not in before}
 
 
-def run_study(work: Work, measure: Measure, train: Callable[[Run], str | None], keep_all: bool) -> Study:
+def run_study(
+    work: Work, measure: Measure, train: Callable[[Run], str | None], keep_all: bool
+) -> Study:
     """
     Train one objective with one seed at each learning rate, and measure it.
 

@@ -1,16 +1,19 @@
 """
-Two objectives trained with the same seeds and measured on the same items: how they differ, and how sure that is.
+Two objectives trained with the same seeds and measured on the same items: how they differ, and how
+sure that is.
 
-Seeds and items both count, and are crossed: every seed's model is asked the same items (questions, prompts, held-out
-examples). A difference d[s, i] = mean + seed_s + item_i + rest_si, so that the variance of its mean over S seeds and n
-items is var(seed)/S + var(item)/n + var(rest)/(S n). The first and the last are in the variance between the seeds' own
-means; the middle one is the covariance, over items, of two different seeds.
+Seeds and items both count, and are crossed: every seed's model is asked the same items (questions,
+prompts, held-out examples). A difference d[s, i] = mean + seed_s + item_i + rest_si, so that the
+variance of its mean over S seeds and n items is var(seed)/S + var(item)/n + var(rest)/(S n). The
+first and the last are in the variance between the seeds' own means; the middle one is the
+covariance, over items, of two different seeds.
 
-The critical value is Cochran and Cox's (1957, "Experimental designs", section 4.14): Student's t of the seeds (S - 1
-degrees of freedom) and of the items, weighted by their shares of the variance. With 2 seeds a t of 12.7 is called for
-where seeds are all that varies, and a bootstrap of the seeds, or Satterthwaite's approximation, covers too rarely; this
-covers 94 to 98% with 2 seeds and 94 to 97% with 3 or more (simulated in `tests/comparison/test_differences.py`).
-With one seed the interval holds the items' variance only: nothing is known about another seed.
+The critical value is Cochran and Cox's (1957, "Experimental designs", section 4.14): Student's t of
+the seeds (S - 1 degrees of freedom) and of the items, weighted by their shares of the variance.
+With 2 seeds a t of 12.7 is called for where seeds are all that varies, and a bootstrap of the
+seeds, or Satterthwaite's approximation, covers too rarely; this covers 94 to 98% with 2 seeds and
+94 to 97% with 3 or more (simulated in `tests/comparison/test_differences.py`). With one seed the
+interval holds the items' variance only: nothing is known about another seed.
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ class Difference:
     Attributes:
         change: over seeds and items.
         low, high: 95% interval.
-        p_value: of the hypothesis that there is none, two-sided; below 0.05 where the interval excludes 0.
+        p_value: of the hypothesis that there is none, two-sided; below 0.05 where the interval
+            excludes 0.
         items: how many it is measured on.
         seeds: how many; with one, the interval and the p-value hold no seed-to-seed variance.
         per_seed: each seed's own difference.
@@ -71,7 +75,9 @@ def over_seeds(per_seed: np.ndarray, covariance: np.ndarray, items: int) -> Diff
 
 
 def spread(per_seed: np.ndarray, covariance: np.ndarray, items: int) -> tuple[float, Critical]:
-    """Return the standard error of the mean of `per_seed`, and its critical values; see `over_seeds`."""
+    """
+    Return the standard error of the mean of `per_seed`, and its critical values; see `over_seeds`.
+    """
     count = len(per_seed)
     if count == 1:
         return math.sqrt(max(covariance[0, 0], 0.0)), Critical(1.0, max(items - 1, 1), 0.0, 1)
@@ -82,7 +88,10 @@ def spread(per_seed: np.ndarray, covariance: np.ndarray, items: int) -> tuple[fl
 
 @dataclass(frozen=True)
 class Critical:
-    """Cochran and Cox's critical value of a mean whose variance has two parts, with degrees of freedom of their own."""
+    """
+    Cochran and Cox's critical value of a mean whose variance has two parts, with degrees of freedom
+    of their own.
+    """
 
     by_item: float
     items: int
@@ -134,9 +143,9 @@ def score_difference(tasks: list[tuple[np.ndarray, np.ndarray]]) -> Difference:
     """
     Return the difference of two unweighted means over tasks (or of one task) of scores in [0, 1].
 
-    Each task is given one item lost and one gained by every seed, as large as the largest change seen, for the interval
-    and the test only, so that no change in few items is not taken for certainty (as Bonett and Price 2012 do for two
-    proportions).
+    Each task is given one item lost and one gained by every seed, as large as the largest change
+    seen, for the interval and the test only, so that no change in few items is not taken for
+    certainty (as Bonett and Price 2012 do for two proportions).
 
     Args:
         tasks: each task's scores of the first and of the second objective, `[S, n]`.
@@ -165,5 +174,7 @@ def score_difference(tasks: list[tuple[np.ndarray, np.ndarray]]) -> Difference:
 
 
 def covariance_of_mean(values: np.ndarray) -> np.ndarray:
-    """Return the covariance `[S, S]` of the means of `[S, n]` values, when other items are drawn."""
+    """
+    Return the covariance `[S, S]` of the means of `[S, n]` values, when other items are drawn.
+    """
     return np.atleast_2d(np.cov(values)) / values.shape[1]

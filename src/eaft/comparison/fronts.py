@@ -1,18 +1,21 @@
 """
 Two objectives at a matched target: how far has each drifted where both have learned as much?
 
-A run's path goes from the base model through every checkpoint, and is linear in between, in the target's shortfall
-(the held-out nll, or 1 - a task's score) and in drift. An objective's front is, for every target, the least drift with
-which any of its paths (one a learning rate) gets at least so far: so each objective is read at its own best learning
-rate and epoch, at every target, and not at one point. Fronts are taken seed by seed and their differences averaged.
+A run's path goes from the base model through every checkpoint, and is linear in between, in the
+target's shortfall (the held-out nll, or 1 - a task's score) and in drift. An objective's front is,
+for every target, the least drift with which any of its paths (one a learning rate) gets at least so
+far: so each objective is read at its own best learning rate and epoch, at every target, and not at
+one point. Fronts are taken seed by seed and their differences averaged.
 
-The intervals carry the uncertainty of both axes: prompts (drift) and held-out examples or items (the target) are drawn
-anew, together, for all seeds and both objectives, and all fronts are taken again. How hard the examples drawn are for
-all checkpoints alike is taken out, since both objectives are matched on the same examples: a target means the nll of
-these examples, and what is uncertain is how far apart on them two objectives are. What that gives and the spread over
-seeds are put together as in `eaft.comparison.differences`. The band is simultaneous: in about 95% of
-comparisons the whole true curve lies within (simulated: 95 to 98%; with two seeds that differ much, 90%), so that it
-may be read wherever it excludes 0. The one number that is tested is the mean difference over all targets.
+The intervals carry the uncertainty of both axes: prompts (drift) and held-out examples or items
+(the target) are drawn anew, together, for all seeds and both objectives, and all fronts are taken
+again. How hard the examples drawn are for all checkpoints alike is taken out, since both objectives
+are matched on the same examples: a target means the nll of these examples, and what is uncertain is
+how far apart on them two objectives are. What that gives and the spread over seeds are put together
+as in `eaft.comparison.differences`. The band is simultaneous: in about 95% of comparisons the whole
+true curve lies within (simulated: 95 to 98%; with two seeds that differ much, 90%), so that it may
+be read wherever it excludes 0. The one number that is tested is the mean difference over all
+targets.
 """
 
 from __future__ import annotations
@@ -44,14 +47,20 @@ class Path:
 
 @dataclass(frozen=True)
 class Weights:
-    """How much each prompt and each example counts, `[resamples, prompts]` and `[resamples, examples]`."""
+    """
+    How much each prompt and each example counts, `[resamples, prompts]` and `[resamples,
+    examples]`.
+    """
 
     prompts: np.ndarray
     examples: np.ndarray
 
 
 def compare_fronts(
-    first: list[list[Path]], second: list[list[Path]], prompt_tokens: np.ndarray, example_tokens: np.ndarray
+    first: list[list[Path]],
+    second: list[list[Path]],
+    prompt_tokens: np.ndarray,
+    example_tokens: np.ndarray,
 ) -> dict[str, Any] | None:
     """
     Compare two objectives' fronts at every target that both reach with every seed; see `reach`.
@@ -61,31 +70,48 @@ def compare_fronts(
         prompt_tokens, example_tokens: how many each sum is of (1 each, for items).
 
     Returns:
-        `targets` `[TARGETS]`, from hard to easy; `first`, `second` (the fronts, means over seeds); `difference`, `low`,
-        `high` (first less second, the simultaneous 95% band); `mean`, the `Difference` over all targets. None if there
-        is no target that both reach.
+        `targets` `[TARGETS]`, from hard to easy; `first`, `second` (the fronts, means over seeds);
+        `difference`, `low`, `high` (first less second, the simultaneous 95% band); `mean`, the
+        `Difference` over all targets. None if there is no target that both reach.
     """
     tokens = (prompt_tokens, example_tokens)
     once = Weights(*(np.ones((1, len(counts))) for counts in tokens))
     rng = np.random.default_rng(0)
-    drawn = Weights(*(rng.multinomial(len(n), np.full(len(n), 1 / len(n)), RESAMPLES) for n in tokens))
+    drawn = Weights(
+        *(rng.multinomial(len(n), np.full(len(n), 1 / len(n)), RESAMPLES) for n in tokens)
+    )
     measured, redrawn = (
-        [[[read(path, weights, *tokens) for path in paths] for paths in side] for side in (first, second)]
+        [
+            [[read(path, weights, *tokens) for path in paths] for paths in side]
+            for side in (first, second)
+        ]
         for weights in (once, drawn)
     )
     moved = level(redrawn) - level(measured)
-    redrawn = [[[(s - moved[:, None], drift) for s, drift in paths] for paths in side] for side in redrawn]
+    redrawn = [
+        [[(s - moved[:, None], drift) for s, drift in paths] for paths in side] for side in redrawn
+    ]
     hardest, easiest = reach([paths for side in redrawn for paths in side])
     if hardest >= easiest:
         return None
     targets = np.linspace(hardest, easiest, TARGETS)
-    fronts = np.array([[front(paths, targets)[0] for paths in side] for side in measured])  # [2, S, targets]
-    resampled = np.array([[front(paths, targets) for paths in side] for side in redrawn])  # [2, S, resamples, targets]
+    fronts = np.array(
+        [[front(paths, targets)[0] for paths in side] for side in measured]
+    )  # [2, S, targets]
+    resampled = np.array(
+        [[front(paths, targets) for paths in side] for side in redrawn]
+    )  # [2, S, resamples, targets]
     difference, resampled = fronts[0] - fronts[1], resampled[0] - resampled[1]
     items = min(len(counts) for counts in tokens)
     mean = over_seeds(difference.mean(axis=1), np.atleast_2d(np.cov(resampled.mean(axis=2))), items)
-    at_each = [over_seeds(difference[:, i], np.atleast_2d(np.cov(resampled[:, :, i])), items) for i in range(TARGETS)]
-    middle, half = (np.array([pick(d) for d in at_each]) for pick in (lambda d: d.change, lambda d: d.high - d.change))
+    at_each = [
+        over_seeds(difference[:, i], np.atleast_2d(np.cov(resampled[:, :, i])), items)
+        for i in range(TARGETS)
+    ]
+    middle, half = (
+        np.array([pick(d) for d in at_each])
+        for pick in (lambda d: d.change, lambda d: d.high - d.change)
+    )
     half = half * simultaneous(resampled.mean(axis=0))
     return {
         "targets": targets.tolist(),
@@ -100,28 +126,37 @@ def compare_fronts(
 
 def relative(front: dict[str, Any]) -> dict[str, float]:
     """
-    Return `change`, `low` and `high` of the mean difference over all targets, as shares of the second's mean drift.
+    Return `change`, `low` and `high` of the mean difference over all targets, as shares of the
+    second's mean drift.
 
     Args:
-        front: what `compare_fronts` returns. The interval is the difference's; the mean drift is taken as measured.
+        front: what `compare_fronts` returns. The interval is the difference's; the mean drift is
+            taken as measured.
     """
     mean_drift = float(np.mean(front["second"]))
     return {name: front["mean"][name] / mean_drift for name in ("change", "low", "high")}
 
 
 def level(sides: list[list[list[tuple[np.ndarray, np.ndarray]]]]) -> np.ndarray:
-    """Return the mean shortfall of all checkpoints, both objectives weighing alike, `[resamples]`."""
+    """
+    Return the mean shortfall of all checkpoints, both objectives weighing alike, `[resamples]`.
+    """
     return np.mean(
-        [np.mean([s[:, 1:].mean(axis=1) for paths in side for s, _ in paths], axis=0) for side in sides], axis=0
+        [
+            np.mean([s[:, 1:].mean(axis=1) for paths in side for s, _ in paths], axis=0)
+            for side in sides
+        ],
+        axis=0,
     )
 
 
 def simultaneous(resampled: np.ndarray) -> float:
     """
-    Return by how much pointwise 95% intervals must be widened for 95% of whole curves to lie within.
+    Return by how much pointwise 95% intervals must be widened for 95% of whole curves to lie
+    within.
 
-    From the largest deviation, in standard errors, of each resampled curve `[resamples, targets]` (sup-t: Montiel Olea
-    and Plagborg-Moller 2019, "Simultaneous confidence bands").
+    From the largest deviation, in standard errors, of each resampled curve `[resamples, targets]`
+    (sup-t: Montiel Olea and Plagborg-Moller 2019, "Simultaneous confidence bands").
     """
     deviation = np.abs(resampled - resampled.mean(axis=0))
     largest = (deviation / np.maximum(resampled.std(axis=0), 1e-300)).max(axis=1)
@@ -141,15 +176,21 @@ def reach(sides: list[list[tuple[np.ndarray, np.ndarray]]]) -> tuple[float, floa
     """
     Return the hardest and the easiest target to compare at.
 
-    The best that every objective reached with every seed, and the first checkpoint of its slowest path; both by a
-    standard error to the inside (in five of six resamples), since a best found by looking is too good.
+    The best that every objective reached with every seed, and the first checkpoint of its slowest
+    path; both by a standard error to the inside (in five of six resamples), since a best found by
+    looking is too good.
 
     Args:
-        sides: each objective's and seed's paths: shortfall and drift, `[resamples, checkpoints + 1]`.
+        sides: each objective's and seed's paths: shortfall and drift, `[resamples, checkpoints +
+            1]`.
     """
     best = [np.min([shortfall.min(axis=1) for shortfall, _ in paths], axis=0) for paths in sides]
-    start = [np.max([shortfall[:, :2].min(axis=1) for shortfall, _ in paths], axis=0) for paths in sides]
-    return max(float(np.quantile(b, 0.84)) for b in best), min(float(np.quantile(s, 0.16)) for s in start)
+    start = [
+        np.max([shortfall[:, :2].min(axis=1) for shortfall, _ in paths], axis=0) for paths in sides
+    ]
+    return max(float(np.quantile(b, 0.84)) for b in best), min(
+        float(np.quantile(s, 0.16)) for s in start
+    )
 
 
 def front(paths: list[tuple[np.ndarray, np.ndarray]], targets: np.ndarray) -> np.ndarray:

@@ -1,4 +1,7 @@
-"""The rows that choose learning rate and checkpoint: in no run's training data, and prepared as all runs prepare it."""
+"""
+The rows that choose learning rate and checkpoint: in no run's training data, and prepared as all
+runs prepare it.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +29,15 @@ def load_rows(path: str, text_field: str) -> Dataset:
     Return the rows of a file, in any form that training takes.
 
     Raises:
-        ConfigurationError: there is no such file, it cannot be read, or its rows have none of the forms.
+        ConfigurationError: there is no such file, it cannot be read, or its rows have none of the
+            forms.
     """
     if not Path(path).expanduser().is_file():
         raise ConfigurationError(f"evaluate.held_out: {path}: there is no such file.")
     try:
-        splits = load_splits(ScriptArguments(dataset_name=str(Path(path).resolve())), DatasetMixtureConfig())
+        splits = load_splits(
+            ScriptArguments(dataset_name=str(Path(path).resolve())), DatasetMixtureConfig()
+        )
         return select_split(splits, "train", "dataset_train_split", text_field)
     except ConfigurationError as error:
         raise ConfigurationError(f"evaluate.held_out: {error}") from error
@@ -45,7 +51,9 @@ def check_number(name: str, rows: int) -> None:
         ConfigurationError: fewer than two.
     """
     if rows < 2:
-        raise ConfigurationError(f"evaluate.{name}: {rows} row: how sure a mean is takes two, better many more.")
+        raise ConfigurationError(
+            f"evaluate.{name}: {rows} row: how sure a mean is takes two, better many more."
+        )
 
 
 def check_apart(rows: Dataset, train: Dataset, text_field: str) -> None:
@@ -58,12 +66,16 @@ def check_apart(rows: Dataset, train: Dataset, text_field: str) -> None:
     places: dict[str, int] = {}
     for i, row in enumerate(rows):
         places.setdefault(question(row, text_field), i)
-    columns = {"prompt", "messages", "conversations", text_field, "input_ids"} & set(train.column_names)
+    columns = {"prompt", "messages", "conversations", text_field, "input_ids"} & set(
+        train.column_names
+    )
     train = train.select_columns(sorted(columns))
-    if trained := {places[asked] for row in train if (asked := question(row, text_field)) in places}:
+    if trained := {
+        places[asked] for row in train if (asked := question(row, text_field)) in places
+    }:
         raise ConfigurationError(
-            f"evaluate.held_out: row {min(trained)} is trained on, and cannot choose a checkpoint. Take rows that are "
-            "not."
+            f"evaluate.held_out: row {min(trained)} is trained on, and cannot choose a checkpoint."
+            " Take rows that are not."
         )
 
 
@@ -80,7 +92,8 @@ def question(row: dict[str, Any], text_field: str) -> str:
 
 def prepare(path: str, configs: list[Any], model: str) -> list[Row]:
     """
-    Return the rows of a file as a run prepares its training data; those without a labelled token are empty.
+    Return the rows of a file as a run prepares its training data; those without a labelled token
+    are empty.
 
     Args:
         configs: the run's arguments, as `eaft.training.train.train` takes them.
@@ -100,7 +113,11 @@ def prepare(path: str, configs: list[Any], model: str) -> list[Row]:
     for row in prepared:
         labels = [label if label >= 0 else -100 for label in row["labels"]]
         labelled = any(label >= 0 for label in labels[1:])
-        found.append({"input_ids": row["input_ids"], "labels": labels} if labelled else {"input_ids": [], "labels": []})
+        found.append(
+            {"input_ids": row["input_ids"], "labels": labels}
+            if labelled
+            else {"input_ids": [], "labels": []}
+        )
     return found
 
 
@@ -115,12 +132,15 @@ def check_fit(rows: list[Row], model: str, context: int) -> None:
     for i, row in enumerate(rows):
         if (length := len(row["input_ids"])) > context:
             raise ConfigurationError(
-                f"evaluate.held_out: row {i} has {length} tokens, more than the model's context of {context}: leave it "
-                "out."
+                f"evaluate.held_out: row {i} has {length} tokens, more than the model's context of"
+                f" {context}: leave it out."
             )
-        if row["input_ids"] and (largest := max(*row["input_ids"], *row["labels"])) >= config.vocab_size:
+        if (
+            row["input_ids"]
+            and (largest := max(*row["input_ids"], *row["labels"])) >= config.vocab_size
+        ):
             raise ConfigurationError(
-                f"evaluate.held_out: row {i} has the token id {largest}, and the base model's vocabulary has "
-                f"{config.vocab_size} tokens, so its nll cannot be measured: take an eos_token and a chat template "
-                "(chat_template_path) that add no tokens."
+                f"evaluate.held_out: row {i} has the token id {largest}, and the base model's"
+                f" vocabulary has {config.vocab_size} tokens, so its nll cannot be measured: take"
+                " an eos_token and a chat template (chat_template_path) that add no tokens."
             )

@@ -1,9 +1,11 @@
 """
-The base model and every checkpoint of every run, measured: drift and held-out nll of all, tasks of some.
+The base model and every checkpoint of every run, measured: drift and held-out nll of all, tasks of
+some.
 
-What is measured is kept in the store of `eaft.evaluation`, under a digest of the weights and of all else it depends
-on. The numbers of a checkpoint that has been deleted are in its run's `points.json`, with a digest of what they were
-measured with; if that has changed, the run cannot be used any more, and says so.
+What is measured is kept in the store of `eaft.evaluation`, under a digest of the weights and of all
+else it depends on. The numbers of a checkpoint that has been deleted are in its run's
+`points.json`, with a digest of what they were measured with; if that has changed, the run cannot be
+used any more, and says so.
 """
 
 from __future__ import annotations
@@ -75,8 +77,10 @@ class Measure:
     Attributes:
         base: the base model's point, after `begin`.
         rows: the held-out rows, as training prepares them.
-        prompt_tokens: by kind, of each of its answers; `held_out_tokens`, the labelled ones of each held-out row.
-        benchmarks: without those that failed on the base model, which are in `failed`, with the reason.
+        prompt_tokens: by kind, of each of its answers; `held_out_tokens`, the labelled ones of each
+            held-out row.
+        benchmarks: without those that failed on the base model, which are in `failed`, with the
+            reason.
         protocol: how all are asked, complete; after `begin`.
         kept: by model, what was read from the store instead of measured.
     """
@@ -87,7 +91,12 @@ class Measure:
     held_out_tokens: np.ndarray
 
     def __init__(
-        self, config: EvaluateConfig, base: str, benchmarks: dict[str, Benchmark], folder: Path, rows: list[Row]
+        self,
+        config: EvaluateConfig,
+        base: str,
+        benchmarks: dict[str, Benchmark],
+        folder: Path,
+        rows: list[Row],
     ) -> None:
         self.config, self.base_path, self.benchmarks, self.folder = config, base, benchmarks, folder
         self.rows = rows
@@ -97,37 +106,52 @@ class Measure:
 
     def begin(self, first: Run) -> None:
         """
-        Measure the base model, unless it has been; one without a chat template takes that of the first run.
+        Measure the base model, unless it has been; one without a chat template takes that of the
+        first run.
 
         One job does it, and the others wait and find it in the store.
         """
         if self.inputs is not None:
             return
-        with FileLock(self.folder / BASE_LOCK) if processes().is_main_process else contextlib.nullcontext():
+        with (
+            FileLock(self.folder / BASE_LOCK)
+            if processes().is_main_process
+            else contextlib.nullcontext()
+        ):
             self.measure_base(first)
 
     def measure_base(self, first: Run) -> None:
         """Measure the base model; see `begin`."""
         _, model = side_by_side(str(first.folder), self.base_path, self.config.protocol, drift=True)
         assert model is not None
-        self.answers = {kind: model.answers(prompts) for kind, prompts in self.config.prompts.items()}
-        self.prompt_tokens = {
-            kind: np.array([len(answer.answer_ids) for answer in a.answers]) for kind, a in self.answers.items()
+        self.answers = {
+            kind: model.answers(prompts) for kind, prompts in self.config.prompts.items()
         }
-        nll, self.held_out_tokens = model.nll(self.rows) if self.rows else (np.array([]), np.array([]))
+        self.prompt_tokens = {
+            kind: np.array([len(answer.answer_ids) for answer in a.answers])
+            for kind, a in self.answers.items()
+        }
+        nll, self.held_out_tokens = (
+            model.nll(self.rows) if self.rows else (np.array([]), np.array([]))
+        )
         measured = run_tasks(model, self.benchmarks, self.folder / "base" / ITEMS)
         model.free()
         self.protocol, self.kept["base"] = model.protocol, model.kept
         self.failed = shared(lambda: measured.failed)
-        self.benchmarks = {name: b for name, b in self.benchmarks.items() if name not in self.failed}
+        self.benchmarks = {
+            name: b for name, b in self.benchmarks.items() if name not in self.failed
+        }
         nothing = {kind: np.zeros(len(tokens)) for kind, tokens in self.prompt_tokens.items()}
         self.base = Point(0, 0.0, nothing, nll, measured.items)
         answered = {kind: a.digest for kind, a in self.answers.items()}
-        self.inputs = digest([answered, self.rows, tokenizer_digest(model.tokenizer), asdict(model.protocol)])
+        self.inputs = digest(
+            [answered, self.rows, tokenizer_digest(model.tokenizer), asdict(model.protocol)]
+        )
 
     def path(self, run: Run) -> list[Point]:
         """
-        Return a finished run's points, with drift, nll and the tasks that every checkpoint is asked.
+        Return a finished run's points, with drift, nll and the tasks that every checkpoint is
+        asked.
 
         Raises:
             EAFTError: a checkpoint cannot be measured.
@@ -216,7 +240,9 @@ class Measure:
         if processes().is_main_process:
             record = self.record(run)
             for step in {int(step) for step in record} - keep:
-                record[str(step)]["deleted"] = True  # before it is: a deletion that is interrupted is gone on with
+                record[str(step)]["deleted"] = (
+                    True  # before it is: a deletion that is interrupted is gone on with
+                )
             write_json(run.folder / POINTS_FILE, record)
             delete_models(run, keep)
         processes().wait_for_everyone()
@@ -232,9 +258,14 @@ class Measure:
             raise EAFTError(deleted(run, step, "what it was measured with has changed"))
         drift = {kind: np.array(sums) for kind, sums in kept["drift"].items()}
         point = Point(step, kept["epoch"], drift, np.array(kept["nll"]))
-        files = {name: run.folder / ITEMS / f"step-{step}" / f"{Path(name).stem}.jsonl" for name in self.benchmarks}
+        files = {
+            name: run.folder / ITEMS / f"step-{step}" / f"{Path(name).stem}.jsonl"
+            for name in self.benchmarks
+        }
         there = shared(lambda: [name for name, file in files.items() if file.is_file()])
-        if missing := [n for n in self.config.every_checkpoint_tasks if n in self.benchmarks and n not in there]:
+        if missing := [
+            n for n in self.config.every_checkpoint_tasks if n in self.benchmarks and n not in there
+        ]:
             raise EAFTError(deleted(run, step, f"{', '.join(missing)} cannot be run on it"))
         main = processes().is_main_process
         self.take(point, {name: read_jsonl(files[name]) if main else [] for name in there})
@@ -254,20 +285,25 @@ class Measure:
 def deleted(run: Run, step: int, what: str) -> str:
     """Return what to say of a checkpoint that is needed, and gone."""
     return (
-        f"{run.name}: the checkpoint of step {step} was deleted (keep_checkpoints: chosen), and {what}: delete the "
-        "folder, and it is trained again."
+        f"{run.name}: the checkpoint of step {step} was deleted (keep_checkpoints: chosen), and"
+        f" {what}: delete the folder, and it is trained again."
     )
 
 
-def check_before_training(config: EvaluateConfig, base: str, benchmarks: dict[str, Benchmark]) -> None:
+def check_before_training(
+    config: EvaluateConfig, base: str, benchmarks: dict[str, Benchmark]
+) -> None:
     """
     Check that what will be asked can be, while only the base model is there.
 
     Raises:
-        ConfigurationError: prompts or tasks that do not fit the model, or no room for drift's files.
+        ConfigurationError: prompts or tasks that do not fit the model, or no room for drift's
+            files.
     """
     model, _ = side_by_side(base, None, config.protocol, drift=True)
-    check_measurable([model], benchmarks, [prompt for prompts in config.prompts.values() for prompt in prompts])
+    check_measurable(
+        [model], benchmarks, [prompt for prompts in config.prompts.values() for prompt in prompts]
+    )
     for kind, prompts in config.prompts.items():
         check_number(f"{kind}_prompts", len(prompts))
 
@@ -276,7 +312,8 @@ def check_vocabulary_stays(runs: list[Run], base: str) -> None:
     """
     Check that training adds no tokens, since drift compares the probabilities of one vocabulary.
 
-    With a model for its `chat_template_path`, TRL adds that tokenizer's tokens, and others up to a multiple of 64.
+    With a model for its `chat_template_path`, TRL adds that tokenizer's tokens, and others up to a
+    multiple of 64.
 
     Raises:
         ConfigurationError: a run's chat template would add some.
@@ -285,9 +322,12 @@ def check_vocabulary_stays(runs: list[Run], base: str) -> None:
     for path in dict.fromkeys(run.flags.get("chat_template_path") for run in runs):
         if path is None or str(path).endswith((".jinja", ".j2")):
             continue
-        added = {str(token) for token in load_tokenizer(path).added_tokens_decoder.values()} - own.keys()
+        added = {
+            str(token) for token in load_tokenizer(path).added_tokens_decoder.values()
+        } - own.keys()
         if more := 64 * math.ceil((len(own) + len(added)) / 64) - len(own):
             raise ConfigurationError(
-                f"train.chat_template_path={path!r}: TRL would add {more} tokens to the base model's {len(own)}, and "
-                "drift compares token by token. Give the template alone, as a .jinja file."
+                f"train.chat_template_path={path!r}: TRL would add {more} tokens to the base"
+                f" model's {len(own)}, and drift compares token by token. Give the template alone,"
+                " as a .jinja file."
             )

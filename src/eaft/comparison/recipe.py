@@ -1,4 +1,7 @@
-"""The recipe of a comparison: what it may say, and the runs of `eaft train` it stands for; checked before any runs."""
+"""
+The recipe of a comparison: what it may say, and the runs of `eaft train` it stands for; checked
+before any runs.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +30,24 @@ from eaft.training.templates import check_templates, told
 from eaft.training.train import check_model, load_data, parse
 
 REFERENCE = "sft"  # what every objective is compared with, where the recipe names no pairs
-TRAINS = ("eaft", "torch", "transformers", "trl", "accelerate", "peft", "datasets")  # another version, another run
+TRAINS = (
+    "eaft",
+    "torch",
+    "transformers",
+    "trl",
+    "accelerate",
+    "peft",
+    "datasets",
+)  # another version, another run
 # Flags that may name a file
-LOCAL = ("dataset_name", "exclude_examples", "replay_prompts", "chat_template_path", "deepspeed", "fsdp_config")
+LOCAL = (
+    "dataset_name",
+    "exclude_examples",
+    "replay_prompts",
+    "chat_template_path",
+    "deepspeed",
+    "fsdp_config",
+)
 
 
 STRICT = ConfigDict(extra="forbid", revalidate_instances="always")
@@ -59,7 +77,11 @@ class EvaluateConfig(Protocol):
     def prompts(self) -> dict[str, list[Any]]:
         """The prompts whose answers drift is measured on, by kind."""
         files = {"general": self.general_prompts, "target": self.target_prompts}
-        return {kind: read_prompts(file, self.drift_prompts) for kind, file in files.items() if file is not None}
+        return {
+            kind: read_prompts(file, self.drift_prompts)
+            for kind, file in files.items()
+            if file is not None
+        }
 
 
 @with_config(STRICT)
@@ -95,7 +117,8 @@ class Run:
         learning_rate: one of the recipe's; None where it names none.
         folder: where it is.
         flags: of `eaft train`.
-        identity: what it depends on, without paths: the same run has the same, wherever model and data are.
+        identity: what it depends on, without paths: the same run has the same, wherever model and
+            data are.
     """
 
     objective: str
@@ -116,8 +139,9 @@ def read_recipe(path: str, overrides: dict[str, Any]) -> Recipe:
     Read and check a recipe.
 
     Args:
-        overrides: fields to take in place of the recipe's, where not None; `objectives` are names of some of them,
-            `model_name_or_path` and `dataset_name` are `train`'s, and `held_out` is `evaluate`'s.
+        overrides: fields to take in place of the recipe's, where not None; `objectives` are names
+            of some of them, `model_name_or_path` and `dataset_name` are `train`'s, and `held_out`
+            is `evaluate`'s.
 
     Raises:
         ConfigurationError: it cannot be read, or a field is unknown, missing or of no use.
@@ -144,7 +168,9 @@ def check_names(where: str, names: list[str], known: Any) -> None:
     """Raise a ConfigurationError for a name that is none of those known."""
     for name in names:
         if name not in known:
-            raise ConfigurationError(f"{where}: {name!r} is none of {', '.join(known)}.{nearest(name, known)}")
+            raise ConfigurationError(
+                f"{where}: {name!r} is none of {', '.join(known)}.{nearest(name, known)}"
+            )
 
 
 def check_fields(recipe: Recipe, path: str) -> None:
@@ -157,70 +183,100 @@ def check_fields(recipe: Recipe, path: str) -> None:
     for name in recipe.objectives:
         if not re.fullmatch(r"[\w.^-]+", name):
             raise ConfigurationError(
-                f"{path}: the objective {name!r} names a folder; use letters, digits, '-', '_', '.'."
+                f"{path}: the objective {name!r} names a folder; use letters, digits, '-', '_',"
+                " '.'."
             )
     for name in ("seeds", "learning_rates", "pairs"):
         values = getattr(recipe, name)
         if values is not None and any(value in values[:i] for i, value in enumerate(values)):
-            raise ConfigurationError(f"{path}: {name}: {values!r}: expected a list of values that differ.")
+            raise ConfigurationError(
+                f"{path}: {name}: {values!r}: expected a list of values that differ."
+            )
     for pair in recipe.pairs or []:
         if pair[0] == pair[1]:
-            raise ConfigurationError(f"{path}: pairs: {pair!r} is not two objectives, as [eaft, sft].")
+            raise ConfigurationError(
+                f"{path}: pairs: {pair!r} is not two objectives, as [eaft, sft]."
+            )
         check_names(f"{path}: pairs", pair, recipe.objectives)
     if recipe.learning_rates is not None:
         if own := [name for name, flags in recipe.objectives.items() if "learning_rate" in flags]:
-            raise ConfigurationError(f"{path}: {own[0]} has a learning_rate, and learning_rates are for all: drop one.")
+            raise ConfigurationError(
+                f"{path}: {own[0]} has a learning_rate, and learning_rates are for all: drop one."
+            )
         if len(recipe.learning_rates) > 1 and recipe.evaluate.held_out is None:
             raise ConfigurationError(
-                f"{path}: several learning_rates need evaluate.held_out, rows that choose among them and are neither "
-                "trained on nor scored."
+                f"{path}: several learning_rates need evaluate.held_out, rows that choose among"
+                " them and are neither trained on nor scored."
             )
     if not recipe.evaluate.drift_prompts:
-        raise ConfigurationError(f"{path}: evaluate: drift_prompts=0 leaves nothing to compare forgetting by.")
+        raise ConfigurationError(
+            f"{path}: evaluate: drift_prompts=0 leaves nothing to compare forgetting by."
+        )
     for name in ("output_dir", "seed", "resume_from_checkpoint", "template_date"):
         if any(name in flags for flags in (recipe.train, *recipe.objectives.values())):
-            raise ConfigurationError(f"{path}: train: {name} is compare's to set, run by run: leave it out.")
+            raise ConfigurationError(
+                f"{path}: train: {name} is compare's to set, run by run: leave it out."
+            )
     for name in ("select_checkpoint", "forgetting_budget", "load_best_model_at_end"):
         if any(flags.get(name) for flags in (recipe.train, *recipe.objectives.values())):
             raise ConfigurationError(
-                f"{path}: train: with {name} the model is not the last checkpoint; compare chooses by "
-                "evaluate.held_out, alike for all: leave it out."
+                f"{path}: train: with {name} the model is not the last checkpoint; compare chooses"
+                " by evaluate.held_out, alike for all: leave it out."
             )
 
 
 def plan_runs(recipe: Recipe, model_identity: Any) -> list[Run]:
     """
-    Return every run, seed by seed and objective by objective, its flags and data checked as `eaft train` does.
+    Return every run, seed by seed and objective by objective, its flags and data checked as `eaft
+    train` does.
 
     Args:
         model_identity: a digest of the base model, with its tokenizer.
 
     Raises:
-        ConfigurationError: no model is named, a bad flag, data that is missing, held out too or not taken by the chat
-            template, or a package that is not installed.
+        ConfigurationError: no model is named, a bad flag, data that is missing, held out too or not
+            taken by the chat template, or a package that is not installed.
     """
     if recipe.train.get("model_name_or_path") is None:
         raise ConfigurationError("train: model_name_or_path is missing.")
     runs: list[Run] = []
-    rates: list[float | None] = [None] if recipe.learning_rates is None else [*recipe.learning_rates]
+    rates: list[float | None] = (
+        [None] if recipe.learning_rates is None else [*recipe.learning_rates]
+    )
     seen, digests, warnings = set[str](), dict[Path, str](), set[str]()
     for seed in recipe.seeds:
         for objective, own in recipe.objectives.items():
             for rate in rates:
-                flags = {name: of_seed(value, seed) for name, value in {**recipe.train, **own, "seed": seed}.items()}
+                flags = {
+                    name: of_seed(value, seed)
+                    for name, value in {**recipe.train, **own, "seed": seed}.items()
+                }
                 name = f"{objective}-seed{seed}"
                 if rate is not None:
                     flags["learning_rate"], name = rate, f"{objective}-lr{rate:g}-seed{seed}"
-                files = {key: file_digest(path, digests) for key, path in local_files(flags).items()}
-                known = {key: value for key, value in flags.items() if key not in (*files, "model_name_or_path")}
+                files = {
+                    key: file_digest(path, digests) for key, path in local_files(flags).items()
+                }
+                known = {
+                    key: value
+                    for key, value in flags.items()
+                    if key not in (*files, "model_name_or_path")
+                }
                 if "gate" in files:
                     known["gate"] = flags["gate"]
-                identity = {"model": model_identity, "flags": known, "files": files, "versions": versions(TRAINS)}
+                identity = {
+                    "model": model_identity,
+                    "flags": known,
+                    "files": files,
+                    "versions": versions(TRAINS),
+                }
                 flags["output_dir"] = str(Path(recipe.output_dir) / name)
                 if recipe.evaluate.template_date is not None:
                     flags["template_date"] = recipe.evaluate.template_date
                 # Another seed on the same data changes nothing here
-                if (key := json.dumps([own, rate, flags.get("dataset_name")], default=str)) not in seen:
+                if (
+                    key := json.dumps([own, rate, flags.get("dataset_name")], default=str)
+                ) not in seen:
                     warnings.add(check_training(flags, recipe.evaluate.held_out))
                     seen.add(key)
                 identity = json.loads(json.dumps(identity, default=str))
@@ -251,7 +307,11 @@ def check_training(flags: dict[str, Any], held_out: str | None) -> str:
     if rows is not None and isinstance(train, Dataset):
         check_apart(rows, train, args.dataset_text_field)
     model = str(model_args.model_name_or_path)
-    if isinstance(train, Dataset) and "input_ids" in train.column_names and not model.endswith(".gguf"):
+    if (
+        isinstance(train, Dataset)
+        and "input_ids" in train.column_names
+        and not model.endswith(".gguf")
+    ):
         check_model(resolve_model(model, args.trust_remote_code), args, model_args, train)
     return told(found)
 
@@ -271,15 +331,27 @@ def parse_flags(flags: dict[str, Any]) -> list[Any]:
 
 
 def local_files(flags: dict[str, Any]) -> dict[str, Path]:
-    """Return the files and folders that flags name and training reads, also the module of a gate of one's own."""
-    found = {name: Path(flags[name]).expanduser() for name in LOCAL if isinstance(flags.get(name), str)}
-    if ":" in str(flags.get("gate", "")) and (spec := find_spec(flags["gate"].partition(":")[0])) and spec.origin:
+    """
+    Return the files and folders that flags name and training reads, also the module of a gate of
+    one's own.
+    """
+    found = {
+        name: Path(flags[name]).expanduser() for name in LOCAL if isinstance(flags.get(name), str)
+    }
+    if (
+        ":" in str(flags.get("gate", ""))
+        and (spec := find_spec(flags["gate"].partition(":")[0]))
+        and spec.origin
+    ):
         found["gate"] = Path(spec.origin)
     return {name: path for name, path in found.items() if path.exists()}
 
 
 def file_digest(path: Path, known: dict[Path, str]) -> str:
-    """Return a digest of a file, or of all files of a folder, so that a change is noticed; each is read once."""
+    """
+    Return a digest of a file, or of all files of a folder, so that a change is noticed; each is
+    read once.
+    """
     if path not in known:
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         sha = hashlib.sha256()

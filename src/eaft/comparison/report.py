@@ -1,4 +1,6 @@
-"""The report of a comparison: what to do and how sure that is, the tables that prove it, and pictures."""
+"""
+The report of a comparison: what to do and how sure that is, the tables that prove it, and pictures.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,20 @@ from eaft.text import markdown_strings, table
 from eaft.training.train import METRICS_FILE
 
 Numbers = dict[str, Any]
-VIEWS = {"chosen": "At each objective's own choice (lowest held-out nll)", "last": "After the last step"}
+VIEWS = {
+    "chosen": "At each objective's own choice (lowest held-out nll)",
+    "last": "After the last step",
+}
 
 
 def write(results: Numbers, folder: Path) -> str:
     """Write results.md, the pictures and, last, results.json; return the Markdown."""
-    (folder / "results.json").unlink(missing_ok=True)  # of an earlier run: it says that all beside it is of one
+    (folder / "results.json").unlink(
+        missing_ok=True
+    )  # of an earlier run: it says that all beside it is of one
     results["verdicts"] = [
-        {"first": p["first"], "second": p["second"], **verdict(p, results["groups"])} for p in results["pairs"]
+        {"first": p["first"], "second": p["second"], **verdict(p, results["groups"])}
+        for p in results["pairs"]
     ]
     safe = markdown_strings(results)
     results["sentence"] = safe["sentence"] = headline(safe)
@@ -43,43 +51,76 @@ def write(results: Numbers, folder: Path) -> str:
 def headline(results: Numbers) -> str:
     """Return what to do, why, and how sure that is."""
     if not results["pairs"]:
-        return "Nothing was compared: there is no `sft` and no `pairs` in the recipe, or one of each pair failed."
+        return (
+            "Nothing was compared: there is no `sft` and no `pairs` in the recipe, or one of each"
+            " pair failed."
+        )
     preferred = dict.fromkeys(v["prefer"] for v in results["verdicts"] if v["prefer"] is not None)
-    beaten = {n for v in results["verdicts"] if v["prefer"] for n in (v["first"], v["second"]) if n != v["prefer"]}
+    beaten = {
+        n
+        for v in results["verdicts"]
+        if v["prefer"]
+        for n in (v["first"], v["second"])
+        if n != v["prefer"]
+    }
     best = [name for name in preferred if name not in beaten]
     if len(best) == 1:
         advice = f"**Choose {best[0]}.**"
     elif best:
-        advice = f"**Choose one of {', '.join(best)}**, none of which is shown to be better than another."
+        advice = (
+            f"**Choose one of {', '.join(best)}**, none of which is shown to be better than"
+            " another."
+        )
     elif any(v["better"] for v in results["verdicts"]):
         advice = "**Choose by what you need: what is gained is paid for.**"
     else:
         advice = "**No objective is shown to be better than another: take the simplest.**"
-    compared = dict.fromkeys(name for pair in results["pairs"] for name in (pair["first"], pair["second"]))
+    compared = dict.fromkeys(
+        name for pair in results["pairs"] for name in (pair["first"], pair["second"])
+    )
     text = [advice, *beside_base(results["choices"], best or list(compared))]
     text += [clause(pair, v) for pair, v in zip(results["pairs"], results["verdicts"], strict=True)]
     if any(len(pair["seeds"]) == 1 for pair in results["pairs"]):
-        text.append("One seed: the intervals hold no seed-to-seed variance, and another seed may turn this round.")
+        text.append(
+            "One seed: the intervals hold no seed-to-seed variance, and another seed may turn this"
+            " round."
+        )
     if results["failed"]:
         text.append("What failed (below) is not judged.")
     return " ".join(text)
 
 
 def beside_base(choices: list[Numbers], names: list[str]) -> list[str]:
-    """Return what objectives gained and lost beside the base model, and whether that speaks against shipping them."""
+    """
+    Return what objectives gained and lost beside the base model, and whether that speaks against
+    shipping them.
+    """
     found = []
     for name in names:
-        views = [c["changes"].get("chosen") or c["changes"]["last"] for c in choices if c["objective"] == name]
+        views = [
+            c["changes"].get("chosen") or c["changes"]["last"]
+            for c in choices
+            if c["objective"] == name
+        ]
         if not views:
             continue
-        change = {kind: np.mean([view["means"][kind]["change"] for view in views]) for kind in ("target", "general")}
+        change = {
+            kind: np.mean([view["means"][kind]["change"] for view in views])
+            for kind in ("target", "general")
+        }
         numbers = ", ".join(f"{kind} {100 * value:+.1f}" for kind, value in change.items())
         lost = [
             task
             for task in views[0]["tasks"]
-            if any(v["tasks"][task]["change"] < 0 and v["tasks"][task]["p_holm"] < LEVEL for v in views)
+            if any(
+                v["tasks"][task]["change"] < 0 and v["tasks"][task]["p_holm"] < LEVEL for v in views
+            )
         ]
-        said = f"**do not ship it as it is, a loss is shown on {listed(lost)}**" if lost else "no loss is shown"
+        said = (
+            f"**do not ship it as it is, a loss is shown on {listed(lost)}**"
+            if lost
+            else "no loss is shown"
+        )
         found.append(f"Beside the base model {name} has {numbers} points: {said}.")
     return found
 
@@ -89,11 +130,20 @@ def clause(pair: Numbers, found: Numbers) -> str:
     first, second = pair["first"], pair["second"]
     view = pair["views"].get("chosen") or pair["views"]["last"]
     if found["better"] and found["worse"]:
-        said = f"{first} is better than {second} in {listed(found['better'])} and worse in {listed(found['worse'])}"
+        said = (
+            f"{first} is better than {second} in {listed(found['better'])} and worse in"
+            f" {listed(found['worse'])}"
+        )
     elif found["better"]:
-        said = f"{first} is better than {second} in {listed(found['better'])}, and not shown to be worse in anything"
+        said = (
+            f"{first} is better than {second} in {listed(found['better'])}, and not shown to be"
+            " worse in anything"
+        )
     elif found["worse"]:
-        said = f"{first} is worse than {second} in {listed(found['worse'])}, and not shown to be better in anything"
+        said = (
+            f"{first} is worse than {second} in {listed(found['worse'])}, and not shown to be"
+            " better in anything"
+        )
     else:
         said = f"{first} and {second} cannot be told apart"
     numbers = [f"{name} {points(view['means'][name])}" for name in ("target", "general")]
@@ -101,7 +151,11 @@ def clause(pair: Numbers, found: Numbers) -> str:
     numbers += [f"drift at equal {name} {nats(mean)}" for name, mean in fronts]
     lower = {NLL: view["nll"]} if fronts else {"drift": view["drift"]["general"], NLL: view["nll"]}
     numbers += [f"{name} {nats(d)}" for name, d in lower.items() if d is not None]
-    of_tasks = [n for n in (*found["better"], *found["worse"]) if n in view["tasks"] and n not in view["means"]]
+    of_tasks = [
+        n
+        for n in (*found["better"], *found["worse"])
+        if n in view["tasks"] and n not in view["means"]
+    ]
     numbers += [f"{name} {points(view['tasks'][name])}" for name in of_tasks]
     return f"{said} ({first} less {second}: {'; '.join(numbers)})."
 
@@ -113,7 +167,10 @@ def listed(names: list[str]) -> str:
 
 def points(d: Numbers) -> str:
     """Return a difference of scores in percentage points, with interval and adjusted p."""
-    return f"{100 * d['change']:+.1f} points (95%: {100 * d['low']:+.1f} to {100 * d['high']:+.1f}; {p(d)})"
+    return (
+        f"{100 * d['change']:+.1f} points (95%: {100 * d['low']:+.1f} to {100 * d['high']:+.1f};"
+        f" {p(d)})"
+    )
 
 
 def nats(d: Numbers) -> str:
@@ -131,20 +188,27 @@ def where(pair: Numbers, target: str) -> str:
     front, first, second = pair["fronts"][target], pair["first"], pair["second"]
     if front is None:
         return (
-            f"{first} and {second}: there is no {target} that both reach, with every seed, past their first "
-            "checkpoint. Save checkpoints earlier, or more of them."
+            f"{first} and {second}: there is no {target} that both reach, with every seed, past"
+            " their first checkpoint. Save checkpoints earlier, or more of them."
         )
     span = f"{shown(target, front['targets'][0])} to {shown(target, front['targets'][-1])}"
-    on_average = f"(on average {nats(front['mean'])}, {100 * relative(front)['change']:+.0f}% of {second}'s)"
+    on_average = (
+        f"(on average {nats(front['mean'])}, {100 * relative(front)['change']:+.0f}% of {second}'s)"
+    )
     stretches = told_apart(front)
     if not stretches:
-        return f"{first} and {second} cannot be told apart at any {target} from {span} {on_average}."
+        return (
+            f"{first} and {second} cannot be told apart at any {target} from {span} {on_average}."
+        )
     said = []
     for stretch in stretches:
         sizes = sorted(abs(d) for d in stretch["differences"])
         at = up_to(shown(target, stretch["from"]), shown(target, stretch["to"]))
         word = "more" if stretch["sign"] > 0 else "less"
-        said.append(f"at {target} {at} {first} drifts {word}, by {up_to(f'{sizes[0]:.4f}', f'{sizes[-1]:.4f}')}")
+        said.append(
+            f"at {target} {at} {first} drifts {word}, by"
+            f" {up_to(f'{sizes[0]:.4f}', f'{sizes[-1]:.4f}')}"
+        )
     whole = len(stretches) == 1 and len(stretches[0]["differences"]) == len(front["targets"])
     rest = "" if whole else f"; elsewhere from {span} they cannot be told apart"
     return f"{first} and {second}: {', '.join(said)}{rest} {on_average}."
@@ -168,22 +232,33 @@ def markdown(results: Numbers) -> str:
     seeds = results["recipe"]["seeds"]
     lines = [results["sentence"]]
     if results["failed"]:
-        lines += ["## What failed", "\n".join(f"- {failure['message']}" for failure in results["failed"])]
+        lines += [
+            "## What failed",
+            "\n".join(f"- {failure['message']}" for failure in results["failed"]),
+        ]
     lines += [
         "## Gained and forgotten",
         f"Seeds: {', '.join(map(str, seeds))}"
         + ("; mean ± standard deviation over them" if len(seeds) > 1 else "")
         + ". Drift: mean KL(base ‖ tuned), nats per token, over the base model's own answers.",
     ]
-    views = [view for view in VIEWS if any(view in numbers for numbers in results["objectives"].values())]
+    views = [
+        view for view in VIEWS if any(view in numbers for numbers in results["objectives"].values())
+    ]
     for view in views:
         lines += [f"### {VIEWS[view]}", objectives_table(results, view)]
     if results["pairs"]:
         lines += ["## Objective against objective", how_tested(results)]
-        lines += [part for view in views for part in (f"### {VIEWS[view]}", pairs_table(results, view))]
+        lines += [
+            part for view in views for part in (f"### {VIEWS[view]}", pairs_table(results, view))
+        ]
         if targets := list(results["pairs"][0]["fronts"]):
             lines += ["## Drift at a matched target", MATCHED]
-            lines += ["\n".join(f"- {where(pair, target)}" for target in targets for pair in results["pairs"])]
+            lines += [
+                "\n".join(
+                    f"- {where(pair, target)}" for target in targets for pair in results["pairs"]
+                )
+            ]
             lines += ["![The fronts, and their differences](fronts.png)"]
     lines += ["## Every benchmark", table_1(results, views[0])]
     lines += ["## What was asked", *asked_section(results)]
@@ -193,9 +268,10 @@ def markdown(results: Numbers) -> str:
 
 
 MATCHED = (
-    "The least drift with which each objective, at any of its learning rates and checkpoints, has a target at least so "
-    "good; linear between checkpoints. The band is simultaneous: in about 95% of comparisons it holds the whole true "
-    "curve. It carries the uncertainty of drift (prompts), of the target (held-out examples or items) and of seeds."
+    "The least drift with which each objective, at any of its learning rates and checkpoints, has a"
+    " target at least so good; linear between checkpoints. The band is simultaneous: in about 95%"
+    " of comparisons it holds the whole true curve. It carries the uncertainty of drift (prompts),"
+    " of the target (held-out examples or items) and of seeds."
 )
 
 
@@ -204,26 +280,39 @@ def how_tested(results: Numbers) -> str:
     several = "items (or prompts) and seeds both count (Cochran and Cox's t)"
     one = "one seed, so items (or prompts) alone count, as in `eaft eval`"
     counts = {len(pair["seeds"]) > 1 for pair in results["pairs"]}
-    how = several if counts == {True} else one if counts == {False} else f"{several}; where there is {one}"
+    how = (
+        several
+        if counts == {True}
+        else one
+        if counts == {False}
+        else f"{several}; where there is {one}"
+    )
     return (
-        f"First less second, on the same items. 95% intervals; {how}. p is adjusted by Holm's method over the pairs "
-        f"and, together, means, drift and nll; or single tasks. **Bold**: adjusted p < {LEVEL}."
+        f"First less second, on the same items. 95% intervals; {how}. p is adjusted by Holm's"
+        " method over the pairs and, together, means, drift and nll; or single tasks. **Bold**:"
+        f" adjusted p < {LEVEL}."
     )
 
 
-def cell(numbers: Numbers, name: str, scale: float = 1, digits: int = 1, minus: float | None = None) -> str:
+def cell(
+    numbers: Numbers, name: str, scale: float = 1, digits: int = 1, minus: float | None = None
+) -> str:
     """Return a mean, or its difference from `minus`, with its spread over seeds if there is one."""
     if name not in numbers:
         return ""
     mean, std = numbers[name]["mean"], numbers[name]["std"]
-    text = f"{scale * mean:.{digits}f}" if minus is None else f"{scale * (mean - minus):+.{digits}f}"
+    text = (
+        f"{scale * mean:.{digits}f}" if minus is None else f"{scale * (mean - minus):+.{digits}f}"
+    )
     return text if std is None else f"{text} ± {scale * std:.{digits}f}"
 
 
 def objectives_table(results: Numbers, view: str) -> str:
     """Return one row an objective: target, general, drift, held-out nll, cost."""
     base = results["base"]
-    rows = [["base", f"{100 * base['target']:.1f}", "", f"{100 * base['general']:.1f}", "", "0", "0"]]
+    rows = [
+        ["base", f"{100 * base['target']:.1f}", "", f"{100 * base['general']:.1f}", "", "0", "0"]
+    ]
     rows[0] += [f"{base['nll']:.3f}" if "nll" in base else "", "", ""]
     for name, numbers in results["objectives"].items():
         at, training = numbers[view], numbers["training"]
@@ -241,7 +330,15 @@ def objectives_table(results: Numbers, view: str) -> str:
                 cell(training, "peak_memory_gib", digits=2),
             ]
         )
-    headers = ["objective", "target %", "change", "general %", "change", "drift, general", "drift, target"]
+    headers = [
+        "objective",
+        "target %",
+        "change",
+        "general %",
+        "change",
+        "drift, general",
+        "drift, target",
+    ]
     return table(rows, [*headers, "held-out nll", "tokens/s", "peak GiB"])
 
 
@@ -254,10 +351,21 @@ def pairs_table(results: Numbers, view: str) -> str:
         drift = [bold(at["drift"][kind], nats) for kind in at["drift"]]
         tasks = [bold(d, points) for d in at["tasks"].values()]
         nll = [] if at["nll"] is None else [bold(at["nll"], nats)]
-        rows.append([f"{pair['first']} less {pair['second']}", len(pair["seeds"]), *scores, *drift, *nll, *tasks])
+        rows.append(
+            [
+                f"{pair['first']} less {pair['second']}",
+                len(pair["seeds"]),
+                *scores,
+                *drift,
+                *nll,
+                *tasks,
+            ]
+        )
     first = results["pairs"][0]["views"][view]
     headers = ["pair", "seeds", "target", "general", *(f"drift, {kind}" for kind in first["drift"])]
-    return table(rows, [*headers, *([] if first["nll"] is None else ["held-out nll"]), *first["tasks"]])
+    return table(
+        rows, [*headers, *([] if first["nll"] is None else ["held-out nll"]), *first["tasks"]]
+    )
 
 
 def bold(d: Numbers, form: Any) -> str:
@@ -266,25 +374,44 @@ def bold(d: Numbers, form: Any) -> str:
 
 
 def table_1(results: Numbers, view: str) -> str:
-    """Return the comparison laid out as the paper's Table 1: every benchmark, the averages, and their change."""
+    """
+    Return the comparison laid out as the paper's Table 1: every benchmark, the averages, and their
+    change.
+    """
     base, groups = results["base"], results["groups"]
     headers = ["method"]
     rows = [["base"], *([name] for name in results["objectives"])]
     for group in ("general", "target"):
         headers += [*groups[group], f"{group} avg.", "change"]
-        rows[0] += [*(f"{100 * base['tasks'][name]:.1f}" for name in groups[group]), f"{100 * base[group]:.1f}", ""]
+        rows[0] += [
+            *(f"{100 * base['tasks'][name]:.1f}" for name in groups[group]),
+            f"{100 * base[group]:.1f}",
+            "",
+        ]
         for row, numbers in zip(rows[1:], results["objectives"].values(), strict=True):
             row += [cell(numbers[view]["tasks"], name, 100) for name in groups[group]]
-            row += [cell(numbers[view], group, 100), cell(numbers[view], group, 100, minus=base[group])]
-    note = f"{VIEWS[view]}. All in %, laid out as Table 1 of arXiv:2601.02151; tests against the base: results.json."
+            row += [
+                cell(numbers[view], group, 100),
+                cell(numbers[view], group, 100, minus=base[group]),
+            ]
+    note = (
+        f"{VIEWS[view]}. All in %, laid out as Table 1 of arXiv:2601.02151; tests against the base:"
+        " results.json."
+    )
     return table(rows, headers) + "\n\n" + note
 
 
 def asked_section(results: Numbers) -> list[str]:
     """Return how the tasks were asked, what was cut, and what was not measured anew."""
     protocol = results["protocol"]
-    template = "with the chat template" if protocol["apply_chat_template"] else "in plain text, without a chat template"
-    thinking = {True: ", thinking on", False: ", thinking off", None: ""}[protocol["enable_thinking"]]
+    template = (
+        "with the chat template"
+        if protocol["apply_chat_template"]
+        else "in plain text, without a chat template"
+    )
+    thinking = {True: ", thinking on", False: ", thinking off", None: ""}[
+        protocol["enable_thinking"]
+    ]
     thinking = thinking if protocol["apply_chat_template"] else ""
     limit = f", at most {protocol['limit']} items of each task" if protocol["limit"] else ""
     rows = []
@@ -297,10 +424,15 @@ def asked_section(results: Numbers) -> list[str]:
         about = (briefly(a["version"]), a["metric"], a["filter"], briefly(a["num_fewshot"]))
         rows.append([task, *about, "; ".join(cut) or "nothing"])
     kept = {model: what for model, what in results["kept"]["models"].items() if what}
-    read = f"Not measured anew, but kept from before (`eaft cache` says where): what there is of {len(kept)} models."
+    read = (
+        "Not measured anew, but kept from before (`eaft cache` says where): what there is of"
+        f" {len(kept)} models."
+    )
     return [
-        f"Asked {template}{thinking}, in {protocol['dtype']}, seed {protocol['seed']}{limit}. Cut: items, over all "
-        "seeds, to fit the context or the limit of an answer.",
+        (
+            f"Asked {template}{thinking}, in {protocol['dtype']}, seed {protocol['seed']}{limit}."
+            " Cut: items, over all seeds, to fit the context or the limit of an answer."
+        ),
         table(rows, ["task", "version", "metric", "filter", "examples", "cut"]),
         *([read] if kept else []),
     ]
@@ -313,7 +445,13 @@ def checkpoints_table(results: Numbers) -> str:
         for point in run["points"]:
             nll = "" if point["nll"] is None else f"{point['nll']['mean']:.3f}"
             rows.append(
-                [run["folder"], f"{point['epoch']:g}", point["step"], nll, f"{point['drift']['general']['mean']:.4f}"]
+                [
+                    run["folder"],
+                    f"{point['epoch']:g}",
+                    point["step"],
+                    nll,
+                    f"{point['drift']['general']['mean']:.4f}",
+                ]
             )
     return table(rows, ["run", "epochs", "steps", "held-out nll", "drift"])
 
@@ -324,28 +462,50 @@ def checkpoints_table(results: Numbers) -> str:
 def colors(results: Numbers) -> dict[str, Any]:
     """Return one colour for each objective, the same in every picture."""
     names = list(results["objectives"])
-    palette = plt.get_cmap("tab10" if len(names) <= 10 else "tab20")  # the latter in pairs that are hard to tell apart
+    palette = plt.get_cmap(
+        "tab10" if len(names) <= 10 else "tab20"
+    )  # the latter in pairs that are hard to tell apart
     return {name: palette(i % palette.N) for i, name in enumerate(names)}
 
 
 def draw_pareto(results: Numbers, path: Path) -> None:
-    """Draw target against general ability and against drift: every seed a dot, the mean with its spread on top."""
+    """
+    Draw target against general ability and against drift: every seed a dot, the mean with its
+    spread on top.
+    """
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
-    view = "chosen" if any("chosen" in numbers for numbers in results["objectives"].values()) else "last"
+    view = (
+        "chosen"
+        if any("chosen" in numbers for numbers in results["objectives"].values())
+        else "last"
+    )
     base = results["base"]
     for axis, quantity, scale, label in (
         (axes[0], "general", 100, "general ability (%)  →  better"),
         (axes[1], "drift_general", 1, "drift, KL(base ‖ tuned), nats per token  →  better"),
     ):
         axis.scatter(
-            scale * base[quantity], 100 * base["target"], marker="*", s=160, color="black", label="base", zorder=3
+            scale * base[quantity],
+            100 * base["target"],
+            marker="*",
+            s=160,
+            color="black",
+            label="base",
+            zorder=3,
         )
         for name, color in colors(results).items():
             seeds = [c["numbers"][view] for c in results["choices"] if c["objective"] == name]
             axis.scatter(
-                [scale * s[quantity] for s in seeds], [100 * s["target"] for s in seeds], s=16, alpha=0.5, color=color
+                [scale * s[quantity] for s in seeds],
+                [100 * s["target"] for s in seeds],
+                s=16,
+                alpha=0.5,
+                color=color,
             )
-            x, y = results["objectives"][name][view][quantity], results["objectives"][name][view]["target"]
+            x, y = (
+                results["objectives"][name][view][quantity],
+                results["objectives"][name][view]["target"],
+            )
             axis.errorbar(
                 scale * x["mean"],
                 100 * y["mean"],
@@ -367,41 +527,69 @@ def draw_pareto(results: Numbers, path: Path) -> None:
 
 
 def draw_curves(results: Numbers, folder: Path) -> None:
-    """Draw the plain nll of training and held-out tokens, and the mean gate, over the steps of the chosen runs."""
+    """
+    Draw the plain nll of training and held-out tokens, and the mean gate, over the steps of the
+    chosen runs.
+    """
     runs = [run for run in results["runs"] if run["chosen"]]
     logs = []
     for run in runs:
         lines = (folder / run["folder"] / METRICS_FILE).read_text().splitlines()
         log = [json.loads(line) for line in lines]
-        logs.append(log + [{"step": p["step"], NLL: p["nll"]["mean"]} for p in run["points"] if p["nll"]])
+        logs.append(
+            log + [{"step": p["step"], NLL: p["nll"]["mean"]} for p in run["points"] if p["nll"]]
+        )
     titles = {
         "nll": "training nll (nats)",
         "eval_nll": "evaluation nll (nats)",
         NLL: "held-out nll (nats)",
         "mean_gate": "mean gate, training",
     }
-    panels = {m: title for m, title in titles.items() if any(m in line for log in logs for line in log)}
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.8), layout="constrained", squeeze=False)
+    panels = {
+        m: title for m, title in titles.items() if any(m in line for log in logs for line in log)
+    }
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(4.5 * len(panels), 3.8), layout="constrained", squeeze=False
+    )
     palette, labelled = colors(results), set()
     for run, log in zip(runs, logs, strict=True):
         for axis, metric in zip(axes[0], panels, strict=True):
             drawn = [(line["step"], line[metric]) for line in log if metric in line]
             label = None if run["objective"] in labelled else run["objective"]
             if drawn:
-                axis.plot(*zip(*drawn, strict=True), color=palette[run["objective"]], alpha=0.8, label=label)
+                axis.plot(
+                    *zip(*drawn, strict=True),
+                    color=palette[run["objective"]],
+                    alpha=0.8,
+                    label=label,
+                )
         labelled.add(run["objective"])
     for axis, (metric, title) in zip(axes[0], panels.items(), strict=True):
-        axis.set(xlabel="step", title=title, **({"ylim": (0, None)} if metric == "mean_gate" else {"yscale": "log"}))
+        axis.set(
+            xlabel="step",
+            title=title,
+            **({"ylim": (0, None)} if metric == "mean_gate" else {"yscale": "log"}),
+        )
         axis.grid(alpha=0.3)
     axes[0, 0].legend()
     save(figure, folder / "curves.png")
 
 
 def draw_fronts(results: Numbers, path: Path) -> None:
-    """Draw, for each pair and target, both fronts over all checkpoints, and their difference with its band."""
-    drawn = [(pair, target) for pair in results["pairs"] for target, f in pair["fronts"].items() if f is not None]
+    """
+    Draw, for each pair and target, both fronts over all checkpoints, and their difference with its
+    band.
+    """
+    drawn = [
+        (pair, target)
+        for pair in results["pairs"]
+        for target, f in pair["fronts"].items()
+        if f is not None
+    ]
     rows = max(len(drawn), 1)
-    figure, axes = plt.subplots(rows, 2, figsize=(10, 3.6 * rows), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        rows, 2, figsize=(10, 3.6 * rows), layout="constrained", squeeze=False
+    )
     palette = colors(results)
     for (left, right), (pair, target) in zip(axes, drawn, strict=False):
         front = pair["fronts"][target]
@@ -417,7 +605,9 @@ def draw_fronts(results: Numbers, path: Path) -> None:
             ]
             left.scatter(*zip(*at, strict=True), color=palette[name], s=12, alpha=0.5)
         right.plot(x, front["difference"], color="black")
-        right.fill_between(x, front["low"], front["high"], color="black", alpha=0.15, label="95%, whole curve")
+        right.fill_between(
+            x, front["low"], front["high"], color="black", alpha=0.15, label="95%, whole curve"
+        )
         right.axhline(0, color="black", linewidth=0.8)
         left.set(ylabel="drift, nats per token", title="The least drift at a target so good")
         right.set(ylabel="drift, nats per token", title=f"{pair['first']} less {pair['second']}")

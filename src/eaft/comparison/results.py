@@ -1,4 +1,7 @@
-"""What a comparison found, as numbers: `results.json` (`results.schema.json`) holds all that the report says."""
+"""
+What a comparison found, as numbers: `results.json` (`results.schema.json`) holds all that the
+report says.
+"""
 
 from __future__ import annotations
 
@@ -41,10 +44,14 @@ def collect(
     Raises:
         EAFTError: no task of a group could be run on the base model.
     """
-    names = {group.name: [n for n in group.benchmarks if n in measure.benchmarks] for group in groups}
+    names = {
+        group.name: [n for n in group.benchmarks if n in measure.benchmarks] for group in groups
+    }
     for group, tasks in names.items():
         if not tasks:
-            raise EAFTError(f"None of the {group} tasks could be run on the base model: {measure.failed}")
+            raise EAFTError(
+                f"None of the {group} tasks could be run on the base model: {measure.failed}"
+            )
     base = measure.base
     views = ["chosen", "last"] if measure.rows else ["last"]
     models = {"base": [base]}
@@ -57,17 +64,25 @@ def collect(
         "asked": {name: how_asked(name, models, measure) for name in measure.benchmarks},
         "kept": {"models": measure.kept},
         "groups": names,
-        "prompts": {kind: {"tokens": tokens.tolist()} for kind, tokens in measure.prompt_tokens.items()},
+        "prompts": {
+            kind: {"tokens": tokens.tolist()} for kind, tokens in measure.prompt_tokens.items()
+        },
         "held_out": {"tokens": measure.held_out_tokens.tolist()} if measure.rows else None,
         "base": {**numbers(base, measure, names), "point": describe(base, measure)},
-        "runs": [about(run, path, measure, study) for study in studies.values() for run, path in study.paths.items()],
+        "runs": [
+            about(run, path, measure, study)
+            for study in studies.values()
+            for run, path in study.paths.items()
+        ],
         "choices": [
             {
                 "objective": objective,
                 "seed": seed,
                 "learning_rate": study.run.learning_rate,
                 "steps": {view: point.step for view, point in study.views.items()},
-                "numbers": {view: numbers(point, measure, names) for view, point in study.views.items()},
+                "numbers": {
+                    view: numbers(point, measure, names) for view, point in study.views.items()
+                },
                 "changes": {
                     view: changes(
                         {n: base.items[n] for n in measure.benchmarks},
@@ -87,7 +102,8 @@ def collect(
         of_it = [study for (name, _), study in studies.items() if name == objective]
         if of_it:
             found["objectives"][objective] = {
-                view: spread([numbers(study.views[view], measure, names) for study in of_it]) for view in views
+                view: spread([numbers(study.views[view], measure, names) for study in of_it])
+                for view in views
             }
             trained = [finished(study.run) or {} for study in of_it]
             found["objectives"][objective]["training"] = {
@@ -99,7 +115,12 @@ def collect(
         if seeds:
             sides = tuple([studies[name, seed] for seed in seeds] for name in (first, second))
             found["pairs"].append(
-                {"first": first, "second": second, "seeds": seeds, **compare_pair(sides, measure, names, views)}
+                {
+                    "first": first,
+                    "second": second,
+                    "seeds": seeds,
+                    **compare_pair(sides, measure, names, views),
+                }
             )
     adjust(found["pairs"], views)
     return found
@@ -113,15 +134,21 @@ def compare_pair(
     for view in views:
         first, second = ([study.views[view] for study in side] for side in sides)
         scores = {
-            name: [np.array([p.scores(name) for p in side]) for side in (first, second)] for name in measure.benchmarks
+            name: [np.array([p.scores(name) for p in side]) for side in (first, second)]
+            for name in measure.benchmarks
         }
         found["views"][view] = {
             "tasks": {name: asdict(compare_scores([pair])) for name, pair in scores.items()},
-            "means": {group: asdict(compare_scores([scores[n] for n in tasks])) for group, tasks in groups.items()},
+            "means": {
+                group: asdict(compare_scores([scores[n] for n in tasks]))
+                for group, tasks in groups.items()
+            },
             "drift": {
                 kind: asdict(
                     ratio_difference(
-                        np.array([p.drift[kind] for p in first]), np.array([p.drift[kind] for p in second]), tokens
+                        np.array([p.drift[kind] for p in first]),
+                        np.array([p.drift[kind] for p in second]),
+                        tokens,
                     )
                 )
                 for kind, tokens in measure.prompt_tokens.items()
@@ -130,7 +157,9 @@ def compare_pair(
         }
         if measure.rows:
             ours, theirs = (np.array([p.nll for p in side]) for side in (first, second))
-            found["views"][view]["nll"] = asdict(ratio_difference(ours, theirs, measure.held_out_tokens))
+            found["views"][view]["nll"] = asdict(
+                ratio_difference(ours, theirs, measure.held_out_tokens)
+            )
     shortfalls: dict[str, tuple[Callable[[Point], np.ndarray], np.ndarray]] = {}
     if measure.rows:
         shortfalls[NLL] = (lambda p: p.nll), measure.held_out_tokens
@@ -152,7 +181,9 @@ def compare_pair(
             ]
             for side in sides
         ]
-        found["fronts"][target] = compare_fronts(paths[0], paths[1], measure.prompt_tokens["general"], tokens)
+        found["fronts"][target] = compare_fronts(
+            paths[0], paths[1], measure.prompt_tokens["general"], tokens
+        )
     return found
 
 
@@ -167,12 +198,15 @@ def compare_scores(tasks: list[list[np.ndarray]]) -> Difference:
     pairs = [(second[0], first[0]) for first, second in tasks]  # before and after
     each = [paired_change(*pair) for pair in pairs]
     change = each[0] if len(each) == 1 else mean_change(each, pairs)
-    return Difference(change.change, change.low, change.high, change.p_value, change.n, 1, [change.change])
+    return Difference(
+        change.change, change.low, change.high, change.p_value, change.n, 1, [change.change]
+    )
 
 
 def adjust(pairs: list[Numbers], views: list[str]) -> None:
     """
-    Add `p_holm` to every difference: p adjusted for the number of differences of its kind, of all pairs.
+    Add `p_holm` to every difference: p adjusted for the number of differences of its kind, of all
+    pairs.
 
     The kinds, in each view: single tasks; means, drift and nll; and the fronts' means.
     """
@@ -181,9 +215,16 @@ def adjust(pairs: list[Numbers], views: list[str]) -> None:
         of_view = [pair["views"][view] for pair in pairs]
         families.append([d for v in of_view for d in v["tasks"].values()])
         families.append(
-            [d for v in of_view for d in (*v["means"].values(), *v["drift"].values(), v["nll"]) if d is not None]
+            [
+                d
+                for v in of_view
+                for d in (*v["means"].values(), *v["drift"].values(), v["nll"])
+                if d is not None
+            ]
         )
-    families.append([front["mean"] for pair in pairs for front in pair["fronts"].values() if front is not None])
+    families.append(
+        [front["mean"] for pair in pairs for front in pair["fronts"].values() if front is not None]
+    )
     for family in families:
         for difference, p in zip(family, holm([d["p_value"] for d in family]), strict=True):
             difference["p_holm"] = p
@@ -191,30 +232,49 @@ def adjust(pairs: list[Numbers], views: list[str]) -> None:
 
 def verdict(pair: Numbers, groups: dict[str, list[str]]) -> Numbers:
     """
-    Return in what the first of a pair is shown to be better and worse than the second: `better`, `worse`, `prefer`.
+    Return in what the first of a pair is shown to be better and worse than the second: `better`,
+    `worse`, `prefer`.
 
-    Shown is what is significant at 0.05, Holm-adjusted, at each objective's own choice: target and general score; each
-    task of several, since a mean hides losses that gains cancel; held-out nll, since to learn less is a price; and
-    drift at a matched target. Where no fronts could be compared, drift at its own choice stands in for the last.
+    Shown is what is significant at 0.05, Holm-adjusted, at each objective's own choice: target and
+    general score; each task of several, since a mean hides losses that gains cancel; held-out nll,
+    since to learn less is a price; and drift at a matched target. Where no fronts could be
+    compared, drift at its own choice stands in for the last.
 
     Args:
         groups: the tasks of each mean.
     """
     view = pair["views"].get("chosen") or pair["views"]["last"]
-    fronts = {f"drift at equal {name}": front["mean"] for name, front in pair["fronts"].items() if front is not None}
+    fronts = {
+        f"drift at equal {name}": front["mean"]
+        for name, front in pair["fronts"].items()
+        if front is not None
+    }
     lower = fronts or {"drift": view["drift"]["general"]}
     lower = {**lower, **({NLL: view["nll"]} if view["nll"] is not None else {})}
-    tasks = {name: view["tasks"][name] for names in groups.values() if len(names) > 1 for name in names}
+    tasks = {
+        name: view["tasks"][name] for names in groups.values() if len(names) > 1 for name in names
+    }
     higher = {**view["means"], **tasks}
-    signs = {**{name: (d, 1) for name, d in higher.items()}, **{name: (d, -1) for name, d in lower.items()}}
+    signs = {
+        **{name: (d, 1) for name, d in higher.items()},
+        **{name: (d, -1) for name, d in lower.items()},
+    }
     shown = {name: sign * d["change"] for name, (d, sign) in signs.items() if d["p_holm"] < LEVEL}
-    better, worse = [n for n, gain in shown.items() if gain > 0], [n for n, gain in shown.items() if gain < 0]
-    prefer = pair["first"] if better and not worse else pair["second"] if worse and not better else None
+    better, worse = (
+        [n for n, gain in shown.items() if gain > 0],
+        [n for n, gain in shown.items() if gain < 0],
+    )
+    prefer = (
+        pair["first"] if better and not worse else pair["second"] if worse and not better else None
+    )
     return {"better": better, "worse": worse, "prefer": prefer}
 
 
 def told_apart(front: Numbers) -> list[Numbers]:
-    """Return the stretches of targets where the band excludes 0: `sign`, `from`, `to` and all `differences` of each."""
+    """
+    Return the stretches of targets where the band excludes 0: `sign`, `from`, `to` and all
+    `differences` of each.
+    """
     found: list[Numbers] = []
     before = 0
     for target, difference, low, high in zip(
@@ -230,9 +290,14 @@ def told_apart(front: Numbers) -> list[Numbers]:
 
 
 def how_asked(name: str, models: dict[str, list[Point]], measure: Measure) -> Numbers:
-    """Return what a benchmark asked, and of how many items what was cut, by objective (over all its seeds)."""
+    """
+    Return what a benchmark asked, and of how many items what was cut, by objective (over all its
+    seeds).
+    """
     of_each = {
-        model: [asked(measure.benchmarks[name], measure.protocol, point.items[name]) for point in points]
+        model: [
+            asked(measure.benchmarks[name], measure.protocol, point.items[name]) for point in points
+        ]
         for model, points in models.items()
     }
     cut = {
@@ -243,11 +308,19 @@ def how_asked(name: str, models: dict[str, list[Point]], measure: Measure) -> Nu
 
 
 def numbers(point: Point, measure: Measure, groups: dict[str, list[str]]) -> Numbers:
-    """Return a point's means: of each group and task, drift (nats per token) by kind, and held-out nll."""
+    """
+    Return a point's means: of each group and task, drift (nats per token) by kind, and held-out
+    nll.
+    """
     tasks = {name: float(point.scores(name).mean()) for name in measure.benchmarks}
     return {
-        **{group: statistics.mean(tasks[name] for name in names) for group, names in groups.items()},
-        **{f"drift_{kind}": mean_of(point.drift[kind], tokens) for kind, tokens in measure.prompt_tokens.items()},
+        **{
+            group: statistics.mean(tasks[name] for name in names) for group, names in groups.items()
+        },
+        **{
+            f"drift_{kind}": mean_of(point.drift[kind], tokens)
+            for kind, tokens in measure.prompt_tokens.items()
+        },
         **({"nll": mean_of(point.nll, measure.held_out_tokens)} if measure.rows else {}),
         "tasks": tasks,
     }
@@ -259,7 +332,9 @@ def mean_of(sums: np.ndarray, tokens: np.ndarray) -> float:
 
 
 def describe(point: Point, measure: Measure) -> Numbers:
-    """Return everything that was measured of a point: also by prompt, by held-out example and by item."""
+    """
+    Return everything that was measured of a point: also by prompt, by held-out example and by item.
+    """
     return {
         "step": point.step,
         "epoch": point.epoch,
@@ -289,7 +364,10 @@ def about(run: Run, path: list[Point], measure: Measure, study: Study) -> Number
         "folder": run.name,
         "chosen": run is study.run,
         "commit": trained["environment"]["commit"],
-        **{name: trained["result"][name] for name in ("tokens_per_s", "peak_memory_gib", "train_runtime_s")},
+        **{
+            name: trained["result"][name]
+            for name in ("tokens_per_s", "peak_memory_gib", "train_runtime_s")
+        },
         "points": [describe(point, measure) for point in path],
     }
 
@@ -297,11 +375,16 @@ def about(run: Run, path: list[Point], measure: Measure, study: Study) -> Number
 def spread(seeds: list[Numbers]) -> Numbers:
     """Return mean and sample standard deviation over seeds (None for one) of each number."""
     found: Numbers = {n: mean_and_std([s[n] for s in seeds]) for n in seeds[0] if n != "tasks"}
-    found["tasks"] = {name: mean_and_std([s["tasks"][name] for s in seeds]) for name in seeds[0]["tasks"]}
+    found["tasks"] = {
+        name: mean_and_std([s["tasks"][name] for s in seeds]) for name in seeds[0]["tasks"]
+    }
     return found
 
 
 def mean_and_std(values: list[float]) -> dict[str, float | None]:
     """Return a mean and a sample standard deviation, None for a single value."""
     assert all(math.isfinite(value) for value in values)
-    return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
+    return {
+        "mean": statistics.mean(values),
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+    }

@@ -1,4 +1,7 @@
-"""Runs on disk: trained in processes of their own, resumed, never mistaken for another's; and their checkpoints."""
+"""
+Runs on disk: trained in processes of their own, resumed, never mistaken for another's; and their
+checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -63,8 +66,8 @@ def check_folder(folder: Path, identity: Any) -> None:
         made_here = {LOCK_FILE, f"{MARK}.tmp"}
         if not folder.is_dir() or any(path.name not in made_here for path in folder.iterdir()):
             raise ConfigurationError(
-                f"output_dir: {str(folder)!r} was not made by eaft compare, which neither takes it over nor deletes "
-                "it: choose another output_dir, or move it away."
+                f"output_dir: {str(folder)!r} was not made by eaft compare, which neither takes it"
+                " over nor deletes it: choose another output_dir, or move it away."
             )
         return
     old = read_json(mark, dict[str, Any], "delete this folder, or choose another output_dir.")
@@ -80,8 +83,8 @@ def check_folder(folder: Path, identity: Any) -> None:
             )
         ]
         raise ConfigurationError(
-            f"output_dir: {str(folder)!r} holds another run: {', '.join(changed)} changed since. Choose another "
-            "output_dir, or delete this folder."
+            f"output_dir: {str(folder)!r} holds another run: {', '.join(changed)} changed since."
+            " Choose another output_dir, or delete this folder."
         )
 
 
@@ -103,10 +106,12 @@ def finished(run: Run) -> dict[str, Any] | None:
 
 def train_run(run: Run) -> str | None:
     """
-    Train in a process of its own, so that its peak memory is its own; reuse a finished run, resume an interrupted one.
+    Train in a process of its own, so that its peak memory is its own; reuse a finished run, resume
+    an interrupted one.
 
     Returns:
-        None, or what went wrong, also where the folder cannot be used: other processes wait for an answer.
+        None, or what went wrong, also where the folder cannot be used: other processes wait for an
+        answer.
     """
     if finished(run):
         print(visible(f"{run.folder}: already trained"))
@@ -137,26 +142,41 @@ def prepare(run: Run) -> Path:
             empty(run.folder)
         config = run.folder / "train.yaml"
         config.write_text(yaml.safe_dump(flags, sort_keys=False))
-    print(visible(f"{run.folder}: training" + (f" from {checkpoint}" if checkpoint else "")), flush=True)
+    print(
+        visible(f"{run.folder}: training" + (f" from {checkpoint}" if checkpoint else "")),
+        flush=True,
+    )
     return config
 
 
 def train_apart(config: Path) -> int:
     """Run `eaft train` in a process that is part of no launch, and return its exit code."""
     command = [sys.executable, "-m", "eaft", "train", "--config", str(config)]
-    return subprocess.run(command, env=tracker_environment(config.parent), preexec_fn=end_with_parent).returncode
+    return subprocess.run(
+        command, env=tracker_environment(config.parent), preexec_fn=end_with_parent
+    ).returncode
 
 
 def tracker_flags(folder: Path) -> dict[str, str]:
-    """Return the flags by which trackers name a run as its folder; trackio's groups are projects."""
-    return {"run_name": os.environ.get("WANDB_NAME", folder.name), "project": folder.resolve().parent.name}
+    """
+    Return the flags by which trackers name a run as its folder; trackio's groups are projects.
+    """
+    return {
+        "run_name": os.environ.get("WANDB_NAME", folder.name),
+        "project": folder.resolve().parent.name,
+    }
 
 
 def tracker_environment(folder: Path) -> dict[str, str]:
-    """Return the environment in which Weights & Biases groups a run, and TensorBoard names it, as its folders say."""
+    """
+    Return the environment in which Weights & Biases groups a run, and TensorBoard names it, as its
+    folders say.
+    """
     found = without_launcher()
     found.setdefault("WANDB_RUN_GROUP", folder.resolve().parent.name)
-    boards = found.get("TENSORBOARD_LOGGING_DIR", folder.parent)  # of all runs: in one folder they are one curve
+    boards = found.get(
+        "TENSORBOARD_LOGGING_DIR", folder.parent
+    )  # of all runs: in one folder they are one curve
     return {**found, "TENSORBOARD_LOGGING_DIR": str(Path(boards) / folder.name)}
 
 
@@ -175,14 +195,17 @@ def end_with_parent() -> None:
 
 class FirstAlone:
     """
-    Lets the first process of a launch work alone for hours: the others look for a file, since a collective times out.
+    Lets the first process of a launch work alone for hours: the others look for a file, since a
+    collective times out.
 
     Args:
         folder: seen by all.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.prefix = f"_done-{shared(lambda: uuid.uuid4().hex)}"  # of this launch, not of one before
+        self.prefix = (  # of this launch, not of one before
+            f"_done-{shared(lambda: uuid.uuid4().hex)}"
+        )
         self.folder, self.count, self.state = folder, 0, processes()
 
     def __call__(self, work: Callable[[], Any]) -> Any:
@@ -207,7 +230,10 @@ class FirstAlone:
 
 
 def checkpoints(run: Run) -> list[Checkpoint]:
-    """Return the checkpoints of a finished run that there are, in order of steps; the last is the run's own model."""
+    """
+    Return the checkpoints of a finished run that there are, in order of steps; the last is the
+    run's own model.
+    """
     trained = finished(run)
     assert trained is not None
     last = trained["result"]["steps"]
@@ -222,12 +248,17 @@ def checkpoints(run: Run) -> list[Checkpoint]:
 
 
 def delete_models(run: Run, keep: set[int]) -> None:
-    """Delete a finished run's models but those after some steps; of the last step there is the run's own model."""
+    """
+    Delete a finished run's models but those after some steps; of the last step there is the run's
+    own model.
+    """
     last = checkpoints(run)[-1].step
     for folder in run.folder.glob("checkpoint-*"):
         step = int(folder.name.rpartition("-")[2])
         if step not in keep or step == last:
-            folder.replace(run.folder / f"_deleted-{step}")  # first out of the way, whole: this may be killed
+            folder.replace(
+                run.folder / f"_deleted-{step}"
+            )  # first out of the way, whole: this may be killed
     if last not in keep:
         for pattern in WEIGHTS:
             for weights in run.folder.glob(pattern):

@@ -15,9 +15,11 @@ class Study:
     One objective with one seed.
 
     Attributes:
-        paths: each run's points, in order of steps; on processes other than the first they hold no numbers.
+        paths: each run's points, in order of steps; on processes other than the first they hold no
+            numbers.
         run: the one that is chosen.
-        views: the points it is read at: `chosen`, by held-out nll, where there are held-out rows; and the `last` one.
+        views: the points it is read at: `chosen`, by held-out nll, where there are held-out rows;
+            and the `last` one.
     """
 
     paths: dict[Run, list[Point]]
@@ -27,7 +29,8 @@ class Study:
 
 def study(measure: Measure, paths: dict[Run, list[Point]], keep_all: bool) -> Study:
     """
-    Choose among an objective's runs, run the tasks on the points chosen, and delete the models of others.
+    Choose among an objective's runs, run the tasks on the points chosen, and delete the models of
+    others.
 
     Args:
         keep_all: delete nothing.
@@ -36,21 +39,33 @@ def study(measure: Measure, paths: dict[Run, list[Point]], keep_all: bool) -> St
         EAFTError: a task fails.
     """
     run, chosen = choose(paths)
-    views = {"last": paths[run][-1]} if chosen is None else {"chosen": chosen, "last": paths[run][-1]}
+    views = (
+        {"last": paths[run][-1]} if chosen is None else {"chosen": chosen, "last": paths[run][-1]}
+    )
     for point in views.values():
         measure.all_tasks(run, point)
     if not keep_all:
         for other in paths:
-            measure.delete(other, {point.step for point in views.values()} if other is run else set())
+            measure.delete(
+                other, {point.step for point in views.values()} if other is run else set()
+            )
     return Study(paths, run, views)
 
 
 def choose(paths: dict[Run, list[Point]]) -> tuple[Run, Point | None]:
-    """Return the run and the point with the lowest held-out nll; without held-out rows the only run, and None."""
+    """
+    Return the run and the point with the lowest held-out nll; without held-out rows the only run,
+    and None.
+    """
     runs = list(paths)
 
     def best() -> tuple[int, int] | None:
-        nll = {(i, j): p.nll.sum() for i, run in enumerate(runs) for j, p in enumerate(paths[run]) if len(p.nll)}
+        nll = {
+            (i, j): p.nll.sum()
+            for i, run in enumerate(runs)
+            for j, p in enumerate(paths[run])
+            if len(p.nll)
+        }
         return min(nll, key=lambda place: nll[place]) if nll else None
 
     place = shared(best)  # all processes run the same tasks on the same point

@@ -1,1 +1,3 @@
-"""What a model gained and what it forgot: suites of tasks, drift, paired statistics, `eaft eval`."""
+"""
+What a model gained and what it forgot: suites of tasks, drift, paired statistics, `eaft eval`.
+"""

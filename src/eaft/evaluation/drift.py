@@ -1,8 +1,10 @@
 """
-Drift: how far a model has moved from its base, as mean KL(base || tuned) over the base model's own answers.
+Drift: how far a model has moved from its base, as mean KL(base || tuned) over the base model's own
+answers.
 
-The base model's part is made once (`BaseAnswers`): answers sampled to a set of prompts, and its largest probabilities
-at their positions, so that base and tuned model need not be in memory together.
+The base model's part is made once (`BaseAnswers`): answers sampled to a set of prompts, and its
+largest probabilities at their positions, so that base and tuned model need not be in memory
+together.
 """
 
 from __future__ import annotations
@@ -50,9 +52,12 @@ class Share:
         """
         Return the indices below `n` that are this process's.
 
-        As many on each, the last perhaps done twice: where the model is sharded, a forward pass takes them all.
+        As many on each, the last perhaps done twice: where the model is sharded, a forward pass
+        takes them all.
         """
-        return [min(i, n - 1) for i in range(self.rank, -(-n // self.world) * self.world, self.world)]
+        return [
+            min(i, n - 1) for i in range(self.rank, -(-n // self.world) * self.world, self.world)
+        ]
 
     def gather(self, found: dict[int, T]) -> list[T]:
         """Return what all processes found, in order of the index."""
@@ -73,11 +78,13 @@ class Answer:
 @dataclass(frozen=True)
 class TopProbs:
     """
-    A model's next-token distribution at the positions of an answer: its `TOP` largest probabilities, the rest as one.
+    A model's next-token distribution at the positions of an answer: its `TOP` largest
+    probabilities, the rest as one.
 
-    KL from it to another distribution is that of the two with all other tokens taken for a single one. It is never
-    above the KL of the whole (data processing inequality), and equal up to the rest's share: 0.7 to 0.8% lower for
-    SmolLM2-135M-Instruct (V = 49,152; a rest of 0.6%) at drifts of 0.016 and 0.05; exact where V <= `TOP`.
+    KL from it to another distribution is that of the two with all other tokens taken for a single
+    one. It is never above the KL of the whole (data processing inequality), and equal up to the
+    rest's share: 0.7 to 0.8% lower for SmolLM2-135M-Instruct (V = 49,152; a rest of 0.6%) at drifts
+    of 0.016 and 0.05; exact where V <= `TOP`.
 
     Attributes:
         ids: int32 `[tokens, K]`.
@@ -104,8 +111,9 @@ class TopProbs:
         """
         if (highest := int(self.ids.max())) >= log_probs.shape[-1]:
             raise ConfigurationError(
-                f"The tuned model has {log_probs.shape[-1]} logits, and the base model's likeliest tokens have one of "
-                f"id {highest}, so that drift cannot be measured: leave it out with --drift_prompts 0."
+                f"The tuned model has {log_probs.shape[-1]} logits, and the base model's likeliest"
+                f" tokens have one of id {highest}, so that drift cannot be measured: leave it out"
+                " with --drift_prompts 0."
             )
         ids = self.ids.to(log_probs.device, torch.int64)
         other = torch.cat([log_probs.gather(-1, ids), rest_of(log_probs, ids)], -1)
@@ -145,7 +153,9 @@ def read_prompts(path: str, n: int) -> list[Any]:
     """
     if not Path(path).is_file():
         raise ConfigurationError(f"{path}: there is no such file of prompts.")
-    expected = "expected JSON Lines with a `prompt` (text or messages), or `messages`, in every row."
+    expected = (
+        "expected JSON Lines with a `prompt` (text or messages), or `messages`, in every row."
+    )
     rows = read_jsonl(Path(path), PromptRow, expected)
     if not rows or any(row.get("prompt") is None and row.get("messages") is None for row in rows):
         raise ConfigurationError(f"{path}: {expected}")
@@ -157,8 +167,8 @@ def prompt_of(row: dict[str, Any]) -> Any:
     Return what a row of training data asks, as `eaft.evaluation.scores.ask` takes it.
 
     Returns:
-        `prompt`, a string or messages; of a row of `messages`, these without the last answer. For a row with `tools` or
-        `chat_template_kwargs` a mapping with these and the `prompt`.
+        `prompt`, a string or messages; of a row of `messages`, these without the last answer. For a
+        row with `tools` or `chat_template_kwargs` a mapping with these and the `prompt`.
     """
     prompt = row.get("prompt")
     if prompt is None:
@@ -181,15 +191,19 @@ def sample_answers(
     share: Share = Share(),
 ) -> list[Answer]:
     """
-    Sample one answer to each text from the model's own distribution: temperature 1, nothing cut off.
+    Sample one answer to each text from the model's own distribution: temperature 1, nothing cut
+    off.
 
-    Only then is the mean KL over the answers' positions an estimate of the divergence between the two models'
-    distributions over answers (chain rule), and not between their behaviours on text neither would write.
+    Only then is the mean KL over the answers' positions an estimate of the divergence between the
+    two models' distributions over answers (chain rule), and not between their behaviours on text
+    neither would write.
 
     Args:
-        texts: prompts as the model is to see them; see `eaft.evaluation.scores.ask`. Or their token ids.
+        texts: prompts as the model is to see them; see `eaft.evaluation.scores.ask`. Or their token
+            ids.
         add_special_tokens: whether the tokenizer adds its own; a chat template has written them.
-        share: which batches are this process's. A batch is seeded by its place, so their number changes nothing.
+        share: which batches are this process's. A batch is seeded by its place, so their number
+            changes nothing.
     """
     found: dict[int, list[Answer]] = {}
     batches = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
@@ -197,7 +211,9 @@ def sample_answers(
     eos_ids = set(eos if isinstance(eos, list) else [eos])
     devices = [model.device] if model.device.type == "cuda" else []
     mine = share.of(len(batches))
-    for i in tqdm(mine, desc="Sampling the base model's answers", disable=None if share.rank == 0 else True):
+    for i in tqdm(
+        mine, desc="Sampling the base model's answers", disable=None if share.rank == 0 else True
+    ):
         if isinstance(batches[i][0], str):
             batch = tokenizer(
                 batches[i],
@@ -207,7 +223,9 @@ def sample_answers(
                 add_special_tokens=add_special_tokens,
             )
         else:
-            batch = tokenizer.pad({"input_ids": batches[i]}, return_tensors="pt", padding_side="left")
+            batch = tokenizer.pad(
+                {"input_ids": batches[i]}, return_tensors="pt", padding_side="left"
+            )
         batch = batch.to(model.device)
         with torch.random.fork_rng(devices), plain_sampling(model):
             torch.manual_seed(seed + i)
@@ -217,17 +235,26 @@ def sample_answers(
         for row, mask in zip(output, batch["attention_mask"], strict=True):
             answer = row[width:].tolist()
             ends = [j for j, token in enumerate(answer) if token in eos_ids]
-            found[i].append(Answer(row[:width][mask.bool()].tolist(), answer[: ends[0] + 1] if ends else answer))
+            found[i].append(
+                Answer(row[:width][mask.bool()].tolist(), answer[: ends[0] + 1] if ends else answer)
+            )
     return [answer for batch in share.gather(found) for answer in batch]
 
 
 @contextlib.contextmanager
 def plain_sampling(model: Any) -> Iterator[None]:
-    """Let `generate` sample from the probabilities as they are: many models ask for penalties and cut-offs."""
-    holder = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT takes it from there
+    """
+    Let `generate` sample from the probabilities as they are: many models ask for penalties and
+    cut-offs.
+    """
+    holder = (
+        model.get_base_model() if hasattr(model, "get_base_model") else model
+    )  # PEFT takes it from there
     own = holder.generation_config
     tokens = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    holder.generation_config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, **tokens)
+    holder.generation_config = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, **tokens
+    )
     try:
         yield
     finally:
@@ -237,7 +264,8 @@ def plain_sampling(model: Any) -> Iterator[None]:
 @torch.no_grad()
 def answer_log_probs(model: Any, answer: Answer) -> Tensor:
     """
-    Return the model's log-probabilities `[answer tokens, V]` (float32) at the positions that predict the answer.
+    Return the model's log-probabilities `[answer tokens, V]` (float32) at the positions that
+    predict the answer.
 
     Raises:
         ConfigurationError: the model's logits are not one position a token.
@@ -245,13 +273,15 @@ def answer_log_probs(model: Any, answer: Answer) -> Tensor:
     ids = torch.tensor([answer.prompt_ids + answer.answer_ids], device=model.device)
     keep = len(answer.answer_ids) + 1  # the position before the answer predicts its first token
     logits = model(ids, logits_to_keep=keep).logits
-    # A forward may ignore logits_to_keep, and prompt learning then has positions of its own before the prompt's
+    # A forward may ignore logits_to_keep, and prompt learning then has positions of its own before
+    # the prompt's
     config = getattr(model, "active_peft_config", None)
     virtual = config.num_virtual_tokens if config is not None and config.is_prompt_learning else 0
     if logits.ndim != 3 or logits.shape[1] not in {keep, ids.shape[1], ids.shape[1] + virtual}:
         raise ConfigurationError(
-            f"model_type={model.config.model_type!r}: its logits for {ids.shape[1]} tokens are {list(logits.shape)}, "
-            "and not one position a token, so that drift cannot be measured: leave it out with --drift_prompts 0."
+            f"model_type={model.config.model_type!r}: its logits for {ids.shape[1]} tokens are"
+            f" {list(logits.shape)}, and not one position a token, so that drift cannot be"
+            " measured: leave it out with --drift_prompts 0."
         )
     return logits[0, -keep:-1].float().log_softmax(-1)
 
@@ -263,7 +293,8 @@ class BaseAnswers:
 
     Attributes:
         answers: one a prompt.
-        probs: as many; 16 KiB a token at most (128 answers of 64 tokens: 128 MiB), whatever the vocabulary.
+        probs: as many; 16 KiB a token at most (128 answers of 64 tokens: 128 MiB), whatever the
+            vocabulary.
     """
 
     answers: list[Answer]
@@ -287,7 +318,9 @@ class BaseAnswers:
         """
         found = {}
         mine = share.of(len(answers))
-        for i in tqdm(mine, desc="The base model's probabilities", disable=None if share.rank == 0 else True):
+        for i in tqdm(
+            mine, desc="The base model's probabilities", disable=None if share.rank == 0 else True
+        ):
             log_probs = answer_log_probs(model, answers[i])
             if log_probs.isnan().any():
                 raise NonFiniteError(f"The base model's probabilities are NaN on prompt {i}.")
@@ -296,8 +329,15 @@ class BaseAnswers:
 
     def save(self, folder: Path) -> None:
         """Write `answers.json` and `probs.safetensors` into a folder."""
-        tensors = {f"{i}.{name}": tensor for i, probs in enumerate(self.probs) for name, tensor in vars(probs).items()}
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "probs.safetensors")
+        tensors = {
+            f"{i}.{name}": tensor
+            for i, probs in enumerate(self.probs)
+            for name, tensor in vars(probs).items()
+        }
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            folder / "probs.safetensors",
+        )
         write_json(folder / "answers.json", [asdict(answer) for answer in self.answers])
 
     @classmethod
@@ -306,11 +346,15 @@ class BaseAnswers:
         answers = [Answer(**answer) for answer in json.loads((folder / "answers.json").read_text())]
         tensors = load_file(folder / "probs.safetensors")
         names = ("ids", "log_probs", "rest")
-        return cls(answers, [TopProbs(*(tensors[f"{i}.{name}"] for name in names)) for i in range(len(answers))])
+        return cls(
+            answers,
+            [TopProbs(*(tensors[f"{i}.{name}"] for name in names)) for i in range(len(answers))],
+        )
 
     def drift(self, tuned: Any, share: Share = Share()) -> tuple[np.ndarray, np.ndarray]:
         """
-        Return each answer's KL(base || tuned) summed over its tokens (nats), and their number: `[prompts]` each.
+        Return each answer's KL(base || tuned) summed over its tokens (nats), and their number:
+        `[prompts]` each.
 
         Raises:
             NonFiniteError: the tuned model's probabilities are not finite.
@@ -320,9 +364,13 @@ class BaseAnswers:
         for i in tqdm(mine, desc="Drift", disable=None if share.rank == 0 else True):
             kl = self.probs[i].kl_to(answer_log_probs(tuned, self.answers[i])).sum().item()
             if not np.isfinite(kl):
-                raise NonFiniteError(f"The tuned model's probabilities are not finite on prompt {i}.")
+                raise NonFiniteError(
+                    f"The tuned model's probabilities are not finite on prompt {i}."
+                )
             sums[i] = kl
-        return np.array(share.gather(sums)), np.array([len(answer.answer_ids) for answer in self.answers])
+        return np.array(share.gather(sums)), np.array(
+            [len(answer.answer_ids) for answer in self.answers]
+        )
 
 
 def summarise(sums: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
@@ -330,8 +378,9 @@ def summarise(sums: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
     Return a drift's summary from each prompt's summed KL and number of tokens.
 
     Returns:
-        `mean` (nats per token, over all tokens), `low` and `high` (95%, a bootstrap of the prompts), `tokens`,
-        `per_prompt` (each prompt's own mean), `tokens_per_prompt`, and `quantiles` of the former.
+        `mean` (nats per token, over all tokens), `low` and `high` (95%, a bootstrap of the
+        prompts), `tokens`, `per_prompt` (each prompt's own mean), `tokens_per_prompt`, and
+        `quantiles` of the former.
     """
     from eaft.evaluation.paired import bootstrap_interval  # needs scipy, which comes with lm-eval
 

@@ -1,5 +1,6 @@
 """
-lm-eval's own models, with what they leave out: thoughts that never end, what was cut, and how far they are.
+lm-eval's own models, with what they leave out: thoughts that never end, what was cut, and how far
+they are.
 
 Importing this needs lm-eval.
 """
@@ -23,7 +24,10 @@ MOST_SPECIAL = 8
 
 
 class Generation(NamedTuple):
-    """What a model wrote, thoughts and special tokens included, and whether only the limit on its length ended it."""
+    """
+    What a model wrote, thoughts and special tokens included, and whether only the limit on its
+    length ended it.
+    """
 
     text: str
     full: bool
@@ -31,28 +35,39 @@ class Generation(NamedTuple):
 
 class Watched:
     """
-    Put before one of lm-eval's models: says what was cut, takes unfinished thoughts for no answer, counts progress.
+    Put before one of lm-eval's models: says what was cut, takes unfinished thoughts for no answer,
+    counts progress.
 
-    A model of lm-eval's answers in an order and in batches of its own, and tells its cache hook of each answer in that
-    order. That is how a row of a batch is known to be the answer to a request.
+    A model of lm-eval's answers in an order and in batches of its own, and tells its cache hook of
+    each answer in that order. That is how a row of a batch is known to be the answer to a request.
     """
 
     progress: Progress | None = None
     thinking = False  # whether it is asked to think
     found: Thinking = NONE  # how it thinks
-    cuts: dict[tuple[str, int], set[str]]  # of this process's items, by task and row: what of `answer` and `thoughts`
+    cuts: dict[
+        tuple[str, int], set[str]
+    ]  # of this process's items, by task and row: what of `answer` and `thoughts`
 
     def think(self, thinking: bool, found: Thinking) -> None:
-        """Ask with thinking on or off from here on, and begin `cuts` anew; see `eaft.evaluation.thinking.Thinking`."""
+        """
+        Ask with thinking on or off from here on, and begin `cuts` anew; see
+        `eaft.evaluation.thinking.Thinking`.
+        """
         self.cuts = {}
         ours = {**found.on, **found.off}
-        others = {name: value for name, value in self.chat_template_args.items() if name not in ours}
+        others = {
+            name: value for name, value in self.chat_template_args.items() if name not in ours
+        }
         self.chat_template_args = {**others, **(found.on if thinking else found.off)}
         self.enable_thinking = self.thinking = thinking
         self.found = found
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Return lm-eval's answers without the thoughts, empty where these never ended; also if it was not to think."""
+        """
+        Return lm-eval's answers without the thoughts, empty where these never ended; also if it was
+        not to think.
+        """
         self.generated: deque[Generation] = deque()
         # Of equal prompts the first is answered first: lm-eval's sorting is stable
         generations: defaultdict[str, deque[Generation]] = defaultdict(deque)
@@ -73,26 +88,48 @@ class Watched:
             elif answer != written.text:
                 answers[i] = self.clean(answer, until)
             cut = cut_of(written, answer, until)
-            self.cuts.setdefault((request.task_name, request.doc_id), set()).update([cut] if cut else [])
+            self.cuts.setdefault((request.task_name, request.doc_id), set()).update(
+                [cut] if cut else []
+            )
         return answers
 
     def clean(self, answer: str, until: str | list[str] | None) -> str:
         """Return an answer as lm-eval returns it: up to a stop string, without special tokens."""
         added = self.tokenizer.added_tokens_decoder.values()
-        for token in {*self.tokenizer.all_special_tokens, *(token.content for token in added if token.special)}:
+        for token in {
+            *self.tokenizer.all_special_tokens,
+            *(token.content for token in added if token.special),
+        }:
             answer = answer.replace(token, "")
-        end = None if self.tokenizer.eos_token in self.tokenizer.all_special_tokens else self.tokenizer.eos_token
-        return postprocess_generated_text(answer.lstrip(), handle_stop_sequences(until, eos=end), None)
+        end = (
+            None
+            if self.tokenizer.eos_token in self.tokenizer.all_special_tokens
+            else self.tokenizer.eos_token
+        )
+        return postprocess_generated_text(
+            answer.lstrip(), handle_stop_sequences(until, eos=end), None
+        )
 
-    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    def loglikelihood(
+        self, requests: list[Any], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
         """Return lm-eval's log-likelihoods."""
         step = self.share(requests)
-        self.cache_hook = SimpleNamespace(add_partial=lambda kind, request, answer: self.advance(items=step))
+        self.cache_hook = SimpleNamespace(
+            add_partial=lambda kind, request, answer: self.advance(items=step)
+        )
         return super().loglikelihood(requests, disable_tqdm=True)  # type: ignore[misc]
 
     def cuts_prompt(self, prompt: str, rest: str | dict[str, Any]) -> bool:
-        """Return whether a request (a choice, or the settings for an answer) was left-truncated, to fit the context."""
-        text, most = (prompt + rest, self.longest_pair) if isinstance(rest, str) else (prompt, self.max_length)
+        """
+        Return whether a request (a choice, or the settings for an answer) was left-truncated, to
+        fit the context.
+        """
+        text, most = (
+            (prompt + rest, self.longest_pair)
+            if isinstance(rest, str)
+            else (prompt, self.max_length)
+        )
         if isinstance(rest, dict):
             most -= rest["max_gen_toks"]
         return len(text.encode()) + MOST_SPECIAL > most and len(self.tok_encode(text)) > most
@@ -117,7 +154,10 @@ class Watched:
 
 
 def cut_of(written: Generation, answer: str | None, until: str | list[str] | None) -> str | None:
-    """Return what the limit on its length took from an answer: `thoughts` (all of the answer), `answer` or nothing."""
+    """
+    Return what the limit on its length took from an answer: `thoughts` (all of the answer),
+    `answer` or nothing.
+    """
     if answer is None:
         return "thoughts"
     stopped = any(stop in answer for stop in handle_stop_sequences(until, eos=None) if stop)
@@ -125,7 +165,10 @@ def cut_of(written: Generation, answer: str | None, until: str | list[str] | Non
 
 
 class HFModel(Watched, HFLM):
-    """lm-eval's `hf` model, watched. An adapter changes the size of its base model's vocabulary only to fit in."""
+    """
+    lm-eval's `hf` model, watched. An adapter changes the size of its base model's vocabulary only
+    to fit in.
+    """
 
     _model: Any
 
@@ -137,16 +180,20 @@ class HFModel(Watched, HFLM):
     def _create_model(self, *args: Any, peft: str | None = None, **kwargs: Any) -> None:
         super()._create_model(*args, **kwargs)
         if peft is not None:
-            # lm-eval would cut the embeddings to the tokenizer's size, and many models have more rows than tokens
+            # lm-eval would cut the embeddings to the tokenizer's size, and many models have more
+            # rows than tokens
             from peft import PeftModel
 
-            if (size := vocabulary_size(self.tokenizer)) > self._model.get_input_embeddings().weight.shape[0]:
+            if (
+                size := vocabulary_size(self.tokenizer)
+            ) > self._model.get_input_embeddings().weight.shape[0]:
                 self._model.resize_token_embeddings(size)
             self._model = PeftModel.from_pretrained(self._model, peft)
 
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **kwargs: Any) -> Any:
         if self.thinking and self.found.end is not None:
-            # The task's stop strings may stand in the thoughts; lm-eval cuts the answer at them afterwards
+            # The task's stop strings may stand in the thoughts; lm-eval cuts the answer at them
+            # afterwards
             stop = [self.tok_decode(self.eot_token_id, skip_special_tokens=False)]
         output = super()._model_generate(context, max_length=max_length, stop=stop, **kwargs)
         own = self.model.generation_config.eos_token_id
@@ -156,7 +203,9 @@ class HFModel(Watched, HFLM):
             if length is not None:  # lm-eval cuts at the tokenizer's end token alone
                 output[i, context.shape[1] + length - 1 :] = self.eot_token_id
             text = self.tok_decode(row[:length], skip_special_tokens=False)
-            self.generated.append(Generation(text, length is None and context.shape[1] + len(row) >= max_length))
+            self.generated.append(
+                Generation(text, length is None and context.shape[1] + len(row) >= max_length)
+            )
             self.advance(tokens=length or len(row))
         return output
 
@@ -176,10 +225,14 @@ class WatchedVLLM(Watched):
     def think(self, thinking: bool, found: Thinking) -> None:
         """See `Watched.think`; lm-eval's hands `enable_thinking` to the template by itself."""
         super().think(thinking, found)
-        self.think_end_token = found.end if thinking else None  # then it hands no stop string of a task to vLLM
+        self.think_end_token = (
+            found.end if thinking else None
+        )  # then it hands no stop string of a task to vLLM
         self.chat_template_args.pop("enable_thinking", None)
 
-    def _model_generate(self, requests: list[list[int]], generate: bool = False, sampling_params: Any = None) -> Any:
+    def _model_generate(
+        self, requests: list[list[int]], generate: bool = False, sampling_params: Any = None
+    ) -> Any:
         outputs = super()._model_generate(  # type: ignore[misc]
             requests, generate=generate, sampling_params=sampling_params
         )

@@ -1,4 +1,7 @@
-"""`eaft eval`: what a model scores, and with a base model beside it, what it gained and what it forgot."""
+"""
+`eaft eval`: what a model scores, and with a base model beside it, what it gained and what it
+forgot.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,15 @@ import numpy as np
 from transformers import AutoConfig
 
 from eaft.errors import ConfigurationError, disk_full, first_line
-from eaft.evaluation.drift import ANSWER_TOKENS, DRIFT_PROMPTS, PROMPTS, TOP, BaseAnswers, read_prompts, summarise
+from eaft.evaluation.drift import (
+    ANSWER_TOKENS,
+    DRIFT_PROMPTS,
+    PROMPTS,
+    TOP,
+    BaseAnswers,
+    read_prompts,
+    summarise,
+)
 from eaft.evaluation.identity import check_weights, digest, tokenizer_digest
 from eaft.evaluation.measured import MeasuredModel, shared, write_jsonl
 from eaft.evaluation.progress import Progress
@@ -57,9 +68,10 @@ from eaft.provenance import environment, write_json
 from eaft.text import visible
 
 DESCRIPTION = """
-Run lm-evaluation-harness tasks on a model and write every item. With --base, run the base model under the same protocol
-too, and say what the fine-tuning changed: whether a loss is shown; before, after, a 95% interval and a paired test;
-items lost and gained; drift; the worst regressions. Writes results.json, results.md, changes.png, items (JSON Lines).
+Run lm-evaluation-harness tasks on a model and write every item. With --base, run the base model
+under the same protocol too, and say what the fine-tuning changed: whether a loss is shown; before,
+after, a 95% interval and a paired test; items lost and gained; drift; the worst regressions. Writes
+results.json, results.md, changes.png, items (JSON Lines).
 
   eaft eval out --base Qwen/Qwen3-0.6B --suite quick
   eaft eval out --base Qwen/Qwen3-0.6B --suite general math --output_path eval/out
@@ -68,12 +80,14 @@ items lost and gained; drift; the worst regressions. Writes results.json, result
   eaft eval Qwen/Qwen3-0.6B --record                   only keep its answers, for drift while training
   accelerate launch -m eaft eval out --base Qwen/Qwen3-0.6B --suite general
 
-What is measured is kept (`eaft cache`): the base model is measured once, and a run that was stopped, or whose task
-failed, goes on where it was when it is started again. Exit code: 0; 1 if a task failed; 3 if a loss beyond --max_drop
-or --max_drift is shown; 2 for what is wrong with the command.
+What is measured is kept (`eaft cache`): the base model is measured once, and a run that was
+stopped, or whose task failed, goes on where it was when it is started again. Exit code: 0; 1 if a
+task failed; 3 if a loss beyond --max_drop or --max_drift is shown; 2 for what is wrong with the
+command.
 
-suites (any lm-eval task, group or task file is one too; so is a YAML file with `suite`, `tasks` and perhaps `limit`):
-"""
+suites (any lm-eval task, group or task file is one too; so is a YAML file with `suite`, `tasks` and
+perhaps `limit`):
+"""  # noqa: E501
 RESULTS_FILE = "results.json"
 INPUTS_FILE = "inputs.json"  # of the evaluation that a folder holds, finished or not
 WORST = 20  # regressions shown
@@ -89,35 +103,82 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("model", help="a Hub id, a folder (also of a PEFT adapter) or a .gguf file")
     parser.add_argument("--base", help="the model it was fine-tuned from: compare with it")
-    parser.add_argument("--suite", nargs="+", default=[], metavar="NAME", help="suites or tasks, as listed above")
-    parser.add_argument("--record", action="store_true", help="only keep the model's answers, as the base of drift")
-    parser.add_argument("--tokenizer", metavar="NAME", help="a folder or Hub id (default: the base model's own)")
-    parser.add_argument("--output_path", metavar="DIR", help="where results go (default: eval/MODEL)")
-    parser.add_argument("--data_dir", metavar="DIR", help="local data: TASK.jsonl or TASK_test.jsonl, as on the Hub")
-    parser.add_argument("--include_path", metavar="DIR", help="a folder with lm-eval task files of your own")
-    parser.add_argument("--limit", type=int, metavar="N", help="at most the first N items of each lm-eval task")
-    parser.add_argument("--max_drop", type=float, metavar="POINTS", help="a task may lose so much: else exit code 3")
-    parser.add_argument("--max_drift", type=float, metavar="NATS", help="drift may be so large: else exit code 3")
-    parser.add_argument("--num_fewshot", type=int, metavar="N", help="examples before each item (default: the task's)")
+    parser.add_argument(
+        "--suite", nargs="+", default=[], metavar="NAME", help="suites or tasks, as listed above"
+    )
+    parser.add_argument(
+        "--record", action="store_true", help="only keep the model's answers, as the base of drift"
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="NAME", help="a folder or Hub id (default: the base model's own)"
+    )
+    parser.add_argument(
+        "--output_path", metavar="DIR", help="where results go (default: eval/MODEL)"
+    )
+    parser.add_argument(
+        "--data_dir", metavar="DIR", help="local data: TASK.jsonl or TASK_test.jsonl, as on the Hub"
+    )
+    parser.add_argument(
+        "--include_path", metavar="DIR", help="a folder with lm-eval task files of your own"
+    )
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="at most the first N items of each lm-eval task"
+    )
+    parser.add_argument(
+        "--max_drop", type=float, metavar="POINTS", help="a task may lose so much: else exit code 3"
+    )
+    parser.add_argument(
+        "--max_drift", type=float, metavar="NATS", help="drift may be so large: else exit code 3"
+    )
+    parser.add_argument(
+        "--num_fewshot",
+        type=int,
+        metavar="N",
+        help="examples before each item (default: the task's)",
+    )
     parser.add_argument(
         "--apply_chat_template",
         action=argparse.BooleanOptionalAction,
-        help="ask as a chat (default: if the base model, or without one the model, has a chat template)",
+        help=(
+            "ask as a chat (default: if the base model, or without one the model, has a chat"
+            " template)"
+        ),
     )
     parser.add_argument(
         "--enable_thinking",
         action=argparse.BooleanOptionalAction,
-        help="let models think before they answer (default: no, where the chat template can turn it off)",
+        help=(
+            "let models think before they answer (default: no, where the chat template can turn it"
+            " off)"
+        ),
     )
     parser.add_argument(
-        "--max_thinking_tokens", type=int, default=Protocol.max_thinking_tokens, help="room for it, beside the answer's"
+        "--max_thinking_tokens",
+        type=int,
+        default=Protocol.max_thinking_tokens,
+        help="room for it, beside the answer's",
     )
-    parser.add_argument("--system_instruction", metavar="TEXT", help="a system message before each item")
-    parser.add_argument("--gen_kwargs", metavar="K=V,...", help="generation settings for all tasks, as lm-eval's")
-    parser.add_argument("--seed", type=int, default=SEED, help=f"of few-shot examples and sampling (default: {SEED})")
+    parser.add_argument(
+        "--system_instruction", metavar="TEXT", help="a system message before each item"
+    )
+    parser.add_argument(
+        "--gen_kwargs", metavar="K=V,...", help="generation settings for all tasks, as lm-eval's"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=SEED,
+        help=f"of few-shot examples and sampling (default: {SEED})",
+    )
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: what the base was saved in)")
-    parser.add_argument("--backend", choices=["hf", "vllm"], default="hf", help="lm-eval's model (default: hf)")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        help="float32, bfloat16, ... (default: what the base was saved in)",
+    )
+    parser.add_argument(
+        "--backend", choices=["hf", "vllm"], default="hf", help="lm-eval's model (default: hf)"
+    )
     parser.add_argument(
         "--model_args",
         type=json.loads,
@@ -125,27 +186,47 @@ def main(argv: list[str]) -> int:
         metavar="JSON",
         help="more for lm-eval's model, as '{\"parallelize\": true}'",
     )
-    parser.add_argument("--prompts", default=str(PROMPTS), metavar="FILE", help="JSON Lines with a `prompt`, for drift")
     parser.add_argument(
-        "--drift_prompts", type=int, default=DRIFT_PROMPTS, metavar="N", help="at most so many; 0: no drift"
+        "--prompts",
+        default=str(PROMPTS),
+        metavar="FILE",
+        help="JSON Lines with a `prompt`, for drift",
     )
-    parser.add_argument("--max_new_tokens", type=int, default=ANSWER_TOKENS, help="of the base model's answers to them")
+    parser.add_argument(
+        "--drift_prompts",
+        type=int,
+        default=DRIFT_PROMPTS,
+        metavar="N",
+        help="at most so many; 0: no drift",
+    )
+    parser.add_argument(
+        "--max_new_tokens",
+        type=int,
+        default=ANSWER_TOKENS,
+        help="of the base model's answers to them",
+    )
     parser.add_argument(
         "--template_date",
         metavar="DATE",
-        help="what chat templates that write the date write, as 2026-11-29 (default: today's, or that of the "
-        "evaluation that is gone on with)",
+        help=(
+            "what chat templates that write the date write, as 2026-11-29 (default: today's, or"
+            " that of the evaluation that is gone on with)"
+        ),
     )
     flags = vars(parser.parse_args(argv))
     protocol = Protocol(**{name: flags.pop(name) for name in Protocol.__dataclass_fields__})
     if flags.pop("record"):
         if flags["base"] is not None or flags["suite"]:
-            raise ConfigurationError("--record only keeps MODEL's answers: leave --base and --suite out.")
+            raise ConfigurationError(
+                "--record only keeps MODEL's answers: leave --base and --suite out."
+            )
         with template_date(protocol.template_date or template_today()):
             record(flags["model"], flags["prompts"], flags["tokenizer"], protocol)
         return 0
     if not flags["suite"]:
-        raise ConfigurationError("--suite is missing: name suites or tasks, as eaft eval --help lists them.")
+        raise ConfigurationError(
+            "--suite is missing: name suites or tasks, as eaft eval --help lists them."
+        )
     if protocol.template_date is None:
         inputs = folder_of(flags["model"], flags["output_path"]) / INPUTS_FILE
         protocol.template_date = shared(lambda: noted_date(inputs, "protocol") or template_today())
@@ -190,8 +271,19 @@ def evaluate(
     check(Count | None, limit, "--limit")
     folder = folder_of(model, output_path)
     inputs = {
-        **{"model": model, "base": base, "suite": suite, "data_dir": data_dir, "include_path": include_path},
-        **{"limit": limit, "prompts": prompts, "tokenizer": tokenizer, "protocol": asdict(protocol)},
+        **{
+            "model": model,
+            "base": base,
+            "suite": suite,
+            "data_dir": data_dir,
+            "include_path": include_path,
+        },
+        **{
+            "limit": limit,
+            "prompts": prompts,
+            "tokenizer": tokenizer,
+            "protocol": asdict(protocol),
+        },
     }
     check_folder(folder, inputs)
     check_packages(protocol.backend)
@@ -201,9 +293,15 @@ def evaluate(
         if budget is not None and base is None:
             raise ConfigurationError(f"--{name} is of a change: give the --base it is from.")
         check(FiniteNotNegative | None, budget, f"--{name}")
-    questions = read_prompts(prompts, protocol.drift_prompts) if base is not None and protocol.drift_prompts else []
+    questions = (
+        read_prompts(prompts, protocol.drift_prompts)
+        if base is not None and protocol.drift_prompts
+        else []
+    )
     if max_drift is not None and not questions:
-        raise ConfigurationError(f"--max_drift {max_drift} needs drift: leave --drift_prompts 0 out.")
+        raise ConfigurationError(
+            f"--max_drift {max_drift} needs drift: leave --drift_prompts 0 out."
+        )
     state = processes()
     with state.main_process_first():
         suites, benchmarks = load_suites(suite, include_path, data_dir, limit)
@@ -211,7 +309,9 @@ def evaluate(
         check_measurable([tuned] if original is None else [original, tuned], benchmarks, questions)
     with contextlib.ExitStack() as stack:
         if state.is_main_process:
-            stack.enter_context(locked(folder, begins_with=(INPUTS_FILE, "items_before", "answers.json")))
+            stack.enter_context(
+                locked(folder, begins_with=(INPUTS_FILE, "items_before", "answers.json"))
+            )
             check_folder(folder, inputs)  # again: another process may just have ended
             write_json(folder / INPUTS_FILE, inputs)
         before, after, sums = measure_both(tuned, original, benchmarks, questions, folder)
@@ -236,7 +336,10 @@ def measure_both(
     prompts: list[Any],
     folder: Path,
 ) -> tuple[Measured | None, Measured, tuple[np.ndarray, np.ndarray] | None]:
-    """Measure the base and the model, one after the other; return the tasks of each, and drift's sums and tokens."""
+    """
+    Measure the base and the model, one after the other; return the tasks of each, and drift's sums
+    and tokens.
+    """
     if original is None:
         return None, run_tasks(tuned, benchmarks, folder / "items"), None
     answers = original.answers(prompts) if prompts else None
@@ -267,14 +370,23 @@ def describe(
         "suites": {s.name: s.benchmarks for s in suites},
         "protocol": {**asdict(tuned.protocol), "data_sha256": data_digest(after.items)},
         "environment": environment(),
-        "kept": {"model": tuned.kept, "base": original.kept if original else [], "folder": str(tuned.store.folder)},
-        "asked": {name: facts(benchmark, tuned.protocol, before, after) for name, benchmark in done.items()},
+        "kept": {
+            "model": tuned.kept,
+            "base": original.kept if original else [],
+            "folder": str(tuned.store.folder),
+        },
+        "asked": {
+            name: facts(benchmark, tuned.protocol, before, after)
+            for name, benchmark in done.items()
+        },
         "failed": failed,
     }
     if before is None:
         return {**results, "tasks": {name: score_summary(after.items[name]) for name in done}}
     several = [s for s in suites if len(s.benchmarks) > 1 and not failed.keys() & set(s.benchmarks)]
-    items_before, items_after = ({name: side.items[name] for name in done} for side in (before, after))
+    items_before, items_after = (
+        {name: side.items[name] for name in done} for side in (before, after)
+    )
     return {
         **results,
         **changes(items_before, items_after, several),
@@ -294,7 +406,8 @@ def check_protocol(protocol: Protocol) -> Protocol:
 
 def check_folder(folder: Path, inputs: dict[str, Any]) -> None:
     """
-    Refuse a folder that holds another evaluation, or a finished one: one that was stopped, or failed in part, goes on.
+    Refuse a folder that holds another evaluation, or a finished one: one that was stopped, or
+    failed in part, goes on.
 
     Raises:
         ConfigurationError: as said.
@@ -305,7 +418,8 @@ def check_folder(folder: Path, inputs: dict[str, Any]) -> None:
         old, new = read_json(held, dict[str, Any], way), json.loads(json.dumps(inputs))
         if changed := [name for name in {**old, **new} if old.get(name) != new.get(name)]:
             raise ConfigurationError(
-                f"output_path={str(folder)!r} holds another evaluation ({', '.join(changed)} differs): {way}"
+                f"output_path={str(folder)!r} holds another evaluation ({', '.join(changed)}"
+                f" differs): {way}"
             )
     results = folder / RESULTS_FILE
     if results.is_file() and not read_json(results, dict[str, Any], way).get("failed"):
@@ -324,14 +438,19 @@ def check_packages(backend: str) -> None:
             raise ConfigurationError(f"Evaluating needs {package}: pip install 'eaft[eval]'.")
     if backend == "vllm":
         if find_spec("vllm") is None:
-            raise ConfigurationError("backend='vllm' needs vLLM: pip install vllm, or take backend='hf'.")
+            raise ConfigurationError(
+                "backend='vllm' needs vLLM: pip install vllm, or take backend='hf'."
+            )
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ConfigurationError("backend='vllm' uses several GPUs by itself: start it without a launcher.")
+            raise ConfigurationError(
+                "backend='vllm' uses several GPUs by itself: start it without a launcher."
+            )
 
 
 def find_model(model: str, model_args: dict[str, Any]) -> str:
     """
-    Return what can be loaded: a folder with an adapter as it is, all else as `resolve_model` finds it.
+    Return what can be loaded: a folder with an adapter as it is, all else as `resolve_model` finds
+    it.
 
     Raises:
         ConfigurationError: there is no such model, or PEFT is needed and not installed.
@@ -348,7 +467,9 @@ def find_model(model: str, model_args: dict[str, Any]) -> str:
     try:
         resolve_model(adapter["base_model_name_or_path"], trusted)
     except ConfigurationError as error:
-        raise ConfigurationError(f"{model} is an adapter, and its base model is missing: {error}") from error
+        raise ConfigurationError(
+            f"{model} is an adapter, and its base model is missing: {error}"
+        ) from error
     return model
 
 
@@ -356,7 +477,8 @@ def side_by_side(
     model: str, base: str | None, protocol: Protocol, drift: bool, tokenizer: str | None = None
 ) -> tuple[MeasuredModel, MeasuredModel | None]:
     """
-    Return a model and its base, to be asked alike: one protocol (completed here), tokenizer and template.
+    Return a model and its base, to be asked alike: one protocol (completed here), tokenizer and
+    template.
 
     Args:
         drift: whether it is to be measured, which needs one vocabulary.
@@ -378,8 +500,12 @@ def side_by_side(
     protocol = settled(protocol, own)
     if protocol.dtype == "auto":
         protocol.dtype = own_dtype(base or model, protocol.model_args)
-    lengths = {context_length(name, protocol.model_args) for name in (model, base) if name is not None}
-    if len(lengths) > 1 and "max_length" not in protocol.model_args:  # what one can be asked, the other can
+    lengths = {
+        context_length(name, protocol.model_args) for name in (model, base) if name is not None
+    }
+    if (
+        len(lengths) > 1 and "max_length" not in protocol.model_args
+    ):  # what one can be asked, the other can
         protocol.model_args["max_length"] = min(lengths)
     tuned = MeasuredModel(model, own, protocol)
     return tuned, MeasuredModel(base, base_own, protocol) if base is not None else None
@@ -389,7 +515,8 @@ def shared_tokenizer(
     model: str, base: str | None, drift: bool, model_args: dict[str, Any] | None = None
 ) -> tuple[Any, Any]:
     """
-    Return the tokenizers for model and base: the base's for both if they have one vocabulary; one template in any case.
+    Return the tokenizers for model and base: the base's for both if they have one vocabulary; one
+    template in any case.
 
     Raises:
         ConfigurationError: drift is asked for, and the vocabularies differ.
@@ -404,8 +531,9 @@ def shared_tokenizer(
         return base_tokenizer, base_tokenizer
     if drift:
         raise ConfigurationError(
-            f"{model} and {base} have different vocabularies ({len(tokenizer)} and {len(base_tokenizer)} tokens), and "
-            "drift compares them token by token: leave it out with --drift_prompts 0."
+            f"{model} and {base} have different vocabularies ({len(tokenizer)} and"
+            f" {len(base_tokenizer)} tokens), and drift compares them token by token: leave it out"
+            " with --drift_prompts 0."
         )
     tokenizer.chat_template = base_tokenizer.chat_template
     return tokenizer, base_tokenizer
@@ -413,16 +541,26 @@ def shared_tokenizer(
 
 def differing(base: str, model: str, model_args: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """
-    Return in what else than weights two models differ that answers depend on, each as `{"base": ..., "model": ...}`.
+    Return in what else than weights two models differ that answers depend on, each as `{"base":
+    ..., "model": ...}`.
 
-    Of `end_tokens`, `generation_config` (without these), `tokenizer` and `chat_template` (a digest of each).
+    Of `end_tokens`, `generation_config` (without these), `tokenizer` and `chat_template` (a digest
+    of each).
     """
 
     def setup(name: str) -> dict[str, Any]:
         config = generation_config(name, model_args)
-        ids = ("eos_token_id", "bos_token_id", "pad_token_id", "transformers_version", "_from_model_config")
+        ids = (
+            "eos_token_id",
+            "bos_token_id",
+            "pad_token_id",
+            "transformers_version",
+            "_from_model_config",
+        )
         found: dict[str, Any] = {
-            "generation_config": {key: value for key, value in config.to_diff_dict().items() if key not in ids}
+            "generation_config": {
+                key: value for key, value in config.to_diff_dict().items() if key not in ids
+            }
         }
         try:
             tokenizer = load_tokenizer(name, model_args)
@@ -430,7 +568,11 @@ def differing(base: str, model: str, model_args: dict[str, Any]) -> dict[str, di
             return found
         template, tokenizer.chat_template = tokenizer.chat_template, None
         found["end_tokens"] = sorted(map(str, tokenizer.convert_ids_to_tokens(end_tokens(config))))
-        return {**found, "tokenizer": tokenizer_digest(tokenizer), "chat_template": template and digest(template)}
+        return {
+            **found,
+            "tokenizer": tokenizer_digest(tokenizer),
+            "chat_template": template and digest(template),
+        }
 
     sides = {"base": setup(base), "model": setup(model)}
     names = ("end_tokens", "generation_config", "tokenizer", "chat_template")
@@ -438,13 +580,15 @@ def differing(base: str, model: str, model_args: dict[str, Any]) -> dict[str, di
     return {name: pair for name, pair in pairs.items() if pair["base"] != pair["model"]}
 
 
-def check_measurable(models: list[MeasuredModel], benchmarks: dict[str, Benchmark], prompts: list[Any]) -> None:
+def check_measurable(
+    models: list[MeasuredModel], benchmarks: dict[str, Benchmark], prompts: list[Any]
+) -> None:
     """
     Check that what is to be asked can be asked of the models, and fits their contexts and the disk.
 
     Raises:
-        ConfigurationError: a folder without weights, prompts for drift that do not fit, tasks that cannot be asked of
-            a model that thinks, or no room for drift's files.
+        ConfigurationError: a folder without weights, prompts for drift that do not fit, tasks that
+            cannot be asked of a model that thinks, or no room for drift's files.
     """
     first, protocol = models[0], models[0].protocol
     for model in models:
@@ -453,29 +597,45 @@ def check_measurable(models: list[MeasuredModel], benchmarks: dict[str, Benchmar
     if not prompts:
         return
     context = context_length(first.model, protocol.model_args)
-    longest = max(len(first.tokenizer(ask(first.tokenizer, prompt, protocol))["input_ids"]) for prompt in prompts)
+    longest = max(
+        len(first.tokenizer(ask(first.tokenizer, prompt, protocol))["input_ids"])
+        for prompt in prompts
+    )
     if longest + protocol.max_new_tokens > context:
         raise ConfigurationError(
-            f"max_new_tokens={protocol.max_new_tokens}: with the longest prompt for drift ({longest} tokens) it is "
-            f"more than the context of {context}: lower it, or give shorter --prompts."
+            f"max_new_tokens={protocol.max_new_tokens}: with the longest prompt for drift"
+            f" ({longest} tokens) it is more than the context of {context}: lower it, or give"
+            " shorter --prompts."
         )
     need = len(prompts) * protocol.max_new_tokens * min(TOP, vocabulary_size(first.tokenizer)) * 8
-    folder = next(parent for parent in (first.store.folder, *first.store.folder.parents) if parent.is_dir())
+    folder = next(
+        parent for parent in (first.store.folder, *first.store.folder.parents) if parent.is_dir()
+    )
     free = shutil.disk_usage(folder).free
     if need > free:
         raise ConfigurationError(
-            f"Drift keeps up to {need / 2**20:.0f} MiB in {first.store.folder}, where {free / 2**20:.0f} MiB are free: "
-            "lower --drift_prompts, or set EAFT_CACHE to a folder with room (`eaft cache --clear` empties this one)."
+            f"Drift keeps up to {need / 2**20:.0f} MiB in {first.store.folder}, where"
+            f" {free / 2**20:.0f} MiB are free: lower --drift_prompts, or set EAFT_CACHE to a"
+            " folder with room (`eaft cache --clear` empties this one)."
         )
-    print(f"Drift: at most {need / 2**20:.0f} MiB of probabilities, kept in {first.store.folder}", file=sys.stderr)
+    print(
+        f"Drift: at most {need / 2**20:.0f} MiB of probabilities, kept in {first.store.folder}",
+        file=sys.stderr,
+    )
 
 
 def context_length(model: str, model_args: dict[str, Any]) -> int:
-    """Return how many tokens a model takes, as its configuration says; lm-eval's default where it does not."""
+    """
+    Return how many tokens a model takes, as its configuration says; lm-eval's default where it does
+    not.
+    """
     if "max_length" in model_args:
         return int(model_args["max_length"])
     config = text_config(model, model_args)
-    lengths = [getattr(config, field, None) for field in ("n_positions", "max_position_embeddings", "n_ctx")]
+    lengths = [
+        getattr(config, field, None)
+        for field in ("n_positions", "max_position_embeddings", "n_ctx")
+    ]
     return next((length for length in lengths if length), 2048)
 
 
@@ -487,7 +647,10 @@ def text_config(model: str, model_args: dict[str, Any]) -> Any:
 
 
 def record(model: str, prompts: str, tokenizer: str | None, protocol: Protocol) -> None:
-    """Keep a base model's answers to prompts: what drift is measured on, also while a sharded model is trained."""
+    """
+    Keep a base model's answers to prompts: what drift is measured on, also while a sharded model is
+    trained.
+    """
     protocol = check_protocol(protocol)
     questions = read_prompts(prompts, protocol.drift_prompts)
     base, _ = side_by_side(model, None, protocol, True, tokenizer)
@@ -509,7 +672,8 @@ def run_tasks(model: MeasuredModel, benchmarks: dict[str, Benchmark], folder: Pa
     """
     Return the items of all benchmarks (on the first process), each written as it ends.
 
-    One that fails does not stop the others; under a launcher only what fails after its last forward pass does not.
+    One that fails does not stop the others; under a launcher only what fails after its last forward
+    pass does not.
     """
     found, progress = Measured({}, {}), Progress(len(benchmarks))
     main = processes().is_main_process
@@ -533,7 +697,9 @@ def run_tasks(model: MeasuredModel, benchmarks: dict[str, Benchmark], folder: Pa
     return found
 
 
-def facts(benchmark: Benchmark, protocol: Protocol, before: Measured | None, after: Measured) -> dict[str, Any]:
+def facts(
+    benchmark: Benchmark, protocol: Protocol, before: Measured | None, after: Measured
+) -> dict[str, Any]:
     """Return what a benchmark asked, and what was cut of it on each side."""
     found = asked(benchmark, protocol, after.items[benchmark.name])
     found["cut"] = {"after": found["cut"]}
@@ -548,25 +714,45 @@ def changes(
     """
     Return `tasks`, `filters` and `means` (one a suite): each a `Change` as a mapping.
 
-    Tasks have their `metric`, and `p_holm`: p adjusted for their number. Filters are a task's other ways to read the
-    same answers (GSM8K: strict and flexible); they count in no mean and no adjustment.
+    Tasks have their `metric`, and `p_holm`: p adjusted for their number. Filters are a task's other
+    ways to read the same answers (GSM8K: strict and flexible); they count in no mean and no
+    adjustment.
     """
-    from eaft.evaluation.paired import Change, holm, mean_change, paired_change  # needs scipy, which comes with lm-eval
+    from eaft.evaluation.paired import (
+        Change,
+        holm,
+        mean_change,
+        paired_change,
+    )  # needs scipy, which comes with lm-eval
 
     scores: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     found: dict[str, Change] = {}
     filters: dict[str, dict[str, Any]] = {}
     for name in after:
         pairs = pair(name, before[name], after[name])
-        scores[name] = (np.array([a["score"] for a, _ in pairs]), np.array([b["score"] for _, b in pairs]))
+        scores[name] = (
+            np.array([a["score"] for a, _ in pairs]),
+            np.array([b["score"] for _, b in pairs]),
+        )
         choices = np.array([len(item.get("choices", [])) for item in after[name]])
-        found[name] = paired_change(*scores[name], num_choices=choices if choices.min() > 1 else None)
-        others = [key for key in after[name][0].get("scores", []) if key != after[name][0]["metric"].partition(",")[2]]
+        found[name] = paired_change(
+            *scores[name], num_choices=choices if choices.min() > 1 else None
+        )
+        others = [
+            key
+            for key in after[name][0].get("scores", [])
+            if key != after[name][0]["metric"].partition(",")[2]
+        ]
         for key in others:
-            sides = (np.array([item["scores"][key] for item in side]) for side in zip(*pairs, strict=True))
+            sides = (
+                np.array([item["scores"][key] for item in side])
+                for side in zip(*pairs, strict=True)
+            )
             filters.setdefault(name, {})[key] = asdict(paired_change(*sides))
     means = {
-        suite.name: mean_change([found[n] for n in suite.benchmarks], [scores[n] for n in suite.benchmarks])
+        suite.name: mean_change(
+            [found[n] for n in suite.benchmarks], [scores[n] for n in suite.benchmarks]
+        )
         for suite in suites
     }
     adjusted = holm([change.p_value for change in found.values()])
@@ -588,22 +774,34 @@ def pair(name: str, before: list[Item], after: list[Item]) -> list[tuple[Item, I
         ConfigurationError: they are not answers to the same prompts.
     """
     keys = ("task", "doc_id", "prompt_hash", "target_hash", "doc_hash")
-    if [[item[key] for key in keys] for item in before] != [[item[key] for key in keys] for item in after]:
-        raise ConfigurationError(f"{name}: the two models were not asked the same; their items cannot be compared.")
+    if [[item[key] for key in keys] for item in before] != [
+        [item[key] for key in keys] for item in after
+    ]:
+        raise ConfigurationError(
+            f"{name}: the two models were not asked the same; their items cannot be compared."
+        )
     return list(zip(before, after, strict=True))
 
 
-def worst_regressions(before: dict[str, list[Item]], after: dict[str, list[Item]]) -> list[dict[str, Any]]:
+def worst_regressions(
+    before: dict[str, list[Item]], after: dict[str, list[Item]]
+) -> list[dict[str, Any]]:
     """
-    Return the worst regressions of each benchmark in turn, so that a large one does not hide the others.
+    Return the worst regressions of each benchmark in turn, so that a large one does not hide the
+    others.
 
-    Worst is the largest fall of the score, and among equals, where there are choices, of the likelihood of the right
-    one.
+    Worst is the largest fall of the score, and among equals, where there are choices, of the
+    likelihood of the right one.
     """
     ranked = []
     for name in after:
         lost = [(a, b) for a, b in pair(name, before[name], after[name]) if b["score"] < a["score"]]
-        lost.sort(key=lambda items: (items[1]["score"] - items[0]["score"], margin(items[1]) - margin(items[0])))
+        lost.sort(
+            key=lambda items: (
+                items[1]["score"] - items[0]["score"],
+                margin(items[1]) - margin(items[0]),
+            )
+        )
         ranked.append(
             [
                 {
@@ -619,7 +817,10 @@ def worst_regressions(before: dict[str, list[Item]], after: dict[str, list[Item]
 
 
 def margin(item: Item) -> float:
-    """Return by how many nats the right choice leads the likeliest wrong one; 0 where there are no choices."""
+    """
+    Return by how many nats the right choice leads the likeliest wrong one; 0 where there are no
+    choices.
+    """
     choices, target = item.get("choices"), item["target"]
     if not choices or not isinstance(target, int) or len(choices) < 2:
         return 0.0
@@ -632,20 +833,36 @@ def score_summary(items: list[Item]) -> dict[str, Any]:
 
     scores = np.array([item["score"] for item in items])
     low, high = mean_interval(scores)
-    return {"metric": items[0]["metric"], "n": len(scores), "score": float(scores.mean()), "low": low, "high": high}
+    return {
+        "metric": items[0]["metric"],
+        "n": len(scores),
+        "score": float(scores.mean()),
+        "low": low,
+        "high": high,
+    }
 
 
 def data_digest(items: dict[str, list[Item]]) -> str:
-    """Return a digest of the rows and prompts measured, so that two results can be told to be of the same data."""
+    """
+    Return a digest of the rows and prompts measured, so that two results can be told to be of the
+    same data.
+    """
     digest = hashlib.sha256()
     for name in sorted(items):
         for item in items[name]:
-            digest.update(f"{name} {item['task']} {item['doc_hash']} {item['prompt_hash']}\n".encode())
+            digest.update(
+                f"{name} {item['task']} {item['doc_hash']} {item['prompt_hash']}\n".encode()
+            )
     return digest.hexdigest()
 
 
-def read_answers(tokenizer: Any, answers: BaseAnswers, sums: np.ndarray, counts: np.ndarray) -> list[dict[str, Any]]:
-    """Return the base model's answers as text, each with its drift (nats per token) and its number of tokens."""
+def read_answers(
+    tokenizer: Any, answers: BaseAnswers, sums: np.ndarray, counts: np.ndarray
+) -> list[dict[str, Any]]:
+    """
+    Return the base model's answers as text, each with its drift (nats per token) and its number of
+    tokens.
+    """
     return [
         {
             "prompt": tokenizer.decode(answer.prompt_ids),

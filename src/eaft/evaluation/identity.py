@@ -1,4 +1,7 @@
-"""Everything a measurement depends on, as digests: weights, tokenizer, template, task, data, versions, device."""
+"""
+Everything a measurement depends on, as digests: weights, tokenizer, template, task, data, versions,
+device.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,25 @@ from eaft.models import template_today
 from eaft.provenance import versions
 
 # Of a model's folder, what its outputs depend on; a run's folder holds much else
-WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.py", "config.json", "generation_config.json", "adapter_config.json")
-LIBRARIES = ("torch", "transformers", "tokenizers", "accelerate", "peft", "lm_eval", "vllm", "bfcl_eval")
+WEIGHTS = (
+    "*.safetensors",
+    "*.bin",
+    "*.gguf",
+    "*.py",
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+)
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "accelerate",
+    "peft",
+    "lm_eval",
+    "vllm",
+    "bfcl_eval",
+)
 CHUNK = 2**24  # bytes read at once
 
 
@@ -30,7 +50,9 @@ def digest(value: Any) -> str:
         if isinstance(part, set | frozenset):
             return sorted(map(str, part))
         text = str(part)
-        return type(part).__qualname__ if " at 0x" in text else text  # an address is another in each process
+        return (
+            type(part).__qualname__ if " at 0x" in text else text
+        )  # an address is another in each process
 
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=plain).encode()).hexdigest()
 
@@ -45,7 +67,14 @@ def check_weights(model: str) -> list[Path]:
     folder = Path(model)
     if not folder.is_dir():
         return []
-    files = sorted({file for pattern in WEIGHTS for file in folder.glob(pattern) if file.name != "training_args.bin"})
+    files = sorted(
+        {
+            file
+            for pattern in WEIGHTS
+            for file in folder.glob(pattern)
+            if file.name != "training_args.bin"
+        }
+    )
     if not any(file.suffix in (".safetensors", ".bin", ".gguf") for file in files):
         raise ConfigurationError(
             f"{model} holds no weights: expected *.safetensors or *.bin, as save_pretrained writes."
@@ -55,20 +84,33 @@ def check_weights(model: str) -> list[Path]:
 
 def weights_digest(model: str, revision: str | None = None) -> str:
     """
-    Return a digest of a model's weights and configuration: of a folder's files, or a Hub id's commit.
+    Return a digest of a model's weights and configuration: of a folder's files, or a Hub id's
+    commit.
 
-    An adapter's has its base model's in it. A folder is read whole each time (about as long as loading it takes): a
-    date or a size says nothing sure of what is in a file.
+    An adapter's has its base model's in it. A folder is read whole each time (about as long as
+    loading it takes): a date or a size says nothing sure of what is in a file.
 
     Raises:
         ConfigurationError: a folder without weights.
     """
     folder = Path(model)
     if not folder.is_dir():
-        return digest(["hub", model, extract_commit_hash(cached_file(model, "config.json", revision=revision), None)])
+        return digest(
+            [
+                "hub",
+                model,
+                extract_commit_hash(cached_file(model, "config.json", revision=revision), None),
+            ]
+        )
     files = check_weights(model)
     found: list[Any] = []
-    with tqdm(total=sum(f.stat().st_size for f in files), desc="Reading", unit="B", unit_scale=True, delay=2) as bar:
+    with tqdm(
+        total=sum(f.stat().st_size for f in files),
+        desc="Reading",
+        unit="B",
+        unit_scale=True,
+        delay=2,
+    ) as bar:
         for file in files:
             sha = hashlib.sha256()
             with file.open("rb") as content:
@@ -86,7 +128,9 @@ def tokenizer_digest(tokenizer: Any) -> str:
     """Return a digest of a tokenizer: vocabulary, how it splits, special tokens, chat template."""
     if getattr(tokenizer, "is_fast", False):
         content = json.loads(tokenizer.backend_tokenizer.to_str())
-        content = {k: v for k, v in content.items() if k not in ("padding", "truncation")}  # left by its last call
+        content = {
+            k: v for k, v in content.items() if k not in ("padding", "truncation")
+        }  # left by its last call
     else:
         content = tokenizer.get_vocab()
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
@@ -97,7 +141,8 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 def tasks_digest(tasks: dict[str, Any], limit: int | None, num_fewshot: int | None) -> str:
     """
-    Return a digest of lm-eval tasks: their settings and functions, the rows asked, and those of the examples.
+    Return a digest of lm-eval tasks: their settings and functions, the rows asked, and those of the
+    examples.
 
     Args:
         tasks: lm-eval's `Task` objects.
@@ -119,7 +164,9 @@ def described(value: Any) -> Any:
     """Return settings with each function as the source of its file: it may call its neighbours."""
     if isinstance(value, dict):
         # Where data lies, and what lm-eval notes while it runs, says nothing of what it holds
-        return {k: described(v) for k, v in value.items() if k not in ("dataset_kwargs", "metadata")}
+        return {
+            k: described(v) for k, v in value.items() if k not in ("dataset_kwargs", "metadata")
+        }
     if isinstance(value, list | tuple):
         return [described(part) for part in value]
     if callable(value):
@@ -142,5 +189,11 @@ def software() -> dict[str, Any]:
     """Return the versions of what computes, a digest of our own part of it, and the device."""
     here = Path(__file__).parent
     ours = [*here.glob("*.py"), here.parent / "objective" / "statistics.py"]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else str(torch.empty(0).device)
-    return {**versions(LIBRARIES), "eaft": digest([file.read_text() for file in sorted(ours)]), "device": device}
+    device = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else str(torch.empty(0).device)
+    )
+    return {
+        **versions(LIBRARIES),
+        "eaft": digest([file.read_text() for file in sorted(ours)]),
+        "device": device,
+    }

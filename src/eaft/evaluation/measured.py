@@ -1,4 +1,6 @@
-"""A model under one protocol: measured when it is first asked, and read from the store ever after."""
+"""
+A model under one protocol: measured when it is first asked, and read from the store ever after.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,24 @@ from accelerate.utils import broadcast_object_list
 
 from eaft import files
 from eaft.evaluation.drift import Answer, BaseAnswers, Share, answer_log_probs, sample_answers
-from eaft.evaluation.identity import digest, software, tasks_digest, tokenizer_digest, weights_digest
+from eaft.evaluation.identity import (
+    digest,
+    software,
+    tasks_digest,
+    tokenizer_digest,
+    weights_digest,
+)
 from eaft.evaluation.progress import Progress
-from eaft.evaluation.scores import Item, Protocol, ask, generation_config, load, processes, score, source
+from eaft.evaluation.scores import (
+    Item,
+    Protocol,
+    ask,
+    generation_config,
+    load,
+    processes,
+    score,
+    source,
+)
 from eaft.evaluation.store import Store
 from eaft.evaluation.suite import Benchmark
 from eaft.files import read_json
@@ -30,9 +47,11 @@ WAY = "delete its folder, or all that is kept: eaft cache --clear."
 
 class MeasuredModel:
     """
-    A model under one protocol. It is loaded when something has to be measured, once, and freed by `free`.
+    A model under one protocol. It is loaded when something has to be measured, once, and freed by
+    `free`.
 
-    Under a launcher every process calls every method: they share the work, and the first one reads and writes.
+    Under a launcher every process calls every method: they share the work, and the first one reads
+    and writes.
 
     Args:
         model: a Hub id, a folder, or a folder with a PEFT adapter.
@@ -44,7 +63,9 @@ class MeasuredModel:
         kept: what was read from the store instead of measured, as `eaft eval` reports it.
     """
 
-    def __init__(self, model: str, tokenizer: Any, protocol: Protocol, store: Store | None = None) -> None:
+    def __init__(
+        self, model: str, tokenizer: Any, protocol: Protocol, store: Store | None = None
+    ) -> None:
         self.model, self.tokenizer, self.protocol = model, tokenizer, protocol
         self.store = store or Store()
         self.kept: list[str] = []
@@ -53,10 +74,18 @@ class MeasuredModel:
 
     def items(self, benchmark: Benchmark, progress: Progress | None = None) -> list[Item]:
         """Return a benchmark's items, as `eaft.evaluation.scores.score` does."""
-        others = ("drift_prompts", "max_new_tokens", "template_date")  # the last is in the tokenizer's digest
-        protocol = {name: value for name, value in asdict(self.protocol).items() if name not in others}
+        others = (
+            "drift_prompts",
+            "max_new_tokens",
+            "template_date",
+        )  # the last is in the tokenizer's digest
+        protocol = {
+            name: value for name, value in asdict(self.protocol).items() if name not in others
+        }
         if benchmark.digest is None:
-            benchmark.digest = tasks_digest(benchmark.tasks, benchmark.limit, self.protocol.num_fewshot)
+            benchmark.digest = tasks_digest(
+                benchmark.tasks, benchmark.limit, self.protocol.num_fewshot
+            )
         identity = {"items": benchmark.digest, "protocol": protocol}
         return self._keep(
             {**self._identity, **identity},
@@ -71,7 +100,8 @@ class MeasuredModel:
         """
         Return the model's own answers to prompts (strings or messages).
 
-        Kept whatever computed them, in whatever batches: a sample of one distribution, which rounding does not change.
+        Kept whatever computed them, in whatever batches: a sample of one distribution, which
+        rounding does not change.
         """
 
         def sample() -> list[Answer]:
@@ -89,7 +119,9 @@ class MeasuredModel:
         found = self._keep(
             self._sampled_identity(prompts),
             sample,
-            lambda answers, folder: write_json(folder / "answers.json", [asdict(answer) for answer in answers]),
+            lambda answers, folder: write_json(
+                folder / "answers.json", [asdict(answer) for answer in answers]
+            ),
             read_sampled,
             otherwise=[],
         )
@@ -102,22 +134,32 @@ class MeasuredModel:
 
     def answers(self, prompts: list[Any]) -> BaseAnswers:
         """
-        Return the model's own answers to prompts (strings or messages), and its probabilities at their positions.
+        Return the model's own answers to prompts (strings or messages), and its probabilities at
+        their positions.
 
         On every process, since each measures the drift of a part of them.
         """
         sampled = self.sampled(prompts)
-        identity = {**self._identity, "probs": digest([asdict(answer) for answer in sampled]), **self._computed}
+        identity = {
+            **self._identity,
+            "probs": digest([asdict(answer) for answer in sampled]),
+            **self._computed,
+        }
 
         def record() -> BaseAnswers:
             lm = self._load("hf")
             return BaseAnswers.record(lm.model, sampled, share_of(lm))
 
-        found = self._keep(identity, record, BaseAnswers.save, BaseAnswers.load, otherwise=None, name="answers")
+        found = self._keep(
+            identity, record, BaseAnswers.save, BaseAnswers.load, otherwise=None, name="answers"
+        )
         return shared(lambda: found)
 
     def drift(self, answers: BaseAnswers) -> tuple[np.ndarray, np.ndarray]:
-        """Return, for each of a base model's answers, summed KL(base || this) (nats) and tokens: `[prompts]` each."""
+        """
+        Return, for each of a base model's answers, summed KL(base || this) (nats) and tokens:
+        `[prompts]` each.
+        """
         identity = {"drift": answers.digest, **self._computed}
 
         def measure() -> tuple[np.ndarray, np.ndarray]:
@@ -128,11 +170,13 @@ class MeasuredModel:
 
     def nll(self, rows: list[dict[str, list[int]]]) -> tuple[np.ndarray, np.ndarray]:
         """
-        Return, for each row, the nll (nats) summed over its labelled tokens, and their number: `[rows]` each.
+        Return, for each row, the nll (nats) summed over its labelled tokens, and their number:
+        `[rows]` each.
 
         Args:
-            rows: `input_ids` and `labels` of each, as a trainer prepares them, with at least one labelled token. A
-                negative label is not scored, nor is the first one, which no position predicts.
+            rows: `input_ids` and `labels` of each, as a trainer prepares them, with at least one
+                labelled token. A negative label is not scored, nor is the first one, which no
+                position predicts.
         """
         ids, labels = ([np.array(row[name]) for row in rows] for name in ("input_ids", "labels"))
         labelled = [np.flatnonzero(row[1:] >= 0) + 1 for row in labels]
@@ -143,10 +187,14 @@ class MeasuredModel:
             share = share_of(lm)
             for i in share.of(len(rows)):
                 first = labelled[i][0]
-                log_probs = answer_log_probs(lm.model, Answer(ids[i][:first].tolist(), ids[i][first:].tolist()))
+                log_probs = answer_log_probs(
+                    lm.model, Answer(ids[i][:first].tolist(), ids[i][first:].tolist())
+                )
                 places = torch.tensor(labelled[i] - first, device=log_probs.device)
                 targets = torch.tensor(labels[i][labelled[i]], device=log_probs.device)
-                sums[i] = torch.nn.functional.nll_loss(log_probs[places], targets, reduction="sum").item()
+                sums[i] = torch.nn.functional.nll_loss(
+                    log_probs[places], targets, reduction="sum"
+                ).item()
             return np.array(share.gather(sums)), np.array([len(places) for places in labelled])
 
         return self._keep_sums("nll", {"nll": digest(rows), **self._computed}, measure)
@@ -163,7 +211,11 @@ class MeasuredModel:
         """What every measurement of this model depends on."""
         weights = weights_digest(self.model, self.protocol.model_args.get("revision"))
         return {
-            **{"weights": weights, "tokenizer": tokenizer_digest(self.tokenizer), "software": software()},
+            **{
+                "weights": weights,
+                "tokenizer": tokenizer_digest(self.tokenizer),
+                "software": software(),
+            },
             "generation": generation_config(self.model, self.protocol.model_args).to_diff_dict(),
         }
 
@@ -176,11 +228,17 @@ class MeasuredModel:
         return {
             **{name: self._identity[name] for name in ("weights", "tokenizer", "generation")},
             **{"sampled": self._texts(prompts), "eaft": self._identity["software"]["eaft"]},
-            **{name: getattr(self.protocol, name) for name in ("apply_chat_template", "max_new_tokens")},
+            **{
+                name: getattr(self.protocol, name)
+                for name in ("apply_chat_template", "max_new_tokens")
+            },
         }
 
     def _texts(self, prompts: list[Any]) -> list[str]:
-        """Return prompts as they are asked: all that the protocol and the template's settings make of them."""
+        """
+        Return prompts as they are asked: all that the protocol and the template's settings make of
+        them.
+        """
         return [ask(self.tokenizer, prompt, self.protocol) for prompt in prompts]
 
     def _load(self, backend: Literal["hf", "vllm"]) -> Any:
@@ -188,9 +246,13 @@ class MeasuredModel:
         if self._backend != backend:
             self.free()
             args = self.protocol.model_args
-            if backend != self.protocol.backend:  # drift beside vLLM: the same model, without vLLM's own arguments
+            if (
+                backend != self.protocol.backend
+            ):  # drift beside vLLM: the same model, without vLLM's own arguments
                 args = source(args)
-            self._lm = load(self.model, self.tokenizer, replace(self.protocol, backend=backend, model_args=args))
+            self._lm = load(
+                self.model, self.tokenizer, replace(self.protocol, backend=backend, model_args=args)
+            )
             self._backend = backend
         return self._lm
 
@@ -204,7 +266,8 @@ class MeasuredModel:
         name: str | None = None,
     ) -> T:
         """
-        Return what is kept under an identity, or measure and keep it; on other processes, `otherwise`.
+        Return what is kept under an identity, or measure and keep it; on other processes,
+        `otherwise`.
 
         Args:
             name: under which `kept` lists it.
@@ -221,13 +284,20 @@ class MeasuredModel:
         return found if main else otherwise
 
     def _keep_sums(
-        self, name: str, identity: dict[str, Any], measure: Callable[[], tuple[np.ndarray, np.ndarray]]
+        self,
+        name: str,
+        identity: dict[str, Any],
+        measure: Callable[[], tuple[np.ndarray, np.ndarray]],
     ) -> tuple[np.ndarray, np.ndarray]:
-        of_ids = {name: self._identity[name] for name in ("weights", "software")}  # no tokenizer takes part
+        of_ids = {
+            name: self._identity[name] for name in ("weights", "software")
+        }  # no tokenizer takes part
         return self._keep(
             {**of_ids, **identity},
             measure,
-            lambda found, folder: write_json(folder / "sums.json", [part.tolist() for part in found]),
+            lambda found, folder: write_json(
+                folder / "sums.json", [part.tolist() for part in found]
+            ),
             read_sums,
             otherwise=(np.array([]), np.array([])),
             name=name,
@@ -242,11 +312,16 @@ def read_sums(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def read_sampled(folder: Path) -> list[Answer]:
     """Return the answers that `MeasuredModel.sampled` kept."""
-    return [Answer(**answer) for answer in read_json(folder / "answers.json", list[dict[str, Any]], WAY)]
+    return [
+        Answer(**answer) for answer in read_json(folder / "answers.json", list[dict[str, Any]], WAY)
+    ]
 
 
 def share_of(lm: Any) -> Share:
-    """Return this process's share: lm-eval's, which gives every process all where they hold one model together."""
+    """
+    Return this process's share: lm-eval's, which gives every process all where they hold one model
+    together.
+    """
     return Share(lm.rank, lm.world_size)
 
 
@@ -268,4 +343,6 @@ def write_jsonl(file: Path, rows: list[dict[str, Any]]) -> None:
 
 def read_jsonl(file: Path) -> list[dict[str, Any]]:
     """Return the rows of a JSON Lines file that eaft has written."""
-    return files.read_jsonl(file, dict[str, Any], f"delete {file.parent}, and it is measured again.")
+    return files.read_jsonl(
+        file, dict[str, Any], f"delete {file.parent}, and it is measured again."
+    )

@@ -1,12 +1,13 @@
 """
 Two models on the same items: what changed, how sure that is, what was lost and what was gained.
 
-All scores are per item, in [0, 1]; `before` and `after` are in the same order. An average hides losses that gains
-cancel, so both are counted; two models that saw the same items are compared item by item, since most of an item's
-difficulty is shared.
+All scores are per item, in [0, 1]; `before` and `after` are in the same order. An average hides
+losses that gains cancel, so both are counted; two models that saw the same items are compared item
+by item, since most of an item's difficulty is shared.
 
-Whether a change is shown is decided by p, adjusted for the number of tasks (`holm`); an interval says how large it may
-be. Every interval's coverage is simulated in `tests/evaluation/test_paired.py`.
+Whether a change is shown is decided by p, adjusted for the number of tasks (`holm`); an interval
+says how large it may be. Every interval's coverage is simulated in
+`tests/evaluation/test_paired.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import numpy as np
 from scipy import stats
 
 Z = float(stats.norm.ppf(0.975))
-FOUND = Z + float(stats.norm.ppf(0.8))  # standard errors from 0 that a change must be, to be shown four times in five
+FOUND = Z + float(
+    stats.norm.ppf(0.8)
+)  # standard errors from 0 that a change must be, to be shown four times in five
 RESAMPLES = 9999
 ALPHA = 0.05  # a change is shown if p, adjusted for the number of tasks, is below
 # With fewer, simulated intervals cover less than 92% also in ordinary cases
@@ -28,7 +31,9 @@ FEWEST_PROMPTS = 32
 
 @dataclass(frozen=True)
 class Estimate:
-    """An estimate with its 95% interval; neither is cut at what is possible, which would bias it."""
+    """
+    An estimate with its 95% interval; neither is cut at what is possible, which would bias it.
+    """
 
     estimate: float
     low: float
@@ -46,9 +51,11 @@ class Change:
         low, high: 95% interval of the change.
         p_value: of the hypothesis that swapping the two models changes nothing, two-sided.
         lost, gained: items whose score fell, or rose.
-        lost_beyond_chance, gained_beyond_chance: how many were known and lost, or learned (`beyond_chance`); None
+        lost_beyond_chance, gained_beyond_chance: how many were known and lost, or learned
+        (`beyond_chance`); None
             without choices.
-        smallest_drop: the drop that this many items would show as significant (p < 0.05) four times in five.
+        smallest_drop: the drop that this many items would show as significant (p < 0.05) four times
+            in five.
     """
 
     n: int
@@ -65,17 +72,21 @@ class Change:
     smallest_drop: float
 
 
-def paired_change(before: np.ndarray, after: np.ndarray, num_choices: np.ndarray | None = None) -> Change:
+def paired_change(
+    before: np.ndarray, after: np.ndarray, num_choices: np.ndarray | None = None
+) -> Change:
     """
     Compare two models on one task.
 
-    The test is McNemar's, exact, for scores that are 0 or 1, and for others a sign-flip test (scipy's, seeded).
+    The test is McNemar's, exact, for scores that are 0 or 1, and for others a sign-flip test
+    (scipy's, seeded).
 
-    The interval is Bonett and Price's (2012, "Adjusted Wald confidence interval for a difference of binomial
-    proportions based on paired data"): one lost and one gained item are added, so that no change in few items is not
-    taken for certainty. For other scores the two added are as large as the largest difference seen. It covers 93 to
-    98% from 20 items on, more where few items differ; and 87 to 93% where it hangs on a few large differences, of which
-    a sample may hold none (a bootstrap, plain, BCa or studentised, covers 30 to 90% there).
+    The interval is Bonett and Price's (2012, "Adjusted Wald confidence interval for a difference of
+    binomial proportions based on paired data"): one lost and one gained item are added, so that no
+    change in few items is not taken for certainty. For other scores the two added are as large as
+    the largest difference seen. It covers 93 to 98% from 20 items on, more where few items differ;
+    and 87 to 93% where it hangs on a few large differences, of which a sample may hold none (a
+    bootstrap, plain, BCa or studentised, covers 30 to 90% there).
 
     Args:
         before, after: scores `[n]` of the same items, in the same order.
@@ -106,14 +117,23 @@ def paired_change(before: np.ndarray, after: np.ndarray, num_choices: np.ndarray
         p_value=float(p_value),
         lost=lost,
         gained=gained,
-        lost_beyond_chance=None if num_choices is None else beyond_chance(before, after, num_choices),
-        gained_beyond_chance=None if num_choices is None else beyond_chance(after, before, num_choices),
-        smallest_drop=smallest_drop(float(np.append(difference, [largest, -largest]).var() + centre**2), n),
+        lost_beyond_chance=None
+        if num_choices is None
+        else beyond_chance(before, after, num_choices),
+        gained_beyond_chance=None
+        if num_choices is None
+        else beyond_chance(after, before, num_choices),
+        smallest_drop=smallest_drop(
+            float(np.append(difference, [largest, -largest]).var() + centre**2), n
+        ),
     )
 
 
 def mean_of_more(values: np.ndarray, more: list[float]) -> tuple[float, float]:
-    """Return the mean and its standard error of values `[n]` and a few more: what an adjusted Wald interval is of."""
+    """
+    Return the mean and its standard error of values `[n]` and a few more: what an adjusted Wald
+    interval is of.
+    """
     values = np.append(values, more)
     return float(values.mean()), float(values.std()) / math.sqrt(len(values))
 
@@ -122,8 +142,8 @@ def mean_interval(scores: np.ndarray) -> tuple[float, float]:
     """
     Return the 95% interval of a mean score.
 
-    Wilson's where all scores are 0 or 1; else Agresti and Coull's (1998), which adds two items right and two wrong, and
-    covers 94 to 99% of graded scores from 10 items on.
+    Wilson's where all scores are 0 or 1; else Agresti and Coull's (1998), which adds two items
+    right and two wrong, and covers 94 to 99% of graded scores from 10 items on.
     """
     if is_binary(scores):
         interval = stats.binomtest(int(scores.sum()), len(scores)).proportion_ci(0.95, "wilson")
@@ -134,19 +154,23 @@ def mean_interval(scores: np.ndarray) -> tuple[float, float]:
 
 def bootstrap_interval(sums: np.ndarray, counts: np.ndarray | None = None) -> tuple[float, float]:
     """
-    Return the 95% interval of a mean over all that the items hold, by a studentised bootstrap of the items.
+    Return the 95% interval of a mean over all that the items hold, by a studentised bootstrap of
+    the items.
 
-    The mean is sum(sums) / sum(counts), a ratio whose two parts are drawn together; a point where all items have the
-    same mean. Its purpose is drift: items are prompts, positive and skewed, each with its own number of tokens.
+    The mean is sum(sums) / sum(counts), a ratio whose two parts are drawn together; a point where
+    all items have the same mean. Its purpose is drift: items are prompts, positive and skewed, each
+    with its own number of tokens.
 
-    Simulated with per-prompt drifts as skewed as we measured (their logarithms have a standard deviation of 0.36 to
-    0.67), one or four answers each pooled in their prompt, it covers 93 to 95% with 128 prompts, and 94 to 96% with 32;
-    with heavier tails (log-normal of 1.0, Pareto of index 3, one prompt in twenty six times as large) 91 to 94% with
-    128, 88 to 92% with 32. BCa, which it replaced, covers 1 to 4 points less; the same on the logarithms, no more.
+    Simulated with per-prompt drifts as skewed as we measured (their logarithms have a standard
+    deviation of 0.36 to 0.67), one or four answers each pooled in their prompt, it covers 93 to 95%
+    with 128 prompts, and 94 to 96% with 32; with heavier tails (log-normal of 1.0, Pareto of index
+    3, one prompt in twenty six times as large) 91 to 94% with 128, 88 to 92% with 32. BCa, which it
+    replaced, covers 1 to 4 points less; the same on the logarithms, no more.
 
     Args:
         sums: `[n]`, each item's sum.
-        counts: `[n]`, how many (tokens, say) each sum is of; None: one each, so that the mean is over items.
+        counts: `[n]`, how many (tokens, say) each sum is of; None: one each, so that the mean is
+            over items.
     """
     mean, error, t = studentised(sums, counts)
     if error == 0:
@@ -157,7 +181,10 @@ def bootstrap_interval(sums: np.ndarray, counts: np.ndarray | None = None) -> tu
 
 
 def bootstrap_test(sums: np.ndarray, counts: np.ndarray | None, value: float) -> float:
-    """Return the two-sided p of the hypothesis that the mean of `bootstrap_interval` is `value`: its inversion."""
+    """
+    Return the two-sided p of the hypothesis that the mean of `bootstrap_interval` is `value`: its
+    inversion.
+    """
     mean, error, t = studentised(sums, counts)
     if error == 0:
         return 1.0  # a single item, say: nothing to judge by
@@ -168,8 +195,9 @@ def bootstrap_test(sums: np.ndarray, counts: np.ndarray | None, value: float) ->
 
 def studentised(sums: np.ndarray, counts: np.ndarray | None) -> tuple[float, float, np.ndarray]:
     """
-    Return a ratio's mean, its standard error (linearised; 0 where all items have the same mean), and by how many of
-    their own standard errors the means of resamples are off it (seeded; resamples of one mean only are left out).
+    Return a ratio's mean, its standard error (linearised; 0 where all items have the same mean),
+    and by how many of their own standard errors the means of resamples are off it (seeded;
+    resamples of one mean only are left out).
     """
     s = np.asarray(sums, dtype=float)
     c = np.ones(len(s)) if counts is None else np.asarray(counts, dtype=float)
@@ -191,7 +219,9 @@ def studentised(sums: np.ndarray, counts: np.ndarray | None) -> tuple[float, flo
     for start in range(0, RESAMPLES, batch):
         size = min(batch, RESAMPLES - start)
         rows = rng.integers(0, n, (size, n)) + n * np.arange(size)[:, None]
-        means, errors = mean_and_error(np.bincount(rows.ravel(), minlength=size * n).reshape(size, n))
+        means, errors = mean_and_error(
+            np.bincount(rows.ravel(), minlength=size * n).reshape(size, n)
+        )
         spread = errors > 1e-6 * error
         found.append(means[spread] / errors[spread])
     return mean, error, np.concatenate(found)
@@ -209,7 +239,9 @@ def mean_change(tasks: list[Change], scores: list[tuple[np.ndarray, np.ndarray]]
     """
     k = len(tasks)
     change = mover([Estimate(task.change, task.low, task.high) for task in tasks])
-    weighted = [np.concatenate([x / (k * len(x)) for x in side]) for side in zip(*scores, strict=True)]
+    weighted = [
+        np.concatenate([x / (k * len(x)) for x in side]) for side in zip(*scores, strict=True)
+    ]
     lost = [task.lost_beyond_chance for task in tasks if task.lost_beyond_chance is not None]
     gained = [task.gained_beyond_chance for task in tasks if task.gained_beyond_chance is not None]
     return Change(
@@ -232,7 +264,8 @@ def mover(parts: list[Estimate]) -> Estimate:
     """
     Return the sum of independent estimates, with its 95% interval put together from theirs.
 
-    MOVER: Zou and Donner 2008, "Construction of confidence limits about effect measures: a general approach".
+    MOVER: Zou and Donner 2008, "Construction of confidence limits about effect measures: a general
+    approach".
     """
     total = sum(part.estimate for part in parts)
     below = math.hypot(*(part.estimate - part.low for part in parts))
@@ -241,7 +274,9 @@ def mover(parts: list[Estimate]) -> Estimate:
 
 
 def swap_test(before: np.ndarray, after: np.ndarray) -> float:
-    """Return the p-value of the sum of differences when each item's two scores are swapped at random."""
+    """
+    Return the p-value of the sum of differences when each item's two scores are swapped at random.
+    """
     differs = before != after
     if differs.sum() < 2:  # swapped or not, a single difference is as far from 0
         return 1.0
@@ -261,11 +296,12 @@ def drop_test(change: Change, drop: float) -> float:
     """
     Return the two-sided p of the hypothesis that a task's true drop is `drop`.
 
-    For `drop` 0 it is the task's own `p_value`. Beyond 0 the interval that is shown is inverted: p < 0.05 if and only
-    if `-drop` lies outside of it. Simulated at a drop of 1 to 10 points, n from 20 to 5,000, a larger drop is found by
-    mistake in at most 2.6% of trials at 0.05 two-sided, in most settings far fewer. (Tango's score test is nearer to
-    2.5% at that level, but at 0.001, where Holm's method may look, errs up to three times too often.) What is not
-    significant as a change is not significant beyond a budget either, hence the larger of the two.
+    For `drop` 0 it is the task's own `p_value`. Beyond 0 the interval that is shown is inverted: p
+    < 0.05 if and only if `-drop` lies outside of it. Simulated at a drop of 1 to 10 points, n from
+    20 to 5,000, a larger drop is found by mistake in at most 2.6% of trials at 0.05 two-sided, in
+    most settings far fewer. (Tango's score test is nearer to 2.5% at that level, but at 0.001,
+    where Holm's method may look, errs up to three times too often.) What is not significant as a
+    change is not significant beyond a budget either, hence the larger of the two.
 
     Args:
         change: a task's, not a mean's.
@@ -278,17 +314,21 @@ def drop_test(change: Change, drop: float) -> float:
 
 
 def adjusted(change: Change) -> tuple[float, float]:
-    """Return the centre of a task's interval, and the standard error that it is of (see `paired_change`)."""
+    """
+    Return the centre of a task's interval, and the standard error that it is of (see
+    `paired_change`).
+    """
     centre = change.change * change.n / (change.n + 2)  # the two added items cancel out
     return centre, (change.high - centre if change.high < 1 else centre - change.low) / Z
 
 
 def holm(p_values: list[float]) -> list[float]:
     """
-    Return p-values adjusted for their number: below 0.05 with a chance of 5% at most for any where nothing is.
+    Return p-values adjusted for their number: below 0.05 with a chance of 5% at most for any where
+    nothing is.
 
-    Holm 1979, "A simple sequentially rejective multiple test procedure": the smallest of m is multiplied by m, the next
-    by m - 1 and so on, none is below the one before it, and none above 1.
+    Holm 1979, "A simple sequentially rejective multiple test procedure": the smallest of m is
+    multiplied by m, the next by m - 1 and so on, none is below the one before it, and none above 1.
     """
     p = np.asarray(p_values, dtype=float)
     order = np.argsort(p)
@@ -299,7 +339,8 @@ def holm(p_values: list[float]) -> list[float]:
 
 def smallest_drop(variance: float, n: int) -> float:
     """
-    Return the true drop that a two-sided test at 0.05 finds with probability 0.8 (normal approximation).
+    Return the true drop that a two-sided test at 0.05 finds with probability 0.8 (normal
+    approximation).
 
     Args:
         variance: of one item's difference, about zero.
@@ -309,7 +350,10 @@ def smallest_drop(variance: float, n: int) -> float:
 
 
 def items_needed(change: Change, drop: float) -> int:
-    """Return how many items would make `drop` the smallest one that is found: the inverse of `smallest_drop`."""
+    """
+    Return how many items would make `drop` the smallest one that is found: the inverse of
+    `smallest_drop`.
+    """
     centre, error = adjusted(change)
     variance = error**2 * (change.n + 2) + centre**2
     return math.ceil(max(FOUND**2 * variance / drop**2, FOUND**2 / drop))
@@ -317,22 +361,24 @@ def items_needed(change: Change, drop: float) -> int:
 
 def beyond_chance(right: np.ndarray, wrong: np.ndarray, num_choices: np.ndarray) -> Estimate:
     """
-    Estimate how many items one model knows and the other does not, of those where `right` has it and `wrong` has not.
+    Estimate how many items one model knows and the other does not, of those where `right` has it
+    and `wrong` has not.
 
-    The response model is that of "Mapping Post-Training Forgetting in Language Models at Scale" (arXiv:2510.17776):
-    an item is known, or one of its c choices is guessed, anew by each model. A guess at an item that neither knows is
-    wrong twice with probability ((c-1)/c)^2, and right then wrong with (c-1)/c^2, so each item missed by both stands
-    for 1/(c-1) items lost by luck; and a lost item escapes notice with probability 1/c:
+    The response model is that of "Mapping Post-Training Forgetting in Language Models at Scale"
+    (arXiv:2510.17776): an item is known, or one of its c choices is guessed, anew by each model. A
+    guess at an item that neither knows is wrong twice with probability ((c-1)/c)^2, and right then
+    wrong with (c-1)/c^2, so each item missed by both stands for 1/(c-1) items lost by luck; and a
+    lost item escapes notice with probability 1/c:
 
         known and lost = (lost - sum over items missed by both of 1/(c-1)) * c/(c-1)
 
-    Without bias under that model, so below 0 about as often as above where nothing was lost. Two models that are much
-    alike guess alike: they miss items together more often, and lose fewer by luck, than two that guess anew; then this
-    is less than what was lost, a lower bound.
+    Without bias under that model, so below 0 about as often as above where nothing was lost. Two
+    models that are much alike guess alike: they miss items together more often, and lose fewer by
+    luck, than two that guess anew; then this is less than what was lost, a lower bound.
 
-    The interval is Wald's with one lost item and one missed by both added, as Bonett and Price do for proportions. It
-    covers 94 to 99% from 20 items on, 2 to 5 choices (a bootstrap of the items: 40 to 98%, since often no item at
-    all was lost, or missed by both).
+    The interval is Wald's with one lost item and one missed by both added, as Bonett and Price do
+    for proportions. It covers 94 to 99% from 20 items on, 2 to 5 choices (a bootstrap of the items:
+    40 to 98%, since often no item at all was lost, or missed by both).
     """
     c = np.asarray(num_choices, dtype=float)
     if (c < 2).any():

@@ -12,10 +12,11 @@ from eaft.text import visible
 
 class Progress:
     """
-    One line, `task 2 of 5, gsm8k: 120 of 1319 items, 853 tokens/s, 12:20 left`, on the first process.
+    One line, `task 2 of 5, gsm8k: 120 of 1319 items, 853 tokens/s, 12:20 left`, on the first
+    process.
 
-    The time left is the task's: what another task takes is not known before. Nothing is written where stderr is no
-    terminal.
+    The time left is the task's: what another task takes is not known before. Nothing is written
+    where stderr is no terminal.
 
     Args:
         tasks: how many there will be.
@@ -41,7 +42,10 @@ class Progress:
         )
 
     def advance(self, items: float = 0, tokens: int = 0) -> None:
-        """Count items that are done (a choice of four is a quarter of one), and tokens read or written."""
+        """
+        Count items that are done (a choice of four is a quarter of one), and tokens read or
+        written.
+        """
         if self.bar is not None:
             self.tokens += tokens
             speed = self.tokens / max(time.monotonic() - self.began, 1e-9)

@@ -52,14 +52,18 @@ def dtype_name(value: str) -> str:
 
 
 def generation_flags(value: str) -> str:
-    """Return lm-eval's `gen_kwargs` if each part of it has a name that generation knows, and a value."""
+    """
+    Return lm-eval's `gen_kwargs` if each part of it has a name that generation knows, and a value.
+    """
     known = {*GenerationConfig().to_dict(), "until", "max_gen_toks"}
     for part in value.split(","):
         name, equals, _ = part.partition("=")
         if not equals:
             raise ValueError("expected NAME=VALUE,NAME=VALUE, as temperature=0.7,do_sample=true")
         if name.strip() not in known:
-            raise ValueError(f"{name.strip()!r} is no setting of generation.{nearest(name.strip(), known)}")
+            raise ValueError(
+                f"{name.strip()!r} is no setting of generation.{nearest(name.strip(), known)}"
+            )
     return value
 
 
@@ -70,8 +74,10 @@ class Protocol:
 
     Attributes:
         apply_chat_template: ask as a chat; None: if the tokenizer has a template.
-        enable_thinking: let the model think before it answers; None: where its template cannot turn that off.
-        max_thinking_tokens: room for the thoughts, beside what a task gives the answer; as the context allows.
+        enable_thinking: let the model think before it answers; None: where its template cannot turn
+            that off.
+        max_thinking_tokens: room for the thoughts, beside what a task gives the answer; as the
+            context allows.
         num_fewshot: examples before each item; None: what each task says.
         system_instruction: a system message before each item and prompt.
         gen_kwargs: generation settings for all tasks, as lm-eval's.
@@ -101,20 +107,34 @@ class Protocol:
 
 def settled(protocol: Protocol, tokenizer: Any) -> Protocol:
     """
-    Return the protocol with what it leaves to the chat template decided: `apply_chat_template`, `enable_thinking`.
+    Return the protocol with what it leaves to the chat template decided: `apply_chat_template`,
+    `enable_thinking`.
 
     Raises:
-        ConfigurationError: the template is asked for and missing, or cannot do what is asked of thinking.
+        ConfigurationError: the template is asked for and missing, or cannot do what is asked of
+            thinking.
     """
     for name in SWITCHES:
         if name in {**protocol.model_args, **protocol.model_args.get("chat_template_args", {})}:
-            raise ConfigurationError(f"model_args: {name} is a setting of its own (--enable_thinking).")
-    chat = tokenizer.chat_template is not None if protocol.apply_chat_template is None else protocol.apply_chat_template
+            raise ConfigurationError(
+                f"model_args: {name} is a setting of its own (--enable_thinking)."
+            )
+    chat = (
+        tokenizer.chat_template is not None
+        if protocol.apply_chat_template is None
+        else protocol.apply_chat_template
+    )
     if chat and tokenizer.chat_template is None:
-        raise ConfigurationError("apply_chat_template=True: the model has no chat template. Leave it out.")
+        raise ConfigurationError(
+            "apply_chat_template=True: the model has no chat template. Leave it out."
+        )
     if not chat and protocol.enable_thinking:
-        raise ConfigurationError("enable_thinking=True: a model thinks when it is asked by its chat template only.")
-    thinks = chat and decide(tokenizer, protocol.enable_thinking, protocol.model_args, protocol.system_instruction)
+        raise ConfigurationError(
+            "enable_thinking=True: a model thinks when it is asked by its chat template only."
+        )
+    thinks = chat and decide(
+        tokenizer, protocol.enable_thinking, protocol.model_args, protocol.system_instruction
+    )
     return replace(protocol, apply_chat_template=chat, enable_thinking=thinks)
 
 
@@ -127,9 +147,11 @@ def thinking_of(tokenizer: Any, protocol: Protocol) -> Thinking:
 
 def check_thinking(benchmarks: dict[str, Benchmark], tokenizer: Any, protocol: Protocol) -> None:
     """
-    Refuse tasks that cannot be asked of a model that always thinks: those that read the likelihood of choices.
+    Refuse tasks that cannot be asked of a model that always thinks: those that read the likelihood
+    of choices.
 
-    Where thinking can be turned off, it is for such tasks; a task that itself begins the answer leaves no thoughts.
+    Where thinking can be turned off, it is for such tasks; a task that itself begins the answer
+    leaves no thoughts.
 
     Raises:
         ConfigurationError: such a task; also what `settled` raises.
@@ -141,13 +163,16 @@ def check_thinking(benchmarks: dict[str, Benchmark], tokenizer: Any, protocol: P
     refused = [
         name
         for name, benchmark in benchmarks.items()
-        if any(task.OUTPUT_TYPE != "generate_until" and not task.config.gen_prefix for task in benchmark.tasks.values())
+        if any(
+            task.OUTPUT_TYPE != "generate_until" and not task.config.gen_prefix
+            for task in benchmark.tasks.values()
+        )
     ]
     if refused:
         raise ConfigurationError(
-            f"{', '.join(refused)}: the likelihood of the choices is read where the answer begins, and there this "
-            "model's chat template begins thoughts, which it cannot turn off. Leave these tasks out, or take tasks "
-            "that are answered in words."
+            f"{', '.join(refused)}: the likelihood of the choices is read where the answer begins,"
+            " and there this model's chat template begins thoughts, which it cannot turn off."
+            " Leave these tasks out, or take tasks that are answered in words."
         )
 
 
@@ -157,21 +182,30 @@ def processes() -> PartialState:
 
 
 def own_dtype(model: str, model_args: dict[str, Any] | None = None) -> str:
-    """Return the dtype a model (an adapter's base model) was saved in, as `bfloat16`; float32 where none is noted."""
+    """
+    Return the dtype a model (an adapter's base model) was saved in, as `bfloat16`; float32 where
+    none is noted.
+    """
     adapter = adapter_of(model)
-    config = AutoConfig.from_pretrained(adapter["base_model_name_or_path"] if adapter else model, **source(model_args))
+    config = AutoConfig.from_pretrained(
+        adapter["base_model_name_or_path"] if adapter else model, **source(model_args)
+    )
     return str(config.dtype or torch.float32).removeprefix("torch.")
 
 
 def source(model_args: dict[str, Any] | None) -> dict[str, Any]:
-    """Return those of lm-eval's arguments that say where a model, its config and its tokenizer come from."""
+    """
+    Return those of lm-eval's arguments that say where a model, its config and its tokenizer come
+    from.
+    """
     names = ("revision", "trust_remote_code", "subfolder")
     return {name: value for name, value in (model_args or {}).items() if name in names}
 
 
 def load_tokenizer(model: str, model_args: dict[str, Any] | None = None) -> Any:
     """
-    Return a model's tokenizer (an adapter's may be its base model's), padding left as generation needs it.
+    Return a model's tokenizer (an adapter's may be its base model's), padding left as generation
+    needs it.
 
     Raises:
         ConfigurationError: there is none.
@@ -190,8 +224,9 @@ def generation_config(model: str, model_args: dict[str, Any] | None = None) -> G
     """
     Return what a model generates by: what is saved beside its weights, an adapter's too.
 
-    An adapter that was saved without it has its base model's, and stops at its own tokenizer's end token as well, as a
-    whole model does that was trained with this tokenizer (transformers' `Trainer` aligns them).
+    An adapter that was saved without it has its base model's, and stops at its own tokenizer's end
+    token as well, as a whole model does that was trained with this tokenizer (transformers'
+    `Trainer` aligns them).
     """
     adapter = adapter_of(model)
     own = Path(model, "generation_config.json").is_file()
@@ -221,12 +256,14 @@ def load(model: str, tokenizer: Any, protocol: Protocol) -> Any:
     """
     Return a model as lm-eval's, loaded once: with the backend `hf`, `lm.model` is the torch model.
 
-    All of lm-eval's arguments work (`model_args`): `parallelize`, `tp_plan`, `revision`, `trust_remote_code`, ...
-    Started by a launcher, each process loads the model and takes its share of the items; under `tp_plan` the processes
-    hold one model together and all do all items, so that each must call what runs the model.
+    All of lm-eval's arguments work (`model_args`): `parallelize`, `tp_plan`, `revision`,
+    `trust_remote_code`, ... Started by a launcher, each process loads the model and takes its share
+    of the items; under `tp_plan` the processes hold one model together and all do all items, so
+    that each must call what runs the model.
 
     Args:
-        model: a Hub id, a folder, or a folder with a PEFT adapter (its base model is found through it).
+        model: a Hub id, a folder, or a folder with a PEFT adapter (its base model is found through
+            it).
         tokenizer: see `load_tokenizer`.
 
     Raises:
@@ -239,7 +276,9 @@ def load(model: str, tokenizer: Any, protocol: Protocol) -> Any:
 
     hint = f", with model_args={protocol.model_args}" if protocol.model_args else ""
     own = ("think_start_token", "think_end_token")  # ours: lm-eval knows the second alone
-    protocol = replace(protocol, model_args={k: v for k, v in protocol.model_args.items() if k not in own})
+    protocol = replace(
+        protocol, model_args={k: v for k, v in protocol.model_args.items() if k not in own}
+    )
     try:
         with quiet(), loading(f"{model} cannot be loaded{hint}."):
             if protocol.backend == "vllm":
@@ -249,30 +288,49 @@ def load(model: str, tokenizer: Any, protocol: Protocol) -> Any:
                 args.update(pretrained=adapter["base_model_name_or_path"], peft=model)
                 args.update(revision=adapter.get("revision") or "main")
             args.update(dtype=protocol.dtype, device=str(processes().device), backend="causal")
-            lm = HFModel(tokenizer=tokenizer, batch_size=protocol.batch_size, **{**args, **protocol.model_args})
+            lm = HFModel(
+                tokenizer=tokenizer,
+                batch_size=protocol.batch_size,
+                **{**args, **protocol.model_args},
+            )
             if adapter is not None:
-                lm.model.get_base_model().generation_config = generation_config(model, protocol.model_args)
+                lm.model.get_base_model().generation_config = generation_config(
+                    model, protocol.model_args
+                )
     except (OSError, ValueError, RuntimeError, TypeError, ImportError, AssertionError) as error:
         if isinstance(error, ConfigurationError):
             raise
-        raise ConfigurationError(f"{model} cannot be loaded{hint}. ({first_line(error)})") from error
+        raise ConfigurationError(
+            f"{model} cannot be loaded{hint}. ({first_line(error)})"
+        ) from error
     check_finite(lm.model, model)
     return lm if protocol.model_args.get("tp_plan") else share_items(lm)
 
 
 def wrap(model: Any, tokenizer: Any, protocol: Protocol) -> Any:
-    """Return a loaded model as lm-eval's `hf` model, sharing the items among this launch's processes."""
+    """
+    Return a loaded model as lm-eval's `hf` model, sharing the items among this launch's processes.
+    """
     from eaft.evaluation.engine import HFModel
 
     with quiet():  # it warns of what `share_items` sets
-        return share_items(HFModel(pretrained=model, tokenizer=tokenizer, batch_size=protocol.batch_size))
+        return share_items(
+            HFModel(pretrained=model, tokenizer=tokenizer, batch_size=protocol.batch_size)
+        )
 
 
 def share_items(lm: Any) -> Any:
-    """Let each of this launch's processes take its share of the items; lm-eval does so on several GPUs only."""
+    """
+    Let each of this launch's processes take its share of the items; lm-eval does so on several GPUs
+    only.
+    """
     state = processes()
     if state.num_processes > 1:
-        lm._rank, lm._world_size, lm.accelerator = state.process_index, state.num_processes, Accelerator()
+        lm._rank, lm._world_size, lm.accelerator = (
+            state.process_index,
+            state.num_processes,
+            Accelerator(),
+        )
     return lm
 
 
@@ -280,9 +338,13 @@ def load_vllm(watched: type, model: str, tokenizer: Any, protocol: Protocol) -> 
     """Return lm-eval's `vllm` model; a PEFT adapter runs on its base as vLLM's LoRA."""
     from lm_eval.api.registry import get_model
 
-    folder = tempfile.TemporaryDirectory()  # vLLM reads the tokenizer from disk; the template may be the other model's
+    folder = (
+        tempfile.TemporaryDirectory()
+    )  # vLLM reads the tokenizer from disk; the template may be the other model's
     tokenizer.save_pretrained(folder.name)
-    generation_config(model, protocol.model_args).to_json_file(Path(folder.name, "generation_config.json"))
+    generation_config(model, protocol.model_args).to_json_file(
+        Path(folder.name, "generation_config.json")
+    )
     args = {"dtype": protocol.dtype, "batch_size": protocol.batch_size, **protocol.model_args}
     lm = type("VLLMModel", (watched, get_model("vllm")), {})(**vllm_args(model, folder.name, args))
     lm.tokenizer_folder = folder  # deleted with the model
@@ -290,11 +352,18 @@ def load_vllm(watched: type, model: str, tokenizer: Any, protocol: Protocol) -> 
 
 
 def vllm_args(model: str, folder: str, model_args: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of lm-eval's `vllm` model for a model or an adapter; `folder` says how it is asked."""
+    """
+    Return the arguments of lm-eval's `vllm` model for a model or an adapter; `folder` says how it
+    is asked.
+    """
     args: dict[str, Any] = {"pretrained": model, "tokenizer": folder}
     if adapter := adapter_of(model):
         args["generation_config"] = folder  # vLLM's own is the base model's
-        args.update(pretrained=adapter["base_model_name_or_path"], lora_local_path=model, max_lora_rank=adapter["r"])
+        args.update(
+            pretrained=adapter["base_model_name_or_path"],
+            lora_local_path=model,
+            max_lora_rank=adapter["r"],
+        )
     return {**args, **model_args}
 
 
@@ -302,12 +371,13 @@ def ask(tokenizer: Any, prompt: Any, protocol: Protocol) -> str:
     """
     Return a prompt as the text a model is asked with, as lm-eval does for tasks.
 
-    By the chat template, thinking or not, or as plain text: the messages' contents, a blank line between them. A system
-    instruction comes first; a template that knows no system message does without.
+    By the chat template, thinking or not, or as plain text: the messages' contents, a blank line
+    between them. A system instruction comes first; a template that knows no system message does
+    without.
 
     Args:
-        prompt: a string or messages; or a mapping with a `prompt`, `tools` (a list, or its JSON) and
-            `chat_template_kwargs`, for a chat template only.
+        prompt: a string or messages; or a mapping with a `prompt`, `tools` (a list, or its JSON)
+            and `chat_template_kwargs`, for a chat template only.
 
     Raises:
         ConfigurationError: see `settled`.
@@ -325,36 +395,50 @@ def ask(tokenizer: Any, prompt: Any, protocol: Protocol) -> str:
         **protocol.model_args.get("chat_template_args", {}),
         **(found.on if protocol.enable_thinking else found.off),
     }
-    settings |= {"tools": json.loads(tools) if isinstance(tools, str) else tools, **row.get("chat_template_kwargs", {})}
+    settings |= {
+        "tools": json.loads(tools) if isinstance(tools, str) else tools,
+        **row.get("chat_template_kwargs", {}),
+    }
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **settings)
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **settings
+        )
     except TemplateError:
         messages = [message for message in messages if message["role"] != "system"]
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **settings)
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **settings
+        )
 
 
-def score(lm: Any, benchmark: Benchmark, protocol: Protocol, progress: Progress | None = None) -> list[Item]:
+def score(
+    lm: Any, benchmark: Benchmark, protocol: Protocol, progress: Progress | None = None
+) -> list[Item]:
     """
     Run an lm-eval model on a benchmark and return its items (on the first process; none on others).
 
-    An item's score is the first metric its task lists (with its first filter), which must be one number an item. It has
-    `task`, `doc_id`, `metric`, `prompt`, `target`, `response`, `score`, `cut` (what of `prompt`, `answer` and
-    `thoughts` was; unfinished thoughts are graded as an empty answer), hashes of prompt, target and row, by which two
-    models' items are matched; where the metric has several filters `scores` by filter; where the task is multiple
-    choice `choices` (their log-likelihoods, nats); where it is answered in words `max_gen_toks`.
+    An item's score is the first metric its task lists (with its first filter), which must be one
+    number an item. It has `task`, `doc_id`, `metric`, `prompt`, `target`, `response`, `score`,
+    `cut` (what of `prompt`, `answer` and `thoughts` was; unfinished thoughts are graded as an empty
+    answer), hashes of prompt, target and row, by which two models' items are matched; where the
+    metric has several filters `scores` by filter; where the task is multiple choice `choices`
+    (their log-likelihoods, nats); where it is answered in words `max_gen_toks`.
 
     Args:
         lm: lm-eval's model, see `load` and `wrap`.
-        protocol: its num_fewshot, system_instruction and gen_kwargs are as in lm-eval; None keeps what the task says,
-            but that answers are cut to what fits the model's context (AIME asks for 32,768 tokens).
+        protocol: its num_fewshot, system_instruction and gen_kwargs are as in lm-eval; None keeps
+            what the task says, but that answers are cut to what fits the model's context (AIME asks
+            for 32,768 tokens).
         progress: shows how far it is.
 
     Raises:
-        ConfigurationError: a task whose first metric is not one number an item; also what `check_thinking` raises.
+        ConfigurationError: a task whose first metric is not one number an item; also what
+            `check_thinking` raises.
     """
     tokenizer = getattr(lm, "tokenizer", None)
     if tokenizer is None:  # a model that is none of ours
-        protocol = replace(protocol, apply_chat_template=bool(protocol.apply_chat_template), enable_thinking=False)
+        protocol = replace(
+            protocol, apply_chat_template=bool(protocol.apply_chat_template), enable_thinking=False
+        )
     else:
         check_thinking({benchmark.name: benchmark}, tokenizer, protocol)
         protocol = settled(protocol, tokenizer)
@@ -372,19 +456,32 @@ def score(lm: Any, benchmark: Benchmark, protocol: Protocol, progress: Progress 
         part = {name: task for name, task in tasks.items() if thinks(task, protocol) == thinking}
         if part:
             output = run(lm, part, samples, protocol, thinking)
-            found.update({name: items(name, task, output, lm) for name, task in part.items()} if output else {})
+            found.update(
+                {name: items(name, task, output, lm) for name, task in part.items()}
+                if output
+                else {}
+            )
     return [item for name in tasks for item in found.get(name, [])]
 
 
 def thinks(task: Any, protocol: Protocol) -> bool:
-    """Return whether a model thinks before it answers this task: if it thinks, and answers in words."""
+    """
+    Return whether a model thinks before it answers this task: if it thinks, and answers in words.
+    """
     return bool(protocol.enable_thinking) and task.OUTPUT_TYPE == "generate_until"
 
 
 def run(
-    lm: Any, tasks: dict[str, Any], samples: dict[str, list[int]] | None, protocol: Protocol, thinking: bool
+    lm: Any,
+    tasks: dict[str, Any],
+    samples: dict[str, list[int]] | None,
+    protocol: Protocol,
+    thinking: bool,
 ) -> Any:
-    """Return lm-eval's results of each task's rows of these numbers (None: all); None on other processes."""
+    """
+    Return lm-eval's results of each task's rows of these numbers (None: all); None on other
+    processes.
+    """
     from lm_eval import evaluate
 
     if hasattr(lm, "think"):
@@ -413,9 +510,11 @@ def run(
 @contextlib.contextmanager
 def settings(task: Any, lm: Any, protocol: Protocol, thinking: bool) -> Iterator[None]:
     """
-    Lend a task the protocol's settings, by lm-eval's own rules: what a task says of no examples stays.
+    Lend a task the protocol's settings, by lm-eval's own rules: what a task says of no examples
+    stays.
 
-    Answers, with room for thoughts, are cut at three quarters of the model's context; lm-eval would fail midway.
+    Answers, with room for thoughts, are cut at three quarters of the model's context; lm-eval would
+    fail midway.
     """
     own = copy.deepcopy((task.config.num_fewshot, task.config.generation_kwargs))
     task.set_config("num_fewshot", num_fewshot(task, protocol))
@@ -436,17 +535,26 @@ def num_fewshot(task: Any, protocol: Protocol) -> int:
 
 
 def generation_settings(task: Any, lm: Any, protocol: Protocol, thinking: bool) -> dict[str, Any]:
-    """Return a task's generation settings, with `max_gen_toks` (thoughts and answer) that fit the model's context."""
+    """
+    Return a task's generation settings, with `max_gen_toks` (thoughts and answer) that fit the
+    model's context.
+    """
     from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.utils import simple_parse_args_string
 
-    settings = {**(task.config.generation_kwargs or {}), **simple_parse_args_string(protocol.gen_kwargs)}
+    settings = {
+        **(task.config.generation_kwargs or {}),
+        **simple_parse_args_string(protocol.gen_kwargs),
+    }
     with quiet():
         wanted = normalize_gen_kwargs(settings, getattr(lm, "max_gen_toks", 256))["max_gen_toks"]
     wanted += protocol.max_thinking_tokens if thinking else 0
     most = 3 * getattr(lm, "max_length", wanted * 2) // 4
     if wanted > most:
-        logger.warning(f"{task.config.task}: answers are cut at {most} tokens instead of {wanted}, to fit the context.")
+        logger.warning(
+            f"{task.config.task}: answers are cut at {most} tokens instead of {wanted}, to fit the"
+            " context."
+        )
     return {**settings, "max_gen_toks": min(wanted, most)}
 
 
@@ -455,15 +563,18 @@ def asked(benchmark: Benchmark, protocol: Protocol, items: list[Item]) -> dict[s
     Return what a benchmark asked, and of how many items what was cut, for the report.
 
     Returns:
-        `version` and `num_fewshot` (of each task where they differ in a group), `metric`, `filter`, `max_gen_toks` (the
-        most that an answer could have, with its thoughts; None where choices are weighed) and `cut`.
+        `version` and `num_fewshot` (of each task where they differ in a group), `metric`, `filter`,
+        `max_gen_toks` (the most that an answer could have, with its thoughts; None where choices
+        are weighed) and `cut`.
     """
     metric, _, metric_filter = items[0]["metric"].partition(",")
     return {
         "version": one({name: task.VERSION for name, task in benchmark.tasks.items()}),
         "metric": metric,
         "filter": metric_filter,
-        "num_fewshot": one({name: num_fewshot(task, protocol) for name, task in benchmark.tasks.items()}),
+        "num_fewshot": one(
+            {name: num_fewshot(task, protocol) for name, task in benchmark.tasks.items()}
+        ),
         "max_gen_toks": one({item["task"]: item.get("max_gen_toks") for item in items}),
         "cut": {kind: sum(kind in item["cut"] for item in items) for kind in CUTS},
     }
@@ -497,23 +608,34 @@ def items(name: str, task: Any, output: dict[str, Any], lm: Any) -> list[Item]:
         sample, by_filter = samples[doc_id], scores[doc_id]
         item = {"task": name, "doc_id": doc_id, "metric": key, "prompt": sample["arguments"][0][0]}
         if task.OUTPUT_TYPE == "multiple_choice":
-            choices = [response[0] for response in sample["filtered_resps"]][: len(sample["arguments"])]
+            choices = [response[0] for response in sample["filtered_resps"]][
+                : len(sample["arguments"])
+            ]
             item["choices"] = choices
             item["response"] = sample["arguments"][choices.index(max(choices))][1].strip()
         else:
             item["response"] = plain(sample["resps"][0][0])
         if task.OUTPUT_TYPE == "generate_until":
             item["max_gen_toks"] = sample["arguments"][0][1]["max_gen_toks"]
-        item.update(target=plain(sample["target"]), score=by_filter[metric_filter], cut=cut(name, sample, output, lm))
+        item.update(
+            target=plain(sample["target"]),
+            score=by_filter[metric_filter],
+            cut=cut(name, sample, output, lm),
+        )
         if len(by_filter) > 1:
             item["scores"] = by_filter
-        item.update({f"{part}_hash": sample[f"{part}_hash"] for part in ("prompt", "target", "doc")})
+        item.update(
+            {f"{part}_hash": sample[f"{part}_hash"] for part in ("prompt", "target", "doc")}
+        )
         found.append(item)
     return found
 
 
 def cut(name: str, sample: dict[str, Any], output: dict[str, Any], lm: Any) -> list[str]:
-    """Return what of an item was cut: any of its prompts on the left, its answer or its thoughts at the limit."""
+    """
+    Return what of an item was cut: any of its prompts on the left, its answer or its thoughts at
+    the limit.
+    """
     found = set(output["cuts"].get((name, sample["doc_id"]), ()))
     cuts_prompt = getattr(lm, "cuts_prompt", lambda *arguments: False)
     if any(cuts_prompt(*arguments[:2]) for arguments in sample["arguments"]):
@@ -522,7 +644,10 @@ def cut(name: str, sample: dict[str, Any], output: dict[str, Any], lm: Any) -> l
 
 
 def metric_of(name: str, output: dict[str, Any]) -> str:
-    """Return the key of a task's first metric with its first filter, as lm-eval writes it (`acc,none`)."""
+    """
+    Return the key of a task's first metric with its first filter, as lm-eval writes it
+    (`acc,none`).
+    """
     return next(key for key in output["results"][name] if "," in key and "_stderr" not in key)
 
 

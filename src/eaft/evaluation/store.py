@@ -1,7 +1,9 @@
 """
-What has been measured is kept, under a digest of everything it depends on: nothing is measured twice, nothing is stale.
+What has been measured is kept, under a digest of everything it depends on: nothing is measured
+twice, nothing is stale.
 
-`eaft eval`, `eaft compare` and training share one folder; `eaft cache` says what it holds, and clears it.
+`eaft eval`, `eaft compare` and training share one folder; `eaft cache` says what it holds, and
+clears it.
 """
 
 from __future__ import annotations
@@ -29,15 +31,16 @@ from eaft.provenance import write_json
 from eaft.text import visible
 
 DESCRIPTION = """
-What `eaft eval`, `eaft compare` and training have measured is kept, so that it is measured once: items, answers and
-probabilities, under a digest of weights, tokenizer, task, data, protocol and versions. So are the models that GGUF
-files were converted to. This lists both, or deletes them.
+What `eaft eval`, `eaft compare` and training have measured is kept, so that it is measured once:
+items, answers and probabilities, under a digest of weights, tokenizer, task, data, protocol and
+versions. So are the models that GGUF files were converted to. This lists both, or deletes them.
 
   eaft cache            what is kept, by model, with its size
   eaft cache --clear    delete it all (what is deleted is measured, or converted, again when it is needed)
 
-The folder of measurements is $EAFT_CACHE, by default $HF_HOME/eaft/measured; of models $HF_HOME/eaft.
-"""
+The folder of measurements is $EAFT_CACHE, by default $HF_HOME/eaft/measured; of models
+$HF_HOME/eaft.
+"""  # noqa: E501
 ABOUT_FILE = "about.json"
 STAGING = "writing-"  # begins the name of a folder that is not whole yet
 
@@ -58,7 +61,9 @@ class Store:
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder or Path(os.environ.get("EAFT_CACHE") or Path(HF_HOME) / "eaft" / "measured")
+        self.folder = folder or Path(
+            os.environ.get("EAFT_CACHE") or Path(HF_HOME) / "eaft" / "measured"
+        )
 
     def find(self, identity: dict[str, Any]) -> Path | None:
         """Return the folder of a measurement, or None if there is none of this identity."""
@@ -68,7 +73,8 @@ class Store:
     @contextlib.contextmanager
     def write(self, identity: dict[str, Any], model: str) -> Iterator[Path]:
         """
-        Lend a folder to write a measurement into; it is kept, whole, when the block ends without an exception.
+        Lend a folder to write a measurement into; it is kept, whole, when the block ends without an
+        exception.
 
         Args:
             model: what the user calls it, for `eaft cache`.
@@ -85,12 +91,18 @@ class Store:
             shutil.rmtree(staging, ignore_errors=True)
 
     def entries(self) -> list[Path]:
-        """Return the measurements' folders, and those that a killed process left: the user may keep more beside."""
+        """
+        Return the measurements' folders, and those that a killed process left: the user may keep
+        more beside.
+        """
         names = re.compile(rf"[0-9a-f]{{64}}|{STAGING}.+")
         return [folder for folder in sorted(self.folder.glob("*/")) if names.fullmatch(folder.name)]
 
     def sizes(self) -> dict[str, int]:
-        """Return how many bytes are kept of each model, and as `unfinished` of what a killed process left."""
+        """
+        Return how many bytes are kept of each model, and as `unfinished` of what a killed process
+        left.
+        """
         found: dict[str, int] = defaultdict(int)
         for folder in self.entries():
             about = folder / ABOUT_FILE
@@ -114,7 +126,9 @@ class Store:
 def main(argv: list[str]) -> None:
     """List what is kept, or delete it."""
     parser = argparse.ArgumentParser(
-        prog="eaft cache", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="eaft cache",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--clear", action="store_true", help="delete everything that is kept")
     clear = parser.parse_args(argv).clear

@@ -1,4 +1,6 @@
-"""What models are measured on: suites of lm-evaluation-harness tasks, and where their data comes from."""
+"""
+What models are measured on: suites of lm-evaluation-harness tasks, and where their data comes from.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ TASKS = Path(__file__).parent / "tasks"  # those that lm-eval lacks
 @dataclass
 class Benchmark:
     """
-    One line of a report: an lm-eval task, or a group whose items are taken together (as `mmlu` has 57 tasks).
+    One line of a report: an lm-eval task, or a group whose items are taken together (as `mmlu` has
+    57 tasks).
 
     Attributes:
         name: as the user or a suite names it.
@@ -40,7 +43,10 @@ class Benchmark:
 
 @dataclass
 class Suite:
-    """Benchmarks whose mean is reported; those the user names by themselves are a suite each, without a mean."""
+    """
+    Benchmarks whose mean is reported; those the user names by themselves are a suite each, without
+    a mean.
+    """
 
     name: str
     benchmarks: list[str]
@@ -49,31 +55,43 @@ class Suite:
 def suites_help() -> str:
     """Return the built-in suites, a line each."""
     contents = [yaml.safe_load(path.read_text()) for path in sorted(SUITES.glob("*.yaml"))]
-    return "\n".join(f"  {c['suite']:<9} {c['description']}: {', '.join(c['tasks'])}" for c in contents)
+    return "\n".join(
+        f"  {c['suite']:<9} {c['description']}: {', '.join(c['tasks'])}" for c in contents
+    )
 
 
 def load_suites(
-    names: list[str], include_path: str | None = None, data_dir: str | None = None, limit: int | None = None
+    names: list[str],
+    include_path: str | None = None,
+    data_dir: str | None = None,
+    limit: int | None = None,
 ) -> tuple[list[Suite], dict[str, Benchmark]]:
     """
-    Return the suites named, and their benchmarks with all data loaded: what is missing is found before a model is.
+    Return the suites named, and their benchmarks with all data loaded: what is missing is found
+    before a model is.
 
     Args:
-        names: of suites (ours, or a YAML file with `suite` and `tasks`), or of lm-eval tasks, groups, tags or files.
+        names: of suites (ours, or a YAML file with `suite` and `tasks`), or of lm-eval tasks,
+            groups, tags or files.
         include_path: a folder with lm-eval task YAMLs of the user's own.
         data_dir: a folder whose files are taken instead of the Hub's; see `local_data`.
         limit: overrides the suites' own.
 
     Raises:
-        ConfigurationError: lm-eval is not installed, there is no such task, two suites want different parts of one
-            task, two tasks have one file name, or data is missing (all of it is named).
+        ConfigurationError: lm-eval is not installed, there is no such task, two suites want
+            different parts of one task, two tasks have one file name, or data is missing (all of it
+            is named).
     """
     suites: list[Suite] = []
-    limits: dict[str, int | None] = {}  # of the tasks named, and below of the parts of those that are groups
+    limits: dict[
+        str, int | None
+    ] = {}  # of the tasks named, and below of the parts of those that are groups
 
     def set_limit(task: str, wanted: int | None) -> None:
         if limits.setdefault(task, wanted) != wanted:
-            raise ConfigurationError(f"{task} is in two suites with different limits: give --limit, or one suite.")
+            raise ConfigurationError(
+                f"{task} is in two suites with different limits: give --limit, or one suite."
+            )
 
     for name in names:
         content = read_suite(name)
@@ -83,7 +101,9 @@ def load_suites(
     files: dict[str, str] = {}
     for task in limits:
         if (other := files.setdefault(Path(task).stem, task)) != task:
-            raise ConfigurationError(f"{other} and {task} would write to one file: rename one, or evaluate it apart.")
+            raise ConfigurationError(
+                f"{other} and {task} would write to one file: rename one, or evaluate it apart."
+            )
     manager = task_manager(list(limits), include_path)
     if data_dir is not None and not Path(data_dir).is_dir():
         raise ConfigurationError(f"data_dir={data_dir!r}: there is no such folder.")
@@ -95,7 +115,9 @@ def load_suites(
             override = local_data(task, Path(data_dir)) if data_dir is not None else None
             try:
                 with quiet():
-                    loaded = manager.load([spec if override is None else {**full_config(manager, spec), **override}])
+                    loaded = manager.load(
+                        [spec if override is None else {**full_config(manager, spec), **override}]
+                    )
             except Exception as error:  # each data set fails in its own way
                 missing.append(f"{name}: {describe(manager, task, error, data_dir)}")
                 break  # the other parts of a group are missing likewise
@@ -104,10 +126,15 @@ def load_suites(
                 set_limit(part, task_limit)
             tasks.update(loaded["tasks"])
         if "ifeval" in tasks and not has_sentence_tokenizer():
-            missing.append(f"{name}: ifeval needs NLTK's sentence tokenizer: python -m nltk.downloader punkt_tab")
+            missing.append(
+                f"{name}: ifeval needs NLTK's sentence tokenizer: python -m nltk.downloader"
+                " punkt_tab"
+            )
         benchmarks[name] = Benchmark(name, tasks, task_limit)
     if missing:
-        raise ConfigurationError("Data or a package is missing, nothing was run:\n  " + "\n  ".join(missing))
+        raise ConfigurationError(
+            "Data or a package is missing, nothing was run:\n  " + "\n  ".join(missing)
+        )
     return suites, benchmarks
 
 
@@ -141,10 +168,13 @@ def read_suite(name: str) -> SuiteFile:
         except yaml.YAMLError as error:
             raise ConfigurationError(f"{where}: {' '.join(str(error).split())}") from error
         if not isinstance(content, dict):
-            raise ConfigurationError(f"{where}: expected a mapping with `suite` and `tasks`, or a task's.")
+            raise ConfigurationError(
+                f"{where}: expected a mapping with `suite` and `tasks`, or a task's."
+            )
         if "group" in content:
             raise ConfigurationError(
-                f"{where} is a group's file: give its folder as include_path, and name {content['group']!r}."
+                f"{where} is a group's file: give its folder as include_path, and name"
+                f" {content['group']!r}."
             )
         if "suite" not in content and "task" in content:
             return SuiteFile(name, [name])
@@ -161,7 +191,9 @@ def task_manager(tasks: list[str], include_path: str | None) -> Any:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ConfigurationError("Evaluating needs lm-evaluation-harness: pip install 'eaft[eval]'.") from error
+        raise ConfigurationError(
+            "Evaluating needs lm-evaluation-harness: pip install 'eaft[eval]'."
+        ) from error
     if include_path is not None and not Path(include_path).is_dir():
         raise ConfigurationError(f"include_path={include_path!r}: there is no such folder.")
     paths = [str(TASKS), *([include_path] if include_path else [])]
@@ -174,7 +206,8 @@ def task_manager(tasks: list[str], include_path: str | None) -> Any:
         if task not in manager.all_tasks:
             known = [*manager.all_tasks, *(path.stem for path in SUITES.glob("*.yaml"))]
             raise ConfigurationError(
-                f"There is no suite and no lm-eval task {task!r}.{nearest(task, known)} Your own go into include_path."
+                f"There is no suite and no lm-eval task {task!r}.{nearest(task, known)} Your own go"
+                " into include_path."
             )
     return manager
 
@@ -199,7 +232,15 @@ def leaves(manager: Any, spec: str | dict[str, Any]) -> Iterator[tuple[str, str 
             yield from leaves(manager, task)
     elif entry is not None and entry.kind is Kind.GROUP and isinstance(spec, str):
         content = load_yaml(entry.yaml_path, resolve_func=True)
-        if set(content) - {"group", "group_alias", "task", "aggregate_metric_list", "metadata", "include", "tag"}:
+        if set(content) - {
+            "group",
+            "group_alias",
+            "task",
+            "aggregate_metric_list",
+            "metadata",
+            "include",
+            "tag",
+        }:
             yield name, spec  # it changes its tasks' settings: lm-eval must load it whole
         else:
             for child in content["task"]:
@@ -215,25 +256,33 @@ def full_config(manager: Any, spec: str | dict[str, Any]) -> dict[str, Any]:
     name, changes = (spec, {}) if isinstance(spec, str) else (spec["task"], spec)
     entry = manager.task_index.get(name)
     content = load_yaml(entry.yaml_path if entry else name, resolve_func=True)
-    return {**{key: value for key, value in content.items() if key not in ("tag", "group")}, **changes}
+    return {
+        **{key: value for key, value in content.items() if key not in ("tag", "group")},
+        **changes,
+    }
 
 
 def local_data(task: str, folder: Path) -> dict[str, Any] | None:
     """
     Return the settings that make a task read local files, or None if the folder has none for it.
 
-    A task's items are the rows of `TASK.jsonl` or `TASK_test.jsonl`, with the fields its data set has on the Hub, and
-    its few-shot examples those of `TASK_train.jsonl`. `mmlu.jsonl` and `mmlu_stem.jsonl` hold all subjects' rows,
-    told apart by `subject` or `type`; `pubmedqa_labeled.jsonl` is PubMedQA's own release, with its fields in lower
-    case.
+    A task's items are the rows of `TASK.jsonl` or `TASK_test.jsonl`, with the fields its data set
+    has on the Hub, and its few-shot examples those of `TASK_train.jsonl`. `mmlu.jsonl` and
+    `mmlu_stem.jsonl` hold all subjects' rows, told apart by `subject` or `type`;
+    `pubmedqa_labeled.jsonl` is PubMedQA's own release, with its fields in lower case.
     """
     if task.startswith("mmlu_") and (subject := task.removeprefix("mmlu_")):
         for name in ("mmlu.jsonl", "mmlu_stem.jsonl"):
             if (folder / name).is_file():
-                return {**read_json({"test": folder / name}), "process_docs": functools.partial(of_subject, subject)}
+                return {
+                    **read_json({"test": folder / name}),
+                    "process_docs": functools.partial(of_subject, subject),
+                }
     if task == "pubmedqa" and (file := folder / "pubmedqa_labeled.jsonl").is_file():
         return {**read_json({"test": file}), "process_docs": pubmedqa_fields}
-    tests = [file for name in (task, f"{task}_test") if (file := folder / f"{name}.jsonl").is_file()]
+    tests = [
+        file for name in (task, f"{task}_test") if (file := folder / f"{name}.jsonl").is_file()
+    ]
     if not tests:
         return None
     files = {"test": tests[0]}
@@ -251,7 +300,9 @@ def read_json(files: dict[str, Path]) -> dict[str, Any]:
         "training_split": "train" if "train" in files else None,
         "validation_split": None,
         "test_split": "test",
-        "fewshot_split": "train" if "train" in files else "test",  # lm-eval then leaves the item itself out
+        "fewshot_split": (
+            "train" if "train" in files else "test"
+        ),  # lm-eval then leaves the item itself out
     }
 
 
@@ -267,7 +318,9 @@ def of_subject(subject: str, rows: Any) -> Any:
 def pubmedqa_fields(rows: Any) -> Any:
     """Name the fields of PubMedQA's release as lm-eval's task expects them."""
     names = {"question": "QUESTION", "contexts": "CONTEXTS", "answer": "final_decision"}
-    return rows.rename_columns({name: new for name, new in names.items() if name in rows.column_names})
+    return rows.rename_columns(
+        {name: new for name, new in names.items() if name in rows.column_names}
+    )
 
 
 def check_metric(name: str, task: Any) -> None:
@@ -280,12 +333,16 @@ def check_metric(name: str, task: Any) -> None:
     metric, higher_is_better = next(iter(task.higher_is_better().items()), ("perplexity", False))
     if task.OUTPUT_TYPE == "loglikelihood_rolling" or higher_is_better is False:
         raise ConfigurationError(
-            f"{name}: its first metric, {metric}, is no score of an item that is better when higher."
+            f"{name}: its first metric, {metric}, is no score of an item that is better when"
+            " higher."
         )
 
 
 def has_sentence_tokenizer() -> bool:
-    """Return whether NLTK has what IFEval's checks read: they fail only after the answers are generated."""
+    """
+    Return whether NLTK has what IFEval's checks read: they fail only after the answers are
+    generated.
+    """
     import nltk
 
     try:
@@ -304,8 +361,15 @@ def describe(manager: Any, task: str, error: Exception, data_dir: str | None) ->
         package = f": pip install {error.name}" if error.name else ""
         return f"{task}: {first_line(error)}{package}"
     path = full_config(manager, task).get("dataset_path")
-    local = f", or {task}.jsonl in {data_dir}" if data_dir is not None else ", or --data_dir with local files"
-    return f"{task} needs the data set {path} from the Hub{local} ({type(cause).__name__}: {first_line(cause)[:200]})"
+    local = (
+        f", or {task}.jsonl in {data_dir}"
+        if data_dir is not None
+        else ", or --data_dir with local files"
+    )
+    return (
+        f"{task} needs the data set {path} from the Hub{local} ({type(cause).__name__}:"
+        f" {first_line(cause)[:200]})"
+    )
 
 
 @contextlib.contextmanager

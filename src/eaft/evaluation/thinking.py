@@ -1,4 +1,7 @@
-"""Does a model think before it answers, and can it be told not to? Found out from what its chat template renders."""
+"""
+Does a model think before it answers, and can it be told not to? Found out from what its chat
+template renders.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,18 @@ from eaft.errors import ConfigurationError, first_line
 
 END = "</think>"
 SWITCHES = ("enable_thinking", "thinking")  # Qwen, SmolLM, GLM and others; DeepSeek and Granite
-VALUES = ((True, False), (-1, 0), ("on", "off"), ("enabled", "disabled"), ("high", "none"))  # on and off, as they occur
-KEYS = ("reasoning_content", "reasoning", "thinking")  # of a message: where templates look for its thoughts
+VALUES = (
+    (True, False),
+    (-1, 0),
+    ("on", "off"),
+    ("enabled", "disabled"),
+    ("high", "none"),
+)  # on and off, as they occur
+KEYS = (
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+)  # of a message: where templates look for its thoughts
 THOUGHTS, ANSWER = "HMMHMM", "ANSWERANSWER"
 TAG = re.compile(r"(?:<[^<>\s]+>|\[[^\[\]\s]+\]|◁[^◁▷\s]+▷)")
 EMPTY = re.compile(rf"({TAG.pattern})\s*({TAG.pattern})\s*$")
@@ -30,7 +43,8 @@ class Thinking:
     Attributes:
         on: the template's variables that turn thinking on; empty if it has none.
         off: those that turn it off.
-        opens: whether the prompt of an answer ends within the thoughts, with nothing to turn that off.
+        opens: whether the prompt of an answer ends within the thoughts, with nothing to turn that
+            off.
         start: what begins the thoughts; None if that is unknown.
         end: what ends the thoughts; None if the template and the vocabulary know no thoughts.
     """
@@ -45,7 +59,9 @@ class Thinking:
 NONE = Thinking({}, {}, False, None, None)
 
 
-def find_thinking(tokenizer: Any, markers: dict[str, Any] | None = None, system: str | None = None) -> Thinking:
+def find_thinking(
+    tokenizer: Any, markers: dict[str, Any] | None = None, system: str | None = None
+) -> Thinking:
     """
     Return how a tokenizer's chat template, if it has one, lets the model think.
 
@@ -56,16 +72,23 @@ def find_thinking(tokenizer: Any, markers: dict[str, Any] | None = None, system:
     if tokenizer.chat_template is None:
         return NONE
     given = [(markers or {}).get(f"think_{name}_token") for name in ("start", "end")]
-    start, end = (str(tokenizer.convert_ids_to_tokens(m)) if isinstance(m, int) else m for m in given)
+    start, end = (
+        str(tokenizer.convert_ids_to_tokens(m)) if isinstance(m, int) else m for m in given
+    )
     return probe(tokenizer, str(tokenizer.get_chat_template()), start, end, system)
 
 
 @lru_cache(maxsize=16)
-def probe(tokenizer: Any, template: str, start: str | None, end: str | None, system: str | None) -> Thinking:
+def probe(
+    tokenizer: Any, template: str, start: str | None, end: str | None, system: str | None
+) -> Thinking:
     """Return `find_thinking`'s answer; every prompt asks for it."""
 
     def render(*turns: dict[str, Any], **settings: Any) -> str:
-        """Return a chat of a question and these turns; a prompt if there are none, and nothing if it is refused."""
+        """
+        Return a chat of a question and these turns; a prompt if there are none, and nothing if it
+        is refused.
+        """
         chat = [{"role": "user", "content": "Hello"}, *turns]
         options = {"tokenize": False, "add_generation_prompt": not turns, **settings}
         for opening in ([{"role": "system", "content": system}], []) if system else ([],):
@@ -73,12 +96,18 @@ def probe(tokenizer: Any, template: str, start: str | None, end: str | None, sys
                 return str(tokenizer.apply_chat_template([*opening, *chat], **options))
             except TemplateSyntaxError as error:
                 raise ConfigurationError(
-                    f"The chat template is not valid Jinja (line {error.lineno}: {first_line(error)}): mend it, or "
-                    "give a model with another."
+                    f"The chat template is not valid Jinja (line {error.lineno}:"
+                    f" {first_line(error)}): mend it, or give a model with another."
                 ) from error
             except TemplateError:
                 continue
-            except (TypeError, ValueError, KeyError, IndexError, AttributeError):  # of a setting it does not know
+            except (
+                TypeError,
+                ValueError,
+                KeyError,
+                IndexError,
+                AttributeError,
+            ):  # of a setting it does not know
                 return ""
         return ""
 
@@ -93,11 +122,21 @@ def probe(tokenizer: Any, template: str, start: str | None, end: str | None, sys
     off = render(**settings[1]) if settings else prompt
     left, _ = parts(off, render(said(ANSWER), **(settings[1] if settings else {})))
     tags = TAG.findall(left)
-    # What a prompt has that no message of the history has before its content: thoughts, begun or empty
-    begun = bool(tags) and left.strip().endswith(tags[-1]) and not closes(tags[-1], end) and not EMPTY.search(left)
+    # What a prompt has that no message of the history has before its content: thoughts, begun or
+    # empty
+    begun = (
+        bool(tags)
+        and left.strip().endswith(tags[-1])
+        and not closes(tags[-1], end)
+        and not EMPTY.search(left)
+    )
     if begun and start is None:
         start = tags[-1]
-    opens = start is not None and (begun or is_open(off, start)) and not (end and off.rstrip().endswith(end))
+    opens = (
+        start is not None
+        and (begun or is_open(off, start))
+        and not (end and off.rstrip().endswith(end))
+    )
     on, off_settings = settings or ({}, {})
     return Thinking(on, off_settings, opens, start, end)
 
@@ -108,10 +147,16 @@ def said(content: str, **more: Any) -> dict[str, Any]:
 
 
 def parts(prompt: str, chat: str) -> tuple[str, str]:
-    """Return the ends of a prompt and of a chat, from where they differ on; nothing if the chat was not rendered."""
+    """
+    Return the ends of a prompt and of a chat, from where they differ on; nothing if the chat was
+    not rendered.
+    """
     if ANSWER not in chat:
         return "", ""
-    same = next((i for i, (a, b) in enumerate(zip(prompt, chat, strict=False)) if a != b), min(len(prompt), len(chat)))
+    same = next(
+        (i for i, (a, b) in enumerate(zip(prompt, chat, strict=False)) if a != b),
+        min(len(prompt), len(chat)),
+    )
     return prompt[same:], chat[same:]
 
 
@@ -120,9 +165,12 @@ def closes(tag: str, end: str | None) -> bool:
     return tag == end or "/" in tag
 
 
-def markers_of(tokenizer: Any, template: str, render: Any, plain: str) -> tuple[str | None, str | None]:
+def markers_of(
+    tokenizer: Any, template: str, render: Any, plain: str
+) -> tuple[str | None, str | None]:
     """
-    Return what begins and what ends a model's thoughts: as they are rendered, or as they are cut from an old answer.
+    Return what begins and what ends a model's thoughts: as they are rendered, or as they are cut
+    from an old answer.
 
     Args:
         plain: what a prompt ends with that a message of the history has not.
@@ -139,16 +187,26 @@ def markers_of(tokenizer: Any, template: str, render: Any, plain: str) -> tuple[
             return start or start_of(end) or last_tag(before), end
     literals = [a or b for a, b in re.findall(r"'([^'\n]{2,40})'|\"([^\"\n]{2,40})\"", template)]
     tags = list(
-        dict.fromkeys(tag for text in literals for tag in [text.strip(), *TAG.findall(text)] if TAG.search(tag))
+        dict.fromkeys(
+            tag
+            for text in literals
+            for tag in [text.strip(), *TAG.findall(text)]
+            if TAG.search(tag)
+        )
     )
     asked = {"role": "user", "content": "And?"}
-    for start, end in itertools.chain(((None, tag) for tag in tags), itertools.permutations(tags[:16], 2)):
+    for start, end in itertools.chain(
+        ((None, tag) for tag in tags), itertools.permutations(tags[:16], 2)
+    ):
         chat = render(said(f"{start or ''}{THOUGHTS}{end}{ANSWER}"), asked)
         if ANSWER in chat and THOUGHTS not in chat:
             return start or start_of(end) or last_tag(plain) or None, end
     known = {END: 0, **tokenizer.get_added_vocab()}
     ends = [token for token in known if "think" in token.lower() and closes(token, END)]
-    for end in [*ends, *re.findall(r"</[\w:|]*think[\w:|]*>|<\|END_THINKING\|>|\[/THINK\]", template)]:
+    for end in [
+        *ends,
+        *re.findall(r"</[\w:|]*think[\w:|]*>|<\|END_THINKING\|>|\[/THINK\]", template),
+    ]:
         if end in template or end in tokenizer.get_added_vocab():
             return start_of(end), end
     if found := EMPTY.search(plain):
@@ -168,7 +226,8 @@ def find_switch(
     """
     Return the settings that turn thoughts on and off; None if there are none.
 
-    A variable counts by its name, or because with its second value the prompt ends otherwise: with no thought begun.
+    A variable counts by its name, or because with its second value the prompt ends otherwise: with
+    no thought begun.
     """
     names = re.findall(r"\b\w*(?:think|reason)\w*\b", template)
     for name in dict.fromkeys([*SWITCHES, *names]):
@@ -186,7 +245,10 @@ def find_switch(
 
 
 def start_of(end: str) -> str | None:
-    """Return what begins the thoughts that `end` ends: `<think>` for `</think>`; None if that cannot be told."""
+    """
+    Return what begins the thoughts that `end` ends: `<think>` for `</think>`; None if that cannot
+    be told.
+    """
     for last, first in (("/", ""), ("END", "START"), ("end", "begin"), ("suffix", "prefix")):
         if last in end:
             return end.replace(last, first, 1)
@@ -199,52 +261,69 @@ def is_open(prompt: str, start: str | None) -> bool:
 
 
 def decide(
-    tokenizer: Any, wanted: bool | None, markers: dict[str, Any] | None = None, system: str | None = None
+    tokenizer: Any,
+    wanted: bool | None,
+    markers: dict[str, Any] | None = None,
+    system: str | None = None,
 ) -> bool:
     """
-    Return whether a model asked by its chat template thinks: as wanted, or for None off wherever that can be.
+    Return whether a model asked by its chat template thinks: as wanted, or for None off wherever
+    that can be.
 
     Raises:
-        ConfigurationError: what is wanted cannot be, or nobody knows what begins or ends the thoughts.
+        ConfigurationError: what is wanted cannot be, or nobody knows what begins or ends the
+            thoughts.
     """
     found = find_thinking(tokenizer, markers, system)
     if found.opens and wanted is False:
-        told = " Its system message can: --system_instruction /no_think." if has_no_think(tokenizer) else ""
+        told = (
+            " Its system message can: --system_instruction /no_think."
+            if has_no_think(tokenizer)
+            else ""
+        )
         raise ConfigurationError(
-            "enable_thinking=False: this chat template always begins an answer with thoughts. Leave it out, or take "
-            f"a model whose template can turn them off.{told}"
+            "enable_thinking=False: this chat template always begins an answer with thoughts."
+            f" Leave it out, or take a model whose template can turn them off.{told}"
         )
     if found.opens and found.end is None:
         raise ConfigurationError(
-            f"thinking: this chat template begins each answer with {found.start!r}, and what ends such thoughts is "
-            f"unknown. Name it: {WAY_OUT}."
+            f"thinking: this chat template begins each answer with {found.start!r}, and what ends"
+            f" such thoughts is unknown. Name it: {WAY_OUT}."
         )
     if found.end is not None and found.start is None:
         raise ConfigurationError(
-            f"thinking: {found.end!r} ends this model's thoughts, and what begins them is unknown, so that an answer "
-            f"without thoughts cannot be told from one that is cut. Name both: {WAY_OUT}."
+            f"thinking: {found.end!r} ends this model's thoughts, and what begins them is unknown,"
+            " so that an answer without thoughts cannot be told from one that is cut. Name both:"
+            f" {WAY_OUT}."
         )
     if wanted and not found.on and not found.opens and found.end is None:
         raise ConfigurationError(
-            "enable_thinking=True: this chat template knows no thinking (neither a variable that turns it on, nor "
-            f"{END}). Leave it out."
+            "enable_thinking=True: this chat template knows no thinking (neither a variable that"
+            f" turns it on, nor {END}). Leave it out."
         )
     if wanted and found.end is None:
         raise ConfigurationError(
-            f"enable_thinking=True: what ends this model's thoughts is unknown ({END} is not in its chat template). "
-            f"Name it: {WAY_OUT}."
+            f"enable_thinking=True: what ends this model's thoughts is unknown ({END} is not in its"
+            f" chat template). Name it: {WAY_OUT}."
         )
     return found.opens if wanted is None else wanted
 
 
 def has_no_think(tokenizer: Any) -> bool:
-    """Return whether a system message `/no_think` turns thoughts off that the template begins otherwise."""
-    return "/no_think" in tokenizer.get_chat_template() and not find_thinking(tokenizer, None, "/no_think").opens
+    """
+    Return whether a system message `/no_think` turns thoughts off that the template begins
+    otherwise.
+    """
+    return (
+        "/no_think" in tokenizer.get_chat_template()
+        and not find_thinking(tokenizer, None, "/no_think").opens
+    )
 
 
 def split_thoughts(prompt: str, text: str, start: str | None, end: str | None) -> str | None:
     """
-    Return the answer in what a model wrote to a prompt; None if its thoughts never ended, so that there is no answer.
+    Return the answer in what a model wrote to a prompt; None if its thoughts never ended, so that
+    there is no answer.
 
     Args:
         start: what begins the thoughts.

@@ -1,4 +1,6 @@
-"""Is a loss shown that is beyond the budget, could one be there unseen, and a sentence that says so."""
+"""
+Is a loss shown that is beyond the budget, could one be there unseen, and a sentence that says so.
+"""
 
 from __future__ import annotations
 
@@ -25,36 +27,45 @@ LOSS, NO_LOSS, TOO_FEW = "loss", "no loss shown", "too few items"
 SHOWN = 3  # tasks named in the sentence; the table has them all
 
 
-def judge(results: dict[str, Any], max_drop: float | None = None, max_drift: float | None = None) -> dict[str, Any]:
+def judge(
+    results: dict[str, Any], max_drop: float | None = None, max_drift: float | None = None
+) -> dict[str, Any]:
     """
     Return what an evaluation against a base model shows, for machines and as a sentence.
 
-    A loss is shown where the hypothesis that a task's drop is `max_drop` (that drift is `max_drift`) has p < 0.05,
-    adjusted by Holm's method over all tasks (and drift, if it has a budget), and the drop is larger than that. The
-    tests are two-sided, so that with no budget it is the p of the table that decides. Where no loss is shown, items are
-    too few if this many would not show a drop of the budget's size four times in five, and the interval does not rule
-    it out either; or too few for the interval to be relied on.
+    A loss is shown where the hypothesis that a task's drop is `max_drop` (that drift is
+    `max_drift`) has p < 0.05, adjusted by Holm's method over all tasks (and drift, if it has a
+    budget), and the drop is larger than that. The tests are two-sided, so that with no budget it is
+    the p of the table that decides. Where no loss is shown, items are too few if this many would
+    not show a drop of the budget's size four times in five, and the interval does not rule it out
+    either; or too few for the interval to be relied on.
 
     Args:
-        results: `tasks` and `filters` (mappings of `Change`), `drift` and `failed` of `eaft eval`'s results.
+        results: `tasks` and `filters` (mappings of `Change`), `drift` and `failed` of `eaft eval`'s
+            results.
         max_drop: percentage points that each task may lose; None: 0, any loss counts.
         max_drift: nats per token; None: drift is told, and not judged.
 
     Returns:
-        `status`: "loss", "no loss shown" or "too few items"; `sentence` (Markdown); `max_drop`, `max_drift` as given;
-        `over_budget`: whether a loss is shown beyond a budget that was given; and `tests`, for each task (and drift,
-        if it has a budget): `name`, `kind` ("task" or "drift"), `budget`, `loss` and its interval `low`, `high` (the
-        drop in percentage points, or the drift in nats per token), `p_value`, `p_holm`, `shown`, `smallest` (the drop,
-        or the drift beyond the budget, that would be shown four times in five), `too_few`, `n` and `n_needed` (items or
-        prompts; None where there are enough).
+        `status`: "loss", "no loss shown" or "too few items"; `sentence` (Markdown); `max_drop`,
+        `max_drift` as given; `over_budget`: whether a loss is shown beyond a budget that was given;
+        and `tests`, for each task (and drift, if it has a budget): `name`, `kind` ("task" or
+        "drift"), `budget`, `loss` and its interval `low`, `high` (the drop in percentage points, or
+        the drift in nats per token), `p_value`, `p_holm`, `shown`, `smallest` (the drop, or the
+        drift beyond the budget, that would be shown four times in five), `too_few`, `n` and
+        `n_needed` (items or prompts; None where there are enough).
     """
-    tests = [task_test(name, change_of(task), max_drop or 0.0) for name, task in results["tasks"].items()]
+    tests = [
+        task_test(name, change_of(task), max_drop or 0.0) for name, task in results["tasks"].items()
+    ]
     if max_drift is not None and results["drift"] is not None:
         tests.append(drift_test(results["drift"], max_drift))
     for test, p in zip(tests, holm([test["p_value"] for test in tests]), strict=True):
         test["p_holm"] = p
         test["shown"] = p < ALPHA and test["loss"] > test["budget"]
-        fewest = FEWEST_ITEMS if test["kind"] == "task" else FEWEST_PROMPTS  # for an interval that can be relied on
+        fewest = (
+            FEWEST_ITEMS if test["kind"] == "task" else FEWEST_PROMPTS
+        )  # for an interval that can be relied on
         unseen = test["n"] < fewest or test["high"] > test["budget"] < test["smallest"]
         test["too_few"] = test["budget"] > 0 and not test["shown"] and unseen
         test["n_needed"] = max(test["n_needed"], fewest) if test["too_few"] else None
@@ -117,7 +128,10 @@ def status(tests: list[dict[str, Any]]) -> str:
 
 
 def sentence(verdict: dict[str, Any], results: dict[str, Any]) -> str:
-    """Return what was found, in the words of who must decide: ship or not, why, how sure, and what else to know."""
+    """
+    Return what was found, in the words of who must decide: ship or not, why, how sure, and what
+    else to know.
+    """
     tests = verdict["tests"]
     judged = [test for test in tests if test["kind"] == "task"]
     beyond = f" beyond the budget of {verdict['max_drop']:g} points" if verdict["max_drop"] else ""
@@ -125,16 +139,29 @@ def sentence(verdict: dict[str, Any], results: dict[str, Any]) -> str:
     if not tests:
         parts = ["**Nothing was compared.**"]
     elif verdict["status"] == LOSS:
-        parts = [f"**Do not ship as it is:** {listed([fallen(test, len(tests)) for test in tests if test['shown']])}."]
+        parts = [
+            "**Do not ship as it is:**"
+            f" {listed([fallen(test, len(tests)) for test in tests if test['shown']])}."
+        ]
         if verdict["max_drop"] is None and any(test["shown"] for test in judged):
             parts.append("No budget was given (--max_drop), so that any loss counts.")
     elif verdict["status"] == TOO_FEW:
         few = listed([coarse(test) for test in tests if test["too_few"]])
-        parts = [f"**Not decided, too few items:** no loss{beyond} was shown on {tasks}, but {few}."]
+        parts = [
+            f"**Not decided, too few items:** no loss{beyond} was shown on {tasks}, but {few}."
+        ]
     elif not beyond:
         unseen = sorted(judged, key=lambda test: -test["smallest"])
-        few = listed([f"one of less than {t['smallest']:.1f} points on {t['name']} ({t['n']:,} items)" for t in unseen])
-        parts = [f"**No loss was shown** on {tasks}" + (f", but {few} could be there unseen." if unseen else ".")]
+        few = listed(
+            [
+                f"one of less than {t['smallest']:.1f} points on {t['name']} ({t['n']:,} items)"
+                for t in unseen
+            ]
+        )
+        parts = [
+            f"**No loss was shown** on {tasks}"
+            + (f", but {few} could be there unseen." if unseen else ".")
+        ]
     else:
         widest = max(judged, key=lambda test: test["high"], default=None)
         within = all(test["high"] <= test["budget"] for test in tests) and not results["failed"]
@@ -142,8 +169,8 @@ def sentence(verdict: dict[str, Any], results: dict[str, Any]) -> str:
             ("**Ship:** no loss" if within else "**No loss")
             + f"{beyond} was shown{'' if within else '**'} on {tasks}"
             + (
-                f"; the largest drop that an interval leaves open is {max(widest['high'], 0):.1f} points "
-                f"({widest['name']}, 95%)."
+                f"; the largest drop that an interval leaves open is {max(widest['high'], 0):.1f}"
+                f" points ({widest['name']}, 95%)."
                 if widest
                 else "."
             )
@@ -152,7 +179,8 @@ def sentence(verdict: dict[str, Any], results: dict[str, Any]) -> str:
         parts.append(f"{listed(list(results['failed']))} could not be measured: not judged.")
     parts += drift_told(verdict, results["drift"])
     gains = [
-        f"{name} rose by {100 * t['change']:.1f} points (95%: {100 * t['low']:.1f} to {100 * t['high']:.1f})"
+        f"{name} rose by {100 * t['change']:.1f} points (95%: {100 * t['low']:.1f} to"
+        f" {100 * t['high']:.1f})"
         for name, t in results["tasks"].items()
         if t["change"] > 0 and t["p_holm"] < ALPHA
     ]
@@ -165,19 +193,28 @@ def fallen(test: dict[str, Any], family: int) -> str:
     """Return a loss that was shown, in words."""
     p = f"{'Holm-adjusted ' if family > 1 else ''}p {p_text(test['p_holm'])}"
     if test["kind"] == "drift":
-        size = f"drift is {test['loss']:.3g} nats per token (95%: {test['low']:.3g} to {test['high']:.3g}; {p})"
+        size = (
+            f"drift is {test['loss']:.3g} nats per token (95%: {test['low']:.3g} to"
+            f" {test['high']:.3g}; {p})"
+        )
     else:
-        size = f"{test['name']} fell by {test['loss']:.1f} points (95%: {test['low']:.1f} to {test['high']:.1f}; {p})"
+        size = (
+            f"{test['name']} fell by {test['loss']:.1f} points (95%: {test['low']:.1f} to"
+            f" {test['high']:.1f}; {p})"
+        )
     return size + (f", beyond the budget of {test['budget']:g}" if test["budget"] > 0 else "")
 
 
 def coarse(test: dict[str, Any]) -> str:
     """Return in words that a test has too few items."""
     if test["kind"] == "drift":
-        return f"drift over {test['n']} prompts is too uncertain (about {test['n_needed']:,} prompts would do)"
+        return (
+            f"drift over {test['n']} prompts is too uncertain (about {test['n_needed']:,} prompts"
+            " would do)"
+        )
     return (
-        f"{test['name']} ({test['n']:,} items) would show only drops of {test['smallest']:.1f} points or more "
-        f"(one of {test['budget']:g} takes about {test['n_needed']:,} items)"
+        f"{test['name']} ({test['n']:,} items) would show only drops of {test['smallest']:.1f}"
+        f" points or more (one of {test['budget']:g} takes about {test['n_needed']:,} items)"
     )
 
 
@@ -186,7 +223,10 @@ def drift_told(verdict: dict[str, Any], drift: dict[str, Any] | None) -> list[st
     test = next((test for test in verdict["tests"] if test["kind"] == "drift"), None)
     if drift is None or (test is not None and test["shown"]):
         return []
-    text = f"Drift is {drift['mean']:.3g} nats per token (95%: {drift['low']:.3g} to {drift['high']:.3g})"
+    text = (
+        f"Drift is {drift['mean']:.3g} nats per token (95%: {drift['low']:.3g} to"
+        f" {drift['high']:.3g})"
+    )
     if test is not None:
         text += ", within" if drift["high"] <= test["budget"] else ", not shown to be beyond"
         text += f" the budget of {test['budget']:g}"
@@ -195,9 +235,11 @@ def drift_told(verdict: dict[str, Any], drift: dict[str, Any] | None) -> list[st
 
 def only_form(results: dict[str, Any]) -> list[str]:
     """
-    Return where a task's score fell and another reading of the same answers (filter) less, if at all, in words.
+    Return where a task's score fell and another reading of the same answers (filter) less, if at
+    all, in words.
 
-    That is where the other's change is not significant, and its interval rules out what the first lost.
+    That is where the other's change is not significant, and its interval rules out what the first
+    lost.
     """
     found = []
     for name, filters in results["filters"].items():
@@ -206,9 +248,9 @@ def only_form(results: dict[str, Any]) -> list[str]:
             continue
         read = task["metric"].partition(",")[2]
         found += [
-            f"On {name} the {read} score fell more than the {other} score ({100 * c['change']:+.1f} points, 95%: "
-            f"{100 * c['low']:+.1f} to {100 * c['high']:+.1f}), of which no loss is shown: at least part of what was "
-            "lost is the form of the answers."
+            f"On {name} the {read} score fell more than the {other} score ({100 * c['change']:+.1f}"
+            f" points, 95%: {100 * c['low']:+.1f} to {100 * c['high']:+.1f}), of which no loss is"
+            " shown: at least part of what was lost is the form of the answers."
             for other, c in filters.items()
             if (c["p_value"] >= ALPHA or c["change"] >= 0) and c["low"] > task["change"]
         ]

@@ -1,13 +1,12 @@
 """
 The folder that `eaft inspect` writes: which files it has, which columns, and what they mean.
 
-    run.json             what was scored, by which models, with which flags (written first; `finished` at the end)
-    tokens/*.parquet     a row per token of every prepared example, in order: `TOKENS`
-    compared/NAME/*.parquet   the same rows of the same files through another model: `COMPARED`
-    examples.parquet     a row per prepared example, in order: `EXAMPLES`
-    vocabulary.parquet   the text of every token id that occurs: `VOCABULARY`
-    summary.json         what was found (`eaft.inspection.find.findings`)
-    report.html, figures/*.png
+    run.json             what was scored, by which models, with which flags (written first;
+    `finished` at the end) tokens/*.parquet     a row per token of every prepared example, in order:
+    `TOKENS` compared/NAME/*.parquet   the same rows of the same files through another model:
+    `COMPARED` examples.parquet     a row per prepared example, in order: `EXAMPLES`
+    vocabulary.parquet   the text of every token id that occurs: `VOCABULARY` summary.json
+    what was found (`eaft.inspection.find.findings`) report.html, figures/*.png
 
 Every reader needs these files alone: no model, no tokenizer, no data set.
 """
@@ -34,9 +33,13 @@ from eaft.objective.statistics import TokenStatistics
 RUN_FILE, SUMMARY_FILE, REPORT_FILE = "run.json", "summary.json", "report.html"
 EXAMPLES_FILE, VOCABULARY_FILE = "examples.parquet", "vocabulary.parquet"
 BASE = "base"  # the name of the model that everything is scored with; others are compared with it
-DATA, ROLLOUTS = "data", "rollouts"  # where an example is from: the data set, or the model's own answer to its prompt
+DATA, ROLLOUTS = (
+    "data",
+    "rollouts",
+)  # where an example is from: the data set, or the model's own answer to its prompt
 
-# Of a token that is labelled: what the model thinks of it. Null where there is no label, and for the first token
+# Of a token that is labelled: what the model thinks of it. Null where there is no label, and for
+# the first token
 STATISTICS = [
     pa.field("log_prob", pa.float32()),  # ln P(label), nats
     pa.field("entropy", pa.float32()),  # exact, nats
@@ -44,7 +47,9 @@ STATISTICS = [
     pa.field("sum_sq_probs", pa.float32()),
     pa.field("first_choice", pa.int32()),  # the most likely token's id
     pa.field("first_prob", pa.float32()),  # its probability
-    pa.field("rank", pa.int32()),  # 1: the label is the first choice; 1 + the tokens that are more likely
+    pa.field(
+        "rank", pa.int32()
+    ),  # 1: the label is the first choice; 1 + the tokens that are more likely
 ]
 KEYS = [
     pa.field("example", pa.int32(), nullable=False),  # index of a row of examples.parquet
@@ -54,8 +59,9 @@ TOKENS = pa.schema(
     [
         *KEYS,
         pa.field("token_id", pa.int32(), nullable=False),
-        # Characters of the example's text up to this token's end: the text of token t is text[end[t-1]:end[t]]. Of a
-        # character split over several tokens, all but the last have the end of the character before it
+        # Characters of the example's text up to this token's end: the text of token t is
+        # text[end[t-1]:end[t]]. Of a character split over several tokens, all but the last have the
+        # end of the character before it
         pa.field("end", pa.int32(), nullable=False),
         pa.field("labelled", pa.bool_(), nullable=False),
         *STATISTICS,
@@ -66,11 +72,19 @@ EXAMPLES = pa.schema(
     [
         pa.field("example", pa.int32(), nullable=False),
         pa.field("origin", pa.string(), nullable=False),  # DATA or ROLLOUTS
-        pa.field("source", pa.string(), nullable=False),  # the row's `source` column, else the data set's name
-        pa.field("row", pa.int64(), nullable=False),  # of the training split; a rollout has its prompt's
+        pa.field(
+            "source", pa.string(), nullable=False
+        ),  # the row's `source` column, else the data set's name
+        pa.field(
+            "row", pa.int64(), nullable=False
+        ),  # of the training split; a rollout has its prompt's
         pa.field("digest", pa.string(), nullable=False),  # of that row's content (`row_digest`)
-        pa.field("text", pa.string(), nullable=False),  # as prepared: template and special tokens included
-        pa.field("messages", pa.string()),  # the row as it was, as JSON; null where it was plain text or token ids
+        pa.field(
+            "text", pa.string(), nullable=False
+        ),  # as prepared: template and special tokens included
+        pa.field(
+            "messages", pa.string()
+        ),  # the row as it was, as JSON; null where it was plain text or token ids
         pa.field("tokens", pa.int32(), nullable=False),
         pa.field("labelled", pa.int32(), nullable=False),
         pa.field("cut", pa.int32(), nullable=False),  # tokens lost to max_length
@@ -85,7 +99,9 @@ EXAMPLES = pa.schema(
 VOCABULARY = pa.schema(
     [
         pa.field("token_id", pa.int32(), nullable=False),
-        pa.field("text", pa.string(), nullable=False),  # bytes that are no whole character are shown as <0xE2>
+        pa.field(
+            "text", pa.string(), nullable=False
+        ),  # bytes that are no whole character are shown as <0xE2>
         pa.field("special", pa.bool_(), nullable=False),
     ]
 )
@@ -131,11 +147,15 @@ class Inspection:
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         if not (self.folder / RUN_FILE).is_file():
-            raise ConfigurationError(f"{str(folder)!r} is not a folder of `eaft inspect`: no {RUN_FILE}.")
+            raise ConfigurationError(
+                f"{str(folder)!r} is not a folder of `eaft inspect`: no {RUN_FILE}."
+            )
         way = "give its `eaft inspect` command again, with another --output_dir."
         self.run: dict[str, Any] = read_json(self.folder / RUN_FILE, InspectedRun, way)
         if not self.run["scored"]:
-            raise ConfigurationError(f"{str(folder)!r} is not finished: give its `eaft inspect` command again.")
+            raise ConfigurationError(
+                f"{str(folder)!r} is not finished: give its `eaft inspect` command again."
+            )
 
     @property
     def top_k(self) -> int:
@@ -148,7 +168,9 @@ class Inspection:
         return [ScoredModel(**entry) for entry in self.run["models"]]
 
     def files(self, model: str = BASE) -> list[Path]:
-        """Return the files of a model's tokens, in order; those of two models have the same rows."""
+        """
+        Return the files of a model's tokens, in order; those of two models have the same rows.
+        """
         folder = self.folder / "tokens" if model == BASE else self.folder / "compared" / model
         return sorted(folder.glob("*.parquet"))
 
@@ -166,13 +188,18 @@ class Inspection:
         table = pq.read_table(self.folder / VOCABULARY_FILE, columns=["token_id", "text"])
         return dict(zip(table["token_id"].to_pylist(), table["text"].to_pylist(), strict=True))
 
-    def batches(self, columns: list[str], model: str = BASE, rows: int = 1 << 20) -> Iterator[pa.RecordBatch]:
+    def batches(
+        self, columns: list[str], model: str = BASE, rows: int = 1 << 20
+    ) -> Iterator[pa.RecordBatch]:
         """Yield columns of a model's tokens, in order, at most so many rows at a time."""
         for file in self.files(model):
             yield from pq.ParquetFile(file).iter_batches(rows, columns=columns)
 
     def statistics(self, batch: pa.RecordBatch) -> TokenStatistics:
-        """Return what `objective` computes with, of a batch with the columns `STATISTICS` and only labelled tokens."""
+        """
+        Return what `objective` computes with, of a batch with the columns `STATISTICS` and only
+        labelled tokens.
+        """
 
         def column(name: str) -> torch.Tensor:
             return torch.from_numpy(batch.column(name).to_numpy(zero_copy_only=False).copy())

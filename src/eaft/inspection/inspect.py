@@ -69,10 +69,10 @@ from eaft.training.row_checks import check_ids
 from eaft.training.train import changed_arguments, check_data, launch, load_data, parse, run_date
 
 DESCRIPTION = """
-Score data through a model, token by token, as training would see it before its first step, and say what is found: how
-much of the data fights the model and which tokens, what each gate would do to it, and whether the data is what you
-think it is. Writes a folder with summary.json, report.html, figures/*.png, and every token's statistics as Parquet,
-which `eaft view` shows.
+Score data through a model, token by token, as training would see it before its first step, and say
+what is found: how much of the data fights the model and which tokens, what each gate would do to
+it, and whether the data is what you think it is. Writes a folder with summary.json, report.html,
+figures/*.png, and every token's statistics as Parquet, which `eaft view` shows.
 
   eaft inspect MODEL DATA                              a Hub id, a folder (also of a PEFT adapter) or a .gguf file; and
                                                        a Hub id, a .jsonl, .json, .csv or .parquet file, or a folder
@@ -82,10 +82,11 @@ which `eaft view` shows.
   eaft inspect MODEL DATA --max_length 2048 --assistant_only_loss      any flag of `eaft train` (packing is off)
   accelerate launch -m eaft inspect MODEL DATA
 
-A run that was stopped goes on when it is given again, and so does one that --compare is added to. Results are in
---output_dir (default: inspection), whatever a recipe says, whose output_dir is the training's. A row's prompt, which
---rollouts asks the model, is its tokens up to the first labelled one.
-"""
+A run that was stopped goes on when it is given again, and so does one that --compare is added to.
+Results are in --output_dir (default: inspection), whatever a recipe says, whose output_dir is the
+training's. A row's prompt, which --rollouts asks the model, is its tokens up to the first labelled
+one.
+"""  # noqa: E501
 OUTPUT_DIR = "inspection"
 PARTS = "parts"  # in the folder: what is not whole yet
 ROLLOUTS_FILE = "rollouts.json"
@@ -98,15 +99,26 @@ class InspectArguments:
     """The flags of `eaft inspect` beside those of `eaft train`."""
 
     rollouts: int = field(
-        default=0, metadata={"help": "Also score the model's own answers to the prompts of so many rows; 0: none."}
+        default=0,
+        metadata={
+            "help": "Also score the model's own answers to the prompts of so many rows; 0: none."
+        },
     )
     rollout_backend: str = field(
-        default="hf", metadata={"help": "What samples them, 'hf' or 'vllm'.", "choices": ["hf", "vllm"]}
+        default="hf",
+        metadata={"help": "What samples them, 'hf' or 'vllm'.", "choices": ["hf", "vllm"]},
     )
-    max_new_tokens: int = field(default=256, metadata={"help": "The most tokens of such an answer."})
+    max_new_tokens: int = field(
+        default=256, metadata={"help": "The most tokens of such an answer."}
+    )
     compare: list[str] = field(
         default_factory=list,
-        metadata={"help": "Models, adapters, or folders of training runs (each checkpoint) to score the same with."},
+        metadata={
+            "help": (
+                "Models, adapters, or folders of training runs (each checkpoint) to score the same"
+                " with."
+            )
+        },
     )
 
 
@@ -115,7 +127,10 @@ def make_parser() -> TrlParser:
     return TrlParser(
         (ScriptArguments, EAFTConfig, ModelConfig, DatasetMixtureConfig, InspectArguments),
         prog="eaft inspect",
-        usage="eaft inspect MODEL DATA [--output_dir DIR] [--rollouts N] [--compare OTHER ...] [flags of eaft train]",
+        usage=(
+            "eaft inspect MODEL DATA [--output_dir DIR] [--rollouts N] [--compare OTHER ...] [flags"
+            " of eaft train]"
+        ),
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -145,14 +160,22 @@ def check_packages() -> None:
 
 
 def named(argv: list[str]) -> list[str]:
-    """Return the flags with MODEL and DATA named, several `--compare` joined, and what is not to be a recipe's."""
+    """
+    Return the flags with MODEL and DATA named, several `--compare` joined, and what is not to be a
+    recipe's.
+    """
     flags = ["--model_name_or_path", "--dataset_name"]
     given = 0
     while given < min(len(flags), len(argv)) and not argv[given].startswith("-"):
         given += 1
-    argv, rest = [part for pair in zip(flags, argv[:given], strict=False) for part in pair], argv[given:]
+    argv, rest = (
+        [part for pair in zip(flags, argv[:given], strict=False) for part in pair],
+        argv[given:],
+    )
     if twice := [flag for flag in argv[::2] if flag in (part.partition("=")[0] for part in rest)]:
-        raise ConfigurationError(f"{twice[0]} is given twice: at the beginning, where it needs no flag, and as a flag.")
+        raise ConfigurationError(
+            f"{twice[0]} is given twice: at the beginning, where it needs no flag, and as a flag."
+        )
     others: list[str] = []
     while rest:
         part, *rest = rest
@@ -207,14 +230,17 @@ def inspect(
     """
     state, folder = processes(), Path(args.output_dir)
     if (folder / RUN_FILE).is_file():  # before minutes of preparing
-        read_json(folder / RUN_FILE, dict[str, Any], "choose another --output_dir, or delete this one.")
+        read_json(
+            folder / RUN_FILE, dict[str, Any], "choose another --output_dir, or delete this one."
+        )
     args.eval_strategy = "no"  # the held-out data is not asked for
     if inspect_args.rollouts < 0 or inspect_args.max_new_tokens < 1:
         raise ConfigurationError("rollouts must not be negative, and max_new_tokens at least 1.")
     if inspect_args.rollout_backend == "vllm":
         if state.num_processes > 1:
             raise ConfigurationError(
-                "rollout_backend='vllm' has processes of its own: add --num_processes 1, or sample with hf."
+                "rollout_backend='vllm' has processes of its own: add --num_processes 1, or sample"
+                " with hf."
             )
         check_evaluation("vllm")  # it is lm-eval's
     dataset, _ = load_data(script_args, args, model_args, dataset_args)
@@ -223,7 +249,9 @@ def inspect(
     with state.main_process_first():
         base = find_model(str(model_args.model_name_or_path), source)
         tokenizer = load_tokenizer(base, source)
-        others = find_compared(inspect_args.compare, base, tokenizer, {"trust_remote_code": args.trust_remote_code})
+        others = find_compared(
+            inspect_args.compare, base, tokenizer, {"trust_remote_code": args.trust_remote_code}
+        )
     size = text_config(base, source).vocab_size
     check_vocabulary(base, tokenizer, size)
     check_ids(dataset, size, "the data")
@@ -231,13 +259,16 @@ def inspect(
         check_vocabulary(other.model, tokenizer, text_config(other.model, source).vocab_size)
     rows = prepare_rows(tokenizer, args, dataset)
     data = script_args.dataset_name or ", ".join(mixed.path for mixed in dataset_args.datasets)
-    asked = {name: getattr(inspect_args, name) for name in ("rollouts", "rollout_backend", "max_new_tokens")}
+    asked = {
+        name: getattr(inspect_args, name)
+        for name in ("rollouts", "rollout_backend", "max_new_tokens")
+    }
     settings = Settings(args, model_args)
     examples = Examples(rows, dataset, data, [])
     if not examples.labelled.any():
         raise ConfigurationError(
-            f"No row has a labelled token left after truncation to max_length={args.max_length}: raise max_length, or "
-            "check completion_only_loss and assistant_only_loss."
+            f"No row has a labelled token left after truncation to max_length={args.max_length}:"
+            " raise max_length, or check completion_only_loss and assistant_only_loss."
         )
     prompts = examples.prompts(inspect_args.rollouts) if inspect_args.rollouts else []
 
@@ -253,7 +284,10 @@ def inspect(
                     "dataset": data,
                     "template": template,
                     "top_k": usable_top_k(args.gate_top_k, vocabulary_size(tokenizer)),
-                    "models": [asdict(ScoredModel(BASE, str(model_args.model_name_or_path))), *map(asdict, others)],
+                    "models": [
+                        asdict(ScoredModel(BASE, str(model_args.model_name_or_path))),
+                        *map(asdict, others),
+                    ],
                     "rollouts": asked if inspect_args.rollouts else None,
                     "config": changed_arguments(args),
                     "environment": environment(),
@@ -278,7 +312,8 @@ def numbers(settings: Settings) -> dict[str, Any]:
     """Return the flags that change what is computed."""
     model_args = settings.model_args
     found = {
-        name: getattr(model_args, name) for name in ("dtype", "attn_implementation", "load_in_4bit", "load_in_8bit")
+        name: getattr(model_args, name)
+        for name in ("dtype", "attn_implementation", "load_in_4bit", "load_in_8bit")
     }
     found |= {"autocast": settings.autocast, "model_init_kwargs": settings.args.model_init_kwargs}
     return {name: str(value) for name, value in found.items()} | {"top_k": settings.args.gate_top_k}
@@ -296,16 +331,27 @@ def begin(folder: Path, run: dict[str, Any]) -> None:
         way = "Choose another --output_dir, or delete this one."
         before = read_json(file, dict[str, Any], way)
         if not isinstance(before.get("identity"), dict) or "compared" not in before["identity"]:
-            raise ConfigurationError(f"output_dir={str(folder)!r} holds another run, none of eaft inspect. {way}")
+            raise ConfigurationError(
+                f"output_dir={str(folder)!r} holds another run, none of eaft inspect. {way}"
+            )
         old, new = before["identity"], run["identity"]
-        what = {"model": "another model", "data": "other data", "rollouts": "other rollouts", "numbers": "other flags"}
+        what = {
+            "model": "another model",
+            "data": "other data",
+            "rollouts": "other rollouts",
+            "numbers": "other flags",
+        }
         changed = [words for name, words in what.items() if old[name] != new[name]]
         both = old["compared"].keys() & new["compared"].keys()
         changed += [
-            f"another model as {name!r}" for name in sorted(both) if old["compared"][name] != new["compared"][name]
+            f"another model as {name!r}"
+            for name in sorted(both)
+            if old["compared"][name] != new["compared"][name]
         ]
         if changed:
-            raise ConfigurationError(f"output_dir={str(folder)!r} is an inspection of {' and '.join(changed)}. {way}")
+            raise ConfigurationError(
+                f"output_dir={str(folder)!r} is an inspection of {' and '.join(changed)}. {way}"
+            )
         # What was compared before stays
         models = {model["name"]: model for model in [*before["models"], *run["models"]]}
         run = {**run, "models": list(models.values()), "top_k_curve": before.get("top_k_curve")}
@@ -314,7 +360,10 @@ def begin(folder: Path, run: dict[str, Any]) -> None:
 
 
 def score_all(job: Job, prompts: rollouts.Prompts, inspect_args: InspectArguments) -> None:
-    """Score with each model what is not scored yet, one model in memory at a time; every process its share."""
+    """
+    Score with each model what is not scored yet, one model in memory at a time; every process its
+    share.
+    """
     state, args = processes(), job.settings.args
     scorer = Lazy(job.base, job.settings)
     if prompts:
@@ -322,12 +371,22 @@ def score_all(job: Job, prompts: rollouts.Prompts, inspect_args: InspectArgument
         if not shared(file.is_file):
             if inspect_args.rollout_backend == "vllm":
                 found = rollouts.sample_with_vllm(
-                    job.base, job.tokenizer, prompts, inspect_args.max_new_tokens, args.seed, job.settings
+                    job.base,
+                    job.tokenizer,
+                    prompts,
+                    inspect_args.max_new_tokens,
+                    args.seed,
+                    job.settings,
                 )
             else:
                 share = Share(state.process_index, state.num_processes)
                 found = rollouts.sample(
-                    scorer.get(), job.tokenizer, prompts, inspect_args.max_new_tokens, args.seed, share
+                    scorer.get(),
+                    job.tokenizer,
+                    prompts,
+                    inspect_args.max_new_tokens,
+                    args.seed,
+                    share,
                 )
             if state.is_main_process:
                 job.parts.mkdir(exist_ok=True)
@@ -371,7 +430,9 @@ class Lazy:
 def score_model(job: Job, model: ScoredModel, scorer: Lazy, pieces: Pieces) -> None:
     """Write this process's share of a model's shards that are not there."""
     state, shards = processes(), dict(enumerate(job.examples.shards()))
-    missing = shared(lambda: [shard for shard in shards if not job.file(model.name, shard).is_file()])
+    missing = shared(
+        lambda: [shard for shard in shards if not job.file(model.name, shard).is_file()]
+    )
     mine = missing[state.process_index :: state.num_processes]
     counts = {shard: int(job.examples.lengths[list(shards[shard])].sum()) for shard in mine}
     with tqdm(
@@ -399,13 +460,20 @@ def score_model(job: Job, model: ScoredModel, scorer: Lazy, pieces: Pieces) -> N
                 write_parquet(described, EXAMPLES, job.parts / f"{shard:05d}.parquet")
                 write_parquet(table, TOKENS, job.file(BASE, shard))
             else:
-                write_parquet(compared_table(part, tokens, found), COMPARED, job.file(model.name, shard))
-            bar.update(counts[shard] - (bar.n - before) if not bar.disable else 0)  # those without a label
+                write_parquet(
+                    compared_table(part, tokens, found), COMPARED, job.file(model.name, shard)
+                )
+            bar.update(
+                counts[shard] - (bar.n - before) if not bar.disable else 0
+            )  # those without a label
     state.wait_for_everyone()
 
 
 def keep_top_k_curve(job: Job, scorer: Lazy) -> None:
-    """Measure how the top-K entropy goes with the exact one (the paper's figure 6), once, and note it in run.json."""
+    """
+    Measure how the top-K entropy goes with the exact one (the paper's figure 6), once, and note it
+    in run.json.
+    """
     run = json.loads((job.folder / RUN_FILE).read_text())
     if run.get("top_k_curve") is None:
         curve = top_k_curve(sample_logits(scorer.get(), job.examples, job.settings.args.seed))
@@ -422,7 +490,9 @@ def finish(job: Job) -> None:
     run = json.loads((job.folder / RUN_FILE).read_text())
     # One that an earlier command was stopped at, and that this one does not name, is left out
     shards = range(len(job.examples.shards()))
-    models = [m for m in run["models"] if all(job.file(m["name"], shard).is_file() for shard in shards)]
+    models = [
+        m for m in run["models"] if all(job.file(m["name"], shard).is_file() for shard in shards)
+    ]
     write_parquet(vocabulary(job, Pieces(job.tokenizer)), VOCABULARY, job.folder / VOCABULARY_FILE)
     write_json(job.folder / RUN_FILE, {**run, "models": models, "scored": True})
 
@@ -433,7 +503,9 @@ def vocabulary(job: Job, pieces: Pieces) -> pa.Table:
     for file in [*job.folder.glob("tokens/*.parquet"), *job.folder.glob("compared/*/*.parquet")]:
         for name in pq.read_schema(file).names:
             if name in ("token_id", "first_choice"):
-                seen.update(pq.read_table(file, columns=[name])[name].drop_null().unique().to_pylist())
+                seen.update(
+                    pq.read_table(file, columns=[name])[name].drop_null().unique().to_pylist()
+                )
     ids = sorted(seen)
     columns = {
         "token_id": ids,
@@ -445,7 +517,9 @@ def vocabulary(job: Job, pieces: Pieces) -> pa.Table:
 
 def conclude(folder: Path) -> None:
     """Say what is found: summary.json, the report, and a page on the terminal."""
-    from eaft.inspection.find import report  # needs the extra, whose absence has been reported by now
+    from eaft.inspection.find import (
+        report,
+    )  # needs the extra, whose absence has been reported by now
 
     inspection = Inspection(folder)
     write_json(folder / SUMMARY_FILE, findings.find(inspection, inspection.run.get("top_k_curve")))

@@ -1,4 +1,6 @@
-"""The labelled tokens of an inspection as `objective` computes with them, and what their examples are."""
+"""
+The labelled tokens of an inspection as `objective` computes with them, and what their examples are.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,10 @@ ORIGINS = (DATA, ROLLOUTS)
 
 
 def weighed_gates() -> dict[str, Gate]:
-    """Return the gates that an inspection can show; not `psft`, whose weights under the base model itself are 1."""
+    """
+    Return the gates that an inspection can show; not `psft`, whose weights under the base model
+    itself are 1.
+    """
     return {name: gate for name, gate in GATES.items() if not gate.needs_old_log_prob}
 
 
@@ -37,20 +42,31 @@ class Labelled:
 
     @cached_property
     def quantities(self) -> dict[str, NDArray[np.float64]]:
-        """What shares are taken of: the tokens (1 each), their nll, and their gradient's norm by the logits."""
+        """
+        What shares are taken of: the tokens (1 each), their nll, and their gradient's norm by the
+        logits.
+        """
         nll = self.stats.nll.double().numpy()
-        return {"tokens": np.ones_like(nll), "nll": nll, "gradient": self.stats.grad_norm.double().numpy()}
+        return {
+            "tokens": np.ones_like(nll),
+            "nll": nll,
+            "gradient": self.stats.grad_norm.double().numpy(),
+        }
 
 
 def labelled_tokens(inspection: Inspection) -> Iterator[Labelled]:
     """Yield the tokens that the base model was scored on, a million at a time."""
     for batch in inspection.batches(["example", "token_id", *(field.name for field in STATISTICS)]):
         scored = batch.filter(pc.is_valid(batch["log_prob"]))
-        numbers = {name: scored[name].to_numpy() for name in ("example", "token_id", "first_choice")}
+        numbers = {
+            name: scored[name].to_numpy() for name in ("example", "token_id", "first_choice")
+        }
         yield Labelled(stats=inspection.statistics(scored), **numbers)
 
 
-def labelled_pairs(inspection: Inspection, model: str) -> Iterator[tuple[Labelled, TokenStatistics]]:
+def labelled_pairs(
+    inspection: Inspection, model: str
+) -> Iterator[tuple[Labelled, TokenStatistics]]:
     """
     Yield the base model's labelled tokens, and the same tokens' statistics under another model.
 
@@ -64,7 +80,9 @@ def labelled_pairs(inspection: Inspection, model: str) -> Iterator[tuple[Labelle
     for tokens, batch in zip(labelled_tokens(inspection), others, strict=True):
         scored = batch.filter(pc.is_valid(batch["log_prob"]))
         if not np.array_equal(scored["example"].to_numpy(), tokens.example):
-            raise ConfigurationError(f"The tokens of {model!r} are not those of {BASE!r}: score that model again.")
+            raise ConfigurationError(
+                f"The tokens of {model!r} are not those of {BASE!r}: score that model again."
+            )
         yield tokens, inspection.statistics(scored)
 
 
@@ -72,7 +90,8 @@ def with_examples(
     stats: TokenStatistics, example: NDArray[np.int32], example_nll: NDArray[np.floating]
 ) -> TokenStatistics:
     """
-    Return statistics that also say which example each token is of, and its mean nll: gates by example need these.
+    Return statistics that also say which example each token is of, and its mean nll: gates by
+    example need these.
 
     Args:
         stats: of `n` tokens.
@@ -109,7 +128,10 @@ class Examples:
         return self.is_rollout if origin == ROLLOUTS else ~self.is_rollout
 
     def counts(self, origin: str) -> dict[str, int] | None:
-        """Return how many examples, tokens and labelled tokens there are; None for an origin that there is not."""
+        """
+        Return how many examples, tokens and labelled tokens there are; None for an origin that
+        there is not.
+        """
         if origin not in self.origins:
             return None
         of = self.of(origin)
@@ -124,9 +146,13 @@ class Vocabulary:
     """The texts of token ids."""
 
     def __init__(self, inspection: Inspection) -> None:
-        columns: dict[str, list[Any]] = pq.read_table(inspection.folder / VOCABULARY_FILE).to_pydict()
+        columns: dict[str, list[Any]] = pq.read_table(
+            inspection.folder / VOCABULARY_FILE
+        ).to_pydict()
         self.texts: dict[int, str] = dict(zip(columns["token_id"], columns["text"], strict=True))
-        self.special: set[int] = {i for i, s in zip(columns["token_id"], columns["special"], strict=True) if s}
+        self.special: set[int] = {
+            i for i, s in zip(columns["token_id"], columns["special"], strict=True) if s
+        }
         self.size = max(self.texts, default=-1) + 1
 
     def named(self, token_id: int) -> dict[str, Any]:

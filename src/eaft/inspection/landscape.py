@@ -1,12 +1,14 @@
 """
-The entropy-probability plane: where its bins end, and sums over them. The report's figures and the viewer share it.
+The entropy-probability plane: where its bins end, and sums over them. The report's figures and the
+viewer share it.
 
-Figure 1b of arXiv:2601.02151 draws both axes linear, where the confident conflicts (H < 0.5 nats, p < 0.1) are a
-fiftieth of the plane. Here both are drawn **at the square root**: bins are equally wide in sqrt(H) and sqrt(p), and the
-conflicts' corner is a twelfth of the plane or more. Its borders, and H = 2 nats (high entropy), are edges of bins.
+Figure 1b of arXiv:2601.02151 draws both axes linear, where the confident conflicts (H < 0.5 nats, p
+< 0.1) are a fiftieth of the plane. Here both are drawn **at the square root**: bins are equally
+wide in sqrt(H) and sqrt(p), and the conflicts' corner is a twelfth of the plane or more. Its
+borders, and H = 2 nats (high entropy), are edges of bins.
 
-    entropy  0.5 (i / 20)^2 nats, i = 0, 1, ...: 0.5 is edge 20 and 2.0 is edge 40; up to the data's largest
-    p        0.1 (j / 25)^2, j = 0 ... 78: 0.1 is edge 25; the last bin ends at 1
+    entropy  0.5 (i / 20)^2 nats, i = 0, 1, ...: 0.5 is edge 20 and 2.0 is edge 40; up to the data's
+    largest p        0.1 (j / 25)^2, j = 0 ... 78: 0.1 is edge 25; the last bin ends at 1
 
 A bin holds its lower edge; the last one its upper edge too.
 """
@@ -20,7 +22,10 @@ from numpy.typing import NDArray
 
 from eaft.objective.statistics import CONFLICT_MAX_ENTROPY, CONFLICT_MAX_PROB
 
-CONFLICT_ENTROPY_BINS, CONFLICT_PROB_BINS = 20, 25  # of the corner: the edge of that index is its border
+CONFLICT_ENTROPY_BINS, CONFLICT_PROB_BINS = (
+    20,
+    25,
+)  # of the corner: the edge of that index is its border
 MIN_ENTROPY = 3.0  # nats that are always drawn
 ENTROPY_TICKS = (0, 0.1, 0.5, 1, 2, 3, 4, 6, 8, 10, 12)  # what the axes name, nats
 PROB_TICKS = (0, 0.01, 0.1, 0.25, 0.5, 0.75, 1)
@@ -30,8 +35,12 @@ Indices = NDArray[np.intp]
 
 
 def entropy_edges(maximum: float) -> NDArray[np.float64]:
-    """Return the edges of the entropy's bins in nats, from 0 to the first that is not below `maximum`."""
-    last = math.ceil(CONFLICT_ENTROPY_BINS * math.sqrt(max(maximum, MIN_ENTROPY) / CONFLICT_MAX_ENTROPY))
+    """
+    Return the edges of the entropy's bins in nats, from 0 to the first that is not below `maximum`.
+    """
+    last = math.ceil(
+        CONFLICT_ENTROPY_BINS * math.sqrt(max(maximum, MIN_ENTROPY) / CONFLICT_MAX_ENTROPY)
+    )
     return CONFLICT_MAX_ENTROPY * (np.arange(last + 1) / CONFLICT_ENTROPY_BINS) ** 2
 
 
@@ -52,7 +61,8 @@ def bin_sums(
     entropy_bins: Indices, prob_bins: Indices, shape: tuple[int, int], weights: Floats | None = None
 ) -> NDArray[np.float64]:
     """
-    Return the sum of `weights` (1 each if there are none) in every bin: rows are entropies, columns probabilities.
+    Return the sum of `weights` (1 each if there are none) in every bin: rows are entropies, columns
+    probabilities.
 
     Args:
         entropy_bins: `[n]`, from `bin_indices`.

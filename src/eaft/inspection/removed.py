@@ -1,4 +1,7 @@
-"""What a gate's weights take away from training: shares of tokens, nll and gradient, and the tokens it mutes."""
+"""
+What a gate's weights take away from training: shares of tokens, nll and gradient, and the tokens it
+mutes.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ Ints = NDArray[np.integer]
 
 QUANTITIES = ("tokens", "nll", "gradient")  # as `Labelled.quantities`
 MUTED = 0.5  # a token whose weight is below is counted as muted
-MOST_SOURCES = 20  # the largest, which have a row: a column `source` may be an address that no two examples share
+# the largest, which have a row: a column `source` may be an address that no two examples share
+MOST_SOURCES = 20
 
 
 class Removed:
@@ -31,7 +35,9 @@ class Removed:
         self.removed = {name: np.zeros(sources) for name in QUANTITIES}
         self.muted, self.muted_nll = np.zeros(size, dtype=np.int64), np.zeros(size)
 
-    def add(self, weights: Floats, quantities: Mapping[str, Floats], source: Ints, token_id: Ints) -> None:
+    def add(
+        self, weights: Floats, quantities: Mapping[str, Floats], source: Ints, token_id: Ints
+    ) -> None:
         """Add tokens, `[n]` each: their weights, `QUANTITIES`, sources (numbers) and ids."""
         removed, sources, size = 1 - weights, len(self.totals["tokens"]), len(self.muted)
         for name, values in quantities.items():
@@ -47,13 +53,23 @@ class Removed:
         return sorted(int(source) for source in most if self.totals["tokens"][source])
 
     def shares(self, source: int | None = None) -> dict[str, float | None]:
-        """Return the shares that are removed, of all or of one source; None of what there is nothing of."""
+        """
+        Return the shares that are removed, of all or of one source; None of what there is nothing
+        of.
+        """
         of = slice(None) if source is None else slice(source, source + 1)
-        sums = {name: (self.removed[name][of].sum(), self.totals[name][of].sum()) for name in QUANTITIES}
-        return {name: float(part / total) if total else None for name, (part, total) in sums.items()}
+        sums = {
+            name: (self.removed[name][of].sum(), self.totals[name][of].sum()) for name in QUANTITIES
+        }
+        return {
+            name: float(part / total) if total else None for name, (part, total) in sums.items()
+        }
 
     def most_muted(self, n: int) -> list[Numbers]:
-        """Return the tokens that lose most nll: token_id, count (of a weight below `MUTED`) and nll (nats, removed)."""
+        """
+        Return the tokens that lose most nll: token_id, count (of a weight below `MUTED`) and nll
+        (nats, removed).
+        """
         most = np.argsort(-self.muted_nll, kind="stable")[:n].tolist()
         return [
             {"token_id": i, "count": int(self.muted[i]), "nll": float(self.muted_nll[i])}

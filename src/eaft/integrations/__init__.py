@@ -1,1 +1,4 @@
-"""Doors that other trainers have: a module each, that imports its host and is imported by nothing here."""
+"""
+Doors that other trainers have: a module each, that imports its host and is imported by nothing
+here.
+"""

@@ -1,4 +1,7 @@
-"""Axolotl with a gate: `plugins: [eaft.integrations.axolotl.EAFTPlugin]` in its YAML, and the flags of `eaft train`."""
+"""
+Axolotl with a gate: `plugins: [eaft.integrations.axolotl.EAFTPlugin]` in its YAML, and the flags of
+`eaft train`.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,25 @@ from pydantic import BaseModel, model_validator
 from eaft.errors import ConfigurationError
 from eaft.training.patch import GateCallback
 
-SEAMS = "labels at the seams between processes would be lost, and their number guessed: set it to 1."
+SEAMS = (
+    "labels at the seams between processes would be lost, and their number guessed: set it to 1."
+)
 # Fields of Axolotl's that go past the model's loss, or give it a part of each row, and the way out
 REFUSED = {
-    "use_eaft": "it computes a loss of its own, from full logits: leave it out, the plugin is what does EAFT.",
+    "use_eaft": (
+        "it computes a loss of its own, from full logits: leave it out, the plugin is what does"
+        " EAFT."
+    ),
     "rl": "preference and reinforcement losses have no gate: leave it out, or take the plugin out.",
     "reward_model": "its loss is not over tokens: leave it out, or take the plugin out.",
-    "process_reward_model": "its loss is not over a vocabulary: leave it out, or take the plugin out.",
+    "process_reward_model": (
+        "its loss is not over a vocabulary: leave it out, or take the plugin out."
+    ),
     "context_parallel_size": SEAMS,
     "sequence_parallel_degree": SEAMS,
-    "tensor_parallel_size": "a process would see a part of the head: set it to 1, or use `eaft train`.",
+    "tensor_parallel_size": (
+        "a process would see a part of the head: set it to 1, or use `eaft train`."
+    ),
 }
 
 
@@ -34,18 +46,24 @@ class EAFTArgs(BaseModel):
 
     @model_validator(mode="after")
     def check_gate_reaches_the_loss(self) -> Self:
-        """Refuse a gate that cannot be, and what would pass it by; Axolotl adds our fields to its own."""
+        """
+        Refuse a gate that cannot be, and what would pass it by; Axolotl adds our fields to its own.
+        """
         make_callback(self)
         for field, why in REFUSED.items():
             value = getattr(self, field, None)
             if value is True or value not in (None, False, 1):
-                raise ConfigurationError(f"{field}: {value} does not go with gate: {self.gate}: {why}")
+                raise ConfigurationError(
+                    f"{field}: {value} does not go with gate: {self.gate}: {why}"
+                )
         return self
 
 
 def make_callback(config: Any) -> GateCallback:
     """Return the callback that a configuration asks for."""
-    return GateCallback(config.gate, config.gate_alpha, config.gate_entropy, config.gate_top_k, config.gate_kwargs)
+    return GateCallback(
+        config.gate, config.gate_alpha, config.gate_entropy, config.gate_top_k, config.gate_kwargs
+    )
 
 
 class EAFTPlugin(BasePlugin):
@@ -60,6 +78,9 @@ class EAFTPlugin(BasePlugin):
         return [make_callback(cfg)]
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        """Have the loss divided by the labels of all accumulated micro-batches, as in `eaft train`."""
-        # Axolotl looks for the count in the backbone's signature, where it is not, and averages micro-batches' means
+        """
+        Have the loss divided by the labels of all accumulated micro-batches, as in `eaft train`.
+        """
+        # Axolotl looks for the count in the backbone's signature, where it is not, and averages
+        # micro-batches' means
         trainer.model_accepts_loss_kwargs = True

@@ -5,8 +5,9 @@ NVIDIA NeMo AutoModel: the gated loss as its recipes' `loss_fn`, by YAML.
       _target_: eaft.integrations.nemo_automodel.GatedCrossEntropy
       gate: eaft
 
-Labels come already shifted, and a loss is divided by `num_label_tokens`, those of the whole step. In validation the
-recipe takes no gradients, and both classes return the plain nll, so that `val_loss` can be compared across gates.
+Labels come already shifted, and a loss is divided by `num_label_tokens`, those of the whole step.
+In validation the recipe takes no gradients, and both classes return the plain nll, so that
+`val_loss` can be compared across gates.
 """
 
 from __future__ import annotations
@@ -53,17 +54,21 @@ class Gated:
         gate_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(**self.of_host)
-        self.gate, self.params = gate_of_flags(gate, gate_alpha, gate_entropy, gate_top_k, gate_kwargs)
+        self.gate, self.params = gate_of_flags(
+            gate, gate_alpha, gate_entropy, gate_top_k, gate_kwargs
+        )
         self.top_k = gate_top_k
 
 
 class GatedCrossEntropy(Gated, ChunkedCrossEntropy):
     """
-    The loss from hidden states and the head's weight, without logits (`eaft.linear_gated_cross_entropy`).
+    The loss from hidden states and the head's weight, without logits
+    (`eaft.linear_gated_cross_entropy`).
 
-    The recipe gives hidden states to a `LinearCrossEntropy`. Where a model cannot return them, it quietly puts plain
-    cross-entropy in the place of most such losses, but stops with a message for `ChunkedCrossEntropy`, which this is
-    therefore made of. It also checks the head, and gathers it where FSDP has sharded it.
+    The recipe gives hidden states to a `LinearCrossEntropy`. Where a model cannot return them, it
+    quietly puts plain cross-entropy in the place of most such losses, but stops with a message for
+    `ChunkedCrossEntropy`, which this is therefore made of. It also checks the head, and gathers it
+    where FSDP has sharded it.
     """
 
     of_host: ClassVar = {"compile": False}
@@ -71,16 +76,22 @@ class GatedCrossEntropy(Gated, ChunkedCrossEntropy):
     softcap: float | None = None
 
     def validate_lm_head(self, lm_head: Any, *, model_config: Any = None) -> Any:
-        """Have the head checked, and note what the model does to its logits, which the host's loss refuses."""
+        """
+        Have the head checked, and note what the model does to its logits, which the host's loss
+        refuses.
+        """
         if model_config is not None:
             text_config = model_config.get_text_config()
             self.logit_scale, self.softcap = logit_scale(text_config), softcap(text_config)
         try:
             return super().validate_lm_head(lm_head)
-        except ValueError as error:  # it names a class that the user did not, and a plain loss as the way out
+        except (
+            ValueError
+        ) as error:  # it names a class that the user did not, and a plain loss as the way out
             raise ConfigurationError(
-                f"loss_fn: GatedCrossEntropy needs a plain head, without bias or LoRA ({type(lm_head).__name__}): take "
-                "eaft.integrations.nemo_automodel.GatedCrossEntropyFromLogits."
+                "loss_fn: GatedCrossEntropy needs a plain head, without bias or LoRA"
+                f" ({type(lm_head).__name__}): take"
+                " eaft.integrations.nemo_automodel.GatedCrossEntropyFromLogits."
             ) from error
 
     def forward(
@@ -93,7 +104,10 @@ class GatedCrossEntropy(Gated, ChunkedCrossEntropy):
         *,
         logits_dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """Return the loss of hidden states `[B, S, H]` (`[1, N, H]` for packed labels `[N]`); a sum without a count."""
+        """
+        Return the loss of hidden states `[B, S, H]` (`[1, N, H]` for packed labels `[N]`); a sum
+        without a count.
+        """
         weight = self.materialize_lm_weight(lm_weight, grad_reduce_group=grad_reduce_group)
         training = torch.is_grad_enabled()
         return linear_gated_cross_entropy(
@@ -112,12 +126,15 @@ class GatedCrossEntropy(Gated, ChunkedCrossEntropy):
 
 class GatedCrossEntropyFromLogits(Gated, MaskedCrossEntropy):
     """
-    The loss from logits (`eaft.gated_cross_entropy`), for models and layouts that `GatedCrossEntropy` refuses.
+    The loss from logits (`eaft.gated_cross_entropy`), for models and layouts that
+    `GatedCrossEntropy` refuses.
 
     It is a `MaskedCrossEntropy`, because in the place of others the recipe may put a plain one.
     """
 
-    def forward(self, logits: Tensor, labels: Tensor, num_label_tokens: int | None = None) -> Tensor:
+    def forward(
+        self, logits: Tensor, labels: Tensor, num_label_tokens: int | None = None
+    ) -> Tensor:
         """Return the loss of logits `[B, S, V]`; a sum without a count."""
         if isinstance(logits, DTensor):  # as the host's own does under tensor parallelism
             logits = logits.full_tensor()

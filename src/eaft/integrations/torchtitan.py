@@ -3,8 +3,8 @@ torchtitan: the gated loss as a config's `loss`, on one chunk of logits at a tim
 
     config.loss = ChunkedLossWrapper.Config(loss_fn=GatedCrossEntropy.Config(gate="eaft"))
 
-Labels come already shifted, and a loss is divided by the valid tokens of the whole step. The validator takes no
-gradients, and gets the plain nll, so that runs can be compared across gates.
+Labels come already shifted, and a loss is divided by the valid tokens of the whole step. The
+validator takes no gradients, and gets the plain nll, so that runs can be compared across gates.
 """
 
 from __future__ import annotations
@@ -26,13 +26,16 @@ from eaft.objective.registry import is_per_token
 
 class GatedCrossEntropy(BaseLoss):
     """
-    The gated cross-entropy (`eaft.gated_cross_entropy`) of logits `[B, S, V]`, alone or in a `ChunkedLossWrapper`.
+    The gated cross-entropy (`eaft.gated_cross_entropy`) of logits `[B, S, V]`, alone or in a
+    `ChunkedLossWrapper`.
 
-    It is not compiled, and takes the whole vocabulary: with tensor parallelism each rank has a part of it.
+    It is not compiled, and takes the whole vocabulary: with tensor parallelism each rank has a part
+    of it.
 
     Raises:
-        ConfigurationError: unknown gate or parameter; a gate that needs the base model, or whose weights depend on
-            other tokens, of which a chunk has some only; logits of a part of the vocabulary.
+        ConfigurationError: unknown gate or parameter; a gate that needs the base model, or whose
+            weights depend on other tokens, of which a chunk has some only; logits of a part of the
+            vocabulary.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -56,12 +59,17 @@ class GatedCrossEntropy(BaseLoss):
 
     def __init__(self, config: Config, *, compile_config: Any = None) -> None:
         self.gate, self.params = gate_of_flags(
-            config.gate, config.gate_alpha, config.gate_entropy, config.gate_top_k, config.gate_kwargs
+            config.gate,
+            config.gate_alpha,
+            config.gate_entropy,
+            config.gate_top_k,
+            config.gate_kwargs,
         )
         self.top_k = config.gate_top_k
         if not is_per_token(self.gate, self.params):
             raise ConfigurationError(
-                f"gate={config.gate!r} weighs tokens by others, and a chunk has some only: take another."
+                f"gate={config.gate!r} weighs tokens by others, and a chunk has some only: take"
+                " another."
             )
         self.fn = self.sum_of_terms
 
@@ -69,7 +77,8 @@ class GatedCrossEntropy(BaseLoss):
         """Return the sum over labelled tokens, which the host divides."""
         if isinstance(pred, DTensor) or spmd_mesh_size("tp") > 1:
             raise ConfigurationError(
-                "GatedCrossEntropy needs logits of the whole vocabulary: no tensor parallelism (its degree: 1)."
+                "GatedCrossEntropy needs logits of the whole vocabulary: no tensor parallelism (its"
+                " degree: 1)."
             )
         training = torch.is_grad_enabled()
         return gated_cross_entropy(

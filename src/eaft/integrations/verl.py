@@ -7,8 +7,8 @@ verl: the gated loss in its SFT trainer, on the FSDP engine.
     sft_trainer.SFTTrainer = gated(sft_trainer.SFTTrainer, gate="eaft")
     sft_trainer.main()
 
-The engine gives a loss the tokens' log-probabilities only. But for distillation it first shows it the logits, and hands
-on what it makes of each token: there the gate's weights are made.
+The engine gives a loss the tokens' log-probabilities only. But for distillation it first shows it
+the logits, and hands on what it makes of each token: there the gate's weights are made.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def gated(
         gate_kwargs: the other parameters of the gate.
 
     Raises:
-        ConfigurationError: unknown gate or parameter, or a gate that needs the base model; when the engine is built,
-            one that shows no logits of the whole vocabulary and sequence.
+        ConfigurationError: unknown gate or parameter, or a gate that needs the base model; when the
+            engine is built, one that shows no logits of the whole vocabulary and sequence.
     """
     found, params = gate_of_flags(gate, gate_alpha, gate_entropy, gate_top_k, gate_kwargs)
     loss = GatedLoss(found, gate_top_k, params)
@@ -73,15 +73,22 @@ def gated(
 def check_engine(config: Any) -> None:
     """Refuse an engine that shows the loss no logits, or a part of them."""
     if config.strategy not in ("fsdp", "fsdp2"):
-        raise ConfigurationError(f"engine.strategy={config.strategy!r}: the gated loss needs fsdp or fsdp2.")
+        raise ConfigurationError(
+            f"engine.strategy={config.strategy!r}: the gated loss needs fsdp or fsdp2."
+        )
     if config.use_fused_kernels:
-        raise ConfigurationError("model.use_fused_kernels=True keeps no logits, which a gate is made of: leave it off.")
+        raise ConfigurationError(
+            "model.use_fused_kernels=True keeps no logits, which a gate is made of: leave it off."
+        )
     if config.ulysses_sequence_parallel_size > 1:
         raise ConfigurationError(
-            f"engine.ulysses_sequence_parallel_size={config.ulysses_sequence_parallel_size}: the gated loss needs 1."
+            f"engine.ulysses_sequence_parallel_size={config.ulysses_sequence_parallel_size}: the"
+            " gated loss needs 1."
         )
     if config.pad_to_length:
-        raise ConfigurationError("engine.pad_to_length=True: its padding would have no logits to show: leave it off.")
+        raise ConfigurationError(
+            "engine.pad_to_length=True: its padding would have no logits to show: leave it off."
+        )
 
 
 def shows_logits(train_batch: Any) -> Any:
@@ -97,7 +104,8 @@ def shows_logits(train_batch: Any) -> Any:
 
 class GatedLoss:
     """
-    A loss function as the engine takes it: called with the logits it returns the weights, and then with these the loss.
+    A loss function as the engine takes it: called with the logits it returns the weights, and then
+    with these the loss.
 
     In validation there are no weights, and it is the host's own, the plain nll.
     """
@@ -106,15 +114,24 @@ class GatedLoss:
         self.gate, self.top_k, self.params = gate, top_k, params
 
     def __call__(
-        self, model_output: Any = None, data: Any = None, dp_group: Any = None, student_logits: Tensor | None = None
+        self,
+        model_output: Any = None,
+        data: Any = None,
+        dp_group: Any = None,
+        student_logits: Tensor | None = None,
     ) -> Any:
-        """Return `{"gate": weights [1, N]}` of logits `[1, N, V]`; without them, what the host's `sft_loss` does."""
+        """
+        Return `{"gate": weights [1, N]}` of logits `[1, N, V]`; without them, what the host's
+        `sft_loss` does.
+        """
         if student_logits is not None:
             return {"gate": self.weights(student_logits[0], data).unsqueeze(0)}
         if torch.is_grad_enabled():
             log_probs, weights = model_output["log_probs"], model_output["gate"]
             terms = -gated_nll(-log_probs.values(), weights.values())
-            model_output = {"log_probs": torch.nested.nested_tensor_from_jagged(terms, log_probs.offsets())}
+            model_output = {
+                "log_probs": torch.nested.nested_tensor_from_jagged(terms, log_probs.offsets())
+            }
         return sft_loss(config=None, model_output=model_output, data=data, dp_group=dp_group)
 
     @torch.no_grad()
@@ -127,11 +144,15 @@ class GatedLoss:
         with torch.autocast(logits.device.type, enabled=False):
             stats = TokenStatistics.cat(
                 [
-                    backend.score(logits[rows], labels[rows], top_k, LogitTransform(), self.gate.needs_rank).statistics
+                    backend.score(
+                        logits[rows], labels[rows], top_k, LogitTransform(), self.gate.needs_rank
+                    ).statistics
                     for rows in index.split(min(ROWS, backend.block_rows(logits)))
                 ]
             )
         examples = torch.arange(len(lengths), device=logits.device).repeat_interleave(lengths)
         weights = torch.zeros(len(logits), dtype=stats.log_prob.dtype, device=logits.device)
-        weights[index] = gate_weights(self.gate, replace(stats, example_ids=examples[index]), **self.params)
+        weights[index] = gate_weights(
+            self.gate, replace(stats, example_ids=examples[index]), **self.params
+        )
         return weights

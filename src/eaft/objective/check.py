@@ -1,14 +1,15 @@
 """
 `eaft env --check`: is the fused loss right on this machine, and how fast, in a minute or two.
 
-Every number of the fused loss (per-token statistics and weights, the loss, the gradients of hidden states and head) is
-compared with the specification's (`eaft.objective.loss`, written here from its pieces) in float64. The rule: the
-relative norm error ||ours - truth|| / ||truth|| is at most 1.5 times the specification's own in the dtype that is
-checked, plus 8 units in the last place of the format that the number is returned in. So the loss is as exact as plain
-cross-entropy in that dtype, but for another order of the same sums; no tolerance is chosen by hand.
+Every number of the fused loss (per-token statistics and weights, the loss, the gradients of hidden
+states and head) is compared with the specification's (`eaft.objective.loss`, written here from its
+pieces) in float64. The rule: the relative norm error ||ours - truth|| / ||truth|| is at most 1.5
+times the specification's own in the dtype that is checked, plus 8 units in the last place of the
+format that the number is returned in. So the loss is as exact as plain cross-entropy in that dtype,
+but for another order of the same sums; no tolerance is chosen by hand.
 
-Speed is told and is no verdict: what three products `[N, H] x [H, V]` take at the rate that one reaches, over what
-the loss with both gradients takes.
+Speed is told and is no verdict: what three products `[N, H] x [H, V]` take at the rate that one
+reaches, over what the loss with both gradients takes.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ MIN_TOKENS, MAX_TOKENS = 32, 16384
 SECONDS = 1.0  # that the products of one float64 truth, or of one timed loss, may take
 CHUNK_BYTES = 2**28  # of the logits that the specification sees at a time
 MEMORY_SHARE = 0.6  # of a GPU's free memory, for one case
-LOSS_PER_TOKEN = 6  # floating-point operations per V x H: three products, each a multiplication and an addition
+LOSS_PER_TOKEN = (
+    6  # floating-point operations per V x H: three products, each a multiplication and an addition
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,9 @@ class Case:
 
     def __str__(self) -> str:
         """Name it in a line of the output."""
-        head = "" if self.softcap is None else f" scale={self.logit_scale:g} softcap={self.softcap:g}"
+        head = (
+            "" if self.softcap is None else f" scale={self.logit_scale:g} softcap={self.softcap:g}"
+        )
         return f"V={self.vocab:,} H={self.width:,}{head}"
 
 
@@ -67,7 +72,10 @@ GATES_CASE = Case(50_257, 64, tokens=64)
 
 @dataclass
 class Problem:
-    """Inputs of the loss: hidden `[N, H]`, weight `[V, H]`, labels `[N]`, and the rest that a gate needs."""
+    """
+    Inputs of the loss: hidden `[N, H]`, weight `[V, H]`, labels `[N]`, and the rest that a gate
+    needs.
+    """
 
     hidden: Tensor
     weight: Tensor
@@ -78,7 +86,10 @@ class Problem:
 
 
 def make_problem(case: Case, tokens: int, device: torch.device, dtype: torch.dtype) -> Problem:
-    """Return hidden states and head of about a model's sharpness: labels of probability near 0, near 1 and between."""
+    """
+    Return hidden states and head of about a model's sharpness: labels of probability near 0, near 1
+    and between.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -86,24 +97,43 @@ def make_problem(case: Case, tokens: int, device: torch.device, dtype: torch.dty
 
     weight = normal(case.vocab, case.width) * (3 / case.width**0.5)
     labels = torch.randint(case.vocab, (tokens,), generator=generator)
-    # A row of the head is about 3 long: this raises the label's logit by 0 to 22, of which about 16 make it likely
-    hidden = normal(tokens, case.width) + weight[labels] * torch.linspace(0, 2.5, tokens).unsqueeze(-1)
+    # A row of the head is about 3 long: this raises the label's logit by 0 to 22, of which about 16
+    # make it likely
+    hidden = normal(tokens, case.width) + weight[labels] * torch.linspace(0, 2.5, tokens).unsqueeze(
+        -1
+    )
     reference_hidden = hidden + 0.3 * normal(tokens, case.width)
     labels[1::8] = -100
-    hidden, weight, reference_hidden = (t.to(device, dtype) for t in (hidden, weight, reference_hidden))
-    return Problem(hidden, weight, labels.to(device), torch.linspace(0.5, 2.0, tokens).to(device), reference_hidden)
+    hidden, weight, reference_hidden = (
+        t.to(device, dtype) for t in (hidden, weight, reference_hidden)
+    )
+    return Problem(
+        hidden,
+        weight,
+        labels.to(device),
+        torch.linspace(0.5, 2.0, tokens).to(device),
+        reference_hidden,
+    )
 
 
-def specified(problem: Problem, case: Case, gate: str, dtype: torch.dtype, params: dict[str, Any]) -> dict[str, Tensor]:
+def specified(
+    problem: Problem, case: Case, gate: str, dtype: torch.dtype, params: dict[str, Any]
+) -> dict[str, Tensor]:
     """
-    Return every number of the loss by the formulas of the specification, on logits in `dtype`, a chunk at a time.
+    Return every number of the loss by the formulas of the specification, on logits in `dtype`, a
+    chunk at a time.
 
-    `params` gains what the gate must be given, from these statistics. `margin` is by how much the largest logit leads.
+    `params` gains what the gate must be given, from these statistics. `margin` is by how much the
+    largest logit leads.
     """
     labelled = problem.labels >= 0
-    labels, hidden, reference = (t[labelled] for t in (problem.labels, problem.hidden, problem.reference_hidden))
+    labels, hidden, reference = (
+        t[labelled] for t in (problem.labels, problem.hidden, problem.reference_hidden)
+    )
     hidden, reference, weight = hidden.to(dtype), reference.to(dtype), problem.weight.to(dtype)
-    chunks = torch.arange(len(labels), device=labels.device).split(max(1, CHUNK_BYTES // (case.vocab * 8)))
+    chunks = torch.arange(len(labels), device=labels.device).split(
+        max(1, CHUNK_BYTES // (case.vocab * 8))
+    )
 
     def logits_of(projection: Tensor) -> Tensor:
         z = projection.to(torch.promote_types(dtype, torch.float32)) * case.logit_scale
@@ -119,7 +149,9 @@ def specified(problem: Problem, case: Case, gate: str, dtype: torch.dtype, param
         example_ids=example_ids_by_row(problem.labels)[labelled],
         example_nll=problem.example_nll[labelled].to(found[0].log_prob.dtype),
     )
-    if problem.old_log_prob is None:  # from half to twice what it is now, so that some ratios are clipped
+    if (
+        problem.old_log_prob is None
+    ):  # from half to twice what it is now, so that some ratios are clipped
         problem.old_log_prob = torch.zeros_like(labelled, dtype=stats.log_prob.dtype)
         apart = torch.linspace(-0.7, 0.7, len(labels), device=labels.device)
         problem.old_log_prob[labelled] = stats.log_prob + apart
@@ -139,13 +171,20 @@ def specified(problem: Problem, case: Case, gate: str, dtype: torch.dtype, param
         if anchor is not None:
             kl = anchor.kl(log_probs, logits_of(reference[rows] @ weight.T).log_softmax(-1))
             kls.append(kl.detach())
-        some = weights[rows] * nll if kl is None or anchor is None else weights[rows] * nll + anchor.coef * kl
+        some = (
+            weights[rows] * nll
+            if kl is None or anchor is None
+            else weights[rows] * nll + anchor.coef * kl
+        )
         (gradient,) = torch.autograd.grad(some.sum() / len(labels), projection)
         grad_hidden[rows] = gradient @ weight
         grad_weight += gradient.T @ hidden[rows]
         terms.append(some.detach())
     return {
-        **{name: getattr(stats, name) for name in ("log_prob", "entropy", "top_k_entropy", "sum_sq_probs", "is_top1")},
+        **{
+            name: getattr(stats, name)
+            for name in ("log_prob", "entropy", "top_k_entropy", "sum_sq_probs", "is_top1")
+        },
         "weights": weights,
         **({"kl": torch.cat(kls)} if kls else {}),
         "terms": torch.cat(terms),
@@ -157,7 +196,12 @@ def specified(problem: Problem, case: Case, gate: str, dtype: torch.dtype, param
 
 
 def fused(
-    problem: Problem, case: Case, gate: str, backend: str, params: dict[str, Any], chunks: float = 2.5
+    problem: Problem,
+    case: Case,
+    gate: str,
+    backend: str,
+    params: dict[str, Any],
+    chunks: float = 2.5,
 ) -> dict[str, Tensor]:
     """Return the same numbers by the fused loss."""
     hidden, weight = (t.detach().clone().requires_grad_() for t in (problem.hidden, problem.weight))
@@ -181,7 +225,10 @@ def fused(
     loss.backward()
     stats = losses.statistics
     return {
-        **{name: getattr(stats, name) for name in ("log_prob", "entropy", "top_k_entropy", "sum_sq_probs", "is_top1")},
+        **{
+            name: getattr(stats, name)
+            for name in ("log_prob", "entropy", "top_k_entropy", "sum_sq_probs", "is_top1")
+        },
         "weights": losses.weights,
         **({} if losses.kl is None else {"kl": losses.kl}),
         "terms": loss_terms(stats, losses.weights, losses.kl, anchor),
@@ -199,7 +246,10 @@ def required(tensor: Tensor | None) -> Tensor:
 
 
 def middle_of_widest_gap(values: Tensor) -> float:
-    """Return a threshold that rounding puts no value on the other side of, near the middle of the values."""
+    """
+    Return a threshold that rounding puts no value on the other side of, near the middle of the
+    values.
+    """
     values = values.double().sort().values[len(values) // 4 : -(len(values) // 4)]
     widest = values.diff().argmax()
     return values[widest : widest + 2].mean().item()
@@ -224,7 +274,10 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One line: what was checked, and of its numbers the one nearest to, or farthest above, what is allowed."""
+    """
+    One line: what was checked, and of its numbers the one nearest to, or farthest above, what is
+    allowed.
+    """
 
     what: str
     ok: bool
@@ -235,8 +288,13 @@ class Verdict:
         return f"{'ok' if self.ok else 'FAIL':5} {self.what}: {self.found}"
 
 
-def judge(what: str, ours: dict[str, Tensor], plain: dict[str, Tensor], truth: dict[str, Tensor]) -> Verdict:
-    """Hold every number to the rule of exactness; `plain` is the specification in the dtype that is checked."""
+def judge(
+    what: str, ours: dict[str, Tensor], plain: dict[str, Tensor], truth: dict[str, Tensor]
+) -> Verdict:
+    """
+    Hold every number to the rule of exactness; `plain` is the specification in the dtype that is
+    checked.
+    """
     errors: dict[str, tuple[float, float]] = {}
     eps = torch.finfo(ours["gradient of weight"].dtype).eps
     for name in [name for name in truth if name not in ("margin", "is_top1")]:
@@ -247,7 +305,10 @@ def judge(what: str, ours: dict[str, Tensor], plain: dict[str, Tensor], truth: d
         errors[name] = relative_error(ours[name], truth[name]), 1.5 * plainly + 8 * ulp
     # Which logit is the largest is rounding's to say where two are nearly equal
     clear = truth["margin"] > 4 * eps
-    errors["is_top1"] = (ours["is_top1"] != truth["is_top1"])[clear].double().mean().nan_to_num().item(), 0.0
+    errors["is_top1"] = (
+        (ours["is_top1"] != truth["is_top1"])[clear].double().mean().nan_to_num().item(),
+        0.0,
+    )
     # A NaN is no number below the bound
     bad = [name for name, (error, allowed) in errors.items() if not error <= allowed]
     shown = bad or [max(errors, key=lambda name: errors[name][0] / (errors[name][1] or 1))]
@@ -273,16 +334,29 @@ def best_seconds(run: Callable[[], Any], device: torch.device, rounds: int = 4) 
     return min(seconds)
 
 
-def product_rate(tokens: int, vocab: int, width: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Return the floating-point operations per second of a product `[tokens, width] x [width, vocab]`."""
+def product_rate(
+    tokens: int, vocab: int, width: int, dtype: torch.dtype, device: torch.device
+) -> float:
+    """
+    Return the floating-point operations per second of a product `[tokens, width] x [width, vocab]`.
+    """
     hidden = torch.randn(tokens, width).to(device, dtype)
     weight = torch.randn(vocab, width).to(device, dtype)
     product = torch.zeros(tokens, vocab, device=device, dtype=dtype)
-    return 2 * tokens * vocab * width / best_seconds(lambda: torch.mm(hidden, weight.T, out=product), device)
+    return (
+        2
+        * tokens
+        * vocab
+        * width
+        / best_seconds(lambda: torch.mm(hidden, weight.T, out=product), device)
+    )
 
 
 def tokens_for(case: Case, rate: float, seconds: float, device: torch.device) -> int:
-    """Return how many tokens the three products can take in so many seconds, and their logits in memory."""
+    """
+    Return how many tokens the three products can take in so many seconds, and their logits in
+    memory.
+    """
     if case.tokens is not None:
         return case.tokens
     tokens = int(seconds * rate / (LOSS_PER_TOKEN * case.vocab * case.width))
@@ -297,25 +371,40 @@ def free_memory(device: torch.device) -> int:
 
 
 def fits(case: Case, device: torch.device) -> bool:
-    """Return whether head, its gradients in float64 and in the dtype, and the chunks of logits fit a GPU."""
+    """
+    Return whether head, its gradients in float64 and in the dtype, and the chunks of logits fit a
+    GPU.
+    """
     if device.type == "cpu":
         return True
     logits = (case.tokens or 0) * case.vocab * 4 if case.one_chunk else 0
-    return 32 * case.vocab * case.width + logits + 6 * CHUNK_BYTES < MEMORY_SHARE * free_memory(device)
+    return 32 * case.vocab * case.width + logits + 6 * CHUNK_BYTES < MEMORY_SHARE * free_memory(
+        device
+    )
 
 
 def devices() -> list[torch.device]:
     """Return every GPU that torch sees, or the CPU where there is none."""
     found = []
-    for kind in ("cuda", "xpu"):  # ROCm calls itself cuda; Apple's mps has no float64 to compare with
+    for kind in (
+        "cuda",
+        "xpu",
+    ):  # ROCm calls itself cuda; Apple's mps has no float64 to compare with
         module = getattr(torch, kind)
-        found += [torch.device(kind, i) for i in range(module.device_count() if module.is_available() else 0)]
+        found += [
+            torch.device(kind, i)
+            for i in range(module.device_count() if module.is_available() else 0)
+        ]
     return found or [torch.device("cpu")]
 
 
 def backends(device: torch.device) -> list[str]:
     """Return the backends of the fused loss that run on a device (not Triton's interpreter)."""
-    return ["torch", "triton"] if device.type == "cuda" and find_spec("triton") is not None else ["torch"]
+    return (
+        ["torch", "triton"]
+        if device.type == "cuda" and find_spec("triton") is not None
+        else ["torch"]
+    )
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -337,13 +426,23 @@ def check_case(
             if not truth:
                 truth = specified(problem, case, gate, torch.float64, params)
                 plain = specified(problem, case, gate, dtype, params)
-            yield judge(what, fused(problem, case, gate, backend, params, 1 if case.one_chunk else 2.5), plain, truth)
+            yield judge(
+                what,
+                fused(problem, case, gate, backend, params, 1 if case.one_chunk else 2.5),
+                plain,
+                truth,
+            )
         except Exception as error:  # whatever stops one backend, the other lines are still wanted
             yield Verdict(what, False, f"{type(error).__name__}: {error}".strip())
 
 
-def check_device(device: torch.device, first: bool, cases: Sequence[Case], seconds: float) -> Iterator[Verdict]:
-    """Check a device: the first of the machine with everything, another with what depends on where tensors lie."""
+def check_device(
+    device: torch.device, first: bool, cases: Sequence[Case], seconds: float
+) -> Iterator[Verdict]:
+    """
+    Check a device: the first of the machine with everything, another with what depends on where
+    tensors lie.
+    """
     dtypes = [torch.float32, torch.bfloat16]
     if device.type != "cpu":
         dtypes.append(torch.float16)
@@ -359,7 +458,9 @@ def check_device(device: torch.device, first: bool, cases: Sequence[Case], secon
         yield from check_case(device, torch.float32, GATES_CASE, gate, seconds, rate)
 
 
-def measure_speed(device: torch.device, dtype: torch.dtype, case: Case, seconds: float) -> Iterator[str]:
+def measure_speed(
+    device: torch.device, dtype: torch.dtype, case: Case, seconds: float
+) -> Iterator[str]:
     """Time the loss with both gradients beside a product of the same shapes and dtype."""
     rate = product_rate(MIN_TOKENS, case.vocab, case.width, dtype, device)
     tokens = tokens_for(case, rate, seconds, device)
@@ -386,7 +487,8 @@ def measure_speed(device: torch.device, dtype: torch.dtype, case: Case, seconds:
 
 def main(cases: Sequence[Case] | None = None, seconds: float = SECONDS) -> int:
     """
-    Check this machine, a line for each verdict as it is found, and return the exit code: 0, or 1 if something is wrong.
+    Check this machine, a line for each verdict as it is found, and return the exit code: 0, or 1 if
+    something is wrong.
 
     Args:
         cases: heads to check; default: `CPU_CASES`, or `GPU_CASES` where there is a GPU.
@@ -409,5 +511,7 @@ def main(cases: Sequence[Case] | None = None, seconds: float = SECONDS) -> int:
             print(line, flush=True)
     failed = sum(not verdict.ok for verdict in verdicts)
     took = time.perf_counter() - start
-    print(f"{len(verdicts) - failed} of {len(verdicts)} checks ok, {failed} failed, in {took:.0f} s")
+    print(
+        f"{len(verdicts) - failed} of {len(verdicts)} checks ok, {failed} failed, in {took:.0f} s"
+    )
     return 1 if failed else 0

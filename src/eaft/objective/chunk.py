@@ -1,7 +1,8 @@
 """
 What is found of a chunk of tokens, and the doors by which both backends of the fused loss find it.
 
-A chunk's projection is `hidden @ weight.T + bias`, `[n, V]`; its logits are what `LogitTransform` makes of that.
+A chunk's projection is `hidden @ weight.T + bias`, `[n, V]`; its logits are what `LogitTransform`
+makes of that.
 """
 
 from __future__ import annotations
@@ -17,14 +18,20 @@ from eaft.objective.statistics import TokenStatistics
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What makes logits of a projection: softcap * tanh(logit_scale * x / softcap); without the tanh for None."""
+    """
+    What makes logits of a projection: softcap * tanh(logit_scale * x / softcap); without the tanh
+    for None.
+    """
 
     logit_scale: float = 1.0
     softcap: float | None = None
 
 
 class Scores(Protocol):
-    """What `score` returns: the statistics, and whatever the same backend's other doors need of the logits."""
+    """
+    What `score` returns: the statistics, and whatever the same backend's other doors need of the
+    logits.
+    """
 
     @property
     def statistics(self) -> TokenStatistics:
@@ -32,7 +39,9 @@ class Scores(Protocol):
 
 
 class Divergence(Protocol):
-    """What `diverge` returns: the divergence, and whatever the same backend's `gradient_` needs of it."""
+    """
+    What `diverge` returns: the divergence, and whatever the same backend's `gradient_` needs of it.
+    """
 
     @property
     def kl(self) -> Tensor:
@@ -46,16 +55,28 @@ class Backend(Protocol):
         """Return how many rows of a projection the other doors take at a time."""
 
     def score(
-        self, projection: Tensor, labels: Tensor, top_k: int, transform: LogitTransform, ranked: bool = False
+        self,
+        projection: Tensor,
+        labels: Tensor,
+        top_k: int,
+        transform: LogitTransform,
+        ranked: bool = False,
     ) -> Any:
         """
-        Return the `Scores` of a projection `[n, V]` with labels `[n]`, all in `[0, V)`; it stays as it is.
+        Return the `Scores` of a projection `[n, V]` with labels `[n]`, all in `[0, V)`; it stays as
+        it is.
 
-        With `ranked` also the first choice, its probability and the label's rank, at no further read of main memory.
+        With `ranked` also the first choice, its probability and the label's rank, at no further
+        read of main memory.
         """
 
     def diverge(
-        self, projection: Tensor, reference_projection: Tensor, scores: Any, anchor: Anchor, transform: LogitTransform
+        self,
+        projection: Tensor,
+        reference_projection: Tensor,
+        scores: Any,
+        anchor: Anchor,
+        transform: LogitTransform,
     ) -> Any:
         """Return the `Divergence` from the reference's projection `[n, V]`."""
 
@@ -69,4 +90,7 @@ class Backend(Protocol):
         divergence: Any = None,
         kl_coef: float = 0.0,
     ) -> Tensor:
-        """Return the gradient of sum_t weights_t nll_t + kl_coef KL_t by the projection, in the projection's memory."""
+        """
+        Return the gradient of sum_t weights_t nll_t + kl_coef KL_t by the projection, in the
+        projection's memory.
+        """

@@ -1,9 +1,11 @@
 """
-The gated cross-entropy from hidden states, without the logits: three matrix products, one chunk of logits alive.
+The gated cross-entropy from hidden states, without the logits: three matrix products, one chunk of
+logits alive.
 
-A gate is known in the forward pass, so the gradient is too. For each chunk of tokens: project, score, weigh, put the
-gradient in the projection's place, and multiply it into the gradients of the hidden states and of the head. Equal to
-`gated_cross_entropy` on `hidden @ weight.T`, which says what is computed.
+A gate is known in the forward pass, so the gradient is too. For each chunk of tokens: project,
+score, weigh, put the gradient in the projection's place, and multiply it into the gradients of the
+hidden states and of the head. Equal to `gated_cross_entropy` on `hidden @ weight.T`, which says
+what is computed.
 """
 
 from __future__ import annotations
@@ -24,12 +26,20 @@ except ImportError:  # Triton comes with torch where there are GPUs for it
 from eaft.errors import ConfigurationError
 from eaft.objective.chunk import Backend, LogitTransform
 from eaft.objective.loss import example_ids_by_row, loss_terms
-from eaft.objective.registry import Anchor, GateLike, check_gate, gate_weights, get_anchor, is_per_token
+from eaft.objective.registry import (
+    Anchor,
+    GateLike,
+    check_gate,
+    gate_weights,
+    get_anchor,
+    is_per_token,
+)
 from eaft.objective.statistics import TokenStatistics, usable_top_k
 from eaft.objective.torch_backend import TorchBackend
 
-# Each chunk reads and writes the whole gradient of the head, which takes a GPU as long as the products of some 150
-# tokens: with 8,192 rows a chunk that is 2% of its time. Fewer where they would take more than a share of its memory
+# Each chunk reads and writes the whole gradient of the head, which takes a GPU as long as the
+# products of some 150 tokens: with 8,192 rows a chunk that is 2% of its time. Fewer where they
+# would take more than a share of its memory
 CHUNK_ROWS, ROW_MULTIPLE = 8192, 256
 LOGITS_BUDGET, GPU_MEMORY_SHARE = 2**28, 16
 # Bytes of a block that is cast for a product on a CPU
@@ -40,7 +50,10 @@ Weigh = Callable[[TokenStatistics, slice], Tensor]
 
 @dataclass(frozen=True)
 class Reference:
-    """The reference model's side of a KL term: hidden states `[N, H']`, head weight `[V, H']` and bias `[V]`."""
+    """
+    The reference model's side of a KL term: hidden states `[N, H']`, head weight `[V, H']` and bias
+    `[V]`.
+    """
 
     hidden: Tensor
     weight: Tensor
@@ -89,14 +102,18 @@ def linear_gated_cross_entropy(
     **params: Any,
 ) -> Any:
     """
-    `gated_cross_entropy(hidden @ weight.T + bias, labels, gate, ...)` without its logits (arXiv:2601.02151).
+    `gated_cross_entropy(hidden @ weight.T + bias, labels, gate, ...)` without its logits
+    (arXiv:2601.02151).
 
     Args:
-        hidden: `[N, H]` (or `[..., H]`), any floating dtype; under autocast the products are in its dtype.
+        hidden: `[N, H]` (or `[..., H]`), any floating dtype; under autocast the products are in its
+            dtype.
         weight: `[V, H]`. If it needs no gradient, neither its product nor its memory is spent.
-        labels: `[N]` (or `[...]`) int64, already shifted; only positions that are not `ignore_index` are projected.
-        gate: name of a registered gate, or a function of `TokenStatistics`. One that weighs each token by itself
-            (`Gate.per_token`) takes three products; another, which must see the whole batch first, four.
+        labels: `[N]` (or `[...]`) int64, already shifted; only positions that are not
+            `ignore_index` are projected.
+        gate: name of a registered gate, or a function of `TokenStatistics`. One that weighs each
+            token by itself (`Gate.per_token`) takes three products; another, which must see the
+            whole batch first, four.
         bias: `[V]`.
         num_items: what to divide the sum by. Default: the number of labelled tokens.
         ignore_index: label of positions without a loss.
@@ -107,17 +124,18 @@ def linear_gated_cross_entropy(
         example_nll: as in `gated_cross_entropy`.
         old_log_prob: as in `gated_cross_entropy`.
         reference: for a gate with a KL term; the same scale and softcap apply.
-        logits_budget: bytes of logits alive at a time, which caps the chunks; default 256 MiB, on a GPU a 16th of its
-            memory. The last chunk is held until the backward pass. A KL term takes as much again for the reference.
+        logits_budget: bytes of logits alive at a time, which caps the chunks; default 256 MiB, on a
+            GPU a 16th of its memory. The last chunk is held until the backward pass. A KL term
+            takes as much again for the reference.
         backend: `torch` or `triton`; default: Triton on a GPU that has it, but for float64.
         return_losses: also return the `TokenLosses`.
         params: what the gate takes, e.g. `alpha=2.0` for `eaft`.
 
     Returns:
-        Scalar in nats per token, float32 (float64 for float64 inputs); with `return_losses` also `TokenLosses`.
-        Gradients are computed here, accumulated in float32 (within a single bfloat16 product as torch does), and
-        returned in the inputs' dtype by a single backward pass. Where nothing needs a gradient, only the statistics
-        are computed.
+        Scalar in nats per token, float32 (float64 for float64 inputs); with `return_losses` also
+        `TokenLosses`. Gradients are computed here, accumulated in float32 (within a single bfloat16
+        product as torch does), and returned in the inputs' dtype by a single backward pass. Where
+        nothing needs a gradient, only the statistics are computed.
 
     Raises:
         ConfigurationError: as in `gated_cross_entropy`; or there is no such backend here.
@@ -125,15 +143,20 @@ def linear_gated_cross_entropy(
     """
     found, anchor = check_gate(gate, params), get_anchor(gate, **params)
     if anchor is not None and reference is None:
-        raise ConfigurationError(f"gate={gate!r} needs reference, the base model's hidden states and head.")
+        raise ConfigurationError(
+            f"gate={gate!r} needs reference, the base model's hidden states and head."
+        )
     if example_ids is None:
         example_ids = example_ids_by_row(labels)
-    # A GPU waits for the number of labels once, here; whatever is gathered by their index needs no such wait
+    # A GPU waits for the number of labels once, here; whatever is gathered by their index needs no
+    # such wait
     index = (labels.flatten() != ignore_index).nonzero().squeeze(-1)
 
     def labelled(values: Tensor) -> Tensor:
         if values.shape[: labels.ndim] != labels.shape:
-            raise ConfigurationError(f"labels {list(labels.shape)} do not go with a tensor {list(values.shape)}.")
+            raise ConfigurationError(
+                f"labels {list(labels.shape)} do not go with a tensor {list(values.shape)}."
+            )
         return values.reshape(labels.numel(), *values.shape[labels.ndim :]).index_select(0, index)
 
     example_ids = labelled(example_ids)
@@ -154,7 +177,9 @@ def linear_gated_cross_entropy(
         per_token=is_per_token(found, params),
         ranked=found.needs_rank,
         anchor=anchor,
-        reference=replace(reference, hidden=labelled(reference.hidden)) if anchor and reference else None,
+        reference=(
+            replace(reference, hidden=labelled(reference.hidden)) if anchor and reference else None
+        ),
         transform=LogitTransform(logit_scale, softcap),
         top_k=usable_top_k(top_k, weight.shape[0]),
         backend=choose_backend(backend, hidden),
@@ -163,7 +188,9 @@ def linear_gated_cross_entropy(
     )
     loss, losses = GatedLinear.apply(labelled(hidden), weight, bias, spec)
     count = len(index) if num_items is None else num_items
-    loss = loss / (count.to(loss.device).clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
+    loss = loss / (
+        count.to(loss.device).clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+    )
     if not return_losses:
         return loss
     return loss, replace(losses, statistics=with_context(losses.statistics, slice(None)))
@@ -183,7 +210,8 @@ def linear_token_statistics(
     backend: str | None = None,
 ) -> TokenStatistics:
     """
-    `token_statistics(hidden @ weight.T + bias, labels, top_k, ranked=True)` without its logits, and without gradient.
+    `token_statistics(hidden @ weight.T + bias, labels, top_k, ranked=True)` without its logits, and
+    without gradient.
 
     Args:
         hidden: `[N, H]`, any floating dtype; under autocast the product is in its dtype.
@@ -197,19 +225,26 @@ def linear_token_statistics(
         backend: as there.
 
     Returns:
-        Each token's, with `first_choice`, `first_prob` and `rank`; float32 (float64 for float64 inputs).
+        Each token's, with `first_choice`, `first_prob` and `rank`; float32 (float64 for float64
+        inputs).
     """
     dtype = projection_dtype(hidden)
     transform, top_k = LogitTransform(logit_scale, softcap), usable_top_k(top_k, len(weight))
     doors = choose_backend(backend, hidden)
-    chunks = chunk_slices(len(hidden), len(weight), dtype, logits_budget or default_budget(hidden.device))
+    chunks = chunk_slices(
+        len(hidden), len(weight), dtype, logits_budget or default_budget(hidden.device)
+    )
     found = []
     with torch.autocast(hidden.device.type, enabled=False):
         project = Projector(hidden, weight, bias, dtype, chunks[0].stop)
         for rows in chunks:
             projection = project(rows)
             for block, of_all in blocks(projection, rows, doors):
-                found.append(doors.score(projection[block], labels[of_all], top_k, transform, True).statistics)
+                found.append(
+                    doors.score(
+                        projection[block], labels[of_all], top_k, transform, True
+                    ).statistics
+                )
     return TokenStatistics.cat(found)
 
 
@@ -228,13 +263,21 @@ def chunk_slices(n: int, vocab_size: int, dtype: torch.dtype, budget: int) -> li
 def choose_backend(name: str | None, hidden: Tensor) -> Backend:
     """Return the backend of this name, or by default the fastest for tensors like `hidden`."""
     if name is None:
-        name = "triton" if triton_backend is not None and hidden.is_cuda and hidden.dtype != torch.float64 else "torch"
+        name = (
+            "triton"
+            if triton_backend is not None and hidden.is_cuda and hidden.dtype != torch.float64
+            else "torch"
+        )
     if name == "torch":
         return TorchBackend()
     if name != "triton":
         raise ConfigurationError(f"backend={name!r}: expected 'torch' or 'triton'.")
     if triton_backend is None or hidden.dtype == torch.float64:
-        reason = "Triton is not installed" if triton_backend is None else "it does not compute in float64"
+        reason = (
+            "Triton is not installed"
+            if triton_backend is None
+            else "it does not compute in float64"
+        )
         raise ConfigurationError(f"backend='triton': {reason}; leave it out.")
     return triton_backend
 
@@ -248,7 +291,8 @@ def default_budget(device: torch.device) -> int:
 
 def chunk_rows(n: int, vocab_size: int, itemsize: int, budget: int) -> int:
     """
-    Return how many rows a chunk has: as many as the budget (bytes) and `CHUNK_ROWS` allow, in chunks of equal size.
+    Return how many rows a chunk has: as many as the budget (bytes) and `CHUNK_ROWS` allow, in
+    chunks of equal size.
 
     A multiple of 256, if there are as many, so that products fill the tiles they are cut into.
     """
@@ -280,18 +324,28 @@ class GatedLinear(torch.autograd.Function):
     """The sum of the loss's terms, with its gradients, a chunk of tokens at a time."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, spec: LossSpec) -> Any:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, spec: LossSpec
+    ) -> Any:
         """Return the sum and the `TokenLosses`; keep the gradients."""
-        needs_hidden, needs_weight, needs_bias = (needs and spec.grad_enabled for needs in ctx.needs_input_grad[:3])
+        needs_hidden, needs_weight, needs_bias = (
+            needs and spec.grad_enabled for needs in ctx.needs_input_grad[:3]
+        )
         wanted = needs_hidden or needs_weight or needs_bias
         device, dtype = hidden.device.type, projection_dtype(hidden)
         exact = torch.promote_types(dtype, torch.float32)
         vocab_size = len(weight)
         chunks = chunk_slices(len(hidden), vocab_size, dtype, spec.logits_budget)
         size = chunks[0].stop
-        grad_hidden = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if needs_hidden else None
-        grad_weight = None  # of all chunks but the last; that one's product waits for the backward pass
-        grad_bias = torch.zeros(vocab_size, dtype=exact, device=weight.device) if needs_bias else None
+        grad_hidden = (
+            torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if needs_hidden else None
+        )
+        grad_weight = (
+            None  # of all chunks but the last; that one's product waits for the backward pass
+        )
+        grad_bias = (
+            torch.zeros(vocab_size, dtype=exact, device=weight.device) if needs_bias else None
+        )
         with torch.autocast(device, enabled=False):
             project = Projector(hidden, weight, bias, dtype, size)
             project_reference = None
@@ -307,12 +361,18 @@ class GatedLinear(torch.autograd.Function):
             for rows in chunks:
                 projection = project(rows)
                 reference_projection = project_reference(rows) if project_reference else None
-                losses.append(weigh_and_differentiate_(projection, rows, spec, weigh, reference_projection, wanted))
+                losses.append(
+                    weigh_and_differentiate_(
+                        projection, rows, spec, weigh, reference_projection, wanted
+                    )
+                )
                 grad_logits = projection  # by now
                 if grad_hidden is not None:
                     torch.mm(grad_logits, project.weight, out=grad_hidden[rows])
                 if needs_weight and rows is not chunks[-1]:
-                    grad_weight = add_product(grad_weight, grad_logits.T, project.hidden[rows], exact)
+                    grad_weight = add_product(
+                        grad_weight, grad_logits.T, project.hidden[rows], exact
+                    )
                 if grad_bias is not None:
                     grad_bias += grad_logits.sum(0, dtype=exact)
 
@@ -326,42 +386,64 @@ class GatedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Any) -> Any:
         """Return the gradients of the forward pass, times the loss's own."""
-        if torch.is_grad_enabled():  # they are constants here, so what depends on them would silently miss a term
-            raise RuntimeError("linear_gated_cross_entropy has no second derivative: do without create_graph=True.")
+        if (
+            torch.is_grad_enabled()
+        ):  # they are constants here, so what depends on them would silently miss a term
+            raise RuntimeError(
+                "linear_gated_cross_entropy has no second derivative: do without create_graph=True."
+            )
         if ctx.spent:
-            raise RuntimeError("linear_gated_cross_entropy has one backward pass; compute the loss again for another.")
+            raise RuntimeError(
+                "linear_gated_cross_entropy has one backward pass; compute the loss again for"
+                " another."
+            )
         hidden_dtype, weight_dtype = ctx.dtypes
         grad_weight = ctx.grad_weight
         if ctx.last_product is not None:
             grad_logits, hidden = ctx.last_product
             with torch.autocast(hidden.device.type, enabled=False):
                 if grad_weight is None and hidden.dtype == weight_dtype == torch.bfloat16:
-                    # A single product is the gradient, with the factor in the smaller of what is multiplied
+                    # A single product is the gradient, with the factor in the smaller of what is
+                    # multiplied
                     hidden = scaled(hidden.clone(), grad_loss, hidden.dtype)
                     grad_weight = add_product(None, grad_logits.T, hidden, weight_dtype)
                 else:  # in float32, since a float16 sum could overflow before it is divided
                     exact = torch.promote_types(hidden.dtype, torch.float32)
                     grad_weight = scaled(
-                        add_product(grad_weight, grad_logits.T, hidden, exact), grad_loss, weight_dtype
+                        add_product(grad_weight, grad_logits.T, hidden, exact),
+                        grad_loss,
+                        weight_dtype,
                     )
         gradients = (
             None if ctx.grad_hidden is None else scaled(ctx.grad_hidden, grad_loss, hidden_dtype),
             grad_weight,
             None if ctx.grad_bias is None else scaled(ctx.grad_bias, grad_loss, weight_dtype),
         )
-        ctx.spent, ctx.grad_hidden, ctx.grad_weight, ctx.grad_bias, ctx.last_product = True, None, None, None, None
+        ctx.spent, ctx.grad_hidden, ctx.grad_weight, ctx.grad_bias, ctx.last_product = (
+            True,
+            None,
+            None,
+            None,
+            None,
+        )
         return *gradients, None
 
 
 class Projector:
-    """hidden @ weight.T + bias, a chunk of tokens at a time, each in the place of the one before."""
+    """
+    hidden @ weight.T + bias, a chunk of tokens at a time, each in the place of the one before.
+    """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, size: int) -> None:
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, size: int
+    ) -> None:
         self.hidden, self.weight = hidden.to(dtype), weight.to(dtype)
         self.bias = None if bias is None else bias.to(dtype)
         # On a GPU every row starts where vectors of 16 can be read
         width = 16 * math.ceil(len(weight) / 16) if weight.is_cuda else len(weight)
-        self.memory = torch.empty((size, width), dtype=dtype, device=weight.device)[:, : len(weight)]
+        self.memory = torch.empty((size, width), dtype=dtype, device=weight.device)[
+            :, : len(weight)
+        ]
 
     def __call__(self, rows: slice) -> Tensor:
         """Return the projection of some rows, `[n, V]`."""
@@ -399,7 +481,10 @@ def weigh_and_differentiate_(
     reference_projection: Tensor | None,
     differentiate: bool,
 ) -> TokenLosses:
-    """Return the losses of a chunk; with `differentiate` the projection becomes the gradient of their terms' sum."""
+    """
+    Return the losses of a chunk; with `differentiate` the projection becomes the gradient of their
+    terms' sum.
+    """
     backend, anchor, losses = spec.backend, spec.anchor, []
     for block, of_all in blocks(projection, rows, backend):
         labels = spec.labels[of_all]
@@ -407,11 +492,17 @@ def weigh_and_differentiate_(
         weights = weigh(scores.statistics, of_all)
         divergence = None
         if anchor is not None and reference_projection is not None:
-            divergence = backend.diverge(projection[block], reference_projection[block], scores, anchor, spec.transform)
+            divergence = backend.diverge(
+                projection[block], reference_projection[block], scores, anchor, spec.transform
+            )
         if differentiate:
             kl_coef = 0.0 if anchor is None else anchor.coef
-            backend.gradient_(projection[block], labels, weights, scores, spec.transform, divergence, kl_coef)
-        losses.append(TokenLosses(scores.statistics, weights, None if divergence is None else divergence.kl))
+            backend.gradient_(
+                projection[block], labels, weights, scores, spec.transform, divergence, kl_coef
+            )
+        losses.append(
+            TokenLosses(scores.statistics, weights, None if divergence is None else divergence.kl)
+        )
     return TokenLosses.cat(losses)
 
 
@@ -422,7 +513,8 @@ def known_weights(weights: Tensor) -> Weigh:
 
 def add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """
-    Return total + a @ b in `dtype`, in the place of a total; without one the product is written, not added to zeros.
+    Return total + a @ b in `dtype`, in the place of a total; without one the product is written,
+    not added to zeros.
 
     A float32 sum is of unrounded products: rounding each chunk's first would bias it.
     """
@@ -434,7 +526,11 @@ def add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) 
         return torch.addmm(total, a, b, out_dtype=dtype, out=total)
     # A CPU has no such product: cast a few rows at a time
     first = total is None
-    total = torch.empty((a.shape[0], b.shape[1]), dtype=dtype, device=a.device) if total is None else total
+    total = (
+        torch.empty((a.shape[0], b.shape[1]), dtype=dtype, device=a.device)
+        if total is None
+        else total
+    )
     b = b.to(dtype)
     size = max(1, CAST_BUDGET // (max(1, len(b)) * dtype.itemsize))
     with bfloat16_products(a.dtype):
@@ -446,7 +542,8 @@ def add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) 
 @contextlib.contextmanager
 def bfloat16_products(dtype: torch.dtype) -> Iterator[None]:
     """
-    Let oneDNN multiply float32 as bfloat16 where that loses nothing: numbers that were bfloat16 are, cast back.
+    Let oneDNN multiply float32 as bfloat16 where that loses nothing: numbers that were bfloat16
+    are, cast back.
 
     Sums stay float32. Where the processor has no bfloat16 product, nothing changes.
     """
@@ -461,12 +558,22 @@ def bfloat16_products(dtype: torch.dtype) -> Iterator[None]:
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return gradient * factor (a scalar) in `dtype`, in one pass; in place of the gradient if that is its dtype."""
+    """
+    Return gradient * factor (a scalar) in `dtype`, in one pass; in place of the gradient if that is
+    its dtype.
+    """
     out = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
-    # Of one dimension, so that it is not rounded to the gradient's dtype first: 1 / N in bfloat16 would be off by up
-    # to 0.4% for every element alike. A CPU casts into new memory, so a few rows at a time
+    # Of one dimension, so that it is not rounded to the gradient's dtype first: 1 / N in bfloat16
+    # would be off by up to 0.4% for every element alike. A CPU casts into new memory, so a few rows
+    # at a time
     factor = factor.view(1)
-    size = len(gradient) if gradient.is_cuda else max(1, CAST_BUDGET // (4 * max(1, gradient[:1].numel())))
-    for some_gradient, some_out in zip(gradient.split(max(1, size)), out.split(max(1, size)), strict=True):
+    size = (
+        len(gradient)
+        if gradient.is_cuda
+        else max(1, CAST_BUDGET // (4 * max(1, gradient[:1].numel())))
+    )
+    for some_gradient, some_out in zip(
+        gradient.split(max(1, size)), out.split(max(1, size)), strict=True
+    ):
         torch.mul(some_gradient, factor, out=some_out)
     return out

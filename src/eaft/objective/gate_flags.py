@@ -1,4 +1,7 @@
-"""The flags of a gate (`gate`, `gate_alpha`, `gate_entropy`, `gate_top_k`, `gate_kwargs`): help, parameters, checks."""
+"""
+The flags of a gate (`gate`, `gate_alpha`, `gate_entropy`, `gate_top_k`, `gate_kwargs`): help,
+parameters, checks.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,20 @@ def gates_help() -> str:
     lines = []
     for name, gate in GATES.items():
         lines.append(f"  {name:14}{gate.help}")
-        params = {k: "measured" if v is inspect.Parameter.empty else v for k, v in gate.params.items()}
+        params = {
+            k: "measured" if v is inspect.Parameter.empty else v for k, v in gate.params.items()
+        }
         if params:
             lines.append(f"{'':16}({', '.join(f'{k}: {v}' for k, v in params.items())})")
     return "\n".join(lines) + "\n"
 
 
-def params_of_flags(gate: GateLike, alpha: float, entropy: str, others: dict[str, Any] | None) -> dict[str, Any]:
+def params_of_flags(
+    gate: GateLike, alpha: float, entropy: str, others: dict[str, Any] | None
+) -> dict[str, Any]:
     """
-    Return a gate's parameters from `gate_alpha`, `gate_entropy` and `gate_kwargs`, or by default; not the missing ones.
+    Return a gate's parameters from `gate_alpha`, `gate_entropy` and `gate_kwargs`, or by default;
+    not the missing ones.
 
     Raises:
         ConfigurationError: `gate_kwargs` has what has a flag of its own.
@@ -40,7 +48,10 @@ def params_of_flags(gate: GateLike, alpha: float, entropy: str, others: dict[str
 def gate_of_flags(
     gate: GateLike, alpha: float, entropy: str, top_k: int, others: dict[str, Any] | None
 ) -> tuple[Gate, dict[str, Any]]:
-    """Return the gate of `gate`, `gate_alpha`, ..., and its parameters, for a loss without a base model beside it."""
+    """
+    Return the gate of `gate`, `gate_alpha`, ..., and its parameters, for a loss without a base
+    model beside it.
+    """
     check_top_k(top_k)
     params = params_of_flags(gate, alpha, entropy, others)
     return check_gate_by_itself(gate, params), params

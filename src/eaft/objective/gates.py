@@ -18,18 +18,23 @@ from eaft.objective.statistics import TokenStatistics
 
 def normalized_entropy(stats: TokenStatistics, entropy: str = "top-k") -> Tensor:
     """
-    Return g in [0, 1]: the entropy over ln K, of the K most likely tokens (`top-k`) or of all (`exact`, clamped to 1).
+    Return g in [0, 1]: the entropy over ln K, of the K most likely tokens (`top-k`) or of all
+    (`exact`, clamped to 1).
 
-    On SmolLM2-135M one token in 20 has more exact entropy than ln 20 nats (arXiv:2601.02151, Eq. 3, takes top-k).
+    On SmolLM2-135M one token in 20 has more exact entropy than ln 20 nats (arXiv:2601.02151, Eq. 3,
+    takes top-k).
     """
     if entropy not in ("top-k", "exact"):
         raise ValueError(f"entropy={entropy!r}: expected 'top-k' or 'exact'.")
     nats = stats.top_k_entropy if entropy == "top-k" else stats.entropy
-    # Rounding can put a uniform top K a hair above ln K; a vocabulary of one token has no entropy to divide
+    # Rounding can put a uniform top K a hair above ln K; a vocabulary of one token has no entropy
+    # to divide
     return (nats / math.log(max(stats.top_k, 2))).clamp(0, 1)
 
 
-def resolve_threshold(threshold: float | str, values: Tensor, percentile: float, name: str) -> float | Tensor:
+def resolve_threshold(
+    threshold: float | str, values: Tensor, percentile: float, name: str
+) -> float | Tensor:
     """Return a threshold that is a number as it is; for `batch`, the percentile of `values`."""
     if not 0 <= percentile <= 100:
         raise ValueError(f"{name}_percentile must be between 0 and 100, got {percentile}.")
@@ -49,10 +54,12 @@ def sft(stats: TokenStatistics) -> Tensor:
 @register("eaft", per_token=True)
 def eaft(stats: TokenStatistics, alpha: float = 1.0, entropy: str = "top-k") -> Tensor:
     """
-    Weight g^alpha, g = entropy / ln K in [0, 1]: learn where the model is uncertain (arXiv:2601.02151).
+    Weight g^alpha, g = entropy / ln K in [0, 1]: learn where the model is uncertain
+    (arXiv:2601.02151).
 
-    Alpha 2 and 3 are the paper's EAFT^2 and EAFT^3 (section 5.1). The authors' release in LLaMA-Factory divides by 3.0
-    where the paper's equation 3 has ln K (2.9957 for K = 20), so its weight is ours times (ln 20 / 3)^alpha.
+    Alpha 2 and 3 are the paper's EAFT^2 and EAFT^3 (section 5.1). The authors' release in
+    LLaMA-Factory divides by 3.0 where the paper's equation 3 has ln K (2.9957 for K = 20), so its
+    weight is ours times (ln 20 / 3)^alpha.
     """
     if not (math.isfinite(alpha) and alpha >= 0):
         raise ValueError(f"alpha must be a number of at least 0, got {alpha}.")
@@ -63,7 +70,10 @@ def eaft(stats: TokenStatistics, alpha: float = 1.0, entropy: str = "top-k") -> 
 def eaft_sigmoid(
     stats: TokenStatistics, steepness: float = 30.0, center: float = 0.17, entropy: str = "top-k"
 ) -> Tensor:
-    """Weight sigmoid(steepness (g - center)): a soft threshold on the entropy (arXiv:2601.02151, section 5.1)."""
+    """
+    Weight sigmoid(steepness (g - center)): a soft threshold on the entropy (arXiv:2601.02151,
+    section 5.1).
+    """
     return torch.sigmoid(steepness * (normalized_entropy(stats, entropy) - center))
 
 
@@ -77,8 +87,8 @@ def masked(
     """
     Weight 0 on the tokens of lowest entropy, else 1: Masked SFT (arXiv:2601.02151, Eq. 4).
 
-    `entropy_threshold` is in units of g; the trainer measures it as the percentile over the training data under the
-    base model. `batch` takes the percentile of the tokens given.
+    `entropy_threshold` is in units of g; the trainer measures it as the percentile over the
+    training data under the base model. `batch` takes the percentile of the tokens given.
     """
     g = normalized_entropy(stats, entropy)
     return (g > resolve_threshold(entropy_threshold, g, entropy_percentile, "entropy")).to(g.dtype)
@@ -94,9 +104,11 @@ def conflict_mask(
     entropy: str = "top-k",
 ) -> Tensor:
     """
-    Weight 0 where entropy and P(label) are both among the lowest, else 1 (arXiv:2601.02151, section 3.2, pilot study).
+    Weight 0 where entropy and P(label) are both among the lowest, else 1 (arXiv:2601.02151, section
+    3.2, pilot study).
 
-    The thresholds are measured or given as in `masked`. The paper ranks by the exact entropy: `entropy="exact"`.
+    The thresholds are measured or given as in `masked`. The paper ranks by the exact entropy:
+    `entropy="exact"`.
     """
     g, prob = normalized_entropy(stats, entropy), stats.prob
     sure = g <= resolve_threshold(entropy_threshold, g, entropy_percentile, "entropy")
@@ -113,10 +125,11 @@ def dft(stats: TokenStatistics) -> Tensor:
 @register("deft", per_token=True)
 def deft(stats: TokenStatistics) -> Tensor:
     """
-    Weight P(label)^a, a = sum of squared probabilities: sft where unsure, dft where sure (arXiv:2602.11424).
+    Weight P(label)^a, a = sum of squared probabilities: sft where unsure, dft where sure
+    (arXiv:2602.11424).
 
-    The authors' loss is (1 - p^a) / (a + 1e-6): another value, and a gradient that is ours times a / (a + 1e-6), which
-    is less than ours only near a uniform distribution over a large vocabulary.
+    The authors' loss is (1 - p^a) / (a + 1e-6): another value, and a gradient that is ours times a
+    / (a + 1e-6), which is less than ours only near a uniform distribution over a large vocabulary.
     """
     return (stats.sum_sq_probs * stats.log_prob).exp()
 
@@ -124,10 +137,11 @@ def deft(stats: TokenStatistics) -> Tensor:
 @register("profit", per_token=True)
 def profit(stats: TokenStatistics, prob_threshold: float = 0.1) -> Tensor:
     """
-    Weight 1 if P(label) > prob_threshold, else 0: unlikely labels are not learnt (arXiv:2601.09195).
+    Weight 1 if P(label) > prob_threshold, else 0: unlikely labels are not learnt
+    (arXiv:2601.09195).
 
-    The authors' default; their code keeps a P(label) that equals the threshold, too. As there the loss is divided by
-    the number of all response tokens.
+    The authors' default; their code keeps a P(label) that equals the threshold, too. As there the
+    loss is divided by the number of all response tokens.
     """
     if not 0 <= prob_threshold <= 1:
         raise ValueError(f"prob_threshold must be between 0 and 1, got {prob_threshold}.")
@@ -137,11 +151,12 @@ def profit(stats: TokenStatistics, prob_threshold: float = 0.1) -> Tensor:
 @register("mile", per_token=True)
 def mile(stats: TokenStatistics, gamma: float = 1.0) -> Tensor:
     """
-    Weight (1 + H)^gamma, H = entropy in nats: learn more where the model is uncertain (MiLe, arXiv:2310.19531).
+    Weight (1 + H)^gamma, H = entropy in nats: learn more where the model is uncertain (MiLe,
+    arXiv:2310.19531).
 
-    Never below 1, so the loss is larger than the cross-entropy. The authors' code divides by the mean of the weights
-    over all positions of the batch, prompts and padding too; their entropy is detached, as ours, and takes no
-    probability as less than 1e-8.
+    Never below 1, so the loss is larger than the cross-entropy. The authors' code divides by the
+    mean of the weights over all positions of the batch, prompts and padding too; their entropy is
+    detached, as ours, and takes no probability as less than 1e-8.
     """
     if not (math.isfinite(gamma) and gamma >= 0):
         raise ValueError(f"gamma must be a number of at least 0, got {gamma}.")
@@ -151,15 +166,18 @@ def mile(stats: TokenStatistics, gamma: float = 1.0) -> Tensor:
 @register("ranktuner", per_token=True, needs_rank=True)
 def ranktuner(stats: TokenStatistics, base: str = "prob") -> Tensor:
     """
-    Weight w (P(label) E)^-K, K = 1 / log2(1 + max(R, E))^2: learn what ranks low for its entropy (arXiv:2602.01745).
+    Weight w (P(label) E)^-K, K = 1 / log2(1 + max(R, E))^2: learn what ranks low for its entropy
+    (arXiv:2602.01745).
 
-    R is the label's rank and E a bound on the rank to expect (`expected_rank_bound`). w is P(label), the paper's choice
-    for mathematics and the authors' code, or with `base="one"` 1, the paper's choice for other data.
+    R is the label's rank and E a bound on the rank to expect (`expected_rank_bound`). w is
+    P(label), the paper's choice for mathematics and the authors' code, or with `base="one"` 1, the
+    paper's choice for other data.
 
-    The paper's Relative Scale is 2^(f(E[R]) - f(R)), f(x) = 1 / log2(1 + x), for which the vocabulary must be sorted.
-    Its authors train, as we do, with a closed form of it that has bounds in their places: E for the expected rank E[R],
-    1 / P(label) for R. Where the model is sure of another token, that is much the larger of the two. As in their code
-    P(label) E counts as at least 1e-6; there R counts also the other tokens that are as likely as the label.
+    The paper's Relative Scale is 2^(f(E[R]) - f(R)), f(x) = 1 / log2(1 + x), for which the
+    vocabulary must be sorted. Its authors train, as we do, with a closed form of it that has bounds
+    in their places: E for the expected rank E[R], 1 / P(label) for R. Where the model is sure of
+    another token, that is much the larger of the two. As in their code P(label) E counts as at
+    least 1e-6; there R counts also the other tokens that are as likely as the label.
     """
     if base not in ("prob", "one"):
         raise ValueError(f"base={base!r}: expected 'prob' or 'one'.")
@@ -174,9 +192,11 @@ def ranktuner(stats: TokenStatistics, base: str = "prob") -> Tensor:
 @register("talr", per_token=True, needs_examples=True)
 def talr(stats: TokenStatistics, tau: float | str = "batch", min_weight: float = 0.01) -> Tensor:
     """
-    Weight max(P(label)^(1/tau), min_weight), tau = median of the sequences' mean nll (arXiv:2509.20758).
+    Weight max(P(label)^(1/tau), min_weight), tau = median of the sequences' mean nll
+    (arXiv:2509.20758).
 
-    With `tau="batch"` the median is over the sequences of a device's batch, at the current step; a number fixes it.
+    With `tau="batch"` the median is over the sequences of a device's batch, at the current step; a
+    number fixes it.
     """
     temperature = median_example_nll(stats) if tau == "batch" else tau
     if isinstance(temperature, str) or temperature <= 0:
@@ -187,34 +207,41 @@ def talr(stats: TokenStatistics, tau: float | str = "batch", min_weight: float =
 @register("flow", per_token=True, needs_example_nll=True)
 def flow(stats: TokenStatistics, tau: float) -> Tensor:
     """
-    Weight exp(-l / tau), l = the base model's mean nll of the example: learn the easy examples (arXiv:2502.02797).
+    Weight exp(-l / tau), l = the base model's mean nll of the example: learn the easy examples
+    (arXiv:2502.02797).
 
-    The trainer measures l and tau, the median of l over the training data, once before training. As in the authors'
-    code the loss is divided by the number of tokens, not by the sum of the weights.
+    The trainer measures l and tau, the median of l over the training data, once before training. As
+    in the authors' code the loss is divided by the number of tokens, not by the sum of the weights.
     """
     if tau <= 0:
         raise ValueError(f"tau must be positive, got {tau}.")
     if stats.example_nll is None:
-        raise ConfigurationError("gate='flow' needs example_nll: the base model's mean nll of each token's example.")
+        raise ConfigurationError(
+            "gate='flow' needs example_nll: the base model's mean nll of each token's example."
+        )
     return (-stats.example_nll / tau).exp()
 
 
 @register("psft", per_token=True, needs_old_log_prob=True)
 def psft(stats: TokenStatistics, clip: float = 0.28) -> Tensor:
     """
-    Weight r = P(label) / P_base(label) if r <= 1 + clip, else 0: no label moves far from the base (arXiv:2508.17784).
+    Weight r = P(label) / P_base(label) if r <= 1 + clip, else 0: no label moves far from the base
+    (arXiv:2508.17784).
 
-    The gradient of the paper's loss -min(r, clip(r, 1 - clip_low, 1 + clip)), whose value is another; clip_low does
-    not matter, since below 1 - clip_low the minimum is r. The default is the authors' upper clip.
+    The gradient of the paper's loss -min(r, clip(r, 1 - clip_low, 1 + clip)), whose value is
+    another; clip_low does not matter, since below 1 - clip_low the minimum is r. The default is the
+    authors' upper clip.
 
-    The trainer measures P_base of each token once before training. The authors measure it anew for every batch, of 64
-    examples, which they then go over in 8 optimizer steps: theirs bounds how far a label moves in 8 steps, and ours in
-    all of training.
+    The trainer measures P_base of each token once before training. The authors measure it anew for
+    every batch, of 64 examples, which they then go over in 8 optimizer steps: theirs bounds how far
+    a label moves in 8 steps, and ours in all of training.
     """
     if not (math.isfinite(clip) and clip >= 0):
         raise ValueError(f"clip must be a number of at least 0, got {clip}.")
     if stats.old_log_prob is None:
-        raise ConfigurationError("gate='psft' needs old_log_prob: ln P(label) of each token under the base model.")
+        raise ConfigurationError(
+            "gate='psft' needs old_log_prob: ln P(label) of each token under the base model."
+        )
     ratio = (stats.log_prob - stats.old_log_prob).exp()
     return torch.where(ratio <= 1 + clip, ratio, 0.0)
 
@@ -232,17 +259,24 @@ def sft_kl(stats: TokenStatistics) -> Tensor:
 @register("asft", per_token=True, anchor=Anchor(0.1, "forward"))
 def asft(stats: TokenStatistics) -> Tensor:
     """
-    Weight P(label), plus kl_coef * KL(reference || policy): dft, held near the base model (arXiv:2509.23753, Eq. 6).
+    Weight P(label), plus kl_coef * KL(reference || policy): dft, held near the base model
+    (arXiv:2509.23753, Eq. 6).
 
-    LLaMA-Factory's ASFT ignores `num_items_in_batch`: accumulated micro-batches are averaged each by itself and added.
+    LLaMA-Factory's ASFT ignores `num_items_in_batch`: accumulated micro-batches are averaged each
+    by itself and added.
     """
     return dft(stats)
 
 
 def median_example_nll(stats: TokenStatistics) -> Tensor:
-    """Return the median over examples of their mean nll, in nats; kept from 0 and infinity, so that it can divide."""
+    """
+    Return the median over examples of their mean nll, in nats; kept from 0 and infinity, so that it
+    can divide.
+    """
     if stats.example_ids is None:
-        raise ConfigurationError("gate='talr' needs example_ids: which sequence each token is from.")
+        raise ConfigurationError(
+            "gate='talr' needs example_ids: which sequence each token is from."
+        )
     _, index, counts = stats.example_ids.unique(return_inverse=True, return_counts=True)
     sums = torch.zeros_like(counts, dtype=stats.log_prob.dtype).index_add_(0, index, stats.nll)
     limits = torch.finfo(sums.dtype)

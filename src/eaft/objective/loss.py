@@ -1,4 +1,7 @@
-"""The gated cross-entropy, L = sum_t g_t * nll_t / N: the readable reference every faster path must equal."""
+"""
+The gated cross-entropy, L = sum_t g_t * nll_t / N: the readable reference every faster path must
+equal.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ from eaft.objective.statistics import TokenStatistics, token_statistics
 
 def gated_nll(nll: Tensor, weights: Tensor) -> Tensor:
     """Return each token's g_t * nll_t."""
-    # A closed gate shuts out even a label of probability 0, whose nll is infinite; but a NaN is never hidden
+    # A closed gate shuts out even a label of probability 0, whose nll is infinite; but a NaN is
+    # never hidden
     return torch.where((weights == 0) & ~nll.isnan(), 0.0, weights * nll)
 
 
@@ -28,8 +32,13 @@ def loss_terms(
 
 
 def example_ids_by_row(labels: Tensor) -> Tensor:
-    """Return which example each token is from where nobody says: its row of `[B, S]`, or all one example for `[N]`."""
-    rows = torch.arange(len(labels), device=labels.device) if labels.ndim > 1 else labels.new_zeros(1)
+    """
+    Return which example each token is from where nobody says: its row of `[B, S]`, or all one
+    example for `[N]`.
+    """
+    rows = (
+        torch.arange(len(labels), device=labels.device) if labels.ndim > 1 else labels.new_zeros(1)
+    )
     return rows.reshape(-1, *[1] * (labels.ndim - 1)).expand(labels.shape)
 
 
@@ -52,25 +61,29 @@ def gated_cross_entropy(
 
     Args:
         logits: `[N, V]` (or `[..., V]`), any floating dtype; computed in at least float32.
-        labels: `[N]` (or `[...]`) int64, already shifted; positions equal to `ignore_index` do not count.
+        labels: `[N]` (or `[...]`) int64, already shifted; positions equal to `ignore_index` do not
+            count.
         gate: name of a registered gate, or a function of `TokenStatistics`.
-        num_items: what to divide the weighted sum by, for accumulated batches. Default: the number of labelled tokens
-            (not the sum of the gates).
+        num_items: what to divide the weighted sum by, for accumulated batches. Default: the number
+            of labelled tokens (not the sum of the gates).
         ignore_index: label of positions without a loss.
         top_k: K of the top-K entropy.
-        example_ids: int64, the labels' shape: which example each token is from (`talr`). Default: the row of `[B, S]`
-            labels; one example for `[N]`.
-        example_nll: the labels' shape: the base model's mean nll, in nats, of each token's example (`flow`).
+        example_ids: int64, the labels' shape: which example each token is from (`talr`). Default:
+            the row of `[B, S]` labels; one example for `[N]`.
+        example_nll: the labels' shape: the base model's mean nll, in nats, of each token's example
+            (`flow`).
         old_log_prob: the labels' shape: the base model's ln P(label) (`psft`).
-        reference_logits: the logits' shape: the base model's logits, without gradient (`sft-kl`, `asft`).
+        reference_logits: the logits' shape: the base model's logits, without gradient (`sft-kl`,
+            `asft`).
         params: what the gate takes, e.g. `alpha=2.0` for `eaft`.
 
     Returns:
-        Scalar in nats per token, float32 (float64 for float64 logits). Without a labelled token it is a zero that is
-        connected to the graph, with zero gradients.
+        Scalar in nats per token, float32 (float64 for float64 logits). Without a labelled token it
+        is a zero that is connected to the graph, with zero gradients.
 
     Raises:
-        ConfigurationError: unknown gate, a parameter it does not take or refuses, or something it needs is missing.
+        ConfigurationError: unknown gate, a parameter it does not take or refuses, or something it
+            needs is missing.
     """
     found, anchor = check_gate(gate, params), get_anchor(gate, **params)
     labelled = labels != ignore_index
@@ -88,7 +101,12 @@ def gated_cross_entropy(
     if anchor is not None:
         if reference_logits is None:
             raise ConfigurationError(f"gate={gate!r} needs reference_logits, the base model's.")
-        kl = anchor.kl(logits.log_softmax(-1), reference_logits[labelled].detach().to(logits.dtype).log_softmax(-1))
+        kl = anchor.kl(
+            logits.log_softmax(-1),
+            reference_logits[labelled].detach().to(logits.dtype).log_softmax(-1),
+        )
     loss = loss_terms(stats, gate_weights(found, stats, **params), kl, anchor).sum()
-    num_items = labelled.sum() if num_items is None else torch.as_tensor(num_items, device=loss.device)
+    num_items = (
+        labelled.sum() if num_items is None else torch.as_tensor(num_items, device=loss.device)
+    )
     return loss / num_items.clamp(min=1)

@@ -1,19 +1,20 @@
 """
 The table of gates: what a gate is, how one is found by its name, and how it is checked and applied.
 
-A gate takes `TokenStatistics` and returns a weight for each token. It is a constant in the gradient: `gate_weights`
-passes detached statistics and runs without autograd. The formulas are in `eaft.objective.gates`. To add one, there or
-in your own code:
+A gate takes `TokenStatistics` and returns a weight for each token. It is a constant in the
+gradient: `gate_weights` passes detached statistics and runs without autograd. The formulas are in
+`eaft.objective.gates`. To add one, there or in your own code:
 
     @register("confident")
     def confident(stats: TokenStatistics) -> Tensor:
         return stats.sum_sq_probs
 
-Its keyword arguments are its parameters. A parameter without a default must be given, unless `eaft.training.measure`
-knows its name: then the trainer measures it on the training data with the base model.
+Its keyword arguments are its parameters. A parameter without a default must be given, unless
+`eaft.training.measure` knows its name: then the trainer measures it on the training data with the
+base model.
 
-A weight below 0 makes its label less likely. A gate with such weights is refused, unless it is registered with
-`allow_negative=True`.
+A weight below 0 makes its label less likely. A gate with such weights is refused, unless it is
+registered with `allow_negative=True`.
 """
 
 from __future__ import annotations
@@ -40,10 +41,12 @@ Weight = Callable[..., Tensor]
 @dataclass(frozen=True)
 class Anchor:
     """
-    A term beside the gated nll that holds the policy near a reference: coef * KL per token, over the whole vocabulary.
+    A term beside the gated nll that holds the policy near a reference: coef * KL per token, over
+    the whole vocabulary.
 
-    `reverse` is KL(policy || reference), which punishes putting probability where the reference has none; `forward` is
-    KL(reference || policy), which punishes taking it away where the reference has some.
+    `reverse` is KL(policy || reference), which punishes putting probability where the reference has
+    none; `forward` is KL(reference || policy), which punishes taking it away where the reference
+    has some.
     """
 
     coef: float
@@ -52,7 +55,9 @@ class Anchor:
     def __post_init__(self) -> None:
         """Check the values."""
         if self.direction not in ("forward", "reverse"):
-            raise ConfigurationError(f"kl_direction={self.direction!r}: expected 'forward' or 'reverse'.")
+            raise ConfigurationError(
+                f"kl_direction={self.direction!r}: expected 'forward' or 'reverse'."
+            )
         if not (isinstance(self.coef, int | float) and math.isfinite(self.coef) and self.coef >= 0):
             raise ConfigurationError(f"kl_coef must be a number of at least 0, got {self.coef!r}.")
 
@@ -62,8 +67,13 @@ class Anchor:
             return kl_divergence(log_probs, reference_log_probs)
         return kl_divergence(reference_log_probs, log_probs)
 
-    def kl_and_gradient(self, log_probs: Tensor, reference_log_probs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the divergence and its derivative by the policy's logits: p (ln p - ln q - KL), or p - q forward."""
+    def kl_and_gradient(
+        self, log_probs: Tensor, reference_log_probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Return the divergence and its derivative by the policy's logits: p (ln p - ln q - KL), or p
+        - q forward.
+        """
         kl, probs = self.kl(log_probs, reference_log_probs), log_probs.exp()
         if self.direction == "forward":
             return kl, probs - reference_log_probs.exp()
@@ -76,19 +86,33 @@ class Gate:
     """A weight per token, and what it needs beside the statistics of each token by itself."""
 
     weight: Weight
-    per_token: bool = False  # a token's weight depends on no other token, so a chunk of them can be weighed by itself
+    # a token's weight depends on no other token, so a chunk of them can be weighed by itself
+    per_token: bool = False
     needs_examples: bool = False  # `stats.example_ids`: which example each token is from
-    needs_example_nll: bool = False  # `stats.example_nll`: the base model's mean nll of that example
+    needs_example_nll: bool = (
+        False  # `stats.example_nll`: the base model's mean nll of that example
+    )
     needs_old_log_prob: bool = False  # `stats.old_log_prob`: ln P(label) under the base model
     needs_rank: bool = False  # `stats.rank` and `stats.first_prob`
-    allow_negative: bool = False  # a weight below 0 makes its label less likely: refused, unless it is meant
+    allow_negative: bool = (
+        False  # a weight below 0 makes its label less likely: refused, unless it is meant
+    )
     anchor: Anchor | None = None  # a reference model
 
     @property
     def params(self) -> dict[str, Any]:
-        """The parameters it takes, with their defaults (`inspect.Parameter.empty` where there is none)."""
-        params = {p.name: p.default for p in list(inspect.signature(self.weight).parameters.values())[1:]}
-        anchor = {"kl_coef": self.anchor.coef, "kl_direction": self.anchor.direction} if self.anchor else {}
+        """
+        The parameters it takes, with their defaults (`inspect.Parameter.empty` where there is
+        none).
+        """
+        params = {
+            p.name: p.default for p in list(inspect.signature(self.weight).parameters.values())[1:]
+        }
+        anchor = (
+            {"kl_coef": self.anchor.coef, "kl_direction": self.anchor.direction}
+            if self.anchor
+            else {}
+        )
         return {**params, **anchor}
 
     @property
@@ -107,7 +131,9 @@ def called(gate: GateLike) -> str:
     function = gate.weight if isinstance(gate, Gate) else gate
     if isinstance(function, str):
         return repr(function)
-    return repr(f"{getattr(function, '__module__', '?')}:{getattr(function, '__qualname__', function)}")
+    return repr(
+        f"{getattr(function, '__module__', '?')}:{getattr(function, '__qualname__', function)}"
+    )
 
 
 def register(name: str, **needs: Any) -> Callable[[Weight], Weight]:
@@ -122,10 +148,12 @@ def register(name: str, **needs: Any) -> Callable[[Weight], Weight]:
 
 def get_gate(gate: GateLike) -> Gate:
     """
-    Return the gate registered as `gate`, or imported if it is `module:function`, or made of it if it is a function.
+    Return the gate registered as `gate`, or imported if it is `module:function`, or made of it if
+    it is a function.
 
     Raises:
-        ConfigurationError: no gate has that name, with those there are and the nearest; or the import fails.
+        ConfigurationError: no gate has that name, with those there are and the nearest; or the
+            import fails.
     """
     if isinstance(gate, Gate):
         return gate
@@ -138,17 +166,22 @@ def get_gate(gate: GateLike) -> Gate:
         with own_code(f"gate={gate!r} cannot be imported"):
             found = getattr(importlib.import_module(module), name)
         if not callable(found):
-            raise ConfigurationError(f"gate={gate!r} is {found!r}: expected a function of a token's statistics.")
+            raise ConfigurationError(
+                f"gate={gate!r} is {found!r}: expected a function of a token's statistics."
+            )
         return next((known for known in GATES.values() if known.weight is found), Gate(found))
     if gate not in GATES:
-        raise ConfigurationError(f"gate={gate!r} is unknown.{nearest(gate, GATES)} Gates: {', '.join(GATES)}.")
+        raise ConfigurationError(
+            f"gate={gate!r} is unknown.{nearest(gate, GATES)} Gates: {', '.join(GATES)}."
+        )
     return GATES[gate]
 
 
 @contextlib.contextmanager
 def own_code(what: str) -> Iterator[None]:
     """
-    Say in one line what a user's own code raised, and where; also `sys.exit`, which would end the command as a success.
+    Say in one line what a user's own code raised, and where; also `sys.exit`, which would end the
+    command as a success.
 
     Args:
         what: begins the message.
@@ -162,7 +195,11 @@ def own_code(what: str) -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        where = "" if isinstance(error, ImportError | SyntaxError) else f", {frame.filename}, line {frame.lineno}"
+        where = (
+            ""
+            if isinstance(error, ImportError | SyntaxError)
+            else f", {frame.filename}, line {frame.lineno}"
+        )
         message = first_line(error)
         if isinstance(error, SyntaxError):
             message = f"{error.msg}, {error.filename}, line {error.lineno}"
@@ -170,20 +207,29 @@ def own_code(what: str) -> Iterator[None]:
 
 
 def is_per_token(gate: GateLike, params: dict[str, Any]) -> bool:
-    """Return whether the gate weighs each token by itself; one with a parameter set to `batch` does not."""
+    """
+    Return whether the gate weighs each token by itself; one with a parameter set to `batch` does
+    not.
+    """
     found = get_gate(gate)
     return found.per_token and "batch" not in {**found.params, **params}.values()
 
 
 def is_of_data(default: Any) -> bool:
-    """Return whether a parameter with this default is found from the data: it has none, or `batch`."""
+    """
+    Return whether a parameter with this default is found from the data: it has none, or `batch`.
+    """
     return default is inspect.Parameter.empty or default == "batch"
 
 
 def missing_params(gate: GateLike, params: Iterable[str]) -> list[str]:
     """Return the parameters that have no default and are not among `params`."""
     defaults = get_gate(gate).params
-    return [name for name, default in defaults.items() if default is inspect.Parameter.empty and name not in params]
+    return [
+        name
+        for name, default in defaults.items()
+        if default is inspect.Parameter.empty and name not in params
+    ]
 
 
 def check_gate(gate: GateLike, params: dict[str, Any], measured: Iterable[str] = ()) -> Gate:
@@ -196,21 +242,26 @@ def check_gate(gate: GateLike, params: dict[str, Any], measured: Iterable[str] =
         measured: names of parameters that will be known later.
 
     Raises:
-        ConfigurationError: the gate is unknown, takes no such parameter, lacks one, or refuses a value.
+        ConfigurationError: the gate is unknown, takes no such parameter, lacks one, or refuses a
+            value.
     """
     found = get_gate(gate)
     takes = list(found.params)
     if unknown := sorted(set(params) - set(takes)):
         raise ConfigurationError(
-            f"gate={gate!r} takes no {', '.join(unknown)}; it takes {', '.join(takes) or 'nothing'}."
+            f"gate={gate!r} takes no {', '.join(unknown)}; it takes"
+            f" {', '.join(takes) or 'nothing'}."
         )
     missing = missing_params(found, params)
     if lacking := sorted(set(missing) - set(measured)):
         raise ConfigurationError(
-            f"gate={gate!r} needs {', '.join(lacking)}: give a value. (EAFTTrainer measures thresholds and tau itself.)"
+            f"gate={gate!r} needs {', '.join(lacking)}: give a value. (EAFTTrainer measures"
+            " thresholds and tau itself.)"
         )
     try:
-        weights = gate_weights(gate, probe(found.needs_rank), **params, **dict.fromkeys(missing, 0.5))
+        weights = gate_weights(
+            gate, probe(found.needs_rank), **params, **dict.fromkeys(missing, 0.5)
+        )
         get_anchor(found, **params)
     except (ValueError, TypeError) as error:
         if isinstance(error, ConfigurationError):
@@ -218,18 +269,23 @@ def check_gate(gate: GateLike, params: dict[str, Any], measured: Iterable[str] =
         raise ConfigurationError(f"gate={called(gate)}: {error}") from error
     if not weights.isfinite().all():
         bad = weights[~weights.isfinite()][0].item()
-        raise ConfigurationError(f"gate={called(gate)} with {params} gives weights that are not finite: {bad}.")
+        raise ConfigurationError(
+            f"gate={called(gate)} with {params} gives weights that are not finite: {bad}."
+        )
     if not found.allow_negative and (weights < 0).any():
         raise ConfigurationError(
-            f"gate={called(gate)} with {params} gives negative weights ({weights.min().item():.3g}), which make labels "
-            "less likely. If that is meant, register it with allow_negative=True; else clamp it at 0."
+            f"gate={called(gate)} with {params} gives negative weights"
+            f" ({weights.min().item():.3g}), which make labels less likely. If that is meant,"
+            " register it with allow_negative=True; else clamp it at 0."
         )
     return found
 
 
 @functools.cache
 def probe(ranked: bool) -> TokenStatistics:
-    """Return statistics to try a gate on: of unsure and sure tokens, with likely and unlikely labels."""
+    """
+    Return statistics to try a gate on: of unsure and sure tokens, with likely and unlikely labels.
+    """
     sharpness, tokens, vocabulary = 8, 4, 32
     order = torch.linspace(1, 0, vocabulary)
     logits = torch.linspace(0, 40, sharpness).repeat_interleave(tokens).unsqueeze(-1) * order
@@ -244,7 +300,10 @@ def probe(ranked: bool) -> TokenStatistics:
 
 
 def check_gate_by_itself(gate: GateLike, params: dict[str, Any]) -> Gate:
-    """`check_gate` for a loss that has no base model beside the trained one; a gate that needs one is refused."""
+    """
+    `check_gate` for a loss that has no base model beside the trained one; a gate that needs one is
+    refused.
+    """
     found = check_gate(gate, params)
     if found.anchor is not None or found.needs_example_nll or found.needs_old_log_prob:
         raise ConfigurationError(f"gate={gate!r} needs the base model as well; use EAFTTrainer.")
@@ -252,7 +311,10 @@ def check_gate_by_itself(gate: GateLike, params: dict[str, Any]) -> Gate:
 
 
 def get_anchor(gate: GateLike, **params: Any) -> Anchor | None:
-    """Return the gate's KL term, with `kl_coef` and `kl_direction` of `params`; None for a gate that has none."""
+    """
+    Return the gate's KL term, with `kl_coef` and `kl_direction` of `params`; None for a gate that
+    has none.
+    """
     anchor = get_gate(gate).anchor
     if anchor is None:
         return None
@@ -265,16 +327,25 @@ def gate_weights(gate: GateLike, stats: TokenStatistics, **params: Any) -> Tenso
     Return the weight of each token, without gradient, in the statistics' shape and dtype.
 
     Raises:
-        ConfigurationError: the gate is unknown, raises, or returns no tensor, or one of another shape.
+        ConfigurationError: the gate is unknown, raises, or returns no tensor, or one of another
+            shape.
     """
-    params = {name: value for name, value in params.items() if name not in ("kl_coef", "kl_direction")}
+    params = {
+        name: value for name, value in params.items() if name not in ("kl_coef", "kl_direction")
+    }
     weight = get_gate(gate).weight
     ours = getattr(weight, "__module__", None) == "eaft.objective.gates"
     with contextlib.nullcontext() if ours else own_code(f"gate={called(gate)} failed"):
         weights = weight(stats.detach(), **params)
     if not isinstance(weights, Tensor) or weights.is_complex():
-        what = f"a tensor of {weights.dtype}" if isinstance(weights, Tensor) else type(weights).__name__
-        raise ConfigurationError(f"gate={called(gate)} returned {what}: expected a real tensor, one weight a token.")
+        what = (
+            f"a tensor of {weights.dtype}"
+            if isinstance(weights, Tensor)
+            else type(weights).__name__
+        )
+        raise ConfigurationError(
+            f"gate={called(gate)} returned {what}: expected a real tensor, one weight a token."
+        )
     if weights.shape != stats.log_prob.shape:
         raise ConfigurationError(
             f"gate={called(gate)} returned shape {tuple(weights.shape)} for tokens of shape "

@@ -1,4 +1,6 @@
-"""What the model thinks of each token: log-probability, entropy, top-K entropy. Pure tensor functions."""
+"""
+What the model thinks of each token: log-probability, entropy, top-K entropy. Pure tensor functions.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from torch import Tensor
 
 from eaft.errors import ConfigurationError
 
-# A confident conflict: the model is sure (low entropy) of something else than the label (low probability).
+# A confident conflict: the model is sure (low entropy) of something else than the label (low
+# probability).
 CONFLICT_MAX_ENTROPY = 0.5  # nats
 CONFLICT_MAX_PROB = 0.1
 # Tokens the paper's Figure 4 follows through training: at least, at most (nats)
@@ -21,9 +24,11 @@ HIGH_ENTROPY, LOW_ENTROPY = 2.0, 0.5
 @dataclass(frozen=True)
 class TokenStatistics:
     """
-    Statistics of the next-token distribution at each labelled position, every tensor of the labels' shape.
+    Statistics of the next-token distribution at each labelled position, every tensor of the labels'
+    shape.
 
-    Tensors are float32 (float64 if the logits were), entropies in nats. Only `log_prob` carries a gradient.
+    Tensors are float32 (float64 if the logits were), entropies in nats. Only `log_prob` carries a
+    gradient.
     """
 
     log_prob: Tensor  # ln P(label)
@@ -58,25 +63,35 @@ class TokenStatistics:
 
     @property
     def grad_norm(self) -> Tensor:
-        """Norm of d nll / d logits, p - 1[label]: sqrt(sum_v p_v^2 - 2 P(label) + 1). A weight on the nll scales it."""
-        # As (1 - P(label))^2 + the others' squares, which are at most that: where P is near 1 the formula cancels
+        """
+        Norm of d nll / d logits, p - 1[label]: sqrt(sum_v p_v^2 - 2 P(label) + 1). A weight on the
+        nll scales it.
+        """
+        # As (1 - P(label))^2 + the others' squares, which are at most that: where P is near 1 the
+        # formula cancels
         others = -torch.expm1(self.log_prob.detach())
-        squares = (self.sum_sq_probs - self.prob.detach().square()).clamp(min=0).minimum(others.square())
+        squares = (
+            (self.sum_sq_probs - self.prob.detach().square()).clamp(min=0).minimum(others.square())
+        )
         return (others.square() + squares).sqrt()
 
     @property
     def expected_rank_bound(self) -> Tensor:
         """
-        A lower bound on the rank a token drawn from the distribution has on average, sum_k k p_(k) with p_(k) falling.
+        A lower bound on the rank a token drawn from the distribution has on average, sum_k k p_(k)
+        with p_(k) falling.
 
-        2^H / 4 + 1 where H is at least 2 bits (Massey, "Guessing and entropy", 1994), else 2 - p_(1), which counts all
-        others as second. The sum itself needs the vocabulary sorted: of 49,152 tokens that takes torch 4 ms on one
-        thread, as much as the loss's three products with hidden states of 576. Needs `first_prob`.
+        2^H / 4 + 1 where H is at least 2 bits (Massey, "Guessing and entropy", 1994), else 2 -
+        p_(1), which counts all others as second. The sum itself needs the vocabulary sorted: of
+        49,152 tokens that takes torch 4 ms on one thread, as much as the loss's three products with
+        hidden states of 576. Needs `first_prob`.
         """
         if self.first_prob is None:
             raise ConfigurationError("The expected rank needs first_prob: ask for ranked=True.")
         # 2^(H in bits) = e^(H in nats)
-        return torch.where(self.entropy >= 2 * math.log(2), self.entropy.exp() / 4 + 1, 2 - self.first_prob)
+        return torch.where(
+            self.entropy >= 2 * math.log(2), self.entropy.exp() / 4 + 1, 2 - self.first_prob
+        )
 
     def detach(self) -> TokenStatistics:
         """Return the same statistics without any gradient."""
@@ -84,7 +99,10 @@ class TokenStatistics:
 
     @classmethod
     def cat(cls, chunks: Sequence[TokenStatistics]) -> TokenStatistics:
-        """Join the statistics of consecutive chunks of tokens (1-D each, the same K), without their examples."""
+        """
+        Join the statistics of consecutive chunks of tokens (1-D each, the same K), without their
+        examples.
+        """
         names = ["log_prob", "entropy", "top_k_entropy", "sum_sq_probs", "is_top1"]
         if chunks[0].rank is not None:
             names += ["first_choice", "first_prob", "rank"]
@@ -95,31 +113,43 @@ class TokenStatistics:
 def usable_top_k(top_k: int, vocab_size: int) -> int:
     """Return K, or the size of a smaller vocabulary; raises `ValueError` below 2."""
     if top_k < 2:
-        raise ValueError(f"top_k must be at least 2 (the entropy of one token is always 0), got {top_k}.")
+        raise ValueError(
+            f"top_k must be at least 2 (the entropy of one token is always 0), got {top_k}."
+        )
     return min(top_k, vocab_size)
 
 
 def entropy_from_log_probs(log_probs: Tensor) -> Tensor:
-    """Return -sum_v p_v ln p_v over the last dimension, in nats; a token of probability 0 (-inf) adds nothing."""
+    """
+    Return -sum_v p_v ln p_v over the last dimension, in nats; a token of probability 0 (-inf) adds
+    nothing.
+    """
     return torch.special.entr(log_probs.exp()).sum(-1)
 
 
 def kl_divergence(log_probs: Tensor, other_log_probs: Tensor) -> Tensor:
-    """Return KL(p || q) = sum_v p_v (ln p_v - ln q_v) over the last dimension, in nats, of two log-distributions."""
+    """
+    Return KL(p || q) = sum_v p_v (ln p_v - ln q_v) over the last dimension, in nats, of two
+    log-distributions.
+    """
     probs = log_probs.exp()
-    # A token p gives nothing adds nothing: selected before the product, so that its -inf puts no NaN into the gradient
+    # A token p gives nothing adds nothing: selected before the product, so that its -inf puts no
+    # NaN into the gradient
     return (probs * torch.where(probs > 0, log_probs - other_log_probs, 0.0)).sum(-1)
 
 
-def token_statistics(logits: Tensor, labels: Tensor, top_k: int = 20, *, ranked: bool = False) -> TokenStatistics:
+def token_statistics(
+    logits: Tensor, labels: Tensor, top_k: int = 20, *, ranked: bool = False
+) -> TokenStatistics:
     """
     Compute the statistics every gate is a function of.
 
     Args:
-        logits: `[..., V]`, any floating dtype; computed in float32, or float64 if given so. -inf marks a token that
-            cannot occur.
+        logits: `[..., V]`, any floating dtype; computed in float32, or float64 if given so. -inf
+            marks a token that cannot occur.
         labels: `[...]` int64, each in `[0, V)`; no ignored positions.
-        top_k: K of the top-K entropy, at least 2 (arXiv:2601.02151 uses 20); a smaller vocabulary becomes K.
+        top_k: K of the top-K entropy, at least 2 (arXiv:2601.02151 uses 20); a smaller vocabulary
+            becomes K.
         ranked: also find the first choice, its probability and the label's rank.
 
     Raises:
@@ -128,7 +158,8 @@ def token_statistics(logits: Tensor, labels: Tensor, top_k: int = 20, *, ranked:
     top_k = usable_top_k(top_k, logits.shape[-1])
     if logits.shape[:-1] != labels.shape:
         raise ValueError(
-            f"logits {tuple(logits.shape)} need labels {tuple(logits.shape[:-1])}, got {tuple(labels.shape)}."
+            f"logits {tuple(logits.shape)} need labels {tuple(logits.shape[:-1])}, got"
+            f" {tuple(labels.shape)}."
         )
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     log_probs = logits.log_softmax(-1)
@@ -146,7 +177,9 @@ def token_statistics(logits: Tensor, labels: Tensor, top_k: int = 20, *, ranked:
         return TokenStatistics(
             log_prob=log_prob,
             entropy=entropy_from_log_probs(log_probs),
-            top_k_entropy=entropy_from_log_probs(logits.topk(top_k, sorted=False).values.log_softmax(-1)),
+            top_k_entropy=entropy_from_log_probs(
+                logits.topk(top_k, sorted=False).values.log_softmax(-1)
+            ),
             sum_sq_probs=log_probs.exp().square_().sum(-1),
             is_top1=first_choice == labels,
             top_k=top_k,

@@ -1,4 +1,6 @@
-"""A chunk scored and differentiated in torch operations: for CPUs, float64, and GPUs without Triton."""
+"""
+A chunk scored and differentiated in torch operations: for CPUs, float64, and GPUs without Triton.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,18 @@ from eaft.objective.chunk import LogitTransform
 from eaft.objective.registry import Anchor
 from eaft.objective.statistics import TokenStatistics, entropy_from_log_probs
 
-# Bytes that a block of rows may take in its passes over the logits: the processor's cache, or what a GPU can spare
+# Bytes that a block of rows may take in its passes over the logits: the processor's cache, or what
+# a GPU can spare
 CACHE_BUDGET, GPU_BUDGET = 2**23, 2**28
 SEGMENT = 64  # logits of a row that the largest are looked for among
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The statistics, and what of the logits the gradient needs; `exps` is valid until the next block is scored."""
+    """
+    The statistics, and what of the logits the gradient needs; `exps` is valid until the next block
+    is scored.
+    """
 
     statistics: TokenStatistics
     exps: Tensor  # [n, V]: exp(logit - the row's largest)
@@ -47,7 +53,12 @@ class TorchBackend:
         return max(1, budget // (2 * projection.shape[1] * itemsize))
 
     def score(
-        self, projection: Tensor, labels: Tensor, top_k: int, transform: LogitTransform, ranked: bool = False
+        self,
+        projection: Tensor,
+        labels: Tensor,
+        top_k: int,
+        transform: LogitTransform,
+        ranked: bool = False,
     ) -> Scores:
         """See `chunk.Backend.score`."""
         labels = labels.unsqueeze(-1)
@@ -93,11 +104,16 @@ class TorchBackend:
     ) -> Divergence:
         """See `chunk.Backend.diverge`."""
         logits = make_logits(projection, transform, torch.empty_like(scores.exps))
-        reference_logits = make_logits(reference_projection, transform, torch.empty_like(scores.exps))
+        reference_logits = make_logits(
+            reference_projection, transform, torch.empty_like(scores.exps)
+        )
         reference_shifted = reference_logits - reference_logits.amax(-1, keepdim=True)
-        # Both are normalised in the same way: between two ways of rounding, a small divergence would be lost
+        # Both are normalised in the same way: between two ways of rounding, a small divergence
+        # would be lost
         log_probs = logits - scores.top - scores.total.log()
-        reference_log_probs = reference_shifted - reference_shifted.exp().sum(-1, keepdim=True).log()
+        reference_log_probs = (
+            reference_shifted - reference_shifted.exp().sum(-1, keepdim=True).log()
+        )
         return Divergence(*anchor.kl_and_gradient(log_probs, reference_log_probs))
 
     def gradient_(
@@ -113,7 +129,9 @@ class TorchBackend:
         """See `chunk.Backend.gradient_`."""
         weights = weights.unsqueeze(-1)
         # d (weight * nll) / d logits = weight * (p - 1[label])
-        gradient = scores.exps.mul_(weights / scores.total).scatter_add_(-1, labels.unsqueeze(-1), -weights)
+        gradient = scores.exps.mul_(weights / scores.total).scatter_add_(
+            -1, labels.unsqueeze(-1), -weights
+        )
         if divergence is not None:
             gradient.add_(divergence.gradient, alpha=kl_coef)
         if transform.softcap is not None:  # d tanh(x) / dx = 1 - tanh(x)^2
@@ -131,16 +149,19 @@ class TorchBackend:
         """
         dtype = torch.promote_types(projection.dtype, torch.float32)
         if self.scratch is None or self.scratch.shape[1] < len(projection):
-            self.scratch = torch.empty((2, *projection.shape), dtype=dtype, device=projection.device)
+            self.scratch = torch.empty(
+                (2, *projection.shape), dtype=dtype, device=projection.device
+            )
         return self.scratch[:, : len(projection)]
 
 
 def find_largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """
-    Return the largest logit `[n, 1]`, the index of its first `[n, 1]`, and the `k` largest `[n, k]` in any order.
+    Return the largest logit `[n, 1]`, the index of its first `[n, 1]`, and the `k` largest `[n, k]`
+    in any order.
 
-    They are looked for in the k segments of a row that have the largest maxima, outside of which there is none: a
-    plain maximum is ten times as fast as one with its index, or as a selection.
+    They are looked for in the k segments of a row that have the largest maxima, outside of which
+    there is none: a plain maximum is ten times as fast as one with its index, or as a selection.
     """
     width = logits.shape[1]
     whole = width - width % SEGMENT
@@ -161,7 +182,9 @@ def find_largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return top, first, values.topk(k, sorted=False).values
 
 
-def label_ranks(projection: Tensor, labels: Tensor, transform: LogitTransform, memory: Tensor) -> Tensor:
+def label_ranks(
+    projection: Tensor, labels: Tensor, transform: LogitTransform, memory: Tensor
+) -> Tensor:
     """
     Return 1 + how many logits are above the label's, `[n]` int64.
 
@@ -169,7 +192,8 @@ def label_ranks(projection: Tensor, labels: Tensor, transform: LogitTransform, m
         projection: `[n, V]`, which has the logits' order.
         labels: `[n, 1]`.
         transform: what makes logits of it; a scale below 0 turns the order round.
-        memory: `[n, V]`, at least float32, to be overwritten: a CPU compares and counts floats fastest.
+        memory: `[n, V]`, at least float32, to be overwritten: a CPU compares and counts floats
+            fastest.
     """
     projection = memory.copy_(projection)
     own = projection.gather(-1, labels)
@@ -178,7 +202,10 @@ def label_ranks(projection: Tensor, labels: Tensor, transform: LogitTransform, m
 
 
 def make_logits(projection: Tensor, transform: LogitTransform, memory: Tensor) -> Tensor:
-    """Return the logits in the dtype of `memory`, and there; the projection itself if it is these already."""
+    """
+    Return the logits in the dtype of `memory`, and there; the projection itself if it is these
+    already.
+    """
     if projection.dtype == memory.dtype and transform == LogitTransform():
         return projection
     logits = memory.copy_(projection)

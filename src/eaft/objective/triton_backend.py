@@ -1,10 +1,12 @@
 """
-The three doors of `eaft.objective.chunk` as Triton kernels: a chunk's logits are read once for each.
+The three doors of `eaft.objective.chunk` as Triton kernels: a chunk's logits are read once for
+each.
 
-The same mathematics as the other backend, held to the same tests. With `TRITON_INTERPRET=1` they need no GPU.
+The same mathematics as the other backend, held to the same tests. With `TRITON_INTERPRET=1` they
+need no GPU.
 
-A row is walked in blocks. A lane, which is a thread, keeps to its own columns, with a maximum and sums of its own, so
-that nothing crosses lanes before the row's end.
+A row is walked in blocks. A lane, which is a thread, keeps to its own columns, with a maximum and
+sums of its own, so that nothing crosses lanes before the row's end.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ LANES = 256
 BLOCK = 8192  # logits of one step through a row; a lane's share of them is a group
 MAX_TOP_K = 128  # above, torch looks for them
 ALIGNMENT = 16  # elements; rows padded to a multiple of it load as vectors
-# Logits further than this below the largest have probability 0 in float32; a bound keeps 0 * -inf out of the sums
+# Logits further than this below the largest have probability 0 in float32; a bound keeps 0 * -inf
+# out of the sums
 LOWEST = tl.constexpr(-120.0)
 # What a maximum starts from: -inf would make -inf - -inf
 NOTHING = tl.constexpr(-3.4028234663852886e38)
@@ -33,7 +36,9 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @dataclass(frozen=True)
 class Scores:
-    """The statistics, and by what the logits are normalised: ln P(v) = logit_v - top - log_total."""
+    """
+    The statistics, and by what the logits are normalised: ln P(v) = logit_v - top - log_total.
+    """
 
     statistics: TokenStatistics
     top: Tensor  # [n] float32: the largest logit
@@ -65,7 +70,8 @@ def exp(x):
 def to_logits(projection, logit_scale, softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
     """Turn a projection into float32 logits."""
     z = projection.to(tl.float32)
-    # Added to 0 in one step, so that no product is fused, unrounded, with what is subtracted from it later
+    # Added to 0 in one step, so that no product is fused, unrounded, with what is subtracted from
+    # it later
     if HAS_SCALE:
         z = tl.fma(z, logit_scale, 0.0)
     if HAS_SOFTCAP:
@@ -76,7 +82,10 @@ def to_logits(projection, logit_scale, softcap, HAS_SCALE: tl.constexpr, HAS_SOF
 
 @triton.jit
 def block_columns(start, BLOCK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
-    """Return the columns of a block as `[repeats, LANES, VECTOR]`: each lane loads VECTOR neighbours at a time."""
+    """
+    Return the columns of a block as `[repeats, LANES, VECTOR]`: each lane loads VECTOR neighbours
+    at a time.
+    """
     repeat = tl.arange(0, BLOCK // (LANES * VECTOR))[:, None, None]
     lane, place = tl.arange(0, LANES)[None, :, None], tl.arange(0, VECTOR)[None, None, :]
     return start + repeat * (LANES * VECTOR) + lane * VECTOR + place
@@ -84,11 +93,24 @@ def block_columns(start, BLOCK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.co
 
 @triton.jit
 def load_logits(
-    row_ptr, columns, n_columns, width, logit_scale, softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr
+    row_ptr,
+    columns,
+    n_columns,
+    width,
+    logit_scale,
+    softcap,
+    HAS_SCALE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
 ):
-    """Load the logits of some columns; -inf from `n_columns` on. Memory is readable up to `width`."""
+    """
+    Load the logits of some columns; -inf from `n_columns` on. Memory is readable up to `width`.
+    """
     x = tl.load(row_ptr + columns, mask=columns < width, other=0.0)
-    return tl.where(columns < n_columns, to_logits(x, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP), -float("inf"))
+    return tl.where(
+        columns < n_columns,
+        to_logits(x, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP),
+        -float("inf"),
+    )
 
 
 @triton.jit
@@ -111,7 +133,10 @@ def below(z, top):
 
 @triton.jit
 def add_block(z, biggest, top, total, weighted, squares):
-    """Add a block to each lane's sums of e, e * (z - top), e^2 with e = exp(z - top), top its largest logit so far."""
+    """
+    Add a block to each lane's sums of e, e * (z - top), e^2 with e = exp(z - top), top its largest
+    logit so far.
+    """
     new_top = tl.maximum(top, biggest)
     shift = below(top, new_top)
     scale = exp(shift)
@@ -125,7 +150,10 @@ def add_block(z, biggest, top, total, weighted, squares):
 
 @triton.jit
 def sortable(value, index, dtype: tl.constexpr):
-    """Pack values that `dtype` holds exactly, and indices (below 2^16 if it has 16 bits), into keys that sort alike."""
+    """
+    Pack values that `dtype` holds exactly, and indices (below 2^16 if it has 16 bits), into keys
+    that sort alike.
+    """
     if dtype.primitive_bitwidth == 16:
         bits = value.to(dtype).to(tl.int16, bitcast=True)
         return ((bits ^ ((bits >> 15) & 0x7FFF)).to(tl.int32) << 16) | index
@@ -137,7 +165,9 @@ def sortable(value, index, dtype: tl.constexpr):
 @triton.jit
 def indices_of_largest(keys, K: tl.constexpr):
     """Return the indices in the K largest keys of `sortable`."""
-    return (tl.topk(keys, K) & (0xFFFF if keys.dtype.primitive_bitwidth == 32 else 0xFFFFFFFF)).to(tl.int32)
+    return (tl.topk(keys, K) & (0xFFFF if keys.dtype.primitive_bitwidth == 32 else 0xFFFFFFFF)).to(
+        tl.int32
+    )
 
 
 @triton.jit
@@ -165,14 +195,21 @@ def score_kernel(
     TOP_K_POWER: tl.constexpr,  # at least TOP_K, a power of 2
     RANKED: tl.constexpr,  # also the first choice, and the label's rank
     N_BLOCKS: tl.constexpr,  # at least n_columns / BLOCK, a power of 2
-    SHORT_KEYS: tl.constexpr,  # logits are what is in memory, of 16 bits, and there are at most 2^16 groups
+    # logits are what is in memory, of 16 bits, and there are at most 2^16 groups
+    SHORT_KEYS: tl.constexpr,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """One program a token: maximum, sums of exponentials and of squares, entropy; the top K by way of the groups."""
+    """
+    One program a token: maximum, sums of exponentials and of squares, entropy; the top K by way of
+    the groups.
+    """
     row = tl.program_id(0).to(tl.int64)
-    projection_row, groups_row = projection_ptr + row * stride, groups_ptr + row * (N_BLOCKS * LANES)
+    projection_row, groups_row = (
+        projection_ptr + row * stride,
+        groups_ptr + row * (N_BLOCKS * LANES),
+    )
     lane = tl.arange(0, LANES)
     columns = block_columns(0, BLOCK, LANES, VECTOR)
     lane_top = tl.full((LANES,), NOTHING, tl.float32)
@@ -199,7 +236,9 @@ def score_kernel(
         if RANKED:
             above += lane_sum((z > label_logit).to(tl.int32))
         first_block = tl.where(biggest > lane_top, block, first_block)
-        lane_top, total, weighted, squares = add_block(z, biggest, lane_top, total, weighted, squares)
+        lane_top, total, weighted, squares = add_block(
+            z, biggest, lane_top, total, weighted, squares
+        )
     if full_blocks * BLOCK < n_columns:  # the last block is cut off
         z = load_logits(
             projection_row,
@@ -217,7 +256,9 @@ def score_kernel(
         if RANKED:
             above += lane_sum((z > label_logit).to(tl.int32))
         first_block = tl.where(biggest > lane_top, full_blocks, first_block)
-        lane_top, total, weighted, squares = add_block(z, biggest, lane_top, total, weighted, squares)
+        lane_top, total, weighted, squares = add_block(
+            z, biggest, lane_top, total, weighted, squares
+        )
 
     top = tl.max(lane_top, axis=0)
     shift = below(lane_top, top)
@@ -238,17 +279,26 @@ def score_kernel(
     if is_top1 | RANKED:
         columns_of_first = block * BLOCK + columns
         z = load_logits(
-            projection_row, columns_of_first, n_columns, width, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP
+            projection_row,
+            columns_of_first,
+            n_columns,
+            width,
+            logit_scale,
+            softcap,
+            HAS_SCALE,
+            HAS_SOFTCAP,
         )
         earliest = tl.min(tl.ravel(tl.where(z == top, columns_of_first, n_columns)), axis=0)
         is_top1 = earliest == label
         if RANKED:
-            tl.store(first_choice_ptr + row, tl.minimum(earliest, n_columns - 1))  # no NaN is the largest
+            tl.store(
+                first_choice_ptr + row, tl.minimum(earliest, n_columns - 1)
+            )  # no NaN is the largest
             tl.store(rank_ptr + row, 1 + tl.sum(above, axis=0))
     tl.store(is_top1_ptr + row, is_top1.to(tl.int8))
 
-    # The K largest logits lie in the K lanes with the largest maxima, and there in the K groups with the largest: if
-    # one lay elsewhere, K others were as large
+    # The K largest logits lie in the K lanes with the largest maxima, and there in the K groups
+    # with the largest: if one lay elsewhere, K others were as large
     if TOP_K > 0:
         tl.debug_barrier()  # until every group is written
         dtype: tl.constexpr = projection_ptr.dtype.element_ty if SHORT_KEYS else tl.float32
@@ -262,14 +312,23 @@ def score_kernel(
         member = tl.arange(0, BLOCK // LANES)[None, :]
         columns_of_picked = start[:, None] + (member // VECTOR) * (LANES * VECTOR) + member % VECTOR
         z = load_logits(
-            projection_row, columns_of_picked, n_columns, width, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP
+            projection_row,
+            columns_of_picked,
+            n_columns,
+            width,
+            logit_scale,
+            softcap,
+            HAS_SCALE,
+            HAS_SOFTCAP,
         )
         largest = tl.topk(tl.reshape(z, (TOP_K_POWER * (BLOCK // LANES),)), TOP_K_POWER)
         d = below(largest, top)
         e = tl.where(tl.arange(0, TOP_K_POWER) < TOP_K, exp(d), 0.0)
         k_total = tl.sum(e, axis=0)
         # A NaN among the logits may have hidden from the search; the total has met it
-        tl.store(top_k_entropy_ptr + row, tl.log(k_total) - tl.sum(e * d, axis=0) / k_total + 0.0 * total)
+        tl.store(
+            top_k_entropy_ptr + row, tl.log(k_total) - tl.sum(e * d, axis=0) / k_total + 0.0 * total
+        )
 
 
 @triton.jit
@@ -295,18 +354,24 @@ def diverge_kernel(
     """
     One program a token: KL(q || p) forward, KL(p || q) reverse, of policy p and reference q.
 
-    ln q - ln p = d - ln(total_q / total_p) with d = (z_q - z_p) - (top_q - top_p): between models that are nearly equal
-    every term is small, and so is its rounding.
+    ln q - ln p = d - ln(total_q / total_p) with d = (z_q - z_p) - (top_q - top_p): between models
+    that are nearly equal every term is small, and so is its rounding.
     """
     row = tl.program_id(0).to(tl.int64)
     p_row, q_row = projection_ptr + row * stride, reference_ptr + row * reference_stride
     columns = block_columns(0, BLOCK, LANES, VECTOR)
     p_top, q_top = tl.full((LANES,), NOTHING, tl.float32), tl.full((LANES,), NOTHING, tl.float32)
     p_total, q_total = tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32)
-    weighted = tl.zeros((LANES,), tl.float32)  # sum of q's e * d forward, of p's reverse; d by the lane's tops
+    weighted = tl.zeros(
+        (LANES,), tl.float32
+    )  # sum of q's e * d forward, of p's reverse; d by the lane's tops
     for start in range(0, n_columns, BLOCK):
-        p = load_logits(p_row, start + columns, n_columns, width, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
-        q = load_logits(q_row, start + columns, n_columns, width, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+        p = load_logits(
+            p_row, start + columns, n_columns, width, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP
+        )
+        q = load_logits(
+            q_row, start + columns, n_columns, width, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP
+        )
         new_p_top, new_q_top = tl.maximum(p_top, lane_max(p)), tl.maximum(q_top, lane_max(q))
         p_scale, q_scale = exp(below(p_top, new_p_top)), exp(below(q_top, new_q_top))
         e_p = exp(below(p, new_p_top[None, :, None]))
@@ -328,7 +393,9 @@ def diverge_kernel(
     # ln(total_q / total_p), by way of their difference where they are near each other
     x = (total_q - total_p) / total_p
     log_ratio = tl.where(tl.abs(x) < 1e-3, x - x * x * (0.5 - x / 3), tl.log(total_q / total_p))
-    tl.store(kl_ptr + row, weighted / total_q - log_ratio if FORWARD else log_ratio - weighted / total_p)
+    tl.store(
+        kl_ptr + row, weighted / total_q - log_ratio if FORWARD else log_ratio - weighted / total_p
+    )
     tl.store(reference_top_ptr + row, top_q)
     tl.store(reference_log_total_ptr + row, tl.log(total_q))
 
@@ -366,15 +433,26 @@ def gradient_kernel(
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     columns = block_columns(block * BLOCK, BLOCK, LANES, VECTOR)
     projection_row = projection_ptr + row * stride
-    z = load_logits(projection_row, columns, n_columns, width, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
-    top, log_total, weight = tl.load(top_ptr + row), tl.load(log_total_ptr + row), tl.load(weights_ptr + row)
+    z = load_logits(
+        projection_row, columns, n_columns, width, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP
+    )
+    top, log_total, weight = (
+        tl.load(top_ptr + row),
+        tl.load(log_total_ptr + row),
+        tl.load(weights_ptr + row),
+    )
     label = tl.load(labels_ptr + row).to(tl.int32)
     p = exp(z - top - log_total)
     gradient = weight * (p - (columns == label).to(tl.float32))
     if KL != "":
         q_row = reference_ptr + row * reference_stride
-        z_q = load_logits(q_row, columns, n_columns, width, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
-        top_q, log_total_q = tl.load(reference_top_ptr + row), tl.load(reference_log_total_ptr + row)
+        z_q = load_logits(
+            q_row, columns, n_columns, width, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP
+        )
+        top_q, log_total_q = (
+            tl.load(reference_top_ptr + row),
+            tl.load(reference_log_total_ptr + row),
+        )
         if KL == "forward":
             gradient += kl_coef * (p - exp(z_q - top_q - log_total_q))
         else:
@@ -385,22 +463,32 @@ def gradient_kernel(
         gradient *= 1 - share * share  # d tanh(x) / dx = 1 - tanh(x)^2
     if HAS_SCALE:
         gradient *= logit_scale
-    tl.store(projection_row + columns, gradient.to(projection_ptr.dtype.element_ty), mask=columns < width)
+    tl.store(
+        projection_row + columns, gradient.to(projection_ptr.dtype.element_ty), mask=columns < width
+    )
 
 
 def layout(*projections: Tensor) -> dict[str, int]:
     """
     Return how rows are read: `VECTOR` elements by one load, up to `width`.
 
-    Loads are of 128 bits where every row starts at a multiple of ALIGNMENT and its memory goes on to one; that padding
-    is read, and not used. Else they are of one element, and end with the row.
+    Loads are of 128 bits where every row starts at a multiple of ALIGNMENT and its memory goes on
+    to one; that padding is read, and not used. Else they are of one element, and end with the row.
     """
     n_columns = projections[0].shape[1]
     padded = triton.cdiv(n_columns, ALIGNMENT) * ALIGNMENT
     for projection in projections:
-        room = projection.untyped_storage().nbytes() // projection.itemsize - projection.storage_offset()
+        room = (
+            projection.untyped_storage().nbytes() // projection.itemsize
+            - projection.storage_offset()
+        )
         stride, last = projection.stride(0), (len(projection) - 1) * projection.stride(0)
-        if stride % ALIGNMENT or projection.data_ptr() % 16 or stride < padded or room < last + padded:
+        if (
+            stride % ALIGNMENT
+            or projection.data_ptr() % 16
+            or stride < padded
+            or room < last + padded
+        ):
             return {"VECTOR": 1, "width": n_columns}
     return {"VECTOR": 16 // projections[0].itemsize, "width": padded}
 
@@ -421,17 +509,21 @@ def launch_options() -> dict[str, int | bool]:
 
 
 def block_rows(projection: Tensor) -> int:
-    """Return how many rows the other doors take at a time: all, as far as a grid's second axis goes."""
+    """
+    Return how many rows the other doors take at a time: all, as far as a grid's second axis goes.
+    """
     return min(max(1, len(projection)), 65535)
 
 
-def score(projection: Tensor, labels: Tensor, top_k: int, transform: LogitTransform, ranked: bool = False) -> Scores:
+def score(
+    projection: Tensor, labels: Tensor, top_k: int, transform: LogitTransform, ranked: bool = False
+) -> Scores:
     """
     Return the statistics of a chunk's tokens.
 
     Args:
-        projection: `[n, V]` float32, bfloat16 or float16, each row contiguous; in memory padded to a multiple of 16
-            elements it is read faster.
+        projection: `[n, V]` float32, bfloat16 or float16, each row contiguous; in memory padded to
+            a multiple of 16 elements it is read faster.
         labels: `[n]` int64, each in `[0, V)`.
         top_k: from 2 to V; above 128 the projection is read more than once.
         transform: what makes logits of it.
@@ -444,14 +536,20 @@ def score(projection: Tensor, labels: Tensor, top_k: int, transform: LogitTransf
         (6, n), dtype=torch.float32, device=projection.device
     )
     is_top1 = torch.empty(n, dtype=torch.int8, device=projection.device)
-    first_choice, rank = torch.empty((2, n if ranked else 0), dtype=torch.int64, device=projection.device)
+    first_choice, rank = torch.empty(
+        (2, n if ranked else 0), dtype=torch.int64, device=projection.device
+    )
     if n:
         with torch.cuda.device_of(projection):  # Triton launches on the current device
             score_kernel[(n,)](
                 projection,
                 projection.stride(0),
                 labels.contiguous(),
-                torch.empty((n, n_blocks * LANES) if searched else 1, dtype=torch.float32, device=projection.device),
+                torch.empty(
+                    (n, n_blocks * LANES) if searched else 1,
+                    dtype=torch.float32,
+                    device=projection.device,
+                ),
                 top,
                 log_total,
                 log_prob,
@@ -468,33 +566,55 @@ def score(projection: Tensor, labels: Tensor, top_k: int, transform: LogitTransf
                 TOP_K_POWER=triton.next_power_of_2(searched),
                 RANKED=ranked,
                 N_BLOCKS=n_blocks,
-                SHORT_KEYS=projection.itemsize == 2 and transform == LogitTransform() and n_blocks * LANES <= 2**16,
+                SHORT_KEYS=projection.itemsize == 2
+                and transform == LogitTransform()
+                and n_blocks * LANES <= 2**16,
                 BLOCK=BLOCK,
                 LANES=LANES,
                 **launch_options(),
             )
     if not searched:
-        top_k_entropy = entropy_of_top(projection, top_k, transform) + 0.0 * log_total  # as in the kernel
-    ranks = {"first_choice": first_choice, "first_prob": log_total.neg().exp(), "rank": rank} if ranked else {}
-    stats = TokenStatistics(log_prob, entropy, top_k_entropy, sum_sq_probs, is_top1.bool(), top_k=top_k, **ranks)
+        top_k_entropy = (
+            entropy_of_top(projection, top_k, transform) + 0.0 * log_total
+        )  # as in the kernel
+    ranks = (
+        {"first_choice": first_choice, "first_prob": log_total.neg().exp(), "rank": rank}
+        if ranked
+        else {}
+    )
+    stats = TokenStatistics(
+        log_prob, entropy, top_k_entropy, sum_sq_probs, is_top1.bool(), top_k=top_k, **ranks
+    )
     return Scores(stats, top, log_total)
 
 
 def entropy_of_top(projection: Tensor, top_k: int, transform: LogitTransform) -> Tensor:
     """Return the entropy of the K largest logits in torch."""
     # A scale below 0 turns the order round
-    z = projection.topk(top_k, largest=transform.logit_scale >= 0, sorted=False).values.float() * transform.logit_scale
+    z = (
+        projection.topk(top_k, largest=transform.logit_scale >= 0, sorted=False).values.float()
+        * transform.logit_scale
+    )
     if transform.softcap is not None:
         z = transform.softcap * torch.tanh(z / transform.softcap)
     return entropy_from_log_probs(z.log_softmax(-1))
 
 
 def diverge(
-    projection: Tensor, reference_projection: Tensor, scores: Scores, anchor: Anchor, transform: LogitTransform
+    projection: Tensor,
+    reference_projection: Tensor,
+    scores: Scores,
+    anchor: Anchor,
+    transform: LogitTransform,
 ) -> Divergence:
-    """Return the divergence at each token, in nats, in the anchor's direction; both projections as in `score`."""
+    """
+    Return the divergence at each token, in nats, in the anchor's direction; both projections as in
+    `score`.
+    """
     n, n_columns = projection.shape
-    kl, reference_top, reference_log_total = torch.empty((3, n), dtype=torch.float32, device=projection.device)
+    kl, reference_top, reference_log_total = torch.empty(
+        (3, n), dtype=torch.float32, device=projection.device
+    )
     if n:
         with torch.cuda.device_of(projection):
             diverge_kernel[(n,)](
@@ -513,7 +633,9 @@ def diverge(
                 LANES=LANES,
                 **launch_options(),
             )
-    return Divergence(kl, reference_projection, reference_top, reference_log_total, anchor.direction)
+    return Divergence(
+        kl, reference_projection, reference_top, reference_log_total, anchor.direction
+    )
 
 
 def gradient_(
@@ -526,7 +648,8 @@ def gradient_(
     kl_coef: float = 0.0,
 ) -> Tensor:
     """
-    Overwrite a projection with the gradient of sum_t weights_t * nll_t + kl_coef * KL_t by it, and return it.
+    Overwrite a projection with the gradient of sum_t weights_t * nll_t + kl_coef * KL_t by it, and
+    return it.
 
     Args:
         projection: as in `score`; padding of its rows is overwritten too.
@@ -550,7 +673,9 @@ def gradient_(
                 divergence.kl,
             )
         )
-        read = (projection,) if divergence is None else (projection, divergence.reference_projection)
+        read = (
+            (projection,) if divergence is None else (projection, divergence.reference_projection)
+        )
         block = BLOCK // 2
         with torch.cuda.device_of(projection):
             # Neighbouring programs take neighbouring memory

@@ -1,1 +1,4 @@
-"""Training with a gate: the head, `EAFTTrainer`, data, what is measured before and while training, `eaft train`."""
+"""
+Training with a gate: the head, `EAFTTrainer`, data, what is measured before and while training,
+`eaft train`.
+"""

@@ -1,4 +1,7 @@
-"""The bounds of the numbers among the flags of TRL and transformers, which check few of them before they train."""
+"""
+The bounds of the numbers among the flags of TRL and transformers, which check few of them before
+they train.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +82,9 @@ def check_bounds(args: Any, bounds: dict[str, Any]) -> None:
         try:
             check(kind, getattr(args, name), "")
         except ConfigurationError as error:
-            raise ConfigurationError(f"{name}={getattr(args, name)!r}: {str(error).partition(', got ')[0]}.") from error
+            raise ConfigurationError(
+                f"{name}={getattr(args, name)!r}: {str(error).partition(', got ')[0]}."
+            ) from error
 
 
 @functools.cache
@@ -94,7 +99,8 @@ def check_types(content: dict[str, Any], dataclass_types: list[Any], where: str)
     Check the types of what a YAML file says of flags: argparse checks texts alone.
 
     Args:
-        dataclass_types: the dataclasses of the flags. What is a field of none is another's to check.
+        dataclass_types: the dataclasses of the flags. What is a field of none is another's to
+            check.
 
     Raises:
         ConfigurationError: the first value that is not of its field's type.
@@ -102,7 +108,8 @@ def check_types(content: dict[str, Any], dataclass_types: list[Any], where: str)
     for found in map(types, dataclass_types):
         for name in content.keys() & found.keys():
             value = content[name]
-            # A text is what argparse gets from the command line, too; a list of one may be written as a text
+            # A text is what argparse gets from the command line, too; a list of one may be written
+            # as a text
             if isinstance(value, (str, ALSO.get(name, str))):
                 continue
             try:
@@ -110,5 +117,6 @@ def check_types(content: dict[str, Any], dataclass_types: list[Any], where: str)
             except ConfigurationError as error:
                 hint = " (YAML reads yes, no, on and off as true and false: put them in quotes)"
                 raise ConfigurationError(
-                    f"{where}: {name}={value!r}: {str(error).partition(', got ')[0]}{hint * isinstance(value, bool)}."
+                    f"{where}: {name}={value!r}:"
+                    f" {str(error).partition(', got ')[0]}{hint * isinstance(value, bool)}."
                 ) from error

@@ -19,9 +19,15 @@ from eaft.training.measure import MEASURED
 
 REPLAY_PROMPTS = Path(__file__).with_name("replay_prompts.jsonl")
 RULES = {
-    "budget": "the last checkpoint whose drift is within --forgetting_budget; training stops when it is passed",
+    "budget": (
+        "the last checkpoint whose drift is within --forgetting_budget; training stops when it is"
+        " passed"
+    ),
     "best-mean": "the best mean over all tasks of both suites, as the paper chooses",
-    "pareto": "every checkpoint that no other beats in both target and drift; the model is the one at the curve's knee",
+    "pareto": (
+        "every checkpoint that no other beats in both target and drift; the model is the one at the"
+        " curve's knee"
+    ),
 }
 
 
@@ -31,107 +37,163 @@ class EAFTConfig(SFTConfig):
     `SFTConfig` plus the gate.
 
     Args:
-        gate: how each token's loss is weighted; one of `eaft.objective.registry.GATES`, or `module:function`.
-        gate_alpha: exponent of the `eaft` gate; 0 is plain SFT, 2 and 3 are the paper's EAFT^2 and EAFT^3.
+        gate: how each token's loss is weighted; one of `eaft.objective.registry.GATES`, or
+            `module:function`.
+        gate_alpha: exponent of the `eaft` gate; 0 is plain SFT, 2 and 3 are the paper's EAFT^2 and
+            EAFT^3.
         gate_entropy: `top-k` or `exact`, for the gates that use the entropy.
         gate_top_k: K of the top-K entropy, and of the ln K that entropies are divided by.
         gate_kwargs: the other parameters of the gate, e.g. `{"steepness": 20}` for `eaft-sigmoid`.
-        exclude_examples: JSON Lines with the `row` and `digest` of rows of the training data to leave out, as
-            `eaft view` exports them (`eaft train` reads it; a trainer of your own is given its data as it is).
-        replay: share of the training rows that are the base model's own answers to everyday requests, mixed in against
-            forgetting (`eaft train` samples them; see `eaft.training.replay`).
+        exclude_examples: JSON Lines with the `row` and `digest` of rows of the training data to
+            leave out, as `eaft view` exports them (`eaft train` reads it; a trainer of your own is
+            given its data as it is).
+        replay: share of the training rows that are the base model's own answers to everyday
+            requests, mixed in against forgetting (`eaft train` samples them; see
+            `eaft.training.replay`).
         replay_prompts: JSON Lines with a `prompt`, which it answers.
-        template_date: the date that a chat template writes which writes today's, as 2026-11-29 (`eaft train` fixes and
-            notes it, so that a resumed run has the same).
+        template_date: the date that a chat template writes which writes today's, as 2026-11-29
+            (`eaft train` fixes and notes it, so that a resumed run has the same).
         forgetting_eval_steps: measure drift and the suites every so many steps (0: never); see
             `eaft.training.forgetting`.
-        forgetting_suite: suites or tasks of general ability, as `eaft eval --suite` takes them (default: `everyday`;
-            where the model is sharded, none).
+        forgetting_suite: suites or tasks of general ability, as `eaft eval --suite` takes them
+            (default: `everyday`; where the model is sharded, none).
         target_suite: suites or tasks of what is being learned.
         forgetting_data_dir: a folder with local data for them.
-        forgetting_prompts: JSON Lines with a `prompt`, whose answers drift is measured on (the first 128).
+        forgetting_prompts: JSON Lines with a `prompt`, whose answers drift is measured on (the
+            first 128).
         select_checkpoint: which checkpoint to keep: `budget`, `best-mean` or `pareto`
             (`RULES`).
         forgetting_budget: the drift (nats per token) at which training stops.
 
     Raises:
-        ConfigurationError: unknown gate, a parameter it does not take or refuses, `gate_top_k` < 2, a `replay` that is
-            no share, a TRL option that computes a loss of its own (`loss_type`, `label_smoothing_factor`), which a gate
-            would not reach, or a selection of checkpoints that is not complete.
+        ConfigurationError: unknown gate, a parameter it does not take or refuses, `gate_top_k` < 2,
+            a `replay` that is no share, a TRL option that computes a loss of its own (`loss_type`,
+            `label_smoothing_factor`), which a gate would not reach, or a selection of checkpoints
+            that is not complete.
     """
 
     gate: str = field(
         default="eaft",
-        metadata={"help": "How each token's loss is weighted: one of the gates above, or module:function of your own."},
+        metadata={
+            "help": (
+                "How each token's loss is weighted: one of the gates above, or module:function of"
+                " your own."
+            )
+        },
     )
     gate_alpha: float = field(
-        default=1.0, metadata={"help": "Exponent of the 'eaft' gate: 0 is plain SFT, larger is stricter."}
+        default=1.0,
+        metadata={"help": "Exponent of the 'eaft' gate: 0 is plain SFT, larger is stricter."},
     )
     gate_entropy: str = field(
         default="top-k",
         metadata={
-            "help": "Entropy of the gates that use it: 'top-k' (of the K largest probabilities, renormalised) or "
-            "'exact' (of the whole vocabulary, clamped to ln K)."
+            "help": (
+                "Entropy of the gates that use it: 'top-k' (of the K largest probabilities,"
+                " renormalised) or 'exact' (of the whole vocabulary, clamped to ln K)."
+            )
         },
     )
-    gate_top_k: int = field(default=20, metadata={"help": "K of the top-K entropy; entropies are divided by ln K."})
+    gate_top_k: int = field(
+        default=20, metadata={"help": "K of the top-K entropy; entropies are divided by ln K."}
+    )
     gate_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Other parameters of the gate, as listed above: '{\"steepness\": 20}' (JSON, or a YAML map)."
+            "help": (
+                "Other parameters of the gate, as listed above: '{\"steepness\": 20}' (JSON, or a"
+                " YAML map)."
+            )
         },
     )
 
     exclude_examples: str | None = field(
         default=None,
-        metadata={"help": "Rows of the training data to leave out: a file of examples that `eaft view` exported."},
+        metadata={
+            "help": (
+                "Rows of the training data to leave out: a file of examples that `eaft view`"
+                " exported."
+            )
+        },
     )
 
     replay: float = field(
         default=0.0,
         metadata={
-            "help": "Mix the base model's own answers to everyday requests into the training data, against forgetting, "
-            "as this share of its rows: 0.05 is one in twenty. They are sampled before training; 0: none."
+            "help": (
+                "Mix the base model's own answers to everyday requests into the training data,"
+                " against forgetting, as this share of its rows: 0.05 is one in twenty. They are"
+                " sampled before training; 0: none."
+            )
         },
     )
     replay_prompts: str = field(
         default=str(REPLAY_PROMPTS),
         metadata={
-            "help": "JSON Lines with a `prompt`: what replay answers (default: 64 requests, none of them drift's)."
+            "help": (
+                "JSON Lines with a `prompt`: what replay answers (default: 64 requests, none of"
+                " them drift's)."
+            )
         },
     )
 
     template_date: str | None = field(
         default=None,
         metadata={
-            "help": "What chat templates that write the date write, as 2026-11-29 (default: today's, or that of the "
-            "run that is resumed)."
+            "help": (
+                "What chat templates that write the date write, as 2026-11-29 (default: today's, or"
+                " that of the run that is resumed)."
+            )
         },
     )
 
     forgetting_eval_steps: int = field(
-        default=0, metadata={"help": "Measure drift, forgetting_suite and target_suite every so many steps; 0: never."}
+        default=0,
+        metadata={
+            "help": (
+                "Measure drift, forgetting_suite and target_suite every so many steps; 0: never."
+            )
+        },
     )
     forgetting_suite: list[str] | None = field(
         default=None,
-        metadata={"help": "Suites or lm-eval tasks of general ability (default: everyday, 120 easy questions)."},
+        metadata={
+            "help": (
+                "Suites or lm-eval tasks of general ability (default: everyday, 120 easy"
+                " questions)."
+            )
+        },
     )
     target_suite: list[str] | None = field(
         default=None, metadata={"help": "Suites or lm-eval tasks of what is being learned."}
     )
     forgetting_data_dir: str | None = field(
-        default=None, metadata={"help": "A folder with local data for the suites, as `eaft eval --data_dir`."}
+        default=None,
+        metadata={"help": "A folder with local data for the suites, as `eaft eval --data_dir`."},
     )
     forgetting_prompts: str = field(
         default=str(PROMPTS),
-        metadata={"help": f"JSON Lines with a `prompt`; drift is measured on answers to {DRIFT_PROMPTS} of them."},
+        metadata={
+            "help": (
+                f"JSON Lines with a `prompt`; drift is measured on answers to {DRIFT_PROMPTS} of"
+                " them."
+            )
+        },
     )
     select_checkpoint: str | None = field(
         default=None,
-        metadata={"help": "Which checkpoint to keep. " + " ".join(f"{name}: {what}." for name, what in RULES.items())},
+        metadata={
+            "help": (
+                "Which checkpoint to keep. "
+                + " ".join(f"{name}: {what}." for name, what in RULES.items())
+            )
+        },
     )
     forgetting_budget: float | None = field(
-        default=None, metadata={"help": "Stop when drift (nats per token) passes this, and keep the last one within."}
+        default=None,
+        metadata={
+            "help": "Stop when drift (nats per token) passes this, and keep the last one within."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -142,21 +204,38 @@ class EAFTConfig(SFTConfig):
             try:
                 self.gate_kwargs = json.loads(self.gate_kwargs)
             except ValueError as error:
-                raise ConfigurationError(f"gate_kwargs={self.gate_kwargs!r} is not JSON: {error}.") from error
+                raise ConfigurationError(
+                    f"gate_kwargs={self.gate_kwargs!r} is not JSON: {error}."
+                ) from error
         if not isinstance(self.gate_kwargs, dict | None):
-            raise ConfigurationError(f"gate_kwargs={self.gate_kwargs!r}: expected a map of names to values.")
+            raise ConfigurationError(
+                f"gate_kwargs={self.gate_kwargs!r}: expected a map of names to values."
+            )
         check_gate(self.gate, self.gate_params, MEASURED)
         if self.loss_type == "dft":
-            raise ConfigurationError("loss_type='dft' does not go with a gate; use gate='dft' instead.")
+            raise ConfigurationError(
+                "loss_type='dft' does not go with a gate; use gate='dft' instead."
+            )
         if self.loss_type not in ("nll", "chunked_nll"):  # TRL's own alias
-            raise ConfigurationError(f"loss_type={self.loss_type!r} is unknown: a gate weighs the 'nll'. Leave it out.")
+            raise ConfigurationError(
+                f"loss_type={self.loss_type!r} is unknown: a gate weighs the 'nll'. Leave it out."
+            )
         if self.label_smoothing_factor:
-            raise ConfigurationError("label_smoothing_factor does not go with a gate; leave it at 0.")
+            raise ConfigurationError(
+                "label_smoothing_factor does not go with a gate; leave it at 0."
+            )
         if self.template_date is not None:
             self.template_date = read_date(str(self.template_date)).isoformat()  # YAML reads a date
         try:
             super().__post_init__()
-        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:  # of its flags
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            RuntimeError,
+            ImportError,
+        ) as error:  # of its flags
             if isinstance(error, ConfigurationError):
                 raise
             raise ConfigurationError(first_line(error)) from error
@@ -164,7 +243,9 @@ class EAFTConfig(SFTConfig):
 
     @property
     def gate_params(self) -> dict[str, Any]:
-        """The gate's parameters, as given or by default; without those that are still to be measured."""
+        """
+        The gate's parameters, as given or by default; without those that are still to be measured.
+        """
         return params_of_flags(self.gate, self.gate_alpha, self.gate_entropy, self.gate_kwargs)  # type: ignore[arg-type]
 
 
@@ -181,16 +262,30 @@ def check_selection(args: EAFTConfig) -> None:
     if rule is None:
         return
     if rule not in RULES:
-        raise ConfigurationError(f"select_checkpoint={rule!r} is unknown; choose one of {', '.join(RULES)}.")
+        raise ConfigurationError(
+            f"select_checkpoint={rule!r} is unknown; choose one of {', '.join(RULES)}."
+        )
     if args.forgetting_eval_steps < 1:
-        raise ConfigurationError(f"select_checkpoint={rule!r} needs measurements: set forgetting_eval_steps.")
+        raise ConfigurationError(
+            f"select_checkpoint={rule!r} needs measurements: set forgetting_eval_steps."
+        )
     if (rule == "budget") != (args.forgetting_budget is not None):
-        raise ConfigurationError("forgetting_budget goes with select_checkpoint='budget': give both, or neither.")
+        raise ConfigurationError(
+            "forgetting_budget goes with select_checkpoint='budget': give both, or neither."
+        )
     if rule != "budget" and not args.target_suite:
-        raise ConfigurationError(f"select_checkpoint={rule!r} weighs target against forgetting: set target_suite.")
+        raise ConfigurationError(
+            f"select_checkpoint={rule!r} weighs target against forgetting: set target_suite."
+        )
     if rule == "pareto" and args.save_total_limit is not None:
-        raise ConfigurationError("select_checkpoint='pareto' keeps the whole curve: leave save_total_limit out.")
+        raise ConfigurationError(
+            "select_checkpoint='pareto' keeps the whole curve: leave save_total_limit out."
+        )
     if args.load_best_model_at_end:
-        raise ConfigurationError("select_checkpoint and load_best_model_at_end both choose a checkpoint: set one.")
+        raise ConfigurationError(
+            "select_checkpoint and load_best_model_at_end both choose a checkpoint: set one."
+        )
     if str(args.save_strategy.value) not in ("steps", "epoch"):
-        raise ConfigurationError(f"select_checkpoint={rule!r} keeps checkpoints: set save_strategy to steps or epoch.")
+        raise ConfigurationError(
+            f"select_checkpoint={rule!r} keeps checkpoints: set save_strategy to steps or epoch."
+        )

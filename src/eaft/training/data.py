@@ -1,4 +1,7 @@
-"""Training data from the Hub or from files, in TRL's formats, checked before anything is loaded or written."""
+"""
+Training data from the Hub or from files, in TRL's formats, checked before anything is loaded or
+written.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,8 @@ BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parqu
 
 def load_splits(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> DatasetDict:
     """
-    Load the data that TRL's flags describe; `dataset_name` may also be a local file (its rows become `train`).
+    Load the data that TRL's flags describe; `dataset_name` may also be a local file (its rows
+    become `train`).
 
     Raises:
         ConfigurationError: no data is named, or it is missing or unreadable.
@@ -51,16 +55,24 @@ def load_splits(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig
     name = script_args.dataset_name
     if name is None and not dataset_args.datasets:
         raise ConfigurationError(
-            "dataset_name is missing: give a Hub id, a .jsonl, .json, .csv or .parquet file, or a folder."
+            "dataset_name is missing: give a Hub id, a .jsonl, .json, .csv or .parquet file, or a"
+            " folder."
         )
     path = Path(name or "").expanduser()
-    options: dict[str, Any] = {"name": script_args.dataset_config, "streaming": script_args.dataset_streaming}
-    if name and (path.suffix in BUILDERS or path.is_absolute() or name.startswith(("./", "../", "~"))):
+    options: dict[str, Any] = {
+        "name": script_args.dataset_config,
+        "streaming": script_args.dataset_streaming,
+    }
+    if name and (
+        path.suffix in BUILDERS or path.is_absolute() or name.startswith(("./", "../", "~"))
+    ):
         if not path.exists():
             raise ConfigurationError(f"dataset_name={name!r}: there is no such file or folder.")
         if path.is_file():
             if path.suffix not in BUILDERS:
-                raise ConfigurationError(f"dataset_name={name!r}: expected one of {', '.join(BUILDERS)}.")
+                raise ConfigurationError(
+                    f"dataset_name={name!r}: expected one of {', '.join(BUILDERS)}."
+                )
             if path.stat().st_size == 0:
                 raise ConfigurationError(f"dataset_name={name!r}: the file is empty.")
             name, options["data_files"] = BUILDERS[path.suffix], str(path)
@@ -73,7 +85,9 @@ def load_splits(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig
         return mixture(dataset_args) if dataset_args.datasets else load(name, **options)
     except ConfigurationError as error:
         raise ConfigurationError(f"{given}, {error}") from error
-    except Exception as error:  # each format has its own errors, chained below the datasets library's
+    except (
+        Exception
+    ) as error:  # each format has its own errors, chained below the datasets library's
         cause = error.__cause__ or error
         if "corresponds to no data" in str(cause):
             raise ConfigurationError(f"{given}: the data set is empty.") from error
@@ -81,10 +95,15 @@ def load_splits(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig
 
 
 def load(path: str, streaming: bool, **options: Any) -> Any:
-    """Return `load_dataset`'s splits; rows of JSON come from `JsonRows`, but for a stream of remote files."""
+    """
+    Return `load_dataset`'s splits; rows of JSON come from `JsonRows`, but for a stream of remote
+    files.
+    """
     builder = load_dataset_builder(path, **options)
     files = builder.config.data_files
-    if not isinstance(builder, JsonBuilder) or (streaming and any("://" in f for fs in files.values() for f in fs)):
+    if not isinstance(builder, JsonBuilder) or (
+        streaming and any("://" in f for fs in files.values() for f in fs)
+    ):
         return load_dataset(path, streaming=streaming, **options)
     return json_splits(builder, streaming)
 
@@ -94,7 +113,10 @@ def json_splits(builder: JsonBuilder, streaming: bool = False) -> Any:
     splits = {}
     for split, data_files in builder.config.data_files.items():
         rows = JsonRows(
-            dataset_name=builder.dataset_name, data_files={split: data_files}, hash=version("eaft"), token=builder.token
+            dataset_name=builder.dataset_name,
+            data_files={split: data_files},
+            hash=version("eaft"),
+            token=builder.token,
         )
         if streaming:
             splits[split] = rows.as_streaming_dataset(split)
@@ -108,17 +130,22 @@ def mixture(config: DatasetMixtureConfig) -> DatasetDict:
     """
     Return TRL's mixture of data sets.
 
-    If all are files of JSON, TRL gets the Arrow files in which `JsonRows` keeps their rows. Beside typed files it reads
-    them itself, so that the columns fit.
+    If all are files of JSON, TRL gets the Arrow files in which `JsonRows` keeps their rows. Beside
+    typed files it reads them itself, so that the columns fit.
     """
     builders = [
-        load_dataset_builder(part.path, name=part.name, data_dir=part.data_dir, data_files=part.data_files)
+        load_dataset_builder(
+            part.path, name=part.name, data_dir=part.data_dir, data_files=part.data_files
+        )
         for part in config.datasets
     ]
     if not config.streaming and all(isinstance(builder, JsonBuilder) for builder in builders):
         parts = []
         for part, builder in zip(config.datasets, builders, strict=True):
-            files = {split: [f["filename"] for f in rows.cache_files] for split, rows in json_splits(builder).items()}
+            files = {
+                split: [f["filename"] for f in rows.cache_files]
+                for split, rows in json_splits(builder).items()
+            }
             parts.append(replace(part, path="arrow", name=None, data_dir=None, data_files=files))
         config = replace(config, datasets=parts)
     return get_dataset(config)
@@ -129,7 +156,8 @@ class ExactJson(Json):
     """
     A column of JSON whose values are read as they were written.
 
-    The `Json` of datasets 5.2 rounds numbers to 10 decimals, and takes a text that is itself JSON for what it says.
+    The `Json` of datasets 5.2 rounds numbers to 10 decimals, and takes a text that is itself JSON
+    for what it says.
     """
 
     _type: str = field(default="ExactJson", init=False, repr=False)
@@ -149,18 +177,23 @@ with warnings.catch_warnings(action="ignore", category=UserWarning):  # that it 
 
 class JsonRows(ArrowBasedBuilder):
     """
-    Reads files of JSON, an object a line or one list of objects, and keeps every row as it is, whatever their order.
+    Reads files of JSON, an object a line or one list of objects, and keeps every row as it is,
+    whatever their order.
 
-    A column that holds more than numbers, texts, or lists of whole numbers is `ExactJson`: no key that another row has
-    is filled in, and types may differ. `datasets` infers types from the first 10 MiB. Messages of `from` and `value`
-    become `role` and `content` here, by TRL's function: TRL maps the data later, which infers types batch by batch.
+    A column that holds more than numbers, texts, or lists of whole numbers is `ExactJson`: no key
+    that another row has is filled in, and types may differ. `datasets` infers types from the first
+    10 MiB. Messages of `from` and `value` become `role` and `content` here, by TRL's function: TRL
+    maps the data later, which infers types batch by batch.
     """
 
     def _info(self) -> DatasetInfo:
         return DatasetInfo()
 
     def _split_generators(self, dl_manager: Any) -> list[SplitGenerator]:
-        files = {split: dl_manager.download_and_extract(names) for split, names in self.config.data_files.items()}
+        files = {
+            split: dl_manager.download_and_extract(names)
+            for split, names in self.config.data_files.items()
+        }
         self.info.features = features(row for names in files.values() for row in json_rows(names))
         if not self.info.features:
             raise ConfigurationError("the data set is empty.")
@@ -173,7 +206,9 @@ class JsonRows(ArrowBasedBuilder):
 
 
 def to_dataset(rows: list[dict[str, Any]]) -> Dataset:
-    """Return rows as a data set in memory, each as it is: as `JsonRows` would read them from a file."""
+    """
+    Return rows as a data set in memory, each as it is: as `JsonRows` would read them from a file.
+    """
     columns = features(rows)
     return Dataset(table(rows, columns), info=DatasetInfo(features=columns))
 
@@ -186,7 +221,11 @@ def table(rows: list[dict[str, Any]], columns: Features) -> pa.Table:
         if name == "chat_template_kwargs":  # None would break TRL's call
             values = [value or {} for value in values]
         if isinstance(column, ExactJson):
-            arrays.append(pa.array([column.encode_example(v) for v in values], pa.string()).cast(column.pa_type))
+            arrays.append(
+                pa.array([column.encode_example(v) for v in values], pa.string()).cast(
+                    column.pa_type
+                )
+            )
         else:
             arrays.append(pa.array(values, columns.arrow_schema.field(name).type))
     return pa.table(arrays, names=list(columns))
@@ -205,9 +244,15 @@ def kind(value: Any) -> str:
     """Return a name of what a column must be to hold this value."""
     if type(value) is int:
         return "int64" if -(1 << 63) <= value < 1 << 63 else "json"
-    if isinstance(value, list) and set(map(type, value)) <= {int} and all(kind(v) == "int64" for v in value):
+    if (
+        isinstance(value, list)
+        and set(map(type, value)) <= {int}
+        and all(kind(v) == "int64" for v in value)
+    ):
         return "list"
-    return {str: "string", bool: "bool", float: "float64", type(None): "null"}.get(type(value), "json")
+    return {str: "string", bool: "bool", float: "float64", type(None): "null"}.get(
+        type(value), "json"
+    )
 
 
 @functools.cache
@@ -233,7 +278,9 @@ def json_rows(files: Iterable[str]) -> Iterator[dict[str, Any]]:
                 if number == 1:
                     line = line.removeprefix(codecs.BOM_UTF8)
                     if line.lstrip().startswith(b"["):
-                        for index, row in enumerate(parsed(line + lines.read(), f"file {Path(file).name}")):
+                        for index, row in enumerate(
+                            parsed(line + lines.read(), f"file {Path(file).name}")
+                        ):
                             yield as_row(row, f"row {index}")
                         break
                 if line.strip():
@@ -245,24 +292,28 @@ def parsed(text: bytes, where: str) -> Any:
     Return the value of JSON text.
 
     Raises:
-        ConfigurationError: it is not UTF-8, no JSON, or holds half of a surrogate pair, which is no text.
+        ConfigurationError: it is not UTF-8, no JSON, or holds half of a surrogate pair, which is no
+            text.
     """
     try:
         value = json.loads(text.decode())
     except UnicodeDecodeError as error:
         raise ConfigurationError(
-            f"{where} is not UTF-8 ({first_line(error)}): save it as UTF-8, as iconv -f latin1 -t utf8 does."
+            f"{where} is not UTF-8 ({first_line(error)}): save it as UTF-8, as iconv -f latin1 -t"
+            " utf8 does."
         ) from error
     except (ValueError, RecursionError) as error:
         raise ConfigurationError(
-            f"{where} is not JSON ({first_line(error)}): give one object a line, or one list of objects."
+            f"{where} is not JSON ({first_line(error)}): give one object a line, or one list of"
+            " objects."
         ) from error
     if re.search(rb"\\u[dD]", text):
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             raise ConfigurationError(
-                f"{where} has half of a surrogate pair ({first_line(error)}): remove it, it is no character."
+                f"{where} has half of a surrogate pair ({first_line(error)}): remove it, it is no"
+                " character."
             ) from error
     return value
 
@@ -275,7 +326,9 @@ def as_row(value: Any, where: str) -> dict[str, Any]:
         ConfigurationError: it is no object.
     """
     if not isinstance(value, dict):
-        raise ConfigurationError(f"{where} is {json.dumps(value)[:40]}: each row must be an object, as {{...}}.")
+        raise ConfigurationError(
+            f"{where} is {json.dumps(value)[:40]}: each row must be an object, as {{...}}."
+        )
     if not {"messages", "conversations"} <= value.keys():
         value = maybe_convert_to_chatml(value)
     return value
@@ -287,14 +340,18 @@ def exclude_rows(dataset: Any, file: str) -> Any:
 
     Args:
         dataset: a split, as loaded.
-        file: JSON Lines with `row` (its index, from 0) and `digest` (its `row_digest`), as `eaft view` exports them.
+        file: JSON Lines with `row` (its index, from 0) and `digest` (its `row_digest`), as `eaft
+            view` exports them.
 
     Raises:
-        ConfigurationError: the file cannot be read, or was not made of this data; or no row would be left.
+        ConfigurationError: the file cannot be read, or was not made of this data; or no row would
+            be left.
     """
     name = f"exclude_examples={file!r}"
     if not isinstance(dataset, Dataset):
-        raise ConfigurationError(f"{name} names rows by number, which a stream has not: leave dataset_streaming out.")
+        raise ConfigurationError(
+            f"{name} names rows by number, which a stream has not: leave dataset_streaming out."
+        )
     try:
         lines = Path(file).expanduser().read_text().split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -309,17 +366,22 @@ def exclude_rows(dataset: Any, file: str) -> Any:
             row, digest = entry["row"], entry["digest"]
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigurationError(
-                f"{where}: expected a JSON map with `row` and `digest`, as `eaft view` exports examples."
+                f"{where}: expected a JSON map with `row` and `digest`, as `eaft view` exports"
+                " examples."
             ) from error
         if entry.get("origin", "data") != "data":
             raise ConfigurationError(
-                f"{where}: this is no row of the data but the model's own answer ({entry['origin']}). Export examples "
-                "of the data alone."
+                f"{where}: this is no row of the data but the model's own answer"
+                f" ({entry['origin']}). Export examples of the data alone."
             )
-        if type(row) is not int or not 0 <= row < len(dataset) or row_digest(dataset[row]) != digest:
+        if (
+            type(row) is not int
+            or not 0 <= row < len(dataset)
+            or row_digest(dataset[row]) != digest
+        ):
             raise ConfigurationError(
-                f"{where}: row {row!r} of this data ({len(dataset)} rows) is not the one that was exported. Inspect "
-                "this data as it is, with no rows excluded, and export again."
+                f"{where}: row {row!r} of this data ({len(dataset)} rows) is not the one that was"
+                " exported. Inspect this data as it is, with no rows excluded, and export again."
             )
         excluded.add(row)
     if len(excluded) == len(dataset):
@@ -332,8 +394,8 @@ def select_split(splits: DatasetDict, split: str, flag: str, text_field: str) ->
     Return one split after checking that it has rows, in a format TRL's SFT takes.
 
     Raises:
-        ConfigurationError: there is no such split, it is empty, its columns are none of the expected, or a row holds
-            what cannot be trained on.
+        ConfigurationError: there is no such split, it is empty, its columns are none of the
+            expected, or a row holds what cannot be trained on.
     """
     if split not in splits:
         raise ConfigurationError(f"{flag}={split!r}: the data has only {', '.join(splits)}.")
@@ -341,19 +403,28 @@ def select_split(splits: DatasetDict, split: str, flag: str, text_field: str) ->
     first = next(iter(dataset), None)
     if first is None:
         raise ConfigurationError(f"{flag}={split!r}: the data set is empty.")
-    expected = [{"messages"}, {"prompt", "completion"}, {text_field}, {"conversations"}, {"input_ids"}]
+    expected = [
+        {"messages"},
+        {"prompt", "completion"},
+        {text_field},
+        {"conversations"},
+        {"input_ids"},
+    ]
     if not any(columns <= first.keys() for columns in expected):
         names = ", ".join(" + ".join(sorted(columns, reverse=True)) for columns in expected)
         raise ConfigurationError(
-            f"{flag}={split!r}: found the columns {', '.join(first)}; expected one of: {names}. Rename yours, or "
-            "name the text column with --dataset_text_field."
+            f"{flag}={split!r}: found the columns {', '.join(first)}; expected one of: {names}."
+            " Rename yours, or name the text column with --dataset_text_field."
         )
     check_rows(dataset, f"{flag}={split!r}", text_field)
     return dataset
 
 
 def row_digest(row: dict[str, Any]) -> str:
-    """Return a digest of a row's content, 16 hexadecimal digits of a SHA-256: it names the row in whatever order."""
+    """
+    Return a digest of a row's content, 16 hexadecimal digits of a SHA-256: it names the row in
+    whatever order.
+    """
     content = json.dumps(row, sort_keys=True, default=str, ensure_ascii=False)
     return hashlib.sha256(content.encode(errors="surrogatepass")).hexdigest()[:16]
 

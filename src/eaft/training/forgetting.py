@@ -1,9 +1,11 @@
 """
-While it trains: how far the model has drifted and what it has lost, every N steps, and which checkpoint to keep.
+While it trains: how far the model has drifted and what it has lost, every N steps, and which
+checkpoint to keep.
 
-The base model is the model at step 0. Its answers and its probabilities at their positions are kept in
-`OUTPUT_DIR/forgetting` until training ends, and read from there when it is resumed. Where FSDP or DeepSpeed shards the
-model only drift is measured, which takes forward passes alone: the answers are sampled before, by the first process.
+The base model is the model at step 0. Its answers and its probabilities at their positions are kept
+in `OUTPUT_DIR/forgetting` until training ends, and read from there when it is resumed. Where FSDP
+or DeepSpeed shards the model only drift is measured, which takes forward passes alone: the answers
+are sampled before, by the first process.
 """
 
 from __future__ import annotations
@@ -42,20 +44,22 @@ GENERAL = ["everyday"]  # what is measured where `forgetting_suite` names nothin
 
 class ForgettingEval(TrainerCallback):
     """
-    Measures drift, `general` and `target` (mean scores of the suites) before the first step, every N steps, and at
-    the end.
+    Measures drift, `general` and `target` (mean scores of the suites) before the first step, every
+    N steps, and at the end.
 
-    Logs them beside the loss, as `eval_drift`, ...; with `select_checkpoint`, saves the checkpoints worth keeping and
-    leaves the trainer with the chosen one's weights.
+    Logs them beside the loss, as `eval_drift`, ...; with `select_checkpoint`, saves the checkpoints
+    worth keeping and leaves the trainer with the chosen one's weights.
 
     Args:
-        args: the trainer's; with `select_checkpoint`, they are told to load the best model at the end.
+        args: the trainer's; with `select_checkpoint`, they are told to load the best model at the
+            end.
         log: `Trainer.log`, or what else takes the measurements on every process.
         answers: of a model that is going to be sharded: see `answers_before_sharding`.
         wrapped: returns that model as it is then called.
 
     Raises:
-        ConfigurationError: a suite or its data is missing, or the first measurement is already over budget.
+        ConfigurationError: a suite or its data is missing, or the first measurement is already over
+            budget.
     """
 
     def __init__(
@@ -67,7 +71,9 @@ class ForgettingEval(TrainerCallback):
     ) -> None:
         self.log, self.answers, self.wrapped = log, answers, wrapped
         general = general_suite(args, sharded=answers is not None)
-        suites, self.benchmarks = load_suites([*general, *(args.target_suite or [])], data_dir=args.forgetting_data_dir)
+        suites, self.benchmarks = load_suites(
+            [*general, *(args.target_suite or [])], data_dir=args.forgetting_data_dir
+        )
         self.general = [name for suite in suites[: len(general)] for name in suite.benchmarks]
         self.target = [name for suite in suites[len(general) :] for name in suite.benchmarks]
         self.folder = Path(args.output_dir) / FOLDER
@@ -82,7 +88,9 @@ class ForgettingEval(TrainerCallback):
         if state.global_step > 0:
             if args.select_checkpoint == "budget" and (points := history(state)):
                 chosen = select(points, "budget", args.forgetting_budget)
-                control.should_training_stop = chosen is not None and chosen["step"] != points[-1]["step"]
+                control.should_training_stop = (
+                    chosen is not None and chosen["step"] != points[-1]["step"]
+                )
             if (
                 state.global_step < state.max_steps and not control.should_training_stop
             ):  # else all is measured: it was stopped while it saved the model
@@ -117,8 +125,8 @@ class ForgettingEval(TrainerCallback):
         """
         if not self.folder.is_dir():
             raise ConfigurationError(
-                f"{self.folder} is missing: it holds the base model's probabilities, which a checkpoint no longer has. "
-                "Copy it from the run's output folder, or start afresh."
+                f"{self.folder} is missing: it holds the base model's probabilities, which a"
+                " checkpoint no longer has. Copy it from the run's output folder, or start afresh."
             )
         return BaseAnswers.load(self.folder)
 
@@ -133,24 +141,33 @@ class ForgettingEval(TrainerCallback):
         chosen = select(points, args.select_checkpoint, args.forgetting_budget)
         if chosen is None:
             raise ConfigurationError(
-                f"forgetting_budget={args.forgetting_budget} was passed before the first measurement (drift "
-                f"{points[-1]['drift']:.4f} at step {state.global_step}): lower forgetting_eval_steps or learning_rate."
+                f"forgetting_budget={args.forgetting_budget} was passed before the first"
+                f" measurement (drift {points[-1]['drift']:.4f} at step {state.global_step}): lower"
+                " forgetting_eval_steps or learning_rate."
             )
         if args.select_checkpoint == "budget" and chosen["step"] != state.global_step:
             control.should_training_stop = True
-        control.should_save |= chosen["step"] == state.global_step or args.select_checkpoint == "pareto"
+        control.should_save |= (
+            chosen["step"] == state.global_step or args.select_checkpoint == "pareto"
+        )
         state.best_global_step = chosen["step"]
-        # Trainer notes the path when it saves; nothing need be saved now for it to be known at the end
+        # Trainer notes the path when it saves; nothing need be saved now for it to be known at the
+        # end
         state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{chosen['step']}")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Under `pareto`, delete the measured checkpoints that another beats; the newest stays, to resume from."""
+        """
+        Under `pareto`, delete the measured checkpoints that another beats; the newest stays, to
+        resume from.
+        """
         if args.select_checkpoint == "pareto" and state.is_world_process_zero:
             _, *trained = history(state)
             kept = {point["step"] for point in pareto_front(trained)} | {state.global_step}
             for point in trained:
                 if point["step"] not in kept:
-                    shutil.rmtree(Path(args.output_dir) / f"checkpoint-{point['step']}", ignore_errors=True)
+                    shutil.rmtree(
+                        Path(args.output_dir) / f"checkpoint-{point['step']}", ignore_errors=True
+                    )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Free the disk."""
@@ -165,11 +182,19 @@ class ForgettingEval(TrainerCallback):
             items = {}
             if self.benchmarks:
                 lm = wrap(model, tokenizer, protocol)
-                items = {name: score(lm, benchmark, protocol) for name, benchmark in self.benchmarks.items()}
-            sums, counts = self.base.drift(model, Share(PartialState().process_index, PartialState().num_processes))
+                items = {
+                    name: score(lm, benchmark, protocol)
+                    for name, benchmark in self.benchmarks.items()
+                }
+            sums, counts = self.base.drift(
+                model, Share(PartialState().process_index, PartialState().num_processes)
+            )
             metrics: dict[str, float] = {}
             if state.is_world_process_zero:
-                scores = {name: float(np.mean([item["score"] for item in found])) for name, found in items.items()}
+                scores = {
+                    name: float(np.mean([item["score"] for item in found]))
+                    for name, found in items.items()
+                }
                 metrics["drift"] = float(sums.sum() / counts.sum())
                 for kind, names in (("general", self.general), ("target", self.target)):
                     if names:
@@ -178,7 +203,8 @@ class ForgettingEval(TrainerCallback):
             metrics = shared(lambda: {f"{PREFIX}{name}": value for name, value in metrics.items()})
             should_log = control.should_log
             self.log(metrics)  # still in evaluation mode: the training metrics' sums are left alone
-            control.should_log = should_log  # whether the training metrics are due, which logging anything takes back
+            # whether the training metrics are due, which logging anything takes back
+            control.should_log = should_log
 
 
 def general_suite(args: EAFTConfig, sharded: bool) -> list[str]:
@@ -186,19 +212,24 @@ def general_suite(args: EAFTConfig, sharded: bool) -> list[str]:
     Return what is measured of general ability.
 
     Raises:
-        ConfigurationError: suites are asked of a sharded model: their tasks take unlike numbers of forward passes.
+        ConfigurationError: suites are asked of a sharded model: their tasks take unlike numbers of
+            forward passes.
     """
     if sharded and (args.forgetting_suite or args.target_suite):
         raise ConfigurationError(
-            "forgetting_suite and target_suite need the whole model on each process: with FSDP or DeepSpeed only drift "
-            "is measured while training. Leave them out, save checkpoints, and run `eaft eval` on them."
+            "forgetting_suite and target_suite need the whole model on each process: with FSDP or"
+            " DeepSpeed only drift is measured while training. Leave them out, save checkpoints,"
+            " and run `eaft eval` on them."
         )
     return [] if sharded else GENERAL if args.forgetting_suite is None else args.forgetting_suite
 
 
 def protocol_of(args: EAFTConfig, tokenizer: Any) -> Protocol:
     """Return how the model in training is measured: as `eaft eval` does by default."""
-    return Protocol(apply_chat_template=tokenizer.chat_template is not None, batch_size=args.per_device_eval_batch_size)
+    return Protocol(
+        apply_chat_template=tokenizer.chat_template is not None,
+        batch_size=args.per_device_eval_batch_size,
+    )
 
 
 def sample(model: Any, tokenizer: Any, args: EAFTConfig, share: Share) -> list[Answer]:
@@ -218,46 +249,60 @@ def sample(model: Any, tokenizer: Any, args: EAFTConfig, share: Share) -> list[A
 
 def answers_before_sharding(model: Any, tokenizer: Any, args: EAFTConfig) -> list[Answer]:
     """
-    Return the base model's answers for a model that is going to be sharded, and cannot generate then.
+    Return the base model's answers for a model that is going to be sharded, and cannot generate
+    then.
 
-    Those that `eaft eval MODEL --record` has kept, or else it is run now, in one process beside the first.
+    Those that `eaft eval MODEL --record` has kept, or else it is run now, in one process beside the
+    first.
 
     Raises:
         ConfigurationError: the model was not given by its name, or there is no room for it.
     """
     if not isinstance(model, str):
         raise ConfigurationError(
-            "forgetting_eval_steps: before FSDP or DeepSpeed shards a model, its answers are sampled from the whole "
-            "one: give the model by its name or folder."
+            "forgetting_eval_steps: before FSDP or DeepSpeed shards a model, its answers are"
+            " sampled from the whole one: give the model by its name or folder."
         )
     answers = None
     if PartialState().is_main_process:
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save_pretrained(folder)
-            base, _ = side_by_side(model, None, protocol_of(args, tokenizer), drift=True, tokenizer=folder)
+            base, _ = side_by_side(
+                model, None, protocol_of(args, tokenizer), drift=True, tokenizer=folder
+            )
             prompts = read_prompts(args.forgetting_prompts, base.protocol.drift_prompts)
             if base.find_sampled(prompts) is None:
                 flags = ["--tokenizer", folder, "--prompts", args.forgetting_prompts]
-                flags += ["--batch_size", str(base.protocol.batch_size), "--template_date", template_today()]
+                flags += [
+                    "--batch_size",
+                    str(base.protocol.batch_size),
+                    "--template_date",
+                    template_today(),
+                ]
                 command = [sys.executable, "-m", "eaft", "eval", model, "--record", *flags]
                 subprocess.run(command, env=without_launcher())
             answers = base.find_sampled(prompts)
     if (answers := shared(lambda: answers)) is None:
-        day = f" --template_date {template_today()}" if "strftime_now" in str(tokenizer.chat_template) else ""
+        day = (
+            f" --template_date {template_today()}"
+            if "strftime_now" in str(tokenizer.chat_template)
+            else ""
+        )
         raise ConfigurationError(
-            f"forgetting_eval_steps: the answers of {model} could not be sampled (see above). Where it is too large "
-            f"for one device: eaft eval {model} --record --model_args '{{\"parallelize\": true}}'{day}, and start again"
-            f"{day and f' with{day}'}."
+            f"forgetting_eval_steps: the answers of {model} could not be sampled (see above). Where"
+            f" it is too large for one device: eaft eval {model} --record --model_args"
+            f" '{{\"parallelize\": true}}'{day}, and start again{day and f' with{day}'}."
         )
     return answers
 
 
 def tell_zero3_of_the_head(model: Any) -> None:
     """
-    Register what the gated head will use outside of its module, before the first forward pass of any kind.
+    Register what the gated head will use outside of its module, before the first forward pass of
+    any kind.
 
-    ZeRO-3 notes the order in which a pass fetches parameters. The gated head makes it find out about the head's later,
-    and what it noted before, while measuring, would no longer hold.
+    ZeRO-3 notes the order in which a pass fetches parameters. The gated head makes it find out
+    about the head's later, and what it noted before, while measuring, would no longer hold.
     """
     from deepspeed.runtime.zero import register_external_parameter
 
@@ -267,8 +312,13 @@ def tell_zero3_of_the_head(model: Any) -> None:
 
 
 @contextlib.contextmanager
-def measuring(args: Any, model: Any, processing_class: Any, **kwargs: Any) -> Iterator[tuple[Any, Any]]:
-    """Lend the model, in evaluation mode, and a tokenizer; the randomness of training is as if nothing had been."""
+def measuring(
+    args: Any, model: Any, processing_class: Any, **kwargs: Any
+) -> Iterator[tuple[Any, Any]]:
+    """
+    Lend the model, in evaluation mode, and a tokenizer; the randomness of training is as if nothing
+    had been.
+    """
     tokenizer = copy.deepcopy(processing_class)
     tokenizer.padding_side = "left"
     devices = [args.device] if args.device.type == "cuda" else []
@@ -288,13 +338,18 @@ def measuring(args: Any, model: Any, processing_class: Any, **kwargs: Any) -> It
 def history(state: Any) -> list[dict[str, float]]:
     """Return the measurements so far, one a step, base model first; they survive a resumption."""
     points = {log["step"]: log for log in state.log_history if f"{PREFIX}drift" in log}
-    return [{name.removeprefix(PREFIX): value for name, value in points[step].items()} for step in sorted(points)]
+    return [
+        {name.removeprefix(PREFIX): value for name, value in points[step].items()}
+        for step in sorted(points)
+    ]
 
 
-def select(points: list[dict[str, float]], rule: str, budget: float | None) -> dict[str, float] | None:
+def select(
+    points: list[dict[str, float]], rule: str, budget: float | None
+) -> dict[str, float] | None:
     """
-    Return the measurement whose checkpoint is to be kept, by one of `eaft.training.config.RULES`; None
-    if none is within the budget.
+    Return the measurement whose checkpoint is to be kept, by one of `eaft.training.config.RULES`;
+    None if none is within the budget.
 
     Args:
         points: as `history` returns them; the first is the base model, which is never chosen.
@@ -306,11 +361,14 @@ def select(points: list[dict[str, float]], rule: str, budget: float | None) -> d
         return trained[over - 1] if over else None
     if rule == "best-mean":
         return max(trained, key=mean_score)
-    # The knee (Satopaa et al. 2011): where the gain, as a share of the largest, is furthest ahead of the drift
+    # The knee (Satopaa et al. 2011): where the gain, as a share of the largest, is furthest ahead
+    # of the drift
     front = pareto_front(trained)
     gain = max(max(point["target"] for point in front) - base["target"], 1e-12)
     drift = max(max(point["drift"] for point in front), 1e-12)
-    return max(front, key=lambda point: (point["target"] - base["target"]) / gain - point["drift"] / drift)
+    return max(
+        front, key=lambda point: (point["target"] - base["target"]) / gain - point["drift"] / drift
+    )
 
 
 def mean_score(point: dict[str, float]) -> float:
@@ -320,7 +378,10 @@ def mean_score(point: dict[str, float]) -> float:
 
 
 def pareto_front(points: list[dict[str, float]]) -> list[dict[str, float]]:
-    """Return the points that no other beats: a target at least as high, a drift at least as low, not both equal."""
+    """
+    Return the points that no other beats: a target at least as high, a drift at least as low, not
+    both equal.
+    """
 
     def beats(a: dict[str, float], b: dict[str, float]) -> bool:
         as_good = a["target"] >= b["target"] and a["drift"] <= b["drift"]

@@ -1,10 +1,12 @@
 """
-The gated LM head: the loss inside the model's forward, on labelled positions only, without full logits.
+The gated LM head: the loss inside the model's forward, on labelled positions only, without full
+logits.
 
-TRL gives the model a fused head (`trl.trainer.utils.add_fused_lm_head`): `model(..., fused_lm_head=True)` returns
-per-token log-probabilities. We put ours in its place, with the same call and the same output, because TRL's knows no
-top-K entropy. It runs inside the forward so that DDP, FSDP2 and ZeRO-3 see it and reduce its gradients. Nothing here
-needs TRL: other trainers (`patch_model`) come with one of another version, or none.
+TRL gives the model a fused head (`trl.trainer.utils.add_fused_lm_head`): `model(...,
+fused_lm_head=True)` returns per-token log-probabilities. We put ours in its place, with the same
+call and the same output, because TRL's knows no top-K entropy. It runs inside the forward so that
+DDP, FSDP2 and ZeRO-3 see it and reduce its gradients. Nothing here needs TRL: other trainers
+(`patch_model`) come with one of another version, or none.
 """
 
 from __future__ import annotations
@@ -29,7 +31,12 @@ from transformers.utils import ModelOutput
 
 from eaft.errors import ConfigurationError
 from eaft.objective.chunk import LogitTransform
-from eaft.objective.fused import Reference, TokenLosses, linear_gated_cross_entropy, linear_token_statistics
+from eaft.objective.fused import (
+    Reference,
+    TokenLosses,
+    linear_gated_cross_entropy,
+    linear_token_statistics,
+)
 from eaft.objective.registry import get_anchor, get_gate
 from eaft.objective.statistics import TokenStatistics
 from eaft.objective.torch_backend import make_logits
@@ -38,11 +45,15 @@ from eaft.training.logits_check import compare_logits
 
 def first_field(owner: Any, *names: str) -> Any:
     """Return the first of these attributes that is there and not None, or None."""
-    return next((value for name in names if (value := getattr(owner, name, None)) is not None), None)
+    return next(
+        (value for name in names if (value := getattr(owner, name, None)) is not None), None
+    )
 
 
 def logit_scale(text_config: Any) -> float:
-    """Return what the architecture multiplies its logits by: each family has its own name for it."""
+    """
+    Return what the architecture multiplies its logits by: each family has its own name for it.
+    """
     scale = first_field(text_config, "logit_scale", "output_multiplier", "lm_head_multiplier")
     if scale is not None:
         return scale
@@ -54,16 +65,21 @@ def logit_scale(text_config: Any) -> float:
 
 
 def softcap(text_config: Any) -> float | None:
-    """Return c of the architecture's c * tanh(logits / c), or None: as in Gemma, RecurrentGemma and xLSTM."""
-    return first_field(text_config, "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    """
+    Return c of the architecture's c * tanh(logits / c), or None: as in Gemma, RecurrentGemma and
+    xLSTM.
+    """
+    return first_field(
+        text_config, "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"
+    )
 
 
 def full_parameter(parameter: Any) -> Any:
     """
     Gather a parameter that FSDP2 or tensor parallelism left sharded.
 
-    Data-parallel ranks hold different gradients of it, which FSDP2 averages; tensor-parallel ranks hold the same one.
-    Averaging over the mesh is right for both.
+    Data-parallel ranks hold different gradients of it, which FSDP2 averages; tensor-parallel ranks
+    hold the same one. Averaging over the mesh is right for both.
     """
     if not isinstance(parameter, DTensor):
         return parameter
@@ -71,12 +87,15 @@ def full_parameter(parameter: Any) -> Any:
 
 
 def check_head(lm_head: Any) -> None:
-    """Refuse a head with an adapter of PEFT's, which is more than its weight, unless it is merged or switched off."""
+    """
+    Refuse a head with an adapter of PEFT's, which is more than its weight, unless it is merged or
+    switched off.
+    """
     if not (getattr(lm_head, "merged", True) or lm_head.disable_adapters):  # of PEFT's layers alone
         raise ConfigurationError(
-            f"The head has an adapter ({type(lm_head).__module__}.{type(lm_head).__name__}), which the fused loss, "
-            "of its weight alone, would leave out and not train: take the head out of target_modules, or train it "
-            "whole (modules_to_save=['lm_head'])."
+            f"The head has an adapter ({type(lm_head).__module__}.{type(lm_head).__name__}), which"
+            " the fused loss, of its weight alone, would leave out and not train: take the head"
+            " out of target_modules, or train it whole (modules_to_save=['lm_head'])."
         )
 
 
@@ -84,8 +103,9 @@ def keep_differentiable(model: Any) -> None:
     """
     Keep 4-bit weights in the layout that has a gradient.
 
-    On some CPUs a forward in evaluation mode makes bitsandbytes repack them, for good, for a product without a
-    backward pass: an evaluation, or a reference model's forward, would freeze the adapters.
+    On some CPUs a forward in evaluation mode makes bitsandbytes repack them, for good, for a
+    product without a backward pass: an evaluation, or a reference model's forward, would freeze the
+    adapters.
     """
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
@@ -95,7 +115,10 @@ def keep_differentiable(model: Any) -> None:
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy of `model` that is not trained, and that returns its last hidden states `[B, S, H]` when called."""
+    """
+    Return a copy of `model` that is not trained, and that returns its last hidden states `[B, S,
+    H]` when called.
+    """
     # A patched forward is bound to the model it was made for
     forward = model.__dict__.pop("forward", None)
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
@@ -103,39 +126,55 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
         model.forward = forward
     # Logits are needed a chunk at a time; the copy is called as a whole, so that FSDP gathers it
     frozen.forward = types.MethodType(
-        lambda frozen, *args, **kwargs: GatedLMHead.backbone(frozen)(*args, **kwargs).last_hidden_state, frozen
+        lambda frozen, *args, **kwargs: (
+            GatedLMHead.backbone(frozen)(*args, **kwargs).last_hidden_state
+        ),
+        frozen,
     )
     return frozen
 
 
 def reshard(reference: Any) -> None:
-    """Free what FSDP2 has gathered of a frozen model: accelerate leaves its last group to a backward pass."""
+    """
+    Free what FSDP2 has gathered of a frozen model: accelerate leaves its last group to a backward
+    pass.
+    """
     for module in reference.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def gather_partitioned(*parameters: Any) -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which parameters that ZeRO-3 has partitioned are whole; those that are whole stay so."""
+    """
+    Return a context in which parameters that ZeRO-3 has partitioned are whole; those that are whole
+    stay so.
+    """
     if not is_deepspeed_zero3_enabled():
         return contextlib.nullcontext()
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
 
-    # By identity: a tied head, or a reference's that is the policy's own, comes twice, and is to be gathered once
-    partitioned = {id(p): p for p in parameters if p is not None and p.ds_status != ZeroParamStatus.AVAILABLE}
-    return GatheredParameters(list(partitioned.values())) if partitioned else contextlib.nullcontext()
+    # By identity: a tied head, or a reference's that is the policy's own, comes twice, and is to be
+    # gathered once
+    partitioned = {
+        id(p): p for p in parameters if p is not None and p.ds_status != ZeroParamStatus.AVAILABLE
+    }
+    return (
+        GatheredParameters(list(partitioned.values())) if partitioned else contextlib.nullcontext()
+    )
 
 
 @dataclass
 class GatedOutput(ModelOutput):
     """
-    What TRL reads off the output of a fused head (`trl.trainer.utils.FusedCausalLMOutput`), over the labelled tokens.
+    What TRL reads off the output of a fused head (`trl.trainer.utils.FusedCausalLMOutput`), over
+    the labelled tokens.
 
     Attributes:
-        loss: scalar, nats per token; in training mode with the auxiliary loss of a mixture of experts.
-        log_probs: `[1]`, their sum, which is all that TRL takes of them: in training mode of the terms of the loss with
-            their sign changed, -(g_t nll_t + coef KL_t), in evaluation mode of plain ln p_t, so that `eval_loss` is the
-            nll whatever the gate.
+        loss: scalar, nats per token; in training mode with the auxiliary loss of a mixture of
+            experts.
+        log_probs: `[1]`, their sum, which is all that TRL takes of them: in training mode of the
+            terms of the loss with their sign changed, -(g_t nll_t + coef KL_t), in evaluation mode
+            of plain ln p_t, so that `eval_loss` is the nll whatever the gate.
         entropy, is_top1: `[N]`, of each labelled token.
         label_mask: `[B, S]`, which positions are labelled.
         aux_loss: scalar, of a mixture of experts.
@@ -151,23 +190,28 @@ class GatedOutput(ModelOutput):
 
 class GatedLMHead:
     """
-    Patches `model` so that `model(..., labels=labels, fused_lm_head=True)` returns the gated loss, as `GatedOutput`.
+    Patches `model` so that `model(..., labels=labels, fused_lm_head=True)` returns the gated loss,
+    as `GatedOutput`.
 
-    `model(..., check_logits=True)` is `eaft.training.logits_check.compare_logits`; other calls go to the model's own
-    forward.
+    `model(..., check_logits=True)` is `eaft.training.logits_check.compare_logits`; other calls go
+    to the model's own forward.
 
     Args:
         model: a causal language model, not wrapped by PEFT (pass `peft_model.get_base_model()`).
         gate: a gate, as `eaft.objective.registry.get_gate` takes it.
         top_k: K of the top-K entropy.
-        params: what the gate takes, e.g. `{"alpha": 1.0}`; may be completed before the first training step.
-        reference: for a gate with a KL term: what `frozen_copy` returns, or the `PeftModel` around `model`, whose
-            adapters are switched off for the reference's pass.
+        params: what the gate takes, e.g. `{"alpha": 1.0}`; may be completed before the first
+            training step.
+        reference: for a gate with a KL term: what `frozen_copy` returns, or the `PeftModel` around
+            `model`, whose adapters are switched off for the reference's pass.
 
     Attributes:
-        example_nll: for a gate that needs it, the base model's mean nll of each example, float32 `[examples]`.
-        old_log_prob: for a gate that needs it, the base model's ln P of each token of the data, float32 `[tokens]`.
-        losses: `TokenLosses` of the last call's labelled tokens (in evaluation mode their weights are 1).
+        example_nll: for a gate that needs it, the base model's mean nll of each example, float32
+            `[examples]`.
+        old_log_prob: for a gate that needs it, the base model's ln P of each token of the data,
+            float32 `[tokens]`.
+        losses: `TokenLosses` of the last call's labelled tokens (in evaluation mode their weights
+            are 1).
     """
 
     losses: TokenLosses
@@ -197,18 +241,33 @@ class GatedLMHead:
         # `generate` validates its keyword arguments against the model's own signature
         @functools.wraps(type(model).forward)
         def forward(
-            model: PreTrainedModel, *args: Any, fused_lm_head: bool = False, check_logits: bool = False, **kwargs: Any
+            model: PreTrainedModel,
+            *args: Any,
+            fused_lm_head: bool = False,
+            check_logits: bool = False,
+            **kwargs: Any,
         ) -> Any:
             if check_logits:
                 return compare_logits(self, model, *args, **kwargs)
-            return self(model, *args, **kwargs) if fused_lm_head else self.own_forward(model, *args, **kwargs)
+            return (
+                self(model, *args, **kwargs)
+                if fused_lm_head
+                else self.own_forward(model, *args, **kwargs)
+            )
 
         model.forward = types.MethodType(forward, model)
 
     def own_forward(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        """Call the forward that the model had; of a deep copy of the model too, to which its methods are bound anew."""
+        """
+        Call the forward that the model had; of a deep copy of the model too, to which its methods
+        are bound anew.
+        """
         function = getattr(self.original_forward, "__func__", None)
-        return self.original_forward(*args, **kwargs) if function is None else function(model, *args, **kwargs)
+        return (
+            self.original_forward(*args, **kwargs)
+            if function is None
+            else function(model, *args, **kwargs)
+        )
 
     def __call__(
         self,
@@ -222,10 +281,11 @@ class GatedLMHead:
         **kwargs: Any,
     ) -> GatedOutput:
         """
-        Run the backbone and score the labels `[B, S]`, or `shift_labels` (context parallelism) as they stand.
+        Run the backbone and score the labels `[B, S]`, or `shift_labels` (context parallelism) as
+        they stand.
 
-        `example_ids` `[B, S]` says which example each label is from, `token_numbers` `[B, S]` which token of the data
-        it is, for the gates that need it.
+        `example_ids` `[B, S]` says which example each label is from, `token_numbers` `[B, S]` which
+        token of the data it is, for the gates that need it.
         """
         kwargs["use_cache"] = False
         use_reference = self.anchor is not None and model.training
@@ -280,7 +340,9 @@ class GatedLMHead:
             )
         if use_reference and isinstance(self.reference, PreTrainedModel):
             reshard(self.reference)
-        num_items = labelled.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        num_items = (
+            labelled.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        )
         loss = total / num_items.clamp(min=1)
         aux_loss = None
         if kwargs.get("output_router_logits"):
@@ -299,32 +361,50 @@ class GatedLMHead:
     @torch.no_grad()
     def statistics(self, model: PreTrainedModel, labels: Tensor, **inputs: Any) -> TokenStatistics:
         """
-        Return the statistics of the labelled tokens of `labels` `[B, S]`, row by row, ranks included; nothing else.
+        Return the statistics of the labelled tokens of `labels` `[B, S]`, row by row, ranks
+        included; nothing else.
 
         Args:
             model: the model that was patched.
-            labels: as for training: a labelled token's id at its own position, else -100; the first is nobody's.
+            labels: as for training: a labelled token's id at its own position, else -100; the first
+                is nobody's.
             inputs: what else the backbone is called with.
         """
         labelled = F.pad(labels[:, 1:], (0, 1), value=-100)
-        hidden, lm_head = self.hidden_states(model, labelled != -100, **inputs), model.get_output_embeddings()
+        hidden, lm_head = (
+            self.hidden_states(model, labelled != -100, **inputs),
+            model.get_output_embeddings(),
+        )
         labels = labelled[labelled != -100].to(hidden.device)
         with self.gathered(lm_head) as (weight, bias):
             return linear_token_statistics(
-                hidden, weight, labels, bias, self.top_k, logit_scale=self.logit_scale, softcap=self.softcap
+                hidden,
+                weight,
+                labels,
+                bias,
+                self.top_k,
+                logit_scale=self.logit_scale,
+                softcap=self.softcap,
             )
 
     @torch.no_grad()
     def logits(self, model: PreTrainedModel, chosen: Tensor, **inputs: Any) -> Tensor:
-        """Return the logits `[n, V]` (float32) at the positions that are true in `chosen` `[B, S]`."""
+        """
+        Return the logits `[n, V]` (float32) at the positions that are true in `chosen` `[B, S]`.
+        """
         hidden = self.hidden_states(model, chosen, **inputs)
         with self.gathered(model.get_output_embeddings()) as (weight, bias):
-            projection = F.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
+            projection = F.linear(
+                hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+            )
         memory = torch.empty_like(projection, dtype=torch.float32)
         return make_logits(projection, LogitTransform(self.logit_scale, self.softcap), memory)
 
     def hidden_states(self, model: PreTrainedModel, chosen: Tensor, **inputs: Any) -> Tensor:
-        """Return the last hidden states `[n, H]` at the positions that are true in `chosen`, on the head's device."""
+        """
+        Return the last hidden states `[n, H]` at the positions that are true in `chosen`, on the
+        head's device.
+        """
         hidden = self.backbone(model)(**inputs, use_cache=False).last_hidden_state
         # With `device_map`, the backbone can end on another device than the head
         return hidden[chosen.to(hidden.device)].to(model.get_output_embeddings().weight.device)
@@ -335,8 +415,13 @@ class GatedLMHead:
         # A text model that keeps the prefix of a larger one, as Llama 4's, names itself as its base
         return model.model if model.base_model is model else model.base_model
 
-    def aux_loss(self, model: PreTrainedModel, backbone: Any, attention_mask: Tensor | None) -> Tensor:
-        """Return the load-balancing loss of a mixture of experts (arXiv:2101.03961), as models' own forwards do."""
+    def aux_loss(
+        self, model: PreTrainedModel, backbone: Any, attention_mask: Tensor | None
+    ) -> Tensor:
+        """
+        Return the load-balancing loss of a mixture of experts (arXiv:2101.03961), as models' own
+        forwards do.
+        """
         if not backbone.router_logits:  # a family with experts, in a size that has none
             return backbone.last_hidden_state.new_zeros(())
         top_k = first_field(model, "num_experts_per_tok") or self.text_config.num_experts_per_tok
@@ -345,8 +430,13 @@ class GatedLMHead:
         return load_balancing_loss_func(backbone.router_logits, num_experts, top_k, attention_mask)
 
     @contextlib.contextmanager
-    def gathered(self, lm_head: Any, *others: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Give the head's whole weight `[V, H]` and bias `[V]`, however they are sharded; ZeRO-3 gathers others too."""
+    def gathered(
+        self, lm_head: Any, *others: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """
+        Give the head's whole weight `[V, H]` and bias `[V]`, however they are sharded; ZeRO-3
+        gathers others too.
+        """
         check_head(lm_head)
         weight, bias = full_parameter(lm_head.weight), full_parameter(lm_head.bias)
         with gather_partitioned(weight, bias, *others):
@@ -354,18 +444,30 @@ class GatedLMHead:
 
     def unpadded(self, parameter: Any) -> Any:
         """Return the rows that have logits, of the head's weight or bias."""
-        return parameter if parameter is None or self.vocab_size is None else parameter[: self.vocab_size]
+        return (
+            parameter
+            if parameter is None or self.vocab_size is None
+            else parameter[: self.vocab_size]
+        )
 
     @torch.no_grad()
     def run_reference(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Reference:
         """Return the reference's hidden states `[B, S, H]` and its head."""
         if isinstance(self.reference, PreTrainedModel):
-            hidden, lm_head = self.reference(*args, **kwargs), self.reference.get_output_embeddings()
+            hidden, lm_head = (
+                self.reference(*args, **kwargs),
+                self.reference.get_output_embeddings(),
+            )
             return Reference(hidden, full_parameter(lm_head.weight), full_parameter(lm_head.bias))
         model.eval()  # the reference has no dropout
         try:
             with self.reference.disable_adapter():
-                hidden, lm_head = self.backbone(model)(*args, **kwargs).last_hidden_state, model.get_output_embeddings()
-                return Reference(hidden, full_parameter(lm_head.weight), full_parameter(lm_head.bias))
+                hidden, lm_head = (
+                    self.backbone(model)(*args, **kwargs).last_hidden_state,
+                    model.get_output_embeddings(),
+                )
+                return Reference(
+                    hidden, full_parameter(lm_head.weight), full_parameter(lm_head.bias)
+                )
         finally:
             model.train()

@@ -1,9 +1,11 @@
 """
-Logits that are not what we think: our nll beside that of the model's own logits, once, before the first step.
+Logits that are not what we think: our nll beside that of the model's own logits, once, before the
+first step.
 
-The head multiplies hidden states by the weight it is shown, and knows the scales and caps that the fields of known
-architectures tell of (`eaft.training.head`). An architecture that does something else to its logits, or has a head that
-is more than its weight (a quantised one), would be trained on a wrong loss without a word.
+The head multiplies hidden states by the weight it is shown, and knows the scales and caps that the
+fields of known architectures tell of (`eaft.training.head`). An architecture that does something
+else to its logits, or has a head that is more than its weight (a quantised one), would be trained
+on a wrong loss without a word.
 """
 
 from __future__ import annotations
@@ -25,26 +27,32 @@ from eaft.objective.fused import linear_gated_cross_entropy
 
 TOKENS = 4  # of a batch, that are compared
 REASON = (
-    "The architecture does something to its logits that eaft does not know of, or its head is quantised, and the loss "
-    "would be wrong. Load the head unquantised, or train another model; and tell us of this one."
+    "The architecture does something to its logits that eaft does not know of, or its head is"
+    " quantised, and the loss would be wrong. Load the head unquantised, or train another model;"
+    " and tell us of this one."
 )
 
 
 def check_logits(
-    model: Any, inputs: dict[str, Any], gather: Callable[[Tensor], Tensor], forward: Callable[..., Tensor] | None = None
+    model: Any,
+    inputs: dict[str, Any],
+    gather: Callable[[Tensor], Tensor],
+    forward: Callable[..., Tensor] | None = None,
 ) -> None:
     """
-    Compare our nll with that of the model's own logits on a few tokens of a batch; all ranks must call this.
+    Compare our nll with that of the model's own logits on a few tokens of a batch; all ranks must
+    call this.
 
-    The forward runs in the mode that the model is in, since some layers change their weights for inference when they
-    leave training mode (bitsandbytes' 4-bit ones on a CPU, adapters that merge). It leaves modes, buffers and random
-    number generators as they were.
+    The forward runs in the mode that the model is in, since some layers change their weights for
+    inference when they leave training mode (bitsandbytes' 4-bit ones on a CPU, adapters that
+    merge). It leaves modes, buffers and random number generators as they were.
 
     Args:
         model: a model that `GatedLMHead` has patched, as it is wrapped for training.
         inputs: a batch, as the model is called with.
         gather: concatenates a tensor of each rank, on every rank.
-        forward: what to call with the batch, where that is not the model itself with `check_logits=True`.
+        forward: what to call with the batch, where that is not the model itself with
+            `check_logits=True`.
 
     Raises:
         ConfigurationError: on every rank, if on any they differ by more than rounding explains.
@@ -59,25 +67,36 @@ def check_logits(
     ours, own, allowed = found[worst].tolist()
     what = "router's auxiliary loss" if worst % (3 * TOKENS + 1) == 3 * TOKENS else "nll of a token"
     raise ConfigurationError(
-        f"model_type={model_type(model)!r}: the {what} is {own:.6g} by the model's own forward and {ours:.6g} by ours, "
-        f"where rounding explains a difference of {allowed:.2g}. {REASON}"
+        f"model_type={model_type(model)!r}: the {what} is {own:.6g} by the model's own forward and"
+        f" {ours:.6g} by ours, where rounding explains a difference of {allowed:.2g}. {REASON}"
     )
 
 
 def model_type(model: Any) -> str:
     """Return the architecture of a model, however it is wrapped."""
-    return next(module.config.model_type for module in model.modules() if isinstance(module, PreTrainedModel))
+    return next(
+        module.config.model_type
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel)
+    )
 
 
 @torch.compiler.disable
 def compare_logits(
-    head: Any, model: PreTrainedModel, *args: Any, labels: Any = None, shift_labels: Any = None, **kwargs: Any
+    head: Any,
+    model: PreTrainedModel,
+    *args: Any,
+    labels: Any = None,
+    shift_labels: Any = None,
+    **kwargs: Any,
 ) -> Tensor:
     """
-    Return our nll, that of the model's own logits, and by how much they may differ, float32 `[3 * TOKENS + 1, 3]`.
+    Return our nll, that of the model's own logits, and by how much they may differ, float32 `[3 *
+    TOKENS + 1, 3]`.
 
-    Of each token three: its label, and the most and the least likely one by the model's logits, which a cap or a mask
-    moves most. The last row is the auxiliary loss of a mixture of experts, zeros if the model's forward has none.
+    Of each token three: its label, and the most and the least likely one by the model's logits,
+    which a cap or a mask moves most. The last row is the auxiliary loss of a mixture of experts,
+    zeros if the model's forward has none.
     """
     kwargs["use_cache"] = False
     kwargs.pop("example_ids", None)
@@ -93,10 +112,15 @@ def compare_logits(
     logits, hidden = own.logits.to(device), backbone.last_hidden_state[rows, columns].to(device)
     label = shift_labels[rows, columns].to(device).clamp(min=0)
     candidates = torch.stack([label, logits.argmax(-1), logits.argmin(-1)], -1)
-    own_log_probs = logits.cpu().double().log_softmax(-1)  # of these logits, exact; not every device has float64
+    own_log_probs = (
+        logits.cpu().double().log_softmax(-1)
+    )  # of these logits, exact; not every device has float64
     with head.gathered(lm_head) as (weight, bias):
         if weight.shape[-1] != hidden.shape[-1]:
-            sizes = f"the head's weight is {list(weight.shape)}, and its hidden states have {hidden.shape[-1]} elements"
+            sizes = (
+                f"the head's weight is {list(weight.shape)}, and its hidden states have"
+                f" {hidden.shape[-1]} elements"
+            )
             raise ConfigurationError(f"model_type={model_type(model)!r}: {sizes}. {REASON}")
         _, losses = linear_gated_cross_entropy(
             hidden.unsqueeze(1).expand(-1, 3, -1),
@@ -110,16 +134,24 @@ def compare_logits(
         )
         bias = None if bias is None else bias.to(hidden.dtype)
         z = head.logit_scale * F.linear(hidden, weight.to(hidden.dtype), bias)
-        norms = head.logit_scale * hidden.float().norm(dim=-1, keepdim=True) * weight[candidates].float().norm(dim=-1)
+        norms = (
+            head.logit_scale
+            * hidden.float().norm(dim=-1, keepdim=True)
+            * weight[candidates].float().norm(dim=-1)
+        )
     operations = 4 + (head.logit_scale != 1) + 3 * (head.softcap is not None)
     unit = max(torch.finfo(z.dtype).eps, torch.finfo(logits.dtype).eps)
     if z.is_cuda and z.dtype == torch.float32:
         unit = max(unit, 2**-10)  # the products may be in TF32, which has ten bits
     size = z.float().abs()
-    size = size.clamp(min=size.square().mean(-1, keepdim=True).sqrt()).clamp(max=head.softcap or math.inf)
+    size = size.clamp(min=size.square().mean(-1, keepdim=True).sqrt()).clamp(
+        max=head.softcap or math.inf
+    )
     spread = hidden.shape[-1] ** 0.5 * norms
     moved = (operations / 2 * unit * size).cpu().double()
-    allowed = rounding(moved, own_log_probs, candidates.cpu(), spread.cpu().double()).to(device, torch.float32)
+    allowed = rounding(moved, own_log_probs, candidates.cpu(), spread.cpu().double()).to(
+        device, torch.float32
+    )
     own_nll = -own_log_probs.gather(-1, candidates.cpu()).to(device, torch.float32)
     found = torch.zeros(3 * TOKENS + 1, 3, device=device)
     found[:-1] = torch.stack([losses.statistics.nll, own_nll.flatten(), allowed.flatten()], -1)
@@ -140,7 +172,10 @@ def run_own_forward(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Any, Any]:
-    """Return the model's own output, its logits those of some tokens alone `[n, V]`, and its backbone's output."""
+    """
+    Return the model's own output, its logits those of some tokens alone `[n, V]`, and its
+    backbone's output.
+    """
     backbone: list[Any] = []
     cuts = 0
 
@@ -159,7 +194,9 @@ def run_own_forward(
 
     hooks = (
         head.backbone(model).register_forward_hook(keep),
-        model.get_output_embeddings().register_forward_pre_hook(cut, prepend=True),  # before a sharded head's own
+        model.get_output_embeddings().register_forward_pre_hook(
+            cut, prepend=True
+        ),  # before a sharded head's own
     )
     try:
         with unchanged(model):
@@ -170,21 +207,27 @@ def run_own_forward(
     if not backbone:  # OPT's forward calls a part of it; this pass draws the same random numbers
         with unchanged(model):
             backbone = [head.backbone(model)(*args, **kwargs)]
-    whole = not cuts and own.logits.shape[:2] == shape  # a batch may itself be one row of as many tokens
+    whole = (
+        not cuts and own.logits.shape[:2] == shape
+    )  # a batch may itself be one row of as many tokens
     own.logits = own.logits[rows, columns] if whole else own.logits[0]
     return own, backbone[0]
 
 
 @contextlib.contextmanager
 def unchanged(model: torch.nn.Module) -> Iterator[None]:
-    """Put back, after a forward, the model's buffers and what random number generators it may have drawn from."""
+    """
+    Put back, after a forward, the model's buffers and what random number generators it may have
+    drawn from.
+    """
     buffers = [
         (module, name, buffer, buffer.clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002 - what a model's own code may draw from
+    # What a model's own code may draw from
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
     accelerator = torch.accelerator.current_accelerator()
     kind = "cuda" if accelerator is None else accelerator.type
     used = {x.device for x in (*model.parameters(), *model.buffers())}
@@ -204,17 +247,20 @@ def rounding(moved: Tensor, log_probs: Tensor, candidates: Tensor, spread: Tenso
     """
     Return by how much two nll from the same hidden states may differ, `[n, k]`.
 
-    With u the spacing of the logits' dtype at 1, a rounding moves a logit z by at most u / 2 |z|. On both sides
-    together there are two of a product, one of a scale and three of a cap, if there are such, and two for products that
-    a GPU sums in parts, which are about as large as the logits are on average. If each logit moves by m_v against the
-    label, its nll moves by m_y + ln sum_v p_v exp(m_v).
+    With u the spacing of the logits' dtype at 1, a rounding moves a logit z by at most u / 2 |z|.
+    On both sides together there are two of a product, one of a scale and three of a cap, if there
+    are such, and two for products that a GPU sums in parts, which are about as large as the logits
+    are on average. If each logit moves by m_v against the label, its nll moves by m_y + ln sum_v
+    p_v exp(m_v).
 
-    The float32 sum of H products itself errs by about 4 sqrt(H) 2^-24 |h| |w| (Higham and Mary, 2019,
-    doi:10.1137/18M1226312: four standard deviations of independent roundings), on both sides, for two logits.
+    The float32 sum of H products itself errs by about 4 sqrt(H) 2^-24 |h| |w| (Higham and Mary,
+    2019, doi:10.1137/18M1226312: four standard deviations of independent roundings), on both sides,
+    for two logits.
 
-    Our nll is made of the logits in float32, the model's in float64. Ours rounds the label's distance from the largest
-    logit, at most nll, and the nll, which is rounded once more where both are compared: 3 nll 2^-24. The distances of
-    all logits, their exponentials, their pairwise sum and its logarithm add at most about 6 ln V 2^-24.
+    Our nll is made of the logits in float32, the model's in float64. Ours rounds the label's
+    distance from the largest logit, at most nll, and the nll, which is rounded once more where both
+    are compared: 3 nll 2^-24. The distances of all logits, their exponentials, their pairwise sum
+    and its logarithm add at most about 6 ln V 2^-24.
 
     Args:
         moved: m, `[n, V]`.

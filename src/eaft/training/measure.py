@@ -1,12 +1,13 @@
 """
-One pass over the training data with the base model, before the first step: what some gates must know.
+One pass over the training data with the base model, before the first step: what some gates must
+know.
 
-Thresholds that are percentiles of the data's tokens (`masked`, `conflict-mask`), each example's mean nll with their
-median (`flow`), and every label's log-probability (`psft`). Written to the output folder, and read from there when
-training is resumed.
+Thresholds that are percentiles of the data's tokens (`masked`, `conflict-mask`), each example's
+mean nll with their median (`flow`), and every label's log-probability (`psft`). Written to the
+output folder, and read from there when training is resumed.
 
-But for the last no token is kept: examples have sums, and percentiles come from histograms, so memory does not grow
-with the tokens.
+But for the last no token is kept: examples have sums, and percentiles come from histograms, so
+memory does not grow with the tokens.
 """
 
 from __future__ import annotations
@@ -36,18 +37,26 @@ from eaft.provenance import write_json
 from eaft.training.examples import ExampleCollator, flat
 from eaft.training.head import GatedLMHead
 
-MEASURED = ("entropy_threshold", "prob_threshold", "tau")  # parameters of gates that this module can find
+MEASURED = (
+    "entropy_threshold",
+    "prob_threshold",
+    "tau",
+)  # parameters of gates that this module can find
 MEASUREMENTS_FILE = "gate_measurements.json"
-OLD_LOG_PROB_FILE = "_old_log_prob.npy"  # float32 [tokens of the prepared data], nats; 0 where there is no label
+OLD_LOG_PROB_FILE = (  # float32 [tokens of the prepared data], nats; 0 where there is no label
+    "_old_log_prob.npy"
+)
 OLD_LOG_PROB_ABOUT_FILE = "_old_log_prob.json"  # what it is of
 
 
 class Histogram:
     """
-    Counts of numbers in [0, 1], for percentiles that are at most 2**-15 (relative) above the exact ones.
+    Counts of numbers in [0, 1], for percentiles that are at most 2**-15 (relative) above the exact
+    ones.
 
-    A bin holds the float32 numbers that share their upper 24 bits: 15 of their 23 bits of mantissa. Values are taken
-    at their bin's upper end, so that a value at its own percentile is never above it.
+    A bin holds the float32 numbers that share their upper 24 bits: 15 of their 23 bits of mantissa.
+    Values are taken at their bin's upper end, so that a value at its own percentile is never above
+    it.
     """
 
     SHIFT = 8
@@ -63,7 +72,10 @@ class Histogram:
         self.counts.scatter_add_(0, bins, torch.ones_like(bins))
 
     def percentile(self, q: float) -> float:
-        """Return what `numpy.percentile(values, q)` would, to the bound above; linear between neighbours, as there."""
+        """
+        Return what `numpy.percentile(values, q)` would, to the bound above; linear between
+        neighbours, as there.
+        """
         cumulative = self.counts.cumsum(0)
         position = (int(cumulative[-1]) - 1) * q / 100
         ranks = torch.tensor([int(position), int(np.ceil(position))])
@@ -74,7 +86,8 @@ class Histogram:
 
 class BaseModelPass(TrainerCallback, ABC):
     """
-    What both callbacks below share: a pass over rows with the base model when training begins, and its file.
+    What both callbacks below share: a pass over rows with the base model when training begins, and
+    its file.
 
     Args:
         head: whose gate it is for.
@@ -82,10 +95,12 @@ class BaseModelPass(TrainerCallback, ABC):
         size: how many there are of what `numbers` counts.
         collator: makes a batch of rows.
         accelerator: the trainer's.
-        model: returns the model to call when training begins, which is the base model, as the trainer wraps it.
+        model: returns the model to call when training begins, which is the base model, as the
+            trainer wraps it.
 
     Raises:
-        ConfigurationError: training is resumed, and the file is missing or is of other data or another gate.
+        ConfigurationError: training is resumed, and the file is missing or is of other data or
+            another gate.
         NonFiniteError: the base model's nll is NaN or infinite.
     """
 
@@ -137,17 +152,23 @@ class BaseModelPass(TrainerCallback, ABC):
 
     @torch.no_grad()
     def score_rows(self, batch_size: int) -> Iterator[tuple[Tensor, TokenStatistics]]:
-        """Yield the numbers `[n]` and statistics of labelled tokens under the base model; this process's share."""
+        """
+        Yield the numbers `[n]` and statistics of labelled tokens under the base model; this
+        process's share.
+        """
         accelerator, head, model = self.accelerator, self.head, self.model()
         rows, device = self.dataset.with_format("numpy"), accelerator.device
         begins = range(0, len(rows), batch_size * accelerator.num_processes)
         model.eval()
         # The order of the training data must not depend on whether something was measured before
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            for begin in tqdm(begins, "Measuring the base model", disable=not accelerator.is_main_process):
+            for begin in tqdm(
+                begins, "Measuring the base model", disable=not accelerator.is_main_process
+            ):
                 mine = begin + batch_size * accelerator.process_index
                 own = range(mine, min(mine + batch_size, len(rows)))
-                # Out of rows before the others, a process still makes their calls, and counts nothing
+                # Out of rows before the others, a process still makes their calls, and counts
+                # nothing
                 batch = self.collator(rows.__getitems__(list(own or [0])))
                 numbers = batch.pop(self.numbers)[:, 1:]
                 labelled = batch["labels"][:, 1:] != -100
@@ -164,7 +185,10 @@ class BaseModelPass(TrainerCallback, ABC):
 
 
 class MeasureGate(BaseModelPass):
-    """Completes the parameters of the head's gate, and finds each example's mean nll if the gate needs it."""
+    """
+    Completes the parameters of the head's gate, and finds each example's mean nll if the gate needs
+    it.
+    """
 
     file = MEASUREMENTS_FILE
     numbers = "example_ids"
@@ -181,7 +205,9 @@ class MeasureGate(BaseModelPass):
         head = self.head
         head.params = {**head.params, **measured["params"]}
         if head.gate.needs_example_nll:
-            head.example_nll = torch.tensor(measured["example_nll"], dtype=torch.float32, device=args.device)
+            head.example_nll = torch.tensor(
+                measured["example_nll"], dtype=torch.float32, device=args.device
+            )
 
     def measure(self, batch_size: int) -> dict[str, Any]:
         """Return the missing parameters, and each example's mean nll if the gate needs it."""
@@ -189,7 +215,9 @@ class MeasureGate(BaseModelPass):
         sums, counts, g, prob = self.run_base_model(batch_size)
         if not np.isfinite(sums).all():
             first = int(np.flatnonzero(~np.isfinite(sums))[0])
-            raise NonFiniteError(f"The base model's nll is not finite on example {first} of the training data.")
+            raise NonFiniteError(
+                f"The base model's nll is not finite on example {first} of the training data."
+            )
         labelled = counts > 0
         example_nll = np.where(labelled, sums / np.maximum(counts, 1), 0.0)
         find = {
@@ -198,7 +226,9 @@ class MeasureGate(BaseModelPass):
             "tau": lambda: np.median(example_nll[labelled]),
         }
         measured: dict[str, Any] = {
-            "params": {name: float(find[name]()) for name in missing_params(head.gate, head.params)},
+            "params": {
+                name: float(find[name]()) for name in missing_params(head.gate, head.params)
+            },
             "examples": int(labelled.sum()),
             "tokens": int(counts.sum()),
         }
@@ -206,8 +236,13 @@ class MeasureGate(BaseModelPass):
             measured["example_nll"] = example_nll.tolist()
         return measured
 
-    def run_base_model(self, batch_size: int) -> tuple[np.ndarray, np.ndarray, Histogram, Histogram]:
-        """Return each example's summed nll (float64) and tokens `[examples]`, and all tokens' g and probability."""
+    def run_base_model(
+        self, batch_size: int
+    ) -> tuple[np.ndarray, np.ndarray, Histogram, Histogram]:
+        """
+        Return each example's summed nll (float64) and tokens `[examples]`, and all tokens' g and
+        probability.
+        """
         entropy = self.head.params.get("entropy", "top-k")
         sums, counts = (torch.zeros(self.size, dtype=t) for t in (torch.float64, torch.int64))
         g, prob = Histogram(), Histogram()
@@ -221,7 +256,10 @@ class MeasureGate(BaseModelPass):
 
 
 class MeasureOldLogProb(BaseModelPass):
-    """Finds every label's log-probability under the base model, in the rows that are trained on, as they are."""
+    """
+    Finds every label's log-probability under the base model, in the rows that are trained on, as
+    they are.
+    """
 
     file = OLD_LOG_PROB_ABOUT_FILE
     numbers = "token_numbers"
@@ -239,7 +277,8 @@ class MeasureOldLogProb(BaseModelPass):
         found, tokens = self.sum(found, tokens)
         if not found.isfinite().all():
             raise NonFiniteError(
-                f"The base model's nll is not finite on {int((~found.isfinite()).sum())} tokens of the training data."
+                f"The base model's nll is not finite on {int((~found.isfinite()).sum())} tokens of"
+                " the training data."
             )
         self.head.old_log_prob = found
         return {"tokens": int(tokens)}
@@ -249,7 +288,9 @@ class MeasureOldLogProb(BaseModelPass):
         path, found = Path(args.output_dir) / OLD_LOG_PROB_FILE, self.head.old_log_prob
         if found is None:  # the run is resumed
             if not path.is_file():
-                raise ConfigurationError(f"{path} is missing: copy it from the run's output folder, or start afresh.")
+                raise ConfigurationError(
+                    f"{path} is missing: copy it from the run's output folder, or start afresh."
+                )
             found = torch.from_numpy(np.load(path))
         elif args.should_save:
             staging = path.with_suffix(".partial")
@@ -273,14 +314,18 @@ def read(path: Path, inputs: dict[str, Any]) -> dict[str, Any]:
     """Return what was measured for these inputs, or say what differs."""
     if not path.is_file():
         raise ConfigurationError(
-            f"{path} is missing: it holds what gate={inputs['gate']['name']!r} measured with the base model before "
-            "training, which the checkpoint no longer is. Copy it from the run's output folder, or start afresh."
+            f"{path} is missing: it holds what gate={inputs['gate']['name']!r} measured with the"
+            " base model before training, which the checkpoint no longer is. Copy it from the"
+            " run's output folder, or start afresh."
         )
     measured = json.loads(path.read_text())
     if changed := [name for name, value in inputs.items() if measured["inputs"].get(name) != value]:
-        what = {"gate": "another gate or other parameters of it", "data_sha256": "other training data"}
+        what = {
+            "gate": "another gate or other parameters of it",
+            "data_sha256": "other training data",
+        }
         raise ConfigurationError(
-            f"{path} is of {' and '.join(what[name] for name in changed)}. Resume with what the run began with, or "
-            "start afresh in another output_dir."
+            f"{path} is of {' and '.join(what[name] for name in changed)}. Resume with what the run"
+            " began with, or start afresh in another output_dir."
         )
     return measured

@@ -1,4 +1,7 @@
-"""The card that goes with a trained model: the base model, the gate and its parameters, the recipe, the versions."""
+"""
+The card that goes with a trained model: the base model, the gate and its parameters, the recipe,
+the versions.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,8 @@ def model_card(
     Args:
         args: what the model was trained with.
         gate_params: the gate's parameters, with those that were measured.
-        base_model: as the model's config names it; of a folder on this machine only the name is kept.
+        base_model: as the model's config names it; of a folder on this machine only the name is
+            kept.
         model_name, dataset_name: as the Hub will know them, where they are to be there.
         tags: beside the Hub's own.
     """

@@ -1,6 +1,7 @@
 """
-The gated loss for any trainer, or loop, that asks the model for its loss, without full logits: `patch_model` makes the
-model return it, and `GateCallback` calls that where a trainer takes callbacks of transformers'.
+The gated loss for any trainer, or loop, that asks the model for its loss, without full logits:
+`patch_model` makes the model return it, and `GateCallback` calls that where a trainer takes
+callbacks of transformers'.
 """
 
 from __future__ import annotations
@@ -30,36 +31,44 @@ def patch_model(model: Any, gate: GateLike = "eaft", top_k: int = 20, **params: 
         patch_model(model, gate="eaft")
         Trainer(model, ...).train()
 
-    In training mode `model(..., labels=labels)` returns the gated cross-entropy (arXiv:2601.02151) as `loss`, divided
-    by `num_items_in_batch` where it is given and else by the number of labelled tokens, and no logits: they never
-    exist as a whole. In evaluation mode the forward is the model's own, with the plain nll and logits, so that
-    `eval_loss` can be compared across gates. On the first batch the loss is compared with that of the model's own
-    logits on a few tokens. Each row counts as one example (`talr`), also one of several packed sequences.
+    In training mode `model(..., labels=labels)` returns the gated cross-entropy (arXiv:2601.02151)
+    as `loss`, divided by `num_items_in_batch` where it is given and else by the number of labelled
+    tokens, and no logits: they never exist as a whole. In evaluation mode the forward is the
+    model's own, with the plain nll and logits, so that `eval_loss` can be compared across gates. On
+    the first batch the loss is compared with that of the model's own logits on a few tokens. Each
+    row counts as one example (`talr`), also one of several packed sequences.
 
     Args:
-        model: a causal language model, or a `PeftModel` around one; changed in place, before it is wrapped (DDP, FSDP).
+        model: a causal language model, or a `PeftModel` around one; changed in place, before it is
+            wrapped (DDP, FSDP).
         gate: name of a registered gate, or a function of `TokenStatistics`.
         top_k: K of the top-K entropy.
         params: what the gate takes, e.g. `alpha=2.0` for `eaft`.
 
     Returns:
-        the head in its place; its `losses` are the `TokenLosses` of the last batch's labelled tokens.
+        the head in its place; its `losses` are the `TokenLosses` of the last batch's labelled
+        tokens.
 
     Raises:
-        ConfigurationError: unknown gate or parameter, a gate that needs the base model beside the trained one, or a
-            model that is patched already; in training, labels cut to `logits_to_keep`; in the first forward, on every
-            rank, logits that are not what the head says.
+        ConfigurationError: unknown gate or parameter, a gate that needs the base model beside the
+            trained one, or a model that is patched already; in training, labels cut to
+            `logits_to_keep`; in the first forward, on every rank, logits that are not what the head
+            says.
     """
     check_gate_by_itself(gate, params)
     base: Any = model.get_base_model() if is_peft_model(model) else model
     if hasattr(base.forward, "gate"):
-        raise ConfigurationError(f"gate={gate!r}: the model is patched already, with gate={base.forward.gate!r}.")
+        raise ConfigurationError(
+            f"gate={gate!r}: the model is patched already, with gate={base.forward.gate!r}."
+        )
     head = GatedLMHead(base, gate, top_k, params)
     with_head, checked = base.forward.__func__, False
     names = list(inspect.signature(type(base).forward).parameters)[1:]
 
     @functools.wraps(type(base).forward)  # trainers look at its signature
-    def forward(base: PreTrainedModel, *args: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
+    def forward(
+        base: PreTrainedModel, *args: Any, num_items_in_batch: Any = None, **kwargs: Any
+    ) -> Any:
         nonlocal checked
         kwargs |= zip(names, args, strict=False)
         if kwargs.get("labels") is None or not base.training:
@@ -70,15 +79,17 @@ def patch_model(model: Any, gate: GateLike = "eaft", top_k: int = 20, **params: 
         kept = kwargs.pop("logits_to_keep", None)
         if isinstance(kept, torch.Tensor) or kept:  # 0 is all of them
             raise ConfigurationError(
-                "logits_to_keep: labels cut to some logits do not go with a loss that keeps none: switch it off "
-                "(in ms-swift: --use_logits_to_keep false)."
+                "logits_to_keep: labels cut to some logits do not go with a loss that keeps none:"
+                " switch it off (in ms-swift: --use_logits_to_keep false)."
             )
         if not checked:
             gather = accelerate.utils.gather if several_processes() else torch.clone
             inner = functools.partial(with_head, base, check_logits=True)
             check_logits(base, kwargs, gather, forward=inner)
             checked = True
-        output = with_head(base, fused_lm_head=True, num_items_in_batch=num_items_in_batch, **kwargs)
+        output = with_head(
+            base, fused_lm_head=True, num_items_in_batch=num_items_in_batch, **kwargs
+        )
         return CausalLMOutputWithPast(loss=output.loss)
 
     forward.gate = gate  # type: ignore[attr-defined]
@@ -93,21 +104,23 @@ def several_processes() -> bool:
 
 class GateCallback(TrainerCallback):
     """
-    `patch_model` as a callback, for any trainer built on transformers' `Trainer` (LLaMA-Factory's, ms-swift's, ...).
+    `patch_model` as a callback, for any trainer built on transformers' `Trainer` (LLaMA-Factory's,
+    ms-swift's, ...).
 
     The model is patched when the trainer has been made, before it is wrapped.
 
     Args:
-        gate: as the flag of `eaft train`, and so are the others; or a function of `TokenStatistics`.
+        gate: as the flag of `eaft train`, and so are the others; or a function of
+            `TokenStatistics`.
         gate_alpha: exponent of the `eaft` gate.
         gate_entropy: `top-k` or `exact`.
         gate_top_k: K of the top-K entropy.
         gate_kwargs: the other parameters of the gate.
 
     Raises:
-        ConfigurationError: as `patch_model`; Liger's fused loss, or nn.DataParallel, which pass ours by; a callback
-            added, or a model made, after the trainer was; and after the first step, if the trainer did not ask the
-            model for its loss, but computed one of its own.
+        ConfigurationError: as `patch_model`; Liger's fused loss, or nn.DataParallel, which pass
+            ours by; a callback added, or a model made, after the trainer was; and after the first
+            step, if the trainer did not ask the model for its loss, but computed one of its own.
     """
 
     head: GatedLMHead | None = None
@@ -125,25 +138,34 @@ class GateCallback(TrainerCallback):
         # Checked now: trainers make callbacks before they load a model
         _, self.params = gate_of_flags(gate, gate_alpha, gate_entropy, gate_top_k, gate_kwargs)
 
-    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Patch the model, unless another forward will take the place of ours when training begins."""
+    def on_init_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        """
+        Patch the model, unless another forward will take the place of ours when training begins.
+        """
         liger = getattr(args, "use_liger_kernel", False)
         if liger and (args.liger_kernel_config or {}).get("fused_linear_cross_entropy", True):
             raise ConfigurationError(
-                "use_liger_kernel puts Liger's plain cross-entropy in the model's place when training begins: set "
-                "liger_kernel_config={'fused_linear_cross_entropy': False}."
+                "use_liger_kernel puts Liger's plain cross-entropy in the model's place when"
+                " training begins: set liger_kernel_config={'fused_linear_cross_entropy': False}."
             )
         if getattr(args, "n_gpu", 1) > 1:
             raise ConfigurationError(
-                "Several GPUs in one process (nn.DataParallel): start one process a GPU, by torchrun."
+                "Several GPUs in one process (nn.DataParallel): start one process a GPU, by"
+                " torchrun."
             )
         self.head = patch_model(model, self.gate, self.gate_top_k, **self.params)
         self.base = model.get_base_model() if is_peft_model(model) else model
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
         """Find out whether the model that will be trained is the one that was patched."""
         if self.head is None:
-            raise ConfigurationError("GateCallback came too late: give it to the trainer's constructor.")
+            raise ConfigurationError(
+                "GateCallback came too late: give it to the trainer's constructor."
+            )
         if not any(module is self.base for module in model.modules()):
             raise ConfigurationError(
                 "GateCallback: the model was made after the trainer (model_init): give it a model."
@@ -153,6 +175,7 @@ class GateCallback(TrainerCallback):
         """Find out whether the loss is ours."""
         if not hasattr(self.head, "losses"):  # annotated only, until the first batch
             raise ConfigurationError(
-                f"gate={self.gate!r} had no effect: the trainer computes a loss of its own and does not ask the model "
-                "for it. Switch that off (compute_loss_func, label_smoothing_factor, loss_type, use_dft_loss, ...)."
+                f"gate={self.gate!r} had no effect: the trainer computes a loss of its own and does"
+                " not ask the model for it. Switch that off (compute_loss_func,"
+                " label_smoothing_factor, loss_type, use_dft_loss, ...)."
             )

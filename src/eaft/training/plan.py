@@ -1,10 +1,11 @@
 """
-`eaft train --dry_run`: check a recipe, count its parameters and tokens, and estimate memory and time, without the
-weights.
+`eaft train --dry_run`: check a recipe, count its parameters and tokens, and estimate memory and
+time, without the weights.
 
-The model is built on torch's meta device from its config, so nothing of its size is loaded. The data is prepared by the
-trainer itself (`eaft.training.prepare`), so what is checked and counted is what would be trained on. Memory and time
-are estimates from first principles; each formula is in its function.
+The model is built on torch's meta device from its config, so nothing of its size is loaded. The
+data is prepared by the trainer itself (`eaft.training.prepare`), so what is checked and counted is
+what would be trained on. Memory and time are estimates from first principles; each formula is in
+its function.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from eaft.training.prepare import narrow_trainer
 from eaft.training.replay import count_replayed
 
 GIB = 2**30
-# Memory in GiB, about what a program can have, and peak dense bf16 rate in FLOP/s, from NVIDIA's data sheets
+# Memory in GiB, about what a program can have, and peak dense bf16 rate in FLOP/s, from NVIDIA's
+# data sheets
 GPUS = {"A100 80 GB": (79, 312e12), "H100 80 GB": (78, 989e12), "H200 141 GB": (139, 989e12)}
 UTILISATION = 0.4  # of the peak, a good run's
 RESERVE = 1.1  # fragmentation; and one GiB for CUDA and NCCL
@@ -44,7 +46,12 @@ class DryRunArguments:
 
     dry_run: bool = field(
         default=False,
-        metadata={"help": "Check the recipe, count parameters and tokens, estimate memory and time; train nothing."},
+        metadata={
+            "help": (
+                "Check the recipe, count parameters and tokens, estimate memory and time; train"
+                " nothing."
+            )
+        },
     )
 
 
@@ -53,8 +60,9 @@ class Launch:
     """
     How many processes there are, and what they share out among them (1: each has all of it).
 
-    `offload`: weights, gradients and optimizer states wait in the machine's memory. `upcast`: trained weights are
-    float32 whatever they were loaded in, as accelerate's FSDP2 makes them under mixed precision.
+    `offload`: weights, gradients and optimizer states wait in the machine's memory. `upcast`:
+    trained weights are float32 whatever they were loaded in, as accelerate's FSDP2 makes them under
+    mixed precision.
     """
 
     processes: int = 1
@@ -77,13 +85,18 @@ class Tokens:
 
 
 def plan(
-    args: EAFTConfig, model_args: ModelConfig, train_dataset: Any, eval_dataset: Any, launch_args: list[str]
+    args: EAFTConfig,
+    model_args: ModelConfig,
+    train_dataset: Any,
+    eval_dataset: Any,
+    launch_args: list[str],
 ) -> str:
     """
     Return the plan as text.
 
     Raises:
-        ConfigurationError: what `eaft train` would refuse, or an accelerate config that cannot be read.
+        ConfigurationError: what `eaft train` would refuse, or an accelerate config that cannot be
+            read.
     """
     launch = read_launch(launch_args)
     if args.forgetting_eval_steps:
@@ -104,25 +117,36 @@ def plan(
     unquantized = count_unquantized(model)
     parts = memory(config, model_args, args, total, trainable, counted.longest, launch, unquantized)
     need = RESERVE * sum(parts.values()) + 1
-    operations = flops(config, args, active, trainable == total, trained, counted.tokens / counted.rows)
+    operations = flops(
+        config, args, active, trainable == total, trained, counted.tokens / counted.rows
+    )
     rows = [
         f"Recipe is complete; gate {args.gate}. Nothing was trained or written.",
         "",
         f"Parameters   {total:,}, of which {trainable:,} are trained"
         + (f" and {active:,} take part in each token" if active < total else ""),
-        f"Data         {counted.rows:,} rows, {counted.tokens:,} tokens an epoch, {counted.labelled:,} labelled "
-        f"({counted.labelled / counted.tokens:.0%}); longest row {counted.longest:,}, {counted.full_rows:,} rows of "
-        f"max_length"
-        + (f"; not counted: {count_replayed(len(train_dataset), args)} replayed rows" if args.replay else ""),
-        f"Steps        {steps:,} of {batch} rows ({args.per_device_train_batch_size} x "
-        f"{args.gradient_accumulation_steps} x {launch.processes} processes), {trained:,.0f} tokens in all",
+        f"Data         {counted.rows:,} rows, {counted.tokens:,} tokens an epoch,"
+        f" {counted.labelled:,} labelled ({counted.labelled / counted.tokens:.0%}); longest row"
+        f" {counted.longest:,}, {counted.full_rows:,} rows of max_length"
+        + (
+            f"; not counted: {count_replayed(len(train_dataset), args)} replayed rows"
+            if args.replay
+            else ""
+        ),
+        (
+            f"Steps        {steps:,} of {batch} rows ({args.per_device_train_batch_size} x"
+            f" {args.gradient_accumulation_steps} x {launch.processes} processes), {trained:,.0f}"
+            " tokens in all"
+        ),
         "",
         "Memory per GPU, estimated (GiB):",
         *(f"  {part:<44}{value:8.1f}" for part, value in parts.items()),
         f"  {'with 10% for fragmentation and 1 GiB for CUDA':<44}{need:8.1f}",
         "",
-        f"Time, estimated ({operations:.2g} FLOP at {UTILISATION:.0%} of the peak bf16 rate; data, evaluation and "
-        "saving not counted):",
+        (
+            f"Time, estimated ({operations:.2g} FLOP at {UTILISATION:.0%} of the peak bf16 rate;"
+            " data, evaluation and saving not counted):"
+        ),
     ]
     fits = False
     for gpu, (capacity, rate) in GPUS.items():
@@ -130,16 +154,31 @@ def plan(
         verdict = "fits" if need <= capacity else "DOES NOT FIT"
         fits |= need <= capacity
         rows.append(
-            f"  {launch.processes} x {gpu:<12} {hours:8.1f} h, {hours * launch.processes:8.1f} GPU-hours   {verdict}"
+            f"  {launch.processes} x {gpu:<12} {hours:8.1f} h, {hours * launch.processes:8.1f}"
+            f" GPU-hours   {verdict}"
         )
     if launch.offload:
         in_gpu = replace(launch, offload=False)
-        whole = memory(config, model_args, args, total, trainable, counted.longest, in_gpu, unquantized)
+        whole = memory(
+            config, model_args, args, total, trainable, counted.longest, in_gpu, unquantized
+        )
         # Weights, gradients, optimizer states
         host = launch.processes * (sum(list(whole.values())[:3]) + whole.get("reference model", 0))
-        rows += ["", f"Offloaded: {host:.0f} GiB of the machines' own memory. The time this costs is not counted."]
+        rows += [
+            "",
+            (
+                f"Offloaded: {host:.0f} GiB of the machines' own memory. The time this costs is not"
+                " counted."
+            ),
+        ]
     if not fits:
-        rows += ["", "To fit: shard over more processes (FSDP2), a smaller per_device_train_batch_size or max_length,"]
+        rows += [
+            "",
+            (
+                "To fit: shard over more processes (FSDP2), a smaller per_device_train_batch_size"
+                " or max_length,"
+            ),
+        ]
         rows += ["gradient_checkpointing, fsdp_offload_params, or LoRA (use_peft)."]
     return "\n".join(rows)
 
@@ -152,7 +191,9 @@ def read_launch(launch_args: list[str]) -> Launch:
         try:
             content = yaml.safe_load(Path(flags.config_file).read_text())
         except (OSError, yaml.YAMLError) as error:
-            raise ConfigurationError(f"accelerate_config={flags.config_file!r}: {first_line(error)}") from error
+            raise ConfigurationError(
+                f"accelerate_config={flags.config_file!r}: {first_line(error)}"
+            ) from error
     n = int(flags.num_processes or content.get("num_processes") or 1)
     if n < 1:
         raise ConfigurationError(f"num_processes must be at least 1, got {n}.")
@@ -169,7 +210,10 @@ def read_launch(launch_args: list[str]) -> Launch:
 
 
 def meta_model(config: Any, model_args: ModelConfig, args: EAFTConfig) -> Any:
-    """Return the model, with its adapters if it is to have some, on the meta device: shapes without memory."""
+    """
+    Return the model, with its adapters if it is to have some, on the meta device: shapes without
+    memory.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
     model.tie_weights()
@@ -182,25 +226,33 @@ def meta_model(config: Any, model_args: ModelConfig, args: EAFTConfig) -> Any:
 
 
 def count_parameters(model: Any) -> tuple[int, int]:
-    """Return how many parameters a model has, and how many of them are trained; tied ones count once."""
+    """
+    Return how many parameters a model has, and how many of them are trained; tied ones count once.
+    """
     parameters = list({id(p): p for p in model.parameters()}.values())
     return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
 
 
 def count_unquantized(model: Any) -> int:
     """
-    Return how many parameters `load_in_4bit` and `load_in_8bit` leave as they are: all but the weights of `nn.Linear`.
+    Return how many parameters `load_in_4bit` and `load_in_8bit` leave as they are: all but the
+    weights of `nn.Linear`.
 
-    So embeddings, the head and adapters, and the experts of a mixture, which are no `nn.Linear` since transformers 5
-    (findings/bitsandbytes_moe_experts.sh).
+    So embeddings, the head and adapters, and the experts of a mixture, which are no `nn.Linear`
+    since transformers 5 (findings/bitsandbytes_moe_experts.sh).
     """
     head = model.get_output_embeddings()
     linear = (m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head)
-    return count_parameters(model)[0] - sum(m.weight.numel() for m in linear if not m.weight.requires_grad)
+    return count_parameters(model)[0] - sum(
+        m.weight.numel() for m in linear if not m.weight.requires_grad
+    )
 
 
 def experts_per_token(config: Any) -> int | None:
-    """Return how many experts a token goes through, or None without experts: families name it differently."""
+    """
+    Return how many experts a token goes through, or None without experts: families name it
+    differently.
+    """
     text = config.get_text_config()
     names = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts")
     return next((largest(value) for name in names if (value := getattr(text, name, None))), None)
@@ -213,24 +265,32 @@ def largest(value: Any) -> int:
 
 def count_active(model: Any, config: Any) -> int:
     """
-    Return how many parameters take part in one token: of a layer's experts, only those that it is routed to.
+    Return how many parameters take part in one token: of a layer's experts, only those that it is
+    routed to.
 
-    transformers keeps a layer's experts in a module `experts`, as a list or stacked: the first dimension is theirs.
+    transformers keeps a layer's experts in a module `experts`, as a list or stacked: the first
+    dimension is theirs.
     """
     active, _ = count_parameters(model)
     per_token = experts_per_token(config)
     for name, module in model.named_modules():
         if per_token and name.endswith(".experts"):
             parameters = list(module.parameters())
-            number = len(module) if isinstance(module, torch.nn.ModuleList) else parameters[0].shape[0]
+            number = (
+                len(module) if isinstance(module, torch.nn.ModuleList) else parameters[0].shape[0]
+            )
             size = sum(p.numel() for p in parameters)
             active -= size - size * min(per_token, number) // number
     return active
 
 
-def count_tokens(name: str, source: dict[str, Any], args: EAFTConfig, train_dataset: Any, eval_dataset: Any) -> Tokens:
+def count_tokens(
+    name: str, source: dict[str, Any], args: EAFTConfig, train_dataset: Any, eval_dataset: Any
+) -> Tokens:
     """Let the trainer prepare the data, as it would to train, and count it."""
-    trainer = narrow_trainer(AutoTokenizer.from_pretrained(name, **source), args, train_dataset, eval_dataset)
+    trainer = narrow_trainer(
+        AutoTokenizer.from_pretrained(name, **source), args, train_dataset, eval_dataset
+    )
     lengths, labelled = [], 0
     for row in trainer.train_dataset:
         lengths.append(len(row["input_ids"]))
@@ -252,22 +312,34 @@ def memory(
     """
     Return what one GPU holds at the peak of a step, in GiB.
 
-    Weights, gradients and AdamW's two states have the dtype the model is loaded in, or are float32 (`Launch.upcast`);
-    bf16 autocast keeps bf16 copies of the weights for the forward and backward, the head's too. Sharded, two layers at
-    a time and the head are whole. DDP sends gradients in buckets that copy them. Activations of one layer, elements a
-    token: five times the hidden size (norms, residuals), queries and attention output, keys and values, four times the
-    intermediate size (of the experts that a token goes through), at 2 bytes (the counting of Korthikanti et al. 2022,
-    arXiv:2205.05198, Sec. 4.1, for a gated MLP and attention that stores no scores). With checkpointing, each layer's
-    input and one layer. The batch is taken as padded to the longest row, every token as labelled. The head: its chunk
-    of logits, and its weight's gradient, in float32 if there are several chunks (`eaft.objective.fused`). A KL term:
-    a second chunk, the reference's hidden states and its head where that is gathered or cast; and, but for LoRA, the
-    reference itself, sharded as the model is, in the dtype it is loaded in.
+    Weights, gradients and AdamW's two states have the dtype the model is loaded in, or are float32
+    (`Launch.upcast`); bf16 autocast keeps bf16 copies of the weights for the forward and backward,
+    the head's too. Sharded, two layers at a time and the head are whole. DDP sends gradients in
+    buckets that copy them. Activations of one layer, elements a
+    token: five times the hidden size (norms, residuals), queries and attention output, keys and
+    values, four times the intermediate size (of the experts that a token goes through), at 2 bytes
+    (the counting of Korthikanti et al. 2022, arXiv:2205.05198, Sec. 4.1, for a gated MLP and
+    attention that stores no scores). With checkpointing, each layer's input and one layer. The
+    batch is taken as padded to the longest row, every token as labelled. The head: its chunk of
+    logits, and its weight's gradient, in float32 if there are several chunks
+    (`eaft.objective.fused`). A KL term: a second chunk, the reference's hidden states and its head
+    where that is gathered or cast; and, but for LoRA, the reference itself, sharded as the model
+    is, in the dtype it is loaded in.
     """
     text = config.get_text_config()
-    hidden, layers, head = text.hidden_size, text.num_hidden_layers, text.vocab_size * text.hidden_size
-    heads, intermediate = text.num_attention_heads, largest(getattr(text, "intermediate_size", None) or 4 * hidden)
+    hidden, layers, head = (
+        text.hidden_size,
+        text.num_hidden_layers,
+        text.vocab_size * text.hidden_size,
+    )
+    heads, intermediate = (
+        text.num_attention_heads,
+        largest(getattr(text, "intermediate_size", None) or 4 * hidden),
+    )
     if per_token := experts_per_token(config):
-        intermediate = per_token * largest(getattr(text, "moe_intermediate_size", None) or intermediate)
+        intermediate = per_token * largest(
+            getattr(text, "moe_intermediate_size", None) or intermediate
+        )
     width = (getattr(text, "head_dim", None) or hidden // heads) * heads
     keys = 2 * width // heads * (getattr(text, "num_key_value_heads", None) or heads)
     width_of = {"bfloat16": 2.0, "float16": 2.0, "float32": 4.0, "float64": 8.0}
@@ -275,7 +347,9 @@ def memory(
     if dtype == "auto":
         dtype = str(config.dtype or "float32").removeprefix("torch.")
     loaded = width_of[dtype]
-    if quantized := model_args.load_in_4bit or model_args.load_in_8bit:  # bytes a weight, on average
+    if (
+        quantized := model_args.load_in_4bit or model_args.load_in_8bit
+    ):  # bytes a weight, on average
         small = 0.5 if model_args.load_in_4bit else 1.0
         loaded = (small * (total - unquantized) + loaded * unquantized) / total
     full, sharded, anchor = trainable == total, launch.weights > 1, get_gate(args.gate).anchor
@@ -297,10 +371,14 @@ def memory(
         "gradients": on_gpu * trainable * trained / launch.gradients,
         f"optimizer states ({optim})": on_gpu * trainable * states / launch.optimizer,
         f"activations of {tokens:,} tokens": tokens * kept,
-        "head: logits of a chunk, gradient sum": chunk + head * (4 if tokens > rows else trained) * full,
+        "head: logits of a chunk, gradient sum": (
+            chunk + head * (4 if tokens > rows else trained) * full
+        ),
     }
     if sharded:
-        parts["gathered layers and head"] = total * 2 / layers * min(weight, computed) + head * computed
+        parts["gathered layers and head"] = (
+            total * 2 / layers * min(weight, computed) + head * computed
+        )
     elif weight > computed:
         parts["copies of weights in 16 bit"] = total * computed
     if launch.processes > launch.gradients:
@@ -315,16 +393,20 @@ def memory(
     return {name: value / GIB for name, value in parts.items()}
 
 
-def flops(config: Any, args: EAFTConfig, active: int, full: bool, tokens: float, length: float) -> float:
+def flops(
+    config: Any, args: EAFTConfig, active: int, full: bool, tokens: float, length: float
+) -> float:
     """
-    Return a run's floating-point operations: 2 a parameter that takes part in a token (`count_active`) forward, 4
-    backward (2 where weights are frozen, `full` being false).
+    Return a run's floating-point operations: 2 a parameter that takes part in a token
+    (`count_active`) forward, 4 backward (2 where weights are frozen, `full` being false).
 
-    Checkpointing runs the forward once more, a reference model too. Attention adds 2 * layers * width * length forward
-    (causal). Kaplan et al. 2020, arXiv:2001.08361, Sec. 2.1.
+    Checkpointing runs the forward once more, a reference model too. Attention adds 2 * layers *
+    width * length forward (causal). Kaplan et al. 2020, arXiv:2001.08361, Sec. 2.1.
     """
     text = config.get_text_config()
-    width = (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads) * text.num_attention_heads
+    width = (
+        getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    ) * text.num_attention_heads
     forward = 2 * active + 2 * text.num_hidden_layers * width * length
     passes = 3 if full else 2
     passes += bool(args.gradient_checkpointing) + bool(get_gate(args.gate).anchor)

@@ -1,6 +1,6 @@
 """
-Training data prepared by the trainer itself, around a model of eight hidden units: what is counted or inspected is what
-would be trained on.
+Training data prepared by the trainer itself, around a model of eight hidden units: what is counted
+or inspected is what would be trained on.
 """
 
 from __future__ import annotations
@@ -25,23 +25,38 @@ from eaft.training.trainer import EAFTTrainer
 UNLABELLED = -101  # a label that TRL does not count as missing, so that it drops no row
 
 
-def narrow_trainer(tokenizer: Any, args: EAFTConfig, train_dataset: Any, eval_dataset: Any = None) -> EAFTTrainer:
-    """Return a trainer that has prepared the data as `eaft train` would, around a model too small to matter."""
-    narrow = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+def narrow_trainer(
+    tokenizer: Any, args: EAFTConfig, train_dataset: Any, eval_dataset: Any = None
+) -> EAFTTrainer:
+    """
+    Return a trainer that has prepared the data as `eaft train` would, around a model too small to
+    matter.
+    """
+    narrow = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
     args = copy.copy(args)
     args.forgetting_eval_steps, args.model_init_kwargs, args.push_to_hub = 0, None, False
     with tempfile.TemporaryDirectory() as folder:  # the trainer makes its output folder
         args.output_dir = folder
         model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary_size(tokenizer), **narrow))
         return EAFTTrainer(
-            model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=tokenizer
+            model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
         )
 
 
 @dataclass(frozen=True)
 class PreparedRows:
     """
-    A data set as it is trained on without packing: a row for each of its rows, in its order, none dropped.
+    A data set as it is trained on without packing: a row for each of its rows, in its order, none
+    dropped.
 
     Both have `input_ids` and `labels`, of which those below 0 are none.
     """
@@ -52,7 +67,8 @@ class PreparedRows:
 
 def prepare_rows(tokenizer: Any, args: EAFTConfig, dataset: Any) -> PreparedRows:
     """
-    Prepare every row as the trainer would, and follow it: TRL shuffles, and drops rows that lose all their labels.
+    Prepare every row as the trainer would, and follow it: TRL shuffles, and drops rows that lose
+    all their labels.
 
     Args:
         tokenizer: changed as training changes it (`eos_token`, `chat_template_path`).
@@ -62,13 +78,31 @@ def prepare_rows(tokenizer: Any, args: EAFTConfig, dataset: Any) -> PreparedRows
         ConfigurationError: a stream, images, no labelled token, or what TRL refuses.
     """
     if not isinstance(dataset, Dataset):
-        raise ConfigurationError("Rows are numbered, which a stream's cannot be: set dataset_streaming false.")
+        raise ConfigurationError(
+            "Rows are numbered, which a stream's cannot be: set dataset_streaming false."
+        )
     args = copy.copy(args)
     max_length = args.max_length
-    changes: dict[str, Any] = {"packing": False, "eval_packing": False, "padding_free": False, "shuffle_dataset": False}
-    changes |= {"max_length": None, "gate": "sft", "gate_kwargs": None, "gate_alpha": 1.0, "gate_entropy": "top-k"}
+    changes: dict[str, Any] = {
+        "packing": False,
+        "eval_packing": False,
+        "padding_free": False,
+        "shuffle_dataset": False,
+    }
+    changes |= {
+        "max_length": None,
+        "gate": "sft",
+        "gate_kwargs": None,
+        "gate_alpha": 1.0,
+        "gate_entropy": "top-k",
+    }
     # What is of no interest before training must not stop it here
-    changes |= {"report_to": [], "use_liger_kernel": False, "eval_strategy": "no", "parallelism_config": None}
+    changes |= {
+        "report_to": [],
+        "use_liger_kernel": False,
+        "eval_strategy": "no",
+        "parallelism_config": None,
+    }
     for name, value in changes.items():
         setattr(args, name, value)
     try:
@@ -79,7 +113,9 @@ def prepare_rows(tokenizer: Any, args: EAFTConfig, dataset: Any) -> PreparedRows
         raise ConfigurationError(str(error)) from error
     whole = trainer.train_dataset
     if not {"input_ids", "labels"} <= set(whole.column_names):
-        raise ConfigurationError("The data is not prepared before training (images?), so its tokens are not known.")
+        raise ConfigurationError(
+            "The data is not prepared before training (images?), so its tokens are not known."
+        )
     whole = whole.select_columns(["input_ids", "labels"])
     if trainer._skip_prepare_dataset:  # nor is it cut
         return PreparedRows(whole, whole)
@@ -88,8 +124,8 @@ def prepare_rows(tokenizer: Any, args: EAFTConfig, dataset: Any) -> PreparedRows
     cut = SFTTrainer._prepare_dataset(trainer, kept, tokenizer, args, False, None, "train")
     if len(cut) != len(dataset):
         raise ConfigurationError(
-            f"TRL made {len(cut)} rows of {len(dataset)}, so that they cannot be followed: it drops those without a "
-            "token. Remove these from the data."
+            f"TRL made {len(cut)} rows of {len(dataset)}, so that they cannot be followed: it drops"
+            " those without a token. Remove these from the data."
         )
     return PreparedRows(cut, whole)
 

@@ -1,7 +1,9 @@
 """
-Replay: the base model's own answers to everyday requests, mixed into the training data against forgetting.
+Replay: the base model's own answers to everyday requests, mixed into the training data against
+forgetting.
 
-What users are told to do elsewhere ("mix in general data"), with data that every model has: as it would have answered.
+What users are told to do elsewhere ("mix in general data"), with data that every model has: as it
+would have answered.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from eaft.evaluation.scores import Protocol, ask, load_tokenizer
 from eaft.training.config import EAFTConfig
 
 REPLAY_FILE = "replay.jsonl"  # in a run's folder: the rows
-ANSWER_TOKENS = 256  # at most; an answer that has not ended by then is left out, since a row's end is learned too
+# at most; an answer that has not ended by then is left out, since a row's end is learned too
+ANSWER_TOKENS = 256
 TRIES = 8  # times as many answers as are wanted are sampled, at most
 
 
@@ -36,32 +39,38 @@ def check_replay(dataset: Any, args: EAFTConfig) -> None:
     Check that replayed rows can be mixed into a data set.
 
     Raises:
-        ConfigurationError: it is a stream, or of a form in which answers are not told from prompts; or no such prompts;
-            or ZeRO-3, under which no process has a whole model to sample from.
+        ConfigurationError: it is a stream, or of a form in which answers are not told from prompts;
+            or no such prompts; or ZeRO-3, under which no process has a whole model to sample from.
     """
     if not isinstance(dataset, Dataset):
         raise ConfigurationError(
-            f"replay={args.replay} counts rows, which a stream has not: leave dataset_streaming out."
+            f"replay={args.replay} counts rows, which a stream has not: leave dataset_streaming"
+            " out."
         )
-    if not ({"prompt", "completion"} <= set(dataset.column_names) or "messages" in dataset.column_names):
+    if not (
+        {"prompt", "completion"} <= set(dataset.column_names) or "messages" in dataset.column_names
+    ):
         raise ConfigurationError(
-            f"replay={args.replay} needs rows of `prompt` and `completion`, or of `messages`; these have "
-            f"{', '.join(dataset.column_names)}."
+            f"replay={args.replay} needs rows of `prompt` and `completion`, or of `messages`; these"
+            f" have {', '.join(dataset.column_names)}."
         )
-    if {"image", "images"} & set(dataset.column_names) or (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+    if {"image", "images"} & set(dataset.column_names) or (args.dataset_kwargs or {}).get(
+        "skip_prepare_dataset"
+    ):
         raise ConfigurationError(
-            f"replay={args.replay} mixes rows while the data is prepared: leave it out with images, and leave out "
-            "dataset_kwargs={'skip_prepare_dataset': True}."
+            f"replay={args.replay} mixes rows while the data is prepared: leave it out with images,"
+            " and leave out dataset_kwargs={'skip_prepare_dataset': True}."
         )
     if "chat_template_kwargs" in dataset.column_names:
         raise ConfigurationError(
-            f"replay={args.replay}: the data has chat_template_kwargs, which a replayed row has not: leave the column "
-            "out, and set what all rows share in the chat template (chat_template_path)."
+            f"replay={args.replay}: the data has chat_template_kwargs, which a replayed row has"
+            " not: leave the column out, and set what all rows share in the chat template"
+            " (chat_template_path)."
         )
     if is_deepspeed_zero3_enabled():
         raise ConfigurationError(
-            f"replay={args.replay}: one process samples from the whole model, which ZeRO-3 does not let it have: use "
-            "ZeRO-2 or FSDP2."
+            f"replay={args.replay}: one process samples from the whole model, which ZeRO-3 does not"
+            " let it have: use ZeRO-2 or FSDP2."
         )
     read_prompts(args.replay_prompts, 1)
 
@@ -74,13 +83,15 @@ def count_replayed(rows: int, args: EAFTConfig) -> int:
 
 def replayed_rows(dataset: Dataset, model: str, args: EAFTConfig) -> list[dict[str, Any]]:
     """
-    Return the base model's own answers, see `sample_rows`: beside the data, the share `args.replay`.
+    Return the base model's own answers, see `sample_rows`: beside the data, the share
+    `args.replay`.
 
-    A resumed run takes those it began with. The first process samples, on one device, and the others wait.
+    A resumed run takes those it began with. The first process samples, on one device, and the
+    others wait.
 
     Raises:
-        ConfigurationError: too few answers come to an end; or the run that is resumed began with more or fewer, or with
-            an eaft that kept no token ids.
+        ConfigurationError: too few answers come to an end; or the run that is resumed began with
+            more or fewer, or with an eaft that kept no token ids.
     """
     count = count_replayed(len(dataset), args)
     kept = Path(args.output_dir) / REPLAY_FILE
@@ -94,24 +105,31 @@ def replayed_rows(dataset: Dataset, model: str, args: EAFTConfig) -> list[dict[s
     rows = shared(find)
     if len(rows) != count:
         raise ConfigurationError(
-            f"replay={args.replay} is {count} rows beside this data, and {kept} has {len(rows)}: resume with the share "
-            "and the data that the run began with."
+            f"replay={args.replay} is {count} rows beside this data, and {kept} has {len(rows)}:"
+            " resume with the share and the data that the run began with."
         )
     if not all({"input_ids", "labels"} <= row.keys() for row in rows):
-        raise ConfigurationError(f"{kept} has rows without input_ids and labels: an older eaft wrote it. Start afresh.")
+        raise ConfigurationError(
+            f"{kept} has rows without input_ids and labels: an older eaft wrote it. Start afresh."
+        )
     return rows
 
 
-def sample_rows(count: int, conversational: bool, model: str, args: EAFTConfig) -> list[dict[str, Any]]:
+def sample_rows(
+    count: int, conversational: bool, model: str, args: EAFTConfig
+) -> list[dict[str, Any]]:
     """
     Return so many rows, answers that came to an end, as they were sampled.
 
-    Each has the token ids that are trained on, `input_ids` and `labels` (-100 for the prompt's), and to be read the
-    texts of both, `prompt` and `completion`. A template that renders the answer as a message may write another
-    context than it was sampled in, or thoughts that the model did not write.
+    Each has the token ids that are trained on, `input_ids` and `labels` (-100 for the prompt's),
+    and to be read the texts of both, `prompt` and `completion`. A template that renders the answer
+    as a message may write another context than it was sampled in, or thoughts that the model did
+    not write.
     """
     tokenizer = load_tokenizer(model, args.model_init_kwargs)
-    loaded = AutoModelForCausalLM.from_pretrained(model, **args.model_init_kwargs).to(args.device).eval()
+    loaded = (
+        AutoModelForCausalLM.from_pretrained(model, **args.model_init_kwargs).to(args.device).eval()
+    )
     protocol = Protocol(apply_chat_template=conversational)
     prompts = read_prompts(args.replay_prompts, sys.maxsize)
     random.Random(args.seed).shuffle(prompts)  # few rows take few of them, and each seed others
@@ -131,7 +149,10 @@ def sample_rows(count: int, conversational: bool, model: str, args: EAFTConfig) 
         )
         for answer in answers:
             if len(answer.answer_ids) < ANSWER_TOKENS:  # it ended
-                ids, unlabelled = answer.prompt_ids + answer.answer_ids, [-100] * len(answer.prompt_ids)
+                ids, unlabelled = (
+                    answer.prompt_ids + answer.answer_ids,
+                    [-100] * len(answer.prompt_ids),
+                )
                 texts = {
                     "prompt": tokenizer.decode(answer.prompt_ids),
                     "completion": tokenizer.decode(answer.answer_ids),
@@ -143,7 +164,8 @@ def sample_rows(count: int, conversational: bool, model: str, args: EAFTConfig) 
         torch.cuda.empty_cache()
     if len(rows) < count:
         raise ConfigurationError(
-            f"replay={args.replay} asks for {count} answers, and of {TRIES * count} only {len(rows)} ended within "
-            f"{ANSWER_TOKENS} tokens: give prompts with shorter answers (replay_prompts), or a smaller share."
+            f"replay={args.replay} asks for {count} answers, and of {TRIES * count} only"
+            f" {len(rows)} ended within {ANSWER_TOKENS} tokens: give prompts with shorter answers"
+            " (replay_prompts), or a smaller share."
         )
     return rows[:count]

@@ -1,4 +1,6 @@
-"""What each row must hold, in any of TRL's formats: for training, inspecting and held-out rows alike."""
+"""
+What each row must hold, in any of TRL's formats: for training, inspecting and held-out rows alike.
+"""
 
 from __future__ import annotations
 
@@ -29,11 +31,19 @@ def label(value: int) -> int:
 Ids = Annotated[list[NotNegative], Field(min_length=1)]
 Labels = list[Annotated[StrictInt, AfterValidator(label)]]
 Mask = list[Annotated[StrictInt, Field(ge=0, le=1)]]
-PARALLEL = {"labels": Labels, "attention_mask": Mask, "assistant_masks": Mask, "completion_mask": Mask}
+PARALLEL = {
+    "labels": Labels,
+    "attention_mask": Mask,
+    "assistant_masks": Mask,
+    "completion_mask": Mask,
+}
 
 
 def form_of(columns: Iterable[str], first: dict[str, Any], text_field: str) -> list[str]:
-    """Return the columns that rows are read from: those of a form that the first row has, in TRL's order of forms."""
+    """
+    Return the columns that rows are read from: those of a form that the first row has, in TRL's
+    order of forms.
+    """
     forms = [["input_ids"], ["prompt", "completion"], ["messages"], ["conversations"], [text_field]]
     there = [form for form in forms if set(form) <= set(columns)]
     filled = [form for form in there if any(first.get(name) is not None for name in form)]
@@ -48,7 +58,8 @@ def check_rows(rows: Any, where: str, text_field: str = "text") -> None:
         where: names the data; begins the message.
 
     Raises:
-        ConfigurationError: the first row that TRL could not read, or would read in another way than was meant.
+        ConfigurationError: the first row that TRL could not read, or would read in another way than
+            was meant.
     """
     first = next(iter(rows), None)
     if first is None:
@@ -60,7 +71,11 @@ def check_rows(rows: Any, where: str, text_field: str = "text") -> None:
         return
     form = form_of(rows.column_names, first, text_field)
     texts = form not in (["input_ids"], ["messages"], ["conversations"])
-    if all(is_text(rows, name) for name in form) if texts else form == ["input_ids"] and are_ids(rows):
+    if (
+        all(is_text(rows, name) for name in form)
+        if texts
+        else form == ["input_ids"] and are_ids(rows)
+    ):
         return
     columns = [name for name in (*form, *PARALLEL) if name in rows.column_names]
     for number, row in enumerate(rows.select_columns(columns)):
@@ -69,11 +84,17 @@ def check_rows(rows: Any, where: str, text_field: str = "text") -> None:
 
 def is_text(rows: Dataset, name: str) -> bool:
     """Return whether a column is text in every row."""
-    return rows.features[name] in (Value("string"), Value("large_string")) and not rows.data.column(name).null_count
+    return (
+        rows.features[name] in (Value("string"), Value("large_string"))
+        and not rows.data.column(name).null_count
+    )
 
 
 def are_ids(rows: Dataset) -> bool:
-    """Return whether the columns of rows of token ids are whole and in their bounds, without making lists of them."""
+    """
+    Return whether the columns of rows of token ids are whole and in their bounds, without making
+    lists of them.
+    """
     names = ["input_ids", *(["labels"] if "labels" in rows.column_names else [])]
     if (PARALLEL.keys() - {"labels"}) & set(rows.column_names):
         return False
@@ -92,7 +113,9 @@ def are_ids(rows: Dataset) -> bool:
             if (low < 0).any():
                 return False
             lengths.append(column.value_lengths().to_numpy())
-        if (lengths[0] == 0).any() or not all(np.array_equal(lengths[0], other) for other in lengths):
+        if (lengths[0] == 0).any() or not all(
+            np.array_equal(lengths[0], other) for other in lengths
+        ):
             return False
     return True
 
@@ -104,15 +127,22 @@ def check_row(row: dict[str, Any], form: list[str], where: str) -> None:
         if name == "input_ids":
             check(Ids, value, f"{where}: {name}")
         elif value is None:
-            raise ConfigurationError(f"{where} has no {name}: every row must have {' and '.join(form)}.")
+            raise ConfigurationError(
+                f"{where} has no {name}: every row must have {' and '.join(form)}."
+            )
         elif isinstance(value, list) and name in ("messages", "prompt", "completion"):
             check(Messages, value, f"{where}: {name}")
-        elif not isinstance(value, list if name in ("messages", "conversations") else str) or value == []:
+        elif (
+            not isinstance(value, list if name in ("messages", "conversations") else str)
+            or value == []
+        ):
             expected = "messages" if name in ("messages", "conversations") else "text"
             expected = "text or messages" if name in ("prompt", "completion") else expected
             raise ConfigurationError(f"{where}: {name}={short(value)}: expected {expected}.")
     if len({isinstance(row.get(name), str) for name in form}) > 1:
-        raise ConfigurationError(f"{where}: {' and '.join(form)} must both be text, or both be messages.")
+        raise ConfigurationError(
+            f"{where}: {' and '.join(form)} must both be text, or both be messages."
+        )
     for name, kind in PARALLEL.items():
         if form == ["input_ids"] and row.get(name) is not None:
             check(kind, row[name], f"{where}: {name}")
@@ -133,10 +163,12 @@ def check_ids(rows: Any, size: int, where: str) -> None:
     """
     if not isinstance(rows, Dataset) or "input_ids" not in rows.column_names:
         return
-    for number, row in enumerate(rows.select_columns([n for n in ("input_ids", "labels") if n in rows.column_names])):
+    for number, row in enumerate(
+        rows.select_columns([n for n in ("input_ids", "labels") if n in rows.column_names])
+    ):
         for name, ids in row.items():
             if ids and max(ids) >= size:
                 raise ConfigurationError(
-                    f"{where}, row {number}: {name} has the id {max(ids)}, and the model knows {size} tokens: tokenize "
-                    "the data with this model's tokenizer."
+                    f"{where}, row {number}: {name} has the id {max(ids)}, and the model knows"
+                    f" {size} tokens: tokenize the data with this model's tokenizer."
                 )

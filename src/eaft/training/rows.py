@@ -1,4 +1,7 @@
-"""Which row of its data set each row of a batch is, looked up for a message alone: batches carry no numbers."""
+"""
+Which row of its data set each row of a batch is, looked up for a message alone: batches carry no
+numbers.
+"""
 
 from __future__ import annotations
 
@@ -16,23 +19,31 @@ from eaft.models import template_today
 
 
 def cached_by_date(dataset: Dataset) -> Dataset:
-    """Return the same data set, whose maps `datasets` caches by the date that chat templates write, too."""
+    """
+    Return the same data set, whose maps `datasets` caches by the date that chat templates write,
+    too.
+    """
     dated = copy.copy(dataset)
     dated._fingerprint = Hasher.hash([dataset._fingerprint, template_today()])
     return dated
 
 
-def describe_rows(batch: MutableMapping[str, Any], tokenizer: Any, dataset: Any, images: bool = False) -> str:
+def describe_rows(
+    batch: MutableMapping[str, Any], tokenizer: Any, dataset: Any, images: bool = False
+) -> str:
     """
-    Name a batch's rows: their index in their data set, as the trainer holds it, and how their text begins.
+    Name a batch's rows: their index in their data set, as the trainer holds it, and how their text
+    begins.
 
-    Rows that are not found in the data set by their tokens have no index: a stream's, and those that a collator makes
-    (images). Of rows with the same tokens it is the first one's. Of `images`, runs of the same placeholder are
-    shortened to one.
+    Rows that are not found in the data set by their tokens have no index: a stream's, and those
+    that a collator makes (images). Of rows with the same tokens it is the first one's. Of `images`,
+    runs of the same placeholder are shortened to one.
     """
     input_ids = batch["input_ids"].cpu().numpy()
     if (mask := batch.get("attention_mask")) is not None:
-        texts = [ids[keep] for ids, keep in zip(input_ids, mask.cpu().numpy().astype(bool), strict=True)]
+        texts = [
+            ids[keep] for ids, keep in zip(input_ids, mask.cpu().numpy().astype(bool), strict=True)
+        ]
         starts = [[0] for _ in texts]
     elif len(input_ids) > 1 or "position_ids" not in batch:
         texts, starts = list(input_ids), [[0] for _ in input_ids]
@@ -57,7 +68,9 @@ def describe_rows(batch: MutableMapping[str, Any], tokenizer: Any, dataset: Any,
     return ", ".join(named)
 
 
-def find_rows(dataset: Any, texts: list[np.ndarray], starts: list[list[int]]) -> dict[tuple[int, int], tuple[int, int]]:
+def find_rows(
+    dataset: Any, texts: list[np.ndarray], starts: list[list[int]]
+) -> dict[tuple[int, int], tuple[int, int]]:
     """
     Return the index and length of the data set's row that stands in a text from one of its starts.
 

@@ -1,4 +1,7 @@
-"""What a chat template makes of rows: its errors by row, before anything is loaded; and the assistant's tokens."""
+"""
+What a chat template makes of rows: its errors by row, before anything is loaded; and the
+assistant's tokens.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,8 @@ Row = dict[str, Any]
 COLUMNS = ("messages", "prompt", "completion")  # that hold messages
 STREAM_ROWS = 1000  # of a stream, that are rendered beforehand
 OTHER_FORM = (
-    'Split the row into {"prompt": [...], "completion": [...]}, one for each turn of the assistant: of these the '
-    "completion is trained on."
+    'Split the row into {"prompt": [...], "completion": [...]}, one for each turn of the assistant:'
+    " of these the completion is trained on."
 )
 
 
@@ -43,19 +46,26 @@ def template_kwargs(row: Row) -> Row:
 
 
 def render(tokenizer: Any, row: Row, template: str | None = None) -> tuple[str, str | None]:
-    """Return the text of a conversational row, as TRL renders it, and of its prompt alone, if it has one."""
+    """
+    Return the text of a conversational row, as TRL renders it, and of its prompt alone, if it has
+    one.
+    """
     settings = {"tokenize": False, "chat_template": template, **template_kwargs(row)}
     whole = tokenizer.apply_chat_template(row_messages(row), **settings)
     if "prompt" not in row:
         return whole, None
-    return whole, tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, **settings)
+    return whole, tokenizer.apply_chat_template(
+        row["prompt"], add_generation_prompt=True, **settings
+    )
 
 
 def training_template(tokenizer: Any, args: EAFTConfig) -> tuple[str | None, bool]:
     """
-    Return the template that TRL trains with (None: the tokenizer's own), and whether it marks the assistant's tokens.
+    Return the template that TRL trains with (None: the tokenizer's own), and whether it marks the
+    assistant's tokens.
 
-    With `assistant_only_loss`, TRL replaces a template without `{% generation %}` marks that it knows by its own.
+    With `assistant_only_loss`, TRL replaces a template without `{% generation %}` marks that it
+    knows by its own.
     """
     if has_generation_markers(tokenizer.chat_template):
         return None, True
@@ -63,7 +73,8 @@ def training_template(tokenizer: Any, args: EAFTConfig) -> tuple[str | None, boo
         return None, False
     try:
         return get_training_chat_template(tokenizer), True
-    except Exception:  # it does not know this template, or the template raises on the messages that it is tried with
+    # it does not know this template, or the template raises on the messages that it is tried with
+    except Exception:
         return None, False
 
 
@@ -87,7 +98,8 @@ def find_template_tokenizer(model: str, args: EAFTConfig, revision: str | None) 
 
 def with_template(tokenizer: Any, args: EAFTConfig) -> Any:
     """
-    Return the tokenizer, or a copy with the template of `chat_template_path`, which TRL will give it.
+    Return the tokenizer, or a copy with the template of `chat_template_path`, which TRL will give
+    it.
 
     Raises:
         ConfigurationError: it cannot be read.
@@ -102,8 +114,8 @@ def with_template(tokenizer: Any, args: EAFTConfig) -> Any:
             tokenizer.chat_template = AutoTokenizer.from_pretrained(path).chat_template
     except (OSError, ValueError) as error:
         raise ConfigurationError(
-            f"chat_template_path={path!r} cannot be read ({first_line(error)}): give a .jinja file, or the folder or "
-            "Hub id of a model."
+            f"chat_template_path={path!r} cannot be read ({first_line(error)}): give a .jinja file,"
+            " or the folder or Hub id of a model."
         ) from error
     return tokenizer
 
@@ -115,17 +127,25 @@ FINDINGS = {
     ),
     "filled_nulls": (
         "Nulls filled into tool arguments",
-        "A typed file (Parquet) fills a key that a row lacks, and another row has, with null, and the model learns to "
-        "write it. Give JSON Lines, or write the arguments as JSON text before the file is made.",
+        (
+            "A typed file (Parquet) fills a key that a row lacks, and another row has, with null,"
+            " and the model learns to write it. Give JSON Lines, or write the arguments as JSON"
+            " text before the file is made."
+        ),
     ),
     "dropped_calls": (
         "Tool calls or results that the chat template drops",
-        "They are not in the text that is trained on. Give a template that writes them, with --chat_template_path.",
+        (
+            "They are not in the text that is trained on. Give a template that writes them, with"
+            " --chat_template_path."
+        ),
     ),
     "no_prefix": (
         "Prompts that do not begin their row",
-        "The template writes the prompt alone otherwise, or a token spans its end. What differs is trained on, and the "
-        "model is asked in another context than it was trained in.",
+        (
+            "The template writes the prompt alone otherwise, or a token spans its end. What differs"
+            " is trained on, and the model is asked in another context than it was trained in."
+        ),
     ),
 }
 NAMED_ROWS = 10
@@ -133,31 +153,49 @@ SENTINEL = "called_a8f3e2b1"
 
 
 class Findings:
-    """What a chat template makes of rows: of each of `FINDINGS` how many rows, the first of them, and advice."""
+    """
+    What a chat template makes of rows: of each of `FINDINGS` how many rows, the first of them, and
+    advice.
+    """
 
-    def __init__(self, tokenizer: Any, ends: set[str], template: str | None, masked: bool, filled: set[str]) -> None:
-        self.tokenizer, self.template, self.masked, self.filled = tokenizer, template, masked, filled
+    def __init__(
+        self, tokenizer: Any, ends: set[str], template: str | None, masked: bool, filled: set[str]
+    ) -> None:
+        self.tokenizer, self.template, self.masked, self.filled = (
+            tokenizer,
+            template,
+            masked,
+            filled,
+        )
         self.ends = tuple(sorted(ends))
         self.rows: dict[str, list[int]] = {name: [] for name in FINDINGS}
         self.details: dict[str, str] = {}
         self.number = 0
 
     def add(self, row: Row, whole: str | None, prompt: str | None) -> None:
-        """Look at the next row: its text and its prompt's, as `render` returns them, or None of plain text."""
+        """
+        Look at the next row: its text and its prompt's, as `render` returns them, or None of plain
+        text.
+        """
         messages = row_messages(row) if whole is not None else []
         if whole is None:
             whole, prompt = row["prompt"] + row["completion"], row["prompt"]
         elif self.ends and messages[-1]["role"] == "assistant":
-            learned = self.learned(row) if self.masked and self.number < STREAM_ROWS else whole.rstrip()
+            learned = (
+                self.learned(row) if self.masked and self.number < STREAM_ROWS else whole.rstrip()
+            )
             if not learned.endswith(self.ends):
                 self.found("no_end", self.how_it_ends(learned))
         if prompt is not None and not self.is_prefix(prompt, whole, special=not messages):
             self.found("no_prefix")
-        if ("messages" in self.filled and any(holds_null(call.get("arguments")) for call in tool_calls(messages))) or (
-            "tools" in self.filled and holds_null(row.get("tools"))
-        ):
+        if (
+            "messages" in self.filled
+            and any(holds_null(call.get("arguments")) for call in tool_calls(messages))
+        ) or ("tools" in self.filled and holds_null(row.get("tools"))):
             self.found("filled_nulls")
-        if any(message.get("tool_calls") or message.get("role") == "tool" for message in messages) and self.drops(row):
+        if any(
+            message.get("tool_calls") or message.get("role") == "tool" for message in messages
+        ) and self.drops(row):
             self.found("dropped_calls")
         self.number += 1
 
@@ -182,7 +220,10 @@ class Findings:
         """Return how a text ends that does not end with an end token, and what to do."""
         added = [token for token in self.tokenizer.get_added_vocab() if text.endswith(token)]
         last = (added or [text[-20:]])[0]
-        stops = f"What is learned of row {self.number} ends with {last!r}, and generation stops at {self.ends}."
+        stops = (
+            f"What is learned of row {self.number} ends with {last!r}, and generation stops at"
+            f" {self.ends}."
+        )
         if added:
             return f"{stops} Set --eos_token '{added[0]}'."
         return f"{stops} Give a template that ends the assistant's turn, with --chat_template_path."
@@ -193,11 +234,16 @@ class Findings:
             return False
         if self.number >= STREAM_ROWS:
             return True
-        first, all_ = (self.tokenizer(text, add_special_tokens=special)["input_ids"] for text in (prompt, whole))
+        first, all_ = (
+            self.tokenizer(text, add_special_tokens=special)["input_ids"]
+            for text in (prompt, whole)
+        )
         return all_[: len(first)] == first
 
     def drops(self, row: Row) -> bool:
-        """Return whether the template leaves out the name of a tool call, or what a tool answered."""
+        """
+        Return whether the template leaves out the name of a tool call, or what a tool answered.
+        """
         expected = 0
         changed = {**row, **{c: copy.deepcopy(row[c]) for c in COLUMNS if row.get(c)}}
         for message in row_messages(changed):
@@ -211,7 +257,10 @@ class Findings:
             return False
 
     def summary(self) -> list[dict[str, Any]]:
-        """Return each finding: its name, title, number of rows, the first of them and advice, as JSON values."""
+        """
+        Return each finding: its name, title, number of rows, the first of them and advice, as JSON
+        values.
+        """
         return [
             {
                 "name": name,
@@ -232,9 +281,15 @@ def holds_null(value: Any) -> bool:
 
 
 def filled_columns(rows: Any) -> set[str]:
-    """Return which of `messages` and `tools` are in a typed table, which fills missing keys with null."""
+    """
+    Return which of `messages` and `tools` are in a typed table, which fills missing keys with null.
+    """
     columns = {name: str(kind) for name, kind in (getattr(rows, "features", None) or {}).items()}
-    found = {"messages"} if any("'arguments': {" in columns.get(name, "") for name in COLUMNS) else set()
+    found = (
+        {"messages"}
+        if any("'arguments': {" in columns.get(name, "") for name in COLUMNS)
+        else set()
+    )
     return found | ({"tools"} if "{" in columns.get("tools", "") else set())
 
 
@@ -245,7 +300,9 @@ def end_texts(model: str, tokenizer: Any, args: EAFTConfig, revision: str | None
         source = {"revision": revision, "trust_remote_code": args.trust_remote_code}
         try:
             ids = end_tokens(
-                generation_config(str(Path(model).expanduser()) if Path(model).is_dir() else model, source)
+                generation_config(
+                    str(Path(model).expanduser()) if Path(model).is_dir() else model, source
+                )
             )
         except (OSError, ValueError):  # what loads the model says why
             ids = []
@@ -270,7 +327,9 @@ def check_templates(
     """
     model, revision = str(model_args.model_name_or_path), model_args.model_revision
     found = {
-        flag: data for flag, data in rows.items() if data is not None and (conversational(data) or split_text(data))
+        flag: data
+        for flag, data in rows.items()
+        if data is not None and (conversational(data) or split_text(data))
     }
     tokenizer = find_template_tokenizer(model, args, revision) if found else None
     if tokenizer is None:
@@ -280,13 +339,17 @@ def check_templates(
 
 
 def told(found: dict[str, list[dict[str, Any]]]) -> str:
-    """Return what `check_templates` found as lines, each with a number of rows and the first of them."""
+    """
+    Return what `check_templates` found as lines, each with a number of rows and the first of them.
+    """
     lines = []
     for where, entries in found.items():
         for entry in entries:
             first = ", ".join(map(str, entry["rows"][:5]))
             if entry["count"]:
-                lines.append(f"{where}: {entry['title']}: {entry['count']} (row {first}). {entry['text']}\n")
+                lines.append(
+                    f"{where}: {entry['title']}: {entry['count']} (row {first}). {entry['text']}\n"
+                )
     return "".join(lines)
 
 
@@ -294,14 +357,17 @@ def conversational(rows: Iterable[Row]) -> bool:
     """Return whether the first row has messages and has still to be tokenized."""
     first = next(iter(rows), {})
     return "input_ids" not in first and any(
-        isinstance(first.get(column), list) and is_conversational({column: first[column]}) for column in COLUMNS
+        isinstance(first.get(column), list) and is_conversational({column: first[column]})
+        for column in COLUMNS
     )
 
 
 def split_text(rows: Iterable[Row]) -> bool:
     """Return whether the first row has a prompt and a completion of plain text."""
     first = next(iter(rows), {})
-    return "input_ids" not in first and all(isinstance(first.get(name), str) for name in ("prompt", "completion"))
+    return "input_ids" not in first and all(
+        isinstance(first.get(name), str) for name in ("prompt", "completion")
+    )
 
 
 def check_rows(
@@ -323,7 +389,9 @@ def check_rows(
             "--chat_template_path (a .jinja file, or a model that has one), or rows of text."
         )
     template, marked = (None, False) if plain else training_template(tokenizer, args)
-    findings = Findings(tokenizer, set(ends), template, marked and args.assistant_only_loss, filled_columns(rows))
+    findings = Findings(
+        tokenizer, set(ends), template, marked and args.assistant_only_loss, filled_columns(rows)
+    )
     is_sized = hasattr(rows, "__len__")
     checked = itertools.islice(rows, STREAM_ROWS if plain or not is_sized else None)
     quiet = None if args.process_index == 0 else True  # None: a bar on a terminal only
@@ -335,13 +403,14 @@ def check_rows(
             raise ConfigurationError(f"{where}, row {number}: {error}") from error
         except TemplateSyntaxError as error:
             raise ConfigurationError(
-                f"The chat template is not valid Jinja (line {error.lineno}: {first_line(error)}): give another with "
-                "--chat_template_path."
+                f"The chat template is not valid Jinja (line {error.lineno}: {first_line(error)}):"
+                " give another with --chat_template_path."
             ) from error
         except Exception as error:  # whatever a template's expressions raise
             raise ConfigurationError(
-                f"{where}, row {number}: the chat template does not take this row ({type(error).__name__}: "
-                f"{first_line(error)}). {way_out(tokenizer, row, template)}"
+                f"{where}, row {number}: the chat template does not take this row"
+                f" ({type(error).__name__}: {first_line(error)})."
+                f" {way_out(tokenizer, row, template)}"
             ) from error
         findings.add(row, whole, prompt)
     return findings.summary()
@@ -352,14 +421,19 @@ def check_messages(row: Row, plain: bool) -> None:
     Check the form of a row.
 
     Raises:
-        ConfigurationError: it is another form than the first row's, or its messages are no messages.
+        ConfigurationError: it is another form than the first row's, or its messages are no
+            messages.
     """
     if plain:
         if not split_text([row]):
-            raise ConfigurationError("prompt and completion must be text, as those of the first row are.")
+            raise ConfigurationError(
+                "prompt and completion must be text, as those of the first row are."
+            )
         return
     columns = [column for column in COLUMNS if row.get(column) is not None]
-    if columns not in (["messages"], ["prompt", "completion"]) or not all(isinstance(row[c], list) for c in columns):
+    if columns not in (["messages"], ["prompt", "completion"]) or not all(
+        isinstance(row[c], list) for c in columns
+    ):
         raise ConfigurationError(
             "messages, or prompt and completion, must be lists of messages, as the first row's are."
         )
@@ -367,7 +441,8 @@ def check_messages(row: Row, plain: bool) -> None:
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ConfigurationError(
-                f"{str(message)[:40]} is no message: write {{'role': 'user', 'content': '...'}}, at least one in a row."
+                f"{str(message)[:40]} is no message: write {{'role': 'user', 'content': '...'}}, at"
+                " least one in a row."
             )
 
 
@@ -408,7 +483,10 @@ def tool_calls(messages: Iterable[Row]) -> Iterator[Row]:
 
 
 def without_nulls(value: Any) -> Any:
-    """Return a value of JSON without the keys that are null: a table fills a key that a row lacks with null."""
+    """
+    Return a value of JSON without the keys that are null: a table fills a key that a row lacks with
+    null.
+    """
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
@@ -417,13 +495,17 @@ def without_nulls(value: Any) -> Any:
 CHANGES: list[tuple[Callable[[list[Row]], list[Row]], str]] = [
     (
         with_arguments(lambda value: json.loads(value) if isinstance(value, str) else value),
-        "Its tool arguments are JSON text, and this template takes a map: write "
-        '"arguments": {"city": "Paris"}, not "arguments": "{\\"city\\": \\"Paris\\"}".',
+        (
+            "Its tool arguments are JSON text, and this template takes a map: write "
+            '"arguments": {"city": "Paris"}, not "arguments": "{\\"city\\": \\"Paris\\"}".'
+        ),
     ),
     (
         with_arguments(lambda value: value if isinstance(value, str) else json.dumps(value)),
-        "Its tool arguments are a map, and this template takes JSON text: write "
-        '"arguments": "{\\"city\\": \\"Paris\\"}", not "arguments": {"city": "Paris"}.',
+        (
+            "Its tool arguments are a map, and this template takes JSON text: write "
+            '"arguments": "{\\"city\\": \\"Paris\\"}", not "arguments": {"city": "Paris"}.'
+        ),
     ),
     (without_nulls, "Leave out the keys of its messages that are null."),
     (
@@ -436,30 +518,40 @@ CHANGES: list[tuple[Callable[[list[Row]], list[Row]], str]] = [
     ),
     (
         lambda messages: [m for m in messages if m.get("role") != "tool"],
-        "It takes no message of the role tool: leave such rows out, or give another with --chat_template_path.",
+        (
+            "It takes no message of the role tool: leave such rows out, or give another with"
+            " --chat_template_path."
+        ),
     ),
 ]
 
 
 def label_turns(dataset: Any, tokenizer: Any, args: EAFTConfig) -> Any:
     """
-    Return conversational rows as `input_ids` and `labels`, the assistant's tokens labelled (int64, -100: no label).
+    Return conversational rows as `input_ids` and `labels`, the assistant's tokens labelled (int64,
+    -100: no label).
 
-    For a template without `{% generation %}` marks: the row is rendered up to each turn of the assistant, and the turn
-    is what follows, its end token included, as the completion of a row of `prompt` and `completion` is.
+    For a template without `{% generation %}` marks: the row is rendered up to each turn of the
+    assistant, and the turn is what follows, its end token included, as the completion of a row of
+    `prompt` and `completion` is.
 
     Raises:
         ConfigurationError: a turn cannot be found so, as where a template changes earlier turns.
     """
     settings: Row = {"remove_columns": list(next(iter(dataset)))}
-    settings["fn_kwargs"] = {"tokenizer": tokenizer, "completion_only": args.completion_only_loss is not False}
+    settings["fn_kwargs"] = {
+        "tokenizer": tokenizer,
+        "completion_only": args.completion_only_loss is not False,
+    }
     if hasattr(dataset, "__len__"):  # of a stream, `map` takes none of these
         settings |= {"desc": "Labelling turns", "num_proc": args.dataset_num_proc}
     with global_then_local_main_first():  # as TRL's own preparation: the others read the cache
         return dataset.map(labelled_turns, with_indices=True, **settings)
 
 
-def labelled_turns(row: Row, number: int, tokenizer: Any, completion_only: bool) -> dict[str, list[int]]:
+def labelled_turns(
+    row: Row, number: int, tokenizer: Any, completion_only: bool
+) -> dict[str, list[int]]:
     """Return the tokens and labels of one row."""
     messages, settings = row_messages(row), {"tokenize": False, **template_kwargs(row)}
     text = tokenizer.apply_chat_template(messages, **settings)
@@ -470,15 +562,17 @@ def labelled_turns(row: Row, number: int, tokenizer: Any, completion_only: bool)
         span = find_turn(tokenizer, messages, turn, text, settings)
         if span is None:
             raise ConfigurationError(
-                f"Row {number}: the chat template has no {{% generation %}} marks, and it renders message {turn} "
-                f"otherwise once others follow, so that the assistant's tokens cannot be found. {OTHER_FORM}"
+                f"Row {number}: the chat template has no {{% generation %}} marks, and it renders"
+                f" message {turn} otherwise once others follow, so that the assistant's tokens"
+                f" cannot be found. {OTHER_FORM}"
             )
         spans.append(span)
     try:
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     except NotImplementedError as error:
         raise ConfigurationError(
-            f"The tokenizer does not say where its tokens lie, so that the assistant's cannot be found. {OTHER_FORM}"
+            "The tokenizer does not say where its tokens lie, so that the assistant's cannot be"
+            f" found. {OTHER_FORM}"
         ) from error
     labels = [
         token if any(start < high and max(end, start + 1) > low for low, high in spans) else -100
@@ -487,28 +581,42 @@ def labelled_turns(row: Row, number: int, tokenizer: Any, completion_only: bool)
     return {"input_ids": encoded["input_ids"], "labels": labels}
 
 
-def find_turn(tokenizer: Any, messages: list[Row], turn: int, text: str, settings: Row) -> tuple[int, int] | None:
-    """Return where a turn of the assistant begins and ends in a row's text, or None where that is not to be found."""
+def find_turn(
+    tokenizer: Any, messages: list[Row], turn: int, text: str, settings: Row
+) -> tuple[int, int] | None:
+    """
+    Return where a turn of the assistant begins and ends in a row's text, or None where that is not
+    to be found.
+    """
     through = tokenizer.apply_chat_template(messages[: turn + 1], **settings)
-    if not text.startswith(through) and tokenizer.eos_token:  # some templates write it once, at the end of the row
+    if (
+        not text.startswith(through) and tokenizer.eos_token
+    ):  # some templates write it once, at the end of the row
         through = through.removesuffix(tokenizer.eos_token)
     if not text.startswith(through):
         return None
     if turn == 0:  # many templates do not render no messages
         start = text.find(str(messages[0].get("content") or "").strip())
         return (start, len(through)) if start >= 0 else None
-    before = tokenizer.apply_chat_template(messages[:turn], **settings).removesuffix(tokenizer.eos_token or "")
+    before = tokenizer.apply_chat_template(messages[:turn], **settings).removesuffix(
+        tokenizer.eos_token or ""
+    )
     asked = tokenizer.apply_chat_template(messages[:turn], add_generation_prompt=True, **settings)
-    start = next((i for i, (a, b) in enumerate(zip(asked, through, strict=False)) if a != b), len(asked))
+    start = next(
+        (i for i, (a, b) in enumerate(zip(asked, through, strict=False)) if a != b), len(asked)
+    )
     return (start, len(through)) if len(before) <= start < len(through) else None
 
 
-def mark_assistant(args: EAFTConfig, model: Any, tokenizer: Any, train_dataset: Any) -> tuple[EAFTConfig, bool]:
+def mark_assistant(
+    args: EAFTConfig, model: Any, tokenizer: Any, train_dataset: Any
+) -> tuple[EAFTConfig, bool]:
     """
-    Return the arguments to hand to TRL, and whether the assistant's tokens are to be found by `label_turns`.
+    Return the arguments to hand to TRL, and whether the assistant's tokens are to be found by
+    `label_turns`.
 
-    `assistant_only_loss` stays where the template marks these tokens, or TRL knows a version of it that does.
-    `completion_only_loss` with `messages`, which TRL ignores, is taken for it.
+    `assistant_only_loss` stays where the template marks these tokens, or TRL knows a version of it
+    that does. `completion_only_loss` with `messages`, which TRL ignores, is taken for it.
     """
     first: Row = next(iter(train_dataset), {}) if train_dataset is not None else {}
     wanted = args.assistant_only_loss or (args.completion_only_loss and "messages" in first)

@@ -1,4 +1,6 @@
-"""`eaft train`: what `trl sft` does, with a gate. The output folder loads with `from_pretrained`."""
+"""
+`eaft train`: what `trl sft` does, with a gate. The output folder loads with `from_pretrained`.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,14 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from datasets import Dataset
 from pydantic import ConfigDict, with_config
 from transformers import TrainerCallback
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+from trl import (
+    DatasetMixtureConfig,
+    ModelConfig,
+    ScriptArguments,
+    TrlParser,
+    get_peft_config,
+    get_quantization_config,
+)
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from trl.cli.commands.training import _subtract_subsequence as subtract_subsequence
 from typing_extensions import TypedDict
@@ -53,8 +62,9 @@ from eaft.training.templates import check_templates, told
 from eaft.training.trainer import EAFTTrainer
 
 DESCRIPTION = """
-Fine-tune a language model with a gate on each token's loss. Takes the flags and the YAML of `trl sft`, plus --gate,
---gate_alpha, --gate_entropy, --gate_top_k and --gate_kwargs. Flags override the YAML file.
+Fine-tune a language model with a gate on each token's loss. Takes the flags and the YAML of `trl
+sft`, plus --gate, --gate_alpha, --gate_entropy, --gate_top_k and --gate_kwargs. Flags override the
+YAML file.
 
   eaft train --model_name_or_path Qwen/Qwen3-0.6B --dataset_name data.jsonl --output_dir out
   eaft train --config recipe.yaml --gate sft --output_dir out-sft
@@ -63,8 +73,9 @@ Fine-tune a language model with a gate on each token's loss. Takes the flags and
   accelerate launch --config_file fsdp2.yaml -m eaft train --config recipe.yaml
   eaft train --config recipe.yaml --dry_run         check it, count tokens, estimate memory and time; train nothing
 
-gates (g: entropy / ln K, in [0, 1]; each with its parameters: formulas, needs and costs in docs/objectives.md):
-"""
+gates (g: entropy / ln K, in [0, 1]; each with its parameters: formulas, needs and costs in
+docs/objectives.md):
+"""  # noqa: E501
 LAUNCHED = "EAFT_LAUNCHED"  # set for the processes that accelerate starts for us
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -85,14 +96,20 @@ def make_parser() -> TrlParser:
     return TrlParser(
         (ScriptArguments, EAFTConfig, ModelConfig, DatasetMixtureConfig, DryRunArguments),
         prog="eaft train",
-        usage="eaft train --model_name_or_path MODEL --dataset_name DATA --output_dir DIR [--config FILE] [flags]",
+        usage=(
+            "eaft train --model_name_or_path MODEL --dataset_name DATA --output_dir DIR [--config"
+            " FILE] [flags]"
+        ),
         description=DESCRIPTION + gates_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
 
 def main(argv: list[str]) -> None:
-    """Train, or plan it, as the flags say. Flags of `accelerate launch` start it through that, as `trl sft` does."""
+    """
+    Train, or plan it, as the flags say. Flags of `accelerate launch` start it through that, as `trl
+    sft` does.
+    """
     if {"--dry_run", "--dry-run"} & set(argv) and not torch.accelerator.is_available():
         argv = [*argv, "--use_cpu", "true"]  # else bf16 is refused here, where it need not run
     (*configs, dry), launch_args, train_args = parse(argv)
@@ -117,20 +134,29 @@ def run_date(args: EAFTConfig, run_file: Path | None) -> Iterator[None]:
     Raises:
         ConfigurationError: `template_date` is no date.
     """
-    noted = shared(lambda: (noted_date(run_file, "config") if run_file is not None else None) or template_today())
+    noted = shared(
+        lambda: (
+            (noted_date(run_file, "config") if run_file is not None else None) or template_today()
+        )
+    )
     args.template_date = args.template_date or noted
     with template_date(args.template_date):
         yield
 
 
 def launch(command: str, launch_args: list[str], command_args: list[str]) -> bool:
-    """Run a command through `accelerate launch` if flags or several GPUs ask for it; return whether that was done."""
+    """
+    Run a command through `accelerate launch` if flags or several GPUs ask for it; return whether
+    that was done.
+    """
     launched = "RANK" in os.environ or LAUNCHED in os.environ
     if launched or not (launch_args or torch.cuda.device_count() > 1):
         return False
     os.environ[LAUNCHED] = "1"
     try:
-        launch_command(launch_command_parser().parse_args([*launch_args, "-m", "eaft", command, *command_args]))
+        launch_command(
+            launch_command_parser().parse_args([*launch_args, "-m", "eaft", command, *command_args])
+        )
     except subprocess.CalledProcessError as error:  # it has said why
         raise SystemExit(error.returncode) from None
     return True
@@ -147,7 +173,8 @@ def parse(
         recipe_launches: whether the YAML file's settings for `accelerate launch` count too.
 
     Raises:
-        ConfigurationError: an unknown flag, a value of the wrong type, a YAML file that cannot be read.
+        ConfigurationError: an unknown flag, a value of the wrong type, a YAML file that cannot be
+            read.
     """
     parser = parser or make_parser()
     if "--config" in argv[:-1]:
@@ -157,8 +184,14 @@ def parse(
         *configs, yaml_rest, flags_rest = parser.parse_args_and_config(
             argv, return_remaining_strings=True, separate_remaining_strings=True
         )
-        launch_args = resolve_accelerate_config_argument((yaml_rest if recipe_launches else []) + flags_rest)
-    except (OSError, ValueError, TypeError) as error:  # transformers' and TRL's own complaints about flags
+        launch_args = resolve_accelerate_config_argument(
+            (yaml_rest if recipe_launches else []) + flags_rest
+        )
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+    ) as error:  # transformers' and TRL's own complaints about flags
         if isinstance(error, ConfigurationError):
             raise
         raise ConfigurationError(" ".join(str(error).split())) from error
@@ -168,14 +201,21 @@ def parse(
     known_args, unknown = launch_command_parser().parse_known_args([*launch_args, "script"])
     if flags := [flag for flag in unknown if flag.startswith("-")]:
         known = [option for action in parser._actions for option in action.option_strings]
-        raise ConfigurationError(f"{flags[0]} is unknown.{nearest(flags[0], known)} See {parser.prog} --help.")
+        raise ConfigurationError(
+            f"{flags[0]} is unknown.{nearest(flags[0], known)} See {parser.prog} --help."
+        )
     if known_args.training_script != "script":
-        raise ConfigurationError(f"{known_args.training_script!r} belongs to no flag. See {parser.prog} --help.")
+        raise ConfigurationError(
+            f"{known_args.training_script!r} belongs to no flag. See {parser.prog} --help."
+        )
     return configs, launch_args, subtract_subsequence(argv, flags_rest)
 
 
 def train(
-    script_args: ScriptArguments, args: EAFTConfig, model_args: ModelConfig, dataset_args: DatasetMixtureConfig
+    script_args: ScriptArguments,
+    args: EAFTConfig,
+    model_args: ModelConfig,
+    dataset_args: DatasetMixtureConfig,
 ) -> None:
     """
     Train, and write the model, its card, `metrics.jsonl` and `run.json` to `args.output_dir`.
@@ -206,7 +246,11 @@ def train(
                 eval_dataset=eval_dataset,
                 quantization_config=get_quantization_config(model_args),
                 peft_config=get_peft_config(model_args),
-                replayed=Dataset.from_list(replayed).select_columns(["input_ids", "labels"]) if replayed else None,
+                replayed=(
+                    Dataset.from_list(replayed).select_columns(["input_ids", "labels"])
+                    if replayed
+                    else None
+                ),
             )
     except (ValueError, RuntimeError) as error:  # TRL's own complaints about data and flags
         if isinstance(error, ConfigurationError):
@@ -230,7 +274,8 @@ def train(
 
 def check_model(model: str, args: EAFTConfig, model_args: ModelConfig, dataset: Any) -> None:
     """
-    Check what can be known of a model without its weights: that its tokenizer and the data's token ids are its own.
+    Check what can be known of a model without its weights: that its tokenizer and the data's token
+    ids are its own.
 
     Raises:
         ConfigurationError: they are not, or there is no tokenizer.
@@ -260,7 +305,9 @@ def fit(
     model_args: ModelConfig,
     dataset_args: DatasetMixtureConfig,
 ) -> None:
-    """Train from a checkpoint or afresh, and write everything, in a folder that is this run's alone."""
+    """
+    Train from a checkpoint or afresh, and write everything, in a folder that is this run's alone.
+    """
     output_dir = Path(args.output_dir)
     run = {
         "finished": False,
@@ -287,7 +334,9 @@ def fit(
         runtime = result.metrics["train_runtime"]
         run["result"] = {
             "steps": trainer.state.global_step,
-            "train_loss": result.metrics.get("train_loss"),  # None: all was trained before, and its loss not logged
+            "train_loss": result.metrics.get(
+                "train_loss"
+            ),  # None: all was trained before, and its loss not logged
             "train_runtime_s": runtime,  # with evaluation and saving; since the last resumption
             "tokens_per_s": trainer._total_train_tokens / runtime,
             "peak_memory_gib": peak_memory_gib(),
@@ -299,7 +348,9 @@ def fit(
 
 
 def dry_run(configs: list[Any], launch_args: list[str]) -> str:
-    """Check what `train` checks of its four arguments, and return the plan (`eaft.training.plan`)."""
+    """
+    Check what `train` checks of its four arguments, and return the plan (`eaft.training.plan`).
+    """
     script_args, args, model_args, dataset_args = configs
     if message := finished(args):
         return message
@@ -310,16 +361,22 @@ def dry_run(configs: list[Any], launch_args: list[str]) -> str:
 
 
 def load_data(
-    script_args: ScriptArguments, args: EAFTConfig, model_args: ModelConfig, dataset_args: DatasetMixtureConfig
+    script_args: ScriptArguments,
+    args: EAFTConfig,
+    model_args: ModelConfig,
+    dataset_args: DatasetMixtureConfig,
 ) -> tuple[Any, Any]:
     """
-    Return the training data and, if it is to be evaluated on, the held-out data, before a model is loaded or converted.
+    Return the training data and, if it is to be evaluated on, the held-out data, before a model is
+    loaded or converted.
 
     Raises:
         ConfigurationError: no model or no data is named, or the data cannot be used.
     """
     if model_args.model_name_or_path is None:
-        raise ConfigurationError("model_name_or_path is missing: give a Hub id, a folder or a .gguf file.")
+        raise ConfigurationError(
+            "model_name_or_path is missing: give a Hub id, a folder or a .gguf file."
+        )
     splits = load_splits(script_args, dataset_args)
     names = [(script_args.dataset_train_split, "dataset_train_split")]
     if args.eval_strategy != "no":
@@ -333,7 +390,11 @@ def load_data(
 
 
 def check_data(
-    script_args: ScriptArguments, args: EAFTConfig, model_args: ModelConfig, train_dataset: Any, eval_dataset: Any
+    script_args: ScriptArguments,
+    args: EAFTConfig,
+    model_args: ModelConfig,
+    train_dataset: Any,
+    eval_dataset: Any,
 ) -> list[dict[str, Any]]:
     """
     Print what the chat template makes of the data, and return what it makes of the training data.
@@ -351,9 +412,11 @@ def check_data(
 
 def finished(args: EAFTConfig) -> str | None:
     """
-    Return what to say of a run that is to be resumed and is at its end already, so that nothing is to be done.
+    Return what to say of a run that is to be resumed and is at its end already, so that nothing is
+    to be done.
 
-    It goes on if more steps or epochs are asked for than before, or an earlier checkpoint of its own.
+    It goes on if more steps or epochs are asked for than before, or an earlier checkpoint of its
+    own.
     """
     folder, resume = Path(args.output_dir), str(args.resume_from_checkpoint or "false")
     file = folder / RUN_FILE
@@ -367,24 +430,29 @@ def finished(args: EAFTConfig) -> str | None:
         own = Path(resume).resolve().parent == folder.resolve()
         if own and last is not None and Path(resume).resolve() != Path(last).resolve():
             return None
-    before = [run["config"].get(name, getattr(EAFTConfig, name)) for name in ("max_steps", "num_train_epochs")]
+    before = [
+        run["config"].get(name, getattr(EAFTConfig, name))
+        for name in ("max_steps", "num_train_epochs")
+    ]
     if (args.max_steps, args.num_train_epochs) != tuple(before):
         more_steps = args.max_steps > run["result"]["steps"]
         more_epochs = args.max_steps < 1 and (before[0] > 0 or args.num_train_epochs > before[1])
         if more_steps or more_epochs:
             return None
     return (
-        f"output_dir={args.output_dir!r} holds this run, finished after {run['result']['steps']} steps; nothing was "
-        "changed. To train further, raise max_steps or num_train_epochs; to train anew, choose another output_dir or "
-        "delete this one."
+        f"output_dir={args.output_dir!r} holds this run, finished after {run['result']['steps']}"
+        " steps; nothing was changed. To train further, raise max_steps or num_train_epochs; to"
+        " train anew, choose another output_dir or delete this one."
     )
 
 
 def find_checkpoint(args: EAFTConfig) -> str | None:
     """
-    Return the checkpoint to resume from, or None for a fresh start in a folder that holds no other run.
+    Return the checkpoint to resume from, or None for a fresh start in a folder that holds no other
+    run.
 
-    With `resume_from_checkpoint` true a run that was killed before its first checkpoint, or was never begun, starts
+    With `resume_from_checkpoint` true a run that was killed before its first checkpoint, or was
+    never begun, starts
     afresh: the same command can be given again until it ends.
 
     Raises:
@@ -393,7 +461,9 @@ def find_checkpoint(args: EAFTConfig) -> str | None:
     folder, resume = Path(args.output_dir), str(args.resume_from_checkpoint or "false")
     if resume.lower() not in ("true", "false"):
         if not is_complete(Path(resume)):
-            raise ConfigurationError(f"resume_from_checkpoint={resume!r} is no complete checkpoint.")
+            raise ConfigurationError(
+                f"resume_from_checkpoint={resume!r} is no complete checkpoint."
+            )
         return resume
     if resume.lower() == "true":
         if checkpoint := last_complete_checkpoint(folder):
@@ -405,8 +475,8 @@ def find_checkpoint(args: EAFTConfig) -> str | None:
     if found := [path.name for pattern in held for path in folder.glob(pattern)]:
         way = "has no complete checkpoint" if resume.lower() == "true" else "holds another run"
         raise ConfigurationError(
-            f"output_dir={args.output_dir!r} {way} ({found[0]}): choose another folder, delete this one, or go on with "
-            "a run that was stopped by --resume_from_checkpoint true."
+            f"output_dir={args.output_dir!r} {way} ({found[0]}): choose another folder, delete this"
+            " one, or go on with a run that was stopped by --resume_from_checkpoint true."
         )
     return None
 
@@ -414,7 +484,9 @@ def find_checkpoint(args: EAFTConfig) -> str | None:
 def last_complete_checkpoint(folder: Path) -> str | None:
     """Return the newest checkpoint that was written whole."""
     complete = [path for path in folder.glob("checkpoint-*") if is_complete(path)]
-    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
+    return (
+        str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
+    )
 
 
 def is_complete(checkpoint: Path) -> bool:
@@ -430,14 +502,18 @@ def is_complete(checkpoint: Path) -> bool:
     except (OSError, ValueError):
         return False
     if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
-        raise ConfigurationError(f"{file} has no global_step, so it is no trainer's state: delete this checkpoint.")
+        raise ConfigurationError(
+            f"{file} has no global_step, so it is no trainer's state: delete this checkpoint."
+        )
     return True
 
 
 def save_model(trainer: EAFTTrainer, output_dir: Path) -> None:
     """Save the final model beside its place and move it there whole."""
     staging = output_dir / "saving"
-    if trainer.is_fsdp_enabled:  # by default FSDP2 saves shards, which `from_pretrained` does not read
+    if (
+        trainer.is_fsdp_enabled
+    ):  # by default FSDP2 saves shards, which `from_pretrained` does not read
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(staging))
     trainer.accelerator.wait_for_everyone()
@@ -451,14 +527,21 @@ def changed_arguments(args: EAFTConfig) -> dict[str, Any]:
     """Return the training arguments that differ from their defaults, as JSON values."""
     values, changed = args.to_dict(), {}
     for field in dataclasses.fields(args):
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        default = (
+            field.default
+            if field.default_factory is dataclasses.MISSING
+            else field.default_factory()
+        )
         if field.name in values and values[field.name] != default:
             changed[field.name] = values[field.name]
     return json.loads(json.dumps(changed, default=str))
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every log of the trainer to a JSON Lines file; a resumed run drops what lies after its checkpoint."""
+    """
+    Appends every log of the trainer to a JSON Lines file; a resumed run drops what lies after its
+    checkpoint.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path, self.first_step = path, 0
@@ -471,14 +554,22 @@ class MetricsFile(TrainerCallback):
             lines = self.path.read_text().split("\n") if self.path.exists() else []
             # What follows the last line's end is empty, or what a killed run did not get written
             logs = {line: json.loads(line) for line in lines[:-1]}
-            self.loss = next((log["train_loss"] for log in logs.values() if "train_loss" in log), None)
+            self.loss = next(
+                (log["train_loss"] for log in logs.values() if "train_loss" in log), None
+            )
             # The end's summary is written again
-            kept = [line for line, log in logs.items() if log["step"] <= state.global_step and "train_loss" not in log]
+            kept = [
+                line
+                for line, log in logs.items()
+                if log["step"] <= state.global_step and "train_loss" not in log
+            ]
             staging = self.path.with_suffix(".tmp")
             staging.write_text("".join(line + "\n" for line in kept))
             os.replace(staging, self.path)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         """Append one line; a summary of no steps has the loss of those before, if it was logged."""
         if logs is not None and "train_loss" in logs and state.global_step == self.first_step:
             del logs["train_loss"]

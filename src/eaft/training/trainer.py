@@ -1,4 +1,6 @@
-"""`EAFTTrainer`: TRL's `SFTTrainer` with a gate on each token's loss. Everything else stays TRL's."""
+"""
+`EAFTTrainer`: TRL's `SFTTrainer` with a gate on each token's loss. Everything else stays TRL's.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ STREAM_ROWS = 1000  # of a stream, that are looked through for a label
 
 def must_be_measured(args: EAFTConfig) -> bool:
     """Return whether the gate needs a pass over the data with the base model."""
-    return bool(missing_params(args.gate, args.gate_params)) or get_gate(args.gate).needs_example_nll
+    return (
+        bool(missing_params(args.gate, args.gate_params)) or get_gate(args.gate).needs_example_nll
+    )
 
 
 def needs_numbers(args: EAFTConfig) -> bool:
@@ -49,13 +53,16 @@ def needs_numbers(args: EAFTConfig) -> bool:
 
 
 def needs_examples(args: EAFTConfig) -> bool:
-    """Return whether the gate, or its measurement, needs to know which example each token is from."""
+    """
+    Return whether the gate, or its measurement, needs to know which example each token is from.
+    """
     return get_gate(args.gate).needs_examples or must_be_measured(args)
 
 
 def eaft_config(args: Any, model: Any) -> EAFTConfig:
     """
-    Return `args`, or with all of them our defaults: as TRL makes its configuration of transformers'.
+    Return `args`, or with all of them our defaults: as TRL makes its configuration of
+    transformers'.
 
     Raises:
         ConfigurationError: they are no training arguments, or hold what does not go with a gate.
@@ -66,9 +73,13 @@ def eaft_config(args: Any, model: Any) -> EAFTConfig:
     if isinstance(args, EAFTConfig):
         return args
     if not isinstance(args, TrainingArguments):
-        raise ConfigurationError(f"args must be an EAFTConfig, or TRL's SFTConfig; got {type(args).__name__}.")
+        raise ConfigurationError(
+            f"args must be an EAFTConfig, or TRL's SFTConfig; got {type(args).__name__}."
+        )
     values = args.to_dict()
-    values |= {name: getattr(args, name) for name in values if name.endswith("_token")}  # which `to_dict` hides
+    values |= {
+        name: getattr(args, name) for name in values if name.endswith("_token")
+    }  # which `to_dict` hides
     known = {field.name for field in fields(EAFTConfig)}
     config = EAFTConfig(**{name: value for name, value in values.items() if name in known})
     for name in values.keys() - known:  # of a class of one's own, which code of one's own reads
@@ -78,26 +89,30 @@ def eaft_config(args: Any, model: Any) -> EAFTConfig:
 
 class EAFTTrainer(SFTTrainer):
     """
-    Takes what TRL's `SFTTrainer` takes, with `args` an `EAFTConfig`; others are completed with its defaults.
+    Takes what TRL's `SFTTrainer` takes, with `args` an `EAFTConfig`; others are completed with its
+    defaults.
 
-    The loss runs inside the model's forward, on labelled positions, in chunks (`eaft.training.head`). `eval_loss` is
-    always the plain nll. Logged beside TRL's metrics, per labelled token: `nll` (ungated, nats), `conflict_share`
-    (confident conflicts: H < 0.5 nats and P(label) < 0.1), `conflict_nll_share` (their share of the nll),
-    `nll_high_entropy` and `nll_low_entropy` (nats; tokens with H >= 2, H <= 0.5 nats, as the model is then; if
-    there are any), and in training `mean_gate` and, with a reference model, `kl` (nats).
+    The loss runs inside the model's forward, on labelled positions, in chunks
+    (`eaft.training.head`). `eval_loss` is always the plain nll. Logged beside TRL's metrics, per
+    labelled token: `nll` (ungated, nats), `conflict_share` (confident conflicts: H < 0.5 nats and
+    P(label) < 0.1), `conflict_nll_share` (their share of the nll), `nll_high_entropy` and
+    `nll_low_entropy` (nats; tokens with H >= 2, H <= 0.5 nats, as the model is then; if there are
+    any), and in training `mean_gate` and, with a reference model, `kl` (nats).
 
-    A gate with a KL term takes as its reference the model as it is handed over (a frozen copy), or under PEFT the same
-    weights with the adapters off. One that must be measured takes a pass over the data first (`eaft.training.measure`).
+    A gate with a KL term takes as its reference the model as it is handed over (a frozen copy), or
+    under PEFT the same weights with the adapters off. One that must be measured takes a pass over
+    the data first (`eaft.training.measure`).
 
     Args:
-        replayed: more rows to train on, with `input_ids` and `labels`, mixed into `train_dataset` as they are; cut,
-            shuffled and packed like its rows.
+        replayed: more rows to train on, with `input_ids` and `labels`, mixed into `train_dataset`
+            as they are; cut, shuffled and packed like its rows.
 
     Raises:
-        ConfigurationError: the data set is empty, no token is labelled after preparation, or the gate needs something
-            this set-up cannot give (a stream, a collator of your own, context parallelism); in training, no parameter
-            is trainable, or the first step's gradient is 0.
-        NonFiniteError: a loss or a gradient is NaN or infinite; the weights have not been touched by it.
+        ConfigurationError: the data set is empty, no token is labelled after preparation, or the
+            gate needs something this set-up cannot give (a stream, a collator of your own, context
+            parallelism); in training, no parameter is trainable, or the first step's gradient is 0.
+        NonFiniteError: a loss or a gradient is NaN or infinite; the weights have not been touched
+            by it.
     """
 
     data_collator: Any
@@ -126,7 +141,9 @@ class EAFTTrainer(SFTTrainer):
         replayed: Dataset | None = None,
     ) -> None:
         if compute_loss_func is not None:
-            raise ConfigurationError("compute_loss_func does not go with a gate; use SFTTrainer, or register a gate.")
+            raise ConfigurationError(
+                "compute_loss_func does not go with a gate; use SFTTrainer, or register a gate."
+            )
         args = eaft_config(args, model)
         if train_dataset is not None and next(iter(train_dataset), None) is None:
             raise ConfigurationError("The training data set is empty.")
@@ -151,7 +168,9 @@ class EAFTTrainer(SFTTrainer):
         )
         base_model = self.model.get_base_model() if is_peft_model(self.model) else self.model
         reference = self._make_reference() if get_gate(args.gate).anchor else None
-        self.gated_lm_head = GatedLMHead(base_model, args.gate, args.gate_top_k, args.gate_params, reference)
+        self.gated_lm_head = GatedLMHead(
+            base_model, args.gate, args.gate_top_k, args.gate_params, reference
+        )
         if needs_examples(args) or needs_numbers(args):
             self._check_examples_can_be_followed()
             pad_token_id = self.data_collator.pad_token_id
@@ -159,7 +178,9 @@ class EAFTTrainer(SFTTrainer):
             if needs_numbers(args) and self.train_dataset is not None:
                 self._set_signature_columns_if_needed()
                 rows = self.train_dataset
-                rows = rows.select_columns([name for name in rows.column_names if name in self._signature_columns])
+                rows = rows.select_columns(
+                    [name for name in rows.column_names if name in self._signature_columns]
+                )
                 self.add_callback(
                     MeasureOldLogProb(
                         self.gated_lm_head,
@@ -189,66 +210,100 @@ class EAFTTrainer(SFTTrainer):
         if args.forgetting_eval_steps:
             sharded: dict[str, Any] = {}
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                general_suite(args, sharded=True)  # what it refuses is said before anything is sampled
+                general_suite(
+                    args, sharded=True
+                )  # what it refuses is said before anything is sampled
                 sharded["answers"] = answers_before_sharding(model, self.processing_class, args)
                 sharded["wrapped"] = lambda: self.model_wrapped
             self.add_callback(ForgettingEval(args, self.log, **sharded))
 
     def _check_adapters_off_is_base(self) -> None:
-        """Refuse adapters that change the base model's own weights (findings/peft_adapter_off.sh)."""
+        """
+        Refuse adapters that change the base model's own weights (findings/peft_adapter_off.sh).
+        """
         config = self.model.active_peft_config
         start, bias = getattr(config, "init_lora_weights", True), getattr(config, "bias", "none")
-        if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        if isinstance(start, str) and start.lower().startswith(
+            ("pissa", "olora", "corda", "loftq", "lora_ga")
+        ):
             raise ConfigurationError(
-                f"init_lora_weights={start!r} changes the base weights, so that the model without its adapter is not "
-                f"the base model, which gate={self.args.gate!r} needs: use init_lora_weights=True."
+                f"init_lora_weights={start!r} changes the base weights, so that the model without"
+                f" its adapter is not the base model, which gate={self.args.gate!r} needs: use"
+                " init_lora_weights=True."
             )
         if bias != "none":
             raise ConfigurationError(
-                f"bias={bias!r} trains the base model's own biases, so that the model without its adapter is not the "
-                f"base model, which gate={self.args.gate!r} needs: use bias='none'."
+                f"bias={bias!r} trains the base model's own biases, so that the model without its"
+                f" adapter is not the base model, which gate={self.args.gate!r} needs: use"
+                " bias='none'."
             )
 
     def _make_reference(self) -> Any:
-        """Return what the head runs as the reference model: the PEFT model around the policy, or a frozen copy."""
+        """
+        Return what the head runs as the reference model: the PEFT model around the policy, or a
+        frozen copy.
+        """
         if is_peft_model(self.model):
             if self.model.active_peft_config.is_prompt_learning:
-                raise ConfigurationError(f"gate={self.args.gate!r} does not go with prompt learning: use LoRA.")
+                raise ConfigurationError(
+                    f"gate={self.args.gate!r} does not go with prompt learning: use LoRA."
+                )
             self._check_adapters_off_is_base()
             return self.model
         state = self.accelerator.state
         zero3 = self.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3
         if zero3 or (self.is_fsdp_enabled and state.fsdp_plugin.fsdp_version == 1):
             raise ConfigurationError(
-                f"gate={self.args.gate!r} keeps a copy of the base model, which it can shard with FSDP2 but not with "
-                "ZeRO-3 or FSDP1: use FSDP2, or LoRA."
+                f"gate={self.args.gate!r} keeps a copy of the base model, which it can shard with"
+                " FSDP2 but not with ZeRO-3 or FSDP1: use FSDP2, or LoRA."
             )
         reference = frozen_copy(self.model)
         if self.is_fsdp_enabled:
-            return fsdp2_prepare_model(self.accelerator, reference)  # layer by layer, as the policy will be
+            return fsdp2_prepare_model(
+                self.accelerator, reference
+            )  # layer by layer, as the policy will be
         return reference.to(self.args.device) if self.place_model_on_device else reference
 
     def _check_examples_can_be_followed(self) -> None:
         """Refuse set-ups in which a token's example is lost on its way to the gate."""
         parallelism = self.accelerator.parallelism_config
         reasons = {
-            "a data_collator of your own": not isinstance(self.data_collator, DataCollatorForLanguageModeling),
+            "a data_collator of your own": not isinstance(
+                self.data_collator, DataCollatorForLanguageModeling
+            ),
             "dataset_kwargs={'skip_prepare_dataset': True}, or images": self._skip_prepare_dataset,
-            "context or sequence parallelism": parallelism and (parallelism.cp_enabled or parallelism.sp_enabled),
-            "tensor parallelism": (must_be_measured(self.args) or needs_numbers(self.args))
-            and parallelism
-            and parallelism.tp_enabled,
-            "prompt learning": is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning,
+            "context or sequence parallelism": (
+                parallelism and (parallelism.cp_enabled or parallelism.sp_enabled)
+            ),
+            "tensor parallelism": (
+                (must_be_measured(self.args) or needs_numbers(self.args))
+                and parallelism
+                and parallelism.tp_enabled
+            ),
+            "prompt learning": (
+                is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning
+            ),
         }
         for reason, holds in reasons.items():
             if holds:
                 what = "number" if needs_numbers(self.args) else "example"
-                raise ConfigurationError(f"gate={self.args.gate!r} must know each token's {what}; not with {reason}.")
+                raise ConfigurationError(
+                    f"gate={self.args.gate!r} must know each token's {what}; not with {reason}."
+                )
 
     def _prepare_dataset(
-        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, name: str
+        self,
+        dataset: Any,
+        processing_class: Any,
+        args: Any,
+        packing: bool,
+        formatting_func: Any,
+        name: str,
     ) -> Any:
-        """Prepare a data set as TRL does, following examples if the gate needs it; report rows without a label."""
+        """
+        Prepare a data set as TRL does, following examples if the gate needs it; report rows without
+        a label.
+        """
         prepare = functools.partial(super()._prepare_dataset, processing_class=processing_class)
         if isinstance(dataset, Dataset) and "strftime_now" in str(processing_class.chat_template):
             dataset = cached_by_date(dataset)
@@ -257,49 +312,88 @@ class EAFTTrainer(SFTTrainer):
         if name == "train" and self._replayed is not None:  # an evaluation set may have that name
             whole = copy.copy(args)
             whole.max_length, whole.shuffle_dataset = None, False  # below, with the replayed rows
-            rows = prepare(dataset, args=whole, packing=False, formatting_func=formatting_func, dataset_name=name)
+            rows = prepare(
+                dataset,
+                args=whole,
+                packing=False,
+                formatting_func=formatting_func,
+                dataset_name=name,
+            )
             rows = rows.select_columns(["input_ids", "labels"])
-            dataset, formatting_func = concatenate_datasets([rows, self._replayed.cast(rows.features)]), None
+            dataset, formatting_func = (
+                concatenate_datasets([rows, self._replayed.cast(rows.features)]),
+                None,
+            )
             self._replayed = None
-        if name == "train" and needs_examples(args) and self._followed is None:  # an evaluation set may have that name
+        if (
+            name == "train" and needs_examples(args) and self._followed is None
+        ):  # an evaluation set may have that name
             loose = must_be_measured(args)
-            self._followed = follow_examples(prepare, dataset, args, packing, formatting_func, loose)
+            self._followed = follow_examples(
+                prepare, dataset, args, packing, formatting_func, loose
+            )
             prepared = self._followed.prepared
         else:
-            prepared = prepare(dataset, args=args, packing=packing, formatting_func=formatting_func, dataset_name=name)
+            prepared = prepare(
+                dataset,
+                args=args,
+                packing=packing,
+                formatting_func=formatting_func,
+                dataset_name=name,
+            )
         # The first token is nobody's label; a stream may have no end
-        looked_at = prepared if isinstance(prepared, Dataset) else itertools.islice(prepared, STREAM_ROWS)
+        looked_at = (
+            prepared if isinstance(prepared, Dataset) else itertools.islice(prepared, STREAM_ROWS)
+        )
         if not any(label != -100 for row in looked_at for label in row["labels"][1:]):
             raise ConfigurationError(
-                f"No row has a labelled token left after truncation to max_length={args.max_length}: raise max_length, "
-                "or check completion_only_loss and assistant_only_loss."
+                "No row has a labelled token left after truncation to"
+                f" max_length={args.max_length}: raise max_length, or check completion_only_loss"
+                " and assistant_only_loss."
             )
-        if isinstance(dataset, Dataset) and not packing and (dropped := len(dataset) - len(prepared)):
+        if (
+            isinstance(dataset, Dataset)
+            and not packing
+            and (dropped := len(dataset) - len(prepared))
+        ):
             logger.warning(
                 f"{dropped} of {len(dataset)} rows have no labelled token left after truncation to "
                 f"max_length={args.max_length} and are dropped."
             )
         if name == "train" and needs_numbers(args):
             if not isinstance(prepared, Dataset):
-                raise ConfigurationError(f"gate={args.gate!r} needs a data set with a length: no dataset_streaming.")
+                raise ConfigurationError(
+                    f"gate={args.gate!r} needs a data set with a length: no dataset_streaming."
+                )
             prepared = number_tokens(prepared)
         return prepared
 
     def _set_signature_columns_if_needed(self) -> None:
         """Let `example_ids` and `token_numbers` pass to the collator."""
         super()._set_signature_columns_if_needed()
-        self._signature_columns += [n for n in ("example_ids", "token_numbers") if n not in self._signature_columns]
+        self._signature_columns += [
+            n for n in ("example_ids", "token_numbers") if n not in self._signature_columns
+        ]
 
     def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> Any:
-        """Compute TRL's loss, whose per-token terms our head has gated, and keep the sums behind our metrics."""
+        """
+        Compute TRL's loss, whose per-token terms our head has gated, and keep the sums behind our
+        metrics.
+        """
         batch = dict(inputs)
         if not self._logits_checked:
             check_logits(model, inputs, self.accelerator.gather)
             self._logits_checked = True
         router_aux_loss_coef = self.router_aux_loss_coef
-        if not self.model.training:  # TRL adds the auxiliary loss of a mixture of experts to `eval_loss` too
+        if (
+            not self.model.training
+        ):  # TRL adds the auxiliary loss of a mixture of experts to `eval_loss` too
             self.router_aux_loss_coef = 0.0
         try:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -309,7 +403,11 @@ class EAFTTrainer(SFTTrainer):
         self._require_finite(loss, batch)
 
         losses = self.gated_lm_head.losses
-        nll, conflict, entropy = losses.statistics.nll, losses.statistics.is_conflict, losses.statistics.entropy
+        nll, conflict, entropy = (
+            losses.statistics.nll,
+            losses.statistics.is_conflict,
+            losses.statistics.entropy,
+        )
         kl = torch.zeros_like(nll) if losses.kl is None else losses.kl
         terms = [torch.ones_like(nll), nll, conflict, nll * conflict, losses.weights, kl]
         for group in (entropy >= HIGH_ENTROPY, entropy <= LOW_ENTROPY):
@@ -320,22 +418,31 @@ class EAFTTrainer(SFTTrainer):
         return result
 
     def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Evaluate as TRL does; what `predict` left in our metrics is dropped."""
         self._token_sums.pop("eval", None)
-        self._eval_prefix = f"{metric_key_prefix}_"  # of several evaluation sets, each has a name in it
+        self._eval_prefix = (  # of several evaluation sets, each has a name in it
+            f"{metric_key_prefix}_"
+        )
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add our metrics, averaged over all labelled tokens of all ranks since the last log."""
         mode, prefix = ("train", "") if self.model.training else ("eval", self._eval_prefix)
         if isinstance(sums := self._token_sums.pop(mode, 0.0), Tensor):
-            tokens, nll, conflicts, conflict_nll, gate, kl, *groups = self.accelerator.reduce(sums, "sum").tolist()
+            tokens, nll, conflicts, conflict_nll, gate, kl, *groups = self.accelerator.reduce(
+                sums, "sum"
+            ).tolist()
             logs[f"{prefix}nll"] = nll / max(tokens, 1)
             logs[f"{prefix}conflict_share"] = conflicts / max(tokens, 1)
             logs[f"{prefix}conflict_nll_share"] = conflict_nll / nll if nll > 0 else 0.0
-            for name, number, of_group in zip(("high", "low"), groups[::2], groups[1::2], strict=True):
+            for name, number, of_group in zip(
+                ("high", "low"), groups[::2], groups[1::2], strict=True
+            ):
                 if number:
                     logs[f"{prefix}nll_{name}_entropy"] = of_group / number
             if mode == "train":
@@ -344,49 +451,74 @@ class EAFTTrainer(SFTTrainer):
                     logs["kl"] = kl / max(tokens, 1)
         super().log(logs, start_time)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Save as transformers does, and beside an adapter too what the model is to generate by: its end tokens."""
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        """
+        Save as transformers does, and beside an adapter too what the model is to generate by: its
+        end tokens.
+        """
         super()._save(output_dir, state_dict)
         if self.args.should_save and is_peft_model(self.model):
             config = getattr(self.model.get_base_model(), "generation_config", None)
             if config is not None:
-                config.to_json_file(Path(output_dir or self.args.output_dir) / "generation_config.json")
+                config.to_json_file(
+                    Path(output_dir or self.args.output_dir) / "generation_config.json"
+                )
 
     def _require_finite(self, loss: Tensor, batch: dict[str, Any]) -> None:
-        """Stop every rank with the same message, before the backward pass, if the loss of any is not finite."""
+        """
+        Stop every rank with the same message, before the backward pass, if the loss of any is not
+        finite.
+        """
         finite = torch.isfinite(loss.detach())
         if self.accelerator.gather(finite).all():
             return
         found = None
         if not finite:
             tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
-            where = f"in process {self.accelerator.process_index} " if self.accelerator.num_processes > 1 else ""
+            where = (
+                f"in process {self.accelerator.process_index} "
+                if self.accelerator.num_processes > 1
+                else ""
+            )
             try:
                 handler = self.callback_handler
-                loader = handler.train_dataloader if self.model.training else handler.eval_dataloader
+                loader = (
+                    handler.train_dataloader if self.model.training else handler.eval_dataloader
+                )
                 dataset = getattr(loader, "dataset", None)
                 rows = describe_rows(batch, tokenizer, dataset, images=self._is_vision_dataset)
-            except Exception as error:  # a batch of an unknown kind; other ranks wait for what this one has to say
+            except (
+                Exception
+            ) as error:  # a batch of an unknown kind; other ranks wait for what this one has to say
                 rows = f"of a kind that cannot be shown ({type(error).__name__}: {error})"
             found = loss.item(), f"{where}the batch's rows are {rows}"
         everywhere = [x for x in gather_object([found]) if x is not None]
-        doing = f"training, step {self.state.global_step + 1}" if self.model.training else "evaluation"
+        doing = (
+            f"training, step {self.state.global_step + 1}" if self.model.training else "evaluation"
+        )
         raise NonFiniteError(
-            f"The loss is {everywhere[0][0]} in {doing}; {'; '.join(rows for _, rows in everywhere)}. "
-            f"The weights are those of step {self.state.global_step}, and saved checkpoints are untouched. "
-            "Look at these rows, or lower learning_rate."
+            f"The loss is {everywhere[0][0]} in {doing};"
+            f" {'; '.join(rows for _, rows in everywhere)}. The weights are those of step"
+            f" {self.state.global_step}, and saved checkpoints are untouched. Look at these rows,"
+            " or lower learning_rate."
         )
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Stop before the optimizer's step if a finite loss had a gradient that is not (fp16's scaler skips those)."""
+        """
+        Stop before the optimizer's step if a finite loss had a gradient that is not (fp16's scaler
+        skips those).
+        """
         grad_norm = super()._get_grad_norm(model, grad_norm)
         if not self.args.fp16 and grad_norm is not None and not math.isfinite(grad_norm):
             weights = f"The weights are those of step {self.state.global_step}"
             if self.is_deepspeed_enabled:
                 weights = "DeepSpeed has taken this step, so the weights may be spoilt"
             raise NonFiniteError(
-                f"The gradient's norm is {float(grad_norm)} in training, step {self.state.global_step + 1}. {weights}, "
-                "and saved checkpoints are untouched. Lower learning_rate, or train in float32."
+                f"The gradient's norm is {float(grad_norm)} in training, step"
+                f" {self.state.global_step + 1}. {weights}, and saved checkpoints are untouched."
+                " Lower learning_rate, or train in float32."
             )
         if not self._gradient_checked and grad_norm is not None and math.isfinite(grad_norm):
             if grad_norm == 0:
@@ -403,55 +535,71 @@ class EAFTTrainer(SFTTrainer):
         if tokens == 0 or nll == 0:
             return
         message = (
-            f"The gradient's norm is 0 in training, step {self.state.global_step + 1}, so nothing would be trained. "
+            f"The gradient's norm is 0 in training, step {self.state.global_step + 1}, so nothing"
+            " would be trained. "
         )
         if gate == 0:
             raise ConfigurationError(
-                f"{message}gate={self.args.gate!r} gives weight 0 to each of its {tokens:.0f} labelled tokens: choose "
-                "another gate or other parameters for it, or raise per_device_train_batch_size."
+                f"{message}gate={self.args.gate!r} gives weight 0 to each of its {tokens:.0f}"
+                " labelled tokens: choose another gate or other parameters for it, or raise"
+                " per_device_train_batch_size."
             )
         trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         if any(
             parameter.grad is not None for parameter in trainable.values()
         ):  # it may be right: of weights that are 0
             logger.warning(
-                f"{message}Each of the {len(trainable)} trainable parameters has a gradient of 0: check the model's "
-                "weights, and which layers are trained."
+                f"{message}Each of the {len(trainable)} trainable parameters has a gradient of 0:"
+                " check the model's weights, and which layers are trained."
             )
             self._gradient_checked = True  # said once
             return
         raise ConfigurationError(
-            f"{message}The {len(trainable)} trainable parameters ({next(iter(trainable))}, ...) have no part in the "
-            "loss, or a layer between them and the loss has no backward pass: unfreeze those that are to be trained."
+            f"{message}The {len(trainable)} trainable parameters ({next(iter(trainable))}, ...)"
+            " have no part in the loss, or a layer between them and the loss has no backward pass:"
+            " unfreeze those that are to be trained."
         )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as TRL does, if there is a parameter to train."""
         if any(getattr(module, "_disable_adapters", False) for module in self.model.modules()):
-            raise ConfigurationError("The adapters are switched off: call enable_adapter_layers() on the model.")
+            raise ConfigurationError(
+                "The adapters are switched off: call enable_adapter_layers() on the model."
+            )
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise ConfigurationError(
-                "Every parameter of the model is frozen (requires_grad=False): unfreeze those that are to be trained; "
-                "load an adapter with PeftModel.from_pretrained(..., is_trainable=True), and switch adapters on with "
-                "enable_adapter_layers()."
+                "Every parameter of the model is frozen (requires_grad=False): unfreeze those that"
+                " are to be trained; load an adapter with PeftModel.from_pretrained(...,"
+                " is_trainable=True), and switch adapters on with enable_adapter_layers()."
             )
         return super().train(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Train an epoch, unless training is at its end: transformers' Trainer would train one step more."""
+        """
+        Train an epoch, unless training is at its end: transformers' Trainer would train one step
+        more.
+        """
         if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
 
     def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
     ) -> None:
-        """Write `README.md` into the output folder: the model, the gate and how it was trained. See TRL's method."""
+        """
+        Write `README.md` into the output folder: the model, the gate and how it was trained. See
+        TRL's method.
+        """
         if not self.is_world_process_zero():
             return
         tags = [*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])]
         base_model = get_config_model_id(self.model.config)
-        card = model_card(self.args, self.gated_lm_head.params, base_model, model_name, dataset_name, tags)
+        card = model_card(
+            self.args, self.gated_lm_head.params, base_model, model_name, dataset_name, tags
+        )
         Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
         card.save(Path(self.args.output_dir) / "README.md")

@@ -1,8 +1,10 @@
 """
-What each gate would do to this data: the shares of tokens, nll and gradient it removes, and the tokens it mutes most.
+What each gate would do to this data: the shares of tokens, nll and gradient it removes, and the
+tokens it mutes most.
 
-A gate removes 1 - sum(w x) / sum(x) of x, over the labelled tokens of the data, w its weight under the base model: that
-is what the first step of training would see. A KL term of a gate is no weight, and does not show.
+A gate removes 1 - sum(w x) / sum(x) of x, over the labelled tokens of the data, w its weight under
+the base model: that is what the first step of training would see. A KL term of a gate is no weight,
+and does not show.
 """
 
 from __future__ import annotations
@@ -27,7 +29,10 @@ TALR_NOTE = "In training tau is the median of each batch; here it is the median 
 
 
 class Measured:
-    """The parameters that gates must measure, as training measures them (`eaft.training.measure`) on the same data."""
+    """
+    The parameters that gates must measure, as training measures them (`eaft.training.measure`) on
+    the same data.
+    """
 
     def __init__(self, examples: Examples) -> None:
         self.examples = examples
@@ -52,11 +57,18 @@ class Measured:
 def complete(gate: str, measured: dict[str, float]) -> Numbers:
     """Return all parameters of a gate: its defaults, and what is of the data."""
     defaults = GATES[gate].params
-    return {**defaults, **{name: measured[name] for name in MEASURED if is_of_data(defaults.get(name))}}
+    return {
+        **defaults,
+        **{name: measured[name] for name in MEASURED if is_of_data(defaults.get(name))},
+    }
 
 
-def weights(gate: str, params: Numbers, tokens: Labelled, example_nll: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return a gate's weight on each token `[n]`, given every example's mean nll under the base model."""
+def weights(
+    gate: str, params: Numbers, tokens: Labelled, example_nll: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """
+    Return a gate's weight on each token `[n]`, given every example's mean nll under the base model.
+    """
     stats = with_examples(tokens.stats, tokens.example, example_nll)
     return gate_weights(gate, stats, **params).double().numpy()
 
@@ -64,10 +76,14 @@ def weights(gate: str, params: Numbers, tokens: Labelled, example_nll: NDArray[n
 class Effects:
     """Sums over the data of what each gate removes, by source."""
 
-    def __init__(self, examples: Examples, vocabulary: Vocabulary, measured: dict[str, float]) -> None:
+    def __init__(
+        self, examples: Examples, vocabulary: Vocabulary, measured: dict[str, float]
+    ) -> None:
         self.examples, self.vocabulary = examples, vocabulary
         self.params = {gate: complete(gate, measured) for gate in weighed_gates()}
-        self.removed = {gate: Removed(len(examples.sources), vocabulary.size) for gate in self.params}
+        self.removed = {
+            gate: Removed(len(examples.sources), vocabulary.size) for gate in self.params
+        }
 
     def add(self, tokens: Labelled) -> None:
         """Add tokens of the data."""
@@ -77,11 +93,17 @@ class Effects:
             self.removed[gate].add(found, tokens.quantities, source, tokens.token_id)
 
     def result(self) -> list[Numbers]:
-        """Return a row for each gate, and with several sources one for each gate and large source after it."""
+        """
+        Return a row for each gate, and with several sources one for each gate and large source
+        after it.
+        """
         rows = []
         for gate, params in self.params.items():
             removed = self.removed[gate]
-            muted = [{**self.vocabulary.named(m["token_id"]), **m} for m in removed.most_muted(MOST_MUTED)]
+            muted = [
+                {**self.vocabulary.named(m["token_id"]), **m}
+                for m in removed.most_muted(MOST_MUTED)
+            ]
             note = KL_NOTE if GATES[gate].anchor else TALR_NOTE if gate == "talr" else None
             row = {"gate": gate, "params": params, "note": note}
             rows.append({**row, "source": None, **removed.shares(), "muted": muted})

@@ -1,4 +1,7 @@
-"""The pictures of an inspection: of arXiv:2601.02151 the Figures 1b, 3, 4, 6 and 7, and what each gate removes."""
+"""
+The pictures of an inspection: of arXiv:2601.02151 the Figures 1b, 3, 4, 6 and 7, and what each gate
+removes.
+"""
 
 from __future__ import annotations
 
@@ -38,15 +41,28 @@ Numbers = dict[str, Any]
 Plane = NDArray[np.float64]
 
 CAPTIONS = {
-    "landscape": "Where the tokens lie. Higher up the model is less sure of what comes next, further right it finds "
-    "the label likelier. In the outlined corner it is sure of something else: the confident conflicts.",
+    "landscape": (
+        "Where the tokens lie. Higher up the model is less sure of what comes next, further right"
+        " it finds the label likelier. In the outlined corner it is sure of something else: the"
+        " confident conflicts."
+    ),
     "gates": "What each gate would remove from training on this data, at the first step.",
-    "gradient": "Where the gradient comes from, under SFT and under a gate (that of --gate, else EAFT's; its default "
-    "parameters): the norm of the loss's gradient by the logits, summed over the tokens of a bin.",
-    "words": "The tokens that the model is unsure of, those that it is sure of, and those where it is sure of "
-    "something else.",
-    "training": "What training does to the tokens that the base model was unsure of, and to those that it was sure of.",
-    "top_k": "The entropy of the K likeliest tokens beside the exact one, on a sample of this data.",
+    "gradient": (
+        "Where the gradient comes from, under SFT and under a gate (that of --gate, else EAFT's;"
+        " its default parameters): the norm of the loss's gradient by the logits, summed over the"
+        " tokens of a bin."
+    ),
+    "words": (
+        "The tokens that the model is unsure of, those that it is sure of, and those where it is"
+        " sure of something else."
+    ),
+    "training": (
+        "What training does to the tokens that the base model was unsure of, and to those that it"
+        " was sure of."
+    ),
+    "top_k": (
+        "The entropy of the K likeliest tokens beside the exact one, on a sample of this data."
+    ),
 }
 TITLES = {DATA: "the data", ROLLOUTS: "the model's own answers"}
 ORANGE, BLUE, GREY = "#d95f02", "#3b6fb6", "#888888"  # told apart by the colour-blind, and in grey
@@ -80,7 +96,10 @@ def draw(inspection: Inspection, summary: Numbers, gate: str = "eaft") -> dict[s
 
 
 class Planes:
-    """Sums over the plane's bins, entropies by probabilities: of tokens by origin; of the data's gradient, by gate."""
+    """
+    Sums over the plane's bins, entropies by probabilities: of tokens by origin; of the data's
+    gradient, by gate.
+    """
 
     def __init__(self, inspection: Inspection, summary: Numbers, gate: str) -> None:
         self.entropy_edges, self.prob_edges = entropy_edges(summary["entropy_max"]), prob_edges()
@@ -97,12 +116,16 @@ class Planes:
             data = examples.of(DATA)[tokens.example]
             gradient = np.where(data, tokens.quantities["gradient"], 0)
             self.gradient += bin_sums(entropy, prob, shape, gradient)
-            self.gated += bin_sums(entropy, prob, shape, gradient * weights(gate, params, tokens, examples.nll))
+            self.gated += bin_sums(
+                entropy, prob, shape, gradient * weights(gate, params, tokens, examples.nll)
+            )
 
     def draw(self, axis: Axes, values: Plane, norm: LogNorm) -> Any:
         """Draw a plane with both axes at the square root, the conflicts' corner outlined."""
         seen = np.where(values > 0, values, np.nan)
-        mesh = axis.pcolormesh(self.prob_edges, self.entropy_edges, seen, norm=norm, cmap=COLOURS, rasterized=True)
+        mesh = axis.pcolormesh(
+            self.prob_edges, self.entropy_edges, seen, norm=norm, cmap=COLOURS, rasterized=True
+        )
         square_root = (lambda x: np.sqrt(np.maximum(x, 0)), np.square)
         axis.set_xscale("function", functions=square_root)
         axis.set_yscale("function", functions=square_root)
@@ -124,15 +147,21 @@ class Planes:
 def landscape(planes: Planes, summary: Numbers) -> Figure:
     """Figure 1b: where the tokens lie, the data's beside those of the model's own answers."""
     totals = {origin: plane.sum() for origin, plane in planes.tokens.items()}
-    shares = {origin: plane / totals[origin] for origin, plane in planes.tokens.items() if totals[origin]}
+    shares = {
+        origin: plane / totals[origin] for origin, plane in planes.tokens.items() if totals[origin]
+    }
     size = (1.2 + 3.9 * len(shares), 4.2)
-    figure, axes = plt.subplots(1, len(shares), figsize=size, sharey=True, layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(shares), figsize=size, sharey=True, layout="constrained", squeeze=False
+    )
     norm = shared_norm([*shares.values()])
     for axis, (origin, plane) in zip(axes[0], shares.items(), strict=True):
         mesh = planes.draw(axis, plane, norm)
         conflicts = summary["conflicts"][BASE][origin]
         axis.set_title(f"{TITLES[origin]} ({int(totals[origin]):,} tokens)")
-        tokens, nll, grad = (percent(conflicts[name] or 0) for name in ("tokens", "nll", "gradient"))
+        tokens, nll, grad = (
+            percent(conflicts[name] or 0) for name in ("tokens", "nll", "gradient")
+        )
         said = f"{tokens} of the tokens,\n{nll} of the nll,\n{grad} of the gradient"
         axis.annotate(
             said,
@@ -150,7 +179,9 @@ def landscape(planes: Planes, summary: Numbers) -> Figure:
 
 
 def shared_norm(planes: list[Plane]) -> LogNorm:
-    """Return one logarithmic scale for several planes: its lower end is the smallest value there is."""
+    """
+    Return one logarithmic scale for several planes: its lower end is the smallest value there is.
+    """
     values = np.concatenate([plane[plane > 0] for plane in planes])
     low, high = (values.min(), values.max()) if len(values) else (0.1, 1.0)
     return LogNorm(low, max(high, low * 10))
@@ -158,11 +189,15 @@ def shared_norm(planes: list[Plane]) -> LogNorm:
 
 def gradient(planes: Planes, gate: str) -> Figure:
     """Figure 3: where the data's gradient comes from, under SFT and under a gate."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 4.2), sharex=True, sharey=True, layout="constrained")
+    figure, axes = plt.subplots(
+        1, 2, figsize=(9, 4.2), sharex=True, sharey=True, layout="constrained"
+    )
     most = max(float(planes.gradient.max()), 1e-9)
     least = most / 1e4  # below it all is drawn alike
     norm = LogNorm(least, most)
-    for axis, (name, plane) in zip(axes, (("sft", planes.gradient), (gate, planes.gated)), strict=True):
+    for axis, (name, plane) in zip(
+        axes, (("sft", planes.gradient), (gate, planes.gated)), strict=True
+    ):
         mesh = planes.draw(axis, np.where(plane > 0, np.maximum(plane, least), 0), norm)
         of_sft = plane.sum() / planes.gradient.sum() if planes.gradient.sum() else 1.0
         axis.set_title(name if name == "sft" else f"{name}: {percent(of_sft)} of sft's gradient")
@@ -181,11 +216,16 @@ def gates(summary: Numbers) -> Figure:
         axis.barh(places, [100 * (row[name] or 0) for row in rows], 0.24, color=colour, label=name)
     axis.set_yticks(
         range(len(rows)),
-        [row["gate"] + (" (KL not shown)" if row["note"] and "KL" in row["note"] else "") for row in rows],
+        [
+            row["gate"] + (" (KL not shown)" if row["note"] and "KL" in row["note"] else "")
+            for row in rows
+        ],
     )
     axis.invert_yaxis()
     axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_xlim(left=max(axis.get_xlim()[0], -100))  # a gate that adds much would leave the others no room
+    axis.set_xlim(
+        left=max(axis.get_xlim()[0], -100)
+    )  # a gate that adds much would leave the others no room
     axis.set_xlabel("removed, per cent (below 0: added)")
     axis.legend(frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
     return figure
@@ -229,7 +269,9 @@ def words(summary: Numbers) -> Figure:
 
 
 def training(inspection: Inspection, summary: Numbers) -> Figure:
-    """Figure 4: nll of the data's tokens over training, in groups that are fixed under the base model."""
+    """
+    Figure 4: nll of the data's tokens over training, in groups that are fixed under the base model.
+    """
     runs: dict[Path, list[tuple[int, str]]] = {}
     for model in inspection.models:
         if model.step is not None:
@@ -237,13 +279,18 @@ def training(inspection: Inspection, summary: Numbers) -> Figure:
             run = folder.parent if folder.name.startswith("checkpoint-") else folder
             runs.setdefault(run, []).append((model.step, model.name))
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    titles = {"high_entropy": "the base model was unsure (H ≥ 2 nats)", "low_entropy": "it was sure (H ≤ 0.5 nats)"}
+    titles = {
+        "high_entropy": "the base model was unsure (H ≥ 2 nats)",
+        "low_entropy": "it was sure (H ≤ 0.5 nats)",
+    }
     for axis, (group, title) in zip(axes, titles.items(), strict=True):
         for run, models in runs.items():
             points = [(0, BASE), *sorted(models)]
             nll = [summary["nll"][name][DATA][group] for _, name in points]
             if None not in nll:
-                axis.plot([step for step, _ in points], nll, marker="o", markersize=4, label=run.name)
+                axis.plot(
+                    [step for step, _ in points], nll, marker="o", markersize=4, label=run.name
+                )
         axis.set_title(title)
         axis.set_xlabel("training step")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -254,7 +301,9 @@ def training(inspection: Inspection, summary: Numbers) -> Figure:
 
 
 def top_k(summary: Numbers, used: int) -> Figure:
-    """Figure 6: correlation of the top-K entropy with the exact one, and what it costs, against K."""
+    """
+    Figure 6: correlation of the top-K entropy with the exact one, and what it costs, against K.
+    """
     rows = summary["top_k"]
     k = [row["k"] for row in rows]
     figure, axes = plt.subplots(1, 3, figsize=(9, 3), sharex=True, layout="constrained")
@@ -263,7 +312,10 @@ def top_k(summary: Numbers, used: int) -> Figure:
         axes[0].plot(k, values, marker=marker, markersize=4, color=colour, label=name.capitalize())
     axes[0].set_title("correlation with the exact entropy")
     axes[0].legend(frameon=False, loc="lower right")
-    for axis, name, title in ((axes[1], "seconds", "seconds, 1000 tokens"), (axes[2], "mib", "MiB, 256 tokens")):
+    for axis, name, title in (
+        (axes[1], "seconds", "seconds, 1000 tokens"),
+        (axes[2], "mib", "MiB, 256 tokens"),
+    ):
         axis.plot(k, [row[name] for row in rows], marker="o", markersize=4, color=BLUE)
         axis.set_yscale("log")
         axis.set_title(title)
@@ -276,8 +328,8 @@ def top_k(summary: Numbers, used: int) -> Figure:
 
 def svg(figure: Figure, name: str) -> str:
     """
-    Return a figure as an `<svg>` element for an HTML page: as wide as its place, with no address in it, and no id that
-    another one has.
+    Return a figure as an `<svg>` element for an HTML page: as wide as its place, with no address in
+    it, and no id that another one has.
 
     Args:
         name: of `CAPTIONS`; its ids begin with it.
@@ -291,4 +343,8 @@ def svg(figure: Figure, name: str) -> str:
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'(href="|url\()#', rf"\1#{name}-", text)
     label = html.escape(CAPTIONS[name])
-    return re.sub(r'^<svg[^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{label}">', text)
+    return re.sub(
+        r'^<svg[^>]*?viewBox="([^"]*)"[^>]*>',
+        rf'<svg viewBox="\1" role="img" aria-label="{label}">',
+        text,
+    )

@@ -1,8 +1,8 @@
 """
 What an inspection finds: the content of summary.json.
 
-Two passes over the base model's tokens and one over each other model's. Nothing is kept but sums, by token id, source
-and origin, and a few bytes an example; sums are in float64.
+Two passes over the base model's tokens and one over each other model's. Nothing is kept but sums,
+by token id, source and origin, and a few bytes an example; sums are in float64.
 """
 
 from __future__ import annotations
@@ -19,7 +19,14 @@ from eaft.inspection.find.checks import check
 from eaft.inspection.find.effects import Effects, Measured
 from eaft.inspection.find.words import Words
 from eaft.inspection.folder import BASE, DATA, ROLLOUTS, Inspection
-from eaft.inspection.labelled import ORIGINS, Examples, Labelled, Vocabulary, labelled_pairs, labelled_tokens
+from eaft.inspection.labelled import (
+    ORIGINS,
+    Examples,
+    Labelled,
+    Vocabulary,
+    labelled_pairs,
+    labelled_tokens,
+)
 from eaft.objective.statistics import HIGH_ENTROPY, LOW_ENTROPY, TokenStatistics
 
 Numbers = dict[str, Any]
@@ -30,8 +37,12 @@ class Shares:
 
     def __init__(self, examples: Examples) -> None:
         self.examples = examples
-        self.totals = {origin: dict.fromkeys(("tokens", "nll", "gradient"), 0.0) for origin in ORIGINS}
-        self.conflicts = {origin: dict.fromkeys(("tokens", "nll", "gradient"), 0.0) for origin in ORIGINS}
+        self.totals = {
+            origin: dict.fromkeys(("tokens", "nll", "gradient"), 0.0) for origin in ORIGINS
+        }
+        self.conflicts = {
+            origin: dict.fromkeys(("tokens", "nll", "gradient"), 0.0) for origin in ORIGINS
+        }
         # Sum and number of the nll in groups that are fixed under the base model
         groups = ("all", "high_entropy", "low_entropy")
         self.groups = {origin: {name: np.zeros(2) for name in groups} for origin in ORIGINS}
@@ -52,10 +63,16 @@ class Shares:
                 self.totals[origin][name] += float(values[here].sum())
                 self.conflicts[origin][name] += float(values[here & conflict].sum())
             high, low = base_entropy >= HIGH_ENTROPY, base_entropy <= LOW_ENTROPY
-            for name, group in (("all", here), ("high_entropy", here & high), ("low_entropy", here & low)):
+            for name, group in (
+                ("all", here),
+                ("high_entropy", here & high),
+                ("low_entropy", here & low),
+            ):
                 self.groups[origin][name] += of_model.quantities["nll"][group].sum(), group.sum()
             self.entropy[origin] += entropy[here].sum(), here.sum()
-        self.entropy_max = max(self.entropy_max, float(stats.entropy.max()) if len(stats.entropy) else 0.0)
+        self.entropy_max = max(
+            self.entropy_max, float(stats.entropy.max()) if len(stats.entropy) else 0.0
+        )
 
     def conflict_shares(self) -> Numbers:
         """Return the shares in confident conflicts, by origin."""
@@ -66,7 +83,10 @@ class Shares:
         return {origin: self.per_origin(origin, self.means) for origin in ORIGINS}
 
     def mean_entropy(self) -> Numbers:
-        """Return the mean exact entropy (nats), by origin: of its own answers, how sure of itself a model is."""
+        """
+        Return the mean exact entropy (nats), by origin: of its own answers, how sure of itself a
+        model is.
+        """
         return {origin: self.per_origin(origin, self.mean_of_entropy) for origin in ORIGINS}
 
     def per_origin(self, origin: str, compute: Any) -> Numbers | None:
@@ -76,11 +96,16 @@ class Shares:
     def ratios(self, origin: str) -> Numbers:
         """Return an origin's shares in conflicts."""
         totals = self.totals[origin]
-        return {name: part / totals[name] if totals[name] else None for name, part in self.conflicts[origin].items()}
+        return {
+            name: part / totals[name] if totals[name] else None
+            for name, part in self.conflicts[origin].items()
+        }
 
     def means(self, origin: str) -> Numbers:
         """Return an origin's mean nll, by group."""
-        return {name: float(nll / n) if n else None for name, (nll, n) in self.groups[origin].items()}
+        return {
+            name: float(nll / n) if n else None for name, (nll, n) in self.groups[origin].items()
+        }
 
     def mean_of_entropy(self, origin: str) -> float | None:
         """Return an origin's mean entropy."""
@@ -138,7 +163,9 @@ def select(tokens: Labelled, keep: NDArray[np.bool_]) -> Labelled:
     if keep.all():
         return tokens
     stats, kept = tokens.stats, torch.from_numpy(keep)
-    columns: Numbers = {name: value[kept] for name, value in vars(stats).items() if isinstance(value, torch.Tensor)}
+    columns: Numbers = {
+        name: value[kept] for name, value in vars(stats).items() if isinstance(value, torch.Tensor)
+    }
     return Labelled(
         replace(stats, **columns),
         tokens.example[keep],

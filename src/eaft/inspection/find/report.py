@@ -36,7 +36,11 @@ def write(inspection: Inspection) -> None:
         pictures[name] = Markup(svg(figure, name))
         save(figure, folder / f"{name}.png")
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, finalize=visible_text, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=visible_text,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {
         "percent": optional_percent,
@@ -69,7 +73,9 @@ def visible_text(value: Any) -> Any:
 def code(text: str) -> Markup:
     """Return text with what is in backticks as code."""
     parts = visible(text).split("`")
-    return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else p for i, p in enumerate(parts))
+    return Markup("").join(
+        Markup("<code>{}</code>").format(p) if i % 2 else p for i, p in enumerate(parts)
+    )
 
 
 def optional_percent(share: float | None) -> str:
@@ -83,7 +89,10 @@ def optional_nats(value: float | None) -> str:
 
 
 def first_examples(inspection: Inspection) -> Iterator[Numbers]:
-    """Yield the first examples: row, source, nll, conflict share, and `pieces` of text with how to colour them."""
+    """
+    Yield the first examples: row, source, nll, conflict share, and `pieces` of text with how to
+    colour them.
+    """
     examples = inspection.examples(["example", "row", "source", "text", "nll", "conflict_share"])
     examples = examples.slice(0, FIRST_EXAMPLES).to_pylist()
     names = ["example", "end", "token_id", "log_prob", "entropy", "first_choice", "first_prob"]
@@ -105,7 +114,10 @@ def first_examples(inspection: Inspection) -> Iterator[Numbers]:
                 continue
             prob = min(1.0, 2.718281828459045 ** row["log_prob"])
             first = shown(vocabulary.named(row["first_choice"])["text"], True)
-            title = f"p {prob:.3g}, H {row['entropy']:.2f}; the model: {first} ({row['first_prob']:.2f})"
+            title = (
+                f"p {prob:.3g}, H {row['entropy']:.2f}; the model: {first}"
+                f" ({row['first_prob']:.2f})"
+            )
             pieces.append({"text": text, "style": f"p{min(9, int(10 * prob))}", "title": title})
         yield {**example, "pieces": pieces, "more": max(0, len(rows) - EXAMPLE_TOKENS)}
 
@@ -130,7 +142,11 @@ def page(inspection: Inspection) -> str:
     ]
     if s["gates"]:
         rows = [
-            [row["gate"], *(optional_percent(row[key]) for key in ("tokens", "nll", "gradient")), mutes(row)]
+            [
+                row["gate"],
+                *(optional_percent(row[key]) for key in ("tokens", "nll", "gradient")),
+                mutes(row),
+            ]
             for row in s["gates"]
             if row["source"] is None
         ]
@@ -142,9 +158,14 @@ def page(inspection: Inspection) -> str:
         ]
         parts.append(table(rows, ["conflict", "tokens", "lift", "the model wanted"]))
     found = [check for check in s["checks"] if check["count"]]
-    parts += [f"- {check['title']}: {check['count']} (row {first_rows(check)}). {check['text']}" for check in found]
+    parts += [
+        f"- {check['title']}: {check['count']} (row {first_rows(check)}). {check['text']}"
+        for check in found
+    ]
     if not found:
-        parts.append(f"- Checked, and nothing found: {'; '.join(c['title'].lower() for c in s['checks'])}.")
+        parts.append(
+            f"- Checked, and nothing found: {'; '.join(c['title'].lower() for c in s['checks'])}."
+        )
     files = ", ".join([REPORT_FILE, "figures/landscape.png and others", SUMMARY_FILE])
     parts.append(f"In {inspection.folder}: {files}. To look around: eaft view {inspection.folder}")
     return "\n\n".join(parts) + "\n"
@@ -162,4 +183,6 @@ def mutes(row: Numbers) -> str:
 
 def wanted(row: Numbers) -> str:
     """Return what the model wanted instead of a token."""
-    return " ".join(f"`{shown(token['text'], True)}` {token['count']}" for token in row["wanted"][:3])
+    return " ".join(
+        f"`{shown(token['text'], True)}` {token['count']}" for token in row["wanted"][:3]
+    )

@@ -1,9 +1,10 @@
 """
-The rule: how much less EAFT is expected to drift than SFT, from the share of the nll in confident conflicts.
+The rule: how much less EAFT is expected to drift than SFT, from the share of the nll in confident
+conflicts.
 
-The nll is the base model's, on the data. A straight line, by least squares, through what was found with each seed of
-each condition of the study (docs/when-it-helps.md), with the prediction interval for one more run.
-`benchmarks/study/curve.py` fits it and writes rule.json.
+The nll is the base model's, on the data. A straight line, by least squares, through what was found
+with each seed of each condition of the study (docs/when-it-helps.md), with the prediction interval
+for one more run. `benchmarks/study/curve.py` fits it and writes rule.json.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ RULE_FILE = Path(__file__).with_name("rule.json")
 
 @dataclass(frozen=True)
 class Expected:
-    """What is expected of one more run: EAFT's drift less SFT's, as a share of SFT's, with its 95% interval."""
+    """
+    What is expected of one more run: EAFT's drift less SFT's, as a share of SFT's, with its 95%
+    interval.
+    """
 
     change: float
     low: float
@@ -33,7 +37,8 @@ class Rule:
     A line through runs.
 
     Attributes:
-        slope, intercept: of the change in drift (EAFT's less SFT's at the same held-out nll, as a share of SFT's), by
+        slope, intercept: of the change in drift (EAFT's less SFT's at the same held-out nll, as a
+        share of SFT's), by
             the share of the nll in conflicts.
         residual: standard deviation around the line.
         runs: how many it was fitted to.
@@ -58,7 +63,16 @@ class Rule:
         slope = float(((x - x.mean()) * (y - y.mean())).sum()) / spread
         intercept = float(y.mean() - slope * x.mean())
         residual = math.sqrt(float(((y - intercept - slope * x) ** 2).sum()) / (len(x) - 2))
-        return cls(slope, intercept, residual, len(x), float(x.mean()), spread, float(x.min()), float(x.max()))
+        return cls(
+            slope,
+            intercept,
+            residual,
+            len(x),
+            float(x.mean()),
+            spread,
+            float(x.min()),
+            float(x.max()),
+        )
 
     @classmethod
     def fitted(cls) -> Rule:
@@ -66,8 +80,13 @@ class Rule:
         return cls(**json.loads(RULE_FILE.read_text())["rule"])
 
     def expect(self, dose: float) -> Expected:
-        """Return what is expected at a dose; beyond those measured, what is expected at the nearest of them."""
-        from scipy import stats  # whether it is installed is said by the command, not by this import
+        """
+        Return what is expected at a dose; beyond those measured, what is expected at the nearest of
+        them.
+        """
+        from scipy import (
+            stats,
+        )  # whether it is installed is said by the command, not by this import
 
         dose = min(max(dose, self.lowest), self.highest)
         change = self.intercept + self.slope * dose

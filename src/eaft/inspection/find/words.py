@@ -1,4 +1,7 @@
-"""Figure 7 of arXiv:2601.02151 as tables: the tokens of high entropy, of low entropy and in confident conflict."""
+"""
+Figure 7 of arXiv:2601.02151 as tables: the tokens of high entropy, of low entropy and in confident
+conflict.
+"""
 
 from __future__ import annotations
 
@@ -55,25 +58,34 @@ class Words:
     def add_wanted(self, tokens: Labelled) -> None:
         """Count the model's first choices where the label is one of those chosen."""
         for name, mask in groups_of(tokens.stats).items():
-            mask &= np.isin(tokens.token_id, self.chosen[name]) & (tokens.first_choice != tokens.token_id)
+            mask &= np.isin(tokens.token_id, self.chosen[name]) & (
+                tokens.first_choice != tokens.token_id
+            )
             pairs = np.stack([tokens.token_id[mask], tokens.first_choice[mask]])
-            for label, first, count in zip(*(x.tolist() for x in unique_columns(pairs)), strict=True):
+            for label, first, count in zip(
+                *(x.tolist() for x in unique_columns(pairs)), strict=True
+            ):
                 self.wanted[name][label][first] += count
 
     def result(self) -> dict[str, list[dict[str, Any]]]:
         """
         Return the chosen tokens of each group, the most frequent first.
 
-        `share` is of the group's tokens, `lift` that share over the token's share among all, `nll` the sum in the
-        group in nats, and `wanted` the model's first choices there, of which the label is none.
+        `share` is of the group's tokens, `lift` that share over the token's share among all, `nll`
+        the sum in the group in nats, and `wanted` the model's first choices there, of which the
+        label is none.
         """
-        return {name: [self.row(name, int(token)) for token in self.chosen[name]] for name in GROUPS}
+        return {
+            name: [self.row(name, int(token)) for token in self.chosen[name]] for name in GROUPS
+        }
 
     def row(self, group: str, token: int) -> dict[str, Any]:
         """Return a token's row."""
         count = int(self.counts[group][token])
         share = count / int(self.counts[group].sum())
-        most = sorted(self.wanted[group][token].items(), key=lambda item: (-item[1], item[0]))[:MOST_WANTED]
+        most = sorted(self.wanted[group][token].items(), key=lambda item: (-item[1], item[0]))[
+            :MOST_WANTED
+        ]
         return {
             **self.vocabulary.named(token),
             "count": count,
@@ -86,5 +98,7 @@ class Words:
 
 def unique_columns(pairs: NDArray[np.int32]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Return the distinct columns of `pairs` `[2, n]`, and how often each occurs."""
-    keys, counts = np.unique(pairs[0].astype(np.int64) << 32 | pairs[1].astype(np.int64), return_counts=True)
+    keys, counts = np.unique(
+        pairs[0].astype(np.int64) << 32 | pairs[1].astype(np.int64), return_counts=True
+    )
     return keys >> 32, keys & 0xFFFFFFFF, counts

@@ -1,1 +1,3 @@
-"""Data through a model: tokens, their statistics, and the model's own answers, written as tables."""
+"""
+Data through a model: tokens, their statistics, and the model's own answers, written as tables.
+"""

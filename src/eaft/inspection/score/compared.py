@@ -15,12 +15,15 @@ from eaft.models import adapter_of
 from eaft.training.train import is_complete
 
 
-def find_compared(others: list[str], base: str, tokenizer: Any, model_args: dict[str, Any]) -> list[ScoredModel]:
+def find_compared(
+    others: list[str], base: str, tokenizer: Any, model_args: dict[str, Any]
+) -> list[ScoredModel]:
     """
-    Return the models that `--compare` names, in order, each with a name of its own that is a folder's.
+    Return the models that `--compare` names, in order, each with a name of its own that is a
+    folder's.
 
-    Of a training run's folder these are its complete checkpoints, each with its step, and its final model if there is
-    one and no checkpoint of the same step.
+    Of a training run's folder these are its complete checkpoints, each with its step, and its final
+    model if there is one and no checkpoint of the same step.
 
     Args:
         others: Hub ids, folders (also of adapters or runs), GGUF files.
@@ -50,12 +53,20 @@ def find_compared(others: list[str], base: str, tokenizer: Any, model_args: dict
 def expand(other: str) -> list[tuple[str, str, int | None]]:
     """Return the name, the place and the step of each model that one `--compare` means."""
     folder = Path(other).expanduser()
-    name = folder.stem if folder.suffix == ".gguf" else folder.resolve().name if folder.is_dir() else folder.name
+    name = (
+        folder.stem
+        if folder.suffix == ".gguf"
+        else folder.resolve().name
+        if folder.is_dir()
+        else folder.name
+    )
     checkpoints = {step_of(path): path for path in folder.glob("checkpoint-*") if is_complete(path)}
     if not checkpoints:
         return [(name, other, step_of(folder) if is_complete(folder) else None)]
     found: list[tuple[str, str, int | None]]
-    found = [(f"{name}-checkpoint-{step}", str(path), step) for step, path in sorted(checkpoints.items())]
+    found = [
+        (f"{name}-checkpoint-{step}", str(path), step) for step, path in sorted(checkpoints.items())
+    ]
     last = final_step(folder, max(checkpoints))
     if last not in checkpoints and ((folder / "config.json").is_file() or adapter_of(str(folder))):
         found.append((name, str(folder), last))
@@ -83,6 +94,6 @@ def check_vocabulary(model: str, base: str, tokenizer: Any, model_args: dict[str
         same = text_config(model, model_args).vocab_size == text_config(base, model_args).vocab_size
     if not same:
         raise ConfigurationError(
-            f"compare={model!r} has another vocabulary than {base!r}: their tokens cannot be compared. Inspect it by "
-            "itself, into another --output_dir."
+            f"compare={model!r} has another vocabulary than {base!r}: their tokens cannot be"
+            " compared. Inspect it by itself, into another --output_dir."
         )

@@ -1,4 +1,7 @@
-"""Figure 6 of arXiv:2601.02151: how close the top-K entropy is to the exact one, and what it costs, against K."""
+"""
+Figure 6 of arXiv:2601.02151: how close the top-K entropy is to the exact one, and what it costs,
+against K.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,14 @@ BLOCK = 256  # tokens at a time, whatever K
 
 def top_k_curve(logits: Tensor, ks: tuple[int, ...] = KS) -> list[dict[str, Any]]:
     """
-    Return for each K below the size of the vocabulary, and for the whole vocabulary, what its entropy is worth.
+    Return for each K below the size of the vocabulary, and for the whole vocabulary, what its
+    entropy is worth.
 
-    A row has `k`; `pearson` and `spearman` of the entropy of the K largest probabilities with the exact one, None where
-    either does not vary; `seconds` to select the K largest logits of a thousand tokens and to compute their entropy,
-    the median of three, on the device of `logits`; and `mib`, the tensors that this made and that were alive at once,
-    of a block of 256 tokens (a kernel's own workspace is not seen). The whole vocabulary is not selected from.
+    A row has `k`; `pearson` and `spearman` of the entropy of the K largest probabilities with the
+    exact one, None where either does not vary; `seconds` to select the K largest logits of a
+    thousand tokens and to compute their entropy, the median of three, on the device of `logits`;
+    and `mib`, the tensors that this made and that were alive at once, of a block of 256 tokens (a
+    kernel's own workspace is not seen). The whole vocabulary is not selected from.
 
     Args:
         logits: `[n, V]`, float32.
@@ -62,16 +67,23 @@ def top_k_curve(logits: Tensor, ks: tuple[int, ...] = KS) -> list[dict[str, Any]
 
 
 def compute(logits: Tensor, k: int | None) -> Tensor:
-    """Return the top-K entropy `[n]` in nats, or the exact one for no K, a block of tokens at a time."""
+    """
+    Return the top-K entropy `[n]` in nats, or the exact one for no K, a block of tokens at a time.
+    """
     blocks = [
-        entropy_from_log_probs((block if k is None else block.topk(k, sorted=False).values).log_softmax(-1))
+        entropy_from_log_probs(
+            (block if k is None else block.topk(k, sorted=False).values).log_softmax(-1)
+        )
         for block in logits.split(BLOCK)
     ]
     return torch.cat(blocks)
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made while it is entered; `peak` is the most that were alive at once."""
+    """
+    Counts the bytes of the tensors that are made while it is entered; `peak` is the most that were
+    alive at once.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,11 +91,15 @@ class LiveBytes(TorchDispatchMode):
         self.storages: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        shared = {tensor.untyped_storage().data_ptr() for tensor in args if isinstance(tensor, Tensor)}
+        shared = {
+            tensor.untyped_storage().data_ptr() for tensor in args if isinstance(tensor, Tensor)
+        }
         made = func(*args, **(kwargs or {}))
         for tensor in made if isinstance(made, tuple | list) else [made]:
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in shared | self.storages:  # no view of what is counted, or of the logits
+            if (
+                storage.data_ptr() not in shared | self.storages
+            ):  # no view of what is counted, or of the logits
                 self.storages.add(storage.data_ptr())
                 self.live += storage.nbytes()
                 weakref.finalize(tensor, self.free, storage.data_ptr(), storage.nbytes())

@@ -1,4 +1,7 @@
-"""What is scored: the data's rows as they are trained on, then the model's own answers to their prompts."""
+"""
+What is scored: the data's rows as they are trained on, then the model's own answers to their
+prompts.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,14 @@ from eaft.training.data import row_digest
 from eaft.training.examples import flat
 from eaft.training.prepare import PreparedRows
 
-# A shard is what a killed run loses at most: 16 of small data, so that processes have something to share
+# A shard is what a killed run loses at most: 16 of small data, so that processes have something to
+# share
 SHARD_TOKENS, SMALLEST_SHARD, SHARDS = 2**17, 2**13, 16
-CONVERSATION = ("messages", "prompt", "conversations")  # columns of rows that are more than plain text or token ids
+CONVERSATION = (
+    "messages",
+    "prompt",
+    "conversations",
+)  # columns of rows that are more than plain text or token ids
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,9 @@ class Examples:
         ConfigurationError: the data has labels that are other tokens than its own.
     """
 
-    def __init__(self, rows: PreparedRows, dataset: Dataset, name: str, rollouts: list[Rollout]) -> None:
+    def __init__(
+        self, rows: PreparedRows, dataset: Dataset, name: str, rollouts: list[Rollout]
+    ) -> None:
         self.rows, self.dataset, self.name, self.rollouts = rows, dataset, name, rollouts
         self.cut, self.whole = (part.with_format("arrow") for part in (rows.cut, rows.whole))
         lengths, labelled = [], []
@@ -70,11 +80,16 @@ class Examples:
             tokens = labelled_tokens(table)
             lengths.append(tokens.lengths)
             labelled.append(count_labelled(tokens))
-        lengths.append(np.array([len(r.prompt_ids) + len(r.answer_ids) for r in rollouts], dtype=np.int64))
+        lengths.append(
+            np.array([len(r.prompt_ids) + len(r.answer_ids) for r in rollouts], dtype=np.int64)
+        )
         self.lengths, self.labelled = np.concatenate(lengths), np.concatenate(labelled)
 
     def shards(self) -> list[range]:
-        """Return the examples of each file, of about as many tokens; the same however many processes there are."""
+        """
+        Return the examples of each file, of about as many tokens; the same however many processes
+        there are.
+        """
         size = min(SHARD_TOKENS, max(SMALLEST_SHARD, int(self.lengths.sum()) // SHARDS))
         found = []
         for begin, stop in ((0, len(self.dataset)), (len(self.dataset), len(self.lengths))):
@@ -105,7 +120,9 @@ class Examples:
         return Tokens(np.concatenate(sides), labelled, self.lengths[part.start : part.stop])
 
     def about(self, part: range) -> dict[str, list[Any]]:
-        """Return what is known of a shard's examples before they are scored, by column of `EXAMPLES`."""
+        """
+        Return what is known of a shard's examples before they are scored, by column of `EXAMPLES`.
+        """
         origin, rows = self.origin(part), [self.dataset[self.row(i)] for i in part]
         cut = cut_labelled = [0] * len(part)
         if origin == DATA:
@@ -115,7 +132,9 @@ class Examples:
         return {
             "example": list(part),
             "origin": [origin] * len(part),
-            "source": [str(row["source"]) if row.get("source") is not None else self.name for row in rows],
+            "source": [
+                str(row["source"]) if row.get("source") is not None else self.name for row in rows
+            ],
             "row": [self.row(i) for i in part],
             "digest": [row_digest(row) for row in rows],
             "messages": [as_it_was(row) if origin == DATA else None for row in rows],
@@ -136,8 +155,9 @@ class Examples:
         rows = np.flatnonzero(lengths)
         if len(rows) == 0:
             raise ConfigurationError(
-                f"rollouts={n}: no row has a prompt, tokens before the first labelled one. Give prompt and completion, "
-                "or messages with --assistant_only_loss; plain text has no question to answer."
+                f"rollouts={n}: no row has a prompt, tokens before the first labelled one. Give"
+                " prompt and completion, or messages with --assistant_only_loss; plain text has no"
+                " question to answer."
             )
         chosen = rows[np.linspace(0, len(rows) - 1, min(n, len(rows))).round().astype(int)]
         return [(int(i), self.rows.cut[int(i)]["input_ids"][: lengths[i]]) for i in chosen]
@@ -148,7 +168,9 @@ def labelled_tokens(table: Any) -> Tokens:
     (ids, lengths), (labels, _) = flat(table["input_ids"]), flat(table["labels"])
     labelled = labels >= 0
     if (labels != ids)[labelled].any():
-        raise ConfigurationError("The data has labels that are other tokens than those of input_ids: not inspected.")
+        raise ConfigurationError(
+            "The data has labels that are other tokens than those of input_ids: not inspected."
+        )
     labelled[(lengths.cumsum() - lengths)[lengths > 0]] = False
     return Tokens(ids, labelled, lengths.astype(np.int64))
 
@@ -176,7 +198,10 @@ def as_it_was(row: dict[str, Any]) -> str | None:
 
 
 def batches(tokens: Tokens, budget: int) -> Iterator[list[int]]:
-    """Yield examples of about one length, padded to the longest of at most `budget` tokens; the longest first."""
+    """
+    Yield examples of about one length, padded to the longest of at most `budget` tokens; the
+    longest first.
+    """
     with_labels = np.flatnonzero(count_labelled(tokens))
     order = with_labels[np.argsort(-tokens.lengths[with_labels], kind="stable")]
     batch: list[int] = []

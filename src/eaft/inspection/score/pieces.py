@@ -10,7 +10,9 @@ from typing import Any
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # how byte-level BPE writes a byte
+BYTES = {
+    character: byte for byte, character in bytes_to_unicode().items()
+}  # how byte-level BPE writes a byte
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # how byte fallback writes one
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -19,8 +21,9 @@ class Pieces:
     """
     The bytes of a tokenizer's tokens.
 
-    A token's text is what the tokenizer decodes it to after another token, so that a space it begins with is kept. A
-    token that holds part of a character has bytes alone, which its name tells.
+    A token's text is what the tokenizer decodes it to after another token, so that a space it
+    begins with is kept. A token that holds part of a character has bytes alone, which its name
+    tells.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -30,14 +33,22 @@ class Pieces:
         self.known = frozenset(tokenizer.get_vocab().values())  # ids may have gaps
         self.bytes_of = cache(self.find_bytes)
         added = tokenizer.added_tokens_decoder
-        self.special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+        self.special = {
+            *tokenizer.all_special_ids,
+            *(i for i, token in added.items() if token.special),
+        }
 
     def decode(self, ids: list[int]) -> str:
         """Return the tokenizer's text of some tokens, special ones included."""
-        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self.tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
 
     def find_bytes(self, token_id: int) -> bytes:
-        """Return a token's bytes, UTF-8 but where it is part of a character; `bytes_of` remembers them."""
+        """
+        Return a token's bytes, UTF-8 but where it is part of a character; `bytes_of` remembers
+        them.
+        """
         name = self.tokenizer.convert_ids_to_tokens(token_id) if token_id in self.known else None
         if name is None:  # a row of the head that no token belongs to
             return f"<id {token_id}>".encode()
@@ -57,8 +68,8 @@ class Pieces:
         """
         Return the text of an example's tokens, and the characters of it up to each token's end.
 
-        Of a character split over several tokens all but the last have the end of the character before it. Bytes that
-        are no character become U+FFFD.
+        Of a character split over several tokens all but the last have the end of the character
+        before it. Bytes that are no character become U+FFFD.
         """
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         parts, ends, end = [], [], 0

@@ -1,4 +1,6 @@
-"""The model's own answers to the prompts of data rows, sampled as it would answer: the on-policy side."""
+"""
+The model's own answers to the prompts of data rows, sampled as it would answer: the on-policy side.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +22,19 @@ Prompts = list[tuple[int, list[int]]]  # each with its row
 def sample(
     scorer: Scorer, tokenizer: Any, prompts: Prompts, max_new_tokens: int, seed: int, share: Share
 ) -> list[Rollout]:
-    """Return an answer to each prompt from the model's own distribution: temperature 1, nothing cut off."""
+    """
+    Return an answer to each prompt from the model's own distribution: temperature 1, nothing cut
+    off.
+    """
     with scorer.computing():
         texts = [ids for _, ids in prompts]
-        answers = sample_answers(scorer.model, tokenizer, texts, max_new_tokens, seed=seed, share=share)
-    return [Rollout(row, a.prompt_ids, a.answer_ids) for (row, _), a in zip(prompts, answers, strict=True)]
+        answers = sample_answers(
+            scorer.model, tokenizer, texts, max_new_tokens, seed=seed, share=share
+        )
+    return [
+        Rollout(row, a.prompt_ids, a.answer_ids)
+        for (row, _), a in zip(prompts, answers, strict=True)
+    ]
 
 
 def sample_with_vllm(
@@ -42,9 +52,12 @@ def sample_with_vllm(
     lm = load_lm(model, tokenizer, Protocol(backend="vllm", dtype=dtype))
     lm.generated = deque()  # what it tells lm-eval of each answer
     parameters = [
-        SamplingParams(temperature=1.0, max_tokens=max_new_tokens, seed=seed + i) for i in range(len(prompts))
+        SamplingParams(temperature=1.0, max_tokens=max_new_tokens, seed=seed + i)
+        for i in range(len(prompts))
     ]
-    outputs = lm._model_generate([ids for _, ids in prompts], generate=True, sampling_params=parameters)
+    outputs = lm._model_generate(
+        [ids for _, ids in prompts], generate=True, sampling_params=parameters
+    )
     found = [
         Rollout(row, ids, list(output.outputs[0].token_ids))
         for (row, ids), output in zip(prompts, outputs, strict=True)

@@ -31,12 +31,13 @@ from eaft.training.logits_check import check_logits
 from eaft.training.train import model_init_kwargs
 
 BATCH_TOKENS, GPU_BATCH_TOKENS = 2**12, 2**14  # of a batch, padding included
-# Of the logits that the top-K curve is drawn from: tokens, examples they are from, and elements of all of them
+# Of the logits that the top-K curve is drawn from: tokens, examples they are from, and elements of
+# all of them
 SAMPLE_TOKENS, SAMPLE_EXAMPLES, SAMPLE_LOGITS = 2048, 64, 10**8
 FLOATS = [field.name for field in STATISTICS if pa.types.is_floating(field.type)]
 Advance = Callable[[int], Any]
-# A token takes 14 bytes on disk where answers are labelled, 18 of text (GSM8K): floats of a column have their upper
-# bytes in common, and numbers count up
+# A token takes 14 bytes on disk where answers are labelled, 18 of text (GSM8K): floats of a column
+# have their upper bytes in common, and numbers count up
 DICTIONARY = ("token_id", "first_choice", "rank", "origin", "source")
 ENCODINGS = dict.fromkeys(FLOATS, "BYTE_STREAM_SPLIT")
 ENCODINGS |= dict.fromkeys(("example", "position", "end"), "DELTA_BINARY_PACKED")
@@ -72,7 +73,9 @@ class Scorer:
         self.name, self.settings = model, settings
         self.device = settings.args.device
         self.model = load(model, settings, is_base).eval()
-        self.base_model = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+        self.base_model = (
+            self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+        )
         self.head = GatedLMHead(self.base_model, "sft", settings.args.gate_top_k, {})
         self.vocab_size = self.base_model.get_input_embeddings().weight.shape[0]
         self.checked = False
@@ -81,11 +84,17 @@ class Scorer:
     def computing(self) -> Iterator[None]:
         """Compute without gradient, in training's dtype."""
         dtype = self.settings.autocast
-        with torch.no_grad(), torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+        with (
+            torch.no_grad(),
+            torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None),
+        ):
             yield
 
     def statistics(self, tokens: Tokens, batch: list[int]) -> tuple[TokenStatistics, np.ndarray]:
-        """Return the statistics of the labelled tokens of some examples, and where in `tokens` each of them is."""
+        """
+        Return the statistics of the labelled tokens of some examples, and where in `tokens` each of
+        them is.
+        """
         width = int(tokens.lengths[batch].max())
         # Padding is on the right, where causal attention does not look
         ids, labels = np.zeros((len(batch), width), np.int64), np.full((len(batch), width), -100)
@@ -93,27 +102,41 @@ class Scorer:
         for row, i in enumerate(batch):
             part = slice(tokens.starts[i], tokens.starts[i] + tokens.lengths[i])
             ids[row, : tokens.lengths[i]] = tokens.ids[part]
-            labels[row, : tokens.lengths[i]] = np.where(tokens.labelled[part], tokens.ids[part], -100)
+            labels[row, : tokens.lengths[i]] = np.where(
+                tokens.labelled[part], tokens.ids[part], -100
+            )
             places.append(np.flatnonzero(tokens.labelled[part]) + part.start)
         if ids.max() >= self.vocab_size:
             raise ConfigurationError(
-                f"{self.name} has {self.vocab_size} tokens, and the data, as it is tokenized, one of id {ids.max()}."
+                f"{self.name} has {self.vocab_size} tokens, and the data, as it is tokenized, one"
+                f" of id {ids.max()}."
             )
-        inputs = {"input_ids": torch.from_numpy(ids).to(self.device), "labels": torch.from_numpy(labels)}
+        inputs = {
+            "input_ids": torch.from_numpy(ids).to(self.device),
+            "labels": torch.from_numpy(labels),
+        }
         inputs["labels"] = inputs["labels"].to(self.device)
         with self.computing():
             if not self.checked:
-                shortest = {name: tensor[-1:, : tokens.lengths[batch[-1]]] for name, tensor in inputs.items()}
+                shortest = {
+                    name: tensor[-1:, : tokens.lengths[batch[-1]]]
+                    for name, tensor in inputs.items()
+                }
                 check_logits(self.model, shortest, lambda found: found)
                 self.checked = True
             return self.head.statistics(self.base_model, **inputs), np.concatenate(places)
 
     def logits(self, ids: list[int], positions: np.ndarray) -> Tensor:
-        """Return the logits `[n, V]` (float32, on the CPU) that predict the tokens at some positions of an example."""
+        """
+        Return the logits `[n, V]` (float32, on the CPU) that predict the tokens at some positions
+        of an example.
+        """
         chosen = torch.zeros(1, len(ids), dtype=torch.bool)
         chosen[0, positions - 1] = True
         with self.computing():
-            return self.head.logits(self.base_model, chosen, input_ids=torch.tensor([ids], device=self.device)).cpu()
+            return self.head.logits(
+                self.base_model, chosen, input_ids=torch.tensor([ids], device=self.device)
+            ).cpu()
 
 
 def load(model: str, settings: Settings, is_base: bool) -> Any:
@@ -129,7 +152,9 @@ def load(model: str, settings: Settings, is_base: bool) -> Any:
     if adapter is not None:
         name = resolve_model(adapter["base_model_name_or_path"], args.trust_remote_code)
         options["revision"] = adapter.get("revision")
-    options = {key: value for key, value in options.items() if value is not None or key == "device_map"}
+    options = {
+        key: value for key, value in options.items() if value is not None or key == "device_map"
+    }
     try:
         with loading(f"{model} cannot be loaded."):
             loaded = create_model_from_path(name, **options)
@@ -157,11 +182,15 @@ def with_adapter(base: Any, folder: str) -> Any:
 
     model = PeftModel.from_pretrained(base, folder)
     if model.active_peft_config.is_prompt_learning:
-        raise ConfigurationError(f"{folder} adds tokens to the prompt instead of changing weights: not inspected.")
+        raise ConfigurationError(
+            f"{folder} adds tokens to the prompt instead of changing weights: not inspected."
+        )
     head = model.get_base_model().get_output_embeddings()
     if isinstance(head, BaseTunerLayer):  # the head is multiplied by its weight alone
         layer = head.get_base_layer()
-        layer.weight = torch.nn.Parameter(layer.weight.detach().clone())  # which may be the embedding's too
+        layer.weight = torch.nn.Parameter(
+            layer.weight.detach().clone()
+        )  # which may be the embedding's too
         head.merge()
     return model
 
@@ -170,7 +199,8 @@ def score_shard(
     scorer: Scorer, examples: Examples, part: range, advance: Advance
 ) -> tuple[Tokens, dict[str, np.ndarray]]:
     """
-    Return a shard's tokens and the columns of `STATISTICS`, of which those of unlabelled tokens mean nothing.
+    Return a shard's tokens and the columns of `STATISTICS`, of which those of unlabelled tokens
+    mean nothing.
 
     Args:
         advance: told of each batch's tokens.
@@ -180,17 +210,27 @@ def score_shard(
     """
     tokens = examples.tokens(part)
     floats = {name: np.zeros(len(tokens.ids), np.float32) for name in FLOATS}
-    found: dict[str, np.ndarray] = {f.name: floats.get(f.name, np.zeros(len(tokens.ids), np.int32)) for f in STATISTICS}
-    for batch in batches(tokens, GPU_BATCH_TOKENS if scorer.device.type == "cuda" else BATCH_TOKENS):
+    found: dict[str, np.ndarray] = {
+        f.name: floats.get(f.name, np.zeros(len(tokens.ids), np.int32)) for f in STATISTICS
+    }
+    for batch in batches(
+        tokens, GPU_BATCH_TOKENS if scorer.device.type == "cuda" else BATCH_TOKENS
+    ):
         statistics, places = scorer.statistics(tokens, batch)
         values = {name: getattr(statistics, name).cpu().numpy() for name in found}
         finite = np.isfinite(np.stack([values[name] for name in FLOATS])).all(0)
         if not finite.all():
             ends = tokens.starts + tokens.lengths
-            bad = sorted({examples.row(part[i]) for i in np.searchsorted(ends, places[~finite], side="right")})
+            bad = sorted(
+                {
+                    examples.row(part[i])
+                    for i in np.searchsorted(ends, places[~finite], side="right")
+                }
+            )
             raise NonFiniteError(
-                f"{scorer.name}: probabilities are not finite in {examples.origin(part)}, row "
-                f"{', '.join(map(str, bad[:10]))}. Look at these rows, or compute in float32 (--bf16 false)."
+                f"{scorer.name}: probabilities are not finite in {examples.origin(part)}, row"
+                f" {', '.join(map(str, bad[:10]))}. Look at these rows, or compute in float32"
+                " (--bf16 false)."
             )
         for name, column in values.items():
             found[name][places] = column
@@ -207,7 +247,12 @@ def token_table(
         text, its_ends = pieces.join(tokens.ids[start : start + length].tolist())
         texts.append(text)
         ends += its_ends
-    columns = {**keys(part, tokens), "token_id": tokens.ids, "end": ends, "labelled": tokens.labelled}
+    columns = {
+        **keys(part, tokens),
+        "token_id": tokens.ids,
+        "end": ends,
+        "labelled": tokens.labelled,
+    }
     return table({**columns, **nulled(tokens, found)}, TOKENS), texts
 
 
@@ -234,7 +279,11 @@ def table(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
 
 
 def example_table(
-    about: dict[str, list[Any]], tokens: Tokens, found: dict[str, np.ndarray], texts: list[str], top_k: int
+    about: dict[str, list[Any]],
+    tokens: Tokens,
+    found: dict[str, np.ndarray],
+    texts: list[str],
+    top_k: int,
 ) -> pa.Table:
     """Return a shard's examples as a table of `EXAMPLES`."""
     column = {name: torch.from_numpy(values) for name, values in found.items()}
@@ -276,7 +325,9 @@ def write_parquet(tables: pa.Table | Iterator[pa.Table], schema: pa.Schema, file
         schema,
         compression="zstd",
         use_dictionary=[name for name in DICTIONARY if name in schema.names],
-        column_encoding={name: encoding for name, encoding in ENCODINGS.items() if name in schema.names},
+        column_encoding={
+            name: encoding for name, encoding in ENCODINGS.items() if name in schema.names
+        },
     ) as writer:
         for one in [tables] if isinstance(tables, pa.Table) else tables:
             writer.write_table(one)
@@ -284,11 +335,15 @@ def write_parquet(tables: pa.Table | Iterator[pa.Table], schema: pa.Schema, file
 
 
 def sample_logits(scorer: Scorer, examples: Examples, seed: int) -> Tensor:
-    """Return logits `[n, V]` of labelled tokens drawn from examples that are spread over the data."""
+    """
+    Return logits `[n, V]` of labelled tokens drawn from examples that are spread over the data.
+    """
     n = min(SAMPLE_TOKENS, max(1, SAMPLE_LOGITS // scorer.vocab_size))
     rng, found, left = np.random.default_rng(seed), [], n
     rows = np.flatnonzero(examples.labelled)
-    candidates = rows[np.linspace(0, len(rows) - 1, min(len(rows), SAMPLE_EXAMPLES)).round().astype(int)].tolist()
+    candidates = rows[
+        np.linspace(0, len(rows) - 1, min(len(rows), SAMPLE_EXAMPLES)).round().astype(int)
+    ].tolist()
     for tried, i in enumerate(candidates):
         tokens = examples.tokens(range(i, i + 1))
         positions = np.flatnonzero(tokens.labelled)

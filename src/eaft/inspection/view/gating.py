@@ -1,4 +1,7 @@
-"""What a gate does to tokens, and the sliders that move it. The formulas are those of `eaft.objective.gates`."""
+"""
+What a gate does to tokens, and the sliders that move it. The formulas are those of
+`eaft.objective.gates`.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,8 @@ Answer = dict[str, Any]
 MOST_MUTED = 50  # tokens that are listed
 WEIGHT_BINS = 50
 
-# A slider for every parameter of a gate that moves its weights: where it begins if the data tells nothing, and its ends
+# A slider for every parameter of a gate that moves its weights: where it begins if the data tells
+# nothing, and its ends
 SLIDERS: dict[str, Answer] = {
     "alpha": {"default": 1.0, "min": 0.0, "max": 4.0, "step": 0.1},
     "steepness": {"default": 30.0, "min": 1.0, "max": 100.0, "step": 1.0},
@@ -36,26 +40,40 @@ SLIDERS: dict[str, Answer] = {
 
 def sliders(measured: dict[str, float]) -> list[Answer]:
     """
-    Return every gate with its sliders: name, help, params, and whether one of these begins where the data says.
+    Return every gate with its sliders: name, help, params, and whether one of these begins where
+    the data says.
 
     Args:
-        measured: parameters as they are measured on this data. A `batch`'s, which a page has none of, are among them.
+        measured: parameters as they are measured on this data. A `batch`'s, which a page has none
+            of, are among them.
     """
     found = []
     for name, gate in weighed_gates().items():
         params = []
         for param, default in gate.params.items():
             if slider := SLIDERS.get(param):
-                whole = {"name": param, "choices": None, "min": None, "max": None, "step": None, **slider}
+                whole = {
+                    "name": param,
+                    "choices": None,
+                    "min": None,
+                    "max": None,
+                    "step": None,
+                    **slider,
+                }
                 start = measured.get(param, slider["default"]) if is_of_data(default) else default
                 params.append({**whole, "default": start})
-        needs = any(param["name"] in measured and is_of_data(gate.params[param["name"]]) for param in params)
+        needs = any(
+            param["name"] in measured and is_of_data(gate.params[param["name"]]) for param in params
+        )
         found.append({"name": name, "help": gate.help, "params": params, "measured": needs})
     return found
 
 
 def parameters(gate: str, given: Answer, measured: dict[str, float]) -> Answer:
-    """Return a gate's parameters: those given, checked, the others as its sliders begin; raises `RequestError`."""
+    """
+    Return a gate's parameters: those given, checked, the others as its sliders begin; raises
+    `RequestError`.
+    """
     one_of("gate", gate, weighed_gates())
     starts = next(found for found in sliders(measured) if found["name"] == gate)["params"]
     params = {param["name"]: param["default"] for param in starts} | given
@@ -72,12 +90,16 @@ def parameters(gate: str, given: Answer, measured: dict[str, float]) -> Answer:
 
 
 def weigh(gate: str, stats: TokenStatistics, params: Answer) -> np.ndarray:
-    """Return a gate's weights, float32; 0 where a formula has none, as at the far end of a slider."""
+    """
+    Return a gate's weights, float32; 0 where a formula has none, as at the far end of a slider.
+    """
     weights: np.ndarray = gate_weights(gate, stats, **params).nan_to_num(0).numpy()
     return weights
 
 
-def effect(weights: np.ndarray, stats: TokenStatistics, columns: dict[str, np.ndarray], sources: list[str]) -> Answer:
+def effect(
+    weights: np.ndarray, stats: TokenStatistics, columns: dict[str, np.ndarray], sources: list[str]
+) -> Answer:
     """
     Return what weights do to tokens.
 
@@ -88,10 +110,15 @@ def effect(weights: np.ndarray, stats: TokenStatistics, columns: dict[str, np.nd
         sources: the names of sources, by number.
 
     Returns:
-        `removed` {tokens, nll, gradient} and `by_source` (shares, of the largest sources), `mean_weight`, `weights` (a
-        histogram) and `muted`: the tokens that lose the most nll, with how many are muted.
+        `removed` {tokens, nll, gradient} and `by_source` (shares, of the largest sources),
+        `mean_weight`, `weights` (a histogram) and `muted`: the tokens that lose the most nll, with
+        how many are muted.
     """
-    quantities = {"tokens": np.ones_like(weights), "nll": stats.nll.numpy(), "gradient": columns["grad_norm"]}
+    quantities = {
+        "tokens": np.ones_like(weights),
+        "nll": stats.nll.numpy(),
+        "gradient": columns["grad_norm"],
+    }
     removed = Removed(len(sources), int(columns["token_id"].max(initial=-1)) + 1)
     removed.add(weights, quantities, columns["source"], columns["token_id"])
     top = max(1.0, float(weights.max(initial=0)))

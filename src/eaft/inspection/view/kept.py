@@ -1,4 +1,7 @@
-"""A function's last answers, kept; whoever asks what is being computed waits for it instead of computing it too."""
+"""
+A function's last answers, kept; whoever asks what is being computed waits for it instead of
+computing it too.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
 """
-Everything that the viewer asks of an inspection: the plane, gates, examples, tokens, places, and exports.
+Everything that the viewer asks of an inspection: the plane, gates, examples, tokens, places, and
+exports.
 
-A question is about a `Selection` of labelled tokens. What is in SQL are filters, sums and orders; entropies, conflicts,
-gradients, bins and gates are computed by `objective` and `landscape`. Values reach SQL as bound parameters only.
+A question is about a `Selection` of labelled tokens. What is in SQL are filters, sums and orders;
+entropies, conflicts, gradients, bins and gates are computed by `objective` and `landscape`. Values
+reach SQL as bound parameters only.
 """
 
 from __future__ import annotations
@@ -63,7 +65,8 @@ class Queries:
     def __init__(self, tables: Tables) -> None:
         self.tables, self.inspection = tables, tables.inspection
         self.vocabulary = tables.vocabulary
-        # What the next question about the same selection needs again: a slider moves, a box, a page is turned
+        # What the next question about the same selection needs again: a slider moves, a box, a page
+        # is turned
         self.chosen = Kept(self.find_chosen, 32)
         self.plane = Kept(self.find_plane, 16)
         self.ordered = Kept(self.find_ordered, 16)
@@ -80,7 +83,9 @@ class Queries:
                 cursor.register("chosen", pa.table({"example": self.chosen(selection.whole)}))
             yield cursor
 
-    def ask(self, sql: str, values: list[Any], selection: Selection | None = None) -> dict[str, Any]:
+    def ask(
+        self, sql: str, values: list[Any], selection: Selection | None = None
+    ) -> dict[str, Any]:
         """Return the columns of an answer, as arrays."""
         with self.cursor(selection) as cursor:
             found: dict[str, Any] = cursor.execute(sql, values).fetchnumpy()
@@ -115,17 +120,22 @@ class Queries:
                     conditions.append(f"{column} {sign} ?")
                     values.append(end)
         if selection.search:
-            conditions.append("example IN (SELECT example FROM texts WHERE contains(lower, lower(?)))")
+            conditions.append(
+                "example IN (SELECT example FROM texts WHERE contains(lower, lower(?)))"
+            )
             values.append(selection.search)
         sql = (
-            f"SELECT example FROM {self.examples_of(selection.model)} WHERE {' AND '.join(conditions)} ORDER BY example"
+            f"SELECT example FROM {self.examples_of(selection.model)} WHERE"
+            f" {' AND '.join(conditions)} ORDER BY example"
         )
         found: np.ndarray = self.ask(sql, values)["example"].astype(np.int32)
         return found
 
     def of_tokens(self, selection: Selection) -> Where:
         """Return which rows of the model's tokens are in a selection."""
-        where, values = among("source", [self.tables.sources.index(source) for source in selection.sources])
+        where, values = among(
+            "source", [self.tables.sources.index(source) for source in selection.sources]
+        )
         conditions = ["origin = ?", where]
         values = [self.tables.origins.index(selection.origin), *values]
         if selection.filters_examples:
@@ -140,7 +150,9 @@ class Queries:
         return " AND ".join(conditions), values
 
     def of_examples(self, selection: Selection) -> Where:
-        """Return which examples are in a selection; if it is of certain tokens, those that have one."""
+        """
+        Return which examples are in a selection; if it is of certain tokens, those that have one.
+        """
         where, values = among("source", selection.sources)
         conditions = ["origin = ?", where]
         values = [selection.origin, *values]
@@ -148,16 +160,24 @@ class Queries:
             conditions.append("example IN (SELECT example FROM chosen)")
         if selection != selection.whole:
             tokens, more = self.of_tokens(selection)
-            conditions.append(f"example IN (SELECT DISTINCT example FROM {self.tokens(selection)} WHERE {tokens})")
+            conditions.append(
+                f"example IN (SELECT DISTINCT example FROM {self.tokens(selection)} WHERE {tokens})"
+            )
             values += more
         return " AND ".join(conditions), values
 
     def in_box(self, box: tuple[float, float, float, float]) -> Where:
-        """Return the condition of a box: it has its lower sides; the upper ones only at the end of the plane."""
+        """
+        Return the condition of a box: it has its lower sides; the upper ones only at the end of the
+        plane.
+        """
         conditions: list[str] = []
         values: list[Any] = []
         edges = (self.tables.entropy_edges, self.tables.prob_edges)
-        for column, low, high, axis in (("entropy", *box[:2], edges[0]), ("prob", *box[2:], edges[1])):
+        for column, low, high, axis in (
+            ("entropy", *box[:2], edges[0]),
+            ("prob", *box[2:], edges[1]),
+        ):
             # The plane's first and last bins have all that is beyond them
             if low > axis[0]:
                 conditions.append(f"{column}::DOUBLE >= ?")
@@ -193,17 +213,24 @@ class Queries:
 
     @property
     def largest_sources(self) -> list[str]:
-        """The sources to choose from; a column `source` may be an address that no two examples share."""
+        """
+        The sources to choose from; a column `source` may be an address that no two examples share.
+        """
         examples = np.bincount(self.tables.source_codes, minlength=len(self.tables.sources))
-        return [self.tables.sources[i] for i in np.sort(np.argsort(-examples, kind="stable")[:MOST_SOURCES])]
+        return [
+            self.tables.sources[i]
+            for i in np.sort(np.argsort(-examples, kind="stable")[:MOST_SOURCES])
+        ]
 
     # The plane
 
     def landscape(self, selection: Selection) -> Answer:
         """
-        Return sums of tokens, nll and gradient norms over the plane's bins, `[entropies, probabilities]`.
+        Return sums of tokens, nll and gradient norms over the plane's bins, `[entropies,
+        probabilities]`.
 
-        The grids, `total` and `corner` (confident conflicts) leave the box aside; `selected` is what is in it.
+        The grids, `total` and `corner` (confident conflicts) leave the box aside; `selected` is
+        what is in it.
         """
         plane = self.plane(replace(selection, box=None))
         if selection.box is None:
@@ -253,12 +280,17 @@ class Queries:
     @property
     def edges(self) -> Answer:
         """The edges of the plane's bins."""
-        return {"entropy_edges": self.tables.entropy_edges.tolist(), "prob_edges": self.tables.prob_edges.tolist()}
+        return {
+            "entropy_edges": self.tables.entropy_edges.tolist(),
+            "prob_edges": self.tables.prob_edges.tolist(),
+        }
 
     def grid(self, found: Answer, values: np.ndarray) -> list[list[float]]:
         """Return the sums of `values` in the plane's bins, to 4 decimals."""
         shape = len(self.tables.entropy_edges) - 1, len(self.tables.prob_edges) - 1
-        rows, columns = (np.asarray(found[name], dtype=np.intp) for name in ("entropy_bin", "prob_bin"))
+        rows, columns = (
+            np.asarray(found[name], dtype=np.intp) for name in ("entropy_bin", "prob_bin")
+        )
         sums: list[list[float]] = np.round(bin_sums(rows, columns, shape, values), 4).tolist()
         return sums
 
@@ -271,10 +303,15 @@ class Queries:
         return {name: value for name, value in found.items() if value is not None}
 
     def find_gate_tokens(self, selection: Selection) -> tuple[TokenStatistics, Answer, int]:
-        """Return a selection's statistics, the other columns that a gate's sums need, and how many tokens it has."""
+        """
+        Return a selection's statistics, the other columns that a gate's sums need, and how many
+        tokens it has.
+        """
         where, values = self.of_tokens(selection)
         table = self.tokens(selection)
-        count = self.rows(f"SELECT count(*) AS n FROM {table} WHERE {where}", values, selection)[0]["n"]
+        count = self.rows(f"SELECT count(*) AS n FROM {table} WHERE {where}", values, selection)[0][
+            "n"
+        ]
         draw = DRAWS if count <= GATE_TOKENS else math.ceil(DRAWS * GATE_TOKENS / count)
         columns = [name for name in STATISTICS_NAMES if name != "first_choice"]
         others = ["example", "token_id", "source", "grad_norm", "entropy_bin", "prob_bin"]
@@ -282,15 +319,18 @@ class Queries:
         sql = f"SELECT {', '.join(columns + others)} FROM {table} WHERE {where}{sampled}"
         arrays = self.ask(sql, values, selection)
         batch = pa.record_batch({name: arrays[name] for name in columns})
-        stats = with_examples(self.inspection.statistics(batch), arrays["example"], self.tables.example_nll)
+        stats = with_examples(
+            self.inspection.statistics(batch), arrays["example"], self.tables.example_nll
+        )
         return stats, {name: arrays[name] for name in others}, count
 
     def gate(self, selection: Selection, gate: str, given: Answer) -> Answer:
         """
-        Return what a gate does to a selection (`gating.effect`), and its gradients over the plane's bins.
+        Return what a gate does to a selection (`gating.effect`), and its gradients over the plane's
+        bins.
 
-        Of a selection of more than `GATE_TOKENS` tokens it is computed on a fixed random sample (`sampled` says of how
-        many), and sums and counts are scaled up.
+        Of a selection of more than `GATE_TOKENS` tokens it is computed on a fixed random sample
+        (`sampled` says of how many), and sums and counts are scaled up.
         """
         params = parameters(gate, given, self.measured)
         stats, columns, count = self.gate_tokens(selection)
@@ -298,7 +338,9 @@ class Queries:
         scale = count / max(used, 1)
         weights = weigh(gate, stats, params)
         found = effect(weights, stats, columns, self.tables.sources)
-        found["weights"]["counts"] = np.round(found["weights"]["counts"] * scale).astype(int).tolist()
+        found["weights"]["counts"] = (
+            np.round(found["weights"]["counts"] * scale).astype(int).tolist()
+        )
         for muted in found["muted"]:
             muted.update(self.named(muted["token_id"]), count=round(muted["count"] * scale))
             muted["nll_removed"] = muted.pop("nll") * scale
@@ -318,17 +360,26 @@ class Queries:
         """Return the examples of a selection, in order of a column; nulls are last."""
         where, values = self.of_examples(selection)
         order = f"{sort} {'DESC' if descending else 'ASC'} NULLS LAST, example"
-        sql = f"SELECT example FROM {self.examples_of(selection.model)} WHERE {where} ORDER BY {order}"
+        sql = (
+            f"SELECT example FROM {self.examples_of(selection.model)} WHERE {where} ORDER BY"
+            f" {order}"
+        )
         found: np.ndarray = self.ask(sql, values, selection)["example"]
         return found
 
-    def examples(self, selection: Selection, sort: str, descending: bool, offset: int, limit: int) -> Answer:
-        """Return a page of the examples of a selection, in order of a column of `SORTED_BY`; nulls are last."""
+    def examples(
+        self, selection: Selection, sort: str, descending: bool, offset: int, limit: int
+    ) -> Answer:
+        """
+        Return a page of the examples of a selection, in order of a column of `SORTED_BY`; nulls are
+        last.
+        """
         one_of("sort", sort, SORTED_BY)
         ordered = self.ordered(selection, sort, descending)
         page = ordered[offset : offset + limit].tolist()
         where, values = among("example", page, "false")
-        # A search is shown where it is found; lower case may be longer or shorter, by a letter or two
+        # A search is shown where it is found; lower case may be longer or shorter, by a letter or
+        # two
         found = "greatest(1, instr(lower, lower(?)) - 60)" if selection.search else "1"
         columns = ", ".join(("example", "origin", "source", "row", *NUMBERS))
         rows = self.rows(
@@ -341,7 +392,9 @@ class Queries:
         return {"total": len(ordered), "rows": [by_example[example] for example in page]}
 
     def example(self, number: int, model: str, gate: str | None, given: Answer) -> Answer:
-        """Return an example with all its tokens, under a model; with a gate's weights if one is named."""
+        """
+        Return an example with all its tokens, under a model; with a gate's weights if one is named.
+        """
         known = len(self.tables.example_nll)
         if number >= known:
             raise RequestError(f"example={number}: there are {known}.")
@@ -357,9 +410,12 @@ class Queries:
         scored = [i for i, token in enumerate(tokens) if token["log_prob"] is not None]
         weights: list[float | None] = [None] * len(tokens)
         batch = pa.record_batch(
-            [c.combine_chunks() for c in table.take(pa.array(scored, pa.int64())).columns], names=table.column_names
+            [c.combine_chunks() for c in table.take(pa.array(scored, pa.int64())).columns],
+            names=table.column_names,
         )
-        stats = with_examples(self.inspection.statistics(batch), np.full(len(scored), number), self.tables.example_nll)
+        stats = with_examples(
+            self.inspection.statistics(batch), np.full(len(scored), number), self.tables.example_nll
+        )
         if gate is not None:
             params = parameters(gate, given, self.measured)
             for i, weight in zip(scored, weigh(gate, stats, params).tolist(), strict=True):
@@ -403,7 +459,10 @@ class Queries:
         return {"token_id": token_id, "text": self.vocabulary.get(token_id, f"<{token_id}>")}
 
     def find_token_counts(self, selection: Selection, group: str | None) -> Answer:
-        """Return, of each token of a group: count, nll and its count among all of the selection; the most first."""
+        """
+        Return, of each token of a group: count, nll and its count among all of the selection; the
+        most first.
+        """
         where, values = self.of_tokens(selection)
         of_group = GROUPS[group] if group else "true"
         arrays = self.ask(
@@ -419,12 +478,15 @@ class Queries:
         order = order[arrays["n"][order] > 0]
         return {name: values[order] for name, values in arrays.items()} | totals
 
-    def token_table(self, selection: Selection, group: str | None, offset: int, limit: int) -> Answer:
+    def token_table(
+        self, selection: Selection, group: str | None, offset: int, limit: int
+    ) -> Answer:
         """
-        Return a page of the tokens of a group, the most frequent first, with what the model wanted instead.
+        Return a page of the tokens of a group, the most frequent first, with what the model wanted
+        instead.
 
-        `share` is of the group's tokens; `lift` is that share over the token's share of all tokens of the selection;
-        `nll` is the mean.
+        `share` is of the group's tokens; `lift` is that share over the token's share of all tokens
+        of the selection; `nll` is the mean.
         """
         if group is not None:
             one_of("group", group, GROUPS)
@@ -439,7 +501,8 @@ class Queries:
             SELECT token_id, first_choice, count(*) AS n FROM {self.tokens(selection)}
             WHERE {where} AND {GROUPS[group] if group else "true"} AND {these}
             GROUP BY token_id, first_choice
-            QUALIFY row_number() OVER (PARTITION BY token_id ORDER BY n DESC, first_choice) <= {WANTED}
+            QUALIFY row_number() OVER (PARTITION BY token_id ORDER BY n DESC, first_choice)
+                <= {WANTED}
             ORDER BY n DESC, first_choice""",
             [*values, *more],
             selection,
@@ -462,22 +525,31 @@ class Queries:
             )
         return {"total": len(counts["token_id"]), "rows": rows}
 
-    def concordance(self, selection: Selection, group: str | None, offset: int, limit: int) -> Answer:
-        """Return a page of the places of a selection's tokens, in order, each with the text around it."""
+    def concordance(
+        self, selection: Selection, group: str | None, offset: int, limit: int
+    ) -> Answer:
+        """
+        Return a page of the places of a selection's tokens, in order, each with the text around it.
+        """
         if group is not None:
             one_of("group", group, GROUPS)
         where, values = self.of_tokens(selection)
         where += f" AND {GROUPS[group]}" if group else ""
         table = self.tokens(selection)
-        total = self.rows(f"SELECT count(*) AS n FROM {table} WHERE {where}", values, selection)[0]["n"]
+        total = self.rows(f"SELECT count(*) AS n FROM {table} WHERE {where}", values, selection)[0][
+            "n"
+        ]
         places = self.rows(
             f"""
-            SELECT example, position, token_id, "start", "end", first_choice, prob, entropy, -log_prob AS nll
+            SELECT example, position, token_id, "start", "end", first_choice, prob, entropy,
+                -log_prob AS nll
             FROM {table} WHERE {where} ORDER BY example, position LIMIT ? OFFSET ?""",
             [*values, limit, offset],
             selection,
         )
-        these, examples = among("example", sorted({place["example"] for place in places}), none="false")
+        these, examples = among(
+            "example", sorted({place["example"] for place in places}), none="false"
+        )
         found = self.rows(f"SELECT example, text FROM texts WHERE {these}", examples)
         texts = {row["example"]: row["text"] for row in found}
         rows = []
@@ -499,27 +571,40 @@ class Queries:
 
     # Exports
 
-    def parts(self, columns: str, table: str, where: Where, order: str, selection: Selection) -> Iterator[list[Any]]:
-        """Yield an answer's rows, many at a time, by ranges of examples: what is sorted at once is no larger."""
+    def parts(
+        self, columns: str, table: str, where: Where, order: str, selection: Selection
+    ) -> Iterator[list[Any]]:
+        """
+        Yield an answer's rows, many at a time, by ranges of examples: what is sorted at once is no
+        larger.
+        """
         condition, values = where
         with self.cursor(selection) as cursor:
             for first in range(0, len(self.tables.example_nll), EXPORTED):
                 cursor.execute(
-                    f"SELECT {columns} FROM {table} WHERE {condition} AND example BETWEEN ? AND ? ORDER BY {order}",
+                    f"SELECT {columns} FROM {table} WHERE {condition} AND example BETWEEN ? AND ?"
+                    f" ORDER BY {order}",
                     [*values, first, first + EXPORTED - 1],
                 )
                 while rows := cursor.fetchmany(CHUNK):
                     yield rows
 
     def export_examples(self, selection: Selection) -> Iterator[str]:
-        """Yield the examples of a selection as JSON Lines: what `examples.parquet` has, means under the model."""
+        """
+        Yield the examples of a selection as JSON Lines: what `examples.parquet` has, means under
+        the model.
+        """
         names = [field.name for field in EXAMPLES]
         table = f"{self.examples_of(selection.model)} JOIN texts USING (example)"
-        for rows in self.parts(", ".join(names), table, self.of_examples(selection), "example", selection):
+        for rows in self.parts(
+            ", ".join(names), table, self.of_examples(selection), "example", selection
+        ):
             lines = []
             for row in rows:
                 line = dict(zip(names, map(plain, row), strict=True))
-                line["messages"] = None if line["messages"] is None else json.loads(line["messages"])
+                line["messages"] = (
+                    None if line["messages"] is None else json.loads(line["messages"])
+                )
                 lines.append(json.dumps(line, ensure_ascii=False) + "\n")
             yield "".join(lines)
 
@@ -527,17 +612,26 @@ class Queries:
         """
         Yield the tokens of a selection as CSV.
 
-        Texts are JSON strings: a token that is `=1+1` is `"=1+1"` in its cell, which no spreadsheet takes for a
-        formula, and one that is a line's end is `"\\n"`.
+        Texts are JSON strings: a token that is `=1+1` is `"=1+1"` in its cell, which no spreadsheet
+        takes for a formula, and one that is a line's end is `"\\n"`.
         """
         where, table = self.of_tokens(selection), self.tokens(selection)
-        names = ["example", "position", "token_id", *STATISTICS_NAMES, "prob", "grad_norm", "conflict"]
+        names = [
+            "example",
+            "position",
+            "token_id",
+            *STATISTICS_NAMES,
+            "prob",
+            "grad_norm",
+            "conflict",
+        ]
         at = names.index("token_id"), names.index("first_choice")
         yield ",".join([*names, "text", "first_text"]) + "\n"
         for rows in self.parts(", ".join(names), table, where, "example, position", selection):
             lines = io.StringIO()
             csv.writer(lines, lineterminator="\n").writerows(
-                [*row, *(json.dumps(self.named(row[i])["text"], ensure_ascii=False) for i in at)] for row in rows
+                [*row, *(json.dumps(self.named(row[i])["text"], ensure_ascii=False) for i in at)]
+                for row in rows
             )
             yield lines.getvalue()
 
@@ -548,7 +642,10 @@ def among(column: str, values: Sequence[Any], none: str = "true") -> Where:
 
 
 def train_command(run: Answer) -> str:
-    """Return the command line that trains on what was inspected, less the exported examples; quoted for a shell."""
+    """
+    Return the command line that trains on what was inspected, less the exported examples; quoted
+    for a shell.
+    """
     flags = {"model_name_or_path": run.get("model"), "dataset_name": run.get("dataset")}
     flags |= {name: run.get("config", {}).get(name) for name in DATA_FLAGS}
     flags["exclude_examples"] = "examples.jsonl"

@@ -1,20 +1,24 @@
 """
 The folders of `eaft compare` and `eaft eval` that a folder holds, as the viewer's page draws them.
 
-They are read as plain files: `results.json`, and beside it each run's `metrics.jsonl` and the items of its tasks.
+They are read as plain files: `results.json`, and beside it each run's `metrics.jsonl` and the items
+of its tasks.
 
-`list` has an entry for each: `name` (its path), `kind` ("compare", "eval", or "broken" for results that cannot be
-read), `sentence` (what it found, or why it cannot be read), `model`, `base` (None: none). `run` has of one of them,
-beside these:
+`list` has an entry for each: `name` (its path), `kind` ("compare", "eval", or "broken" for results
+that cannot be read), `sentence` (what it found, or why it cannot be read), `model`, `base` (None:
+none). `run` has of one of them, beside these:
 
     results      results.json, without its lists by item, prompt or held-out example
-    points       one for each checkpoint that was measured, and the base model's before each run's first:
-                 run, objective, seed, learning_rate, chosen (the run), step, epoch, nll, drift_general, drift_target
-                 (nats per token), target, general (mean scores), tasks {name: score}; null: not measured there
-    curves       one for each run: run, objective, seed, learning_rate, chosen, and metrics {name: [[step, value]]}
-    regressions  one for each objective and seed (`eval`: one): objective, seed, step, and items, the worst first, as
-                 `worst` in the results of `eaft eval`: benchmark, task, doc_id, prompt, target, before and after
-                 {response, score}
+    points       one for each checkpoint that was measured, and the base model's before each run's
+    first:
+                 run, objective, seed, learning_rate, chosen (the run), step, epoch, nll,
+                 drift_general, drift_target (nats per token), target, general (mean scores), tasks
+                 {name: score}; null: not measured there
+    curves       one for each run: run, objective, seed, learning_rate, chosen, and metrics {name:
+    [[step, value]]} regressions  one for each objective and seed (`eval`: one): objective, seed,
+    step, and items, the worst first, as
+                 `worst` in the results of `eaft eval`: benchmark, task, doc_id, prompt, target,
+                 before and after {response, score}
 """
 
 from __future__ import annotations
@@ -31,7 +35,10 @@ from eaft.errors import EAFTError
 Answer = dict[str, Any]
 
 RESULTS_FILE = "results.json"
-MARKS = ("inputs.json", "compare.json")  # beside it, written first by `eaft eval` and `eaft compare`
+MARKS = (
+    "inputs.json",
+    "compare.json",
+)  # beside it, written first by `eaft eval` and `eaft compare`
 DEPTH = 3  # folders down that are looked into
 HELD = ("run", "objective", "seed", "learning_rate", "chosen")
 # What tells our results from somebody else's, or from those of a version that wrote others
@@ -54,7 +61,9 @@ class Runs:
 
     def name_of(self, place: Path) -> str:
         """Return a folder's path below ours; our own name if it is ours."""
-        return place.relative_to(self.folder).as_posix() if place != self.folder else self.folder.name
+        return (
+            place.relative_to(self.folder).as_posix() if place != self.folder else self.folder.name
+        )
 
     @property
     def names(self) -> list[str]:
@@ -73,8 +82,16 @@ class Runs:
             return {**about, "results": {}, "points": [], "curves": [], "regressions": []}
         results = read_results(place)
         if about["kind"] == "eval":
-            worst = [{"objective": None, "seed": None, "step": None, "items": results.get("worst", [])}]
-            return {**about, "results": trimmed(results), "points": [], "curves": [], "regressions": worst}
+            worst = [
+                {"objective": None, "seed": None, "step": None, "items": results.get("worst", [])}
+            ]
+            return {
+                **about,
+                "results": trimmed(results),
+                "points": [],
+                "curves": [],
+                "regressions": worst,
+            }
         return {
             **about,
             "results": trimmed({name: value for name, value in results.items() if name != "runs"}),
@@ -86,7 +103,8 @@ class Runs:
 
 def find(folder: Path, depth: int) -> list[Path]:
     """
-    Return the folders with results, in order; links are not followed, nor folders below one with results.
+    Return the folders with results, in order; links are not followed, nor folders below one with
+    results.
 
     Results that cannot be read count where a file beside them says that they are ours.
     """
@@ -110,7 +128,10 @@ def read_results(folder: Path) -> Answer:
 
 
 def read_json(folder: Path, name: str) -> Any:
-    """Return what a file in a folder holds; None if it is not there, no JSON, or elsewhere when links are followed."""
+    """
+    Return what a file in a folder holds; None if it is not there, no JSON, or elsewhere when links
+    are followed.
+    """
     lines = read_lines(folder, name, whole=True)
     return lines[0] if lines else None
 
@@ -140,7 +161,9 @@ def describe(name: str, place: Path) -> Answer:
         reason = "it is truncated, or another version of eaft wrote it"
     except (KeyError, TypeError, AttributeError) as error:
         reason = f"another version of eaft wrote it, perhaps: {type(error).__name__}, {error}"
-    sentence = f"{place / RESULTS_FILE} cannot be read ({reason}). Give the command that wrote it again."
+    sentence = (
+        f"{place / RESULTS_FILE} cannot be read ({reason}). Give the command that wrote it again."
+    )
     return {"name": name, "kind": "broken", "sentence": sentence, "model": None, "base": None}
 
 
@@ -148,9 +171,21 @@ def entry(name: str, results: Answer) -> Answer:
     """Return what `list` says of one."""
     if "objectives" in results:
         base = results["recipe"]["train"].get("model_name_or_path")
-        return {"name": name, "kind": "compare", "sentence": results["sentence"], "model": base, "base": base}
+        return {
+            "name": name,
+            "kind": "compare",
+            "sentence": results["sentence"],
+            "model": base,
+            "base": base,
+        }
     sentence = results["verdict"]["sentence"] if results.get("verdict") else None
-    return {"name": name, "kind": "eval", "sentence": sentence, "model": results["model"], "base": results["base"]}
+    return {
+        "name": name,
+        "kind": "eval",
+        "sentence": sentence,
+        "model": results["model"],
+        "base": results["base"],
+    }
 
 
 def trimmed(value: Any) -> Any:
@@ -169,13 +204,26 @@ def points(run: Answer, results: Answer) -> list[Answer]:
     for point in [results["base"]["point"], *run["points"]]:
         tasks = {task: value["mean"] for task, value in point["tasks"].items()}
         means = {
-            group: sum(tasks[name] for name in names) / len(names) if set(names) <= tasks.keys() else None
+            group: sum(tasks[name] for name in names) / len(names)
+            if set(names) <= tasks.keys()
+            else None
             for group, names in results["groups"].items()
         }
-        drift = {f"drift_{kind}": point["drift"].get(kind, {}).get("mean") for kind in ("general", "target")}
+        drift = {
+            f"drift_{kind}": point["drift"].get(kind, {}).get("mean")
+            for kind in ("general", "target")
+        }
         nll = None if point["nll"] is None else point["nll"]["mean"]
         found.append(
-            {**held, "step": point["step"], "epoch": point["epoch"], "nll": nll, **drift, **means, "tasks": tasks}
+            {
+                **held,
+                "step": point["step"],
+                "epoch": point["epoch"],
+                "nll": nll,
+                **drift,
+                **means,
+                "tasks": tasks,
+            }
         )
     return found
 
@@ -197,7 +245,9 @@ def regressions(place: Path, choice: Answer, results: Answer) -> Answer:
     view = "chosen" if "chosen" in choice["steps"] else "last"
     step = choice["steps"][view]
     keys = ("objective", "seed", "learning_rate")
-    run = next((r["folder"] for r in results["runs"] if all(r[key] == choice[key] for key in keys)), None)
+    run = next(
+        (r["folder"] for r in results["runs"] if all(r[key] == choice[key] for key in keys)), None
+    )
     before, after = {}, {}
     for name in [name for names in results["groups"].values() for name in names] if run else []:
         file = f"{Path(name).stem}.jsonl"
@@ -206,6 +256,8 @@ def regressions(place: Path, choice: Answer, results: Answer) -> Answer:
         if len(sides[0]) == len(sides[1]) > 0:
             before[name], after[name] = sides
     items = []
-    with contextlib.suppress(EAFTError, KeyError, TypeError):  # of two evaluations, or another version's
+    with contextlib.suppress(
+        EAFTError, KeyError, TypeError
+    ):  # of two evaluations, or another version's
         items = worst_regressions(before, after)
     return {"objective": choice["objective"], "seed": choice["seed"], "step": step, "items": items}

@@ -14,7 +14,17 @@ from eaft.inspection.view.tables import Tables
 
 Range = tuple[float | None, float | None]
 
-NAMES = ("origin", "model", "source", "row", "nll", "conflict", "search", "box", "token")  # of a selection's parameters
+NAMES = (
+    "origin",
+    "model",
+    "source",
+    "row",
+    "nll",
+    "conflict",
+    "search",
+    "box",
+    "token",
+)  # of a selection's parameters
 LARGEST = 2**31 - 1  # ids and offsets are int32
 MOST_CHARACTERS = 1000  # of a search
 
@@ -32,15 +42,22 @@ class Selection:
     sources: tuple[str, ...] = ()  # none: all
     row: int | None = None  # of the data set
     nll: Range = (None, None)  # of the example under the model: mean nll, nats; both ends are in
-    conflict: Range = (None, None)  # of the example under the model: share of its tokens that are conflicts
+    conflict: Range = (
+        None,
+        None,
+    )  # of the example under the model: share of its tokens that are conflicts
     search: str = ""  # in the example's text, whatever the case
-    box: tuple[float, float, float, float] | None = None  # entropy from, to (nats), probability from, to
+    box: tuple[float, float, float, float] | None = (
+        None  # entropy from, to (nats), probability from, to
+    )
     token: int | None = None  # the label's id
 
     @property
     def filters_examples(self) -> bool:
         """Whether it is of certain examples, beside their origin and source."""
-        return bool(self.search) or any(end is not None for end in (self.row, *self.nll, *self.conflict))
+        return bool(self.search) or any(
+            end is not None for end in (self.row, *self.nll, *self.conflict)
+        )
 
     @property
     def whole(self) -> Selection:
@@ -49,14 +66,18 @@ class Selection:
 
 
 def read_selection(given: QueryParams, tables: Tables) -> Selection:
-    """Return the selection that a request is about; raises `RequestError` for what is not in the data."""
+    """
+    Return the selection that a request is about; raises `RequestError` for what is not in the data.
+    """
     search = given.get("search", "")
     if len(search) > MOST_CHARACTERS or "\0" in search:
         raise RequestError(f"search: at most {MOST_CHARACTERS} characters of text.")
     return Selection(
         origin=one_of("origin", given.get("origin", DATA), tables.origins),
         model=one_of("model", given.get("model", BASE), tables.names),
-        sources=tuple(sorted({one_of("source", source, tables.sources) for source in given.getlist("source")})),
+        sources=tuple(
+            sorted({one_of("source", source, tables.sources) for source in given.getlist("source")})
+        ),
         row=whole("row", given["row"], 0, LARGEST) if "row" in given else None,
         nll=ends("nll", given.get("nll", ",")),
         conflict=ends("conflict", given.get("conflict", ",")),
@@ -96,10 +117,16 @@ def one_of(name: str, text: str, known: Iterable[str]) -> str:
 
 
 def ends(name: str, text: str) -> Range:
-    """Return the two ends of a range, `low,high`, either of which may be left out; raises `RequestError`."""
+    """
+    Return the two ends of a range, `low,high`, either of which may be left out; raises
+    `RequestError`.
+    """
     parts = text.split(",")
     if len(parts) != 2:
-        raise RequestError(f"{name}={text[:50]!r}: expected two numbers with a comma, either of which may be left out.")
+        raise RequestError(
+            f"{name}={text[:50]!r}: expected two numbers with a comma, either of which may be left"
+            " out."
+        )
     low, high = (number(name, part) if part else None for part in parts)
     return low, high
 
@@ -108,6 +135,8 @@ def box(text: str) -> tuple[float, float, float, float]:
     """Return a box's four sides; raises `RequestError`."""
     parts = text.split(",")
     if len(parts) != 4:
-        raise RequestError(f"box={text[:50]!r}: expected four numbers: entropy from, to, probability from, to.")
+        raise RequestError(
+            f"box={text[:50]!r}: expected four numbers: entropy from, to, probability from, to."
+        )
     h0, h1, p0, p1 = (number("box", part) for part in parts)
     return h0, h1, p0, p1

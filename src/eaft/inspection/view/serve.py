@@ -1,4 +1,6 @@
-"""`eaft view`: a page on this machine to look around in what `inspect`, `compare` or `eval` wrote."""
+"""
+`eaft view`: a page on this machine to look around in what `inspect`, `compare` or `eval` wrote.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,15 @@ from pathlib import Path
 from eaft.errors import ConfigurationError
 
 DESCRIPTION = """
-Look around, in the browser, in what `eaft inspect`, `eaft compare` or `eaft eval` wrote: tokens in the plane of entropy
-and probability, what gates do, examples as text, and runs beside each other.
+Look around, in the browser, in what `eaft inspect`, `eaft compare` or `eaft eval` wrote: tokens in
+the plane of entropy and probability, what gates do, examples as text, and runs beside each other.
 
   eaft view inspected
   eaft view runs                    every comparison and evaluation below it
 
-The page is served to this machine alone. To see a folder of another machine, start `eaft view FOLDER --no_browser`
-there, and here `ssh -N -L 8765:127.0.0.1:8765 MACHINE`; then open the address that it printed.
+The page is served to this machine alone. To see a folder of another machine, start `eaft view
+FOLDER --no_browser` there, and here `ssh -N -L 8765:127.0.0.1:8765 MACHINE`; then open the address
+that it printed.
 """
 PORT = 8765
 TRIED = 100  # ports, from that one on
@@ -30,9 +33,13 @@ TRIED = 100  # ports, from that one on
 def main(argv: list[str]) -> None:
     """Serve a folder until interrupted."""
     parser = argparse.ArgumentParser(
-        prog="eaft view", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="eaft view",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", type=Path, help="what was written, or a folder that holds such folders")
+    parser.add_argument(
+        "folder", type=Path, help="what was written, or a folder that holds such folders"
+    )
     parser.add_argument("--port", type=int, help=f"(default: {PORT}, or the next that is free)")
     parser.add_argument("--no_browser", action="store_true", help="only print the address")
     parser.add_argument("--token", help="what the address must have (default: made anew each time)")
@@ -41,7 +48,9 @@ def main(argv: list[str]) -> None:
     view(flags.folder, flags.port, flags.token, not flags.no_browser)
 
 
-def view(folder: Path, port: int | None = None, token: str | None = None, browser: bool = True) -> None:
+def view(
+    folder: Path, port: int | None = None, token: str | None = None, browser: bool = True
+) -> None:
     """
     Serve a folder until interrupted.
 
@@ -60,23 +69,34 @@ def view(folder: Path, port: int | None = None, token: str | None = None, browse
     torch.set_num_threads(1)  # requests are threads already, and DuckDB has all cores
     token = token or secrets.token_urlsafe()
     if not (token.isascii() and token.replace("-", "").replace("_", "").isalnum()):
-        raise ConfigurationError("--token: letters, digits, - and _ only, since it is part of an address.")
+        raise ConfigurationError(
+            "--token: letters, digits, - and _ only, since it is part of an address."
+        )
     if not folder.is_dir():
         raise ConfigurationError(f"{str(folder)!r} is no folder.")
     runs, inspected = Runs(folder), find_inspection(folder)
     if inspected is None and not runs.names:
-        raise ConfigurationError(f"{str(folder)!r} holds nothing that `eaft inspect`, `compare` or `eval` wrote.")
+        raise ConfigurationError(
+            f"{str(folder)!r} holds nothing that `eaft inspect`, `compare` or `eval` wrote."
+        )
     with contextlib.ExitStack() as stack:
         listening = stack.enter_context(listen(port))
         queries = None
         if inspected is not None:
-            tables = stack.enter_context(contextlib.closing(Tables(Inspection(inspected), progress)))
+            tables = stack.enter_context(
+                contextlib.closing(Tables(Inspection(inspected), progress))
+            )
             queries = Queries(tables)
         port = listening.getsockname()[1]
         app = make_app(folder.resolve().name, queries, runs, port, token)
         # The log would show the token
         config = uvicorn.Config(
-            app, access_log=False, log_level="warning", server_header=False, ws="none", proxy_headers=False
+            app,
+            access_log=False,
+            log_level="warning",
+            server_header=False,
+            ws="none",
+            proxy_headers=False,
         )
         address = f"http://127.0.0.1:{port}/?token={token}"
         print(f"\nOpen {address}\n(Ctrl-C ends it.)", flush=True)
@@ -100,12 +120,16 @@ def find_inspection(folder: Path) -> Path | None:
     def look(pattern: str) -> list[Path]:
         """Return the folders in it; links that lead out of it are not followed."""
         found = [file.resolve().parent for file in folder.glob(f"{pattern}examples.parquet")]
-        return sorted(place for place in found if place.is_relative_to(home) and (place / "tokens").is_dir())
+        return sorted(
+            place for place in found if place.is_relative_to(home) and (place / "tokens").is_dir()
+        )
 
     inspections = look("*/") + look("*/*/")
     if len(inspections) > 1:
         names = ", ".join(place.relative_to(home).as_posix() for place in inspections)
-        raise ConfigurationError(f"{str(folder)!r} holds several inspections ({names}): give one of them.")
+        raise ConfigurationError(
+            f"{str(folder)!r} holds several inspections ({names}): give one of them."
+        )
     return inspections[0] if inspections else None
 
 
@@ -123,13 +147,15 @@ def check_packages() -> None:
 
 def listen(port: int | None) -> socket.socket:
     """
-    Return a socket that listens on the loopback address: at a port, or the first that is free from `PORT` on.
+    Return a socket that listens on the loopback address: at a port, or the first that is free from
+    `PORT` on.
 
     Raises:
         ConfigurationError: there is none, or that one is taken.
     """
     for candidate in range(PORT, PORT + TRIED) if port is None else [port]:
-        # Named TCP, so that asyncio turns Nagle's algorithm off: it would hold small answers back for 40 ms
+        # Named TCP, so that asyncio turns Nagle's algorithm off: it would hold small answers back
+        # for 40 ms
         listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

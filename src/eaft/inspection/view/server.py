@@ -1,9 +1,9 @@
 """
 The viewer's server: routes, and who may use them.
 
-Only a browser on this machine that knows the token is answered: the address is the loopback's, the Host header must
-name it (a page of another site that resolves to 127.0.0.1 does not), the token is in a cookie that no other site can
-send, and nothing can be changed: GET and HEAD only.
+Only a browser on this machine that knows the token is answered: the address is the loopback's, the
+Host header must name it (a page of another site that resolves to 127.0.0.1 does not), the token is
+in a cookie that no other site can send, and nothing can be changed: GET and HEAD only.
 """
 
 from __future__ import annotations
@@ -30,14 +30,24 @@ from eaft.errors import nearest
 from eaft.inspection.folder import BASE
 from eaft.inspection.view.queries import MOST_ROWS, Queries
 from eaft.inspection.view.runs import Runs
-from eaft.inspection.view.selection import LARGEST, NAMES, RequestError, Selection, one_of, read_selection, whole
+from eaft.inspection.view.selection import (
+    LARGEST,
+    NAMES,
+    RequestError,
+    Selection,
+    one_of,
+    read_selection,
+    whole,
+)
 
 AT_ONCE = 4  # requests that are computed at the same time
 PAGE = Path(__file__).parent / "page"
-# Scripts and connections from here alone; charts set styles on their elements and make pictures of themselves
+# Scripts and connections from here alone; charts set styles on their elements and make pictures of
+# themselves
 POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
-    "connect-src 'self'; font-src 'self'; base-uri 'none'; frame-ancestors 'none'; form-action 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:"
+    " blob:; connect-src 'self'; font-src 'self'; base-uri 'none'; frame-ancestors 'none';"
+    " form-action 'none'"
 )
 HEADERS = {
     "Content-Security-Policy": POLICY,
@@ -62,8 +72,13 @@ def make_app(name: str, queries: Queries | None, runs: Runs, port: int, token: s
 
     turn = asyncio.Semaphore(AT_ONCE)
 
-    def asked(allowed: tuple[str, ...], answer: Callable[[Any, Request], Any]) -> Callable[[Request], Any]:
-        """Return an endpoint: it checks the names of what it is asked, and answers with JSON, in a thread."""
+    def asked(
+        allowed: tuple[str, ...], answer: Callable[[Any, Request], Any]
+    ) -> Callable[[Request], Any]:
+        """
+        Return an endpoint: it checks the names of what it is asked, and answers with JSON, in a
+        thread.
+        """
 
         def found(request: Request) -> Response:
             result = answer(queries, request)
@@ -72,14 +87,17 @@ def make_app(name: str, queries: Queries | None, runs: Runs, port: int, token: s
         async def endpoint(request: Request) -> Response:
             check_names(request.query_params, allowed)
             async with turn:
-                # A slider that moves asks faster than it is answered: what the page has given up is not computed
+                # A slider that moves asks faster than it is answered: what the page has given up is
+                # not computed
                 if await request.is_disconnected():
                     return Response(status_code=204)
                 return await run_in_threadpool(found, request)
 
         return endpoint
 
-    def of_tokens(allowed: tuple[str, ...], answer: Callable[[Any, Request], Any]) -> Callable[[Request], Any]:
+    def of_tokens(
+        allowed: tuple[str, ...], answer: Callable[[Any, Request], Any]
+    ) -> Callable[[Request], Any]:
         """Return an endpoint that needs an inspection."""
 
         def needs(queries: Queries | None, request: Request) -> Any:
@@ -101,16 +119,25 @@ def make_app(name: str, queries: Queries | None, runs: Runs, port: int, token: s
         Route("/api/example", of_tokens(("example", "model", *gating), example)),
         Route(
             "/api/tokens",
-            of_tokens((*paging, "group"), lambda q, r: q.token_table(selection(q, r), group(r), *page(r))),
+            of_tokens(
+                (*paging, "group"), lambda q, r: q.token_table(selection(q, r), group(r), *page(r))
+            ),
         ),
         Route(
             "/api/concordance",
-            of_tokens((*paging, "group"), lambda q, r: q.concordance(selection(q, r), group(r), *page(r))),
+            of_tokens(
+                (*paging, "group"), lambda q, r: q.concordance(selection(q, r), group(r), *page(r))
+            ),
         ),
         Route("/api/export/examples.jsonl", of_tokens(NAMES, export_examples)),
         Route("/api/export/tokens.csv", of_tokens(NAMES, export_tokens)),
         Route("/api/runs", asked((), lambda q, r: runs.list())),
-        Route("/api/run", asked(("name",), lambda q, r: runs.run(one_of("name", parameter(r, "name"), runs.names)))),
+        Route(
+            "/api/run",
+            asked(
+                ("name",), lambda q, r: runs.run(one_of("name", parameter(r, "name"), runs.names))
+            ),
+        ),
         Mount("/page", StaticFiles(directory=PAGE, check_dir=False)),
     ]
     return Starlette(
@@ -124,7 +151,10 @@ def make_app(name: str, queries: Queries | None, runs: Runs, port: int, token: s
 
 
 class Guard:
-    """Answers 403 to whoever is not the browser that was told the token, and gives every answer its headers."""
+    """
+    Answers 403 to whoever is not the browser that was told the token, and gives every answer its
+    headers.
+    """
 
     def __init__(self, app: ASGIApp, port: int, token: str) -> None:
         self.app, self.token, self.cookie = app, token.encode(), cookie_name(port)
@@ -159,17 +189,24 @@ class Guard:
         """Return the answer to who may not ask; None for who may."""
         hosts = Headers(scope=scope).getlist("host")
         if len(hosts) != 1 or hosts[0].lower() not in self.hosts:
-            return error(403, "Open the address that `eaft view` printed; over ssh, forward the same port.")
+            return error(
+                403, "Open the address that `eaft view` printed; over ssh, forward the same port."
+            )
         if scope["method"] not in ("GET", "HEAD"):
             return error(405, "Nothing can be changed here: GET and HEAD only.")
         if "\0" in scope["path"]:  # of which no file has a name, and to look for one fails
             return error(404, "Not Found")
         if not self.knows_token(HTTPConnection(scope)):
-            return error(403, "The token is missing or wrong: open the address that `eaft view` printed.")
+            return error(
+                403, "The token is missing or wrong: open the address that `eaft view` printed."
+            )
         return None
 
     def knows_token(self, request: HTTPConnection) -> bool:
-        """Return whether a request has the token: in its address, its cookie, or its Authorization header."""
+        """
+        Return whether a request has the token: in its address, its cookie, or its Authorization
+        header.
+        """
         scheme, _, value = request.headers.get("authorization", "").partition(" ")
         given = [
             request.query_params.get("token") if request.scope["path"] == "/" else None,
@@ -177,11 +214,18 @@ class Guard:
             value.strip() if scheme.lower() == "token" else None,
         ]
         # In a time that does not tell how much is right
-        return any(hmac.compare_digest(text.encode("utf-8", "replace"), self.token) for text in given if text)
+        return any(
+            hmac.compare_digest(text.encode("utf-8", "replace"), self.token)
+            for text in given
+            if text
+        )
 
 
 def cookie_name(port: int) -> str:
-    """Return the cookie's name: browsers keep cookies by host, whatever the port, and two viewers may run."""
+    """
+    Return the cookie's name: browsers keep cookies by host, whatever the port, and two viewers may
+    run.
+    """
     return f"eaft-view-{port}"
 
 
@@ -213,7 +257,9 @@ def selection(queries: Queries, request: Request) -> Selection:
 def page(request: Request) -> tuple[int, int]:
     """Return offset and limit."""
     given = request.query_params
-    return whole("offset", given.get("offset", "0"), 0, LARGEST), whole("limit", given.get("limit", "50"), 1, MOST_ROWS)
+    return whole("offset", given.get("offset", "0"), 0, LARGEST), whole(
+        "limit", given.get("limit", "50"), 1, MOST_ROWS
+    )
 
 
 def group(request: Request) -> str | None:
@@ -252,14 +298,19 @@ def examples(queries: Queries, request: Request) -> Any:
     """Answer a page of examples."""
     order = one_of("order", parameter(request, "order", "asc"), ("asc", "desc"))
     return queries.examples(
-        selection(queries, request), parameter(request, "sort", "example"), order == "desc", *page(request)
+        selection(queries, request),
+        parameter(request, "sort", "example"),
+        order == "desc",
+        *page(request),
     )
 
 
 def example(queries: Queries, request: Request) -> Any:
     """Answer one example."""
     model = one_of("model", parameter(request, "model", BASE), queries.tables.names)
-    return queries.example(whole("example", parameter(request, "example"), 0, LARGEST), model, *gate_of(request))
+    return queries.example(
+        whole("example", parameter(request, "example"), 0, LARGEST), model, *gate_of(request)
+    )
 
 
 def export_examples(queries: Queries, request: Request) -> Response:
@@ -270,12 +321,16 @@ def export_examples(queries: Queries, request: Request) -> Response:
 
 def export_tokens(queries: Queries, request: Request) -> Response:
     """Answer with a file of tokens."""
-    return download(queries.export_tokens(selection(queries, request)), "tokens.csv", "text/csv; charset=utf-8")
+    return download(
+        queries.export_tokens(selection(queries, request)), "tokens.csv", "text/csv; charset=utf-8"
+    )
 
 
 def download(lines: Any, name: str, kind: str) -> Response:
     """Return a file as it is made."""
-    return StreamingResponse(lines, media_type=kind, headers={"Content-Disposition": f'attachment; filename="{name}"'})
+    return StreamingResponse(
+        lines, media_type=kind, headers={"Content-Disposition": f'attachment; filename="{name}"'}
+    )
 
 
 def error(status: int, message: str) -> Response:

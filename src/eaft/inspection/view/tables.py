@@ -1,8 +1,10 @@
 """
-An inspection's labelled tokens and its examples as DuckDB tables in memory, for the viewer's queries.
+An inspection's labelled tokens and its examples as DuckDB tables in memory, for the viewer's
+queries.
 
-Everything is read from Parquet once, at the start: DuckDB itself opens no file. What follows from a token's statistics
-(probability, gradient's norm, conflict, bins of the plane) is computed by `objective` and `landscape` while reading.
+Everything is read from Parquet once, at the start: DuckDB itself opens no file. What follows from a
+token's statistics (probability, gradient's norm, conflict, bins of the plane) is computed by
+`objective` and `landscape` while reading.
 """
 
 from __future__ import annotations
@@ -31,9 +33,11 @@ NAMES = [field.name for field in STATISTICS]
 
 class Tables:
     """
-    The tables of an inspection: `texts`; and of its model number N `tokens_N` and `examples_N`, with means under it.
+    The tables of an inspection: `texts`; and of its model number N `tokens_N` and `examples_N`,
+    with means under it.
 
-    The base model's are there when this returns; the others' are read behind it, and `number` waits for them.
+    The base model's are there when this returns; the others' are read behind it, and `number` waits
+    for them.
 
     Args:
         inspection: what is read.
@@ -43,7 +47,9 @@ class Tables:
         ConfigurationError: a file is missing, damaged, or a link that leads out of the folder.
     """
 
-    def __init__(self, inspection: Inspection, tell: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(
+        self, inspection: Inspection, tell: Callable[[str], None] = lambda line: None
+    ) -> None:
         self.inspection, self.tell = inspection, tell
         self.names = [model.name for model in inspection.models]
         if not inspection.files():
@@ -51,19 +57,29 @@ class Tables:
                 f"{str(inspection.folder)!r} has no tokens: give its `eaft inspect` command again."
             )
         files = [file for name in self.names for file in inspection.files(name)]
-        check_inside(inspection.folder, [*files, *(inspection.folder / n for n in (EXAMPLES_FILE, VOCABULARY_FILE))])
-        # The files are read here and handed over: whatever a query were made to say, it could open nothing
-        self.connection = duckdb.connect(config={"enable_external_access": "false", "temp_directory": ""})
+        check_inside(
+            inspection.folder,
+            [*files, *(inspection.folder / n for n in (EXAMPLES_FILE, VOCABULARY_FILE))],
+        )
+        # The files are read here and handed over: whatever a query were made to say, it could open
+        # nothing
+        self.connection = duckdb.connect(
+            config={"enable_external_access": "false", "temp_directory": ""}
+        )
         self.connection.execute("SET lock_configuration = true")
         try:
             self.entropy_edges, self.prob_edges = entropy_edges(self.entropy_max), prob_edges()
             self.read_examples()
             self.vocabulary = inspection.vocabulary()
             self.reader = ThreadPoolExecutor(1)
-            self.read: dict[str, Future[None]] = {n: self.reader.submit(self.read_model, n) for n in self.names}
+            self.read: dict[str, Future[None]] = {
+                n: self.reader.submit(self.read_model, n) for n in self.names
+            }
             self.number(BASE)
         except (OSError, pa.ArrowException, KeyError) as error:
-            raise ConfigurationError(f"{str(inspection.folder)!r} cannot be read. ({error})") from error
+            raise ConfigurationError(
+                f"{str(inspection.folder)!r} cannot be read. ({error})"
+            ) from error
 
     def cursor(self) -> Any:
         """Return a connection of one's own to the tables, for a thread."""
@@ -80,7 +96,10 @@ class Tables:
 
     @cached_property
     def entropy_max(self) -> float:
-        """The largest entropy under any of the models, from the files' own statistics; 0 if nothing is labelled."""
+        """
+        The largest entropy under any of the models, from the files' own statistics; 0 if nothing is
+        labelled.
+        """
         found = [0.0]
         for file in (file for name in self.names for file in self.inspection.files(name)):
             metadata = pq.read_metadata(file)
@@ -93,9 +112,13 @@ class Tables:
 
     @cached_property
     def datasets(self) -> dict[str, Any]:
-        """Each model's files as one data set, to read single examples from, unlabelled tokens included."""
+        """
+        Each model's files as one data set, to read single examples from, unlabelled tokens
+        included.
+        """
         return {
-            name: ds.dataset([str(f) for f in self.inspection.files(name)], format="parquet") for name in self.names
+            name: ds.dataset([str(f) for f in self.inspection.files(name)], format="parquet")
+            for name in self.names
         }
 
     def read_examples(self) -> None:
@@ -104,14 +127,23 @@ class Tables:
         self.sources = sorted(pc.unique(examples["source"]).to_pylist())
         self.origins = sorted(pc.unique(examples["origin"]).to_pylist())
         # Dense codes of both, by example: what `tokens_N` has of each token
-        self.source_codes = pc.index_in(examples["source"], pa.array(self.sources)).to_numpy().astype(np.int32)
-        self.origin_codes = pc.index_in(examples["origin"], pa.array(self.origins)).to_numpy().astype(np.uint8)
+        self.source_codes = (
+            pc.index_in(examples["source"], pa.array(self.sources)).to_numpy().astype(np.int32)
+        )
+        self.origin_codes = (
+            pc.index_in(examples["origin"], pa.array(self.origins)).to_numpy().astype(np.uint8)
+        )
         self.example_nll = examples["nll"].to_numpy(zero_copy_only=False)
         if not np.array_equal(examples["example"].to_numpy(), np.arange(len(examples))):
             raise KeyError(f"{EXAMPLES_FILE}: its rows are not in order")
         with Handed(self.connection, examples) as cursor:
-            cursor.execute("CREATE TABLE examples_0 AS SELECT * EXCLUDE (text, messages) FROM handed")
-            cursor.execute("CREATE TABLE texts AS SELECT example, text, lower(text) AS lower, messages FROM handed")
+            cursor.execute(
+                "CREATE TABLE examples_0 AS SELECT * EXCLUDE (text, messages) FROM handed"
+            )
+            cursor.execute(
+                "CREATE TABLE texts AS SELECT example, text, lower(text) AS lower, messages FROM"
+                " handed"
+            )
 
     def read_model(self, name: str) -> None:
         """Make `tokens_N` of a model, and its `examples_N` if it is not the base model."""
@@ -130,24 +162,29 @@ class Tables:
                 made, waiting = True, []
                 self.tell(f"{name}: {rows:,} of {total:,} tokens")
         if name != BASE:
-            self.cursor().execute(
-                f"""
+            self.cursor().execute(f"""
                 CREATE TABLE examples_{number} AS
-                SELECT kept.* EXCLUDE (nll, entropy, conflict_share, conflict_nll_share), means.* EXCLUDE (example)
+                SELECT kept.* EXCLUDE (nll, entropy, conflict_share, conflict_nll_share),
+                    means.* EXCLUDE (example)
                 FROM examples_0 AS kept LEFT JOIN (
                     SELECT example, avg(-log_prob) AS nll, avg(entropy) AS entropy,
                         avg(conflict::INTEGER) AS conflict_share,
-                        sum(CASE WHEN conflict THEN -log_prob ELSE 0 END) / nullif(sum(-log_prob), 0)
+                        sum(CASE WHEN conflict THEN -log_prob ELSE 0 END)
+                            / nullif(sum(-log_prob), 0)
                             AS conflict_nll_share
                     FROM tokens_{number} GROUP BY example) AS means USING (example)
-                ORDER BY example"""
-            )
+                ORDER BY example""")
 
     def batches(self, name: str) -> Iterator[pa.Table]:
-        """Yield a model's rows with what only the base model's files have of them, and where each token starts."""
+        """
+        Yield a model's rows with what only the base model's files have of them, and where each
+        token starts.
+        """
         of_tokens = ["example", "position", "token_id", "end", "labelled"]
         previous = 0
-        for ours, theirs in zip(self.inspection.files(BASE), self.inspection.files(name), strict=True):
+        for ours, theirs in zip(
+            self.inspection.files(BASE), self.inspection.files(name), strict=True
+        ):
             places, statistics = pq.ParquetFile(ours), pq.ParquetFile(theirs)
             pairs = zip(
                 places.iter_batches(BATCH_ROWS, columns=of_tokens),
@@ -158,7 +195,9 @@ class Tables:
                 if not all(place[key].equals(found[key]) for key in ("example", "position")):
                     raise ConfigurationError(f"{theirs}: its rows are not those of {ours}.")
                 end, position = place["end"].to_numpy(), place["position"].to_numpy()
-                start = np.where(position == 0, 0, np.concatenate([[previous], end[:-1]])).astype(np.int32)
+                start = np.where(position == 0, 0, np.concatenate([[previous], end[:-1]])).astype(
+                    np.int32
+                )
                 previous = int(end[-1])
                 table = pa.table({n: place[n] for n in of_tokens} | {n: found[n] for n in NAMES})
                 yield table.append_column("start", pa.array(start))
@@ -167,8 +206,15 @@ class Tables:
         """Return the labelled rows that have statistics, with what follows from those."""
         draw = random.integers(DRAWS, size=len(table), dtype=np.uint16)
         keep = pc.and_(table["labelled"], pc.is_valid(table["log_prob"]))
-        table = table.append_column("draw", pa.array(draw)).filter(keep).drop_columns(["labelled"]).combine_chunks()
-        batch = pa.record_batch([column.combine_chunks() for column in table.columns], names=table.column_names)
+        table = (
+            table.append_column("draw", pa.array(draw))
+            .filter(keep)
+            .drop_columns(["labelled"])
+            .combine_chunks()
+        )
+        batch = pa.record_batch(
+            [column.combine_chunks() for column in table.columns], names=table.column_names
+        )
         stats = self.inspection.statistics(batch)
         example = batch["example"].to_numpy()
         found = {
@@ -209,6 +255,10 @@ def check_inside(folder: Path, files: list[Path]) -> None:
     """
     for file in files:
         if not file.is_file():
-            raise ConfigurationError(f"{str(file)!r} is missing: give the `eaft inspect` command of its folder again.")
+            raise ConfigurationError(
+                f"{str(file)!r} is missing: give the `eaft inspect` command of its folder again."
+            )
         if not file.resolve().is_relative_to(folder.resolve()):
-            raise ConfigurationError(f"{str(file)!r} is a link that leads out of its folder: put the file there.")
+            raise ConfigurationError(
+                f"{str(file)!r} is a link that leads out of its folder: put the file there."
+            )

@@ -1,11 +1,12 @@
 """
-BFCL v3's single-turn categories: data, prompts, parser and checker are the package's (bfcl-eval 2025.6.16), never ours.
+BFCL v3's single-turn categories: data, prompts, parser and checker are the package's (bfcl-eval
+2025.6.16), never ours.
 
-The package's parser runs sums (`x=60*5`) through `eval`, whatever stands in them. Here a call whose arguments are not
-written out is a wrong answer, and nothing that a model wrote is ever run.
+The package's parser runs sums (`x=60*5`) through `eval`, whatever stands in them. Here a call whose
+arguments are not written out is a wrong answer, and nothing that a model wrote is ever run.
 
-The checker's module imports the clients of every model vendor, for one table of their quirks; that table is put in its
-place beforehand, so that the package can be installed without its dependencies.
+The checker's module imports the clients of every model vendor, for one table of their quirks; that
+table is put in its place beforehand, so that the package can be installed without its dependencies.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ INSTALL = (
 LANGUAGES = {"java": "Java", "javascript": "JavaScript"}
 # Of Python's grammar: calls with values written out. Names, and calls and items of names, stay text
 LITERAL = (
-    ast.Call | ast.keyword | ast.Constant | ast.List | ast.Tuple | ast.Dict | ast.UnaryOp | ast.unaryop
-    | ast.Name | ast.Attribute | ast.Subscript | ast.expr_context
+    ast.Call | ast.keyword | ast.Constant | ast.List | ast.Tuple | ast.Dict
+    | ast.UnaryOp | ast.unaryop | ast.Name | ast.Attribute | ast.Subscript | ast.expr_context
 )  # fmt: skip
-LONGEST = 10_000  # characters; at 20,000 what is nested ends the process within the parsers of Java and JavaScript
+# characters; at 20,000 what is nested ends the process within the parsers of Java and JavaScript
+LONGEST = 10_000
 
 
 def package() -> tuple[Any, Any]:
@@ -54,7 +56,10 @@ def package() -> tuple[Any, Any]:
 
 
 def load(category: str, **kwargs: Any) -> DatasetDict:
-    """Return a category's rows from the installed package: `id`, `prompt`, and as JSON `functions` and `answer`."""
+    """
+    Return a category's rows from the installed package: `id`, `prompt`, and as JSON `functions` and
+    `answer`.
+    """
     utils, _ = package()
     spec = importlib.util.find_spec("bfcl_eval")
     assert spec is not None
@@ -63,13 +68,19 @@ def load(category: str, **kwargs: Any) -> DatasetDict:
     if not (folder / name).is_file():
         raise ImportError(f"The installed bfcl-eval holds no {name}: {INSTALL}")
     answers = {}
-    if (folder / "possible_answer" / name).is_file():  # where no function is to be called there is none
-        answers = {row["id"]: row["ground_truth"] for row in read(folder / "possible_answer" / name)}
+    if (
+        folder / "possible_answer" / name
+    ).is_file():  # where no function is to be called there is none
+        answers = {
+            row["id"]: row["ground_truth"] for row in read(folder / "possible_answer" / name)
+        }
     rows = []
     for row in read(folder / name):
         functions = json.dumps(row["function"])
         described = utils.func_doc_language_specific_pre_processing(row["function"], category)
-        messages = utils.system_prompt_pre_processing_chat_model(row["question"][0], described, category)
+        messages = utils.system_prompt_pre_processing_chat_model(
+            row["question"][0], described, category
+        )
         rows.append(
             {
                 "id": row["id"],
@@ -89,7 +100,10 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def check(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """Return `acc`: 1 if the package's checker accepts the answer; for (ir)relevance, if it calls (nothing)."""
+    """
+    Return `acc`: 1 if the package's checker accepts the answer; for (ir)relevance, if it calls
+    (nothing).
+    """
     _, ast_checker = package()
     category = doc["category"]
     language = LANGUAGES.get(category, "Python")
@@ -103,7 +117,9 @@ def check(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     if not called:
         return {"acc": 0.0}
     functions = json.loads(doc["functions"])
-    checked = ast_checker.ast_checker(functions, calls, json.loads(doc["answer"]), language, category, "model")
+    checked = ast_checker.ast_checker(
+        functions, calls, json.loads(doc["answer"]), language, category, "model"
+    )
     return {"acc": float(checked["valid"])}
 
 
@@ -113,7 +129,8 @@ class NotLiteralError(Exception):
 
 def decode(text: str, language: str) -> list[Any]:
     """
-    Return the calls an answer makes, as the package's parser has them; none if it does not parse, as in its own runner.
+    Return the calls an answer makes, as the package's parser has them; none if it does not parse,
+    as in its own runner.
 
     Raises:
         NotLiteralError: an argument is not written out, but to be computed.
@@ -123,7 +140,9 @@ def decode(text: str, language: str) -> list[Any]:
         return []
     try:
         if language == "Python":  # those of Java and JavaScript are only read
-            body = ast.parse(text.strip("`\n ").strip("[]'"), mode="eval").body  # what the package's parser takes off
+            body = ast.parse(
+                text.strip("`\n ").strip("[]'"), mode="eval"
+            ).body  # what the package's parser takes off
             if not all(isinstance(call, ast.Call) for call in getattr(body, "elts", [body])):
                 return []
             if not all(isinstance(node, LITERAL) for node in ast.walk(body)):
