@@ -5,6 +5,7 @@ exist.
 
 import contextlib
 import functools
+import importlib.util
 import io
 import json
 import re
@@ -148,3 +149,11 @@ def test_every_gate_is_documented():
 def test_commands_exist():
     makefile = (ROOT / "Makefile").read_text()
     assert all(f"\n{target}:" in makefile for target in ("demo", "test", "check", "docs"))
+
+
+def test_the_map_is_of_the_modules_that_exist():
+    spec = importlib.util.spec_from_file_location("make_map", ROOT / "docs" / "make_map.py")
+    make_map = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_map)
+    drawn = (ROOT / "CONTRIBUTING.md").read_text()
+    assert make_map.make_map() in drawn, "the map is old: python docs/make_map.py"
