@@ -1,8 +1,8 @@
 """
-Write the map in CONTRIBUTING.md: the packages in the order in which they may import each other, and
-the first sentence of each module. Run it after a module is added or renamed: `python docs/make_map.py`.
+Write the map in CONTRIBUTING.md: the packages in the order in which they may import each other,
+and the first sentence of each module.
 
-A test says when the map is old.
+Run it after a module is added or renamed: `python docs/make_map.py`. A test says when it is old.
 """
 
 import ast
