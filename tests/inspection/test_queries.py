@@ -209,6 +209,15 @@ def test_a_box_of_whole_bins_has_what_its_bins_have(ask):
         assert ask("landscape", box=box)["selected"]["tokens"] == grid[h0:h1, p0:p1].sum()
 
 
+def test_a_box_ends_before_its_upper_side(ask, everything):
+    tokens, _ = expected(everything, {})
+    for entropy in tokens["entropy"].sample(3, random_state=0):
+        below = ask("landscape", box=f"0,{entropy!r},0,1")["selected"]["tokens"]
+        above = ask("landscape", box=f"{entropy!r},99,0,1")["selected"]["tokens"]
+        assert below == (tokens["entropy"] < entropy).sum()
+        assert above == (tokens["entropy"] >= entropy).sum()
+
+
 G = {"eaft": lambda t, alpha=1: (t["top_k_entropy"] / math.log(TOP_K)).clip(0, 1) ** alpha}
 WEIGHTS = {
     ("sft", "{}"): lambda t: t["tokens"],
