@@ -16,13 +16,8 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eaft import EAFTConfig, EAFTTrainer
-from eaft.evaluation.drift import (
-    PROMPTS,
-    BaseAnswers,
-    answer_log_probs,
-    read_prompts,
-    sample_answers,
-)
+from eaft.evaluation.drift import BaseAnswers, answer_log_probs, read_prompts, sample_answers
+from eaft.evaluation.protocol import PROMPTS
 from eaft.models import resolve_model
 from eaft.objective.registry import GATES
 from eaft.objective.statistics import kl_divergence

@@ -15,7 +15,7 @@ from eaft.comparison.recipe import EvaluateConfig, Recipe, plan_runs
 from eaft.errors import ConfigurationError
 from eaft.evaluation import evaluate
 from eaft.evaluation.identity import tokenizer_digest
-from eaft.evaluation.scores import Protocol
+from eaft.evaluation.protocol import Protocol
 from eaft.files import check, read_yaml
 from eaft.inspection import inspect
 from eaft.models import template_date, template_today

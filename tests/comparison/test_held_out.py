@@ -17,7 +17,8 @@ from eaft.comparison.recipe import EvaluateConfig, Recipe, Run, parse_flags, pla
 from eaft.errors import ConfigurationError
 from eaft.evaluation.drift import read_prompts
 from eaft.evaluation.measured import MeasuredModel
-from eaft.evaluation.scores import Protocol, ask
+from eaft.evaluation.protocol import Protocol
+from eaft.evaluation.scores import ask
 from tests.conftest import CHAT_TEMPLATE, make_model
 
 WORDS = ["Paris", "London", "Rome", "Berlin"]

@@ -11,8 +11,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from eaft.errors import ConfigurationError, NonFiniteError
 from eaft.evaluation import drift
 from eaft.evaluation.drift import (
-    DRIFT_PROMPTS,
-    PROMPTS,
     Answer,
     BaseAnswers,
     Share,
@@ -23,6 +21,7 @@ from eaft.evaluation.drift import (
     summarise,
 )
 from eaft.evaluation.paired import bootstrap_interval
+from eaft.evaluation.protocol import DRIFT_PROMPTS, PROMPTS
 from eaft.objective.statistics import kl_divergence
 from tests.conftest import make_model
 

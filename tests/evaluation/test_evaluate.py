@@ -18,7 +18,8 @@ from eaft import cli
 from eaft.errors import ConfigurationError
 from eaft.evaluation import evaluate
 from eaft.evaluation.evaluate import changes, pair, worst_regressions
-from eaft.evaluation.scores import Protocol, load, load_tokenizer, own_dtype, score, vllm_args
+from eaft.evaluation.protocol import Protocol
+from eaft.evaluation.scores import load, load_tokenizer, own_dtype, score, vllm_args
 from eaft.evaluation.suite import Suite, load_suites, suites_help, task_manager
 from tests.conftest import make_model
 

@@ -17,7 +17,8 @@ from eaft.evaluation import evaluate, identity, measured
 from eaft.evaluation.drift import BaseAnswers
 from eaft.evaluation.evaluate import side_by_side
 from eaft.evaluation.measured import MeasuredModel
-from eaft.evaluation.scores import Protocol, load_tokenizer
+from eaft.evaluation.protocol import Protocol
+from eaft.evaluation.scores import load_tokenizer
 from eaft.evaluation.store import Store
 from eaft.evaluation.suite import load_suites
 from eaft.processes import locked

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from eaft.errors import ConfigurationError
 from eaft.evaluation import engine, scores
 from eaft.evaluation.progress import Progress
-from eaft.evaluation.scores import Protocol, ask, asked, load, load_tokenizer, score, wrap
+from eaft.evaluation.protocol import Protocol
+from eaft.evaluation.scores import ask, asked, load, load_tokenizer, score, wrap
 from eaft.evaluation.suite import load_suites
 from tests.conftest import make_model, make_tokenizer
 from tests.evaluation.test_tasks import Oracle

@@ -7,7 +7,8 @@ import pytest
 from lm_eval.api.model import LM
 
 from eaft.errors import ConfigurationError
-from eaft.evaluation.scores import Protocol, score
+from eaft.evaluation.protocol import Protocol
+from eaft.evaluation.scores import score
 from eaft.evaluation.suite import load_suites
 from eaft.evaluation.tasks.bfcl import bfcl
 from eaft.evaluation.tasks.cluewsc import target

@@ -14,8 +14,8 @@ from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
 from eaft.errors import ConfigurationError
+from eaft.evaluation.protocol import Protocol
 from eaft.evaluation.scores import (
-    Protocol,
     ask,
     asked,
     check_thinking,

@@ -27,7 +27,8 @@ from eaft.errors import ConfigurationError, EAFTError
 from eaft.evaluation.evaluate import check_measurable, pair, run_tasks, side_by_side
 from eaft.evaluation.identity import digest, tokenizer_digest
 from eaft.evaluation.measured import MeasuredModel, read_jsonl, shared
-from eaft.evaluation.scores import Item, Protocol, load_tokenizer, processes
+from eaft.evaluation.protocol import Protocol
+from eaft.evaluation.scores import Item, load_tokenizer, processes
 from eaft.evaluation.suite import Benchmark
 from eaft.files import read_json
 from eaft.provenance import write_json

@@ -21,8 +21,8 @@ from pydantic import ConfigDict, Field, with_config
 
 from eaft.comparison.held_out import check_apart, load_rows
 from eaft.errors import ConfigurationError, nearest
-from eaft.evaluation.drift import PROMPTS, read_prompts
-from eaft.evaluation.scores import Protocol
+from eaft.evaluation.drift import read_prompts
+from eaft.evaluation.protocol import PROMPTS, Protocol
 from eaft.files import Count, Positive, Seed, Text, check, read_yaml
 from eaft.models import resolve_model
 from eaft.provenance import versions

@@ -32,10 +32,6 @@ from eaft.files import Text, read_jsonl
 from eaft.objective.statistics import kl_divergence
 from eaft.provenance import write_json
 
-PROMPTS = Path(__file__).parent / "suites" / "prompts.jsonl"  # everyday requests
-# In `eaft eval` and in training alike, so that a budget means the same in both
-DRIFT_PROMPTS = 128
-ANSWER_TOKENS = 64  # at most, of each answer
 TOP = 2048  # probabilities kept of a position: 16 KiB; the rest of them as one
 ANSWERERS = ("assistant", "gpt", "model")  # roles, by the names that data sets have for them
 T = TypeVar("T")

@@ -24,22 +24,13 @@ import numpy as np
 from transformers import AutoConfig
 
 from eaft.errors import ConfigurationError, disk_full, first_line
-from eaft.evaluation.drift import (
-    ANSWER_TOKENS,
-    DRIFT_PROMPTS,
-    PROMPTS,
-    TOP,
-    BaseAnswers,
-    read_prompts,
-    summarise,
-)
+from eaft.evaluation.drift import TOP, BaseAnswers, read_prompts, summarise
 from eaft.evaluation.identity import check_weights, digest, tokenizer_digest
 from eaft.evaluation.measured import MeasuredModel, shared, write_jsonl
 from eaft.evaluation.progress import Progress
+from eaft.evaluation.protocol import ANSWER_TOKENS, DRIFT_PROMPTS, PROMPTS, SEED, Protocol
 from eaft.evaluation.scores import (
-    SEED,
     Item,
-    Protocol,
     ask,
     asked,
     check_thinking,

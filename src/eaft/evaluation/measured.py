@@ -26,16 +26,8 @@ from eaft.evaluation.identity import (
     weights_digest,
 )
 from eaft.evaluation.progress import Progress
-from eaft.evaluation.scores import (
-    Item,
-    Protocol,
-    ask,
-    generation_config,
-    load,
-    processes,
-    score,
-    source,
-)
+from eaft.evaluation.protocol import Protocol
+from eaft.evaluation.scores import Item, ask, generation_config, load, processes, score, source
 from eaft.evaluation.store import Store
 from eaft.evaluation.suite import Benchmark
 from eaft.files import read_json

@@ -10,7 +10,7 @@ from typing import Any
 from trl import SFTConfig
 
 from eaft.errors import ConfigurationError, first_line
-from eaft.evaluation.drift import DRIFT_PROMPTS, PROMPTS
+from eaft.evaluation.protocol import DRIFT_PROMPTS, PROMPTS
 from eaft.models import read_date
 from eaft.objective.gate_flags import check_top_k, params_of_flags
 from eaft.objective.registry import check_gate

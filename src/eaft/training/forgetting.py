@@ -31,7 +31,8 @@ from eaft.errors import ConfigurationError
 from eaft.evaluation.drift import Answer, BaseAnswers, Share, read_prompts, sample_answers
 from eaft.evaluation.evaluate import side_by_side
 from eaft.evaluation.measured import shared
-from eaft.evaluation.scores import Protocol, ask, score, wrap
+from eaft.evaluation.protocol import Protocol
+from eaft.evaluation.scores import ask, score, wrap
 from eaft.evaluation.suite import load_suites
 from eaft.models import template_today
 from eaft.processes import without_launcher

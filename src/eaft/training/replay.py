@@ -25,7 +25,8 @@ from trl import is_conversational
 from eaft.errors import ConfigurationError
 from eaft.evaluation.drift import read_prompts, sample_answers
 from eaft.evaluation.measured import read_jsonl, shared
-from eaft.evaluation.scores import Protocol, ask, load_tokenizer
+from eaft.evaluation.protocol import Protocol
+from eaft.evaluation.scores import ask, load_tokenizer
 from eaft.training.config import EAFTConfig
 
 REPLAY_FILE = "replay.jsonl"  # in a run's folder: the rows

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from eaft.evaluation.drift import Share, sample_answers
-from eaft.evaluation.scores import Protocol
+from eaft.evaluation.protocol import Protocol
 from eaft.evaluation.scores import load as load_lm
 from eaft.inspection.score.examples import Rollout
 from eaft.inspection.score.scorer import Scorer, Settings

@@ -1,0 +1,92 @@
+"""
+`Protocol`: how a model is measured, with its defaults. Importing it does not import torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator
+
+from eaft.errors import nearest
+from eaft.files import Count, Flag, NotNegative, Seed
+
+SEED = 1234  # lm-eval's own default for few-shot examples
+PROMPTS = Path(__file__).parent / "suites" / "prompts.jsonl"  # everyday requests
+# In `eaft eval` and in training alike, so that a budget means the same in both
+DRIFT_PROMPTS = 128
+ANSWER_TOKENS = 64  # at most, of each answer
+
+
+def date_text(value: Any) -> Any:
+    """Return a date, which YAML reads where it has no quotes, as its text."""
+    return value.isoformat() if isinstance(value, date) else value
+
+
+def dtype_name(value: str) -> str:
+    """Return the name of a dtype that a model can be loaded in; pydantic names the field."""
+    import torch
+
+    dtype = getattr(torch, value, None)
+    if value != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError("expected auto, float32, bfloat16 or float16")
+    return value
+
+
+def generation_flags(value: str) -> str:
+    """
+    Return lm-eval's `gen_kwargs` if each part of it has a name that generation knows, and a value.
+    """
+    from transformers import GenerationConfig
+
+    known = {*GenerationConfig().to_dict(), "until", "max_gen_toks"}
+    for part in value.split(","):
+        name, equals, _ = part.partition("=")
+        if not equals:
+            raise ValueError("expected NAME=VALUE,NAME=VALUE, as temperature=0.7,do_sample=true")
+        if name.strip() not in known:
+            raise ValueError(
+                f"{name.strip()!r} is no setting of generation.{nearest(name.strip(), known)}"
+            )
+    return value
+
+
+@dataclass
+class Protocol:
+    """
+    How a model is measured: what must be the same for two models to be compared.
+
+    Attributes:
+        apply_chat_template: ask as a chat; None: if the tokenizer has a template.
+        enable_thinking: let the model think before it answers; None: where its template cannot turn
+            that off.
+        max_thinking_tokens: room for the thoughts, beside what a task gives the answer; as the
+            context allows.
+        num_fewshot: examples before each item; None: what each task says.
+        system_instruction: a system message before each item and prompt.
+        gen_kwargs: generation settings for all tasks, as lm-eval's.
+        dtype: `auto` is what a model was saved in; see `own_dtype`.
+        backend: lm-eval's model, `hf` or `vllm`.
+        model_args: more arguments for it.
+        drift_prompts: how many prompts drift is measured on.
+        max_new_tokens: the length of each answer that drift is measured on.
+        template_date: the date that chat templates write, as 2026-11-29; None: today's.
+    """
+
+    apply_chat_template: Flag | None = None
+    enable_thinking: Flag | None = None
+    max_thinking_tokens: NotNegative = 8192
+    num_fewshot: NotNegative | None = None
+    system_instruction: str | None = None
+    gen_kwargs: Annotated[str, AfterValidator(generation_flags)] | None = None
+    seed: Seed = SEED
+    batch_size: Count = 8
+    dtype: Annotated[str, AfterValidator(dtype_name)] = "auto"
+    backend: Literal["hf", "vllm"] = "hf"
+    model_args: dict[str, Any] = field(default_factory=dict)
+    drift_prompts: NotNegative = DRIFT_PROMPTS
+    max_new_tokens: Count = ANSWER_TOKENS
+    template_date: Annotated[str, BeforeValidator(date_text)] | None = None
