@@ -32,7 +32,7 @@ FAST_TESTS := $(addprefix tests/, test_models.py test_provenance.py \
     training/test_train_command.py::test_trains_and_writes_what_it_promises \
     comparison/test_differences.py comparison/test_fronts.py comparison/test_report.py \
     inspection/test_queries.py inspection/test_findings.py inspection/test_checks.py inspection/test_folder.py \
-    inspection/test_landscape.py inspection/test_pieces.py inspection/test_rule.py inspection/test_kept.py \
+    inspection/test_landscape.py inspection/test_pieces.py inspection/test_rule.py inspection/test_cache.py \
     inspection/test_curve.py integrations)
 # What the tests of BFCL need; tree_sitter of that age has no wheels after Python 3.12, and they are skipped there
 BFCL := bfcl-eval tree_sitter tree-sitter-java tree-sitter-javascript tenacity

@@ -34,6 +34,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from pydantic_core import to_json
 from tabulate import tabulate
 
 from eaft.inspection.folder import (
@@ -47,8 +48,8 @@ from eaft.inspection.folder import (
     Inspection,
 )
 from eaft.inspection.labelled import weighed_gates
-from eaft.inspection.view.gating import weigh
 from eaft.inspection.view.queries import Queries
+from eaft.inspection.view.queries.gates import weigh
 from eaft.inspection.view.selection import Selection
 from eaft.inspection.view.tables import Tables
 from eaft.objective.statistics import CONFLICT_MAX_ENTROPY, CONFLICT_MAX_PROB
@@ -384,32 +385,36 @@ def parts(folder: Path, repeats: int = 5) -> dict[str, float]:
     found = {"reading the base model, at the start": 1000 * (time.perf_counter() - start)}
     queries, whole = Queries(tables), Selection()
     boxes = [Selection(box=(0.1, 0.5 + i / 10, 0.1, 0.6)) for i in range(repeats)]
-    plane = queries.landscape(whole)
-    gated = queries.gate_tokens(whole)
+    plane = queries.plane.landscape(whole)
+    gated = queries.gates.gate_tokens(whole)
     known = len(tables.example_nll)
     jobs: dict[str, Callable[[int], Any]] = {
-        "sums over the plane's bins, all tokens": lambda i: queries.find_plane(whole),
-        "sums in a box": lambda i: queries.landscape(boxes[i]),
-        "examples by their nll": lambda i: queries.find_chosen(Selection(nll=(0.5, 1 + i / 10))),
-        "sums over the bins, of those examples": lambda i: queries.find_plane(
+        "sums over the plane's bins, all tokens": lambda i: queries.plane.find_plane(whole),
+        "sums in a box": lambda i: queries.plane.landscape(boxes[i]),
+        "examples by their nll": lambda i: queries.database.find_chosen_examples(
             Selection(nll=(0.5, 1 + i / 10))
         ),
-        "search of all texts": lambda i: queries.find_chosen(Selection(search=f"w{1000 + i} ")),
-        "order of all examples": lambda i: queries.find_ordered(whole, "nll", bool(i % 2)),
-        "order of the examples with tokens in a box": lambda i: queries.find_ordered(
+        "sums over the bins, of those examples": lambda i: queries.plane.find_plane(
+            Selection(nll=(0.5, 1 + i / 10))
+        ),
+        "search of all texts": lambda i: queries.database.find_chosen_examples(
+            Selection(search=f"w{1000 + i} ")
+        ),
+        "order of all examples": lambda i: queries.examples.find_ordered(whole, "nll", bool(i % 2)),
+        "order of the examples with tokens in a box": lambda i: queries.examples.find_ordered(
             boxes[i], "nll", True
         ),
-        "a page's rows": lambda i: queries.examples(whole, "example", False, 100 * i, 100),
-        "a gate's tokens (a sample)": lambda i: queries.find_gate_tokens(whole),
-        "a gate's weights": lambda i: weigh("eaft", gated[0], {"alpha": 1 + i / 10}),
-        "a gate's weights and all sums of them": lambda i: queries.gate(
+        "a page's rows": lambda i: queries.examples.page(whole, "example", False, 100 * i, 100),
+        "a gate's tokens (a sample)": lambda i: queries.gates.find_gate_tokens(whole),
+        "a gate's weights": lambda i: weigh("eaft", gated.stats, {"alpha": 1 + i / 10}),
+        "a gate's weights and all sums of them": lambda i: queries.gates.effect(
             whole, "eaft", {"alpha": 1 + i / 10}
         ),
-        "one example, from Parquet": lambda i: queries.example(
+        "one example, from Parquet": lambda i: queries.examples.whole(
             (i + 1) * known // (repeats + 2), BASE, "eaft", {}
         ),
-        "tokens' counts in a group": lambda i: queries.find_token_counts(whole, "conflict"),
-        "an answer's JSON": lambda i: json.dumps(plane),
+        "tokens' counts in a group": lambda i: queries.tokens.find_token_counts(whole, "conflict"),
+        "an answer's JSON": lambda i: to_json(plane),
     }
     for name, job in jobs.items():
         times = []

@@ -13,9 +13,10 @@ import pytest
 from starlette.testclient import TestClient
 
 from eaft.inspection.folder import Inspection
-from eaft.inspection.view import queries as queries_module
-from eaft.inspection.view.queries import Queries, train_command
+from eaft.inspection.view.queries import Queries, database, exports, gates
+from eaft.inspection.view.queries.about import train_command
 from eaft.inspection.view.runs import Runs
+from eaft.inspection.view.selection import Selection
 from eaft.inspection.view.server import make_app
 from eaft.inspection.view.tables import Tables
 from tests.inspection.made import TOP_K, VOCAB, grad_norm, make_inspection
@@ -283,20 +284,18 @@ def test_gates(ask, everything, gate, params, name):
 
 
 def test_a_gate_on_more_tokens_than_time_allows_is_a_fixed_sample(folder, monkeypatch):
-    monkeypatch.setattr(queries_module, "GATE_TOKENS", 600)
-    found, again = (Queries(Tables(Inspection(folder))) for _ in range(2))
-    whole = queries_module.Selection()
-    sample = found.gate(whole, "eaft", {})
-    assert 500 < sample["sampled"] < 700 < sample["count"]
-    assert sample == again.gate(whole, "eaft", {})
-    monkeypatch.setattr(queries_module, "GATE_TOKENS", 10**6)
-    exact = Queries(found.tables).gate(whole, "eaft", {})
-    assert exact["sampled"] is None
-    assert sample["removed"] == pytest.approx(
-        exact["removed"], abs=0.05
-    )  # 600 tokens: 0.015 standard error
-    assert sum(sample["weights"]["counts"]) == pytest.approx(exact["count"], rel=0.02)
-    assert np.sum(sample["gradient"]) == pytest.approx(np.sum(exact["gradient"]), rel=0.1)
+    monkeypatch.setattr(gates, "SAMPLE_TOKENS", 600)
+    queries, again = (Queries(Tables(Inspection(folder))) for _ in range(2))
+    sample = queries.gates.effect(Selection(), "eaft", {})
+    assert 500 < sample.sampled < 700 < sample.count
+    assert sample == again.gates.effect(Selection(), "eaft", {})
+    monkeypatch.setattr(gates, "SAMPLE_TOKENS", 10**6)
+    exact = Queries(queries.tables).gates.effect(Selection(), "eaft", {})
+    assert exact.sampled is None
+    # 600 tokens: 0.015 standard error
+    assert vars(sample.removed) == pytest.approx(vars(exact.removed), abs=0.05)
+    assert sum(sample.weights.counts) == pytest.approx(exact.count, rel=0.02)
+    assert np.sum(sample.gradient) == pytest.approx(np.sum(exact.gradient), rel=0.1)
 
 
 @pytest.mark.parametrize("name", SELECTIONS)
@@ -429,8 +428,8 @@ def test_tokens_and_their_places(ask, everything, group, name):
 
 @pytest.mark.parametrize("name", SELECTIONS)
 def test_exports(ask, everything, folder, name, monkeypatch):
-    monkeypatch.setattr(queries_module, "EXPORTED", 7)
-    monkeypatch.setattr(queries_module, "CHUNK", 3)
+    monkeypatch.setattr(exports, "EXAMPLES_AT_ONCE", 7)
+    monkeypatch.setattr(database, "ROWS_AT_ONCE", 3)
     tokens, examples = expected(everything, SELECTIONS[name])
     lines = [
         json.loads(line)
@@ -509,16 +508,16 @@ def test_the_command_is_safe_to_paste():
 
 def test_several_who_ask_at_once_get_their_own_answers(folder):
     selections = [
-        queries_module.Selection(
+        Selection(
             nll=(low / 10, None), box=(0.0, 1.0 + low / 10, 0.0, 0.9), search="w1" * (low % 2)
         )
         for low in range(24)
     ]
     one, many = (Queries(Tables(Inspection(folder))) for _ in range(2))
-    alone = [one.landscape(selection) for selection in selections]
+    alone = [one.plane.landscape(selection) for selection in selections]
     with ThreadPoolExecutor(8) as pool:
-        together = list(pool.map(many.landscape, selections * 3))
+        together = list(pool.map(many.plane.landscape, selections * 3))
     for a, b in zip(alone * 3, together, strict=True):
-        assert a["selected"] == pytest.approx(b["selected"])
-        assert a["tokens"] == b["tokens"]
-    assert len({answer["selected"]["tokens"] for answer in alone}) > 12
+        assert vars(a.selected) == pytest.approx(vars(b.selected))
+        assert a.tokens == b.tokens
+    assert len({answer.selected.tokens for answer in alone}) > 12

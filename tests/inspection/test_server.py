@@ -21,6 +21,7 @@ from eaft.errors import ConfigurationError
 from eaft.inspection.folder import Inspection
 from eaft.inspection.view import server as server_module
 from eaft.inspection.view.queries import Queries
+from eaft.inspection.view.queries.plane import PlaneQueries
 from eaft.inspection.view.runs import Runs
 from eaft.inspection.view.serve import find_inspection, listen
 from eaft.inspection.view.server import make_app
@@ -336,7 +337,7 @@ def test_what_the_page_has_given_up_is_not_computed(send, port, monkeypatch):
         go.wait(30)
         return {}
 
-    monkeypatch.setattr(Queries, "landscape", slow)
+    monkeypatch.setattr(PlaneQueries, "landscape", slow)
 
     def ask(token):
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)

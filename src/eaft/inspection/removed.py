@@ -1,78 +1,93 @@
-"""
-What a gate's weights take away from training: shares of tokens, nll and gradient, and the tokens it
-mutes.
-"""
+"""What a gate's weights remove: shares of tokens, nll and gradient, and the tokens muted most."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-Numbers = dict[str, Any]
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
 
-QUANTITIES = ("tokens", "nll", "gradient")  # as `Labelled.quantities`
-MUTED = 0.5  # a token whose weight is below is counted as muted
-# the largest, which have a row: a column `source` may be an address that no two examples share
+QUANTITIES = ("tokens", "nll", "gradient")  # as in `Labelled.quantities` and `Shares`
+MUTED = 0.5  # a token counts as muted if its weight is below this
+# Sources that have a row of their own. A column `source` may hold an address in every example
 MOST_SOURCES = 20
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Shares of the tokens, of their nll and of their gradient; None if the whole is 0."""
+
+    tokens: float | None
+    nll: float | None
+    gradient: float | None
+
+
+@dataclass(frozen=True)
+class LostNll:
+    """What a token id loses."""
+
+    token_id: int
+    count: int  # of its occurrences, those with a weight below `MUTED`
+    nll: float  # nats removed
 
 
 class Removed:
     """
-    Sums over tokens of what a gate's weights take away, by source and by token id.
+    Sums over tokens of what a gate's weights remove, by source and by token id.
 
     Args:
-        sources: how many there are.
-        size: of the vocabulary; ids are below it.
+        sources: the number of sources.
+        size: token ids are below this.
     """
 
     def __init__(self, sources: int, size: int) -> None:
         self.totals = {name: np.zeros(sources) for name in QUANTITIES}
         self.removed = {name: np.zeros(sources) for name in QUANTITIES}
-        self.muted, self.muted_nll = np.zeros(size, dtype=np.int64), np.zeros(size)
+        self.muted, self.lost_nll = np.zeros(size, dtype=np.int64), np.zeros(size)
 
     def add(
         self, weights: Floats, quantities: Mapping[str, Floats], source: Ints, token_id: Ints
     ) -> None:
-        """Add tokens, `[n]` each: their weights, `QUANTITIES`, sources (numbers) and ids."""
+        """
+        Add tokens.
+
+        Args:
+            weights: `[n]`.
+            quantities: `[n]` for each of `QUANTITIES`.
+            source: `[n]`, numbers of sources.
+            token_id: `[n]`.
+        """
         removed, sources, size = 1 - weights, len(self.totals["tokens"]), len(self.muted)
         for name, values in quantities.items():
             self.totals[name] += np.bincount(source, values, sources)
             self.removed[name] += np.bincount(source, removed * values, sources)
         self.muted += np.bincount(token_id[weights < MUTED], minlength=size)
-        self.muted_nll += np.bincount(token_id, removed * quantities["nll"], size)
+        self.lost_nll += np.bincount(token_id, removed * quantities["nll"], size)
 
     @property
     def largest(self) -> list[int]:
-        """The sources that have most tokens, at most `MOST_SOURCES`, in order of their numbers."""
+        """The numbers of the sources with most tokens, at most `MOST_SOURCES`, ascending."""
         most = np.argsort(-self.totals["tokens"], kind="stable")[:MOST_SOURCES]
         return sorted(int(source) for source in most if self.totals["tokens"][source])
 
-    def shares(self, source: int | None = None) -> dict[str, float | None]:
-        """
-        Return the shares that are removed, of all or of one source; None of what there is nothing
-        of.
-        """
-        of = slice(None) if source is None else slice(source, source + 1)
-        sums = {
-            name: (self.removed[name][of].sum(), self.totals[name][of].sum()) for name in QUANTITIES
-        }
-        return {
-            name: float(part / total) if total else None for name, (part, total) in sums.items()
-        }
+    def shares(self, source: int | None = None) -> Shares:
+        """Return the shares that are removed, of all tokens or of one source's."""
+        part = slice(None) if source is None else slice(source, source + 1)
+        shares: dict[str, float | None] = {}
+        for name in QUANTITIES:
+            removed, total = self.removed[name][part].sum(), self.totals[name][part].sum()
+            shares[name] = float(removed / total) if total else None
+        return Shares(**shares)
 
-    def most_muted(self, n: int) -> list[Numbers]:
-        """
-        Return the tokens that lose most nll: token_id, count (of a weight below `MUTED`) and nll
-        (nats, removed).
-        """
-        most = np.argsort(-self.muted_nll, kind="stable")[:n].tolist()
+    def most_muted(self, n: int) -> list[LostNll]:
+        """Return the `n` token ids that lose most nll; those that lose none are left out."""
+        most = np.argsort(-self.lost_nll, kind="stable")[:n].tolist()
         return [
-            {"token_id": i, "count": int(self.muted[i]), "nll": float(self.muted_nll[i])}
+            LostNll(i, int(self.muted[i]), float(self.lost_nll[i]))
             for i in most
-            if self.muted_nll[i] > 0
+            if self.lost_nll[i] > 0
         ]

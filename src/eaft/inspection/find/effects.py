@@ -101,15 +101,20 @@ class Effects:
         for gate, params in self.params.items():
             removed = self.removed[gate]
             muted = [
-                {**self.vocabulary.named(m["token_id"]), **m}
-                for m in removed.most_muted(MOST_MUTED)
+                {**self.vocabulary.named(token.token_id), **vars(token)}
+                for token in removed.most_muted(MOST_MUTED)
             ]
             note = KL_NOTE if GATES[gate].anchor else TALR_NOTE if gate == "talr" else None
             row = {"gate": gate, "params": params, "note": note}
-            rows.append({**row, "source": None, **removed.shares(), "muted": muted})
+            rows.append({**row, "source": None, **vars(removed.shares()), "muted": muted})
             if np.count_nonzero(removed.totals["tokens"]) > 1:
                 rows += [
-                    {**row, "source": self.examples.sources[s], **removed.shares(s), "muted": []}
+                    {
+                        **row,
+                        "source": self.examples.sources[s],
+                        **vars(removed.shares(s)),
+                        "muted": [],
+                    }
                     for s in removed.largest
                 ]
         return rows

@@ -1,9 +1,10 @@
 """
-The viewer's server: routes, and who may use them.
+The server of `eaft view`: routes, and which requests it answers.
 
-Only a browser on this machine that knows the token is answered: the address is the loopback's, the
-Host header must name it (a page of another site that resolves to 127.0.0.1 does not), the token is
-in a cookie that no other site can send, and nothing can be changed: GET and HEAD only.
+It answers only a browser on this machine that knows the token. The server listens on the loopback
+address. The Host header must name that address, so a page of another site that resolves to
+127.0.0.1 is refused. The token is in a cookie that no other site can send. Requests change nothing:
+GET and HEAD only.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
+from pydantic_core import to_json
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders, QueryParams
@@ -28,7 +31,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from eaft.errors import nearest
 from eaft.inspection.folder import BASE
-from eaft.inspection.view.queries import MOST_ROWS, Queries
+from eaft.inspection.view.queries import Queries
+from eaft.inspection.view.queries.about import About
+from eaft.inspection.view.queries.concordance import Concordance
+from eaft.inspection.view.queries.examples import ExamplePage, WholeExample
+from eaft.inspection.view.queries.gates import GateEffect
+from eaft.inspection.view.queries.plane import Landscape
+from eaft.inspection.view.queries.tokens import TokenPage
 from eaft.inspection.view.runs import Runs
 from eaft.inspection.view.selection import (
     LARGEST,
@@ -39,11 +48,13 @@ from eaft.inspection.view.selection import (
     read_selection,
     whole,
 )
+from eaft.inspection.view.sliders import Parameters
 
 AT_ONCE = 4  # requests that are computed at the same time
+MOST_ROWS = 200  # in one answer
 PAGE = Path(__file__).parent / "page"
-# Scripts and connections from here alone; charts set styles on their elements and make pictures of
-# themselves
+# Scripts and connections come from this server only. Charts set styles on their elements and save
+# themselves as pictures
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:"
     " blob:; connect-src 'self'; font-src 'self'; base-uri 'none'; frame-ancestors 'none';"
@@ -56,6 +67,19 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
+PAGING = ("offset", "limit")
+GATE = ("gate", "params")
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What the server shows."""
+
+    name: str  # the page's title
+    queries: Queries | None  # of the inspection, if the folder has one
+    runs: Runs  # of `eaft compare` and `eaft eval`
 
 
 def make_app(name: str, queries: Queries | None, runs: Runs, port: int, token: str) -> Starlette:
@@ -65,79 +89,42 @@ def make_app(name: str, queries: Queries | None, runs: Runs, port: int, token: s
     Args:
         name: of the folder, for the page's title.
         queries: of the inspection, if the folder has one.
-        runs: of `eaft compare` and `eaft eval`, that it holds.
-        port: that it is served at, on the loopback address.
+        runs: of `eaft compare` and `eaft eval`, which the folder holds.
+        port: of the loopback address at which the application is served.
         token: that a request must have.
     """
-
     turn = asyncio.Semaphore(AT_ONCE)
 
-    def asked(
-        allowed: tuple[str, ...], answer: Callable[[Any, Request], Any]
-    ) -> Callable[[Request], Any]:
-        """
-        Return an endpoint: it checks the names of what it is asked, and answers with JSON, in a
-        thread.
-        """
+    def route(path: str, parameters: tuple[str, ...], answer: Callable[[Request], object]) -> Route:
+        """Return a route that takes these parameters and answers in a thread."""
+        return Route(f"/api/{path}", in_thread(turn, parameters, answer))
 
-        def found(request: Request) -> Response:
-            result = answer(queries, request)
-            return result if isinstance(result, Response) else JSONResponse(result)
+    def inspected(
+        path: str, parameters: tuple[str, ...], answer: Callable[[Queries, Request], object]
+    ) -> Route:
+        """Return a route that needs an inspection."""
 
-        async def endpoint(request: Request) -> Response:
-            check_names(request.query_params, allowed)
-            async with turn:
-                # A slider that moves asks faster than it is answered: what the page has given up is
-                # not computed
-                if await request.is_disconnected():
-                    return Response(status_code=204)
-                return await run_in_threadpool(found, request)
-
-        return endpoint
-
-    def of_tokens(
-        allowed: tuple[str, ...], answer: Callable[[Any, Request], Any]
-    ) -> Callable[[Request], Any]:
-        """Return an endpoint that needs an inspection."""
-
-        def needs(queries: Queries | None, request: Request) -> Any:
+        def answer_if_inspected(request: Request) -> object:
             if queries is None:
                 raise HTTPException(404, "This folder is not one of `eaft inspect`.")
             return answer(queries, request)
 
-        return asked(allowed, needs)
+        return route(path, parameters, answer_if_inspected)
 
-    paging = (*NAMES, "offset", "limit")
-    gating = ("gate", "params")
-    index = PAGE / "index.html"
+    folder, index = Folder(name, queries, runs), PAGE / "index.html"
     routes = [
         Route("/", lambda request: FileResponse(index)),
-        Route("/api/folder", asked((), lambda q, r: about(name, q, runs))),
-        Route("/api/landscape", of_tokens(NAMES, lambda q, r: q.landscape(selection(q, r)))),
-        Route("/api/gates", of_tokens((*NAMES, *gating), gates)),
-        Route("/api/examples", of_tokens((*paging, "sort", "order"), examples)),
-        Route("/api/example", of_tokens(("example", "model", *gating), example)),
-        Route(
-            "/api/tokens",
-            of_tokens(
-                (*paging, "group"), lambda q, r: q.token_table(selection(q, r), group(r), *page(r))
-            ),
-        ),
-        Route(
-            "/api/concordance",
-            of_tokens(
-                (*paging, "group"), lambda q, r: q.concordance(selection(q, r), group(r), *page(r))
-            ),
-        ),
-        Route("/api/export/examples.jsonl", of_tokens(NAMES, export_examples)),
-        Route("/api/export/tokens.csv", of_tokens(NAMES, export_tokens)),
-        Route("/api/runs", asked((), lambda q, r: runs.list())),
-        Route(
-            "/api/run",
-            asked(
-                ("name",), lambda q, r: runs.run(one_of("name", parameter(r, "name"), runs.names))
-            ),
-        ),
+        route("folder", (), lambda request: about(folder)),
+        inspected("landscape", NAMES, landscape),
+        inspected("gates", (*NAMES, *GATE), gates),
+        inspected("examples", (*NAMES, *PAGING, "sort", "order"), examples),
+        inspected("example", ("example", "model", *GATE), example),
+        inspected("tokens", (*NAMES, *PAGING, "group"), tokens),
+        inspected("concordance", (*NAMES, *PAGING, "group"), concordance),
+        inspected("export/examples.jsonl", NAMES, export_examples),
+        inspected("export/tokens.csv", NAMES, export_tokens),
+        route("runs", (), lambda request: runs.list()),
+        route("run", ("name",), lambda request: runs.run(run_name(runs, request))),
         Mount("/page", StaticFiles(directory=PAGE, check_dir=False)),
     ]
     return Starlette(
@@ -147,14 +134,44 @@ def make_app(name: str, queries: Queries | None, runs: Runs, port: int, token: s
     )
 
 
-# Who may ask
+def in_thread(
+    turn: asyncio.Semaphore, parameters: tuple[str, ...], answer: Callable[[Request], object]
+) -> Endpoint:
+    """
+    Return an endpoint that checks the names of a request's parameters and answers in a thread.
+
+    Args:
+        turn: limits the requests that are computed at the same time.
+        parameters: the names that a request may have.
+        answer: computes a `Response`, or what is sent as JSON.
+    """
+
+    def respond(request: Request) -> Response:
+        result = answer(request)
+        return result if isinstance(result, Response) else json_response(result)
+
+    async def endpoint(request: Request) -> Response:
+        check_names(request.query_params, parameters)
+        async with turn:
+            # A slider asks faster than the server answers. A request that the page has given up is
+            # not computed
+            if await request.is_disconnected():
+                return Response(status_code=204)
+            return await run_in_threadpool(respond, request)
+
+    return endpoint
+
+
+def json_response(content: object) -> Response:
+    """Return dataclasses, lists and maps as JSON; NaN and infinity become null."""
+    return Response(to_json(content, inf_nan_mode="null"), media_type="application/json")
+
+
+# Which requests are answered
 
 
 class Guard:
-    """
-    Answers 403 to whoever is not the browser that was told the token, and gives every answer its
-    headers.
-    """
+    """Refuses requests without the token or for another host, and sets every answer's headers."""
 
     def __init__(self, app: ASGIApp, port: int, token: str) -> None:
         self.app, self.token, self.cookie = app, token.encode(), cookie_name(port)
@@ -165,7 +182,7 @@ class Guard:
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
                 await self.app(scope, receive, send)
-            return  # a web socket: there is none
+            return  # a web socket, which no route has
 
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -186,7 +203,7 @@ class Guard:
         await self.app(scope, receive, with_cookie)
 
     def refused(self, scope: Scope) -> Response | None:
-        """Return the answer to who may not ask; None for who may."""
+        """Return the error that a request gets; None if it may be answered."""
         hosts = Headers(scope=scope).getlist("host")
         if len(hosts) != 1 or hosts[0].lower() not in self.hosts:
             return error(
@@ -194,7 +211,7 @@ class Guard:
             )
         if scope["method"] not in ("GET", "HEAD"):
             return error(405, "Nothing can be changed here: GET and HEAD only.")
-        if "\0" in scope["path"]:  # of which no file has a name, and to look for one fails
+        if "\0" in scope["path"]:  # no file has such a name, and looking for one raises
             return error(404, "Not Found")
         if not self.knows_token(HTTPConnection(scope)):
             return error(
@@ -204,45 +221,48 @@ class Guard:
 
     def knows_token(self, request: HTTPConnection) -> bool:
         """
-        Return whether a request has the token: in its address, its cookie, or its Authorization
+        Return whether a request has the token in its address, its cookie or its Authorization
         header.
         """
         scheme, _, value = request.headers.get("authorization", "").partition(" ")
-        given = [
+        candidates = [
             request.query_params.get("token") if request.scope["path"] == "/" else None,
             request.cookies.get(self.cookie),
             value.strip() if scheme.lower() == "token" else None,
         ]
-        # In a time that does not tell how much is right
+        # The comparison's time does not tell how much of the token is right
         return any(
-            hmac.compare_digest(text.encode("utf-8", "replace"), self.token)
-            for text in given
-            if text
+            hmac.compare_digest(candidate.encode("utf-8", "replace"), self.token)
+            for candidate in candidates
+            if candidate
         )
 
 
 def cookie_name(port: int) -> str:
     """
-    Return the cookie's name: browsers keep cookies by host, whatever the port, and two viewers may
-    run.
+    Return the cookie's name for a port.
+
+    Browsers keep cookies by host whatever the port, and two viewers may run at the same time.
     """
     return f"eaft-view-{port}"
 
 
-# What is asked
+# A request's parameters
 
 
-def check_names(given: QueryParams, allowed: tuple[str, ...]) -> None:
-    """Check that only known parameters are given, each once; `source` may be repeated."""
-    for name in given:
+def check_names(params: QueryParams, allowed: tuple[str, ...]) -> None:
+    """Check that every parameter is known and occurs once; only `source` may be repeated."""
+    for name in params:
         if name not in allowed:
-            raise RequestError(f"{name[:50]!r} is not asked for here.{nearest(name[:50], allowed)}")
-        if name != "source" and len(given.getlist(name)) > 1:
+            raise RequestError(
+                f"{name[:50]!r} is not a parameter here.{nearest(name[:50], allowed)}"
+            )
+        if name != "source" and len(params.getlist(name)) > 1:
             raise RequestError(f"{name!r} is given twice.")
 
 
 def parameter(request: Request, name: str, default: str | None = None) -> str:
-    """Return a parameter that must be given, unless it has a default."""
+    """Return a parameter; without a default it is required."""
     value = request.query_params.get(name, default)
     if value is None:
         raise RequestError(f"{name} is missing.")
@@ -254,21 +274,19 @@ def selection(queries: Queries, request: Request) -> Selection:
     return read_selection(request.query_params, queries.tables)
 
 
-def page(request: Request) -> tuple[int, int]:
+def paging(request: Request) -> tuple[int, int]:
     """Return offset and limit."""
-    given = request.query_params
-    return whole("offset", given.get("offset", "0"), 0, LARGEST), whole(
-        "limit", given.get("limit", "50"), 1, MOST_ROWS
-    )
+    offset = whole("offset", parameter(request, "offset", "0"), 0, LARGEST)
+    return offset, whole("limit", parameter(request, "limit", "50"), 1, MOST_ROWS)
 
 
 def group(request: Request) -> str | None:
-    """Return the group of tokens, or None for all."""
+    """Return the group of tokens; None for all tokens."""
     return request.query_params.get("group") or None
 
 
-def gate_of(request: Request) -> tuple[str | None, dict[str, Any]]:
-    """Return the gate's name and the parameters that are given for it."""
+def gate_params(request: Request) -> Parameters:
+    """Return the gate's parameters that the request sets."""
     text = request.query_params.get("params") or "{}"
     try:
         params = json.loads(text)
@@ -276,60 +294,97 @@ def gate_of(request: Request) -> tuple[str | None, dict[str, Any]]:
         params = None
     if not isinstance(params, dict):
         raise RequestError(f"params={text[:50]!r}: expected a JSON map of names to values.")
-    return request.query_params.get("gate") or None, params
+    return params
+
+
+def run_name(runs: Runs, request: Request) -> str:
+    """Return the name of a comparison or an evaluation that the folder holds."""
+    return one_of("name", parameter(request, "name"), runs.names)
 
 
 # The answers
 
 
-def about(name: str, queries: Queries | None, runs: Runs) -> dict[str, Any]:
-    """Return what a page is built from."""
-    kind = "both" if queries and runs.names else "inspection" if queries else "runs"
-    return {"name": name, "kind": kind, **(queries.about() if queries else {})}
+@dataclass(frozen=True)
+class Page:
+    """What the page of a folder without an inspection is built from."""
+
+    name: str
+    kind: Literal["inspection", "runs", "both"]
 
 
-def gates(queries: Queries, request: Request) -> Any:
-    """Answer what a gate does to a selection."""
-    gate, params = gate_of(request)
-    return queries.gate(selection(queries, request), gate or parameter(request, "gate"), params)
+@dataclass(frozen=True)
+class InspectionPage(About, Page):
+    """What the page of an inspection is built from."""
 
 
-def examples(queries: Queries, request: Request) -> Any:
-    """Answer a page of examples."""
+def about(folder: Folder) -> Page:
+    """Return what the page is built from."""
+    if folder.queries is None:
+        return Page(folder.name, "runs")
+    kind: Literal["inspection", "both"] = "both" if folder.runs.names else "inspection"
+    return InspectionPage(folder.name, kind, **vars(folder.queries.about.about()))
+
+
+def landscape(queries: Queries, request: Request) -> Landscape:
+    """Return the plane of a selection."""
+    return queries.plane.landscape(selection(queries, request))
+
+
+def gates(queries: Queries, request: Request) -> GateEffect:
+    """Return what a gate does to a selection."""
+    params = gate_params(request)
+    gate = request.query_params.get("gate")
+    if not gate:
+        raise RequestError("gate is missing.")
+    return queries.gates.effect(selection(queries, request), gate, params)
+
+
+def examples(queries: Queries, request: Request) -> ExamplePage:
+    """Return a page of examples."""
     order = one_of("order", parameter(request, "order", "asc"), ("asc", "desc"))
-    return queries.examples(
-        selection(queries, request),
-        parameter(request, "sort", "example"),
-        order == "desc",
-        *page(request),
+    sort = parameter(request, "sort", "example")
+    return queries.examples.page(
+        selection(queries, request), sort, order == "desc", *paging(request)
     )
 
 
-def example(queries: Queries, request: Request) -> Any:
-    """Answer one example."""
+def example(queries: Queries, request: Request) -> WholeExample:
+    """Return one example with all its tokens."""
     model = one_of("model", parameter(request, "model", BASE), queries.tables.names)
-    return queries.example(
-        whole("example", parameter(request, "example"), 0, LARGEST), model, *gate_of(request)
-    )
+    number = whole("example", parameter(request, "example"), 0, LARGEST)
+    gate = request.query_params.get("gate") or None
+    return queries.examples.whole(number, model, gate, gate_params(request))
+
+
+def tokens(queries: Queries, request: Request) -> TokenPage:
+    """Return a page of the table of tokens."""
+    return queries.tokens.page(selection(queries, request), group(request), *paging(request))
+
+
+def concordance(queries: Queries, request: Request) -> Concordance:
+    """Return a page of the places of tokens."""
+    return queries.concordance.page(selection(queries, request), group(request), *paging(request))
 
 
 def export_examples(queries: Queries, request: Request) -> Response:
-    """Answer with a file of examples."""
-    found = queries.export_examples(selection(queries, request))
-    return download(found, "examples.jsonl", "application/x-ndjson")
+    """Return the examples of a selection as a file."""
+    lines = queries.exports.examples(selection(queries, request))
+    return download(lines, "examples.jsonl", "application/x-ndjson")
 
 
 def export_tokens(queries: Queries, request: Request) -> Response:
-    """Answer with a file of tokens."""
-    return download(
-        queries.export_tokens(selection(queries, request)), "tokens.csv", "text/csv; charset=utf-8"
-    )
+    """Return the tokens of a selection as a file."""
+    lines = queries.exports.tokens(selection(queries, request))
+    return download(lines, "tokens.csv", "text/csv; charset=utf-8")
 
 
-def download(lines: Any, name: str, kind: str) -> Response:
-    """Return a file as it is made."""
+def download(lines: Iterator[str], name: str, media_type: str) -> Response:
+    """Return a file that is sent while it is made."""
     return StreamingResponse(
-        lines, media_type=kind, headers={"Content-Disposition": f'attachment; filename="{name}"'}
+        lines,
+        media_type=media_type,
+        headers={"Content-Disposition": f'attachment; filename="{name}"'},
     )
 
 
@@ -338,13 +393,13 @@ def error(status: int, message: str) -> Response:
     return JSONResponse({"error": message}, status, HEADERS)
 
 
-async def refuse(request: Request, found: Exception) -> Response:
-    """Answer what cannot be answered."""
-    if isinstance(found, HTTPException):
-        return error(found.status_code, found.detail)
-    return error(400, str(found))
+async def refuse(request: Request, exception: Exception) -> Response:
+    """Answer a request that cannot be answered as it is."""
+    if isinstance(exception, HTTPException):
+        return error(exception.status_code, exception.detail)
+    return error(400, str(exception))
 
 
-async def fail(request: Request, found: Exception) -> Response:
-    """Answer when something of ours is wrong: the terminal has the traceback."""
-    return error(500, f"{type(found).__name__}: see the terminal that `eaft view` runs in.")
+async def fail(request: Request, exception: Exception) -> Response:
+    """Answer when the server has a fault; the terminal has the traceback."""
+    return error(500, f"{type(exception).__name__}: see the terminal that `eaft view` runs in.")

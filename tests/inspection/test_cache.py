@@ -1,23 +1,23 @@
-"""What is kept, and that those who ask at once compute it once."""
+"""The cache remembers the last answers, and threads that ask at once compute one answer."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from eaft.inspection.view.kept import Kept
+from eaft.inspection.view.cache import Cache
 
 
 def test_the_last_answers_are_kept():
     asked = []
-    kept = Kept(lambda x, y: asked.append((x, y)) or [x, y], 2)
-    first = kept(1, 2)
-    assert kept(1, 2) is first
-    kept(3, 4)
-    kept(1, 2)
-    kept(5, 6)  # forgets 3, 4, which was asked for least lately
-    kept(1, 2)
-    kept(3, 4)
+    cached = Cache(lambda x, y: asked.append((x, y)) or [x, y], 2)
+    first = cached(1, 2)
+    assert cached(1, 2) is first
+    cached(3, 4)
+    cached(1, 2)
+    cached(5, 6)  # forgets 3, 4, which was asked for least lately
+    cached(1, 2)
+    cached(3, 4)
     assert asked == [(1, 2), (3, 4), (5, 6), (3, 4)]
 
 
@@ -30,11 +30,11 @@ def test_those_who_ask_at_once_get_one_answer():
         go.wait(30)
         return object()
 
-    kept = Kept(slow, 4)
+    cached = Cache(slow, 4)
     with ThreadPoolExecutor(3) as pool:
-        first = pool.submit(kept, 1)
+        first = pool.submit(cached, 1)
         started.wait(30)
-        others = [pool.submit(kept, 1) for _ in range(2)]
+        others = [pool.submit(cached, 1) for _ in range(2)]
         go.set()
         assert {id(answer.result()) for answer in [first, *others]} == {id(first.result())}
     assert times == [1]
@@ -49,7 +49,7 @@ def test_an_exception_is_raised_and_not_kept():
             raise answer
         return answer
 
-    kept = Kept(sometimes, 4)
+    cached = Cache(sometimes, 4)
     with pytest.raises(ValueError, match="no"):
-        kept()
-    assert kept() == 1
+        cached()
+    assert cached() == 1
