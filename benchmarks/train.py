@@ -67,7 +67,6 @@ def measure(contender: str, peft: bool, long: bool) -> dict[str, Any]:
     from eaft import EAFTConfig, EAFTTrainer, patch_model
     from eaft.models import resolve_model
     from eaft.provenance import peak_memory_gib
-    from eaft.training.trainer import must_be_measured
 
     class Clock(TrainerCallback):
         times: list[float] = []  # noqa: RUF012 - one instance
@@ -116,7 +115,7 @@ def measure(contender: str, peft: bool, long: bool) -> dict[str, Any]:
         ),
         "pass_s": (
             clock.times[0] - start
-            if isinstance(trainer, EAFTTrainer) and must_be_measured(trainer.args)
+            if isinstance(trainer, EAFTTrainer) and trainer.gated_lm_head.gate.must_be_measured
             else 0.0
         ),
         "peak_gib": peak_memory_gib(),

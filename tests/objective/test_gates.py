@@ -16,12 +16,11 @@ from hypothesis import strategies as st
 
 from eaft import token_statistics
 from eaft.errors import ConfigurationError
+from eaft.objective.gate_spec import bind_gate
 from eaft.objective.registry import (
     GATES,
     Anchor,
-    check_gate,
     gate_weights,
-    get_anchor,
     get_gate,
     register,
 )
@@ -384,9 +383,9 @@ def test_unknown_gate_names_the_nearest_and_all():
     with pytest.raises(
         ConfigurationError, match=r"gate='eaf' is unknown. Did you mean 'eaft'\? Gates: .*dft"
     ):
-        check_gate("eaf", {})
+        bind_gate("eaf", {})
     with pytest.raises(ConfigurationError, match="gate='dft' takes no alpha; it takes nothing"):
-        check_gate("dft", {"alpha": 1.0})
+        bind_gate("dft", {"alpha": 1.0})
 
 
 @pytest.mark.parametrize(
@@ -414,11 +413,11 @@ def test_unknown_gate_names_the_nearest_and_all():
 )
 def test_bad_parameters_are_refused_before_anything_runs(name, params, message):
     with pytest.raises(ConfigurationError, match=message):
-        check_gate(name, params)
+        bind_gate(name, params)
 
 
 def test_parameters_measured_later_may_be_missing():
-    assert check_gate("flow", {}, measured=["tau"]) is GATES["flow"]
+    assert bind_gate("flow", {}, measured=["tau"]).missing == ("tau",)
 
 
 def test_missing_examples_are_named():
@@ -442,12 +441,12 @@ def test_wrong_shape_is_refused():
 
 
 def test_anchors_are_the_papers():
-    assert get_anchor("sft-kl") == Anchor(0.5, "reverse")  # arXiv:2601.02151, appendix F.2
-    assert get_anchor("asft") == Anchor(
+    assert bind_gate("sft-kl").anchor == Anchor(0.5, "reverse")  # arXiv:2601.02151, appendix F.2
+    assert bind_gate("asft").anchor == Anchor(
         0.1, "forward"
     )  # arXiv:2509.23753, equation 6 and the authors' default
-    assert get_anchor("asft", kl_coef=0.3) == Anchor(0.3, "forward")
-    assert get_anchor("eaft") is None
+    assert bind_gate("asft", {"kl_coef": 0.3}).anchor == Anchor(0.3, "forward")
+    assert bind_gate("eaft").anchor is None
 
 
 @pytest.mark.parametrize("name", sorted(GATES))

@@ -32,7 +32,7 @@ def build(gate):
     reference = (
         frozen_copy(make_model(seed=1, tie_word_embeddings=False)) if gate == "asft" else None
     )
-    GatedLMHead(model, gate, 20, {}, reference)
+    GatedLMHead(model, gate, reference)
     return model, reference
 
 

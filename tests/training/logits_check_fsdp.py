@@ -32,7 +32,7 @@ def build(mesh, scale=1.0):
         return output
 
     model.forward = scaled
-    GatedLMHead(model, "eaft", 20, {})
+    GatedLMHead(model, "eaft")
     for unit in (*model.model.layers, [model.model.norm, model.lm_head], model):
         fully_shard(unit, mesh=mesh)
     return model.train()

@@ -186,7 +186,7 @@ def test_auxiliary_loss_where_models_have_none_of_their_own(tmp_path):
     """
     model = make("Llama-4").train()
     ids = torch.randint(3, 264, (2, 9))
-    GatedLMHead(model, "sft", 20, {})
+    GatedLMHead(model, "sft")
     inputs = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),

@@ -23,6 +23,7 @@ from transformers import (
 from eaft import gated_cross_entropy
 from eaft.errors import ConfigurationError
 from eaft.objective import fused
+from eaft.objective.gate_spec import bind_gate
 from eaft.objective.registry import GATES
 from eaft.training import head
 from eaft.training.head import GatedLMHead, frozen_copy, logit_scale
@@ -111,7 +112,9 @@ def test_equals_reference_on_full_logits(name, gate, budget, monkeypatch):
     gradients = {n: p.grad for n, p in model.named_parameters()}
     model.zero_grad()
 
-    gated = GatedLMHead(model, gate, 20, params, frozen_copy(base) if GATES[gate].anchor else None)
+    gated = GatedLMHead(
+        model, bind_gate(gate, params), frozen_copy(base) if GATES[gate].anchor else None
+    )
     gated.example_nll, gated.old_log_prob = EXAMPLE_NLL, OLD_LOG_PROB
     numbers = {"example_ids": EXAMPLE_IDS, "token_numbers": TOKEN_NUMBERS}
     outputs = model(input_ids=ids, labels=labels, **numbers, fused_lm_head=True)
@@ -124,7 +127,7 @@ def test_equals_reference_on_full_logits(name, gate, budget, monkeypatch):
 
 
 def test_a_frozen_copy_is_a_copy(model):
-    GatedLMHead(model, "eaft", 20, {})  # patched before, as a trainer's model is
+    GatedLMHead(model, "eaft")  # patched before, as a trainer's model is
     ids, labels = batch()
     expected = model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
     frozen = frozen_copy(model)
@@ -151,7 +154,7 @@ def test_with_adapters_the_reference_is_the_model_without_them(modules_to_save):
                 p.add_(0.1 * torch.randn_like(p))
     model = peft_model.get_base_model()
     policy = copy.deepcopy(peft_model)
-    gated = GatedLMHead(model, "sft-kl", 20, {}, peft_model)
+    gated = GatedLMHead(model, "sft-kl", peft_model)
     loss = peft_model.train()(input_ids=ids, labels=labels, fused_lm_head=True).loss
     assert all(module.training for module in model.modules())
     loss.backward()
@@ -181,7 +184,7 @@ def test_an_adapter_on_the_head_is_refused():
         ConfigurationError, match=r"The head has an adapter \(peft\.tuners\..*modules_to_save"
     )
     base = build("untied")
-    gated = GatedLMHead(base, "eaft", 20, {})
+    gated = GatedLMHead(base, "eaft")
     peft_model = get_peft_model(base, config)  # after the head was patched
     for run in (partial(peft_model, fused_lm_head=True), partial(gated.statistics, base)):
         with refused:
@@ -189,7 +192,7 @@ def test_an_adapter_on_the_head_is_refused():
     with peft_model.disable_adapter():
         assert peft_model(input_ids=ids, labels=labels, fused_lm_head=True).loss.isfinite()
     with refused:
-        GatedLMHead(get_peft_model(build("untied"), config).get_base_model(), "eaft", 20, {})
+        GatedLMHead(get_peft_model(build("untied"), config).get_base_model(), "eaft")
     peft_model.merge_adapter()
     assert peft_model(input_ids=ids, labels=labels, fused_lm_head=True).loss.isfinite()
 
@@ -197,7 +200,7 @@ def test_an_adapter_on_the_head_is_refused():
 def test_evaluation_does_not_run_the_reference(model):
     ids, labels = batch()
     reference = frozen_copy(model)
-    gated = GatedLMHead(model, "asft", 20, {}, reference)
+    gated = GatedLMHead(model, "asft", reference)
     reference.forward = None
     with torch.no_grad():
         loss = model.eval()(input_ids=ids, labels=labels, fused_lm_head=True).loss
@@ -207,7 +210,7 @@ def test_evaluation_does_not_run_the_reference(model):
 
 def test_shifted_labels_are_taken_as_they_stand(model):
     ids, labels = batch()
-    GatedLMHead(model, "eaft", 20, {})
+    GatedLMHead(model, "eaft")
     shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
     a = model(input_ids=ids, labels=labels, fused_lm_head=True).loss
     b = model(input_ids=ids, labels=None, shift_labels=shifted, fused_lm_head=True).loss
@@ -216,7 +219,7 @@ def test_shifted_labels_are_taken_as_they_stand(model):
 
 def test_evaluation_is_plain_nll(model):
     ids, labels = batch()
-    gated = GatedLMHead(model, "eaft", 20, {"alpha": 2.0})
+    gated = GatedLMHead(model, bind_gate("eaft", {"alpha": 2.0}))
     expected = model(input_ids=ids, labels=labels).loss
     with torch.no_grad():
         loss = model.eval()(input_ids=ids, labels=labels, fused_lm_head=True).loss
@@ -237,7 +240,7 @@ def test_full_logits_never_exist(gate, passes, model, monkeypatch):
         assert projection.memory.nbytes == FOUR_TOKENS
         return z
 
-    GatedLMHead(model, gate, 20, {}, frozen_copy(model))
+    GatedLMHead(model, gate, frozen_copy(model))
     monkeypatch.setattr(fused.Projector, "__call__", spy)
     ids, labels = batch()
     model.train()(input_ids=ids, labels=labels, fused_lm_head=True).loss.backward()
@@ -247,7 +250,7 @@ def test_full_logits_never_exist(gate, passes, model, monkeypatch):
 
 def test_no_labelled_token_gives_zero_gradients(model):
     ids, labels = batch()
-    GatedLMHead(model, "eaft", 20, {})
+    GatedLMHead(model, "eaft")
     loss = model.train()(
         input_ids=ids, labels=torch.full_like(labels, -100), fused_lm_head=True
     ).loss
@@ -264,11 +267,11 @@ def test_head_that_is_partitioned_outside_its_context(monkeypatch):
     monkeypatch.setattr(fused, "LOGITS_BUDGET", FOUR_TOKENS)
     ids, labels = batch()
     expected = build("untied").train()
-    GatedLMHead(expected, "eaft", 20, {})
+    GatedLMHead(expected, "eaft")
     expected(input_ids=ids, labels=labels, fused_lm_head=True).loss.backward()
 
     model = build("untied").train()
-    GatedLMHead(model, "eaft", 20, {})
+    GatedLMHead(model, "eaft")
     weight = model.lm_head.weight
     full, depth = weight.data, 0
 
@@ -298,7 +301,7 @@ def test_generation_and_plain_forward_are_the_models_own(model):
     ids, labels = batch()
     expected = model(input_ids=ids, labels=labels).loss
     generated = model.generate(ids[:1], max_new_tokens=4, do_sample=False)
-    GatedLMHead(model, "eaft", 20, {})
+    GatedLMHead(model, "eaft")
     torch.testing.assert_close(model(input_ids=ids, labels=labels).loss, expected)
     assert torch.equal(model.generate(ids[:1], max_new_tokens=4, do_sample=False), generated)
 
@@ -321,7 +324,7 @@ def test_reference_head_that_is_partitioned_outside_its_context(monkeypatch):
         model = peft_model.get_base_model()
         with torch.no_grad():  # as after some steps
             model.lm_head.weight.mul_(1.5)
-        GatedLMHead(model, "sft-kl", 20, {}, peft_model)
+        GatedLMHead(model, "sft-kl", peft_model)
         return model
 
     model = adapted()

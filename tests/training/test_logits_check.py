@@ -116,7 +116,7 @@ def test_evaluation_alone_is_checked(tmp_path):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_rounding_is_not_refused(name, dtype):
     model = make(name).to(dtype)
-    GatedLMHead(model, "eaft", 20, {})
+    GatedLMHead(model, "eaft")
     ids = torch.randint(3, 260, (2, 9), generator=torch.Generator().manual_seed(0))
     check_logits(model, {"input_ids": ids, "labels": ids}, lambda x: x)
 
@@ -190,7 +190,7 @@ def test_leaves_no_trace(name):
         model = OPTForCausalLM(
             OPTConfig(**sizes, num_hidden_layers=2, num_attention_heads=4, dropout=0.5)
         ).train()
-    GatedLMHead(model, "eaft", 20, {})
+    GatedLMHead(model, "eaft")
     ids = torch.randint(3, 264, (2, 9))
     modes = [module.training for module in model.modules()]
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -259,7 +259,7 @@ def test_tiny_random_models_are_not_refused_and_their_faults_are(hidden, vocab):
         forward = model.forward
         ids = torch.randint(3, vocab, (4, 16))
         inputs = {"input_ids": ids, "labels": ids}
-        head = GatedLMHead(model, "eaft", 20, {})
+        head = GatedLMHead(model, "eaft")
         check_logits(model, inputs, lambda x: x)
         if seed == 0:
             for fault in faults.values():
@@ -270,7 +270,7 @@ def test_tiny_random_models_are_not_refused_and_their_faults_are(hidden, vocab):
 
 @pytest.mark.parametrize("labelled", [True, False])
 def test_logits_of_the_batch_never_exist(labelled, model):
-    GatedLMHead(model, "eaft", 20, {})
+    GatedLMHead(model, "eaft")
     sizes = []
     model.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.shape))
     ids = torch.randint(3, 264, (8, 32))
@@ -280,7 +280,7 @@ def test_logits_of_the_batch_never_exist(labelled, model):
 
 
 def test_a_batch_of_the_shape_of_what_is_compared(model):
-    GatedLMHead(model, "eaft", 20, {})
+    GatedLMHead(model, "eaft")
     ids = torch.tensor([[5, 6, 7, 8]])
     assert ids.shape == (1, TOKENS)
     check_logits(model, {"input_ids": ids, "labels": ids}, gather=lambda found: found)
@@ -289,7 +289,7 @@ def test_a_batch_of_the_shape_of_what_is_compared(model):
 def test_other_auxiliary_loss_is_refused():
     model = make("GraniteMoE").train()
     ids = torch.randint(3, 264, (2, 9))
-    head = GatedLMHead(model, "eaft", 20, {})
+    head = GatedLMHead(model, "eaft")
     inputs = {
         "input_ids": ids,
         "labels": ids,

@@ -16,8 +16,10 @@ from trl import SFTTrainer
 
 from eaft import EAFTConfig, EAFTTrainer, TokenStatistics, gated_cross_entropy, token_statistics
 from eaft.errors import ConfigurationError, NonFiniteError
-from eaft.objective.registry import GATES, Gate, missing_params
+from eaft.objective.gate_spec import bind_gate
+from eaft.objective.registry import GATES, Gate
 from eaft.training.measure import (
+    MEASURED,
     MEASUREMENTS_FILE,
     OLD_LOG_PROB_ABOUT_FILE,
     OLD_LOG_PROB_FILE,
@@ -264,7 +266,7 @@ def test_thresholds_are_percentiles_of_the_data_under_the_base_model(
     measured = json.loads((tmp_path / MEASUREMENTS_FILE).read_text())
     assert measured["params"] == pytest.approx(expected, rel=SKETCH)
     assert measured["tokens"] == len(g)
-    assert {k: trainer.gated_lm_head.params[k] for k in expected} == measured["params"]
+    assert {k: trainer.gated_lm_head.gate.params[k] for k in expected} == measured["params"]
     assert "example_nll" not in measured
 
 
@@ -311,7 +313,7 @@ def test_packed_or_not_the_loss_of_the_same_examples_is_the_same(gate, setting, 
     stats = packed.gated_lm_head.losses.statistics
     if gate == "flow":
         head = packed.gated_lm_head
-        expected = (-head.example_nll[stats.example_ids] / head.params["tau"]).exp()
+        expected = (-head.example_nll[stats.example_ids] / head.gate.params["tau"]).exp()
         torch.testing.assert_close(head.losses.weights, expected)
         assert stats.example_ids.unique().numel() == len(rows)
     else:
@@ -360,7 +362,7 @@ def test_resumed_run_equals_uninterrupted(gate, setting, tmp_path):
         settings["gate_kwargs"] = {"prob_threshold": 0.003}
     whole = train(EAFTTrainer, tmp_path, **settings)
     measured = tmp_path / (OLD_LOG_PROB_ABOUT_FILE if gate == "psft" else MEASUREMENTS_FILE)
-    assert measured.exists() == (bool(missing_params(gate, {})) or gate == "psft")
+    assert measured.exists() == (bool(bind_gate(gate, measured=MEASURED).missing) or gate == "psft")
     before = measured.read_text() if measured.exists() else None
     resumed = train(EAFTTrainer, tmp_path, resume=str(tmp_path / "checkpoint-2"), **settings)
     assert steps(resumed) == steps(whole)
@@ -457,7 +459,7 @@ def test_a_gate_of_your_own_is_measured_at_the_papers_percentile(tmp_path, monke
     monkeypatch.syspath_prepend(tmp_path)
     trainer = train(EAFTTrainer, tmp_path / "out", gate="low_gates:low", max_steps=1)
     probs = torch.cat([stats.prob for stats in base_statistics(make_rows())])
-    assert trainer.gated_lm_head.params["prob_threshold"] == pytest.approx(
+    assert trainer.gated_lm_head.gate.params["prob_threshold"] == pytest.approx(
         np.percentile(probs.numpy(), 15), rel=SKETCH
     )
 
@@ -522,6 +524,6 @@ def test_parameters_reach_the_gate(tmp_path):
     args = {"gate": "eaft-sigmoid", "gate_entropy": "exact", "gate_kwargs": '{"center": 0.4}'}
     trainer = train(EAFTTrainer, tmp_path, max_steps=1, **args)
     head = trainer.gated_lm_head
-    assert head.params == {"steepness": 30.0, "center": 0.4, "entropy": "exact"}
+    assert head.gate.params == {"steepness": 30.0, "center": 0.4, "entropy": "exact"}
     g = (head.losses.statistics.entropy / math.log(20)).clamp(max=1)
     torch.testing.assert_close(head.losses.weights, torch.sigmoid(30 * (g - 0.4)))

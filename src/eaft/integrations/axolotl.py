@@ -5,12 +5,13 @@ Axolotl with a gate: `plugins: [eaft.integrations.axolotl.EAFTPlugin]` in its YA
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, Self, get_type_hints
 
 from axolotl.integrations.base import BasePlugin
-from pydantic import BaseModel, model_validator
+from pydantic import BaseModel, create_model, model_validator
 
 from eaft.errors import ConfigurationError
+from eaft.objective.gate_spec import GateFields
 from eaft.training.patch import GateCallback
 
 SEAMS = (
@@ -35,35 +36,33 @@ REFUSED = {
 }
 
 
-class EAFTArgs(BaseModel):
-    """What the plugin reads from Axolotl's YAML: names and defaults of `eaft train`'s flags."""
-
-    gate: str = "eaft"
-    gate_alpha: float = 1.0
-    gate_entropy: str = "top-k"
-    gate_top_k: int = 20
-    gate_kwargs: dict[str, Any] | None = None
+class CheckedArgs(BaseModel):
+    """Refuses a gate that cannot be, and fields of Axolotl's that keep the gate from the loss."""
 
     @model_validator(mode="after")
     def check_gate_reaches_the_loss(self) -> Self:
-        """
-        Refuse a gate that cannot be, and what would pass it by; Axolotl adds our fields to its own.
-        """
-        make_callback(self)
-        for field, why in REFUSED.items():
-            value = getattr(self, field, None)
+        """Check the gate, and Axolotl's own fields: Axolotl adds ours to its own."""
+        config: Any = self
+        make_callback(config)
+        for name, why in REFUSED.items():
+            value = getattr(config, name, None)
             if value is True or value not in (None, False, 1):
                 raise ConfigurationError(
-                    f"{field}: {value} does not go with gate: {self.gate}: {why}"
+                    f"{name}: {value} does not go with gate: {config.gate}: {why}"
                 )
         return self
 
 
+# What the plugin reads from Axolotl's YAML: names, types and defaults of `eaft train`'s flags
+FIELDS: dict[str, Any] = {
+    name: (kind, getattr(GateFields, name)) for name, kind in get_type_hints(GateFields).items()
+}
+EAFTArgs = create_model("EAFTArgs", __base__=CheckedArgs, __module__=__name__, **FIELDS)
+
+
 def make_callback(config: Any) -> GateCallback:
     """Return the callback that a configuration asks for."""
-    return GateCallback(
-        config.gate, config.gate_alpha, config.gate_entropy, config.gate_top_k, config.gate_kwargs
-    )
+    return GateCallback(**{name: getattr(config, name) for name in FIELDS})
 
 
 class EAFTPlugin(BasePlugin):

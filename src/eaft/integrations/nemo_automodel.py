@@ -22,9 +22,8 @@ from torch.distributed.tensor import DTensor
 
 from eaft.errors import ConfigurationError
 from eaft.objective.fused import linear_gated_cross_entropy
-from eaft.objective.gate_flags import gate_of_flags
+from eaft.objective.gate_spec import BoundGate, GateFields
 from eaft.objective.loss import gated_cross_entropy
-from eaft.objective.registry import GateLike
 from eaft.training.head import logit_scale, softcap
 
 
@@ -33,11 +32,9 @@ class Gated:
     What both losses take.
 
     Args:
-        gate: as the flag of `eaft train`, and so are the others.
-        gate_alpha: exponent of the `eaft` gate.
-        gate_entropy: `top-k` or `exact`.
-        gate_top_k: K of the top-K entropy.
-        gate_kwargs: the other parameters of the gate.
+        gate: as the flag of `eaft train`.
+        fields: `gate_alpha`, `gate_entropy`, `gate_top_k` and `gate_kwargs`, as the flags too
+            (`eaft.objective.gate_spec.GateFields`).
 
     Raises:
         ConfigurationError: unknown gate or parameter, or a gate that needs the base model.
@@ -45,19 +42,14 @@ class Gated:
 
     of_host: ClassVar[dict[str, Any]] = {}  # what the host's class is made with
 
-    def __init__(
-        self,
-        gate: GateLike = "eaft",
-        gate_alpha: float = 1.0,
-        gate_entropy: str = "top-k",
-        gate_top_k: int = 20,
-        gate_kwargs: dict[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, gate: str = "eaft", **fields: Any) -> None:
         super().__init__(**self.of_host)
-        self.gate, self.params = gate_of_flags(
-            gate, gate_alpha, gate_entropy, gate_top_k, gate_kwargs
-        )
-        self.top_k = gate_top_k
+        self.gate = GateFields(gate, **fields).gate_spec.bind_alone()
+        self.plain = self.gate.plain()
+
+    def current_gate(self) -> BoundGate:
+        """Return the gate in training, and the plain one in validation."""
+        return self.gate if torch.is_grad_enabled() else self.plain
 
 
 class GatedCrossEntropy(Gated, ChunkedCrossEntropy):
@@ -109,18 +101,15 @@ class GatedCrossEntropy(Gated, ChunkedCrossEntropy):
         without a count.
         """
         weight = self.materialize_lm_weight(lm_weight, grad_reduce_group=grad_reduce_group)
-        training = torch.is_grad_enabled()
         return linear_gated_cross_entropy(
             hidden_states.reshape(*labels.shape, -1).to(weight.dtype),
             weight,
             labels.to(hidden_states.device),
-            gate=self.gate if training else "sft",
+            gate=self.current_gate(),
             num_items=1 if num_label_tokens is None else num_label_tokens,
             ignore_index=self.ignore_index,
-            top_k=self.top_k,
             logit_scale=self.logit_scale,
             softcap=self.softcap,
-            **(self.params if training else {}),
         )
 
 
@@ -138,13 +127,10 @@ class GatedCrossEntropyFromLogits(Gated, MaskedCrossEntropy):
         """Return the loss of logits `[B, S, V]`; a sum without a count."""
         if isinstance(logits, DTensor):  # as the host's own does under tensor parallelism
             logits = logits.full_tensor()
-        training = torch.is_grad_enabled()
         return gated_cross_entropy(
             logits.reshape(*labels.shape, -1),
             labels.to(logits.device),
-            gate=self.gate if training else "sft",
+            gate=self.current_gate(),
             num_items=1 if num_label_tokens is None else num_label_tokens,
             ignore_index=self.ignore_index,
-            top_k=self.top_k,
-            **(self.params if training else {}),
         )

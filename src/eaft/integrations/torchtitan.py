@@ -19,9 +19,8 @@ from torchtitan.components.loss import IGNORE_INDEX, BaseLoss
 from torchtitan.distributed.spmd_types import spmd_mesh_size
 
 from eaft.errors import ConfigurationError
-from eaft.objective.gate_flags import gate_of_flags
+from eaft.objective.gate_spec import GateFields, spec_of
 from eaft.objective.loss import gated_cross_entropy
-from eaft.objective.registry import is_per_token
 
 
 class GatedCrossEntropy(BaseLoss):
@@ -39,36 +38,17 @@ class GatedCrossEntropy(BaseLoss):
     """
 
     @dataclass(kw_only=True, slots=True)
-    class Config(BaseLoss.Config):
-        """The gate, by the flags of `eaft train`."""
+    class Config(GateFields, BaseLoss.Config):
+        """The gate, by the flags of `eaft train`; see `GateFields`."""
 
-        gate: str = "eaft"
-        """A gate's name, or module:function."""
-
-        gate_alpha: float = 1.0
-        """Exponent of the eaft gate."""
-
-        gate_entropy: str = "top-k"
-        """top-k or exact."""
-
-        gate_top_k: int = 20
-        """K of the top-K entropy."""
-
-        gate_kwargs: dict[str, Any] = field(default_factory=dict)
-        """The other parameters of the gate."""
+        gate_kwargs: dict[str, Any] = field(default_factory=dict)  # as the host's flags can be
 
     def __init__(self, config: Config, *, compile_config: Any = None) -> None:
-        self.gate, self.params = gate_of_flags(
-            config.gate,
-            config.gate_alpha,
-            config.gate_entropy,
-            config.gate_top_k,
-            config.gate_kwargs,
-        )
-        self.top_k = config.gate_top_k
-        if not is_per_token(self.gate, self.params):
+        self.gate = spec_of(config).bind_alone()
+        self.plain = self.gate.plain()
+        if not self.gate.per_token:
             raise ConfigurationError(
-                f"gate={config.gate!r} weighs tokens by others, and a chunk has some only: take"
+                f"gate={self.gate.label} weighs tokens by others, and a chunk has some only: take"
                 " another."
             )
         self.fn = self.sum_of_terms
@@ -80,13 +60,10 @@ class GatedCrossEntropy(BaseLoss):
                 "GatedCrossEntropy needs logits of the whole vocabulary: no tensor parallelism (its"
                 " degree: 1)."
             )
-        training = torch.is_grad_enabled()
         return gated_cross_entropy(
             pred,
             labels,
-            gate=self.gate if training else "sft",
+            gate=self.gate if torch.is_grad_enabled() else self.plain,
             num_items=1,
             ignore_index=IGNORE_INDEX,
-            top_k=self.top_k,
-            **(self.params if training else {}),
         )

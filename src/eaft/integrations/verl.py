@@ -25,39 +25,28 @@ from verl.workers.utils.losses import sft_loss
 from eaft.errors import ConfigurationError
 from eaft.objective.chunk import LogitTransform
 from eaft.objective.fused import choose_backend
-from eaft.objective.gate_flags import gate_of_flags
+from eaft.objective.gate_spec import BoundGate, GateFields
 from eaft.objective.loss import gated_nll
-from eaft.objective.registry import Gate, GateLike, gate_weights
 from eaft.objective.statistics import TokenStatistics, usable_top_k
 
 ROWS = 1024  # of logits that are copied at a time
 
 
-def gated(
-    trainer: Any,
-    gate: GateLike = "eaft",
-    gate_alpha: float = 1.0,
-    gate_entropy: str = "top-k",
-    gate_top_k: int = 20,
-    gate_kwargs: dict[str, Any] | None = None,
-) -> Any:
+def gated(trainer: Any, gate: str = "eaft", **fields: Any) -> Any:
     """
     Return `verl.trainer.sft_trainer.SFTTrainer`, given as `trainer`, with the gated loss.
 
     Args:
         trainer: the class.
-        gate: as the flag of `eaft train`, and so are the others.
-        gate_alpha: exponent of the `eaft` gate.
-        gate_entropy: `top-k` or `exact`.
-        gate_top_k: K of the top-K entropy.
-        gate_kwargs: the other parameters of the gate.
+        gate: as the flag of `eaft train`.
+        fields: `gate_alpha`, `gate_entropy`, `gate_top_k` and `gate_kwargs`, as the flags too
+            (`eaft.objective.gate_spec.GateFields`).
 
     Raises:
         ConfigurationError: unknown gate or parameter, or a gate that needs the base model; when the
             engine is built, one that shows no logits of the whole vocabulary and sequence.
     """
-    found, params = gate_of_flags(gate, gate_alpha, gate_entropy, gate_top_k, gate_kwargs)
-    loss = GatedLoss(found, gate_top_k, params)
+    loss = GatedLoss(GateFields(gate, **fields).gate_spec.bind_alone())
 
     class GatedSFTTrainer(trainer):
         def _build_engine(self) -> None:
@@ -110,8 +99,8 @@ class GatedLoss:
     In validation there are no weights, and it is the host's own, the plain nll.
     """
 
-    def __init__(self, gate: Gate, top_k: int, params: dict[str, Any]) -> None:
-        self.gate, self.top_k, self.params = gate, top_k, params
+    def __init__(self, gate: BoundGate) -> None:
+        self.gate = gate
 
     def __call__(
         self,
@@ -140,7 +129,8 @@ class GatedLoss:
         input_ids = data["input_ids"]
         labels, lengths = input_ids.values().roll(-1), input_ids.offsets().diff()
         index = data["loss_mask"].values().roll(-1).nonzero().squeeze(-1)
-        top_k, backend = usable_top_k(self.top_k, logits.shape[-1]), choose_backend(None, logits)
+        top_k = usable_top_k(self.gate.top_k, logits.shape[-1])
+        backend = choose_backend(None, logits)
         with torch.autocast(logits.device.type, enabled=False):
             stats = TokenStatistics.cat(
                 [
@@ -152,7 +142,5 @@ class GatedLoss:
             )
         examples = torch.arange(len(lengths), device=logits.device).repeat_interleave(lengths)
         weights = torch.zeros(len(logits), dtype=stats.log_prob.dtype, device=logits.device)
-        weights[index] = gate_weights(
-            self.gate, replace(stats, example_ids=examples[index]), **self.params
-        )
+        weights[index] = self.gate.weights(replace(stats, example_ids=examples[index]))
         return weights

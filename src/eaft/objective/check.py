@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from eaft.objective.fused import Reference, linear_gated_cross_entropy
+from eaft.objective.gate_spec import bind_gate
 from eaft.objective.gates import normalized_entropy
 from eaft.objective.loss import example_ids_by_row, loss_terms
-from eaft.objective.registry import GATES, gate_weights, get_anchor, get_gate, missing_params
+from eaft.objective.registry import GATES, get_gate
 from eaft.objective.statistics import TokenStatistics, token_statistics
 
 MIN_TOKENS, MAX_TOKENS = 32, 16384
@@ -156,9 +157,10 @@ def specified(
         apart = torch.linspace(-0.7, 0.7, len(labels), device=labels.device)
         problem.old_log_prob[labelled] = stats.log_prob + apart
     stats = replace(stats, old_log_prob=problem.old_log_prob[labelled].to(stats.log_prob.dtype))
-    for name in missing_params(gate, params):
+    for name in bind_gate(gate, params, measured=REQUIRED).missing:
         params[name] = REQUIRED[name](stats)
-    weights, anchor = gate_weights(gate, stats, **params), get_anchor(gate, **params)
+    bound = bind_gate(gate, params)
+    weights, anchor = bound.weights(stats), bound.anchor
 
     grad_hidden = torch.empty_like(hidden)
     grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(dtype, torch.float32))
@@ -206,7 +208,7 @@ def fused(
     """Return the same numbers by the fused loss."""
     hidden, weight = (t.detach().clone().requires_grad_() for t in (problem.hidden, problem.weight))
     labelled = problem.labels >= 0
-    anchor = get_anchor(gate, **params)
+    anchor = bind_gate(gate, params).anchor
     loss, losses = linear_gated_cross_entropy(
         hidden,
         weight,

@@ -25,15 +25,9 @@ except ImportError:  # Triton comes with torch where there are GPUs for it
     triton_backend = None  # type: ignore[assignment]
 from eaft.errors import ConfigurationError
 from eaft.objective.chunk import Backend, LogitTransform
+from eaft.objective.gate_spec import BoundGate, bind_gate
 from eaft.objective.loss import example_ids_by_row, loss_terms
-from eaft.objective.registry import (
-    Anchor,
-    GateLike,
-    check_gate,
-    gate_weights,
-    get_anchor,
-    is_per_token,
-)
+from eaft.objective.registry import Anchor, GateLike
 from eaft.objective.statistics import TokenStatistics, usable_top_k
 from eaft.objective.torch_backend import TorchBackend
 
@@ -84,7 +78,7 @@ def linear_gated_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    gate: GateLike = "eaft",
+    gate: GateLike | BoundGate = "eaft",
     bias: Tensor | None = None,
     num_items: int | Tensor | None = None,
     ignore_index: int = -100,
@@ -111,9 +105,10 @@ def linear_gated_cross_entropy(
         weight: `[V, H]`. If it needs no gradient, neither its product nor its memory is spent.
         labels: `[N]` (or `[...]`) int64, already shifted; only positions that are not
             `ignore_index` are projected.
-        gate: name of a registered gate, or a function of `TokenStatistics`. One that weighs each
-            token by itself (`Gate.per_token`) takes three products; another, which must see the
-            whole batch first, four.
+        gate: name of a registered gate, or a function of `TokenStatistics`; or a `BoundGate`, which
+            brings its own K and parameters. A gate that weighs each token by itself
+            (`Gate.per_token`) takes three products. A gate that must see the whole batch first
+            takes four.
         bias: `[V]`.
         num_items: what to divide the sum by. Default: the number of labelled tokens.
         ignore_index: label of positions without a loss.
@@ -141,10 +136,11 @@ def linear_gated_cross_entropy(
         ConfigurationError: as in `gated_cross_entropy`; or there is no such backend here.
         RuntimeError: in a second backward pass, or one with `create_graph=True`.
     """
-    found, anchor = check_gate(gate, params), get_anchor(gate, **params)
+    bound = bind_gate(gate, params, top_k)
+    anchor = bound.anchor
     if anchor is not None and reference is None:
         raise ConfigurationError(
-            f"gate={gate!r} needs reference, the base model's hidden states and head."
+            f"gate={bound.label} needs reference, the base model's hidden states and head."
         )
     if example_ids is None:
         example_ids = example_ids_by_row(labels)
@@ -169,19 +165,19 @@ def linear_gated_cross_entropy(
         return replace(stats, example_ids=example_ids[rows], example_nll=nll, old_log_prob=old)
 
     def weigh(stats: TokenStatistics, rows: slice) -> Tensor:
-        return gate_weights(found, with_context(stats, rows), **params)
+        return bound.weights(with_context(stats, rows))
 
     spec = LossSpec(
         labels=labelled(labels),
         weigh=weigh,
-        per_token=is_per_token(found, params),
-        ranked=found.needs_rank,
+        per_token=bound.per_token,
+        ranked=bound.needs_rank,
         anchor=anchor,
         reference=(
             replace(reference, hidden=labelled(reference.hidden)) if anchor and reference else None
         ),
         transform=LogitTransform(logit_scale, softcap),
-        top_k=usable_top_k(top_k, weight.shape[0]),
+        top_k=usable_top_k(bound.top_k, weight.shape[0]),
         backend=choose_backend(backend, hidden),
         logits_budget=logits_budget or default_budget(hidden.device),
         grad_enabled=torch.is_grad_enabled(),

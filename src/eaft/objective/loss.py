@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from eaft.errors import ConfigurationError
-from eaft.objective.registry import Anchor, GateLike, check_gate, gate_weights, get_anchor
+from eaft.objective.gate_spec import BoundGate, bind_gate
+from eaft.objective.registry import Anchor, GateLike
 from eaft.objective.statistics import TokenStatistics, token_statistics
 
 
@@ -45,7 +46,7 @@ def example_ids_by_row(labels: Tensor) -> Tensor:
 def gated_cross_entropy(
     logits: Tensor,
     labels: Tensor,
-    gate: GateLike = "eaft",
+    gate: GateLike | BoundGate = "eaft",
     num_items: int | Tensor | None = None,
     ignore_index: int = -100,
     top_k: int = 20,
@@ -63,7 +64,8 @@ def gated_cross_entropy(
         logits: `[N, V]` (or `[..., V]`), any floating dtype; computed in at least float32.
         labels: `[N]` (or `[...]`) int64, already shifted; positions equal to `ignore_index` do not
             count.
-        gate: name of a registered gate, or a function of `TokenStatistics`.
+        gate: name of a registered gate, or a function of `TokenStatistics`; or a `BoundGate`, which
+            brings its own K and parameters.
         num_items: what to divide the weighted sum by, for accumulated batches. Default: the number
             of labelled tokens (not the sum of the gates).
         ignore_index: label of positions without a loss.
@@ -85,14 +87,15 @@ def gated_cross_entropy(
         ConfigurationError: unknown gate, a parameter it does not take or refuses, or something it
             needs is missing.
     """
-    found, anchor = check_gate(gate, params), get_anchor(gate, **params)
+    bound = bind_gate(gate, params, top_k)
+    anchor = bound.anchor
     labelled = labels != ignore_index
     if example_ids is None:
         example_ids = example_ids_by_row(labels)
     # Cast once, so that the gradients of both terms are added in float32
     logits = logits[labelled].to(torch.promote_types(logits.dtype, torch.float32))
     stats = replace(
-        token_statistics(logits, labels[labelled], top_k, ranked=found.needs_rank),
+        token_statistics(logits, labels[labelled], bound.top_k, ranked=bound.needs_rank),
         example_ids=example_ids[labelled],
         example_nll=None if example_nll is None else example_nll[labelled],
         old_log_prob=None if old_log_prob is None else old_log_prob[labelled],
@@ -100,12 +103,14 @@ def gated_cross_entropy(
     kl = None
     if anchor is not None:
         if reference_logits is None:
-            raise ConfigurationError(f"gate={gate!r} needs reference_logits, the base model's.")
+            raise ConfigurationError(
+                f"gate={bound.label} needs reference_logits, the base model's."
+            )
         kl = anchor.kl(
             logits.log_softmax(-1),
             reference_logits[labelled].detach().to(logits.dtype).log_softmax(-1),
         )
-    loss = loss_terms(stats, gate_weights(found, stats, **params), kl, anchor).sum()
+    loss = loss_terms(stats, bound.weights(stats), kl, anchor).sum()
     num_items = (
         labelled.sum() if num_items is None else torch.as_tensor(num_items, device=loss.device)
     )

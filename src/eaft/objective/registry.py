@@ -20,20 +20,19 @@ registered with `allow_negative=True`.
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import inspect
 import math
 import traceback
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from eaft.errors import ConfigurationError, EAFTError, first_line, nearest
-from eaft.objective.statistics import TokenStatistics, kl_divergence, token_statistics
+from eaft.objective.statistics import TokenStatistics, kl_divergence
 
 Weight = Callable[..., Tensor]
 
@@ -164,12 +163,12 @@ def get_gate(gate: GateLike) -> Gate:
         if not module or not name:
             raise ConfigurationError(f"gate={gate!r}: expected module:function.")
         with own_code(f"gate={gate!r} cannot be imported"):
-            found = getattr(importlib.import_module(module), name)
-        if not callable(found):
+            weight = getattr(importlib.import_module(module), name)
+        if not callable(weight):
             raise ConfigurationError(
-                f"gate={gate!r} is {found!r}: expected a function of a token's statistics."
+                f"gate={gate!r} is {weight!r}: expected a function of a token's statistics."
             )
-        return next((known for known in GATES.values() if known.weight is found), Gate(found))
+        return next((known for known in GATES.values() if known.weight is weight), Gate(weight))
     if gate not in GATES:
         raise ConfigurationError(
             f"gate={gate!r} is unknown.{nearest(gate, GATES)} Gates: {', '.join(GATES)}."
@@ -206,119 +205,11 @@ def own_code(what: str) -> Iterator[None]:
         raise ConfigurationError(f"{what}. ({type(error).__name__}: {message}{where})") from error
 
 
-def is_per_token(gate: GateLike, params: dict[str, Any]) -> bool:
-    """
-    Return whether the gate weighs each token by itself; one with a parameter set to `batch` does
-    not.
-    """
-    found = get_gate(gate)
-    return found.per_token and "batch" not in {**found.params, **params}.values()
-
-
 def is_of_data(default: Any) -> bool:
     """
     Return whether a parameter with this default is found from the data: it has none, or `batch`.
     """
     return default is inspect.Parameter.empty or default == "batch"
-
-
-def missing_params(gate: GateLike, params: Iterable[str]) -> list[str]:
-    """Return the parameters that have no default and are not among `params`."""
-    defaults = get_gate(gate).params
-    return [
-        name
-        for name, default in defaults.items()
-        if default is inspect.Parameter.empty and name not in params
-    ]
-
-
-def check_gate(gate: GateLike, params: dict[str, Any], measured: Iterable[str] = ()) -> Gate:
-    """
-    Return the gate, after trying it with these parameters.
-
-    Args:
-        gate: as in `get_gate`.
-        params: what the gate takes, e.g. `{"alpha": 2.0}`.
-        measured: names of parameters that will be known later.
-
-    Raises:
-        ConfigurationError: the gate is unknown, takes no such parameter, lacks one, or refuses a
-            value.
-    """
-    found = get_gate(gate)
-    takes = list(found.params)
-    if unknown := sorted(set(params) - set(takes)):
-        raise ConfigurationError(
-            f"gate={gate!r} takes no {', '.join(unknown)}; it takes"
-            f" {', '.join(takes) or 'nothing'}."
-        )
-    missing = missing_params(found, params)
-    if lacking := sorted(set(missing) - set(measured)):
-        raise ConfigurationError(
-            f"gate={gate!r} needs {', '.join(lacking)}: give a value. (EAFTTrainer measures"
-            " thresholds and tau itself.)"
-        )
-    try:
-        weights = gate_weights(
-            gate, probe(found.needs_rank), **params, **dict.fromkeys(missing, 0.5)
-        )
-        get_anchor(found, **params)
-    except (ValueError, TypeError) as error:
-        if isinstance(error, ConfigurationError):
-            raise
-        raise ConfigurationError(f"gate={called(gate)}: {error}") from error
-    if not weights.isfinite().all():
-        bad = weights[~weights.isfinite()][0].item()
-        raise ConfigurationError(
-            f"gate={called(gate)} with {params} gives weights that are not finite: {bad}."
-        )
-    if not found.allow_negative and (weights < 0).any():
-        raise ConfigurationError(
-            f"gate={called(gate)} with {params} gives negative weights"
-            f" ({weights.min().item():.3g}), which make labels less likely. If that is meant,"
-            " register it with allow_negative=True; else clamp it at 0."
-        )
-    return found
-
-
-@functools.cache
-def probe(ranked: bool) -> TokenStatistics:
-    """
-    Return statistics to try a gate on: of unsure and sure tokens, with likely and unlikely labels.
-    """
-    sharpness, tokens, vocabulary = 8, 4, 32
-    order = torch.linspace(1, 0, vocabulary)
-    logits = torch.linspace(0, 40, sharpness).repeat_interleave(tokens).unsqueeze(-1) * order
-    labels = torch.tensor([0, 1, vocabulary // 2, vocabulary - 1]).repeat(sharpness)
-    n = sharpness * tokens
-    return replace(
-        token_statistics(logits, labels, ranked=ranked),
-        example_ids=torch.arange(n),
-        example_nll=torch.ones(n),
-        old_log_prob=torch.full((n,), -1.5),
-    )
-
-
-def check_gate_by_itself(gate: GateLike, params: dict[str, Any]) -> Gate:
-    """
-    `check_gate` for a loss that has no base model beside the trained one; a gate that needs one is
-    refused.
-    """
-    found = check_gate(gate, params)
-    if found.anchor is not None or found.needs_example_nll or found.needs_old_log_prob:
-        raise ConfigurationError(f"gate={gate!r} needs the base model as well; use EAFTTrainer.")
-    return found
-
-
-def get_anchor(gate: GateLike, **params: Any) -> Anchor | None:
-    """
-    Return the gate's KL term, with `kl_coef` and `kl_direction` of `params`; None for a gate that
-    has none.
-    """
-    anchor = get_gate(gate).anchor
-    if anchor is None:
-        return None
-    return Anchor(params.get("kl_coef", anchor.coef), params.get("kl_direction", anchor.direction))
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,7 @@ from trl import SFTConfig
 from eaft.errors import ConfigurationError, first_line
 from eaft.evaluation.protocol import DRIFT_PROMPTS, PROMPTS
 from eaft.models import read_date
-from eaft.objective.gate_flags import check_top_k, params_of_flags
-from eaft.objective.registry import check_gate
+from eaft.objective.gate_spec import GateFields
 from eaft.training.bounds import TRAINING, check_bounds
 from eaft.training.measure import MEASURED
 
@@ -32,7 +30,7 @@ RULES = {
 
 
 @dataclass
-class EAFTConfig(SFTConfig):
+class EAFTConfig(GateFields, SFTConfig):
     """
     `SFTConfig` plus the gate.
 
@@ -71,41 +69,6 @@ class EAFTConfig(SFTConfig):
             `label_smoothing_factor`), which a gate would not reach, or a selection of checkpoints
             that is not complete.
     """
-
-    gate: str = field(
-        default="eaft",
-        metadata={
-            "help": (
-                "How each token's loss is weighted: one of the gates above, or module:function of"
-                " your own."
-            )
-        },
-    )
-    gate_alpha: float = field(
-        default=1.0,
-        metadata={"help": "Exponent of the 'eaft' gate: 0 is plain SFT, larger is stricter."},
-    )
-    gate_entropy: str = field(
-        default="top-k",
-        metadata={
-            "help": (
-                "Entropy of the gates that use it: 'top-k' (of the K largest probabilities,"
-                " renormalised) or 'exact' (of the whole vocabulary, clamped to ln K)."
-            )
-        },
-    )
-    gate_top_k: int = field(
-        default=20, metadata={"help": "K of the top-K entropy; entropies are divided by ln K."}
-    )
-    gate_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "Other parameters of the gate, as listed above: '{\"steepness\": 20}' (JSON, or a"
-                " YAML map)."
-            )
-        },
-    )
 
     exclude_examples: str | None = field(
         default=None,
@@ -199,19 +162,10 @@ class EAFTConfig(SFTConfig):
     def __post_init__(self) -> None:
         """Check our fields, then TRL's."""
         check_bounds(self, TRAINING)
-        check_top_k(self.gate_top_k)
-        if isinstance(self.gate_kwargs, str):
-            try:
-                self.gate_kwargs = json.loads(self.gate_kwargs)
-            except ValueError as error:
-                raise ConfigurationError(
-                    f"gate_kwargs={self.gate_kwargs!r} is not JSON: {error}."
-                ) from error
-        if not isinstance(self.gate_kwargs, dict | None):
-            raise ConfigurationError(
-                f"gate_kwargs={self.gate_kwargs!r}: expected a map of names to values."
-            )
-        check_gate(self.gate, self.gate_params, MEASURED)
+        spec = self.gate_spec
+        spec.bind(MEASURED)
+        if self.gate_kwargs is not None:  # JSON is read once
+            self.gate_kwargs = dict(spec.kwargs)
         if self.loss_type == "dft":
             raise ConfigurationError(
                 "loss_type='dft' does not go with a gate; use gate='dft' instead."
@@ -244,9 +198,9 @@ class EAFTConfig(SFTConfig):
     @property
     def gate_params(self) -> dict[str, Any]:
         """
-        The gate's parameters, as given or by default; without those that are still to be measured.
+        The gate's parameters, as given or by default, without those that are still to be measured.
         """
-        return params_of_flags(self.gate, self.gate_alpha, self.gate_entropy, self.gate_kwargs)  # type: ignore[arg-type]
+        return self.gate_spec.params
 
 
 def check_selection(args: EAFTConfig) -> None:

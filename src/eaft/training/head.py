@@ -37,7 +37,8 @@ from eaft.objective.fused import (
     linear_gated_cross_entropy,
     linear_token_statistics,
 )
-from eaft.objective.registry import get_anchor, get_gate
+from eaft.objective.gate_spec import BoundGate, bind_gate
+from eaft.objective.registry import GateLike
 from eaft.objective.statistics import TokenStatistics
 from eaft.objective.torch_backend import make_logits
 from eaft.training.logits_check import compare_logits
@@ -198,10 +199,8 @@ class GatedLMHead:
 
     Args:
         model: a causal language model, not wrapped by PEFT (pass `peft_model.get_base_model()`).
-        gate: a gate, as `eaft.objective.registry.get_gate` takes it.
-        top_k: K of the top-K entropy.
-        params: what the gate takes, e.g. `{"alpha": 1.0}`; may be completed before the first
-            training step.
+        gate: a `BoundGate`, or what `bind_gate` makes one of. If parameters are still missing,
+            `gate` must be completed before the first training step.
         reference: for a gate with a KL term: what `frozen_copy` returns, or the `PeftModel` around
             `model`, whose adapters are switched off for the reference's pass.
 
@@ -219,13 +218,11 @@ class GatedLMHead:
     def __init__(
         self,
         model: PreTrainedModel,
-        gate: Any,
-        top_k: int,
-        params: dict[str, Any],
+        gate: GateLike | BoundGate,
         reference: Any = None,
     ) -> None:
-        self.gate, self.top_k, self.params = get_gate(gate), top_k, params
-        self.anchor, self.reference = get_anchor(gate, **params), reference
+        self.gate = bind_gate(gate)
+        self.plain, self.reference = self.gate.plain(), reference
         self.example_nll: Tensor | None = None
         self.old_log_prob: Tensor | None = None
         text_config = model.config.get_text_config()
@@ -288,7 +285,7 @@ class GatedLMHead:
         token of the data it is, for the gates that need it.
         """
         kwargs["use_cache"] = False
-        use_reference = self.anchor is not None and model.training
+        use_reference = self.gate.anchor is not None and model.training
         reference = self.run_reference(model, *args, **kwargs) if use_reference else None
         if getattr(self.text_config, "output_router_logits", False):
             kwargs.setdefault("output_router_logits", True)
@@ -312,17 +309,15 @@ class GatedLMHead:
         # Out of training the numbers are another data set's
         if token_numbers is not None and self.old_log_prob is not None and model.training:
             old_log_prob = self.old_log_prob.to(device)[token_numbers.to(device).where(labelled, 0)]
-        gate, params = (self.gate, self.params) if model.training else ("sft", {})
         reference_head = () if reference is None else (reference.weight, reference.bias)
         with self.gathered(lm_head, *reference_head) as (weight, bias):
             total, self.losses = linear_gated_cross_entropy(
                 hidden.to(device),
                 weight,
                 labels,
-                gate,
+                self.gate if model.training else self.plain,
                 bias,
                 num_items=1,
-                top_k=self.top_k,
                 logit_scale=self.logit_scale,
                 softcap=self.softcap,
                 example_ids=example_ids,
@@ -336,7 +331,6 @@ class GatedLMHead:
                     bias=self.unpadded(reference.bias),
                 ),
                 return_losses=True,
-                **params,
             )
         if use_reference and isinstance(self.reference, PreTrainedModel):
             reshard(self.reference)
@@ -382,7 +376,7 @@ class GatedLMHead:
                 weight,
                 labels,
                 bias,
-                self.top_k,
+                self.gate.top_k,
                 logit_scale=self.logit_scale,
                 softcap=self.softcap,
             )

@@ -31,7 +31,6 @@ from transformers import TrainerCallback
 
 from eaft.errors import ConfigurationError, NonFiniteError
 from eaft.objective.gates import normalized_entropy
-from eaft.objective.registry import missing_params
 from eaft.objective.statistics import TokenStatistics
 from eaft.provenance import write_json
 from eaft.training.examples import ExampleCollator, flat
@@ -138,7 +137,7 @@ class BaseModelPass(TrainerCallback, ABC):
         path = Path(args.output_dir) / self.file
         digest = [fingerprint(self.dataset) if self.accelerator.is_main_process else None]
         inputs = {
-            "gate": {"name": args.gate, "top_k": args.gate_top_k, **args.gate_params},
+            "gate": args.gate_spec.settings,
             "data_sha256": broadcast_object_list(digest)[0],
         }
         if state.global_step > 0:
@@ -195,15 +194,15 @@ class MeasureGate(BaseModelPass):
 
     def is_known(self) -> bool:
         """See `BaseModelPass`."""
-        head = self.head
-        return not missing_params(head.gate, head.params) and (
-            head.example_nll is not None or not head.gate.needs_example_nll
+        gate = self.head.gate
+        return not gate.missing and (
+            self.head.example_nll is not None or not gate.needs_example_nll
         )
 
     def apply(self, measured: dict[str, Any], args: Any) -> None:
         """See `BaseModelPass`."""
         head = self.head
-        head.params = {**head.params, **measured["params"]}
+        head.gate = head.gate.complete(measured["params"])
         if head.gate.needs_example_nll:
             head.example_nll = torch.tensor(
                 measured["example_nll"], dtype=torch.float32, device=args.device
@@ -211,7 +210,7 @@ class MeasureGate(BaseModelPass):
 
     def measure(self, batch_size: int) -> dict[str, Any]:
         """Return the missing parameters, and each example's mean nll if the gate needs it."""
-        head = self.head
+        gate = self.head.gate
         sums, counts, g, prob = self.run_base_model(batch_size)
         if not np.isfinite(sums).all():
             first = int(np.flatnonzero(~np.isfinite(sums))[0])
@@ -221,18 +220,16 @@ class MeasureGate(BaseModelPass):
         labelled = counts > 0
         example_nll = np.where(labelled, sums / np.maximum(counts, 1), 0.0)
         find = {
-            "entropy_threshold": lambda: g.percentile(head.params.get("entropy_percentile", 15.0)),
-            "prob_threshold": lambda: prob.percentile(head.params.get("prob_percentile", 15.0)),
+            "entropy_threshold": lambda: g.percentile(gate.params["entropy_percentile"]),
+            "prob_threshold": lambda: prob.percentile(gate.params["prob_percentile"]),
             "tau": lambda: np.median(example_nll[labelled]),
         }
         measured: dict[str, Any] = {
-            "params": {
-                name: float(find[name]()) for name in missing_params(head.gate, head.params)
-            },
+            "params": {name: float(find[name]()) for name in gate.missing},
             "examples": int(labelled.sum()),
             "tokens": int(counts.sum()),
         }
-        if head.gate.needs_example_nll:
+        if gate.needs_example_nll:
             measured["example_nll"] = example_nll.tolist()
         return measured
 
@@ -243,7 +240,7 @@ class MeasureGate(BaseModelPass):
         Return each example's summed nll (float64) and tokens `[examples]`, and all tokens' g and
         probability.
         """
-        entropy = self.head.params.get("entropy", "top-k")
+        entropy = self.head.gate.params.get("entropy", "top-k")
         sums, counts = (torch.zeros(self.size, dtype=t) for t in (torch.float64, torch.int64))
         g, prob = Histogram(), Histogram()
         for examples, stats in self.score_rows(batch_size):

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from eaft.objective.registry import get_gate
+from eaft.objective.gate_spec import BoundGate
 from eaft.text import markdown
 from eaft.training.config import EAFTConfig
 
@@ -27,7 +26,7 @@ SETTINGS = (
 
 def model_card(
     args: EAFTConfig,
-    gate_params: dict[str, Any],
+    gate: BoundGate,
     base_model: str | None,
     model_name: str | None,
     dataset_name: str | None,
@@ -38,7 +37,7 @@ def model_card(
 
     Args:
         args: what the model was trained with.
-        gate_params: the gate's parameters, with those that were measured.
+        gate: the gate it was trained with, complete with measured parameters.
         base_model: as the model's config names it; of a folder on this machine only the name is
             kept.
         model_name, dataset_name: as the Hub will know them, where they are to be there.
@@ -56,8 +55,8 @@ def model_card(
         base_model=base_model and markdown(base_model if on_hub else Path(base_model).name),
         dataset_name=dataset_name and markdown(dataset_name),
         gate=args.gate,
-        gate_settings={**gate_params, "top_k": args.gate_top_k},
-        gate_help=get_gate(args.gate).help,
+        gate_settings={**gate.params, "top_k": gate.top_k},
+        gate_help=gate.gate.help,
         training={name: getattr(args, name) for name in SETTINGS},
         versions={name: version(name) for name in ("eaft", "trl", "transformers", "torch")},
     )

@@ -18,13 +18,15 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from eaft.errors import ConfigurationError
-from eaft.objective.gate_flags import gate_of_flags
-from eaft.objective.registry import GateLike, check_gate_by_itself
+from eaft.objective.gate_spec import BoundGate, GateSpec, bind_gate, refuse_base_model
+from eaft.objective.registry import GateLike
 from eaft.training.head import GatedLMHead
 from eaft.training.logits_check import check_logits
 
 
-def patch_model(model: Any, gate: GateLike = "eaft", top_k: int = 20, **params: Any) -> GatedLMHead:
+def patch_model(
+    model: Any, gate: GateLike | BoundGate = "eaft", top_k: int = 20, **params: Any
+) -> GatedLMHead:
     """
     Make the loss that a causal model returns the gated one, for trainers other than `EAFTTrainer`.
 
@@ -41,7 +43,8 @@ def patch_model(model: Any, gate: GateLike = "eaft", top_k: int = 20, **params: 
     Args:
         model: a causal language model, or a `PeftModel` around one; changed in place, before it is
             wrapped (DDP, FSDP).
-        gate: name of a registered gate, or a function of `TokenStatistics`.
+        gate: name of a registered gate, or a function of `TokenStatistics`; or a `BoundGate`, which
+            brings its own K and parameters.
         top_k: K of the top-K entropy.
         params: what the gate takes, e.g. `alpha=2.0` for `eaft`.
 
@@ -55,13 +58,13 @@ def patch_model(model: Any, gate: GateLike = "eaft", top_k: int = 20, **params: 
             `logits_to_keep`; in the first forward, on every rank, logits that are not what the head
             says.
     """
-    check_gate_by_itself(gate, params)
+    bound = refuse_base_model(bind_gate(gate, params, top_k))
     base: Any = model.get_base_model() if is_peft_model(model) else model
     if hasattr(base.forward, "gate"):
         raise ConfigurationError(
-            f"gate={gate!r}: the model is patched already, with gate={base.forward.gate!r}."
+            f"gate={bound.label}: the model is patched already, with gate={base.forward.gate}."
         )
-    head = GatedLMHead(base, gate, top_k, params)
+    head = GatedLMHead(base, bound)
     with_head, checked = base.forward.__func__, False
     names = list(inspect.signature(type(base).forward).parameters)[1:]
 
@@ -92,7 +95,7 @@ def patch_model(model: Any, gate: GateLike = "eaft", top_k: int = 20, **params: 
         )
         return CausalLMOutputWithPast(loss=output.loss)
 
-    forward.gate = gate  # type: ignore[attr-defined]
+    forward.gate = bound.label  # type: ignore[attr-defined]
     base.forward = types.MethodType(forward, base)
     return head
 
@@ -134,9 +137,9 @@ class GateCallback(TrainerCallback):
         gate_top_k: int = 20,
         gate_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        self.gate, self.gate_top_k = gate, gate_top_k
+        spec = GateSpec(gate, gate_alpha, gate_entropy, gate_top_k, gate_kwargs or {})
         # Checked now: trainers make callbacks before they load a model
-        _, self.params = gate_of_flags(gate, gate_alpha, gate_entropy, gate_top_k, gate_kwargs)
+        self.gate = spec.bind_alone()
 
     def on_init_end(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
@@ -155,7 +158,7 @@ class GateCallback(TrainerCallback):
                 "Several GPUs in one process (nn.DataParallel): start one process a GPU, by"
                 " torchrun."
             )
-        self.head = patch_model(model, self.gate, self.gate_top_k, **self.params)
+        self.head = patch_model(model, self.gate)
         self.base = model.get_base_model() if is_peft_model(model) else model
 
     def on_train_begin(
@@ -175,7 +178,7 @@ class GateCallback(TrainerCallback):
         """Find out whether the loss is ours."""
         if not hasattr(self.head, "losses"):  # annotated only, until the first batch
             raise ConfigurationError(
-                f"gate={self.gate!r} had no effect: the trainer computes a loss of its own and does"
-                " not ask the model for it. Switch that off (compute_loss_func,"
+                f"gate={self.gate.label} had no effect: the trainer computes a loss of its own and"
+                " does not ask the model for it. Switch that off (compute_loss_func,"
                 " label_smoothing_factor, loss_type, use_dft_loss, ...)."
             )

@@ -313,7 +313,7 @@ def fit(
         "finished": False,
         "model": model_args.model_name_or_path,
         "dataset": script_args.dataset_name or [vars(d) for d in dataset_args.datasets],
-        "gate": {"name": args.gate, "top_k": args.gate_top_k, **args.gate_params},
+        "gate": args.gate_spec.settings,
         "seed": args.seed,
         "config": changed_arguments(args),
         "environment": environment(),

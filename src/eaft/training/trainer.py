@@ -24,39 +24,19 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import get_config_model_id
 
 from eaft.errors import ConfigurationError, NonFiniteError
-from eaft.objective.registry import get_gate, missing_params
 from eaft.objective.statistics import HIGH_ENTROPY, LOW_ENTROPY
 from eaft.training.config import EAFTConfig
 from eaft.training.examples import ExampleCollator, FollowedData, follow_examples, number_tokens
 from eaft.training.forgetting import ForgettingEval, answers_before_sharding, general_suite
 from eaft.training.head import GatedLMHead, frozen_copy
 from eaft.training.logits_check import check_logits
-from eaft.training.measure import MeasureGate, MeasureOldLogProb
+from eaft.training.measure import MEASURED, MeasureGate, MeasureOldLogProb
 from eaft.training.model_card import model_card
 from eaft.training.rows import cached_by_date, describe_rows
 from eaft.training.templates import conversational, label_turns, mark_assistant
 
 logger = get_logger(__name__)
 STREAM_ROWS = 1000  # of a stream, that are looked through for a label
-
-
-def must_be_measured(args: EAFTConfig) -> bool:
-    """Return whether the gate needs a pass over the data with the base model."""
-    return (
-        bool(missing_params(args.gate, args.gate_params)) or get_gate(args.gate).needs_example_nll
-    )
-
-
-def needs_numbers(args: EAFTConfig) -> bool:
-    """Return whether the gate needs to know which token of the data each token is."""
-    return get_gate(args.gate).needs_old_log_prob
-
-
-def needs_examples(args: EAFTConfig) -> bool:
-    """
-    Return whether the gate, or its measurement, needs to know which example each token is from.
-    """
-    return get_gate(args.gate).needs_examples or must_be_measured(args)
 
 
 def eaft_config(args: Any, model: Any) -> EAFTConfig:
@@ -148,6 +128,7 @@ class EAFTTrainer(SFTTrainer):
         if train_dataset is not None and next(iter(train_dataset), None) is None:
             raise ConfigurationError("The training data set is empty.")
         args, self._label_turns = mark_assistant(args, model, processing_class, train_dataset)
+        self._gate = args.gate_spec.bind(MEASURED)
         self._followed: FollowedData | None = None
         self._replayed = replayed
         super().__init__(
@@ -167,15 +148,13 @@ class EAFTTrainer(SFTTrainer):
             formatting_func=formatting_func,
         )
         base_model = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        reference = self._make_reference() if get_gate(args.gate).anchor else None
-        self.gated_lm_head = GatedLMHead(
-            base_model, args.gate, args.gate_top_k, args.gate_params, reference
-        )
-        if needs_examples(args) or needs_numbers(args):
+        reference = self._make_reference() if self._gate.anchor else None
+        self.gated_lm_head = GatedLMHead(base_model, self._gate, reference)
+        if self._gate.needs_examples or self._gate.needs_old_log_prob:
             self._check_examples_can_be_followed()
             pad_token_id = self.data_collator.pad_token_id
             self.data_collator = ExampleCollator(self.data_collator)
-            if needs_numbers(args) and self.train_dataset is not None:
+            if self._gate.needs_old_log_prob and self.train_dataset is not None:
                 self._set_signature_columns_if_needed()
                 rows = self.train_dataset
                 rows = rows.select_columns(
@@ -276,7 +255,7 @@ class EAFTTrainer(SFTTrainer):
                 parallelism and (parallelism.cp_enabled or parallelism.sp_enabled)
             ),
             "tensor parallelism": (
-                (must_be_measured(self.args) or needs_numbers(self.args))
+                (self._gate.must_be_measured or self._gate.needs_old_log_prob)
                 and parallelism
                 and parallelism.tp_enabled
             ),
@@ -286,7 +265,7 @@ class EAFTTrainer(SFTTrainer):
         }
         for reason, holds in reasons.items():
             if holds:
-                what = "number" if needs_numbers(self.args) else "example"
+                what = "number" if self._gate.needs_old_log_prob else "example"
                 raise ConfigurationError(
                     f"gate={self.args.gate!r} must know each token's {what}; not with {reason}."
                 )
@@ -326,9 +305,9 @@ class EAFTTrainer(SFTTrainer):
             )
             self._replayed = None
         if (
-            name == "train" and needs_examples(args) and self._followed is None
+            name == "train" and self._gate.needs_examples and self._followed is None
         ):  # an evaluation set may have that name
-            loose = must_be_measured(args)
+            loose = self._gate.must_be_measured
             self._followed = follow_examples(
                 prepare, dataset, args, packing, formatting_func, loose
             )
@@ -360,7 +339,7 @@ class EAFTTrainer(SFTTrainer):
                 f"{dropped} of {len(dataset)} rows have no labelled token left after truncation to "
                 f"max_length={args.max_length} and are dropped."
             )
-        if name == "train" and needs_numbers(args):
+        if name == "train" and self._gate.needs_old_log_prob:
             if not isinstance(prepared, Dataset):
                 raise ConfigurationError(
                     f"gate={args.gate!r} needs a data set with a length: no dataset_streaming."
@@ -447,7 +426,7 @@ class EAFTTrainer(SFTTrainer):
                     logs[f"{prefix}nll_{name}_entropy"] = of_group / number
             if mode == "train":
                 logs["mean_gate"] = gate / max(tokens, 1)
-                if self.gated_lm_head.anchor is not None:
+                if self._gate.anchor is not None:
                     logs["kl"] = kl / max(tokens, 1)
         super().log(logs, start_time)
 
@@ -599,7 +578,7 @@ class EAFTTrainer(SFTTrainer):
         tags = [*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])]
         base_model = get_config_model_id(self.model.config)
         card = model_card(
-            self.args, self.gated_lm_head.params, base_model, model_name, dataset_name, tags
+            self.args, self.gated_lm_head.gate, base_model, model_name, dataset_name, tags
         )
         Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
         card.save(Path(self.args.output_dir) / "README.md")

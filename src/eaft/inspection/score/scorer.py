@@ -24,6 +24,7 @@ from eaft.inspection.folder import COMPARED, EXAMPLES, STATISTICS, TOKENS
 from eaft.inspection.score.examples import Examples, Tokens, batches, count_labelled
 from eaft.inspection.score.pieces import Pieces
 from eaft.models import adapter_of, check_finite, loading, resolve_model
+from eaft.objective.gate_spec import bind_gate
 from eaft.objective.statistics import TokenStatistics
 from eaft.training.config import EAFTConfig
 from eaft.training.head import GatedLMHead
@@ -76,7 +77,7 @@ class Scorer:
         self.base_model = (
             self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
         )
-        self.head = GatedLMHead(self.base_model, "sft", settings.args.gate_top_k, {})
+        self.head = GatedLMHead(self.base_model, bind_gate("sft", top_k=settings.args.gate_top_k))
         self.vocab_size = self.base_model.get_input_embeddings().weight.shape[0]
         self.checked = False
 

@@ -9,7 +9,8 @@ from typing import Any
 from eaft.errors import EAFTError
 from eaft.inspection.labelled import weighed_gates
 from eaft.inspection.view.selection import RequestError, one_of
-from eaft.objective.registry import check_gate, is_of_data
+from eaft.objective.gate_spec import bind_gate
+from eaft.objective.registry import is_of_data
 
 Parameters = dict[str, Any]  # a gate's parameters by name: numbers or names
 
@@ -98,7 +99,7 @@ def parameters(gate: str, chosen: Parameters, measured: dict[str, float]) -> Par
         elif type(value) not in (int, float) or not abs(value) < 1e9:  # NaN is not below
             raise bad_parameter(name, value, "a number")
     try:
-        check_gate(gate, params)
+        bind_gate(gate, params)
     except (EAFTError, ValueError, TypeError) as error:
         raise RequestError(str(error)) from error
     return params
