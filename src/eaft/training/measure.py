@@ -220,8 +220,8 @@ class MeasureGate(BaseModelPass):
         labelled = counts > 0
         example_nll = np.where(labelled, sums / np.maximum(counts, 1), 0.0)
         find = {
-            "entropy_threshold": lambda: g.percentile(gate.params["entropy_percentile"]),
-            "prob_threshold": lambda: prob.percentile(gate.params["prob_percentile"]),
+            "entropy_threshold": lambda: g.percentile(gate.params.get("entropy_percentile", 15.0)),
+            "prob_threshold": lambda: prob.percentile(gate.params.get("prob_percentile", 15.0)),
             "tau": lambda: np.median(example_nll[labelled]),
         }
         measured: dict[str, Any] = {
