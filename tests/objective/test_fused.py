@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from eaft import gated_cross_entropy, linear_gated_cross_entropy, token_statistics
 from eaft.errors import ConfigurationError
 from eaft.objective import fused, torch_backend
+from eaft.objective.chunk import Head, LogitTransform
 from eaft.objective.fused import Reference
 from eaft.objective.registry import GATES
 from tests.objective.test_gates import GIVEN, KINDS, VARIANTS, every_gate_once
@@ -477,7 +478,7 @@ def test_statistics_with_ranks_and_without_a_loss(scale, softcap, dtype, monkeyp
     options = {"logit_scale": scale, "softcap": softcap}
     budget = 7 * 45 * dtype.itemsize  # seven rows a chunk
     found = fused.linear_token_statistics(
-        hidden, weight, labels, bias, logits_budget=budget, **options
+        hidden, Head(weight, bias, LogitTransform(scale, softcap)), labels, logits_budget=budget
     )
     with torch.no_grad():
         z = capped(torch.addmm(bias, hidden, weight.T).double(), **options)
@@ -493,7 +494,7 @@ def test_statistics_with_ranks_and_without_a_loss(scale, softcap, dtype, monkeyp
     # bfloat16 has ties, of which any is the first choice
     assert torch.equal(z.gather(-1, found.first_choice.unsqueeze(-1)).squeeze(-1), z.amax(-1))
     assert found.rank.unique().numel() > 5
-    empty = fused.linear_token_statistics(hidden[:0], weight, labels[:0], bias)
+    empty = fused.linear_token_statistics(hidden[:0], Head(weight, bias), labels[:0])
     assert empty.rank.shape == (0,)
 
 

@@ -476,7 +476,9 @@ def measure_speed(
         def step(backend: str = backend) -> None:
             for leaf in leaves:
                 leaf.grad = None
-            linear_gated_cross_entropy(*leaves, problem.labels, "eaft", backend=backend).backward()
+            linear_gated_cross_entropy(
+                problem.hidden, problem.weight, problem.labels, "eaft", backend=backend
+            ).backward()
 
         what = f"speed {device} {backend} {name_of(dtype)} {case} N={labelled:,}"
         try:

@@ -27,6 +27,15 @@ class LogitTransform:
     softcap: float | None = None
 
 
+@dataclass(frozen=True)
+class Head:
+    """The LM head: hidden states @ weight.T + bias, and what makes logits of that."""
+
+    weight: Tensor  # (vocab_size, hidden_size)
+    bias: Tensor | None = None  # (vocab_size,)
+    transform: LogitTransform = LogitTransform()
+
+
 class Scores(Protocol):
     """
     What `score` returns: the statistics, and whatever the same backend's other doors need of the

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,11 +24,11 @@ try:
 except ImportError:  # Triton comes with torch where there are GPUs for it
     triton_backend = None  # type: ignore[assignment]
 from eaft.errors import ConfigurationError
-from eaft.objective.chunk import Backend, LogitTransform
+from eaft.objective.chunk import Backend, Head, LogitTransform
 from eaft.objective.gate_spec import BoundGate, bind_gate
 from eaft.objective.loss import example_ids_by_row, loss_terms
 from eaft.objective.registry import Anchor, GateLike
-from eaft.objective.statistics import TokenStatistics, usable_top_k
+from eaft.objective.statistics import NO_CONTEXT, TokenContext, TokenStatistics, usable_top_k
 from eaft.objective.torch_backend import TorchBackend
 
 # Each chunk reads and writes the whole gradient of the head, which takes a GPU as long as the
@@ -39,28 +39,23 @@ LOGITS_BUDGET, GPU_MEMORY_SHARE = 2**28, 16
 # Bytes of a block that is cast for a product on a CPU
 CAST_BUDGET = 2**25
 
-Weigh = Callable[[TokenStatistics, slice], Tensor]
-
 
 @dataclass(frozen=True)
 class Reference:
-    """
-    The reference model's side of a KL term: hidden states `[N, H']`, head weight `[V, H']` and bias
-    `[V]`.
-    """
+    """The reference model's side of a KL term. The policy's `LogitTransform` applies to it too."""
 
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None = None
+    hidden: Tensor  # (..., reference_hidden_size), as many positions as the policy's hidden states
+    weight: Tensor  # (vocab_size, reference_hidden_size)
+    bias: Tensor | None = None  # (vocab_size,)
 
 
 @dataclass(frozen=True)
 class TokenLosses:
-    """What the loss is made of, for each labelled token, without gradient."""
+    """The parts of the loss, for each labelled token, without gradient."""
 
-    statistics: TokenStatistics
-    weights: Tensor
-    kl: Tensor | None  # divergence from the reference, in nats
+    statistics: TokenStatistics  # each field (labelled,)
+    weights: Tensor  # (labelled,), float32 (float64 for float64 inputs)
+    kl: Tensor | None  # (labelled,), divergence from the reference, in nats
 
     @classmethod
     def cat(cls, chunks: list[TokenLosses]) -> TokenLosses:
@@ -75,20 +70,20 @@ class TokenLosses:
 
 @torch.compiler.disable  # a graph break, instead of tracing a loop over data
 def linear_gated_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
+    hidden: Tensor,  # (..., hidden_size), any floating dtype
+    weight: Tensor,  # (vocab_size, hidden_size)
+    labels: Tensor,  # (...), int64, already shifted
     gate: GateLike | BoundGate = "eaft",
-    bias: Tensor | None = None,
+    bias: Tensor | None = None,  # (vocab_size,)
     num_items: int | Tensor | None = None,
     ignore_index: int = -100,
     top_k: int = 20,
     *,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    example_ids: Tensor | None = None,
-    example_nll: Tensor | None = None,
-    old_log_prob: Tensor | None = None,
+    example_ids: Tensor | None = None,  # (...), int64
+    example_nll: Tensor | None = None,  # (...), nats
+    old_log_prob: Tensor | None = None,  # (...), nats
     reference: Reference | None = None,
     logits_budget: int | None = None,
     backend: str | None = None,
@@ -100,16 +95,14 @@ def linear_gated_cross_entropy(
     (arXiv:2601.02151).
 
     Args:
-        hidden: `[N, H]` (or `[..., H]`), any floating dtype; under autocast the products are in its
-            dtype.
-        weight: `[V, H]`. If it needs no gradient, neither its product nor its memory is spent.
-        labels: `[N]` (or `[...]`) int64, already shifted; only positions that are not
-            `ignore_index` are projected.
+        hidden: under autocast the products are in autocast's dtype.
+        weight: if it needs no gradient, neither its product nor its memory is spent.
+        labels: only positions whose label is not `ignore_index` are projected.
         gate: name of a registered gate, or a function of `TokenStatistics`; or a `BoundGate`, which
             brings its own K and parameters. A gate that weighs each token by itself
             (`Gate.per_token`) takes three products. A gate that must see the whole batch first
             takes four.
-        bias: `[V]`.
+        bias: added to the projection.
         num_items: what to divide the sum by. Default: the number of labelled tokens.
         ignore_index: label of positions without a loss.
         top_k: K of the top-K entropy.
@@ -118,11 +111,11 @@ def linear_gated_cross_entropy(
         example_ids: as in `gated_cross_entropy`.
         example_nll: as in `gated_cross_entropy`.
         old_log_prob: as in `gated_cross_entropy`.
-        reference: for a gate with a KL term; the same scale and softcap apply.
+        reference: for a gate with a KL term.
         logits_budget: bytes of logits alive at a time, which caps the chunks; default 256 MiB, on a
             GPU a 16th of its memory. The last chunk is held until the backward pass. A KL term
             takes as much again for the reference.
-        backend: `torch` or `triton`; default: Triton on a GPU that has it, but for float64.
+        backend: `torch` or `triton`. Default: Triton on a GPU that has it, except for float64.
         return_losses: also return the `TokenLosses`.
         params: what the gate takes, e.g. `alpha=2.0` for `eaft`.
 
@@ -136,16 +129,44 @@ def linear_gated_cross_entropy(
         ConfigurationError: as in `gated_cross_entropy`; or there is no such backend here.
         RuntimeError: in a second backward pass, or one with `create_graph=True`.
     """
-    bound = bind_gate(gate, params, top_k)
-    anchor = bound.anchor
+    loss, losses = fused_loss(
+        hidden,
+        Head(weight, bias, LogitTransform(logit_scale, softcap)),
+        labels,
+        bind_gate(gate, params, top_k),
+        TokenContext(example_ids, example_nll, old_log_prob),
+        reference,
+        num_items=num_items,
+        ignore_index=ignore_index,
+        logits_budget=logits_budget,
+        backend=backend,
+    )
+    return (loss, losses) if return_losses else loss
+
+
+@torch.compiler.disable
+def fused_loss(
+    hidden: Tensor,  # (..., hidden_size), any floating dtype
+    head: Head,
+    labels: Tensor,  # (...), int64, already shifted
+    gate: BoundGate,
+    context: TokenContext = NO_CONTEXT,  # each tensor (...)
+    reference: Reference | None = None,
+    *,
+    num_items: int | Tensor | None = None,
+    ignore_index: int = -100,
+    logits_budget: int | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, TokenLosses]:
+    """Return `linear_gated_cross_entropy` and its parts; it says what the arguments mean."""
+    anchor = gate.anchor
     if anchor is not None and reference is None:
         raise ConfigurationError(
-            f"gate={bound.label} needs reference, the base model's hidden states and head."
+            f"gate={gate.label} needs reference, the base model's hidden states and head."
         )
-    if example_ids is None:
-        example_ids = example_ids_by_row(labels)
-    # A GPU waits for the number of labels once, here; whatever is gathered by their index needs no
-    # such wait
+    if context.example_ids is None:
+        context = replace(context, example_ids=example_ids_by_row(labels))
+    # A GPU waits for the number of labels once, here; gathering by their index needs no such wait
     index = (labels.flatten() != ignore_index).nonzero().squeeze(-1)
 
     def labelled(values: Tensor) -> Tensor:
@@ -155,53 +176,37 @@ def linear_gated_cross_entropy(
             )
         return values.reshape(labels.numel(), *values.shape[labels.ndim :]).index_select(0, index)
 
-    example_ids = labelled(example_ids)
-    example_nll = None if example_nll is None else labelled(example_nll)
-    old_log_prob = None if old_log_prob is None else labelled(old_log_prob)
-
-    def with_context(stats: TokenStatistics, rows: slice) -> TokenStatistics:
-        nll = None if example_nll is None else example_nll[rows]
-        old = None if old_log_prob is None else old_log_prob[rows]
-        return replace(stats, example_ids=example_ids[rows], example_nll=nll, old_log_prob=old)
-
-    def weigh(stats: TokenStatistics, rows: slice) -> Tensor:
-        return bound.weights(with_context(stats, rows))
-
+    if anchor is None or reference is None:
+        reference = None
+    else:
+        reference = replace(reference, hidden=labelled(reference.hidden))
     spec = LossSpec(
         labels=labelled(labels),
-        weigh=weigh,
-        per_token=bound.per_token,
-        ranked=bound.needs_rank,
+        gate=gate,
+        context=context.select(labelled),
         anchor=anchor,
-        reference=(
-            replace(reference, hidden=labelled(reference.hidden)) if anchor and reference else None
-        ),
-        transform=LogitTransform(logit_scale, softcap),
-        top_k=usable_top_k(bound.top_k, weight.shape[0]),
+        reference=reference,
+        transform=head.transform,
+        top_k=usable_top_k(gate.top_k, len(head.weight)),
         backend=choose_backend(backend, hidden),
         logits_budget=logits_budget or default_budget(hidden.device),
         grad_enabled=torch.is_grad_enabled(),
     )
-    loss, losses = GatedLinear.apply(labelled(hidden), weight, bias, spec)
+    loss, losses = GatedLinear.apply(labelled(hidden), head.weight, head.bias, spec)
     count = len(index) if num_items is None else num_items
     loss = loss / (
         count.to(loss.device).clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
     )
-    if not return_losses:
-        return loss
-    return loss, replace(losses, statistics=with_context(losses.statistics, slice(None)))
+    return loss, replace(losses, statistics=spec.context.add_to(losses.statistics))
 
 
 @torch.no_grad()
 def linear_token_statistics(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None = None,
+    hidden: Tensor,  # (tokens, hidden_size), any floating dtype
+    head: Head,
+    labels: Tensor,  # (tokens,), int64, each in [0, vocab_size)
     top_k: int = 20,
     *,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
     logits_budget: int | None = None,
     backend: str | None = None,
 ) -> TokenStatistics:
@@ -210,38 +215,32 @@ def linear_token_statistics(
     without gradient.
 
     Args:
-        hidden: `[N, H]`, any floating dtype; under autocast the product is in its dtype.
-        weight: `[V, H]`.
-        labels: `[N]` int64, each in `[0, V)`; no ignored positions.
-        bias: `[V]`.
+        hidden: under autocast the product is in autocast's dtype.
+        head: the LM head.
+        labels: no ignored positions.
         top_k: as in `token_statistics`.
-        logit_scale: what the projection is multiplied by.
-        softcap: c of c * tanh(logits / c), applied after the scale; None for none.
         logits_budget: bytes of logits alive at a time; default as in `linear_gated_cross_entropy`.
-        backend: as there.
+        backend: as in `linear_gated_cross_entropy`.
 
     Returns:
-        Each token's, with `first_choice`, `first_prob` and `rank`; float32 (float64 for float64
-        inputs).
+        The statistics of each token, with `first_choice`, `first_prob` and `rank`; float32 (float64
+        for float64 inputs).
     """
-    dtype = projection_dtype(hidden)
-    transform, top_k = LogitTransform(logit_scale, softcap), usable_top_k(top_k, len(weight))
-    doors = choose_backend(backend, hidden)
-    chunks = chunk_slices(
-        len(hidden), len(weight), dtype, logits_budget or default_budget(hidden.device)
-    )
-    found = []
+    dtype, vocab_size = projection_dtype(hidden), len(head.weight)
+    top_k, backend_used = usable_top_k(top_k, vocab_size), choose_backend(backend, hidden)
+    budget = logits_budget or default_budget(hidden.device)
+    chunks = chunk_slices(len(hidden), vocab_size, dtype, budget)
+    parts = []
     with torch.autocast(hidden.device.type, enabled=False):
-        project = Projector(hidden, weight, bias, dtype, chunks[0].stop)
+        project = Projector(hidden, head.weight, head.bias, dtype, chunks[0].stop)
         for rows in chunks:
             projection = project(rows)
-            for block, of_all in blocks(projection, rows, doors):
-                found.append(
-                    doors.score(
-                        projection[block], labels[of_all], top_k, transform, True
-                    ).statistics
+            for block, tokens in blocks(projection, rows, backend_used):
+                scores = backend_used.score(
+                    projection[block], labels[tokens], top_k, head.transform, True
                 )
-    return TokenStatistics.cat(found)
+                parts.append(scores.statistics)
+    return TokenStatistics.cat(parts)
 
 
 def projection_dtype(hidden: Tensor) -> torch.dtype:
@@ -301,19 +300,27 @@ def chunk_rows(n: int, vocab_size: int, itemsize: int, budget: int) -> int:
 
 @dataclass(frozen=True)
 class LossSpec:
-    """What the loss is, beside the tensors it is differentiated by."""
+    """What the loss is, beside the tensors that it is differentiated by."""
 
-    labels: Tensor  # [N], all to be scored
-    weigh: Weigh  # statistics of some rows, and which -> their weights
-    per_token: bool  # a chunk can be weighed before the next is seen
-    ranked: bool  # the gate needs ranks
+    labels: Tensor  # (labelled,), int64, each in [0, vocab_size)
+    gate: BoundGate
+    context: TokenContext  # each tensor (labelled,)
     anchor: Anchor | None
-    reference: Reference | None
+    reference: Reference | None  # its hidden states (labelled, reference_hidden_size)
     transform: LogitTransform
     top_k: int
     backend: Backend
-    logits_budget: int
+    logits_budget: int  # bytes
     grad_enabled: bool
+
+    def score(self, projection: Tensor, tokens: slice) -> Any:
+        """Return the backend's `Scores` of the projection of some tokens."""
+        labels, ranked = self.labels[tokens], self.gate.needs_rank
+        return self.backend.score(projection, labels, self.top_k, self.transform, ranked)
+
+    def weigh(self, stats: TokenStatistics, tokens: slice) -> Tensor:
+        """Return the weights of some tokens from their statistics."""
+        return self.gate.weights(self.context.select(lambda x: x[tokens]).add_to(stats))
 
 
 class GatedLinear(torch.autograd.Function):
@@ -348,10 +355,10 @@ class GatedLinear(torch.autograd.Function):
             if (r := spec.reference) is not None:
                 project_reference = Projector(r.hidden, r.weight, r.bias, dtype, size)
 
-            weigh = spec.weigh
-            if not spec.per_token:  # the gate must see every token first: a fourth product
-                seen = [score(project(rows), rows, spec) for rows in chunks]
-                weigh = known_weights(spec.weigh(TokenStatistics.cat(seen), slice(None)))
+            weights = None
+            if not spec.gate.per_token:  # the gate must see every token first: a fourth product
+                seen = [chunk_statistics(project(rows), rows, spec) for rows in chunks]
+                weights = spec.weigh(TokenStatistics.cat(seen), slice(None))
 
             losses = []
             for rows in chunks:
@@ -359,7 +366,7 @@ class GatedLinear(torch.autograd.Function):
                 reference_projection = project_reference(rows) if project_reference else None
                 losses.append(
                     weigh_and_differentiate_(
-                        projection, rows, spec, weigh, reference_projection, wanted
+                        projection, rows, spec, weights, reference_projection, wanted
                     )
                 )
                 grad_logits = projection  # by now
@@ -376,8 +383,9 @@ class GatedLinear(torch.autograd.Function):
         ctx.last_product = (grad_logits, project.hidden[rows]) if needs_weight else None
         ctx.dtypes = (hidden.dtype, weight.dtype)
         ctx.spent = False
-        found = TokenLosses.cat(losses)
-        return loss_terms(found.statistics, found.weights, found.kl, spec.anchor).sum(), found
+        joined = TokenLosses.cat(losses)
+        terms = loss_terms(joined.statistics, joined.weights, joined.kl, spec.anchor)
+        return terms.sum(), joined
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Any) -> Any:
@@ -415,13 +423,8 @@ class GatedLinear(torch.autograd.Function):
             grad_weight,
             None if ctx.grad_bias is None else scaled(ctx.grad_bias, grad_loss, weight_dtype),
         )
-        ctx.spent, ctx.grad_hidden, ctx.grad_weight, ctx.grad_bias, ctx.last_product = (
-            True,
-            None,
-            None,
-            None,
-            None,
-        )
+        ctx.spent = True
+        ctx.grad_hidden = ctx.grad_weight = ctx.grad_bias = ctx.last_product = None
         return *gradients, None
 
 
@@ -431,7 +434,12 @@ class Projector:
     """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, size: int
+        self,
+        hidden: Tensor,  # (labelled, hidden_size)
+        weight: Tensor,  # (vocab_size, hidden_size)
+        bias: Tensor | None,  # (vocab_size,)
+        dtype: torch.dtype,
+        size: int,  # of the largest chunk
     ) -> None:
         self.hidden, self.weight = hidden.to(dtype), weight.to(dtype)
         self.bias = None if bias is None else bias.to(dtype)
@@ -457,54 +465,53 @@ def blocks(projection: Tensor, rows: slice, backend: Backend) -> Iterator[tuple[
         yield slice(start, stop), slice(rows.start + start, rows.start + stop)
 
 
-def score(projection: Tensor, rows: slice, spec: LossSpec) -> TokenStatistics:
-    """Return the statistics of a chunk."""
+def chunk_statistics(projection: Tensor, rows: slice, spec: LossSpec) -> TokenStatistics:
+    """Return the statistics of a chunk of tokens."""
     return TokenStatistics.cat(
         [
-            spec.backend.score(
-                projection[block], spec.labels[of_all], spec.top_k, spec.transform, spec.ranked
-            ).statistics
-            for block, of_all in blocks(projection, rows, spec.backend)
+            spec.score(projection[block], tokens).statistics
+            for block, tokens in blocks(projection, rows, spec.backend)
         ]
     )
 
 
 def weigh_and_differentiate_(
-    projection: Tensor,
+    projection: Tensor,  # (chunk, vocab_size)
     rows: slice,
     spec: LossSpec,
-    weigh: Weigh,
-    reference_projection: Tensor | None,
+    weights: Tensor | None,  # (labelled,): of all tokens, if the gate has seen them already
+    reference_projection: Tensor | None,  # (chunk, vocab_size)
     differentiate: bool,
 ) -> TokenLosses:
     """
-    Return the losses of a chunk; with `differentiate` the projection becomes the gradient of their
-    terms' sum.
+    Return the losses of a chunk. With `differentiate` the projection becomes the gradient of the
+    sum of their terms.
     """
     backend, anchor, losses = spec.backend, spec.anchor, []
-    for block, of_all in blocks(projection, rows, backend):
-        labels = spec.labels[of_all]
-        scores = backend.score(projection[block], labels, spec.top_k, spec.transform, spec.ranked)
-        weights = weigh(scores.statistics, of_all)
+    for block, tokens in blocks(projection, rows, backend):
+        scores = spec.score(projection[block], tokens)
+        if weights is None:
+            block_weights = spec.weigh(scores.statistics, tokens)
+        else:
+            block_weights = weights[tokens]
         divergence = None
         if anchor is not None and reference_projection is not None:
             divergence = backend.diverge(
                 projection[block], reference_projection[block], scores, anchor, spec.transform
             )
         if differentiate:
-            kl_coef = 0.0 if anchor is None else anchor.coef
             backend.gradient_(
-                projection[block], labels, weights, scores, spec.transform, divergence, kl_coef
+                projection[block],
+                spec.labels[tokens],
+                block_weights,
+                scores,
+                spec.transform,
+                divergence,
+                0.0 if anchor is None else anchor.coef,
             )
-        losses.append(
-            TokenLosses(scores.statistics, weights, None if divergence is None else divergence.kl)
-        )
+        kl = None if divergence is None else divergence.kl
+        losses.append(TokenLosses(scores.statistics, block_weights, kl))
     return TokenLosses.cat(losses)
-
-
-def known_weights(weights: Tensor) -> Weigh:
-    """Return a `weigh` that knows every row's weight already."""
-    return lambda stats, rows: weights[rows]
 
 
 def add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,7 +5,6 @@ equal.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from eaft.errors import ConfigurationError
 from eaft.objective.gate_spec import BoundGate, bind_gate
 from eaft.objective.registry import Anchor, GateLike
-from eaft.objective.statistics import TokenStatistics, token_statistics
+from eaft.objective.statistics import TokenContext, TokenStatistics, token_statistics
 
 
 def gated_nll(nll: Tensor, weights: Tensor) -> Tensor:
@@ -44,39 +43,36 @@ def example_ids_by_row(labels: Tensor) -> Tensor:
 
 
 def gated_cross_entropy(
-    logits: Tensor,
-    labels: Tensor,
+    logits: Tensor,  # (..., vocab_size), any floating dtype
+    labels: Tensor,  # (...), int64, already shifted
     gate: GateLike | BoundGate = "eaft",
     num_items: int | Tensor | None = None,
     ignore_index: int = -100,
     top_k: int = 20,
     *,
-    example_ids: Tensor | None = None,
-    example_nll: Tensor | None = None,
-    old_log_prob: Tensor | None = None,
-    reference_logits: Tensor | None = None,
+    example_ids: Tensor | None = None,  # (...), int64
+    example_nll: Tensor | None = None,  # (...), nats
+    old_log_prob: Tensor | None = None,  # (...), nats
+    reference_logits: Tensor | None = None,  # (..., vocab_size)
     **params: Any,
 ) -> Tensor:
     """
     Cross-entropy in which each token counts by its gate (arXiv:2601.02151).
 
     Args:
-        logits: `[N, V]` (or `[..., V]`), any floating dtype; computed in at least float32.
-        labels: `[N]` (or `[...]`) int64, already shifted; positions equal to `ignore_index` do not
-            count.
+        logits: computed in at least float32.
+        labels: positions equal to `ignore_index` do not count.
         gate: name of a registered gate, or a function of `TokenStatistics`; or a `BoundGate`, which
             brings its own K and parameters.
         num_items: what to divide the weighted sum by, for accumulated batches. Default: the number
             of labelled tokens (not the sum of the gates).
         ignore_index: label of positions without a loss.
         top_k: K of the top-K entropy.
-        example_ids: int64, the labels' shape: which example each token is from (`talr`). Default:
-            the row of `[B, S]` labels; one example for `[N]`.
-        example_nll: the labels' shape: the base model's mean nll, in nats, of each token's example
-            (`flow`).
-        old_log_prob: the labels' shape: the base model's ln P(label) (`psft`).
-        reference_logits: the logits' shape: the base model's logits, without gradient (`sft-kl`,
-            `asft`).
+        example_ids: which example each token is from (`talr`). Default: the row of `[B, S]` labels;
+            one example for `[N]`.
+        example_nll: the base model's mean nll of each token's example (`flow`).
+        old_log_prob: the base model's ln P(label) (`psft`).
+        reference_logits: the base model's logits, without gradient (`sft-kl`, `asft`).
         params: what the gate takes, e.g. `alpha=2.0` for `eaft`.
 
     Returns:
@@ -94,12 +90,9 @@ def gated_cross_entropy(
         example_ids = example_ids_by_row(labels)
     # Cast once, so that the gradients of both terms are added in float32
     logits = logits[labelled].to(torch.promote_types(logits.dtype, torch.float32))
-    stats = replace(
-        token_statistics(logits, labels[labelled], bound.top_k, ranked=bound.needs_rank),
-        example_ids=example_ids[labelled],
-        example_nll=None if example_nll is None else example_nll[labelled],
-        old_log_prob=None if old_log_prob is None else old_log_prob[labelled],
-    )
+    stats = token_statistics(logits, labels[labelled], bound.top_k, ranked=bound.needs_rank)
+    context = TokenContext(example_ids, example_nll, old_log_prob)
+    stats = context.select(lambda x: x[labelled]).add_to(stats)
     kl = None
     if anchor is not None:
         if reference_logits is None:

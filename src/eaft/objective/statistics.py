@@ -5,7 +5,7 @@ What the model thinks of each token: log-probability, entropy, top-K entropy. Pu
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -108,6 +108,27 @@ class TokenStatistics:
             names += ["first_choice", "first_prob", "rank"]
         joined = {name: torch.cat([getattr(chunk, name) for chunk in chunks]) for name in names}
         return cls(**joined, top_k=chunks[0].top_k)
+
+
+@dataclass(frozen=True)
+class TokenContext:
+    """What the distribution of a token does not tell and a gate may need, for each token."""
+
+    example_ids: Tensor | None = None  # (...), int64: which example each token is from
+    example_nll: Tensor | None = None  # (...), nats: the base model's mean nll of that example
+    old_log_prob: Tensor | None = None  # (...), nats: ln P(label) under the base model
+
+    def select(self, choose: Callable[[Tensor], Tensor]) -> TokenContext:
+        """Return the same of the tokens that `choose` takes from each tensor."""
+        tensors = (self.example_ids, self.example_nll, self.old_log_prob)
+        return TokenContext(*(None if x is None else choose(x) for x in tensors))
+
+    def add_to(self, stats: TokenStatistics) -> TokenStatistics:
+        """Return the statistics of the same tokens, with their context."""
+        return replace(stats, **vars(self))
+
+
+NO_CONTEXT = TokenContext()
 
 
 def usable_top_k(top_k: int, vocab_size: int) -> int:

@@ -16,7 +16,7 @@ import copy
 import functools
 import types
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,16 +30,16 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from transformers.utils import ModelOutput
 
 from eaft.errors import ConfigurationError
-from eaft.objective.chunk import LogitTransform
+from eaft.objective.chunk import Head, LogitTransform
 from eaft.objective.fused import (
     Reference,
     TokenLosses,
-    linear_gated_cross_entropy,
+    fused_loss,
     linear_token_statistics,
 )
 from eaft.objective.gate_spec import BoundGate, bind_gate
 from eaft.objective.registry import GateLike
-from eaft.objective.statistics import TokenStatistics
+from eaft.objective.statistics import TokenContext, TokenStatistics
 from eaft.objective.torch_backend import make_logits
 from eaft.training.logits_check import compare_logits
 
@@ -227,8 +227,7 @@ class GatedLMHead:
         self.old_log_prob: Tensor | None = None
         text_config = model.config.get_text_config()
         self.text_config = text_config
-        self.logit_scale = logit_scale(text_config)
-        self.softcap = softcap(text_config)
+        self.transform = LogitTransform(logit_scale(text_config), softcap(text_config))
         # Inkling's logits end before the rows that pad its head
         self.vocab_size: int | None = getattr(text_config, "unpadded_vocab_size", None)
         self.original_forward = model.forward
@@ -301,36 +300,18 @@ class GatedLMHead:
         device = lm_head.weight.device
         labels = shift_labels.to(device)
         labelled = labels != -100
-        example_nll = old_log_prob = None
-        if example_ids is not None:
-            example_ids = example_ids.to(device)
-            if self.example_nll is not None:
-                example_nll = self.example_nll.to(device)[example_ids.where(labelled, 0)]
-        # Out of training the numbers are another data set's
-        if token_numbers is not None and self.old_log_prob is not None and model.training:
-            old_log_prob = self.old_log_prob.to(device)[token_numbers.to(device).where(labelled, 0)]
+        context = self.context(model, labelled, example_ids, token_numbers)
         reference_head = () if reference is None else (reference.weight, reference.bias)
-        with self.gathered(lm_head, *reference_head) as (weight, bias):
-            total, self.losses = linear_gated_cross_entropy(
-                hidden.to(device),
-                weight,
-                labels,
-                self.gate if model.training else self.plain,
-                bias,
-                num_items=1,
-                logit_scale=self.logit_scale,
-                softcap=self.softcap,
-                example_ids=example_ids,
-                example_nll=example_nll,
-                old_log_prob=old_log_prob,
-                reference=reference
-                and replace(
-                    reference,
-                    hidden=reference.hidden.to(device),
-                    weight=self.unpadded(reference.weight),
-                    bias=self.unpadded(reference.bias),
-                ),
-                return_losses=True,
+        with self.gathered(lm_head, *reference_head) as head:
+            if reference is not None:
+                reference = Reference(
+                    reference.hidden.to(device),
+                    self.unpadded(reference.weight),
+                    self.unpadded(reference.bias),
+                )
+            gate = self.gate if model.training else self.plain
+            total, self.losses = fused_loss(
+                hidden.to(device), head, labels, gate, context, reference, num_items=1
             )
         if use_reference and isinstance(self.reference, PreTrainedModel):
             reshard(self.reference)
@@ -352,6 +333,25 @@ class GatedLMHead:
             aux_loss=aux_loss,
         )
 
+    def context(
+        self,
+        model: PreTrainedModel,
+        labelled: Tensor,  # (batch, positions), bool
+        example_ids: Tensor | None,  # (batch, positions), int64
+        token_numbers: Tensor | None,  # (batch, positions), int64
+    ) -> TokenContext:
+        """Return what the gate needs of each position, looked up by its example and its number."""
+        device, example_nll, old_log_prob = labelled.device, None, None
+        if example_ids is not None:
+            example_ids = example_ids.to(device)
+            if self.example_nll is not None:
+                example_nll = self.example_nll.to(device)[example_ids.where(labelled, 0)]
+        # Outside of training the numbers count the tokens of another data set
+        if token_numbers is not None and self.old_log_prob is not None and model.training:
+            numbers = token_numbers.to(device).where(labelled, 0)
+            old_log_prob = self.old_log_prob.to(device)[numbers]
+        return TokenContext(example_ids, example_nll, old_log_prob)
+
     @torch.no_grad()
     def statistics(self, model: PreTrainedModel, labels: Tensor, **inputs: Any) -> TokenStatistics:
         """
@@ -370,16 +370,8 @@ class GatedLMHead:
             model.get_output_embeddings(),
         )
         labels = labelled[labelled != -100].to(hidden.device)
-        with self.gathered(lm_head) as (weight, bias):
-            return linear_token_statistics(
-                hidden,
-                weight,
-                labels,
-                bias,
-                self.gate.top_k,
-                logit_scale=self.logit_scale,
-                softcap=self.softcap,
-            )
+        with self.gathered(lm_head) as head:
+            return linear_token_statistics(hidden, head, labels, self.gate.top_k)
 
     @torch.no_grad()
     def logits(self, model: PreTrainedModel, chosen: Tensor, **inputs: Any) -> Tensor:
@@ -387,12 +379,11 @@ class GatedLMHead:
         Return the logits `[n, V]` (float32) at the positions that are true in `chosen` `[B, S]`.
         """
         hidden = self.hidden_states(model, chosen, **inputs)
-        with self.gathered(model.get_output_embeddings()) as (weight, bias):
-            projection = F.linear(
-                hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-            )
+        with self.gathered(model.get_output_embeddings()) as head:
+            bias = None if head.bias is None else head.bias.to(hidden.dtype)
+            projection = F.linear(hidden, head.weight.to(hidden.dtype), bias)
         memory = torch.empty_like(projection, dtype=torch.float32)
-        return make_logits(projection, LogitTransform(self.logit_scale, self.softcap), memory)
+        return make_logits(projection, head.transform, memory)
 
     def hidden_states(self, model: PreTrainedModel, chosen: Tensor, **inputs: Any) -> Tensor:
         """
@@ -424,17 +415,12 @@ class GatedLMHead:
         return load_balancing_loss_func(backbone.router_logits, num_experts, top_k, attention_mask)
 
     @contextlib.contextmanager
-    def gathered(
-        self, lm_head: Any, *others: Tensor | None
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """
-        Give the head's whole weight `[V, H]` and bias `[V]`, however they are sharded; ZeRO-3
-        gathers others too.
-        """
+    def gathered(self, lm_head: Any, *others: Tensor | None) -> Iterator[Head]:
+        """Give the whole head, however it is sharded; ZeRO-3 gathers `others` too."""
         check_head(lm_head)
         weight, bias = full_parameter(lm_head.weight), full_parameter(lm_head.bias)
         with gather_partitioned(weight, bias, *others):
-            yield self.unpadded(weight), self.unpadded(bias)
+            yield Head(self.unpadded(weight), self.unpadded(bias), self.transform)
 
     def unpadded(self, parameter: Any) -> Any:
         """Return the rows that have logits, of the head's weight or bias."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from eaft.errors import ConfigurationError
-from eaft.objective.fused import linear_gated_cross_entropy
+from eaft.objective.fused import fused_loss
 
 TOKENS = 4  # of a batch, that are compared
 REASON = (
@@ -115,37 +115,31 @@ def compare_logits(
     own_log_probs = (
         logits.cpu().double().log_softmax(-1)
     )  # of these logits, exact; not every device has float64
-    with head.gathered(lm_head) as (weight, bias):
+    with head.gathered(lm_head) as weights:
+        weight, transform = weights.weight, weights.transform
         if weight.shape[-1] != hidden.shape[-1]:
             sizes = (
                 f"the head's weight is {list(weight.shape)}, and its hidden states have"
                 f" {hidden.shape[-1]} elements"
             )
             raise ConfigurationError(f"model_type={model_type(model)!r}: {sizes}. {REASON}")
-        _, losses = linear_gated_cross_entropy(
-            hidden.unsqueeze(1).expand(-1, 3, -1),
-            weight,
-            candidates,
-            "sft",
-            bias,
-            logit_scale=head.logit_scale,
-            softcap=head.softcap,
-            return_losses=True,
+        _, losses = fused_loss(
+            hidden.unsqueeze(1).expand(-1, 3, -1), weights, candidates, head.plain
         )
-        bias = None if bias is None else bias.to(hidden.dtype)
-        z = head.logit_scale * F.linear(hidden, weight.to(hidden.dtype), bias)
+        bias = None if weights.bias is None else weights.bias.to(hidden.dtype)
+        z = transform.logit_scale * F.linear(hidden, weight.to(hidden.dtype), bias)
         norms = (
-            head.logit_scale
+            transform.logit_scale
             * hidden.float().norm(dim=-1, keepdim=True)
             * weight[candidates].float().norm(dim=-1)
         )
-    operations = 4 + (head.logit_scale != 1) + 3 * (head.softcap is not None)
+    operations = 4 + (transform.logit_scale != 1) + 3 * (transform.softcap is not None)
     unit = max(torch.finfo(z.dtype).eps, torch.finfo(logits.dtype).eps)
     if z.is_cuda and z.dtype == torch.float32:
         unit = max(unit, 2**-10)  # the products may be in TF32, which has ten bits
     size = z.float().abs()
     size = size.clamp(min=size.square().mean(-1, keepdim=True).sqrt()).clamp(
-        max=head.softcap or math.inf
+        max=transform.softcap or math.inf
     )
     spread = hidden.shape[-1] ** 0.5 * norms
     moved = (operations / 2 * unit * size).cpu().double()
