@@ -156,6 +156,63 @@ def adapter_of(model: str) -> dict[str, Any] | None:
     return config
 
 
+def find_model(model: str, model_args: dict[str, Any]) -> str:
+    """
+    Return the model as it can be loaded: a PEFT adapter's folder as it is, all else as
+    `resolve_model` returns it.
+
+    Raises:
+        ConfigurationError: there is no such model, or PEFT is needed and not installed.
+    """
+    adapter, trusted = adapter_of(model), bool(model_args.get("trust_remote_code"))
+    if adapter is None:
+        return resolve_model(model, trusted)
+    if find_spec("peft") is None:
+        raise ConfigurationError(f"{model} holds a PEFT adapter: pip install 'eaft[peft]'.")
+    from peft import PeftConfig
+
+    with loading(f"{model}: adapter_config.json cannot be used."):
+        PeftConfig.from_pretrained(model)
+    try:
+        resolve_model(adapter["base_model_name_or_path"], trusted)
+    except ConfigurationError as error:
+        raise ConfigurationError(
+            f"{model} is an adapter, and its base model is missing: {error}"
+        ) from error
+    return model
+
+
+def source(model_args: dict[str, Any] | None) -> dict[str, Any]:
+    """
+    Return the part of lm-eval's `model_args` that `from_pretrained` needs too: where a model, its
+    config and its tokenizer come from.
+    """
+    names = ("revision", "trust_remote_code", "subfolder")
+    return {name: value for name, value in (model_args or {}).items() if name in names}
+
+
+def context_length(model: str, model_args: dict[str, Any]) -> int:
+    """
+    Return the number of tokens in a model's context: as `model_args` or its configuration says,
+    else lm-eval's default of 2048.
+    """
+    if "max_length" in model_args:
+        return int(model_args["max_length"])
+    config = text_config(model, model_args)
+    lengths = [
+        getattr(config, field, None)
+        for field in ("n_positions", "max_position_embeddings", "n_ctx")
+    ]
+    return next((length for length in lengths if length), 2048)
+
+
+def text_config(model: str, model_args: dict[str, Any]) -> Any:
+    """Return the configuration of a model's language part; an adapter's is its base model's."""
+    adapter = adapter_of(model)
+    name = adapter["base_model_name_or_path"] if adapter else model
+    return AutoConfig.from_pretrained(name, **source(model_args)).get_text_config()
+
+
 def convert_gguf(path: Path) -> Path:
     """
     Dequantise a GGUF file into a float32 folder in the cache (`$HF_HOME/eaft`), once per content of

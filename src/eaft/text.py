@@ -6,6 +6,7 @@ import logging
 import re
 import traceback
 import unicodedata
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 HIDDEN = {
@@ -57,9 +58,13 @@ def markdown(text: Any) -> str:
 
 def markdown_strings(value: Any) -> Any:
     """
-    Return JSON with all strings as `markdown` has them, keys included; common names are unchanged
-    by that.
+    Return JSON, or a dataclass of it, with all strings as `markdown` has them, keys included.
+
+    Common names are unchanged by that.
     """
+    if is_dataclass(value) and not isinstance(value, type):
+        safe = {f.name: markdown_strings(getattr(value, f.name)) for f in fields(value)}
+        return replace(value, **safe)
     if isinstance(value, dict):
         return {markdown_strings(key): markdown_strings(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

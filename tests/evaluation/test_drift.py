@@ -53,16 +53,12 @@ def test_drift_is_the_definition(recorded):
                 )
             )
     result = summarise(*recorded.drift(make_model(1).eval()))
-    assert result["tokens"] == 7
-    assert result["mean"] == pytest.approx(math.fsum(per_token) / 7, rel=1e-5)
-    assert result["per_prompt"][1] == pytest.approx(per_token[4], rel=1e-5)
-    assert result["quantiles"]["50%"] == pytest.approx(sorted(result["per_prompt"])[1])
+    assert result.tokens == 7
+    assert result.mean == pytest.approx(math.fsum(per_token) / 7, rel=1e-5)
+    assert result.per_prompt[1] == pytest.approx(per_token[4], rel=1e-5)
+    assert result.quantiles["50%"] == pytest.approx(sorted(result.per_prompt)[1])
     assert (
-        min(result["per_prompt"])
-        <= result["low"]
-        <= result["mean"]
-        <= result["high"]
-        <= max(result["per_prompt"])
+        min(result.per_prompt) <= result.low <= result.mean <= result.high <= max(result.per_prompt)
     )
 
 
@@ -121,7 +117,7 @@ def test_interval_is_that_of_all_other_means():
     """
     sums = np.random.default_rng(0).lognormal(size=32)
     found = summarise(sums, np.full(32, 8))
-    assert (found["low"], found["high"]) == pytest.approx(bootstrap_interval(sums / 8))
+    assert (found.low, found.high) == pytest.approx(bootstrap_interval(sums / 8))
 
 
 def test_drift_from_itself_is_zero(recorded):

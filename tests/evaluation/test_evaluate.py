@@ -6,6 +6,7 @@ bad input.
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
@@ -17,10 +18,13 @@ from transformers import AutoModelForCausalLM
 from eaft import cli
 from eaft.errors import ConfigurationError
 from eaft.evaluation import evaluate
-from eaft.evaluation.evaluate import changes, pair, worst_regressions
+from eaft.evaluation.changes import compare_items
+from eaft.evaluation.pairs import pair, worst_regressions
 from eaft.evaluation.protocol import Protocol
+from eaft.evaluation.results import Item, Results, as_json
 from eaft.evaluation.scores import load, load_tokenizer, own_dtype, score, vllm_args
 from eaft.evaluation.suite import Suite, load_suites, suites_help, task_manager
+from eaft.files import read_json
 from tests.conftest import make_model
 
 SCHEMA = Path(evaluate.__file__).with_name("results.schema.json")
@@ -88,15 +92,15 @@ def test_scores_are_lm_evals(model_dir, task_path):
                 sum(log_probs[t, ids[t + 1]].item() for t in range(len(prompt) - 1, len(ids) - 1))
             )
         best = int(likelihoods[1] > likelihoods[0])
-        assert item["choices"] == pytest.approx(likelihoods, abs=1e-4)
-        assert (item["score"], item["response"]) == (float(best == i % 2), ["a", "bb"][best])
-        assert (item["prompt"], item["target"], item["doc_id"]) == (f"{i}?", i % 2, i)
+        assert item.choices == pytest.approx(likelihoods, abs=1e-4)
+        assert (item.score, item.response) == (float(best == i % 2), ["a", "bb"][best])
+        assert (item.prompt, item.target, item.doc_id) == (f"{i}?", i % 2, i)
 
 
 def test_a_generated_answer_is_an_item(model_dir, task_path):
     items = measured(model_dir, task_path, ["copy"])["copy"]
     assert len(items) == 6
-    assert all(isinstance(item["response"], str) and "choices" not in item for item in items)
+    assert all(isinstance(item.response, str) and item.choices is None for item in items)
 
 
 def run(*flags):
@@ -121,6 +125,7 @@ def test_a_model_beside_itself(model_dir, task_path, tmp_path, capsys):
     assert results["worst"] == []
     assert results["protocol"]["apply_chat_template"] is True
     jsonschema.validate(results, json.loads(SCHEMA.read_text()))
+    assert as_json(read_json(out / "results.json", Results, "")) == results
     markdown = (out / "results.md").read_text()
     assert markdown in capsys.readouterr().out
     assert "| tiny " in markdown
@@ -245,8 +250,8 @@ def test_an_item_is_never_its_own_example(model_dir, tmp_path):
         protocol,
     )
     for i, item in enumerate(items):
-        assert item["prompt"].count("number") == 4
-        assert item["prompt"].count(f"number {i}?") == 1
+        assert item.prompt.count("number") == 4
+        assert item.prompt.count(f"number {i}?") == 1
 
 
 def test_an_adapter_and_no_base(model_dir, task_path, tmp_path):
@@ -269,6 +274,7 @@ def test_an_adapter_and_no_base(model_dir, task_path, tmp_path):
         < results["tasks"]["tiny"]["high"]
     )
     jsonschema.validate(results, json.loads(SCHEMA.read_text()))
+    assert as_json(read_json(tmp_path / "alone" / "results.json", Results, "")) == results
     assert "score %" in (tmp_path / "alone" / "results.md").read_text()
 
 
@@ -333,35 +339,39 @@ def test_another_vocabulary(model_dir, task_path, tmp_path, capsys):
 
 def test_items_of_other_prompts_are_not_compared(model_dir, task_path):
     items = measured(model_dir, task_path)
-    other = {"tiny": [{**item, "prompt_hash": "x"} for item in items["tiny"]]}
+    other = {"tiny": [replace(item, prompt_hash="x") for item in items["tiny"]]}
     with pytest.raises(ConfigurationError, match="tiny: the two models were not asked the same"):
         pair("tiny", items["tiny"], other["tiny"])
     with pytest.raises(ConfigurationError, match="not asked the same"):
-        changes(items, {"tiny": items["tiny"][:-1]}, [])
+        compare_items(items, {"tiny": items["tiny"][:-1]}, [])
 
 
 def test_worst_regressions_take_benchmarks_in_turn():
-    def item(name, doc_id, value, right):
-        hashes = dict.fromkeys(("prompt_hash", "target_hash", "doc_hash"), "")
-        return {
-            "task": name,
-            "doc_id": doc_id,
-            "prompt": "",
-            "response": "",
-            "score": value,
-            **hashes,
-        } | ({"choices": [right, 0.0], "target": 0} if right is not None else {"target": ""})
+    def item(name, doc_id, score, right):
+        choices = None if right is None else [right, 0.0]
+        asked = dict.fromkeys(("prompt", "prompt_hash", "target_hash", "doc_hash"), "")
+        return Item(
+            **asked,
+            task=name,
+            doc_id=doc_id,
+            metric="acc,none",
+            target=0,
+            response="",
+            score=score,
+            cut=[],
+            choices=choices,
+        )
 
-    before = {
+    base = {
         "a": [item("a", i, 1.0, 1.0) for i in range(30)],
         "b": [item("b", i, 1.0, None) for i in range(2)],
     }
-    after = {
+    tuned = {
         "a": [item("a", i, 0.0, -float(i)) for i in range(30)],
         "b": [item("b", 0, 1.0, None), item("b", 1, 0.0, None)],
     }
-    worst = worst_regressions(before, after)
-    assert [(w["benchmark"], w["doc_id"]) for w in worst[:4]] == [
+    worst = worst_regressions(base, tuned)
+    assert [(w.benchmark, w.doc_id) for w in worst[:4]] == [
         ("a", 29),
         ("b", 1),
         ("a", 28),
@@ -528,14 +538,14 @@ def test_gsm8k_and_ifeval_agree_with_lm_evals_own_run(model_dir, tmp_path, monke
         ("gsm8k", "exact_match,strict-match"),
         ("ifeval", "prompt_level_strict_acc,none"),
     ):
-        assert ours[name][0]["metric"] == metric
-        mean = sum(item["score"] for item in ours[name]) / len(ours[name])
+        assert ours[name][0].metric == metric
+        mean = sum(item.score for item in ours[name]) / len(ours[name])
         assert mean == pytest.approx(theirs["results"][name][metric])
         samples = [s for s in theirs["samples"][name] if s["filter"] == metric.partition(",")[2]]
-        assert [item["response"] for item in ours[name]] == [
+        assert [item.response for item in ours[name]] == [
             sample["resps"][0][0] for sample in samples
         ]
-        assert any(item["response"] for item in ours[name])
+        assert any(item.response for item in ours[name])
     assert (
-        0 < sum(item["score"] for item in ours["ifeval"]) < 6
+        0 < sum(item.score for item in ours["ifeval"]) < 6
     )  # both right and wrong answers were compared

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from eaft import cli
-from eaft.evaluation.evaluate import differing
+from eaft.evaluation.comparable import differing
 from eaft.evaluation.scores import end_tokens, generation_config, vllm_args
 from tests.conftest import chain_model, make_tokenizer
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from eaft import cli, models
 from eaft.errors import ConfigurationError
 from eaft.evaluation import evaluate, identity, measured
+from eaft.evaluation.comparable import comparable_models
 from eaft.evaluation.drift import BaseAnswers
-from eaft.evaluation.evaluate import side_by_side
 from eaft.evaluation.measured import MeasuredModel
 from eaft.evaluation.protocol import Protocol
 from eaft.evaluation.scores import load_tokenizer
@@ -198,7 +198,7 @@ def test_a_change_of_task_or_data_is_a_new_key(task_path, tmp_path):  # noqa: F8
 def test_a_change_of_protocol_is_measured_anew(model_dir, task_path, change):  # noqa: F811
     benchmark = load_suites(["tiny"], task_path)[1]["tiny"]
     for again, protocol in ((False, {}), (True, {}), (False, change)):
-        model, _ = side_by_side(
+        model, _ = comparable_models(
             str(model_dir), None, Protocol(**{"apply_chat_template": True, **protocol}), True
         )
         model.items(benchmark)
@@ -217,11 +217,11 @@ def test_answers_are_kept_apart_from_what_computes_their_probabilities(model_dir
     device.
     """
     prompts = ["say a", [{"role": "user", "content": "say b"}]]
-    model, _ = side_by_side(str(model_dir), None, Protocol(max_new_tokens=4), True)
+    model, _ = comparable_models(str(model_dir), None, Protocol(max_new_tokens=4), True)
     assert model.find_sampled(prompts) is None
     answers = model.sampled(prompts)
     monkeypatch.setattr(identity, "versions", lambda names: dict.fromkeys(names, "0.0"))
-    again, _ = side_by_side(
+    again, _ = comparable_models(
         str(model_dir), None, Protocol(max_new_tokens=4, dtype="bfloat16"), True
     )
     assert again.find_sampled(prompts) == answers
@@ -230,7 +230,7 @@ def test_answers_are_kept_apart_from_what_computes_their_probabilities(model_dir
 
 def test_nll_is_the_definition(model_dir):
     """Only of labelled tokens, which need not follow one another; the first token is nobody's."""
-    model, _ = side_by_side(str(model_dir), None, Protocol(), True)
+    model, _ = comparable_models(str(model_dir), None, Protocol(), True)
     tokenizer = load_tokenizer(str(model_dir))
     ids = [tokenizer(text)["input_ids"] for text in ("one is two", "a", "three is four")]
     ids[1] = [5, 6]
@@ -251,7 +251,7 @@ def test_nll_is_the_definition(model_dir):
         assert (total, count) == (pytest.approx(expected, rel=1e-5), len(places - {0}))
     assert model.nll(rows)[0].tolist() == sums.tolist()
     assert model.kept == ["nll"]
-    other, _ = side_by_side(str(model_dir), None, Protocol(), True)
+    other, _ = comparable_models(str(model_dir), None, Protocol(), True)
     other.nll(
         [{**row, "labels": row["input_ids"]} for row in rows]
     )  # other labels are measured anew
@@ -411,7 +411,7 @@ def test_half_a_measurement_is_none(store, model_dir):
 
 def test_drift_depends_on_the_bases_probabilities(model_dir, folder):
     make_model(1).save_pretrained(folder)
-    tuned, base = side_by_side(str(folder), str(model_dir), Protocol(max_new_tokens=4), True)
+    tuned, base = comparable_models(str(folder), str(model_dir), Protocol(max_new_tokens=4), True)
     answers = base.answers(["say a", "say b"])
     first = tuned.drift(answers)[0]
     assert tuned.drift(answers)[0].tolist() == first.tolist()
@@ -462,7 +462,7 @@ def test_sampled_answers_are_to_the_prompts_as_they_are_asked(folder):
     def model(batch_size, **settings):
         args = {"chat_template_args": settings}
         protocol = Protocol(max_new_tokens=4, batch_size=batch_size, model_args=args)
-        return side_by_side(str(folder), None, protocol, True)[0]
+        return comparable_models(str(folder), None, protocol, True)[0]
 
     answers = model(8, effort="low").sampled(["say a"])
     assert model(1, effort="low").find_sampled(["say a"]) == answers
@@ -490,4 +490,4 @@ def test_record_refuses_what_it_would_ignore(model_dir, capsys):
 def test_thinking_is_set_in_one_place(model_dir):
     for args in ({"enable_thinking": True}, {"chat_template_args": {"enable_thinking": True}}):
         with pytest.raises(ConfigurationError, match="enable_thinking is a setting of its own"):
-            side_by_side(str(model_dir), None, Protocol(model_args=args), False)
+            comparable_models(str(model_dir), None, Protocol(model_args=args), False)

@@ -5,6 +5,7 @@ keeps its schema.
 
 import copy
 import json
+from dataclasses import replace
 from importlib.resources import files
 
 import jsonschema
@@ -14,6 +15,9 @@ import pytest
 from markdown_it import MarkdownIt
 
 from eaft.evaluation import report
+from eaft.evaluation.results import Results, Setting, as_json
+from eaft.files import read_json
+from eaft.provenance import write_json
 from tests.evaluation.conftest import drift_results, task_results
 
 SCHEMA = json.loads((files("eaft.evaluation") / "results.schema.json").read_text())
@@ -39,23 +43,30 @@ def rows(markdown, header):
 
 def test_results_keep_the_schema(results, alone):
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
-    check(results)
-    check(alone)
-    check({**results, "drift": None, "worst": [], "filters": {}, "means": {}})
+    content = as_json(results)
+    check(content)
+    check(as_json(alone))
+    check({**content, "drift": None, "worst": [], "filters": {}, "means": {}})
     for spoil in (
         lambda r: r["verdict"].pop("status"),
         lambda r: r["verdict"].update(status="fine"),
         lambda r: r["tasks"]["mmlu"].pop("p_holm"),
         lambda r: r["tasks"]["mmlu"].update(lost_beyond_chance=3.0),
         lambda r: r["drift"].update(mean=None),
-        lambda r: r["asked"]["mmlu"]["cut"].pop("after"),
+        lambda r: r["asked"]["mmlu"]["cut"]["after"].pop("answer"),
         lambda r: r.pop("verdict"),
         lambda r: r.update(unknown=1),
     ):
-        spoilt = copy.deepcopy(results)
+        spoilt = copy.deepcopy(content)
         spoil(spoilt)
         with pytest.raises(jsonschema.ValidationError):
             check(spoilt)
+
+
+def test_results_read_back_are_equal(results, alone, tmp_path):
+    for i, written in enumerate((results, alone)):
+        write_json(tmp_path / f"{i}.json", as_json(written))
+        assert read_json(tmp_path / f"{i}.json", Results, "") == written
 
 
 def test_it_begins_with_the_verdict_and_the_table_that_proves_it(results):
@@ -63,14 +74,14 @@ def test_it_begins_with_the_verdict_and_the_table_that_proves_it(results):
     assert text.startswith(
         "**Do not ship as it is:** gsm8k fell by 14.0 points (95%: 11.5 to 16.5; Holm-adjusted p "
     )
-    assert text.splitlines()[0] == results["verdict"]["sentence"]
+    assert text.splitlines()[0] == results.verdict.sentence
     headers, *table = rows(text, "smallest drop")
     assert headers == [
         *(
             "task",
             "items",
-            "before %",
-            "after %",
+            "base %",
+            "tuned %",
             "change",
             "95% interval",
             "p",
@@ -98,8 +109,8 @@ def test_it_begins_with_the_verdict_and_the_table_that_proves_it(results):
 
 
 def test_one_task_has_one_p(results):
-    results["tasks"] = task_results({"gsm8k": (700, 160, 20, 120)})
-    results["filters"], results["means"] = {}, {}
+    results.tasks = task_results({"gsm8k": (700, 160, 20, 120)})
+    results.filters, results.means = {}, {}
     text = report.evaluation(results)
     assert "Holm" not in "".join(rows(text, "smallest drop")[0])
     assert "p is below 0.05" in text
@@ -109,14 +120,13 @@ def test_one_task_has_one_p(results):
 def test_beyond_chance_has_its_interval(results):
     text = report.evaluation(results)
     [row] = rows(text, "known and lost")[1:]
-    lost, learned = (
-        results["tasks"]["mmlu"][f"{which}_beyond_chance"] for which in ("lost", "gained")
-    )
-    assert lost["estimate"] < 0  # of those 820 missed by both, chance alone would have lost more
+    mmlu = results.tasks["mmlu"]
+    lost, learned = mmlu.lost_beyond_chance, mmlu.gained_beyond_chance
+    assert lost.estimate < 0  # of those 820 missed by both, chance alone would have lost more
     assert row == [
         *("mmlu", "2700"),
-        f"{lost['estimate']:.0f} ({lost['low']:.0f} to {lost['high']:.0f})",
-        f"{learned['estimate']:.0f} ({learned['low']:.0f} to {learned['high']:.0f})",
+        f"{lost.estimate:.0f} ({lost.low:.0f} to {lost.high:.0f})",
+        f"{learned.estimate:.0f} ({learned.low:.0f} to {learned.high:.0f})",
     ]
 
 
@@ -132,8 +142,10 @@ def test_what_was_asked(results):
     assert "read from /cache/eaft: of the base model: gsm8k, answers." in text
     assert "## Failed\n\n- aime24: OutOfMemoryError: out of memory" in text
     assert "aime24 could not be measured" in text.splitlines()[0]
-    results["protocol"].update(apply_chat_template=False, enable_thinking=None, limit=20)
-    results["kept"]["base"] = []
+    results.protocol = replace(
+        results.protocol, apply_chat_template=False, enable_thinking=None, limit=20
+    )
+    results.kept.base = []
     text = report.evaluation(results)
     assert (
         "Asked in plain text, without a chat template, in bfloat16, seed 1234, at most 20 items"
@@ -145,8 +157,8 @@ def test_what_was_asked(results):
 def test_intervals_not_to_be_relied_on_are_named(results):
     text = report.evaluation(results)
     assert "not to be relied on" not in text
-    results["drift"] = drift_results(prompts=31)
-    results["tasks"] |= task_results({"tiny": (10, 3, 2, 4)})
+    results.drift = drift_results(prompts=31)
+    results.tasks |= task_results({"tiny": (10, 3, 2, 4)})
     text = report.evaluation(results)
     assert "Fewer than 32 prompts: the interval is not to be relied on." in text
     assert "Fewer than 20 items, so that the interval is not to be relied on: tiny." in text
@@ -161,8 +173,8 @@ def test_one_model_alone(alone):
 
 
 def test_everything_failed(results):
-    results.update(tasks={}, filters={}, means={}, asked={}, worst=[], drift=None)
-    results["verdict"]["sentence"] = "**Nothing was compared.**"
+    results = replace(results, tasks={}, filters={}, means={}, asked={}, worst=[], drift=None)
+    results.verdict.sentence = "**Nothing was compared.**"
     text = report.evaluation(results)
     assert text.startswith("**Nothing was compared.**\n")
     assert "changes.png" not in text
@@ -171,9 +183,10 @@ def test_everything_failed(results):
 def test_the_picture_is_coloured_by_what_is_shown(results, tmp_path, monkeypatch):
     """A change whose own interval leaves 0 out, but whose adjusted p is above 0.05, is grey."""
     kinds = {"fell": (500, 160, 20, 320), "rose": (500, 20, 160, 320), "unsure": (100, 9, 1, 100)}
-    results["tasks"], results["means"] = task_results(kinds), {}
-    results["tasks"]["unsure"]["p_holm"] = 3 * results["tasks"]["unsure"]["p_value"]
-    assert results["tasks"]["unsure"]["high"] < 0
+    results.tasks, results.means = task_results(kinds), {}
+    unsure = results.tasks["unsure"]
+    results.tasks["unsure"] = replace(unsure, p_holm=3 * unsure.p_value)
+    assert unsure.high < 0
     kept = []
     monkeypatch.setattr(report.plt, "close", kept.append)
     report.draw_changes(results, tmp_path / "changes.png")
@@ -188,12 +201,12 @@ def test_the_picture_is_coloured_by_what_is_shown(results, tmp_path, monkeypatch
 
 
 def test_end_tokens_are_shown_as_they_are(results):
-    ends = {"base": ["<|im_end|>"], "model": ["a`b", "</s>"]}
-    text = report.evaluation(results | {"differs": {"end_tokens": ends}})
+    ends = Setting(base=["<|im_end|>"], model=["a`b", "</s>"])
+    text = report.evaluation(replace(results, differs={"end_tokens": ends}))
     inline = [
         token
         for token in MarkdownIt().parse(text)
         if "differ in more than weights" in token.content
     ]
     found = [token.content for token in inline[0].children if token.type == "code_inline"]
-    assert [json.loads(part) for part in found] == [ends["base"], ends["model"]]
+    assert [json.loads(part) for part in found] == [ends.base, ends.model]

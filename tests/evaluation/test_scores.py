@@ -18,6 +18,7 @@ from eaft.errors import ConfigurationError
 from eaft.evaluation import engine, scores
 from eaft.evaluation.progress import Progress
 from eaft.evaluation.protocol import Protocol
+from eaft.evaluation.results import Asked, Cut
 from eaft.evaluation.scores import ask, asked, load, load_tokenizer, score, wrap
 from eaft.evaluation.suite import load_suites
 from tests.conftest import make_model, make_tokenizer
@@ -69,23 +70,23 @@ def test_gsm8k_has_both_its_scores(tmp_path):
     written = {"0": "#### 40", "1": "So it is 41.", "2": "#### 7"}
     protocol = Protocol(num_fewshot=0)
     found = score(Oracle(lambda prompt, doc: written[doc["question"]]), benchmark, protocol)
-    assert [item["scores"] for item in found] == [
+    assert [item.scores for item in found] == [
         {"strict-match": 1, "flexible-extract": 1},
         {"strict-match": 0, "flexible-extract": 1},
         {"strict-match": 0, "flexible-extract": 0},
     ]
-    assert [(item["score"], item["metric"]) for item in found] == [
+    assert [(item.score, item.metric) for item in found] == [
         (s, "exact_match,strict-match") for s in (1, 0, 0)
     ]
-    assert asked(benchmark, protocol, found) == {
-        "version": 3.0,
-        "metric": "exact_match",
-        "filter": "strict-match",
-        "num_fewshot": 0,
-        "max_gen_toks": 256,
-        "cut": {"prompt": 0, "answer": 0, "thoughts": 0},
-    }
-    assert asked(benchmark, Protocol(), found)["num_fewshot"] == 5
+    assert asked(benchmark, protocol, {"base": found, "sft": found[:1]}) == Asked(
+        version=3.0,
+        metric="exact_match",
+        filter="strict-match",
+        num_fewshot=0,
+        max_gen_toks=256,
+        cut=dict.fromkeys(("base", "sft"), Cut(prompt=0, answer=0, thoughts=0)),
+    )
+    assert asked(benchmark, Protocol(), {"base": found}).num_fewshot == 5
 
 
 def test_prompts_cut_on_the_left(write_task, lm):
@@ -95,19 +96,19 @@ def test_prompts_cut_on_the_left(write_task, lm):
     """
     letters = write_task("letters", ["x" * n for n in (253, 254, 255, 300)])
     found = score(lm, letters, PLAIN)
-    assert [item["cut"] for item in found] == [[], [], ["prompt"], ["prompt"]]
-    assert "scores" not in found[0]
+    assert [item.cut for item in found] == [[], [], ["prompt"], ["prompt"]]
+    assert found[0].scores is None
     # What is cut has no influence: the first byte of a prompt that has one too many
     ys, zs = (score(lm, write_task(c, [c + "x" * 253, c + "x" * 254]), PLAIN) for c in "yz")
-    assert [a["choices"][1] == b["choices"][1] for a, b in zip(ys, zs, strict=True)] == [
+    assert [a.choices[1] == b.choices[1] for a, b in zip(ys, zs, strict=True)] == [
         False,
         True,
     ]
 
     words = write_task("words", ["x" * n for n in (239, 240, 241, 900)], max_gen_toks=16)
     found = score(lm, words, PLAIN)
-    assert ["prompt" in item["cut"] for item in found] == [False, False, True, True]
-    assert asked(words, PLAIN, found)["cut"]["prompt"] == 2
+    assert ["prompt" in item.cut for item in found] == [False, False, True, True]
+    assert asked(words, PLAIN, {"base": found}).cut["base"].prompt == 2
 
 
 @pytest.mark.parametrize("batch_size", [1, 5])
@@ -125,7 +126,7 @@ def test_answers_cut_at_the_limit(write_task, batch_size):
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         written = model.generate(ids, max_new_tokens=limit, do_sample=False)[0, ids.shape[1] :]
         ended.append(tokenizer.eos_token_id in written)
-    assert [item["cut"] for item in found] == [[] if end else ["answer"] for end in ended]
+    assert [item.cut for item in found] == [[] if end else ["answer"] for end in ended]
     assert 1 < sum(ended) < 10
 
 
@@ -137,7 +138,7 @@ def test_a_tasks_settings_do_not_stay(write_task, lm, caplog):
         model = wrap(lm.model, lm.tokenizer, protocol)
         model._max_length = protocol.model_args.get("max_length")
         (item,) = score(model, task, protocol)
-        assert item["max_gen_toks"] == most == asked(task, protocol, [item])["max_gen_toks"]
+        assert item.max_gen_toks == most == asked(task, protocol, {"": [item]}).max_gen_toks
         assert f"words: answers are cut at {most} tokens instead of 500" in caplog.text
 
 
@@ -158,7 +159,7 @@ def test_a_model_without_a_template_is_asked_in_plain_text(write_task, model_dir
     (item,) = score(
         load(str(model_dir), tokenizer, Protocol()), write_task("words", ["Hi"], 2), Protocol()
     )
-    assert item["prompt"] == ask(tokenizer, "Hi", Protocol())
+    assert item.prompt == ask(tokenizer, "Hi", Protocol())
 
 
 def test_a_prompt_is_asked_as_a_task_is(write_task, model_dir):
@@ -169,9 +170,9 @@ def test_a_prompt_is_asked_as_a_task_is(write_task, model_dir):
         tokenizer.chat_template = template
         for protocol in (Protocol(), Protocol(system_instruction="Be brief.")):
             (item,) = score(load(str(model_dir), tokenizer, protocol), task, protocol)
-            assert item["prompt"] == ask(tokenizer, "Hi", protocol)
+            assert item.prompt == ask(tokenizer, "Hi", protocol)
             instructed = protocol.system_instruction is not None and not template.startswith(strict)
-            assert ("Be brief." in item["prompt"]) == instructed
+            assert ("Be brief." in item.prompt) == instructed
 
 
 def test_lm_evals_own_arguments_work(model_dir, write_task):

@@ -48,8 +48,8 @@ def test_cluewsc(tmp_path, labels):
             )
         )
         items = score(oracle, benchmarks["cluewsc"], Protocol())
-        assert [item["score"] for item in items] == [float(not wrong)] * 2
-    assert items[0]["prompt"].startswith("第0句。\n上文中的“它”指的是“床”吗")
+        assert [item.score for item in items] == [float(not wrong)] * 2
+    assert items[0].prompt.startswith("第0句。\n上文中的“它”指的是“床”吗")
 
 
 def test_cluewsc_label_must_be_one():
@@ -151,7 +151,7 @@ def test_bfcl(category):
 
     for rule, expected in ((good, 1.0), (bad, 0.0)):
         items = score(Oracle(rule), benchmarks[f"bfcl_v3_{category}"], Protocol())
-        assert [item["score"] for item in items] == [expected] * 12
+        assert [item.score for item in items] == [expected] * 12
 
 
 PYTHON = ["simple", "multiple", "parallel", "parallel_multiple"]

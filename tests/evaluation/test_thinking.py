@@ -15,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from eaft.errors import ConfigurationError
 from eaft.evaluation.protocol import Protocol
+from eaft.evaluation.results import Cut
 from eaft.evaluation.scores import (
     ask,
     asked,
@@ -368,20 +369,17 @@ def test_thoughts_are_no_answers(tasks, batch_size):
     tokenizer = tokenizer_of("switch")
     protocol = Protocol(enable_thinking=True, max_thinking_tokens=60, batch_size=batch_size)
     items = score(wrap(writer(tokenizer, SCRIPT), tokenizer, protocol), tasks["words"], protocol)
-    assert [item["score"] for item in items] == [1, 1, 0, 1, 0, 0]
-    assert [item["cut"] for item in items] == CUTS
+    assert [item.score for item in items] == [1, 1, 0, 1, 0, 0]
+    assert [item.cut for item in items] == CUTS
     for item, response in zip(items, RESPONSES, strict=True):
         assert (
-            item["response"].startswith("right 4!!!!")
+            item.response.startswith("right 4!!!!")
             if response is None
-            else item["response"] == response
+            else item.response == response
         )
-        assert item["max_gen_toks"] == 12 + 60
-    assert asked(tasks["words"], protocol, items)["cut"] == {
-        "prompt": 0,
-        "answer": 1,
-        "thoughts": 2,
-    }
+        assert item.max_gen_toks == 12 + 60
+    about = asked(tasks["words"], protocol, {"after": items})
+    assert about.cut == {"after": Cut(prompt=0, answer=1, thoughts=2)}
 
 
 @pytest.mark.parametrize("batch_size", [1, 6])
@@ -391,8 +389,8 @@ def test_thoughts_that_the_prompt_begins(tasks, batch_size):
     protocol = Protocol(max_thinking_tokens=60, batch_size=batch_size)
     script = {key: text.removeprefix("<think>") for key, text in SCRIPT.items()}
     items = score(wrap(writer(tokenizer, script), tokenizer, protocol), tasks["words"], protocol)
-    assert [item["score"] for item in items] == [1, 1, 0, 0, 0, 0]
-    assert [item["cut"] for item in items] == [
+    assert [item.score for item in items] == [1, 1, 0, 0, 0, 0]
+    assert [item.cut for item in items] == [
         [],
         [],
         ["thoughts"],
@@ -410,8 +408,8 @@ def test_an_end_that_is_a_special_token(tasks):
     )
     protocol = Protocol(enable_thinking=True, max_thinking_tokens=60, batch_size=6)
     items = score(wrap(writer(tokenizer, SCRIPT), tokenizer, protocol), tasks["words"], protocol)
-    assert [item["score"] for item in items] == [1, 1, 0, 1, 0, 0]
-    assert [item["cut"] for item in items] == CUTS
+    assert [item.score for item in items] == [1, 1, 0, 1, 0, 0]
+    assert [item.cut for item in items] == CUTS
 
 
 def test_without_thinking_nothing_is_stripped_and_stop_strings_stop(tasks):
@@ -420,10 +418,10 @@ def test_without_thinking_nothing_is_stripped_and_stop_strings_stop(tasks):
     script |= {"4": f"right 4STOP{'!' * 200}", "5": f"right 5{'!' * 200}"}
     protocol = Protocol(batch_size=2)
     items = score(wrap(writer(tokenizer, script), tokenizer, protocol), tasks["words"], protocol)
-    assert [item["score"] for item in items] == [1, 1, 1, 1, 1, 0]
-    assert [item["cut"] for item in items] == [[]] * 5 + [["answer"]]
-    assert all(item["prompt"].endswith(EMPTY) and item["max_gen_toks"] == 12 for item in items)
-    assert items[5]["response"] == "right 5!!!!!"
+    assert [item.score for item in items] == [1, 1, 1, 1, 1, 0]
+    assert [item.cut for item in items] == [[]] * 5 + [["answer"]]
+    assert all(item.prompt.endswith(EMPTY) and item.max_gen_toks == 12 for item in items)
+    assert items[5].response == "right 5!!!!!"
 
 
 def test_thoughts_of_a_model_that_was_not_to_think_are_no_answers(tasks):
@@ -438,8 +436,8 @@ def test_thoughts_of_a_model_that_was_not_to_think_are_no_answers(tasks):
     items = score(
         wrap(writer(tokenizer, script), tokenizer, Protocol()), tasks["words"], Protocol()
     )
-    assert [item["response"] for item in items] == [*(f"right {i}" for i in range(5)), ""]
-    assert [item["cut"] for item in items] == [[]] * 5 + [["thoughts"]]
+    assert [item.response for item in items] == [*(f"right {i}" for i in range(5)), ""]
+    assert [item.cut for item in items] == [[]] * 5 + [["thoughts"]]
 
 
 def test_choices_are_asked_without_thinking(tasks, tmp_path):
@@ -452,9 +450,9 @@ def test_choices_are_asked_without_thinking(tasks, tmp_path):
     )
     check_thinking({**tasks, "group": group}, tokenizer, protocol)
     items = score(lm, group, protocol)
-    assert [item["task"] for item in items] == ["letter", "letter", "words", "words"]
-    assert [item["prompt"].endswith(EMPTY) for item in items] == [True, True, False, False]
-    assert [item["prompt"].endswith("<think>\n") for item in items] == [False, False, True, True]
+    assert [item.task for item in items] == ["letter", "letter", "words", "words"]
+    assert [item.prompt.endswith(EMPTY) for item in items] == [True, True, False, False]
+    assert [item.prompt.endswith("<think>\n") for item in items] == [False, False, True, True]
 
 
 def test_choices_are_refused_where_thoughts_cannot_be_turned_off(tasks):
@@ -479,9 +477,9 @@ def test_choices_are_refused_where_thoughts_cannot_be_turned_off(tasks):
 def test_room_for_thoughts_is_fitted_to_the_context(tasks, caplog):
     tokenizer, protocol = tokenizer_of("switch"), Protocol(enable_thinking=True)
     items = score(wrap(writer(tokenizer, SCRIPT), tokenizer, protocol), tasks["words"], protocol)
-    assert {item["max_gen_toks"] for item in items} == {384}  # three quarters of a context of 512
+    assert {item.max_gen_toks for item in items} == {384}  # three quarters of a context of 512
     assert "words: answers are cut at 384 tokens instead of 8204" in caplog.text
-    assert [item["score"] for item in items] == [1, 1, 0, 1, 0, 0]
+    assert [item.score for item in items] == [1, 1, 0, 1, 0, 0]
     # The task is as it was, and says so again
     assert tasks["words"].tasks["words"].config.generation_kwargs["max_gen_toks"] == 12
 
@@ -513,16 +511,12 @@ def test_thinking_off_is_lm_evals_own_run(model_dir, tasks, tmp_path):
             apply_chat_template=True,
             log_samples=True,
         )["samples"][name]
-        assert [item["prompt_hash"] for item in ours] == [
-            sample["prompt_hash"] for sample in theirs
-        ]
+        assert [item.prompt_hash for item in ours] == [sample["prompt_hash"] for sample in theirs]
         if name == "words":
-            assert [item["response"] for item in ours] == [
-                sample["resps"][0][0] for sample in theirs
-            ]
-            assert any(item["response"] for item in ours)
+            assert [item.response for item in ours] == [sample["resps"][0][0] for sample in theirs]
+            assert any(item.response for item in ours)
         else:
-            assert [item["choices"] for item in ours] == [
+            assert [item.choices for item in ours] == [
                 [r[0][0] for r in sample["resps"]] for sample in theirs
             ]
 
@@ -596,7 +590,7 @@ def test_vllm_is_asked_and_cut_likewise(tasks):
     lm = type("VLLMModel", (WatchedVLLM, VLLM), {})()
     protocol = Protocol(enable_thinking=True, max_thinking_tokens=60, backend="vllm")
     items = score(lm, tasks["words"], protocol)
-    assert [item["score"] for item in items] == [1, 1, 0, 1, 0, 0]
-    assert [item["cut"] for item in items] == CUTS
+    assert [item.score for item in items] == [1, 1, 0, 1, 0, 0]
+    assert [item.cut for item in items] == CUTS
     off = score(lm, tasks["words"], Protocol(backend="vllm"))
-    assert all(item["prompt"].endswith(EMPTY) for item in off)
+    assert all(item.prompt.endswith(EMPTY) for item in off)

@@ -28,11 +28,11 @@ from eaft.comparison.results import collect
 from eaft.comparison.runs import MARK, FirstAlone, check_folder, claim, end_with_parent, train_run
 from eaft.comparison.study import Study, prune, study
 from eaft.errors import ConfigurationError, EAFTError, disk_full, first_line
-from eaft.evaluation.evaluate import check_packages, context_length
+from eaft.evaluation.evaluate import check_packages
 from eaft.evaluation.identity import tokenizer_digest, weights_digest
 from eaft.evaluation.scores import load_tokenizer, processes
 from eaft.evaluation.suite import Benchmark, Suite, load_suites
-from eaft.models import noted_date, template_date, template_today
+from eaft.models import context_length, noted_date, template_date, template_today
 from eaft.processes import locked
 from eaft.text import VisibleRecord, visible
 

@@ -24,12 +24,15 @@ from eaft.comparison.held_out import Row, check_number
 from eaft.comparison.recipe import EvaluateConfig, Run
 from eaft.comparison.runs import Checkpoint, checkpoints, delete_models
 from eaft.errors import ConfigurationError, EAFTError
-from eaft.evaluation.evaluate import check_measurable, pair, run_tasks, side_by_side
+from eaft.evaluation.comparable import check_measurable, comparable_models
 from eaft.evaluation.identity import digest, tokenizer_digest
-from eaft.evaluation.measured import MeasuredModel, read_jsonl, shared
+from eaft.evaluation.measured import MeasuredModel, read_items, shared
+from eaft.evaluation.pairs import pair
 from eaft.evaluation.protocol import Protocol
-from eaft.evaluation.scores import Item, load_tokenizer, processes
+from eaft.evaluation.results import Item
+from eaft.evaluation.scores import load_tokenizer, processes
 from eaft.evaluation.suite import Benchmark
+from eaft.evaluation.task_items import run_tasks
 from eaft.files import read_json
 from eaft.provenance import write_json
 
@@ -58,7 +61,7 @@ class Point:
 
     def scores(self, task: str) -> np.ndarray:
         """Return a task's scores, item by item."""
-        return np.array([item["score"] for item in self.items[task]])
+        return np.array([item.score for item in self.items[task]])
 
 
 class RecordedPoint(TypedDict):
@@ -123,7 +126,9 @@ class Measure:
 
     def measure_base(self, first: Run) -> None:
         """Measure the base model; see `begin`."""
-        _, model = side_by_side(str(first.folder), self.base_path, self.config.protocol, drift=True)
+        _, model = comparable_models(
+            str(first.folder), self.base_path, self.config.protocol, drift=True
+        )
         assert model is not None
         self.answers = {
             kind: model.answers(prompts) for kind, prompts in self.config.prompts.items()
@@ -269,12 +274,12 @@ class Measure:
         ]:
             raise EAFTError(deleted(run, step, f"{', '.join(missing)} cannot be run on it"))
         main = processes().is_main_process
-        self.take(point, {name: read_jsonl(files[name]) if main else [] for name in there})
+        self.take(point, {name: read_items(files[name]) if main else [] for name in there})
         return point
 
     def model(self, folder: Path) -> MeasuredModel:
         """Return a checkpoint as a model that is asked as the base model is."""
-        return side_by_side(str(folder), self.base_path, self.config.protocol, drift=True)[0]
+        return comparable_models(str(folder), self.base_path, self.config.protocol, drift=True)[0]
 
     def record(self, run: Run) -> dict[str, Any]:
         """Return what `points.json` holds."""
@@ -301,7 +306,7 @@ def check_before_training(
         ConfigurationError: prompts or tasks that do not fit the model, or no room for drift's
             files.
     """
-    model, _ = side_by_side(base, None, config.protocol, drift=True)
+    model, _ = comparable_models(base, None, config.protocol, drift=True)
     check_measurable(
         [model], benchmarks, [prompt for prompts in config.prompts.values() for prompt in prompts]
     )

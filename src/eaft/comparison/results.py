@@ -20,8 +20,9 @@ from eaft.comparison.recipe import Recipe, Run, described
 from eaft.comparison.runs import finished
 from eaft.comparison.study import Study
 from eaft.errors import EAFTError
-from eaft.evaluation.evaluate import changes
+from eaft.evaluation.changes import compare_items
 from eaft.evaluation.paired import holm, mean_change, paired_change
+from eaft.evaluation.results import as_json
 from eaft.evaluation.scores import asked
 from eaft.evaluation.suite import Suite
 from eaft.provenance import environment
@@ -84,10 +85,12 @@ def collect(
                     view: numbers(point, measure, names) for view, point in study.views.items()
                 },
                 "changes": {
-                    view: changes(
-                        {n: base.items[n] for n in measure.benchmarks},
-                        {n: point.items[n] for n in measure.benchmarks},
-                        [Suite(name, tasks) for name, tasks in names.items()],
+                    view: as_json(
+                        compare_items(
+                            {n: base.items[n] for n in measure.benchmarks},
+                            {n: point.items[n] for n in measure.benchmarks},
+                            [Suite(name, tasks) for name, tasks in names.items()],
+                        )
                     )
                     for view, point in study.views.items()
                 },
@@ -294,17 +297,11 @@ def how_asked(name: str, models: dict[str, list[Point]], measure: Measure) -> Nu
     Return what a benchmark asked, and of how many items what was cut, by objective (over all its
     seeds).
     """
-    of_each = {
-        model: [
-            asked(measure.benchmarks[name], measure.protocol, point.items[name]) for point in points
-        ]
+    items = {
+        model: [item for point in points for item in point.items[name]]
         for model, points in models.items()
     }
-    cut = {
-        model: {kind: sum(one["cut"][kind] for one in found) for kind in found[0]["cut"]}
-        for model, found in of_each.items()
-    }
-    return {**of_each["base"][0], "cut": cut}
+    return as_json(asked(measure.benchmarks[name], measure.protocol, items))
 
 
 def numbers(point: Point, measure: Measure, groups: dict[str, list[str]]) -> Numbers:

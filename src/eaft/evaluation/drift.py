@@ -28,6 +28,7 @@ from transformers import GenerationConfig
 from typing_extensions import TypedDict
 
 from eaft.errors import ConfigurationError, NonFiniteError
+from eaft.evaluation.results import DriftSummary
 from eaft.files import Text, read_jsonl
 from eaft.objective.statistics import kl_divergence
 from eaft.provenance import write_json
@@ -369,25 +370,18 @@ class BaseAnswers:
         )
 
 
-def summarise(sums: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
-    """
-    Return a drift's summary from each prompt's summed KL and number of tokens.
-
-    Returns:
-        `mean` (nats per token, over all tokens), `low` and `high` (95%, a bootstrap of the
-        prompts), `tokens`, `per_prompt` (each prompt's own mean), `tokens_per_prompt`, and
-        `quantiles` of the former.
-    """
+def summarise(sums: np.ndarray, counts: np.ndarray) -> DriftSummary:
+    """Return a drift's summary from each prompt's summed KL (nats) and number of tokens."""
     from eaft.evaluation.paired import bootstrap_interval  # needs scipy, which comes with lm-eval
 
     low, high = bootstrap_interval(sums, counts)
     per_prompt = sums / counts
-    return {
-        "mean": float(sums.sum() / counts.sum()),
-        "low": low,
-        "high": high,
-        "tokens": int(counts.sum()),
-        "per_prompt": per_prompt.tolist(),
-        "tokens_per_prompt": counts.tolist(),
-        "quantiles": {f"{q}%": float(np.percentile(per_prompt, q)) for q in (0, 25, 50, 75, 100)},
-    }
+    return DriftSummary(
+        mean=float(sums.sum() / counts.sum()),
+        low=low,
+        high=high,
+        tokens=int(counts.sum()),
+        per_prompt=per_prompt.tolist(),
+        tokens_per_prompt=counts.tolist(),
+        quantiles={f"{q}%": float(np.percentile(per_prompt, q)) for q in (0, 25, 50, 75, 100)},
+    )

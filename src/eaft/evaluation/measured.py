@@ -27,13 +27,16 @@ from eaft.evaluation.identity import (
 )
 from eaft.evaluation.progress import Progress
 from eaft.evaluation.protocol import Protocol
-from eaft.evaluation.scores import Item, ask, generation_config, load, processes, score, source
+from eaft.evaluation.results import Item, as_json
+from eaft.evaluation.scores import ask, generation_config, load, processes, score
 from eaft.evaluation.store import Store
 from eaft.evaluation.suite import Benchmark
 from eaft.files import read_json
+from eaft.models import source
 from eaft.provenance import write_json
 
 T = TypeVar("T")
+AGAIN = "delete {}, and it is measured again."
 WAY = "delete its folder, or all that is kept: eaft cache --clear."
 
 
@@ -82,8 +85,8 @@ class MeasuredModel:
         return self._keep(
             {**self._identity, **identity},
             lambda: score(self._load(self.protocol.backend), benchmark, self.protocol, progress),
-            lambda items, folder: write_jsonl(folder / "items.jsonl", items),
-            lambda folder: read_jsonl(folder / "items.jsonl"),
+            lambda items, folder: write_items(folder / "items.jsonl", items),
+            lambda folder: read_items(folder / "items.jsonl"),
             otherwise=[],
             name=benchmark.name,
         )
@@ -108,7 +111,7 @@ class MeasuredModel:
                 share=share_of(lm),
             )
 
-        found = self._keep(
+        answers = self._keep(
             self._sampled_identity(prompts),
             sample,
             lambda answers, folder: write_json(
@@ -117,7 +120,7 @@ class MeasuredModel:
             read_sampled,
             otherwise=[],
         )
-        return shared(lambda: found)
+        return shared(lambda: answers)
 
     def find_sampled(self, prompts: list[Any]) -> list[Answer] | None:
         """Return what `sampled` would, if it is kept; for the first process alone."""
@@ -142,10 +145,10 @@ class MeasuredModel:
             lm = self._load("hf")
             return BaseAnswers.record(lm.model, sampled, share_of(lm))
 
-        found = self._keep(
+        answers = self._keep(
             identity, record, BaseAnswers.save, BaseAnswers.load, otherwise=None, name="answers"
         )
-        return shared(lambda: found)
+        return shared(lambda: answers)
 
     def drift(self, answers: BaseAnswers) -> tuple[np.ndarray, np.ndarray]:
         """
@@ -269,11 +272,11 @@ class MeasuredModel:
         if shared(lambda: folder is not None):
             self.kept += [name] if name else []
             return read(folder) if folder is not None else otherwise
-        found = measure()
+        measured = measure()
         if main:
             with self.store.write(identity, self.model) as staging:
-                write(found, staging)
-        return found if main else otherwise
+                write(measured, staging)
+        return measured if main else otherwise
 
     def _keep_sums(
         self,
@@ -287,9 +290,7 @@ class MeasuredModel:
         return self._keep(
             {**of_ids, **identity},
             measure,
-            lambda found, folder: write_json(
-                folder / "sums.json", [part.tolist() for part in found]
-            ),
+            lambda sums, folder: write_json(folder / "sums.json", [part.tolist() for part in sums]),
             read_sums,
             otherwise=(np.array([]), np.array([])),
             name=name,
@@ -326,6 +327,16 @@ def shared(find: Callable[[], T]) -> T:
     return values[0]  # type: ignore[return-value]
 
 
+def write_items(file: Path, items: list[Item]) -> None:
+    """Write items as JSON Lines, whole or not at all."""
+    write_jsonl(file, [as_json(item) for item in items])
+
+
+def read_items(file: Path) -> list[Item]:
+    """Return the items that `write_items` wrote."""
+    return files.read_jsonl(file, Item, AGAIN.format(file.parent))
+
+
 def write_jsonl(file: Path, rows: list[dict[str, Any]]) -> None:
     """Write rows as JSON Lines, whole or not at all."""
     staging = file.with_suffix(".tmp")
@@ -335,6 +346,4 @@ def write_jsonl(file: Path, rows: list[dict[str, Any]]) -> None:
 
 def read_jsonl(file: Path) -> list[dict[str, Any]]:
     """Return the rows of a JSON Lines file that eaft has written."""
-    return files.read_jsonl(
-        file, dict[str, Any], f"delete {file.parent}, and it is measured again."
-    )
+    return files.read_jsonl(file, dict[str, Any], AGAIN.format(file.parent))

@@ -1,7 +1,7 @@
 """
 Two models on the same items: what changed, how sure that is, what was lost and what was gained.
 
-All scores are per item, in [0, 1]; `before` and `after` are in the same order. An average hides
+All scores are per item, in [0, 1]; `base` and `tuned` are in the same order. An average hides
 losses that gains cancel, so both are counted; two models that saw the same items are compared item
 by item, since most of an item's difficulty is shared.
 
@@ -13,15 +13,15 @@ says how large it may be. Every interval's coverage is simulated in
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
 
+from eaft.evaluation.results import Change, Estimate
+
 Z = float(stats.norm.ppf(0.975))
-FOUND = Z + float(
-    stats.norm.ppf(0.8)
-)  # standard errors from 0 that a change must be, to be shown four times in five
+# How many standard errors from 0 a change must be, to be shown four times in five
+DETECTABLE = Z + float(stats.norm.ppf(0.8))
 RESAMPLES = 9999
 ALPHA = 0.05  # a change is shown if p, adjusted for the number of tasks, is below
 # With fewer, simulated intervals cover less than 92% also in ordinary cases
@@ -29,51 +29,8 @@ FEWEST_ITEMS = 20
 FEWEST_PROMPTS = 32
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """
-    An estimate with its 95% interval; neither is cut at what is possible, which would bias it.
-    """
-
-    estimate: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Change:
-    """
-    A paired comparison of two models on one task, or on the mean of several.
-
-    Attributes:
-        n: items.
-        before, after, change: mean scores and their difference, in [0, 1] and [-1, 1].
-        low, high: 95% interval of the change.
-        p_value: of the hypothesis that swapping the two models changes nothing, two-sided.
-        lost, gained: items whose score fell, or rose.
-        lost_beyond_chance, gained_beyond_chance: how many were known and lost, or learned
-        (`beyond_chance`); None
-            without choices.
-        smallest_drop: the drop that this many items would show as significant (p < 0.05) four times
-            in five.
-    """
-
-    n: int
-    before: float
-    after: float
-    change: float
-    low: float
-    high: float
-    p_value: float
-    lost: int
-    gained: int
-    lost_beyond_chance: Estimate | None
-    gained_beyond_chance: Estimate | None
-    smallest_drop: float
-
-
 def paired_change(
-    before: np.ndarray, after: np.ndarray, num_choices: np.ndarray | None = None
+    base: np.ndarray, tuned: np.ndarray, num_choices: np.ndarray | None = None
 ) -> Change:
     """
     Compare two models on one task.
@@ -89,40 +46,38 @@ def paired_change(
     bootstrap, plain, BCa or studentised, covers 30 to 90% there).
 
     Args:
-        before, after: scores `[n]` of the same items, in the same order.
+        base, tuned: scores `[n]` of the same items, in the same order.
         num_choices: `[n]`, where the task is multiple choice: how many choices each item has.
 
     Raises:
         ValueError: there are no items, or a score is not finite.
     """
-    before, after = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
-    n = len(before)
-    if n == 0 or len(after) != n or not np.isfinite([before, after]).all():
-        raise ValueError(f"Expected finite scores of the same items, got {n} and {len(after)}.")
-    difference = after - before
+    base, tuned = np.asarray(base, dtype=float), np.asarray(tuned, dtype=float)
+    n = len(base)
+    if n == 0 or len(tuned) != n or not np.isfinite([base, tuned]).all():
+        raise ValueError(f"Expected finite scores of the same items, got {n} and {len(tuned)}.")
+    difference = tuned - base
     lost, gained = int((difference < 0).sum()), int((difference > 0).sum())
-    if is_binary(before) and is_binary(after):
+    if is_binary(base) and is_binary(tuned):
         p_value = stats.binomtest(lost, lost + gained).pvalue if lost + gained else 1.0
     else:
-        p_value = swap_test(before, after)
+        p_value = swap_test(base, tuned)
     largest = float(np.abs(difference).max()) or 1.0
     centre, error = mean_of_more(difference, [largest, -largest])
     return Change(
         n=n,
-        before=float(before.mean()),
-        after=float(after.mean()),
+        before=float(base.mean()),
+        after=float(tuned.mean()),
         change=float(difference.mean()),
         low=max(centre - Z * error, -1.0),
         high=min(centre + Z * error, 1.0),
         p_value=float(p_value),
         lost=lost,
         gained=gained,
-        lost_beyond_chance=None
-        if num_choices is None
-        else beyond_chance(before, after, num_choices),
+        lost_beyond_chance=None if num_choices is None else beyond_chance(base, tuned, num_choices),
         gained_beyond_chance=None
         if num_choices is None
-        else beyond_chance(after, before, num_choices),
+        else beyond_chance(tuned, base, num_choices),
         smallest_drop=smallest_drop(
             float(np.append(difference, [largest, -largest]).var() + centre**2), n
         ),
@@ -214,7 +169,7 @@ def studentised(sums: np.ndarray, counts: np.ndarray | None) -> tuple[float, flo
         return means, np.sqrt(np.maximum(squares, 0) * n / (n - 1)) / total
 
     error = float(mean_and_error(np.ones(n))[1])
-    rng, found = np.random.default_rng(0), []
+    rng, deviations = np.random.default_rng(0), []
     batch = max(1, 2**20 // n)  # resamples at once: bounds the memory
     for start in range(0, RESAMPLES, batch):
         size = min(batch, RESAMPLES - start)
@@ -223,8 +178,8 @@ def studentised(sums: np.ndarray, counts: np.ndarray | None) -> tuple[float, flo
             np.bincount(rows.ravel(), minlength=size * n).reshape(size, n)
         )
         spread = errors > 1e-6 * error
-        found.append(means[spread] / errors[spread])
-    return mean, error, np.concatenate(found)
+        deviations.append(means[spread] / errors[spread])
+    return mean, error, np.concatenate(deviations)
 
 
 def mean_change(tasks: list[Change], scores: list[tuple[np.ndarray, np.ndarray]]) -> Change:
@@ -235,7 +190,7 @@ def mean_change(tasks: list[Change], scores: list[tuple[np.ndarray, np.ndarray]]
 
     Args:
         tasks: each task's own comparison.
-        scores: each task's `before` and `after`, `[n]`.
+        scores: each task's `base` and `tuned`, `[n]`.
     """
     k = len(tasks)
     change = mover([Estimate(task.change, task.low, task.high) for task in tasks])
@@ -273,15 +228,15 @@ def mover(parts: list[Estimate]) -> Estimate:
     return Estimate(total, total - below, total + above)
 
 
-def swap_test(before: np.ndarray, after: np.ndarray) -> float:
+def swap_test(base: np.ndarray, tuned: np.ndarray) -> float:
     """
     Return the p-value of the sum of differences when each item's two scores are swapped at random.
     """
-    differs = before != after
+    differs = base != tuned
     if differs.sum() < 2:  # swapped or not, a single difference is as far from 0
         return 1.0
     result = stats.permutation_test(
-        (after[differs], before[differs]),
+        (tuned[differs], base[differs]),
         lambda x, y, axis: (x - y).sum(axis=axis),
         permutation_type="samples",
         vectorized=True,
@@ -298,7 +253,7 @@ def drop_test(change: Change, drop: float) -> float:
 
     For `drop` 0 it is the task's own `p_value`. Beyond 0 the interval that is shown is inverted: p
     < 0.05 if and only if `-drop` lies outside of it. Simulated at a drop of 1 to 10 points, n from
-    20 to 5,000, a larger drop is found by mistake in at most 2.6% of trials at 0.05 two-sided, in
+    20 to 5,000, a larger drop is shown by mistake in at most 2.6% of trials at 0.05 two-sided, in
     most settings far fewer. (Tango's score test is nearer to 2.5% at that level, but at 0.001,
     where Holm's method may look, errs up to three times too often.) What is not significant as a
     change is not significant beyond a budget either, hence the larger of the two.
@@ -309,11 +264,11 @@ def drop_test(change: Change, drop: float) -> float:
     """
     if drop == 0:
         return change.p_value
-    centre, error = adjusted(change)
+    centre, error = interval_of(change)
     return max(float(2 * stats.norm.sf(abs(centre + drop) / error)), change.p_value)
 
 
-def adjusted(change: Change) -> tuple[float, float]:
+def interval_of(change: Change) -> tuple[float, float]:
     """
     Return the centre of a task's interval, and the standard error that it is of (see
     `paired_change`).
@@ -332,9 +287,9 @@ def holm(p_values: list[float]) -> list[float]:
     """
     p = np.asarray(p_values, dtype=float)
     order = np.argsort(p)
-    found = np.empty(len(p))
-    found[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
-    return found.tolist()
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
+    return adjusted.tolist()
 
 
 def smallest_drop(variance: float, n: int) -> float:
@@ -346,17 +301,17 @@ def smallest_drop(variance: float, n: int) -> float:
         variance: of one item's difference, about zero.
         n: items. A drop needs as much disagreement as itself, hence the second term (Connor 1987).
     """
-    return min(max(FOUND * math.sqrt(variance / n), FOUND**2 / n), 1.0)
+    return min(max(DETECTABLE * math.sqrt(variance / n), DETECTABLE**2 / n), 1.0)
 
 
 def items_needed(change: Change, drop: float) -> int:
     """
-    Return how many items would make `drop` the smallest one that is found: the inverse of
+    Return how many items would make `drop` the smallest that is shown: the inverse of
     `smallest_drop`.
     """
-    centre, error = adjusted(change)
+    centre, error = interval_of(change)
     variance = error**2 * (change.n + 2) + centre**2
-    return math.ceil(max(FOUND**2 * variance / drop**2, FOUND**2 / drop))
+    return math.ceil(max(DETECTABLE**2 * variance / drop**2, DETECTABLE**2 / drop))
 
 
 def beyond_chance(right: np.ndarray, wrong: np.ndarray, num_choices: np.ndarray) -> Estimate:

@@ -12,76 +12,81 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from eaft.evaluation.paired import ALPHA, FEWEST_ITEMS, FEWEST_PROMPTS
+from eaft.evaluation.results import (
+    Change,
+    Changes,
+    DriftSummary,
+    Estimate,
+    ModelEvaluation,
+    Regression,
+    Results,
+    Setting,
+    TaskChange,
+    TaskScore,
+    TunedEvaluation,
+)
 from eaft.evaluation.verdict import p_text
 from eaft.text import block, code, markdown, markdown_strings, table
 
 plt.rcParams["text.parse_math"] = False  # a name with dollars is no formula
 
-Result = dict[str, Any]
 
-
-def evaluation(results: Result) -> str:
+def evaluation(results: Results) -> str:
     """
-    Return an evaluation (`eaft eval`'s results) as Markdown: with a base model, the verdict and
-    what proves it.
+    Return an evaluation as Markdown: with a base model, the verdict and the numbers that prove it.
     """
-    as_they_are = ("verdict", "worst", "differs")  # Markdown already, and what goes into code
-    safe = markdown_strings(
-        {key: value for key, value in results.items() if key not in as_they_are}
-    )
-    results = safe | {key: results[key] for key in as_they_are if key in results}
-    name = Path(results["model"]).name
-    if results["base"] is None:
-        parts = [f"# {name}", scores_table(results["tasks"])]
-    else:
-        parts = [results["verdict"]["sentence"], f"# {name}, beside {Path(results['base']).name}"]
-        if results["tasks"]:
-            parts += [
-                changes_table(results),
-                *beyond_chance_table(results),
-                "![Changes and drift](changes.png)",
-            ]
-        parts += drift_text(results["drift"])
-    parts += asked_section(results)
-    if results["base"] is not None:
-        parts += worst_section(results["worst"])
+    safe = markdown_strings(results)
+    name = Path(safe.model).name
+    if isinstance(results, ModelEvaluation):
+        parts = [f"# {name}", scores_table(safe.tasks), *asked_section(safe, None)]
+        return "\n\n".join(parts) + "\n"
+    parts = [results.verdict.sentence, f"# {name}, beside {Path(safe.base).name}"]
+    if results.tasks:
+        parts += [
+            changes_table(safe),
+            *beyond_chance_table(safe),
+            "![Changes and drift](changes.png)",
+        ]
+    parts += drift_text(results.drift)
+    parts += asked_section(safe, results.differs)
+    parts += worst_section(results.worst)
     return "\n\n".join(parts) + "\n"
 
 
-def scores_table(tasks: Result) -> str:
+def scores_table(tasks: dict[str, TaskScore]) -> str:
     """Return one model's scores."""
     rows = [
         [
             task,
-            t["metric"],
-            t["n"],
-            f"{100 * t['score']:.1f}",
-            f"{100 * t['low']:.1f} to {100 * t['high']:.1f}",
+            t.metric,
+            t.n,
+            f"{100 * t.score:.1f}",
+            f"{100 * t.low:.1f} to {100 * t.high:.1f}",
         ]
         for task, t in tasks.items()
     ]
     return table(rows, ["task", "metric", "items", "score %", "95% interval"])
 
 
-def changes_table(results: Result) -> str:
+def changes_table(changes: Changes) -> str:
     """
     Return what changed: a row for each task, its other filters beneath it, and the suites' means;
     and a legend.
     """
-    several = len(results["tasks"]) > 1
+    several = len(changes.tasks) > 1
     rows = []
-    for task, change in results["tasks"].items():
-        rows.append(changes_row(task, change, several))
-        for other, reading in results["filters"].get(task, {}).items():
+    for task, task_change in changes.tasks.items():
+        rows.append(changes_row(task, task_change, several))
+        for other, reading in changes.filters.get(task, {}).items():
             rows.append(changes_row(f"… {other}", reading, several))
     rows += [
-        changes_row(f"mean: {suite}", change, several) for suite, change in results["means"].items()
+        changes_row(f"mean: {suite}", change, several) for suite, change in changes.means.items()
     ]
     headers = [
         "task",
         "items",
-        "before %",
-        "after %",
+        "base %",
+        "tuned %",
         "change",
         "95% interval",
         "p",
@@ -100,12 +105,12 @@ def changes_table(results: Result) -> str:
         " scores. Smallest drop: what this many items would show four times in five; a smaller"
         " one can be there unseen."
     )
-    if results["filters"]:
+    if changes.filters:
         note += (
             " Rows with …: the same answers, read by another filter; they count in no mean and no"
             " adjustment."
         )
-    if few := [task for task, t in results["tasks"].items() if t["n"] < FEWEST_ITEMS]:
+    if few := [task for task, t in changes.tasks.items() if t.n < FEWEST_ITEMS]:
         note += (
             f" Fewer than {FEWEST_ITEMS} items, so that the interval is not to be relied on:"
             f" {', '.join(few)}."
@@ -113,53 +118,50 @@ def changes_table(results: Result) -> str:
     return f"{table(rows, headers)}\n\n{note}"
 
 
-def changes_row(name: str, c: Result, several: bool) -> list[Any]:
+def changes_row(name: str, c: Change, several: bool) -> list[Any]:
     """Return a row of `changes_table`; only tasks have an adjusted p."""
-    change = f"{100 * c['change']:+.1f}"
-    adjusted = [p_text(c["p_holm"]) if "p_holm" in c else ""] if several else []
+    change = f"{100 * c.change:+.1f}"
+    adjusted = [p_text(c.p_holm) if isinstance(c, TaskChange) else ""] if several else []
     return [
         name,
-        c["n"],
-        f"{100 * c['before']:.1f}",
-        f"{100 * c['after']:.1f}",
+        c.n,
+        f"{100 * c.before:.1f}",
+        f"{100 * c.after:.1f}",
         f"**{change}**" if shown(c) else change,
-        f"{100 * c['low']:+.1f} to {100 * c['high']:+.1f}",
-        p_text(c["p_value"]),
+        f"{100 * c.low:+.1f} to {100 * c.high:+.1f}",
+        p_text(c.p_value),
         *adjusted,
-        f"{c['lost']}, {c['gained']}",
-        f"{100 * c['smallest_drop']:.1f}",
+        f"{c.lost}, {c.gained}",
+        f"{100 * c.smallest_drop:.1f}",
     ]
 
 
-def shown(change: Result) -> bool:
+def shown(change: Change) -> bool:
     """
     Return whether a change is shown: a task's by its adjusted p, a mean's or a filter's by its own.
     """
-    p: float = change["p_holm" if "p_holm" in change else "p_value"]
-    return p < ALPHA
+    return (change.p_holm if isinstance(change, TaskChange) else change.p_value) < ALPHA
 
 
-def beyond_chance_table(results: Result) -> list[str]:
+def beyond_chance_table(changes: Changes) -> list[str]:
     """
     Return what was known and lost, or learned, of the multiple-choice tasks, if there are any.
     """
 
-    def cell(e: Result) -> str:
-        return f"{e['estimate']:.0f} ({e['low']:.0f} to {e['high']:.0f})"
+    def cell(e: Estimate) -> str:
+        return f"{e.estimate:.0f} ({e.low:.0f} to {e.high:.0f})"
 
+    means = {f"mean: {name}": change for name, change in changes.means.items()}
     rows = [
-        [name, c["n"], cell(c["lost_beyond_chance"]), cell(c["gained_beyond_chance"])]
-        for name, c in [
-            *results["tasks"].items(),
-            *((f"mean: {n}", c) for n, c in results["means"].items()),
-        ]
-        if c["lost_beyond_chance"] is not None
+        [name, c.n, cell(c.lost_beyond_chance), cell(c.gained_beyond_chance)]
+        for name, c in {**changes.tasks, **means}.items()
+        if c.lost_beyond_chance is not None and c.gained_beyond_chance is not None
     ]
     note = (
-        "Items known before and lost, or learned, beyond what guessing explains, with 95%"
-        " intervals, if an item is either known or guessed anew by each. Models that guess alike"
-        " lose fewer items by luck, so that these are lower bounds; an interval below 0 says that"
-        " they do."
+        "Items that the base knows and the tuned model lost, or learned, beyond what guessing"
+        " explains, with 95% intervals, if each model either knows an item or guesses anew. Models"
+        " that guess alike lose fewer items by luck, so that these are lower bounds; an interval"
+        " below 0 says that they do."
     )
     return (
         [table(rows, ["multiple choice", "items", "known and lost", "learned"]), note]
@@ -168,15 +170,15 @@ def beyond_chance_table(results: Result) -> list[str]:
     )
 
 
-def drift_text(drift: Result | None) -> list[str]:
+def drift_text(drift: DriftSummary | None) -> list[str]:
     """Return the drift and its distribution, if it was measured."""
     if drift is None:
         return []
-    quantiles = ", ".join(f"{q} {value:.4f}" for q, value in drift["quantiles"].items())
-    prompts = len(drift["per_prompt"])
+    quantiles = ", ".join(f"{q} {value:.4f}" for q, value in drift.quantiles.items())
+    prompts = len(drift.per_prompt)
     text = (
-        f"**Drift** {drift['mean']:.4f} (95%: {drift['low']:.4f} to {drift['high']:.4f}): mean"
-        f" KL(base ‖ tuned), nats per token, over {drift['tokens']} tokens of the base model's own"
+        f"**Drift** {drift.mean:.4f} (95%: {drift.low:.4f} to {drift.high:.4f}): mean"
+        f" KL(base ‖ tuned), nats per token, over {drift.tokens} tokens of the base model's own"
         f" answers to {prompts} prompts. Quantiles over prompts: {quantiles}."
     )
     if prompts < FEWEST_PROMPTS:
@@ -184,16 +186,16 @@ def drift_text(drift: Result | None) -> list[str]:
     return [text]
 
 
-def differs_text(differs: Result | None) -> list[str]:
+def differs_text(differs: dict[str, Setting] | None) -> list[str]:
     """Return in what else than weights the two models differ, if they do."""
     if not differs:
         return []
 
-    def values(pair: Result) -> str:
-        shown = [
-            json.dumps(pair[side], sort_keys=True, ensure_ascii=False) for side in ("base", "model")
-        ]
-        return f" (base {code(shown[0])}, this model {code(shown[1])})"
+    def values(pair: Setting) -> str:
+        base, tuned = (
+            json.dumps(side, sort_keys=True, ensure_ascii=False) for side in (pair.base, pair.model)
+        )
+        return f" (base {code(base)}, this model {code(tuned)})"
 
     told = ("end_tokens", "generation_config")  # the others are digests
     parts = [
@@ -207,65 +209,69 @@ def differs_text(differs: Result | None) -> list[str]:
     ]
 
 
-def asked_section(results: Result) -> list[str]:
+def asked_section(results: Results, differs: dict[str, Setting] | None) -> list[str]:
     """
     Return how the tasks were asked, what was cut, what failed, and what was not measured anew.
+
+    Args:
+        results: with names that are Markdown already.
+        differs: the settings that differ, as they are.
     """
-    protocol = results["protocol"]
+    protocol = results.protocol
     thinking = {True: "thinking on", False: "thinking off", None: "thinking as the template has it"}
     parts = [
         (
             "with the chat template"
-            if protocol["apply_chat_template"]
+            if protocol.apply_chat_template
             else "in plain text, without a chat template"
         ),
-        *([thinking[protocol["enable_thinking"]]] if protocol["apply_chat_template"] else []),
-        f"in {protocol['dtype']}",
-        f"seed {protocol['seed']}",
-        *([f"at most {protocol['limit']} items of each lm-eval task"] if protocol["limit"] else []),
+        *([thinking[protocol.enable_thinking]] if protocol.apply_chat_template else []),
+        f"in {protocol.dtype}",
+        f"seed {protocol.seed}",
+        *([f"at most {protocol.limit} items of each lm-eval task"] if protocol.limit else []),
     ]
-    found = [
+    section = [
         "## What was asked",
         f"Asked {', '.join(parts)}.",
-        *differs_text(results.get("differs")),
+        *differs_text(differs),
     ]
-    sides = ["after"] if results["base"] is None else ["before", "after"]
+    sides = ["after"] if results.base is None else ["before", "after"]
     rows = [
         [
             *(
                 task,
-                briefly(a["version"]),
-                a["metric"],
-                a["filter"],
-                briefly(a["num_fewshot"]),
-                briefly(a["max_gen_toks"]),
+                briefly(a.version),
+                a.metric,
+                a.filter,
+                briefly(a.num_fewshot),
+                briefly(a.max_gen_toks),
             ),
             *(
-                ", ".join(str(a["cut"][side][part]) for side in sides)
+                ", ".join(str(getattr(a.cut[side], part)) for side in sides)
                 for part in ("prompt", "answer", "thoughts")
             ),
         ]
-        for task, a in results["asked"].items()
+        for task, a in results.asked.items()
     ]
     headers = ["task", "version", "metric", "filter", "examples", "answer tokens"]
     headers += ["prompts cut", "answers cut", "thoughts cut"]
     if rows:
-        found += [
+        section += [
             table(rows, headers),
             "Cut to fit the context or the limit: items"
-            + (", before and after." if len(sides) > 1 else "."),
+            + (", base and tuned." if len(sides) > 1 else "."),
         ]
-    kept = results["kept"]
-    names = {"base": "the base model", "model": "this model"}
-    read = [f"{names[side]}: {', '.join(kept[side])}" for side in names if kept[side]]
+    kept = results.kept
+    names = {"the base model": kept.base, "this model": kept.model}
+    read = [f"{model}: {', '.join(measured)}" for model, measured in names.items() if measured]
     if read:
-        found.append(f"Not measured anew, but read from {kept['folder']}: of {'; of '.join(read)}.")
-    if results["failed"]:
-        found += [
+        section.append(f"Not measured anew, but read from {kept.folder}: of {'; of '.join(read)}.")
+    if results.failed:
+        section += [
             "## Failed",
-            "\n".join(f"- {task}: {message}" for task, message in results["failed"].items()),
+            "\n".join(f"- {task}: {message}" for task, message in results.failed.items()),
         ]
-    return found
+    return section
 
 
 def briefly(value: Any) -> str:
@@ -274,20 +280,20 @@ def briefly(value: Any) -> str:
     return ", ".join(dict.fromkeys(str(value) for value in values if value is not None))
 
 
-def worst_section(worst: list[Result]) -> list[str]:
-    """Return the worst regressions: prompt, before, after."""
-    found = [f"## The {len(worst)} worst regressions"] if worst else []
+def worst_section(worst: list[Regression]) -> list[str]:
+    """Return the worst regressions: prompt, the base model's answer, the tuned model's."""
+    section = [f"## The {len(worst)} worst regressions"] if worst else []
     for i, item in enumerate(worst, 1):
-        before, after = item["before"], item["after"]
-        found.append(
-            f"### {i}. {markdown(item['task'])}, item {item['doc_id']}: {before['score']:g} to"
-            f" {after['score']:g}\n\n"
-            f"Prompt (its end):\n\n{quote(item['prompt'][-600:])}\n\n"
-            f"Before:\n\n{quote(before['response'])}\n\n"
-            f"After:\n\n{quote(after['response'])}\n\n"
-            f"Target: {code(str(item['target'])[-200:])}"
+        base, tuned = item.before, item.after
+        section.append(
+            f"### {i}. {markdown(item.task)}, item {item.doc_id}: {base.score:g} to"
+            f" {tuned.score:g}\n\n"
+            f"Prompt (its end):\n\n{quote(item.prompt[-600:])}\n\n"
+            f"Base model:\n\n{quote(base.response)}\n\n"
+            f"Tuned model:\n\n{quote(tuned.response)}\n\n"
+            f"Target: {code(str(item.target)[-200:])}"
         )
-    return found
+    return section
 
 
 def quote(text: Any) -> str:
@@ -296,25 +302,25 @@ def quote(text: Any) -> str:
     return block(text[:600] + (" [...]" if len(text) > 600 else ""))
 
 
-def draw_changes(results: Result, path: Path) -> None:
+def draw_changes(results: TunedEvaluation, path: Path) -> None:
     """
     Draw every task's change with its 95% interval, coloured if it is shown, and how drift is spread
     over prompts.
     """
     rows = [
-        *results["tasks"].items(),
-        *((f"mean: {name}", c) for name, c in results["means"].items()),
+        *results.tasks.items(),
+        *((f"mean: {name}", c) for name, c in results.means.items()),
     ][::-1]
     height = max(2.2, 0.4 * len(rows) + 1.2)
-    drift = results["drift"]
+    drift = results.drift
     figure, axes = plt.subplots(
         1, 1 if drift is None else 2, figsize=(10, height), layout="constrained", squeeze=False
     )
     axis = axes[0, 0]
     for y, (_, c) in enumerate(rows):
-        color = "tab:gray" if not shown(c) else "tab:green" if c["change"] > 0 else "tab:red"
-        ends = [[100 * (c["change"] - c["low"])], [100 * (c["high"] - c["change"])]]
-        axis.errorbar(100 * c["change"], y, xerr=ends, fmt="o", capsize=3, color=color)
+        color = "tab:gray" if not shown(c) else "tab:green" if c.change > 0 else "tab:red"
+        ends = [[100 * (c.change - c.low)], [100 * (c.high - c.change)]]
+        axis.errorbar(100 * c.change, y, xerr=ends, fmt="o", capsize=3, color=color)
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_yticks(range(len(rows)), [name for name, _ in rows])
     axis.set(
@@ -323,8 +329,8 @@ def draw_changes(results: Result, path: Path) -> None:
     axis.grid(alpha=0.3)
     if drift is not None:
         axis = axes[0, 1]
-        axis.hist(drift["per_prompt"], bins=16, color="tab:blue", alpha=0.8)
-        axis.axvline(drift["mean"], color="black", linewidth=0.8)
+        axis.hist(drift.per_prompt, bins=16, color="tab:blue", alpha=0.8)
+        axis.axvline(drift.mean, color="black", linewidth=0.8)
         axis.set(xlabel="drift of a prompt's answer, nats per token", ylabel="prompts")
         axis.grid(alpha=0.3)
     save(figure, path)

@@ -25,13 +25,13 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from eaft.errors import ConfigurationError, first_line
 from eaft.evaluation.progress import Progress
 from eaft.evaluation.protocol import Protocol
+from eaft.evaluation.results import Asked, Cut, Item, Part
 from eaft.evaluation.suite import Benchmark, quiet
 from eaft.evaluation.thinking import NONE, SWITCHES, Thinking, decide, find_thinking
-from eaft.models import adapter_of, check_finite, loading
+from eaft.models import adapter_of, check_finite, loading, source
 
-Item = dict[str, Any]
 logger = logging.getLogger(__name__)
-CUTS = ("prompt", "answer", "thoughts")
+CUTS: tuple[Part, ...] = ("prompt", "answer", "thoughts")
 
 
 def settled(protocol: Protocol, tokenizer: Any) -> Protocol:
@@ -86,8 +86,8 @@ def check_thinking(benchmarks: dict[str, Benchmark], tokenizer: Any, protocol: P
         ConfigurationError: such a task; also what `settled` raises.
     """
     protocol = settled(protocol, tokenizer)
-    found = thinking_of(tokenizer, protocol)
-    if not protocol.enable_thinking or (found.off and not found.opens):
+    thinking = thinking_of(tokenizer, protocol)
+    if not protocol.enable_thinking or (thinking.off and not thinking.opens):
         return
     refused = [
         name
@@ -120,15 +120,6 @@ def own_dtype(model: str, model_args: dict[str, Any] | None = None) -> str:
         adapter["base_model_name_or_path"] if adapter else model, **source(model_args)
     )
     return str(config.dtype or torch.float32).removeprefix("torch.")
-
-
-def source(model_args: dict[str, Any] | None) -> dict[str, Any]:
-    """
-    Return those of lm-eval's arguments that say where a model, its config and its tokenizer come
-    from.
-    """
-    names = ("revision", "trust_remote_code", "subfolder")
-    return {name: value for name, value in (model_args or {}).items() if name in names}
 
 
 def load_tokenizer(model: str, model_args: dict[str, Any] | None = None) -> Any:
@@ -165,14 +156,14 @@ def generation_config(model: str, model_args: dict[str, Any] | None = None) -> G
         options = {"revision": adapter.get("revision") or "main", **options}
     try:
         place = {key: value for key, value in options.items() if key != "trust_remote_code"}
-        found = GenerationConfig.from_pretrained(name, **({} if own else place))
+        config = GenerationConfig.from_pretrained(name, **({} if own else place))
     except OSError:  # saved without one
-        found = GenerationConfig.from_model_config(AutoConfig.from_pretrained(name, **options))
+        config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(name, **options))
     if adapter is not None and not own and Path(model, "tokenizer_config.json").is_file():
-        end, ends = load_tokenizer(model, model_args).eos_token_id, end_tokens(found)
+        end, ends = load_tokenizer(model, model_args).eos_token_id, end_tokens(config)
         if end is not None and end not in ends:
-            found.eos_token_id = [end, *ends]
-    return found
+            config.eos_token_id = [end, *ends]
+    return config
 
 
 def end_tokens(config: GenerationConfig) -> list[int]:
@@ -191,8 +182,7 @@ def load(model: str, tokenizer: Any, protocol: Protocol) -> Any:
     that each must call what runs the model.
 
     Args:
-        model: a Hub id, a folder, or a folder with a PEFT adapter (its base model is found through
-            it).
+        model: a Hub id, a folder, or a folder with a PEFT adapter (which names its base model).
         tokenizer: see `load_tokenizer`.
 
     Raises:
@@ -319,10 +309,10 @@ def ask(tokenizer: Any, prompt: Any, protocol: Protocol) -> str:
         messages.insert(0, {"role": "system", "content": protocol.system_instruction})
     if not protocol.apply_chat_template:
         return "\n\n".join(message["content"] for message in messages)
-    found = thinking_of(tokenizer, protocol)
+    thinking = thinking_of(tokenizer, protocol)
     settings = {
         **protocol.model_args.get("chat_template_args", {}),
-        **(found.on if protocol.enable_thinking else found.off),
+        **(thinking.on if protocol.enable_thinking else thinking.off),
     }
     settings |= {
         "tools": json.loads(tools) if isinstance(tools, str) else tools,
@@ -346,11 +336,7 @@ def score(
     Run an lm-eval model on a benchmark and return its items (on the first process; none on others).
 
     An item's score is the first metric its task lists (with its first filter), which must be one
-    number an item. It has `task`, `doc_id`, `metric`, `prompt`, `target`, `response`, `score`,
-    `cut` (what of `prompt`, `answer` and `thoughts` was; unfinished thoughts are graded as an empty
-    answer), hashes of prompt, target and row, by which two models' items are matched; where the
-    metric has several filters `scores` by filter; where the task is multiple choice `choices`
-    (their log-likelihoods, nats); where it is answered in words `max_gen_toks`.
+    number an item. Two models' items are matched by the hashes of prompt, target and row.
 
     Args:
         lm: lm-eval's model, see `load` and `wrap`.
@@ -380,17 +366,17 @@ def score(
     lm.progress = progress
     if progress is not None:
         progress.start(benchmark.name, sum(sizes.values()))
-    found: dict[str, list[Item]] = {}
+    by_task: dict[str, list[Item]] = {}
     for thinking in (False, True):
         part = {name: task for name, task in tasks.items() if thinks(task, protocol) == thinking}
         if part:
             output = run(lm, part, samples, protocol, thinking)
-            found.update(
+            by_task.update(
                 {name: items(name, task, output, lm) for name, task in part.items()}
                 if output
                 else {}
             )
-    return [item for name in tasks for item in found.get(name, [])]
+    return [item for name in tasks for item in by_task.get(name, [])]
 
 
 def thinks(task: Any, protocol: Protocol) -> bool:
@@ -487,26 +473,30 @@ def generation_settings(task: Any, lm: Any, protocol: Protocol, thinking: bool) 
     return {**settings, "max_gen_toks": min(wanted, most)}
 
 
-def asked(benchmark: Benchmark, protocol: Protocol, items: list[Item]) -> dict[str, Any]:
+def asked(benchmark: Benchmark, protocol: Protocol, items: dict[str, list[Item]]) -> Asked:
     """
-    Return what a benchmark asked, and of how many items what was cut, for the report.
+    Return how a benchmark was asked, and how many items were cut.
 
-    Returns:
-        `version` and `num_fewshot` (of each task where they differ in a group), `metric`, `filter`,
-        `max_gen_toks` (the most that an answer could have, with its thoughts; None where choices
-        are weighed) and `cut`.
+    Args:
+        items: by model; the keys are those of `cut`. All models were asked the same.
     """
-    metric, _, metric_filter = items[0]["metric"].partition(",")
-    return {
-        "version": one({name: task.VERSION for name, task in benchmark.tasks.items()}),
-        "metric": metric,
-        "filter": metric_filter,
-        "num_fewshot": one(
+    first = next(iter(items.values()))
+    metric, _, metric_filter = first[0].metric.partition(",")
+    return Asked(
+        version=one({name: task.VERSION for name, task in benchmark.tasks.items()}),
+        metric=metric,
+        filter=metric_filter,
+        num_fewshot=one(
             {name: num_fewshot(task, protocol) for name, task in benchmark.tasks.items()}
         ),
-        "max_gen_toks": one({item["task"]: item.get("max_gen_toks") for item in items}),
-        "cut": {kind: sum(kind in item["cut"] for item in items) for kind in CUTS},
-    }
+        max_gen_toks=one({item.task: item.max_gen_toks for item in first}),
+        cut={model: count_cuts(answered) for model, answered in items.items()},
+    )
+
+
+def count_cuts(items: list[Item]) -> Cut:
+    """Return of how many items each part was cut."""
+    return Cut(**{part: sum(part in item.cut for item in items) for part in CUTS})
 
 
 def one(values: dict[str, Any]) -> Any:
@@ -532,44 +522,62 @@ def items(name: str, task: Any, output: dict[str, Any], lm: Any) -> list[Item]:
         scores.setdefault(sample["doc_id"], {})[sample["filter"]] = float(value)
         if sample["filter"] == metric_filter:
             samples[sample["doc_id"]] = sample
-    found = []
-    for doc_id in sorted(samples):
-        sample, by_filter = samples[doc_id], scores[doc_id]
-        item = {"task": name, "doc_id": doc_id, "metric": key, "prompt": sample["arguments"][0][0]}
-        if task.OUTPUT_TYPE == "multiple_choice":
-            choices = [response[0] for response in sample["filtered_resps"]][
-                : len(sample["arguments"])
-            ]
-            item["choices"] = choices
-            item["response"] = sample["arguments"][choices.index(max(choices))][1].strip()
-        else:
-            item["response"] = plain(sample["resps"][0][0])
-        if task.OUTPUT_TYPE == "generate_until":
-            item["max_gen_toks"] = sample["arguments"][0][1]["max_gen_toks"]
-        item.update(
-            target=plain(sample["target"]),
-            score=by_filter[metric_filter],
-            cut=cut(name, sample, output, lm),
-        )
-        if len(by_filter) > 1:
-            item["scores"] = by_filter
-        item.update(
-            {f"{part}_hash": sample[f"{part}_hash"] for part in ("prompt", "target", "doc")}
-        )
-        found.append(item)
-    return found
+    return [item(name, key, task, samples[i], scores[i], output, lm) for i in sorted(samples)]
 
 
-def cut(name: str, sample: dict[str, Any], output: dict[str, Any], lm: Any) -> list[str]:
+def item(
+    name: str,
+    metric: str,
+    task: Any,
+    sample: dict[str, Any],
+    scores: dict[str, float],
+    output: dict[str, Any],
+    lm: Any,
+) -> Item:
+    """
+    Return one item.
+
+    Args:
+        metric: with its filter, as lm-eval writes it: `acc,none`.
+        sample: lm-eval's, of this filter.
+        scores: by filter.
+    """
+    choices = None
+    if task.OUTPUT_TYPE == "multiple_choice":
+        choices = [response[0] for response in sample["filtered_resps"]]
+        choices = choices[: len(sample["arguments"])]
+        response = sample["arguments"][choices.index(max(choices))][1].strip()
+    else:
+        response = plain(sample["resps"][0][0])
+    generates = task.OUTPUT_TYPE == "generate_until"
+    return Item(
+        task=name,
+        doc_id=sample["doc_id"],
+        metric=metric,
+        prompt=sample["arguments"][0][0],
+        target=plain(sample["target"]),
+        response=response,
+        score=scores[metric.partition(",")[2]],
+        cut=cut(name, sample, output, lm),
+        prompt_hash=sample["prompt_hash"],
+        target_hash=sample["target_hash"],
+        doc_hash=sample["doc_hash"],
+        choices=choices,
+        max_gen_toks=sample["arguments"][0][1]["max_gen_toks"] if generates else None,
+        scores=scores if len(scores) > 1 else None,
+    )
+
+
+def cut(name: str, sample: dict[str, Any], output: dict[str, Any], lm: Any) -> list[Part]:
     """
     Return what of an item was cut: any of its prompts on the left, its answer or its thoughts at
     the limit.
     """
-    found = set(output["cuts"].get((name, sample["doc_id"]), ()))
+    parts = set(output["cuts"].get((name, sample["doc_id"]), ()))
     cuts_prompt = getattr(lm, "cuts_prompt", lambda *arguments: False)
     if any(cuts_prompt(*arguments[:2]) for arguments in sample["arguments"]):
-        found.add("prompt")
-    return [part for part in CUTS if part in found]
+        parts.add("prompt")
+    return [part for part in CUTS if part in parts]
 
 
 def metric_of(name: str, output: dict[str, Any]) -> str:

@@ -22,7 +22,6 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 from eaft.errors import ConfigurationError, EAFTError
 from eaft.evaluation.drift import Share
 from eaft.evaluation.evaluate import check_packages as check_evaluation
-from eaft.evaluation.evaluate import find_model, text_config
 from eaft.evaluation.identity import weights_digest
 from eaft.evaluation.measured import shared
 from eaft.evaluation.scores import load_tokenizer, processes
@@ -56,7 +55,7 @@ from eaft.inspection.score.scorer import (
     token_table,
     write_parquet,
 )
-from eaft.models import check_vocabulary, vocabulary_size
+from eaft.models import check_vocabulary, find_model, text_config, vocabulary_size
 from eaft.objective.statistics import usable_top_k
 from eaft.processes import locked
 from eaft.provenance import environment, write_json

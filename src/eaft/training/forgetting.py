@@ -28,8 +28,8 @@ from transformers import TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from eaft.errors import ConfigurationError
+from eaft.evaluation.comparable import comparable_models
 from eaft.evaluation.drift import Answer, BaseAnswers, Share, read_prompts, sample_answers
-from eaft.evaluation.evaluate import side_by_side
 from eaft.evaluation.measured import shared
 from eaft.evaluation.protocol import Protocol
 from eaft.evaluation.scores import ask, score, wrap
@@ -193,8 +193,8 @@ class ForgettingEval(TrainerCallback):
             metrics: dict[str, float] = {}
             if state.is_world_process_zero:
                 scores = {
-                    name: float(np.mean([item["score"] for item in found]))
-                    for name, found in items.items()
+                    name: float(np.mean([item.score for item in answered]))
+                    for name, answered in items.items()
                 }
                 metrics["drift"] = float(sums.sum() / counts.sum())
                 for kind, names in (("general", self.general), ("target", self.target)):
@@ -268,7 +268,7 @@ def answers_before_sharding(model: Any, tokenizer: Any, args: EAFTConfig) -> lis
     if PartialState().is_main_process:
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save_pretrained(folder)
-            base, _ = side_by_side(
+            base, _ = comparable_models(
                 model, None, protocol_of(args, tokenizer), drift=True, tokenizer=folder
             )
             prompts = read_prompts(args.forgetting_prompts, base.protocol.drift_prompts)

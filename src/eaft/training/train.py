@@ -35,7 +35,6 @@ from trl.cli.commands.training import _subtract_subsequence as subtract_subseque
 from typing_extensions import TypedDict
 
 from eaft.errors import ConfigurationError, nearest
-from eaft.evaluation.evaluate import text_config
 from eaft.evaluation.measured import shared, write_jsonl
 from eaft.evaluation.scores import load_tokenizer, processes
 from eaft.files import read_json, read_yaml
@@ -47,6 +46,7 @@ from eaft.models import (
     resolve_model,
     template_date,
     template_today,
+    text_config,
 )
 from eaft.objective.gate_flags import gates_help
 from eaft.processes import check_place, locked

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from eaft.errors import ConfigurationError
-from eaft.evaluation.evaluate import find_model, text_config
 from eaft.evaluation.scores import load_tokenizer
 from eaft.inspection.folder import BASE, ScoredModel
-from eaft.models import adapter_of
+from eaft.models import adapter_of, find_model, text_config
 from eaft.training.train import is_complete
 
 

@@ -31,6 +31,9 @@ from pathlib import Path
 from typing import Any
 
 from eaft.errors import EAFTError
+from eaft.evaluation.pairs import worst_regressions
+from eaft.evaluation.results import Item, Regression, as_json
+from eaft.files import check
 
 Answer = dict[str, Any]
 
@@ -240,24 +243,23 @@ def curves(place: Path, run: Answer) -> Answer:
 
 def regressions(place: Path, choice: Answer, results: Answer) -> Answer:
     """Return the worst regressions of what an objective chose, from the items that were kept."""
-    from eaft.evaluation.evaluate import worst_regressions  # imports what measures models
-
     view = "chosen" if "chosen" in choice["steps"] else "last"
     step = choice["steps"][view]
     keys = ("objective", "seed", "learning_rate")
     run = next(
         (r["folder"] for r in results["runs"] if all(r[key] == choice[key] for key in keys)), None
     )
-    before, after = {}, {}
+    base: dict[str, list[Item]] = {}
+    tuned: dict[str, list[Item]] = {}
     for name in [name for names in results["groups"].values() for name in names] if run else []:
         file = f"{Path(name).stem}.jsonl"
         folders = "base/items", f"{run}/items/step-{step}"
         sides = [read_lines(place, f"{folder}/{file}") for folder in folders]
         if len(sides[0]) == len(sides[1]) > 0:
-            before[name], after[name] = sides
-    items = []
-    with contextlib.suppress(
-        EAFTError, KeyError, TypeError
-    ):  # of two evaluations, or another version's
-        items = worst_regressions(before, after)
+            with contextlib.suppress(EAFTError):  # another version's
+                base[name], tuned[name] = (check(list[Item], side, file) for side in sides)
+    worst: list[Regression] = []
+    with contextlib.suppress(EAFTError):  # the items are of two evaluations
+        worst = worst_regressions(base, tuned)
+    items = as_json(worst)
     return {"objective": choice["objective"], "seed": choice["seed"], "step": step, "items": items}
