@@ -3,7 +3,10 @@ Rows reach the chat template as they stand in the file, whatever their order; wh
 refused by line.
 """
 
+import bz2
+import gzip
 import json
+import lzma
 
 import pytest
 from trl import DatasetMixtureConfig, ScriptArguments
@@ -85,6 +88,18 @@ def test_trl_renders_what_stands_in_the_file(tmp_path):
         ]
         assert texts == right
         assert prepared["input_ids"][-len(ROWS) :] == prepared["input_ids"][: len(ROWS)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("module", [gzip, bz2, lzma], ids=["gz", "bz2", "xz"])
+def test_a_packed_file_is_read(tmp_path, module, streaming):
+    text = "".join(json.dumps(row) + "\n" for row in ROWS)
+    ending = {gzip: "gz", bz2: "bz2", lzma: "xz"}[module]
+    (tmp_path / "data.jsonl").write_text(text)
+    (tmp_path / f"data.jsonl.{ending}").write_bytes(module.compress(text.encode()))
+    plain = load(tmp_path / "data.jsonl")
+    packed = load(tmp_path / f"data.jsonl.{ending}", dataset_streaming=streaming)
+    assert list(packed) == list(plain)
 
 
 def test_a_mixture_of_files_keeps_their_rows(tmp_path):

@@ -42,6 +42,7 @@ from eaft.errors import ConfigurationError, first_line
 from eaft.training.row_checks import check_rows
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+COMPRESSED = (".gz", ".bz2", ".xz")  # that Python itself unpacks, after one of the above
 
 
 def load_splits(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> DatasetDict:
@@ -55,27 +56,30 @@ def load_splits(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig
     name = script_args.dataset_name
     if name is None and not dataset_args.datasets:
         raise ConfigurationError(
-            "dataset_name is missing: give a Hub id, a .jsonl, .json, .csv or .parquet file, or a"
+            "dataset_name is missing: give a Hub id, a .jsonl, .json, .csv or .parquet file (or packed:
+            " .jsonl.gz), or a"
             " folder."
         )
     path = Path(name or "").expanduser()
+    ending = Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
     options: dict[str, Any] = {
         "name": script_args.dataset_config,
         "streaming": script_args.dataset_streaming,
     }
     if name and (
-        path.suffix in BUILDERS or path.is_absolute() or name.startswith(("./", "../", "~"))
+        ending in BUILDERS or path.is_absolute() or name.startswith(("./", "../", "~"))
     ):
         if not path.exists():
             raise ConfigurationError(f"dataset_name={name!r}: there is no such file or folder.")
         if path.is_file():
-            if path.suffix not in BUILDERS:
+            if ending not in BUILDERS:
                 raise ConfigurationError(
-                    f"dataset_name={name!r}: expected one of {', '.join(BUILDERS)}."
+                    f"dataset_name={name!r}: expected one of {', '.join(BUILDERS)}, which may be"
+                    f" packed ({', '.join(COMPRESSED)})."
                 )
             if path.stat().st_size == 0:
                 raise ConfigurationError(f"dataset_name={name!r}: the file is empty.")
-            name, options["data_files"] = BUILDERS[path.suffix], str(path)
+            name, options["data_files"] = BUILDERS[ending], str(path)
         else:
             name = str(path)
     given = f"dataset_name={script_args.dataset_name!r}"
