@@ -217,6 +217,31 @@ def test_a_run_at_its_end_is_not_trained_on(model_dir, data, tmp_path, capsys):
     assert state()["model.safetensors"] != whole["model.safetensors"]
 
 
+def test_a_run_goes_on_with_its_own_settings(model_dir, data, tmp_path, capsys):
+    """The checkpoint's optimizer keeps the old ones, whatever is given."""
+    out = tmp_path / "out"
+    flags = ["--model_name_or_path", model_dir, "--dataset_name", data, "--save_steps", 2]
+    assert run(*flags, "--output_dir", out, "--max_steps", 2, "--weight_decay", 0.1) == 0
+    before = (out / "run.json").read_bytes()
+    longer = [*flags, "--max_steps", 3, "--weight_decay", 0.1]
+    changes = {
+        ("--learning_rate", "0.001"): "learning_rate=0.001: .* begun with 2e-05",
+        ("--weight_decay", "0"): r"weight_decay=0\.0: .* begun with 0\.1",
+        ("--warmup_steps", "1"): r"warmup_steps=1\.0: .* begun with 0",
+        ("--gate", "sft"): "gate='sft': .* begun with 'eaft'",
+        ("--optim_args", "amsgrad=True"): "optim_args='amsgrad=True': .* begun with None",
+    }
+    for change, message in changes.items():
+        for where, resume in ((out, "true"), (tmp_path / "other", out / "checkpoint-2")):
+            given = [*longer, "--output_dir", where, "--resume_from_checkpoint", resume, *change]
+            assert run(*given) == 2
+            error = capsys.readouterr().err.strip().splitlines()[-1]
+            assert re.search(message, error)
+            assert (out / "run.json").read_bytes() == before
+            assert not (tmp_path / "other").exists()
+    assert run(*longer, "--output_dir", out, "--resume_from_checkpoint", "true") == 0
+
+
 def test_resume_equals_uninterrupted(model_dir, data, tmp_path):
     shared = [
         "--model_name_or_path",

@@ -56,8 +56,7 @@ def load_splits(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig
     name = script_args.dataset_name
     if name is None and not dataset_args.datasets:
         raise ConfigurationError(
-            "dataset_name is missing: give a Hub id, a .jsonl, .json, .csv or .parquet file (or packed:
-            " .jsonl.gz), or a"
+            "dataset_name is missing: give a Hub id, a .jsonl, .json, .csv or .parquet file, or a"
             " folder."
         )
     path = Path(name or "").expanduser()
@@ -66,9 +65,7 @@ def load_splits(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig
         "name": script_args.dataset_config,
         "streaming": script_args.dataset_streaming,
     }
-    if name and (
-        ending in BUILDERS or path.is_absolute() or name.startswith(("./", "../", "~"))
-    ):
+    if name and (ending in BUILDERS or path.is_absolute() or name.startswith(("./", "../", "~"))):
         if not path.exists():
             raise ConfigurationError(f"dataset_name={name!r}: there is no such file or folder.")
         if path.is_file():

@@ -80,6 +80,14 @@ LAUNCHED = "EAFT_LAUNCHED"  # set for the processes that accelerate starts for u
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 DELETE = "delete the folder, or choose another output_dir."
+# What stays the same when a run goes on: the checkpoint's optimizer and schedule keep the first of
+# them whatever is given (findings/trainer_resume_settings.sh), and `run.json` has one value of each
+STAYS = (
+    *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("optim", "optim_args", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+    *("gate", "gate_alpha", "gate_entropy", "gate_top_k", "gate_kwargs"),
+    *("seed", "data_seed", "replay", "max_length", "packing"),
+)
 
 
 @with_config(ConfigDict(extra="allow"))
@@ -456,7 +464,8 @@ def find_checkpoint(args: EAFTConfig) -> str | None:
     afresh: the same command can be given again until it ends.
 
     Raises:
-        ConfigurationError: the folder holds another run, or there is nothing to resume from.
+        ConfigurationError: the folder holds another run, there is nothing to resume from, or the
+            run had other settings.
     """
     folder, resume = Path(args.output_dir), str(args.resume_from_checkpoint or "false")
     if resume.lower() not in ("true", "false"):
@@ -464,9 +473,11 @@ def find_checkpoint(args: EAFTConfig) -> str | None:
             raise ConfigurationError(
                 f"resume_from_checkpoint={resume!r} is no complete checkpoint."
             )
+        check_settings(args, Path(resume).parent)
         return resume
     if resume.lower() == "true":
         if checkpoint := last_complete_checkpoint(folder):
+            check_settings(args, folder)
             return checkpoint
         run = folder / RUN_FILE
         if run.is_file() and not read_json(run, RunRecord, DELETE)["finished"]:
@@ -479,6 +490,32 @@ def find_checkpoint(args: EAFTConfig) -> str | None:
             " one, or go on with a run that was stopped by --resume_from_checkpoint true."
         )
     return None
+
+
+def check_settings(args: EAFTConfig, folder: Path) -> None:
+    """
+    Check that a run goes on with the settings that it was begun with (`STAYS`).
+
+    Args:
+        folder: of the run that is resumed; without a `run.json`, nothing is known of its settings.
+
+    Raises:
+        ConfigurationError: one of them is another now.
+    """
+    file = folder / RUN_FILE
+    if not file.is_file():
+        return
+    before = read_json(file, RunRecord, DELETE).get("config", {})
+    after = changed_arguments(args)
+    for name in STAYS:
+        default = getattr(EAFTConfig, name, None)
+        old, new = (settings.get(name, default) for settings in (before, after))
+        if old != new:
+            raise ConfigurationError(
+                f"{name}={new!r}: the run that is resumed ({str(folder)!r}) was begun with {old!r},"
+                f" and a run has one {name}. Give {old!r} again, or begin another run in another"
+                " output_dir (it may take a checkpoint of this one as its model_name_or_path)."
+            )
 
 
 def last_complete_checkpoint(folder: Path) -> str | None:
