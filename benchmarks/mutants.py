@@ -122,7 +122,10 @@ MUTANTS = [
     ),
     Mutant(
         "training: the nll of a group of tokens without its mask",
-        {"[group, nll * group]": "[group, nll]"},
+        {
+            '"high_nll": nll * high': '"high_nll": nll',
+            "[group, nll * group]": "[group, nll]",
+        },
         "training/test_trainer.py::test_metrics_are_those_of_the_tokens",
     ),
     Mutant(

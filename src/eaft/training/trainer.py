@@ -8,7 +8,6 @@ import copy
 import functools
 import itertools
 import math
-from collections import defaultdict
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,13 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import get_config_model_id
 
 from eaft.errors import ConfigurationError, NonFiniteError
-from eaft.objective.statistics import HIGH_ENTROPY, LOW_ENTROPY
 from eaft.training.config import EAFTConfig
 from eaft.training.examples import ExampleCollator, FollowedData, follow_examples, number_tokens
 from eaft.training.forgetting import ForgettingEval, answers_before_sharding, general_suite
 from eaft.training.head import GatedLMHead, frozen_copy
 from eaft.training.logits_check import check_logits
 from eaft.training.measure import MEASURED, MeasureGate, MeasureOldLogProb
+from eaft.training.metrics import TokenSums
 from eaft.training.model_card import model_card
 from eaft.training.rows import cached_by_date, describe_rows
 from eaft.training.templates import conversational, label_turns, mark_assistant
@@ -184,7 +183,7 @@ class EAFTTrainer(SFTTrainer):
                     )
                 )
         self._logits_checked = self._gradient_checked = False
-        self._token_sums: dict[str, Tensor | float] = defaultdict(float)
+        self._token_sums: dict[str, TokenSums] = {}  # since the last log, by mode
         self._eval_prefix = "eval_"
         if args.forgetting_eval_steps:
             sharded: dict[str, Any] = {}
@@ -381,19 +380,10 @@ class EAFTTrainer(SFTTrainer):
         loss = result[0] if return_outputs else result
         self._require_finite(loss, batch)
 
-        losses = self.gated_lm_head.losses
-        nll, conflict, entropy = (
-            losses.statistics.nll,
-            losses.statistics.is_conflict,
-            losses.statistics.entropy,
-        )
-        kl = torch.zeros_like(nll) if losses.kl is None else losses.kl
-        terms = [torch.ones_like(nll), nll, conflict, nll * conflict, losses.weights, kl]
-        for group in (entropy >= HIGH_ENTROPY, entropy <= LOW_ENTROPY):
-            terms += [group, nll * group]
-        sums = [x.float().sum() for x in terms]
         mode = "train" if self.model.training else "eval"
-        self._token_sums[mode] = self._token_sums[mode] + torch.stack(sums)
+        sums = TokenSums.of(self.gated_lm_head.losses)
+        before = self._token_sums.get(mode)
+        self._token_sums[mode] = sums if before is None else before + sums
         return result
 
     def evaluate(
@@ -412,22 +402,12 @@ class EAFTTrainer(SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add our metrics, averaged over all labelled tokens of all ranks since the last log."""
         mode, prefix = ("train", "") if self.model.training else ("eval", self._eval_prefix)
-        if isinstance(sums := self._token_sums.pop(mode, 0.0), Tensor):
-            tokens, nll, conflicts, conflict_nll, gate, kl, *groups = self.accelerator.reduce(
-                sums, "sum"
-            ).tolist()
-            logs[f"{prefix}nll"] = nll / max(tokens, 1)
-            logs[f"{prefix}conflict_share"] = conflicts / max(tokens, 1)
-            logs[f"{prefix}conflict_nll_share"] = conflict_nll / nll if nll > 0 else 0.0
-            for name, number, of_group in zip(
-                ("high", "low"), groups[::2], groups[1::2], strict=True
-            ):
-                if number:
-                    logs[f"{prefix}nll_{name}_entropy"] = of_group / number
-            if mode == "train":
-                logs["mean_gate"] = gate / max(tokens, 1)
-                if self._gate.anchor is not None:
-                    logs["kl"] = kl / max(tokens, 1)
+        if (sums := self._token_sums.pop(mode, None)) is not None:
+            extra = [] if mode == "eval" else ["mean_gate"]
+            if mode == "train" and self._gate.anchor is not None:
+                extra.append("kl")
+            means = sums.means(self.accelerator).logged(*extra)
+            logs.update({f"{prefix}{name}": mean for name, mean in means.items()})
         super().log(logs, start_time)
 
     def _save(
@@ -508,18 +488,18 @@ class EAFTTrainer(SFTTrainer):
 
     def _refuse_zero_gradient(self) -> None:
         """Say why the first step trains nothing, unless that is right."""
-        if not isinstance(sums := self._token_sums.get("train"), Tensor):
+        if (sums := self._token_sums.get("train")) is None:
             return  # the loss is not ours: a subclass computes its own
-        tokens, nll, _, _, gate, *_ = self.accelerator.reduce(sums, "sum").tolist()
-        if tokens == 0 or nll == 0:
+        means = sums.means(self.accelerator)
+        if means.tokens == 0 or means.nll == 0:
             return
         message = (
             f"The gradient's norm is 0 in training, step {self.state.global_step + 1}, so nothing"
             " would be trained. "
         )
-        if gate == 0:
+        if means.mean_gate == 0:
             raise ConfigurationError(
-                f"{message}gate={self.args.gate!r} gives weight 0 to each of its {tokens:.0f}"
+                f"{message}gate={self.args.gate!r} gives weight 0 to each of its {means.tokens}"
                 " labelled tokens: choose another gate or other parameters for it, or raise"
                 " per_device_train_batch_size."
             )
