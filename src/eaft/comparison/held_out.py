@@ -12,7 +12,6 @@ from typing import Any
 from datasets import Dataset
 from transformers import AutoConfig
 from trl import DatasetMixtureConfig, ScriptArguments
-from trl.data_utils import maybe_convert_to_chatml
 
 from eaft.errors import ConfigurationError
 from eaft.evaluation.drift import prompt_of
@@ -20,6 +19,7 @@ from eaft.evaluation.scores import load_tokenizer
 from eaft.training.data import load_splits, select_split
 from eaft.training.prepare import prepare_rows
 from eaft.training.templates import without_nulls
+from eaft.training.trl_internals import maybe_convert_to_chatml
 
 Row = dict[str, list[int]]  # `input_ids` and `labels`; -100 is no label
 

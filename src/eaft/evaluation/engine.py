@@ -12,9 +12,12 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import handle_stop_sequences, postprocess_generated_text
 
+from eaft.evaluation.lm_eval_internals import (
+    HFLM,
+    handle_stop_sequences,
+    postprocess_generated_text,
+)
 from eaft.evaluation.progress import Progress
 from eaft.evaluation.thinking import NONE, Thinking, split_thoughts
 from eaft.models import vocabulary_size

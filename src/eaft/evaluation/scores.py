@@ -255,7 +255,7 @@ def share_items(lm: Any) -> Any:
 
 def load_vllm(watched: type, model: str, tokenizer: Any, protocol: Protocol) -> Any:
     """Return lm-eval's `vllm` model; a PEFT adapter runs on its base as vLLM's LoRA."""
-    from lm_eval.api.registry import get_model
+    from eaft.evaluation.lm_eval_internals import get_model
 
     folder = (
         tempfile.TemporaryDirectory()
@@ -397,7 +397,7 @@ def run(
     Return lm-eval's results of each task's rows of these numbers (None: all); None on other
     processes.
     """
-    from lm_eval import evaluate
+    from eaft.evaluation.lm_eval_internals import evaluate
 
     if hasattr(lm, "think"):
         lm.think(thinking, thinking_of(lm.tokenizer, protocol))
@@ -454,8 +454,10 @@ def generation_settings(task: Any, lm: Any, protocol: Protocol, thinking: bool) 
     Return a task's generation settings, with `max_gen_toks` (thoughts and answer) that fit the
     model's context.
     """
-    from lm_eval.models.utils import normalize_gen_kwargs
-    from lm_eval.utils import simple_parse_args_string
+    from eaft.evaluation.lm_eval_internals import (
+        normalize_gen_kwargs,
+        simple_parse_args_string,
+    )
 
     settings = {
         **(task.config.generation_kwargs or {}),

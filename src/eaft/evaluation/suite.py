@@ -189,7 +189,7 @@ def task_manager(tasks: list[str], include_path: str | None) -> Any:
         ConfigurationError: lm-eval is not installed, or has no such task.
     """
     try:
-        from lm_eval.tasks import TaskManager
+        from eaft.evaluation.lm_eval_internals import TaskManager
     except ImportError as error:
         raise ConfigurationError(
             "Evaluating needs lm-evaluation-harness: pip install 'eaft[eval]'."
@@ -215,15 +215,14 @@ def task_manager(tasks: list[str], include_path: str | None) -> Any:
 @functools.cache
 def lm_eval_tasks() -> Any:
     """Return lm-eval's registry with our tasks, built once."""
-    from lm_eval.tasks import TaskManager
+    from eaft.evaluation.lm_eval_internals import TaskManager
 
     return TaskManager(include_path=str(TASKS))
 
 
 def leaves(manager: Any, spec: str | dict[str, Any]) -> Iterator[tuple[str, str | dict[str, Any]]]:
     """Yield the tasks that a task, group or tag stands for, with what lm-eval is to load."""
-    from lm_eval.tasks._index import Kind
-    from lm_eval.tasks._yaml_loader import load_yaml
+    from eaft.evaluation.lm_eval_internals import Kind, load_yaml
 
     name = spec if isinstance(spec, str) else str(spec.get("task", spec.get("group")))
     entry = manager.task_index.get(name)
@@ -251,7 +250,7 @@ def leaves(manager: Any, spec: str | dict[str, Any]) -> Iterator[tuple[str, str 
 
 def full_config(manager: Any, spec: str | dict[str, Any]) -> dict[str, Any]:
     """Return a task's whole configuration, which lm-eval takes in place of a name."""
-    from lm_eval.tasks._yaml_loader import load_yaml
+    from eaft.evaluation.lm_eval_internals import load_yaml
 
     name, changes = (spec, {}) if isinstance(spec, str) else (spec["task"], spec)
     entry = manager.task_index.get(name)
@@ -375,14 +374,14 @@ def describe(manager: Any, task: str, error: Exception, data_dir: str | None) ->
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence lm-eval's notes on every task and its bars while it builds their prompts."""
-    from lm_eval.api import task
+    from eaft.evaluation.lm_eval_internals import task_module
 
     logger = logging.getLogger("lm_eval")
-    level, bar = logger.level, task.tqdm
+    level, bar = logger.level, task_module.tqdm
     logger.setLevel(logging.ERROR)
-    task.tqdm = functools.partial(bar, disable=True)
+    task_module.tqdm = functools.partial(bar, disable=True)
     try:
         yield
     finally:
         logger.setLevel(level)
-        task.tqdm = bar
+        task_module.tqdm = bar

@@ -36,10 +36,10 @@ from datasets import (
 from datasets.features.features import register_feature
 from datasets.packaged_modules.json.json import Json as JsonBuilder
 from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
-from trl.data_utils import maybe_convert_to_chatml
 
 from eaft.errors import ConfigurationError, first_line
 from eaft.training.row_checks import check_rows
+from eaft.training.trl_internals import maybe_convert_to_chatml
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 COMPRESSED = (".gz", ".bz2", ".xz")  # that Python itself unpacks, after one of the above

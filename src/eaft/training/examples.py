@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-from trl.trainer.utils import global_then_local_main_first
 
 from eaft.errors import ConfigurationError
+from eaft.training.trl_internals import (
+    DataCollatorForLanguageModeling,
+    global_then_local_main_first,
+)
 
 
 @dataclass

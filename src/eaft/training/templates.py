@@ -15,14 +15,16 @@ from typing import Any
 from jinja2 import TemplateSyntaxError
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
-from trl import ModelConfig
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-from trl.data_utils import is_conversational
-from trl.trainer.utils import global_then_local_main_first
+from trl import ModelConfig, is_conversational
 
 from eaft.errors import ConfigurationError, first_line
 from eaft.evaluation.scores import end_tokens, generation_config, load_tokenizer
 from eaft.training.config import EAFTConfig
+from eaft.training.trl_internals import (
+    get_training_chat_template,
+    global_then_local_main_first,
+    has_generation_markers,
+)
 
 Row = dict[str, Any]
 COLUMNS = ("messages", "prompt", "completion")  # that hold messages

@@ -30,8 +30,6 @@ from trl import (
     get_peft_config,
     get_quantization_config,
 )
-from trl.cli.accelerate_config import resolve_accelerate_config_argument
-from trl.cli.commands.training import _subtract_subsequence as subtract_subsequence
 from typing_extensions import TypedDict
 
 from eaft.errors import ConfigurationError, nearest
@@ -60,6 +58,7 @@ from eaft.training.replay import REPLAY_FILE, check_replay, replayed_rows
 from eaft.training.row_checks import check_ids
 from eaft.training.templates import check_templates, told
 from eaft.training.trainer import EAFTTrainer
+from eaft.training.trl_internals import resolve_accelerate_config_argument, subtract_subsequence
 
 DESCRIPTION = """
 Fine-tune a language model with a gate on each token's loss. Takes the flags and the YAML of `trl

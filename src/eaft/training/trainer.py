@@ -19,8 +19,6 @@ from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 from transformers import TrainingArguments
 from trl import SFTTrainer
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-from trl.trainer.utils import get_config_model_id
 
 from eaft.errors import ConfigurationError, NonFiniteError
 from eaft.training.config import EAFTConfig
@@ -33,6 +31,7 @@ from eaft.training.metrics import TokenSums
 from eaft.training.model_card import model_card
 from eaft.training.rows import cached_by_date, describe_rows
 from eaft.training.templates import conversational, label_turns, mark_assistant
+from eaft.training.trl_internals import DataCollatorForLanguageModeling, get_config_model_id
 
 logger = get_logger(__name__)
 STREAM_ROWS = 1000  # of a stream, that are looked through for a label

@@ -16,7 +16,6 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 from trl import ModelConfig, get_quantization_config
-from trl.trainer.utils import create_model_from_path
 
 from eaft.errors import ConfigurationError, NonFiniteError, first_line
 from eaft.evaluation.scores import generation_config
@@ -30,6 +29,7 @@ from eaft.training.config import EAFTConfig
 from eaft.training.head import GatedLMHead
 from eaft.training.logits_check import check_logits
 from eaft.training.train import model_init_kwargs
+from eaft.training.trl_internals import create_model_from_path
 
 BATCH_TOKENS, GPU_BATCH_TOKENS = 2**12, 2**14  # of a batch, padding included
 # Of the logits that the top-K curve is drawn from: tokens, examples they are from, and elements of
