@@ -29,11 +29,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from eaft.arrow import flat
 from eaft.errors import ConfigurationError, NonFiniteError
 from eaft.objective.gates import normalized_entropy
 from eaft.objective.statistics import TokenStatistics
 from eaft.provenance import write_json
-from eaft.training.examples import ExampleCollator, flat
+from eaft.training.following import ExampleCollator
 from eaft.training.head import GatedLMHead
 
 MEASURED = (

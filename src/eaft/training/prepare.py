@@ -16,10 +16,11 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTTrainer
 
+from eaft.arrow import flat, with_column
 from eaft.errors import ConfigurationError
 from eaft.models import vocabulary_size
 from eaft.training.config import EAFTConfig
-from eaft.training.examples import flat, mapped, with_column
+from eaft.training.following import mapped
 from eaft.training.trainer import EAFTTrainer
 
 UNLABELLED = -101  # a label that TRL does not count as missing, so that it drops no row

@@ -22,7 +22,7 @@ from trl import SFTTrainer
 
 from eaft.errors import ConfigurationError, NonFiniteError
 from eaft.training.config import EAFTConfig
-from eaft.training.examples import ExampleCollator, FollowedData, follow_examples, number_tokens
+from eaft.training.following import ExampleCollator, FollowedData, follow_examples, number_tokens
 from eaft.training.forgetting import ForgettingEval, answers_before_sharding, general_suite
 from eaft.training.head import GatedLMHead, frozen_copy
 from eaft.training.logits_check import check_logits

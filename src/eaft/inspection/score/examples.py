@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
+from eaft.arrow import flat
 from eaft.errors import ConfigurationError
 from eaft.inspection.folder import DATA, ROLLOUTS
 from eaft.training.data import row_digest
-from eaft.training.examples import flat
 from eaft.training.prepare import PreparedRows
 
 # A shard is what a killed run loses at most: 16 of small data, so that processes have something to

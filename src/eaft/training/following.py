@@ -1,6 +1,5 @@
 """
-Which example of the training data each token is from, followed through whatever TRL does to it; and
-its number.
+Each token keeps the index of its example, and its own number, through everything TRL does to rows.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
+from eaft.arrow import flat, lists, with_column
 from eaft.errors import ConfigurationError
 from eaft.training.trl_internals import (
     DataCollatorForLanguageModeling,
@@ -23,15 +23,12 @@ from eaft.training.trl_internals import (
 
 @dataclass
 class FollowedData:
-    """
-    Training data with a column `example_ids`: of every token, the index of its example (int32).
-    """
+    """Training data with a column `example_ids`: for each token the index of its example, int32."""
 
     prepared: Dataset  # as TRL prepares it: cut, shuffled, packed
-    loose: (
-        Dataset | None
-    )  # one example a row, in their order, cut to what a training row can hold; if asked for
-    num_examples: int  # also those that lost every label
+    # If asked for: one example a row, in the data's order, cut to what a training row can hold
+    loose: Dataset | None
+    num_examples: int  # including examples that lost every label
 
 
 def follow_examples(
@@ -43,11 +40,19 @@ def follow_examples(
     loose: bool,
 ) -> FollowedData:
     """
-    Prepare the training data with TRL's `prepare`, keeping of every token the index of its example.
+    Prepare the training data with TRL's `prepare`, and keep the index of each token's example.
 
-    The index travels in the upper half of each token's 64 bits, so that whatever TRL does to the
-    tokens (cut, drop, shuffle, pack, split) it does to both. Our own passes are over Arrow batches;
-    under a launcher one process makes them and the others read its cache, as with TRL's.
+    The index travels in the upper half of each token's 64 bits. So TRL does the same to both when
+    it cuts, drops, shuffles, packs or splits tokens. Our own passes are over Arrow batches. Under a
+    launcher one process computes them and the others read its cache, as with TRL's passes.
+
+    Args:
+        prepare: TRL's `_prepare_dataset`, without the tokenizer.
+        dataset: the training data.
+        args: an `EAFTConfig`.
+        packing: whether TRL packs rows.
+        formatting_func: as TRL takes it.
+        loose: also return the examples one by one.
 
     Raises:
         ConfigurationError: `dataset` is a stream.
@@ -71,7 +76,7 @@ def follow_examples(
         )
 
     def cut(**changes: Any) -> Dataset:
-        """Return the examples in their order, a row each, as TRL cuts them."""
+        """Return one example a row, in the data's order, as TRL cuts them."""
         return mapped(prepare_train(marked, shuffle_dataset=False, **changes), unmark, "Numbering")
 
     whole = prepare_train(dataset, False, formatting_func, max_length=None, shuffle_dataset=False)
@@ -85,9 +90,7 @@ def follow_examples(
         prepared = prepare_train(alone, max_length=None)  # shuffled, if TRL is asked to
     if not loose:
         return FollowedData(prepared, None, len(whole))
-    if (
-        packing and args.packing_strategy == "bfd"
-    ):  # which cuts the end off, whatever the truncation mode
+    if packing and args.packing_strategy == "bfd":  # it cuts the end, whatever truncation_mode is
         alone = cut(truncation_mode="keep_start")
     elif packing:  # the other strategies split
         alone = mapped(
@@ -102,8 +105,8 @@ def follow_examples(
 
 def mapped(data: Dataset, function: Callable[..., pa.Table], what: str, **kwargs: Any) -> Dataset:
     """
-    Return the data after a function of Arrow tables; under a launcher one process computes, and all
-    read.
+    Return the data after a function of Arrow tables. Under a launcher one process computes it, and
+    the others read its cache.
     """
     with global_then_local_main_first():
         data = data.with_format("arrow").map(
@@ -142,7 +145,7 @@ def split(table: pa.Table, length: int) -> pa.Table:
 
 
 def labelled(table: pa.Table) -> list[bool]:
-    """Return which rows have a label; the first token is nobody's."""
+    """Return which rows have a label. The first token of a row is never a label."""
     labels, lengths = flat(table["labels"])
     counted = labels != -100
     ends = lengths.cumsum()
@@ -151,33 +154,10 @@ def labelled(table: pa.Table) -> list[bool]:
     return (total[ends] > total[ends - lengths]).tolist()
 
 
-def flat(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """Return a column of lists as their values, one after another, and each list's length."""
-    lists = column.combine_chunks()
-    return lists.flatten().to_numpy(zero_copy_only=False), lists.value_lengths().to_numpy(
-        zero_copy_only=False
-    )
-
-
-def lists(values: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
-    """Undo `flat`."""
-    return pa.ListArray.from_arrays(
-        np.concatenate([[0], lengths.cumsum()]).astype(np.int32), values
-    )
-
-
-def with_column(table: pa.Table, name: str, values: np.ndarray, lengths: np.ndarray) -> pa.Table:
-    """Return the table with one column of lists added or replaced."""
-    column = lists(values, lengths)
-    if name not in table.column_names:
-        return table.append_column(name, column)
-    return table.set_column(table.column_names.index(name), name, column)
-
-
 def number_tokens(data: Dataset) -> Dataset:
     """
-    Return prepared data with a column `token_numbers`: of every token, how many come before it
-    (int64).
+    Return prepared data with a column `token_numbers`: for each token the number of tokens before
+    it in the data, int64.
     """
     tables = data.select_columns(["input_ids"]).with_format("arrow").iter(1024)
     ends = np.concatenate([flat(table["input_ids"])[1] for table in tables]).cumsum()
@@ -186,7 +166,8 @@ def number_tokens(data: Dataset) -> Dataset:
 
 def with_numbers(table: pa.Table, indices: list[int], ends: np.ndarray) -> pa.Table:
     """
-    Add `token_numbers` to consecutive rows, given how many tokens there are up to each row's end.
+    Add `token_numbers` to consecutive rows. `ends` says how many tokens there are up to the end of
+    each row of the data.
     """
     tokens, lengths = flat(table["input_ids"])
     first = ends[indices[0]] - lengths[0]
@@ -196,14 +177,13 @@ def with_numbers(table: pa.Table, indices: list[int], ends: np.ndarray) -> pa.Ta
 @dataclass
 class ExampleCollator:
     """
-    Collates as TRL does, and lays the rows' `example_ids` and `token_numbers` out as it lays out
-    their tokens.
+    Collates as TRL does, and lays `example_ids` and `token_numbers` out like the tokens.
     """
 
     collator: DataCollatorForLanguageModeling
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return TRL's batch, with these of the shape of `input_ids` if the rows have them."""
+        """Return TRL's batch; if the rows have these columns, each has the shape of `input_ids`."""
         batch = self.collator(rows)
         for name in ("example_ids", "token_numbers"):
             if name in rows[0]:

@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset
 
 from eaft import EAFTTrainer
-from eaft.training.examples import labelled, mark, number_tokens, split, unmark
+from eaft.training.following import labelled, mark, number_tokens, split, unmark
 from tests.training.test_objectives import SETTINGS, make_examples
 from tests.training.test_trainer import build
 
