@@ -14,11 +14,13 @@ from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema
 
 import eaft
-from eaft.evaluation import results as evaluation
+from eaft.comparison.results import Comparison
+from eaft.evaluation.results import Results
 
 PACKAGE = Path(eaft.__file__).parent
 KINDS: dict[str, tuple[Any, str]] = {
-    "evaluation": (evaluation.Results, "results.json of eaft eval"),
+    "evaluation": (Results, "results.json of eaft eval"),
+    "comparison": (Comparison, "results.json of eaft compare"),
 }
 
 

@@ -24,8 +24,8 @@ from scipy.stats import ttest_1samp
 from tabulate import tabulate
 
 from eaft.comparison.differences import ratio_difference, score_difference
-from eaft.comparison.fronts import Path as RunPath
-from eaft.comparison.fronts import compare_fronts, relative
+from eaft.comparison.fronts import Trajectory, compare_fronts, relative
+from eaft.comparison.results import Difference
 from eaft.evaluation.measured import read_jsonl
 from eaft.evaluation.paired import holm
 from eaft.inspection.find.rule import RULE_FILE, Rule
@@ -204,7 +204,7 @@ class Condition:
         asked = [[point["general"] for point in of_side] for of_side in best]
         general = None
         if all(scores is not None for of_side in asked for scores in of_side):
-            general = asdict(score_difference([(np.array(asked[0]), np.array(asked[1]))]))
+            general = unadjusted(score_difference([(np.array(asked[0]), np.array(asked[1]))]))
         found: Numbers = {
             "first": first,
             "second": second,
@@ -212,19 +212,19 @@ class Condition:
             "learning_rates": sorted(rates),
             "beside": sorted(beside or rates),
             "grad_norm": relative_length(*sides),
-            "best_nll": asdict(ratio_difference(nll[0], nll[1], tokens[1])),
+            "best_nll": unadjusted(ratio_difference(nll[0], nll[1], tokens[1])),
             "general": general,
             "drift": None,
         }
         front = compare_fronts(paths[0], paths[1], tokens[0], tokens[1])
         if front is not None:
-            mean_drift = float(np.mean(front["second"]))
+            mean_drift = float(np.mean(front.second))
             found["drift"] = {
                 **relative(front),
-                "p_value": front["mean"]["p_value"],
-                "per_seed": [change / mean_drift for change in front["mean"]["per_seed"]],
+                "p_value": front.mean.p_value,
+                "per_seed": [change / mean_drift for change in front.mean.per_seed],
                 "of": mean_drift,
-                "targets": [front["targets"][0], front["targets"][-1]],
+                "targets": [front.targets[0], front.targets[-1]],
             }
         return found
 
@@ -265,14 +265,21 @@ class Condition:
             self.compare(*pair, {COMMON_RATE}) for pair in beside if tried.issuperset(pair)
         ]
 
-    def path(self, run: Numbers) -> RunPath:
+    def path(self, run: Numbers) -> Trajectory:
         """Return a run's path, from the base model on."""
         base = {
             "drift": [0.0] * len(self.measured["prompt_tokens"]),
             "nll": self.measured["base"]["nll"],
         }
         points = [base, *run["points"]]
-        return RunPath(np.array([p["drift"] for p in points]), np.array([p["nll"] for p in points]))
+        return Trajectory(
+            np.array([p["drift"] for p in points]), np.array([p["nll"] for p in points])
+        )
+
+
+def unadjusted(difference: Difference) -> Numbers:
+    """Return a difference for study.json, which adjusts the p of drift alone."""
+    return {name: value for name, value in asdict(difference).items() if name != "p_holm"}
 
 
 def relative_length(

@@ -8,6 +8,7 @@ Put what `eaft inspect` expected beside what `eaft compare` found, in demo.md an
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import matplotlib.pyplot as plt
 from tabulate import tabulate
 
 from eaft.comparison.fronts import relative
+from eaft.comparison.results import Comparison
+from eaft.files import read_json
 
 Numbers = dict[str, Any]
 CASES = {
@@ -42,9 +45,10 @@ def main() -> None:
 def read(inspected: Path, compared: Path, about: str) -> Numbers:
     """Return a case: the share of the nll in conflicts, what was expected, and what was found."""
     facts = json.loads((inspected / "summary.json").read_text())["advice"]["facts"]
-    results = json.loads((compared / "results.json").read_text())
-    (pair,) = results["pairs"]
-    front, nll = pair["fronts"]["held-out nll"], pair["views"]["chosen"]["nll"]
+    way = "run `eaft compare` again."
+    results: Comparison = read_json(compared / "results.json", Comparison, way)
+    (pair,) = results.pairs
+    front, nll = pair.fronts["held-out nll"], pair.views["chosen"].nll
     if front is None:
         raise SystemExit(f"{compared}: there is no held-out nll that both objectives reach.")
     found = relative(front)
@@ -54,7 +58,7 @@ def read(inspected: Path, compared: Path, about: str) -> Numbers:
         "expected": facts["expected"],
         "found": found,
         "came_true": facts["expected"]["low"] <= found["change"] <= facts["expected"]["high"],
-        "nll": nll,
+        "nll": asdict(nll),
     }
 
 

@@ -17,9 +17,12 @@ import pytest
 import yaml
 
 from eaft import cli
-from eaft.comparison import compare, measure, recipe, runs
+from eaft.comparison import compare, measurer, recipe, runs
+from eaft.comparison.results import Comparison
 from eaft.errors import ConfigurationError
 from eaft.evaluation.paired import holm
+from eaft.evaluation.results import as_json
+from eaft.files import read_json
 from eaft.models import template_today
 from eaft.processes import locked
 from tests.conftest import make_model, make_rows, make_tokenizer
@@ -138,6 +141,7 @@ def read(out):
 def test_results_are_whole_and_as_the_schema_says(compared):
     results = compared.results
     jsonschema.Draft202012Validator(SCHEMA).validate(results)
+    assert as_json(read_json(compared.out / "results.json", Comparison, "")) == results
     assert [(r["objective"], r["learning_rate"]) for r in results["runs"]] == [
         (name, rate) for name in ("sft", "eaft2") for rate in (1e-3, 1e-2)
     ]
@@ -674,7 +678,7 @@ def test_a_base_without_a_template_is_asked_as_the_tuned_model_is(tmp_path):
     config = recipe.EvaluateConfig(
         target_tasks=[], general_tasks=[], general_prompts=prompts, max_new_tokens=2
     )
-    found = measure.Measure(config, str(tmp_path / "base"), {}, tmp_path, [])
+    found = measurer.Measurer(config, str(tmp_path / "base"), {}, tmp_path, [])
     found.begin(runs.Run("sft", 0, None, tmp_path / "tuned", {}, {}))
     asked = make_tokenizer().decode(found.answers["general"].answers[0].prompt_ids)
     assert asked == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"

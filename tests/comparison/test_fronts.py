@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from eaft.comparison import fronts
-from eaft.comparison.fronts import Path, compare_fronts, front, reach, relative
+from eaft.comparison.fronts import Trajectory, compare_fronts, front, reach, relative
 
 
 def path(*points):
@@ -100,7 +100,7 @@ def measured(rng, seeds, prompts, examples, spread):
                 )
                 loss = nll[:, None] + example_here + rng.normal(size=(len(nll), examples)) * 0.05
                 loss[0] = nll[0] + example + noise  # one base model for all
-                by_seed[-1].append(Path(kl * tokens[0], loss * tokens[1]))
+                by_seed[-1].append(Trajectory(kl * tokens[0], loss * tokens[1]))
         sides.append(by_seed)
     return (*sides, *tokens), (tokens[1] @ example) / tokens[1].sum()
 
@@ -132,14 +132,11 @@ def test_the_band_holds_the_true_curve(monkeypatch, seeds, prompts, examples, sp
     for _ in range(100):
         data, harder = measured(rng, seeds, prompts, examples, spread)
         found = compare_fronts(*data)
-        here = np.interp(np.array(found["targets"]) - harder, grid, true)
+        here = np.interp(np.array(found.targets) - harder, grid, true)
         whole.append(
-            all(
-                low <= d <= high
-                for low, d, high in zip(found["low"], here, found["high"], strict=True)
-            )
+            all(low <= d <= high for low, d, high in zip(found.low, here, found.high, strict=True))
         )
-        mean.append(found["mean"]["low"] <= here.mean() <= found["mean"]["high"])
+        mean.append(found.mean.low <= here.mean() <= found.mean.high)
     assert np.mean(whole) >= 0.89, np.mean(whole)
     assert np.mean(mean) >= 0.89, np.mean(mean)
 
@@ -147,19 +144,19 @@ def test_the_band_holds_the_true_curve(monkeypatch, seeds, prompts, examples, sp
 def test_what_is_there_is_found_and_an_objective_beside_itself_is_not():
     (first, second, *tokens), _ = measured(np.random.default_rng(8), 3, 128, 64, 0.02)
     found = compare_fronts(first, second, *tokens)
-    assert found["targets"] == sorted(found["targets"])
+    assert found.targets == sorted(found.targets)
     # Half the drift, everything else equal
-    half = [[Path(path.drift / 2, path.shortfall) for path in paths] for paths in first]
+    half = [[Trajectory(path.drift / 2, path.shortfall) for path in paths] for paths in first]
     less = compare_fronts(half, first, *tokens)
-    assert max(less["high"]) < 0
-    assert less["mean"]["p_value"] < 0.01
-    assert less["first"] == pytest.approx(np.array(less["second"]) / 2)
+    assert max(less.high) < 0
+    assert less.mean.p_value < 0.01
+    assert less.first == pytest.approx(np.array(less.second) / 2)
     share = relative(less)
     assert share["change"] == pytest.approx(-0.5)
     assert share["low"] < -0.5 < share["high"] < 0
     same = compare_fronts(first, first, *tokens)
-    assert same["difference"] == pytest.approx([0] * len(same["targets"]))
-    assert same["mean"]["p_value"] == 1
+    assert same.difference == pytest.approx([0] * len(same.targets))
+    assert same.mean.p_value == 1
 
 
 def test_the_uncertainty_of_the_target_is_in_the_band():
@@ -169,15 +166,13 @@ def test_the_uncertainty_of_the_target_is_in_the_band():
     few = compare_fronts(first, second, *tokens)
     (first, second, *tokens), _ = measured(rng, 1, 400, 800, 0.0)
     many = compare_fronts(first, second, *tokens)
-    assert np.mean(np.subtract(few["high"], few["low"])) > 2 * np.mean(
-        np.subtract(many["high"], many["low"])
-    )
+    assert np.mean(np.subtract(few.high, few.low)) > 2 * np.mean(np.subtract(many.high, many.low))
 
 
 def test_no_common_target():
     (first, second, *tokens), _ = measured(np.random.default_rng(10), 1, 20, 20, 0.0)
     second = [
-        [Path(path.drift, path.shortfall[[0]].repeat(len(EPOCHS), 0)) for path in paths]
+        [Trajectory(path.drift, path.shortfall[[0]].repeat(len(EPOCHS), 0)) for path in paths]
         for paths in second
     ]
     assert compare_fronts(first, second, *tokens) is None

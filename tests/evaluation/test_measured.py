@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from eaft import cli, models
 from eaft.errors import ConfigurationError
-from eaft.evaluation import evaluate, identity, measured
+from eaft.evaluation import comparable, evaluate, identity, measured
 from eaft.evaluation.comparable import comparable_models
 from eaft.evaluation.drift import BaseAnswers
 from eaft.evaluation.measured import MeasuredModel
@@ -383,7 +383,7 @@ def test_a_missing_package_is_said_before(model_dir, tmp_path, monkeypatch, caps
 
 def test_a_full_disk_is_said_before(model_dir, task_path, tmp_path, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setattr(
-        evaluate.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(1, 1, 2**10)
+        comparable.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(1, 1, 2**10)
     )
     flags = [model_dir, "--base", model_dir, "--suite", "tiny", "--include_path", task_path]
     assert run(*flags, "--output_path", tmp_path / "out", "--drift_prompts", 2) == 2

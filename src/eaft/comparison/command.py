@@ -84,5 +84,4 @@ def main(argv: list[str]) -> int:
     from eaft.comparison.compare import compare
     from eaft.comparison.recipe import read_recipe
 
-    found = compare(read_recipe(flags.pop("config"), flags), jobs)
-    return 1 if found["failed"] else 0
+    return 1 if compare(read_recipe(flags.pop("config"), flags), jobs) else 0

@@ -15,16 +15,16 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
 
 from eaft.comparison import report
+from eaft.comparison.collect import collect
 from eaft.comparison.held_out import Row, check_fit, check_number, prepare
-from eaft.comparison.measure import Measure, check_before_training, check_vocabulary_stays
+from eaft.comparison.measurer import Measurer, check_before_training, check_vocabulary_stays
 from eaft.comparison.recipe import Recipe, Run, base_model, check_names, parse_flags, plan_runs
-from eaft.comparison.results import collect
+from eaft.comparison.results import Failure
 from eaft.comparison.runs import MARK, FirstAlone, check_folder, claim, end_with_parent, train_run
 from eaft.comparison.study import Study, prune, study
 from eaft.errors import ConfigurationError, EAFTError, disk_full, first_line
@@ -51,7 +51,7 @@ LEAVES_TOKENS = (
 )
 
 
-def compare(recipe: Recipe, jobs: int = 1) -> dict[str, Any]:
+def compare(recipe: Recipe, jobs: int = 1) -> list[Failure]:
     """
     Train and measure what has not been, and write the results.
 
@@ -60,7 +60,7 @@ def compare(recipe: Recipe, jobs: int = 1) -> dict[str, Any]:
             processes of their own.
 
     Returns:
-        what `results.json` holds; on processes other than the first only its `failed`.
+        what failed, on all processes; the first one writes the results.
 
     Raises:
         ConfigurationError: what can be known to be wrong before anything is trained.
@@ -78,7 +78,7 @@ def compare(recipe: Recipe, jobs: int = 1) -> dict[str, Any]:
         return compare_on_date(recipe, jobs)
 
 
-def compare_on_date(recipe: Recipe, jobs: int) -> dict[str, Any]:
+def compare_on_date(recipe: Recipe, jobs: int) -> list[Failure]:
     """Compare while chat templates write the recipe's date, here and in all runs; see `compare`."""
     benchmarks, groups = load_tasks(recipe)
     runs = plan_runs(recipe, None)  # before a GGUF file is converted
@@ -103,30 +103,29 @@ def compare_on_date(recipe: Recipe, jobs: int) -> dict[str, Any]:
         if state.is_main_process:
             claim(output_dir, ours)
         state.wait_for_everyone()
-        measure = Measure(recipe.evaluate, base, benchmarks, output_dir, rows)
+        measurer = Measurer(recipe.evaluate, base, benchmarks, output_dir, rows)
         keep_all = recipe.keep_checkpoints == "all"
         run_each = (
             partial(one_at_a_time, output_dir, keep_all)
             if jobs == 1
             else partial(in_jobs, recipe, jobs)
         )
-        studies, failed = run_all(runs, measure, run_each)
+        studies, failed = run_all(runs, measurer, run_each)
         if not studies:
             raise EAFTError(
-                "Nothing can be compared:\n  "
-                + "\n  ".join(failure["message"] for failure in failed)
+                "Nothing can be compared:\n  " + "\n  ".join(failure.message for failure in failed)
             )
         if not state.is_main_process:
-            return {"failed": failed}
-        found = collect(recipe, measure, studies, groups, failed)
-        text = report.write(found, output_dir)
+            return failed
+        results = collect(recipe, measurer, studies, groups, failed)
+        text = report.write(results, output_dir)
     print(
         visible(
             f"\n{text}\nWritten to {output_dir}: results.md, results.json, pareto.png, curves.png,"
             " fronts.png"
         )
     )
-    return found
+    return failed
 
 
 def load_tasks(recipe: Recipe) -> tuple[dict[str, Benchmark], list[Suite]]:
@@ -185,7 +184,7 @@ def prepare_held_out(recipe: Recipe, runs: list[Run], base: str) -> list[Row]:
     return labelled
 
 
-def check_alike(first: Run, rows: list[Row], second: Run, found: list[Row]) -> None:
+def check_alike(first: Run, rows: list[Row], second: Run, others: list[Row]) -> None:
     """
     Check that two runs prepare the same tokens, since nlls of different tokens cannot be compared.
 
@@ -193,7 +192,7 @@ def check_alike(first: Run, rows: list[Row], second: Run, found: list[Row]) -> N
         ConfigurationError: they do not; names the flags in which they differ.
     """
     if (
-        i := next((i for i, (a, b) in enumerate(zip(rows, found, strict=True)) if a != b), None)
+        i := next((i for i, (a, b) in enumerate(zip(rows, others, strict=True)) if a != b), None)
     ) is not None:
         names = [name for name in {**first.flags, **second.flags} if name not in LEAVES_TOKENS]
         names = [name for name in names if first.flags.get(name) != second.flags.get(name)]
@@ -225,9 +224,9 @@ Work = list[Run]  # of one objective with one seed, one a learning rate
 
 def run_all(
     runs: list[Run],
-    measure: Measure,
-    run_each: Callable[[list[Work], Measure], Iterator[Study | Exception]],
-) -> tuple[dict[tuple[str, int], Study], list[dict[str, Any]]]:
+    measurer: Measurer,
+    run_each: Callable[[list[Work], Measurer], Iterator[Study | Exception]],
+) -> tuple[dict[tuple[str, int], Study], list[Failure]]:
     """
     Train and measure every objective with every seed; one that fails does not stop the others.
 
@@ -235,34 +234,34 @@ def run_all(
         run_each: yields what became of each, in their order.
 
     Returns:
-        what was measured by objective and seed; and what failed: `objective`, `seed`, `message`.
+        what was measured, by objective and seed; and what failed.
     """
     studies: dict[tuple[str, int], Study] = {}
-    failed: list[dict[str, Any]] = []
+    failed: list[Failure] = []
     keys = list(dict.fromkeys((run.objective, run.seed) for run in runs))
     all_work = [[run for run in runs if (run.objective, run.seed) == key] for key in keys]
-    for key, found in zip(keys, run_each(all_work, measure), strict=True):
-        if isinstance(found, Study):
-            studies[key] = found
+    for (objective, seed), done in zip(keys, run_each(all_work, measurer), strict=True):
+        if isinstance(done, Study):
+            studies[objective, seed] = done
             continue
-        logger.error(f"{key[0]}, seed {key[1]}, failed", exc_info=found)
-        failed.append({"objective": key[0], "seed": key[1], "message": first_line(found)})
+        logger.error(f"{objective}, seed {seed}, failed", exc_info=done)
+        failed.append(Failure(objective=objective, seed=seed, message=first_line(done)))
     failed += [
-        {"objective": None, "seed": None, "message": f"{name} failed on the base model: {reason}"}
-        for name, reason in measure.failed.items()
+        Failure(objective=None, seed=None, message=f"{name} failed on the base model: {reason}")
+        for name, reason in measurer.failed.items()
     ]
     return studies, failed
 
 
 def one_at_a_time(
-    output_dir: Path, keep_all: bool, all_work: list[Work], measure: Measure
+    output_dir: Path, keep_all: bool, all_work: list[Work], measurer: Measurer
 ) -> Iterator[Study | Exception]:
     """Yield what becomes of each piece of work, done by all processes of this launch together."""
     first_alone = FirstAlone(output_dir)
     for work in all_work:
         try:
             yield run_study(
-                work, measure, lambda run: first_alone(partial(train_run, run)), keep_all
+                work, measurer, lambda run: first_alone(partial(train_run, run)), keep_all
             )
         except Exception as error:
             # Of several processes one that fails in the middle leaves the others waiting for it
@@ -275,7 +274,7 @@ def one_at_a_time(
 
 
 def in_jobs(
-    recipe: Recipe, jobs: int, all_work: list[Work], measure: Measure
+    recipe: Recipe, jobs: int, all_work: list[Work], measurer: Measurer
 ) -> Iterator[Study | Exception]:
     """
     Yield what becomes of each piece of work, done by some processes of their own, which share the
@@ -284,13 +283,13 @@ def in_jobs(
     threads = max(1, torch.get_num_threads() // jobs)
     base_kept = []
     with ProcessPoolExecutor(
-        jobs, get_context("spawn"), start_worker, (recipe, measure.folder, threads, measure.rows)
+        jobs, get_context("spawn"), start_worker, (recipe, measurer.folder, threads, measurer.rows)
     ) as pool:
         for future in [
             pool.submit(work_apart, work, recipe.keep_checkpoints == "all") for work in all_work
         ]:
             try:
-                found, kept = future.result()
+                done, kept = future.result()
             except BrokenProcessPool:
                 yield EAFTError(
                     f"one of {jobs} jobs was killed, perhaps for its memory, and all stopped: run"
@@ -302,17 +301,17 @@ def in_jobs(
                     raise
                 yield error
                 continue
-            measure.begin(found.run)  # finds in the store what the worker measured
+            measurer.begin(done.run)  # finds in the store what the worker measured
             base_kept.append(kept.pop("base"))
-            measure.kept.update(
+            measurer.kept.update(
                 {**kept, "base": min(base_kept, key=len)}
             )  # the first worker measured it
-            yield found
+            yield done
 
 
 def start_worker(recipe: Recipe, folder: Path, threads: int, rows: list[Row]) -> None:
     """
-    Make a process ready to train and measure, with its share of the cores for what it starts too.
+    Make a process ready to train and measurer, with its share of the cores for what it starts too.
     """
     global WORKER
     end_with_parent()
@@ -325,21 +324,21 @@ def start_worker(recipe: Recipe, folder: Path, threads: int, rows: list[Row]) ->
     assert recipe.evaluate.template_date is not None
     template_date(recipe.evaluate.template_date).__enter__()  # as long as this process lives
     benchmarks, _ = load_tasks(recipe)
-    WORKER = Measure(recipe.evaluate, base_model(recipe), benchmarks, folder, rows)
+    WORKER = Measurer(recipe.evaluate, base_model(recipe), benchmarks, folder, rows)
 
 
-WORKER: Measure  # of a process that `in_jobs` started
+WORKER: Measurer  # of a process that `in_jobs` started
 
 
 def work_apart(work: Work, keep_all: bool) -> tuple[Study, dict[str, list[str]]]:
     """Return a study, and what of its measurements was in the store before."""
     before = set(WORKER.kept) - {"base"}
-    found = run_study(work, WORKER, train_run, keep_all)
-    return found, {name: kept for name, kept in WORKER.kept.items() if name not in before}
+    done = run_study(work, WORKER, train_run, keep_all)
+    return done, {name: kept for name, kept in WORKER.kept.items() if name not in before}
 
 
 def run_study(
-    work: Work, measure: Measure, train: Callable[[Run], str | None], keep_all: bool
+    work: Work, measurer: Measurer, train: Callable[[Run], str | None], keep_all: bool
 ) -> Study:
     """
     Train one objective with one seed at each learning rate, and measure it.
@@ -350,12 +349,12 @@ def run_study(
     Raises:
         EAFTError: training or measuring failed.
     """
-    paths = {}
+    points = {}
     for run in work:
         if (message := train(run)) is not None:
             raise EAFTError(f"{run.name}: {message}")
-        measure.begin(run)
-        paths[run] = measure.path(run)
+        measurer.begin(run)
+        points[run] = measurer.points(run)
         if not keep_all:
-            prune(measure, run, paths[run])
-    return study(measure, paths, keep_all)
+            prune(measurer, run, points[run])
+    return study(measurer, points, keep_all)

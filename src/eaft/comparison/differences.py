@@ -19,41 +19,18 @@ interval holds the items' variance only: nothing is known about another seed.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import optimize, stats
 
+from eaft.comparison.results import Difference
 from eaft.evaluation.paired import bootstrap_interval, bootstrap_test
-
-
-@dataclass(frozen=True)
-class Difference:
-    """
-    The mean difference of two objectives, first less second.
-
-    Attributes:
-        change: over seeds and items.
-        low, high: 95% interval.
-        p_value: of the hypothesis that there is none, two-sided; below 0.05 where the interval
-            excludes 0.
-        items: how many it is measured on.
-        seeds: how many; with one, the interval and the p-value hold no seed-to-seed variance.
-        per_seed: each seed's own difference.
-    """
-
-    change: float
-    low: float
-    high: float
-    p_value: float
-    items: int
-    seeds: int
-    per_seed: list[float]
 
 
 def over_seeds(per_seed: np.ndarray, covariance: np.ndarray, items: int) -> Difference:
     """
-    Put together each seed's own difference.
+    Put together each seed's own difference; `p_holm` is p itself, for `collect.adjust` to set.
 
     Args:
         per_seed: `[S]`.
@@ -63,11 +40,13 @@ def over_seeds(per_seed: np.ndarray, covariance: np.ndarray, items: int) -> Diff
     per_seed, covariance = np.asarray(per_seed, dtype=float), np.asarray(covariance, dtype=float)
     change, error, critical = float(per_seed.mean()), *spread(per_seed, covariance, items)
     half = critical(0.05) * error
+    p = p_value(abs(change), error, critical)
     return Difference(
         change=change,
         low=change - half,
         high=change + half,
-        p_value=p_value(abs(change), error, critical),
+        p_value=p,
+        p_holm=p,
         items=items,
         seeds=len(per_seed),
         per_seed=per_seed.tolist(),
@@ -134,7 +113,16 @@ def ratio_difference(first: np.ndarray, second: np.ndarray, counts: np.ndarray) 
     if len(per_seed) == 1:
         low, high = bootstrap_interval(difference[0], counts)
         p = bootstrap_test(difference[0], counts, 0.0) if difference.any() else 1.0
-        return Difference(float(per_seed[0]), low, high, p, len(counts), 1, per_seed.tolist())
+        return Difference(
+            change=float(per_seed[0]),
+            low=low,
+            high=high,
+            p_value=p,
+            p_holm=p,
+            items=len(counts),
+            seeds=1,
+            per_seed=per_seed.tolist(),
+        )
     influence = (difference - per_seed[:, None] * counts) / counts.mean()
     return over_seeds(per_seed, covariance_of_mean(influence), len(counts))
 
@@ -161,14 +149,12 @@ def score_difference(tasks: list[tuple[np.ndarray, np.ndarray]]) -> Difference:
         adjusted = adjusted + widened.mean(axis=1) / len(tasks)
         covariance = covariance + covariance_of_mean(widened) / len(tasks) ** 2
     items = sum(first.shape[1] for first, _ in tasks)
-    found = over_seeds(adjusted, covariance, items)
-    return Difference(
+    widened_difference = over_seeds(adjusted, covariance, items)
+    return replace(
+        widened_difference,
         change=float(per_seed.mean()),
-        low=max(found.low, -1.0),
-        high=min(found.high, 1.0),
-        p_value=found.p_value,
-        items=items,
-        seeds=seeds,
+        low=max(widened_difference.low, -1.0),
+        high=min(widened_difference.high, 1.0),
         per_seed=per_seed.tolist(),
     )
 

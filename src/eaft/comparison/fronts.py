@@ -1,11 +1,11 @@
 """
 Two objectives at a matched target: how far has each drifted where both have learned as much?
 
-A run's path goes from the base model through every checkpoint, and is linear in between, in the
-target's shortfall (the held-out nll, or 1 - a task's score) and in drift. An objective's front is,
-for every target, the least drift with which any of its paths (one a learning rate) gets at least so
-far: so each objective is read at its own best learning rate and epoch, at every target, and not at
-one point. Fronts are taken seed by seed and their differences averaged.
+A run's trajectory goes from the base model through every checkpoint, and is linear in between, in
+the target's shortfall (the held-out nll, or 1 - a task's score) and in drift. An objective's front
+is, for every target, the least drift with which any of its runs (one a learning rate) gets at least
+so far: so each objective is read at its own best learning rate and epoch, at every target, and not
+at one point. Fronts are taken seed by seed and their differences averaged.
 
 The intervals carry the uncertainty of both axes: prompts (drift) and held-out examples or items
 (the target) are drawn anew, together, for all seeds and both objectives, and all fronts are taken
@@ -20,21 +20,21 @@ targets.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from eaft.comparison.differences import over_seeds
+from eaft.comparison.results import FrontDifference
 
 TARGETS = 41  # at which fronts are read
 RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
-class Path:
+class Trajectory:
     """
-    One run, from the base model through its checkpoints.
+    One run's way from the base model through its checkpoints.
 
     Attributes:
         drift: `[checkpoints + 1, prompts]`, summed KL of each prompt's answer (nats).
@@ -57,22 +57,20 @@ class Weights:
 
 
 def compare_fronts(
-    first: list[list[Path]],
-    second: list[list[Path]],
+    first: list[list[Trajectory]],
+    second: list[list[Trajectory]],
     prompt_tokens: np.ndarray,
     example_tokens: np.ndarray,
-) -> dict[str, Any] | None:
+) -> FrontDifference | None:
     """
     Compare two objectives' fronts at every target that both reach with every seed; see `reach`.
 
     Args:
-        first, second: each seed's paths, one a learning rate; the same seeds.
+        first, second: each seed's runs, one a learning rate; the same seeds.
         prompt_tokens, example_tokens: how many each sum is of (1 each, for items).
 
     Returns:
-        `targets` `[TARGETS]`, from hard to easy; `first`, `second` (the fronts, means over seeds);
-        `difference`, `low`, `high` (first less second, the simultaneous 95% band); `mean`, the
-        `Difference` over all targets. None if there is no target that both reach.
+        the difference at `TARGETS` targets; None if there is no target that both reach.
     """
     tokens = (prompt_tokens, example_tokens)
     once = Weights(*(np.ones((1, len(counts))) for counts in tokens))
@@ -82,24 +80,24 @@ def compare_fronts(
     )
     measured, redrawn = (
         [
-            [[read(path, weights, *tokens) for path in paths] for paths in side]
+            [[read(run, weights, *tokens) for run in runs] for runs in side]
             for side in (first, second)
         ]
         for weights in (once, drawn)
     )
     moved = level(redrawn) - level(measured)
     redrawn = [
-        [[(s - moved[:, None], drift) for s, drift in paths] for paths in side] for side in redrawn
+        [[(s - moved[:, None], drift) for s, drift in runs] for runs in side] for side in redrawn
     ]
-    hardest, easiest = reach([paths for side in redrawn for paths in side])
+    hardest, easiest = reach([runs for side in redrawn for runs in side])
     if hardest >= easiest:
         return None
     targets = np.linspace(hardest, easiest, TARGETS)
     fronts = np.array(
-        [[front(paths, targets)[0] for paths in side] for side in measured]
+        [[front(runs, targets)[0] for runs in side] for side in measured]
     )  # [2, S, targets]
     resampled = np.array(
-        [[front(paths, targets) for paths in side] for side in redrawn]
+        [[front(runs, targets) for runs in side] for side in redrawn]
     )  # [2, S, resamples, targets]
     difference, resampled = fronts[0] - fronts[1], resampled[0] - resampled[1]
     items = min(len(counts) for counts in tokens)
@@ -113,28 +111,27 @@ def compare_fronts(
         for pick in (lambda d: d.change, lambda d: d.high - d.change)
     )
     half = half * simultaneous(resampled.mean(axis=0))
-    return {
-        "targets": targets.tolist(),
-        "first": fronts[0].mean(axis=0).tolist(),
-        "second": fronts[1].mean(axis=0).tolist(),
-        "difference": middle.tolist(),
-        "low": (middle - half).tolist(),
-        "high": (middle + half).tolist(),
-        "mean": asdict(mean),
-    }
+    return FrontDifference(
+        targets=targets.tolist(),
+        first=fronts[0].mean(axis=0).tolist(),
+        second=fronts[1].mean(axis=0).tolist(),
+        difference=middle.tolist(),
+        low=(middle - half).tolist(),
+        high=(middle + half).tolist(),
+        mean=mean,
+    )
 
 
-def relative(front: dict[str, Any]) -> dict[str, float]:
+def relative(front: FrontDifference) -> dict[str, float]:
     """
     Return `change`, `low` and `high` of the mean difference over all targets, as shares of the
     second's mean drift.
 
     Args:
-        front: what `compare_fronts` returns. The interval is the difference's; the mean drift is
-            taken as measured.
+        front: the interval is the difference's; the mean drift is taken as measured.
     """
-    mean_drift = float(np.mean(front["second"]))
-    return {name: front["mean"][name] / mean_drift for name in ("change", "low", "high")}
+    mean, drift = front.mean, float(np.mean(front.second))
+    return {"change": mean.change / drift, "low": mean.low / drift, "high": mean.high / drift}
 
 
 def level(sides: list[list[list[tuple[np.ndarray, np.ndarray]]]]) -> np.ndarray:
@@ -143,7 +140,7 @@ def level(sides: list[list[list[tuple[np.ndarray, np.ndarray]]]]) -> np.ndarray:
     """
     return np.mean(
         [
-            np.mean([s[:, 1:].mean(axis=1) for paths in side for s, _ in paths], axis=0)
+            np.mean([s[:, 1:].mean(axis=1) for runs in side for s, _ in runs], axis=0)
             for side in sides
         ],
         axis=0,
@@ -164,11 +161,12 @@ def simultaneous(resampled: np.ndarray) -> float:
 
 
 def read(
-    path: Path, weights: Weights, prompt_tokens: np.ndarray, example_tokens: np.ndarray
+    trajectory: Trajectory, weights: Weights, prompt_tokens: np.ndarray, example_tokens: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return a path's shortfall and drift, `[resamples, checkpoints + 1]` each."""
-    shortfall = (weights.examples @ path.shortfall.T) / (weights.examples @ example_tokens)[:, None]
-    drift = (weights.prompts @ path.drift.T) / (weights.prompts @ prompt_tokens)[:, None]
+    """Return a run's shortfall and drift, `[resamples, checkpoints + 1]` each."""
+    examples, prompts = weights.examples @ example_tokens, weights.prompts @ prompt_tokens
+    shortfall = (weights.examples @ trajectory.shortfall.T) / examples[:, None]
+    drift = (weights.prompts @ trajectory.drift.T) / prompts[:, None]
     return shortfall, drift
 
 
@@ -177,42 +175,42 @@ def reach(sides: list[list[tuple[np.ndarray, np.ndarray]]]) -> tuple[float, floa
     Return the hardest and the easiest target to compare at.
 
     The best that every objective reached with every seed, and the first checkpoint of its slowest
-    path; both by a standard error to the inside (in five of six resamples), since a best found by
+    run; both by a standard error to the inside (in five of six resamples), since a best found by
     looking is too good.
 
     Args:
-        sides: each objective's and seed's paths: shortfall and drift, `[resamples, checkpoints +
+        sides: each objective's and seed's runs: shortfall and drift, `[resamples, checkpoints +
             1]`.
     """
-    best = [np.min([shortfall.min(axis=1) for shortfall, _ in paths], axis=0) for paths in sides]
+    best = [np.min([shortfall.min(axis=1) for shortfall, _ in runs], axis=0) for runs in sides]
     start = [
-        np.max([shortfall[:, :2].min(axis=1) for shortfall, _ in paths], axis=0) for paths in sides
+        np.max([shortfall[:, :2].min(axis=1) for shortfall, _ in runs], axis=0) for runs in sides
     ]
     return max(float(np.quantile(b, 0.84)) for b in best), min(
         float(np.quantile(s, 0.16)) for s in start
     )
 
 
-def front(paths: list[tuple[np.ndarray, np.ndarray]], targets: np.ndarray) -> np.ndarray:
+def front(runs: list[tuple[np.ndarray, np.ndarray]], targets: np.ndarray) -> np.ndarray:
     """
     Return the least drift at a shortfall of at most each target, `[resamples, targets]`.
 
-    A target that no path reaches (in some resamples) is read where they come nearest to it.
+    A target that no run reaches (in some resamples) is read where they come nearest to it.
 
     Args:
-        paths: shortfall and drift of each, `[resamples, checkpoints + 1]`, linear in between.
+        runs: shortfall and drift of each, `[resamples, checkpoints + 1]`, linear in between.
     """
-    nearest = np.min([shortfall.min(axis=1) for shortfall, _ in paths], axis=0)
+    nearest = np.min([shortfall.min(axis=1) for shortfall, _ in runs], axis=0)
     levels = np.maximum(targets[None, :], nearest[:, None])  # [resamples, targets]
     least = np.full(levels.shape, np.inf)
-    for shortfall, drift in paths:
+    for shortfall, drift in runs:
         for k in range(shortfall.shape[1]):
             least = np.where(shortfall[:, [k]] <= levels, np.minimum(least, drift[:, [k]]), least)
             if k == 0:
                 continue
-            before, after = shortfall[:, [k - 1]], shortfall[:, [k]]
-            crosses = (before - levels) * (after - levels) < 0
-            share = (before - levels) / np.where(before == after, 1.0, before - after)
+            last, this = shortfall[:, [k - 1]], shortfall[:, [k]]
+            crosses = (last - levels) * (this - levels) < 0
+            share = (last - levels) / np.where(last == this, 1.0, last - this)
             crossing = (1 - share) * drift[:, [k - 1]] + share * drift[:, [k]]
             least = np.where(crosses, np.minimum(least, crossing), least)
     return least

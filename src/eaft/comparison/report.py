@@ -5,64 +5,68 @@ The report of a comparison: what to do and how sure that is, the tables that pro
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 
+from eaft.comparison.collect import LEVEL, NLL
 from eaft.comparison.fronts import relative
-from eaft.comparison.results import LEVEL, NLL, told_apart, verdict
+from eaft.comparison.results import (
+    CheckpointResult,
+    Choice,
+    Comparison,
+    Difference,
+    FrontDifference,
+    PairResult,
+    PairVerdict,
+    Spread,
+)
 from eaft.evaluation.report import briefly, save
+from eaft.evaluation.results import as_json
 from eaft.provenance import write_json
 from eaft.text import markdown_strings, table
 from eaft.training.train import METRICS_FILE
 
-Numbers = dict[str, Any]
 VIEWS = {
     "chosen": "At each objective's own choice (lowest held-out nll)",
     "last": "After the last step",
 }
 
 
-def write(results: Numbers, folder: Path) -> str:
-    """Write results.md, the pictures and, last, results.json; return the Markdown."""
-    (folder / "results.json").unlink(
-        missing_ok=True
-    )  # of an earlier run: it says that all beside it is of one
-    results["verdicts"] = [
-        {"first": p["first"], "second": p["second"], **verdict(p, results["groups"])}
-        for p in results["pairs"]
-    ]
+def write(results: Comparison, folder: Path) -> str:
+    """
+    Write results.md, the pictures and, last, results.json, with the sentence that is made here;
+    return the Markdown.
+    """
+    # An earlier run's: results.json says that all files beside it are of one run
+    (folder / "results.json").unlink(missing_ok=True)
     safe = markdown_strings(results)
-    results["sentence"] = safe["sentence"] = headline(safe)
+    results.sentence = safe.sentence = headline(safe)
     text = markdown(safe)
     (folder / "results.md").write_text(text)
     draw_pareto(results, folder / "pareto.png")
     draw_curves(results, folder)
     draw_fronts(results, folder / "fronts.png")
-    write_json(folder / "results.json", results)
+    write_json(folder / "results.json", as_json(results))
     return text
 
 
 # The sentence
 
 
-def headline(results: Numbers) -> str:
+def headline(results: Comparison) -> str:
     """Return what to do, why, and how sure that is."""
-    if not results["pairs"]:
+    if not results.pairs:
         return (
             "Nothing was compared: there is no `sft` and no `pairs` in the recipe, or one of each"
             " pair failed."
         )
-    preferred = dict.fromkeys(v["prefer"] for v in results["verdicts"] if v["prefer"] is not None)
-    beaten = {
-        n
-        for v in results["verdicts"]
-        if v["prefer"]
-        for n in (v["first"], v["second"])
-        if n != v["prefer"]
-    }
+    preferred = dict.fromkeys(v.prefer for v in results.verdicts if v.prefer is not None)
+    beaten = {v.second if v.prefer == v.first else v.first for v in results.verdicts if v.prefer}
     best = [name for name in preferred if name not in beaten]
     if len(best) == 1:
         advice = f"**Choose {best[0]}.**"
@@ -71,93 +75,83 @@ def headline(results: Numbers) -> str:
             f"**Choose one of {', '.join(best)}**, none of which is shown to be better than"
             " another."
         )
-    elif any(v["better"] for v in results["verdicts"]):
+    elif any(v.better for v in results.verdicts):
         advice = "**Choose by what you need: what is gained is paid for.**"
     else:
         advice = "**No objective is shown to be better than another: take the simplest.**"
-    compared = dict.fromkeys(
-        name for pair in results["pairs"] for name in (pair["first"], pair["second"])
-    )
-    text = [advice, *beside_base(results["choices"], best or list(compared))]
-    text += [clause(pair, v) for pair, v in zip(results["pairs"], results["verdicts"], strict=True)]
-    if any(len(pair["seeds"]) == 1 for pair in results["pairs"]):
+    compared = dict.fromkeys(name for pair in results.pairs for name in (pair.first, pair.second))
+    text = [advice, *beside_base(results.choices, best or list(compared))]
+    text += [clause(pair, v) for pair, v in zip(results.pairs, results.verdicts, strict=True)]
+    if any(len(pair.seeds) == 1 for pair in results.pairs):
         text.append(
             "One seed: the intervals hold no seed-to-seed variance, and another seed may turn this"
             " round."
         )
-    if results["failed"]:
+    if results.failed:
         text.append("What failed (below) is not judged.")
     return " ".join(text)
 
 
-def beside_base(choices: list[Numbers], names: list[str]) -> list[str]:
+def beside_base(choices: list[Choice], names: list[str]) -> list[str]:
     """
     Return what objectives gained and lost beside the base model, and whether that speaks against
     shipping them.
     """
-    found = []
+    sentences = []
     for name in names:
-        views = [
-            c["changes"].get("chosen") or c["changes"]["last"]
-            for c in choices
-            if c["objective"] == name
-        ]
+        views = [choice.own_changes for choice in choices if choice.objective == name]
         if not views:
             continue
         change = {
-            kind: np.mean([view["means"][kind]["change"] for view in views])
+            kind: np.mean([view.means[kind].change for view in views])
             for kind in ("target", "general")
         }
         numbers = ", ".join(f"{kind} {100 * value:+.1f}" for kind, value in change.items())
         lost = [
             task
-            for task in views[0]["tasks"]
-            if any(
-                v["tasks"][task]["change"] < 0 and v["tasks"][task]["p_holm"] < LEVEL for v in views
-            )
+            for task in views[0].tasks
+            if any(v.tasks[task].change < 0 and v.tasks[task].p_holm < LEVEL for v in views)
         ]
         said = (
             f"**do not ship it as it is, a loss is shown on {listed(lost)}**"
             if lost
             else "no loss is shown"
         )
-        found.append(f"Beside the base model {name} has {numbers} points: {said}.")
-    return found
+        sentences.append(f"Beside the base model {name} has {numbers} points: {said}.")
+    return sentences
 
 
-def clause(pair: Numbers, found: Numbers) -> str:
+def clause(pair: PairResult, verdict: PairVerdict) -> str:
     """Return one pair's verdict, with the numbers it rests on."""
-    first, second = pair["first"], pair["second"]
-    view = pair["views"].get("chosen") or pair["views"]["last"]
-    if found["better"] and found["worse"]:
+    first, second = pair.first, pair.second
+    view = pair.own_choice
+    if verdict.better and verdict.worse:
         said = (
-            f"{first} is better than {second} in {listed(found['better'])} and worse in"
-            f" {listed(found['worse'])}"
+            f"{first} is better than {second} in {listed(verdict.better)} and worse in"
+            f" {listed(verdict.worse)}"
         )
-    elif found["better"]:
+    elif verdict.better:
         said = (
-            f"{first} is better than {second} in {listed(found['better'])}, and not shown to be"
+            f"{first} is better than {second} in {listed(verdict.better)}, and not shown to be"
             " worse in anything"
         )
-    elif found["worse"]:
+    elif verdict.worse:
         said = (
-            f"{first} is worse than {second} in {listed(found['worse'])}, and not shown to be"
+            f"{first} is worse than {second} in {listed(verdict.worse)}, and not shown to be"
             " better in anything"
         )
     else:
         said = f"{first} and {second} cannot be told apart"
-    numbers = [f"{name} {points(view['means'][name])}" for name in ("target", "general")]
-    fronts = [(name, front["mean"]) for name, front in pair["fronts"].items() if front is not None]
+    numbers = [f"{name} {points(view.means[name])}" for name in ("target", "general")]
+    fronts = [(name, front.mean) for name, front in pair.fronts.items() if front is not None]
     numbers += [f"drift at equal {name} {nats(mean)}" for name, mean in fronts]
-    lower = {NLL: view["nll"]} if fronts else {"drift": view["drift"]["general"], NLL: view["nll"]}
+    lower = {NLL: view.nll} if fronts else {"drift": view.drift["general"], NLL: view.nll}
     numbers += [f"{name} {nats(d)}" for name, d in lower.items() if d is not None]
     of_tasks = [
-        n
-        for n in (*found["better"], *found["worse"])
-        if n in view["tasks"] and n not in view["means"]
+        n for n in (*verdict.better, *verdict.worse) if n in view.tasks and n not in view.means
     ]
-    numbers += [f"{name} {points(view['tasks'][name])}" for name in of_tasks]
-    return f"{said} ({first} less {second}: {'; '.join(numbers)})."
+    numbers += [f"{name} {points(view.tasks[name])}" for name in of_tasks]
+    return f"{said} ({first} minus {second}: {'; '.join(numbers)})."
 
 
 def listed(names: list[str]) -> str:
@@ -165,35 +159,66 @@ def listed(names: list[str]) -> str:
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
-def points(d: Numbers) -> str:
+def points(d: Difference) -> str:
     """Return a difference of scores in percentage points, with interval and adjusted p."""
-    return (
-        f"{100 * d['change']:+.1f} points (95%: {100 * d['low']:+.1f} to {100 * d['high']:+.1f};"
-        f" {p(d)})"
-    )
+    return f"{100 * d.change:+.1f} points (95%: {100 * d.low:+.1f} to {100 * d.high:+.1f}; {p(d)})"
 
 
-def nats(d: Numbers) -> str:
+def nats(d: Difference) -> str:
     """Return a difference of drift or nll in nats per token, with interval and adjusted p."""
-    return f"{d['change']:+.4f} (95%: {d['low']:+.4f} to {d['high']:+.4f}; {p(d)})"
+    return f"{d.change:+.4f} (95%: {d.low:+.4f} to {d.high:+.4f}; {p(d)})"
 
 
-def p(d: Numbers) -> str:
+def p(d: Difference) -> str:
     """Return an adjusted p."""
-    return f"p {d['p_holm']:.2g}" if d["p_holm"] >= 1e-4 else "p < 0.0001"
+    return f"p {d.p_holm:.2g}" if d.p_holm >= 1e-4 else "p < 0.0001"
 
 
-def where(pair: Numbers, target: str) -> str:
+@dataclass
+class Stretch:
+    """
+    A stretch of targets where two fronts can be told apart.
+
+    Attributes:
+        sign: of the difference, 1 or -1.
+        start, end: its first and last target, from hard to easy.
+        differences: at each of its targets, nats per token.
+    """
+
+    sign: int
+    start: float
+    end: float
+    differences: list[float]
+
+
+def told_apart(front: FrontDifference) -> list[Stretch]:
+    """Return the stretches of targets where the band excludes 0."""
+    stretches: list[Stretch] = []
+    last = 0
+    for target, difference, low, high in zip(
+        front.targets, front.difference, front.low, front.high, strict=True
+    ):
+        sign = 1 if low > 0 else -1 if high < 0 else 0
+        if sign and sign == last:
+            stretches[-1].end = target
+            stretches[-1].differences.append(difference)
+        elif sign:
+            stretches.append(Stretch(sign, target, target, [difference]))
+        last = sign
+    return stretches
+
+
+def where(pair: PairResult, target: str) -> str:
     """Say at which targets a pair's fronts can be told apart."""
-    front, first, second = pair["fronts"][target], pair["first"], pair["second"]
+    front, first, second = pair.fronts[target], pair.first, pair.second
     if front is None:
         return (
             f"{first} and {second}: there is no {target} that both reach, with every seed, past"
             " their first checkpoint. Save checkpoints earlier, or more of them."
         )
-    span = f"{shown(target, front['targets'][0])} to {shown(target, front['targets'][-1])}"
+    span = f"{shown(target, front.targets[0])} to {shown(target, front.targets[-1])}"
     on_average = (
-        f"(on average {nats(front['mean'])}, {100 * relative(front)['change']:+.0f}% of {second}'s)"
+        f"(on average {nats(front.mean)}, {100 * relative(front)['change']:+.0f}% of {second}'s)"
     )
     stretches = told_apart(front)
     if not stretches:
@@ -202,14 +227,14 @@ def where(pair: Numbers, target: str) -> str:
         )
     said = []
     for stretch in stretches:
-        sizes = sorted(abs(d) for d in stretch["differences"])
-        at = up_to(shown(target, stretch["from"]), shown(target, stretch["to"]))
-        word = "more" if stretch["sign"] > 0 else "less"
+        sizes = sorted(abs(d) for d in stretch.differences)
+        at = up_to(shown(target, stretch.start), shown(target, stretch.end))
+        word = "more" if stretch.sign > 0 else "less"
         said.append(
             f"at {target} {at} {first} drifts {word}, by"
             f" {up_to(f'{sizes[0]:.4f}', f'{sizes[-1]:.4f}')}"
         )
-    whole = len(stretches) == 1 and len(stretches[0]["differences"]) == len(front["targets"])
+    whole = len(stretches) == 1 and len(stretches[0].differences) == len(front.targets)
     rest = "" if whole else f"; elsewhere from {span} they cannot be told apart"
     return f"{first} and {second}: {', '.join(said)}{rest} {on_average}."
 
@@ -227,14 +252,14 @@ def shown(target: str, shortfall: float) -> str:
 # The tables
 
 
-def markdown(results: Numbers) -> str:
+def markdown(results: Comparison) -> str:
     """Return the whole report."""
-    seeds = results["recipe"]["seeds"]
-    lines = [results["sentence"]]
-    if results["failed"]:
+    seeds = results.recipe["seeds"]
+    lines = [results.sentence]
+    if results.failed:
         lines += [
             "## What failed",
-            "\n".join(f"- {failure['message']}" for failure in results["failed"]),
+            "\n".join(f"- {failure.message}" for failure in results.failed),
         ]
     lines += [
         "## Gained and forgotten",
@@ -242,21 +267,21 @@ def markdown(results: Numbers) -> str:
         + ("; mean ± standard deviation over them" if len(seeds) > 1 else "")
         + ". Drift: mean KL(base ‖ tuned), nats per token, over the base model's own answers.",
     ]
-    views = [
-        view for view in VIEWS if any(view in numbers for numbers in results["objectives"].values())
-    ]
+    views = views_of(results)
     for view in views:
         lines += [f"### {VIEWS[view]}", objectives_table(results, view)]
-    if results["pairs"]:
-        lines += ["## Objective against objective", how_tested(results)]
+    if results.pairs:
+        lines += ["## Objective against objective", how_tested(results.pairs)]
         lines += [
-            part for view in views for part in (f"### {VIEWS[view]}", pairs_table(results, view))
+            part
+            for view in views
+            for part in (f"### {VIEWS[view]}", pairs_table(results.pairs, view))
         ]
-        if targets := list(results["pairs"][0]["fronts"]):
+        if targets := list(results.pairs[0].fronts):
             lines += ["## Drift at a matched target", MATCHED]
             lines += [
                 "\n".join(
-                    f"- {where(pair, target)}" for target in targets for pair in results["pairs"]
+                    f"- {where(pair, target)}" for target in targets for pair in results.pairs
                 )
             ]
             lines += ["![The fronts, and their differences](fronts.png)"]
@@ -275,11 +300,11 @@ MATCHED = (
 )
 
 
-def how_tested(results: Numbers) -> str:
+def how_tested(pairs: list[PairResult]) -> str:
     """Return how the pairs were tested."""
     several = "items (or prompts) and seeds both count (Cochran and Cox's t)"
     one = "one seed, so items (or prompts) alone count, as in `eaft eval`"
-    counts = {len(pair["seeds"]) > 1 for pair in results["pairs"]}
+    counts = {len(pair.seeds) > 1 for pair in pairs}
     how = (
         several
         if counts == {True}
@@ -288,46 +313,50 @@ def how_tested(results: Numbers) -> str:
         else f"{several}; where there is {one}"
     )
     return (
-        f"First less second, on the same items. 95% intervals; {how}. p is adjusted by Holm's"
+        f"First minus second, on the same items. 95% intervals; {how}. p is adjusted by Holm's"
         " method over the pairs and, together, means, drift and nll; or single tasks. **Bold**:"
         f" adjusted p < {LEVEL}."
     )
 
 
+def views_of(results: Comparison) -> list[str]:
+    """Return the views that there are; `chosen` takes held-out rows."""
+    chosen = any(objective.chosen is not None for objective in results.objectives.values())
+    return ["chosen", "last"] if chosen else ["last"]
+
+
 def cell(
-    numbers: Numbers, name: str, scale: float = 1, digits: int = 1, minus: float | None = None
+    spread: Spread | None, scale: float = 1, digits: int = 1, minus: float | None = None
 ) -> str:
     """Return a mean, or its difference from `minus`, with its spread over seeds if there is one."""
-    if name not in numbers:
+    if spread is None:
         return ""
-    mean, std = numbers[name]["mean"], numbers[name]["std"]
+    mean, std = spread.mean, spread.std
     text = (
         f"{scale * mean:.{digits}f}" if minus is None else f"{scale * (mean - minus):+.{digits}f}"
     )
     return text if std is None else f"{text} ± {scale * std:.{digits}f}"
 
 
-def objectives_table(results: Numbers, view: str) -> str:
+def objectives_table(results: Comparison, view: str) -> str:
     """Return one row an objective: target, general, drift, held-out nll, cost."""
-    base = results["base"]
-    rows = [
-        ["base", f"{100 * base['target']:.1f}", "", f"{100 * base['general']:.1f}", "", "0", "0"]
-    ]
-    rows[0] += [f"{base['nll']:.3f}" if "nll" in base else "", "", ""]
-    for name, numbers in results["objectives"].items():
-        at, training = numbers[view], numbers["training"]
+    base = results.base
+    rows = [["base", f"{100 * base.target:.1f}", "", f"{100 * base.general:.1f}", "", "0", "0"]]
+    rows[0] += ["" if base.nll is None else f"{base.nll:.3f}", "", ""]
+    for name, objective in results.objectives.items():
+        at, training = objective.at(view), objective.training
         rows.append(
             [
                 name,
-                cell(at, "target", 100),
-                cell(at, "target", 100, minus=base["target"]),
-                cell(at, "general", 100),
-                cell(at, "general", 100, minus=base["general"]),
-                cell(at, "drift_general", digits=4),
-                cell(at, "drift_target", digits=4),
-                cell(at, "nll", digits=3),
-                cell(training, "tokens_per_s", digits=0),
-                cell(training, "peak_memory_gib", digits=2),
+                cell(at.target, 100),
+                cell(at.target, 100, minus=base.target),
+                cell(at.general, 100),
+                cell(at.general, 100, minus=base.general),
+                cell(at.drift_general, digits=4),
+                cell(at.drift_target, digits=4),
+                cell(at.nll, digits=3),
+                cell(training["tokens_per_s"], digits=0),
+                cell(training["peak_memory_gib"], digits=2),
             ]
         )
     headers = [
@@ -342,58 +371,52 @@ def objectives_table(results: Numbers, view: str) -> str:
     return table(rows, [*headers, "held-out nll", "tokens/s", "peak GiB"])
 
 
-def pairs_table(results: Numbers, view: str) -> str:
+def pairs_table(pairs: list[PairResult], view: str) -> str:
     """Return one row a pair: every difference, with interval and adjusted p."""
     rows = []
-    for pair in results["pairs"]:
-        at = pair["views"][view]
-        scores = [bold(at["means"][group], points) for group in ("target", "general")]
-        drift = [bold(at["drift"][kind], nats) for kind in at["drift"]]
-        tasks = [bold(d, points) for d in at["tasks"].values()]
-        nll = [] if at["nll"] is None else [bold(at["nll"], nats)]
+    for pair in pairs:
+        at = pair.views[view]
         rows.append(
             [
-                f"{pair['first']} less {pair['second']}",
-                len(pair["seeds"]),
-                *scores,
-                *drift,
-                *nll,
-                *tasks,
+                f"{pair.first} minus {pair.second}",
+                len(pair.seeds),
+                *(bold(at.means[group], points) for group in ("target", "general")),
+                *(bold(difference, nats) for difference in at.drift.values()),
+                *([] if at.nll is None else [bold(at.nll, nats)]),
+                *(bold(difference, points) for difference in at.tasks.values()),
             ]
         )
-    first = results["pairs"][0]["views"][view]
-    headers = ["pair", "seeds", "target", "general", *(f"drift, {kind}" for kind in first["drift"])]
-    return table(
-        rows, [*headers, *([] if first["nll"] is None else ["held-out nll"]), *first["tasks"]]
-    )
+    first = pairs[0].views[view]
+    headers = ["pair", "seeds", "target", "general", *(f"drift, {kind}" for kind in first.drift)]
+    headers += [] if first.nll is None else ["held-out nll"]
+    return table(rows, [*headers, *first.tasks])
 
 
-def bold(d: Numbers, form: Any) -> str:
+def bold(d: Difference, form: Callable[[Difference], str]) -> str:
     """Return a difference, in bold if it is significant."""
-    return f"**{form(d)}**" if d["p_holm"] < LEVEL else form(d)
+    return f"**{form(d)}**" if d.p_holm < LEVEL else form(d)
 
 
-def table_1(results: Numbers, view: str) -> str:
+def table_1(results: Comparison, view: str) -> str:
     """
     Return the comparison laid out as the paper's Table 1: every benchmark, the averages, and their
     change.
     """
-    base, groups = results["base"], results["groups"]
+    base, groups = results.base, results.groups
     headers = ["method"]
-    rows = [["base"], *([name] for name in results["objectives"])]
+    rows = [["base"], *([name] for name in results.objectives)]
     for group in ("general", "target"):
         headers += [*groups[group], f"{group} avg.", "change"]
         rows[0] += [
-            *(f"{100 * base['tasks'][name]:.1f}" for name in groups[group]),
-            f"{100 * base[group]:.1f}",
+            *(f"{100 * base.tasks[name]:.1f}" for name in groups[group]),
+            f"{100 * getattr(base, group):.1f}",
             "",
         ]
-        for row, numbers in zip(rows[1:], results["objectives"].values(), strict=True):
-            row += [cell(numbers[view]["tasks"], name, 100) for name in groups[group]]
-            row += [
-                cell(numbers[view], group, 100),
-                cell(numbers[view], group, 100, minus=base[group]),
-            ]
+        for row, objective in zip(rows[1:], results.objectives.values(), strict=True):
+            at = objective.at(view)
+            average: Spread = getattr(at, group)
+            row += [cell(at.tasks[name], 100) for name in groups[group]]
+            row += [cell(average, 100), cell(average, 100, minus=getattr(base, group))]
     note = (
         f"{VIEWS[view]}. All in %, laid out as Table 1 of arXiv:2601.02151; tests against the base:"
         " results.json."
@@ -401,36 +424,34 @@ def table_1(results: Numbers, view: str) -> str:
     return table(rows, headers) + "\n\n" + note
 
 
-def asked_section(results: Numbers) -> list[str]:
+def asked_section(results: Comparison) -> list[str]:
     """Return how the tasks were asked, what was cut, and what was not measured anew."""
-    protocol = results["protocol"]
+    protocol = results.protocol
     template = (
         "with the chat template"
-        if protocol["apply_chat_template"]
+        if protocol.apply_chat_template
         else "in plain text, without a chat template"
     )
-    thinking = {True: ", thinking on", False: ", thinking off", None: ""}[
-        protocol["enable_thinking"]
-    ]
-    thinking = thinking if protocol["apply_chat_template"] else ""
-    limit = f", at most {protocol['limit']} items of each task" if protocol["limit"] else ""
+    thinking = {True: ", thinking on", False: ", thinking off", None: ""}[protocol.enable_thinking]
+    thinking = thinking if protocol.apply_chat_template else ""
+    limit = f", at most {protocol.limit} items of each task" if protocol.limit else ""
     rows = []
-    for task, a in results["asked"].items():
+    for task, a in results.asked.items():
         cut = [
-            f"{model}: {', '.join(f'{n} {kind}s' for kind, n in kinds.items() if n)}"
-            for model, kinds in a["cut"].items()
-            if any(kinds.values())
+            f"{model}: {', '.join(f'{n} {part}s' for part, n in vars(parts).items() if n)}"
+            for model, parts in a.cut.items()
+            if any(vars(parts).values())
         ]
-        about = (briefly(a["version"]), a["metric"], a["filter"], briefly(a["num_fewshot"]))
+        about = (briefly(a.version), a.metric, a.filter, briefly(a.num_fewshot))
         rows.append([task, *about, "; ".join(cut) or "nothing"])
-    kept = {model: what for model, what in results["kept"]["models"].items() if what}
+    kept = {model: what for model, what in results.kept.models.items() if what}
     read = (
         "Not measured anew, but kept from before (`eaft cache` says where): what there is of"
         f" {len(kept)} models."
     )
     return [
         (
-            f"Asked {template}{thinking}, in {protocol['dtype']}, seed {protocol['seed']}{limit}."
+            f"Asked {template}{thinking}, in {protocol.dtype}, seed {protocol.seed}{limit}."
             " Cut: items, over all seeds, to fit the context or the limit of an answer."
         ),
         table(rows, ["task", "version", "metric", "filter", "examples", "cut"]),
@@ -438,19 +459,19 @@ def asked_section(results: Numbers) -> list[str]:
     ]
 
 
-def checkpoints_table(results: Numbers) -> str:
+def checkpoints_table(results: Comparison) -> str:
     """Return held-out nll and drift after every checkpoint of every run."""
     rows = []
-    for run in results["runs"]:
-        for point in run["points"]:
-            nll = "" if point["nll"] is None else f"{point['nll']['mean']:.3f}"
+    for run in results.runs:
+        for point in run.points:
+            nll = "" if point.nll is None else f"{point.nll.mean:.3f}"
             rows.append(
                 [
-                    run["folder"],
-                    f"{point['epoch']:g}",
-                    point["step"],
+                    run.folder,
+                    f"{point.epoch:g}",
+                    point.step,
                     nll,
-                    f"{point['drift']['general']['mean']:.4f}",
+                    f"{point.drift['general'].mean:.4f}",
                 ]
             )
     return table(rows, ["run", "epochs", "steps", "held-out nll", "drift"])
@@ -459,34 +480,30 @@ def checkpoints_table(results: Numbers) -> str:
 # The pictures
 
 
-def colors(results: Numbers) -> dict[str, Any]:
+def colors(results: Comparison) -> dict[str, Any]:
     """Return one colour for each objective, the same in every picture."""
-    names = list(results["objectives"])
+    names = list(results.objectives)
     palette = plt.get_cmap(
         "tab10" if len(names) <= 10 else "tab20"
     )  # the latter in pairs that are hard to tell apart
     return {name: palette(i % palette.N) for i, name in enumerate(names)}
 
 
-def draw_pareto(results: Numbers, path: Path) -> None:
+def draw_pareto(results: Comparison, path: Path) -> None:
     """
     Draw target against general ability and against drift: every seed a dot, the mean with its
     spread on top.
     """
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
-    view = (
-        "chosen"
-        if any("chosen" in numbers for numbers in results["objectives"].values())
-        else "last"
-    )
-    base = results["base"]
+    view = views_of(results)[0]
+    base = results.base
     for axis, quantity, scale, label in (
         (axes[0], "general", 100, "general ability (%)  →  better"),
         (axes[1], "drift_general", 1, "drift, KL(base ‖ tuned), nats per token  →  better"),
     ):
         axis.scatter(
-            scale * base[quantity],
-            100 * base["target"],
+            scale * getattr(base, quantity),
+            100 * base.target,
             marker="*",
             s=160,
             color="black",
@@ -494,23 +511,21 @@ def draw_pareto(results: Numbers, path: Path) -> None:
             zorder=3,
         )
         for name, color in colors(results).items():
-            seeds = [c["numbers"][view] for c in results["choices"] if c["objective"] == name]
+            seeds = [c.numbers[view] for c in results.choices if c.objective == name]
             axis.scatter(
-                [scale * s[quantity] for s in seeds],
-                [100 * s["target"] for s in seeds],
+                [scale * getattr(s, quantity) for s in seeds],
+                [100 * s.target for s in seeds],
                 s=16,
                 alpha=0.5,
                 color=color,
             )
-            x, y = (
-                results["objectives"][name][view][quantity],
-                results["objectives"][name][view]["target"],
-            )
+            at = results.objectives[name].at(view)
+            x, y = getattr(at, quantity), at.target
             axis.errorbar(
-                scale * x["mean"],
-                100 * y["mean"],
-                100 * (y["std"] or 0),
-                scale * (x["std"] or 0),
+                scale * x.mean,
+                100 * y.mean,
+                100 * (y.std or 0),
+                scale * (x.std or 0),
                 fmt="o",
                 markersize=8,
                 capsize=3,
@@ -526,18 +541,18 @@ def draw_pareto(results: Numbers, path: Path) -> None:
     save(figure, path)
 
 
-def draw_curves(results: Numbers, folder: Path) -> None:
+def draw_curves(results: Comparison, folder: Path) -> None:
     """
     Draw the plain nll of training and held-out tokens, and the mean gate, over the steps of the
     chosen runs.
     """
-    runs = [run for run in results["runs"] if run["chosen"]]
+    runs = [run for run in results.runs if run.chosen]
     logs = []
     for run in runs:
-        lines = (folder / run["folder"] / METRICS_FILE).read_text().splitlines()
+        lines = (folder / run.folder / METRICS_FILE).read_text().splitlines()
         log = [json.loads(line) for line in lines]
         logs.append(
-            log + [{"step": p["step"], NLL: p["nll"]["mean"]} for p in run["points"] if p["nll"]]
+            log + [{"step": p.step, NLL: p.nll.mean} for p in run.points if p.nll is not None]
         )
     titles = {
         "nll": "training nll (nats)",
@@ -555,15 +570,15 @@ def draw_curves(results: Numbers, folder: Path) -> None:
     for run, log in zip(runs, logs, strict=True):
         for axis, metric in zip(axes[0], panels, strict=True):
             drawn = [(line["step"], line[metric]) for line in log if metric in line]
-            label = None if run["objective"] in labelled else run["objective"]
+            label = None if run.objective in labelled else run.objective
             if drawn:
                 axis.plot(
                     *zip(*drawn, strict=True),
-                    color=palette[run["objective"]],
+                    color=palette[run.objective],
                     alpha=0.8,
                     label=label,
                 )
-        labelled.add(run["objective"])
+        labelled.add(run.objective)
     for axis, (metric, title) in zip(axes[0], panels.items(), strict=True):
         axis.set(
             xlabel="step",
@@ -575,42 +590,41 @@ def draw_curves(results: Numbers, folder: Path) -> None:
     save(figure, folder / "curves.png")
 
 
-def draw_fronts(results: Numbers, path: Path) -> None:
+def draw_fronts(results: Comparison, path: Path) -> None:
     """
     Draw, for each pair and target, both fronts over all checkpoints, and their difference with its
     band.
     """
     drawn = [
-        (pair, target)
-        for pair in results["pairs"]
-        for target, f in pair["fronts"].items()
-        if f is not None
+        (pair, target, front)
+        for pair in results.pairs
+        for target, front in pair.fronts.items()
+        if front is not None
     ]
     rows = max(len(drawn), 1)
     figure, axes = plt.subplots(
         rows, 2, figsize=(10, 3.6 * rows), layout="constrained", squeeze=False
     )
     palette = colors(results)
-    for (left, right), (pair, target) in zip(axes, drawn, strict=False):
-        front = pair["fronts"][target]
-        x = [t if target == NLL else 100 * (1 - t) for t in front["targets"]]
+    for (left, right), (pair, target, front) in zip(axes, drawn, strict=False):
+        x = [t if target == NLL else 100 * (1 - t) for t in front.targets]
         for side in ("first", "second"):
-            name = pair[side]
-            left.plot(x, front[side], color=palette[name], label=name)
+            name = getattr(pair, side)
+            left.plot(x, getattr(front, side), color=palette[name], label=name)
             at = [
                 measured(point, target)
-                for run in results["runs"]
-                if run["objective"] == name
-                for point in run["points"]
+                for run in results.runs
+                if run.objective == name
+                for point in run.points
             ]
             left.scatter(*zip(*at, strict=True), color=palette[name], s=12, alpha=0.5)
-        right.plot(x, front["difference"], color="black")
+        right.plot(x, front.difference, color="black")
         right.fill_between(
-            x, front["low"], front["high"], color="black", alpha=0.15, label="95%, whole curve"
+            x, front.low, front.high, color="black", alpha=0.15, label="95%, whole curve"
         )
         right.axhline(0, color="black", linewidth=0.8)
         left.set(ylabel="drift, nats per token", title="The least drift at a target so good")
-        right.set(ylabel="drift, nats per token", title=f"{pair['first']} less {pair['second']}")
+        right.set(ylabel="drift, nats per token", title=f"{pair.first} minus {pair.second}")
         for axis in (left, right):
             axis.set_xlabel(f"{target} (nats)" if target == NLL else f"{target} (%)")
             axis.grid(alpha=0.3)
@@ -624,7 +638,9 @@ def draw_fronts(results: Numbers, path: Path) -> None:
     save(figure, path)
 
 
-def measured(point: Numbers, target: str) -> tuple[float, float]:
+def measured(point: CheckpointResult, target: str) -> tuple[float, float]:
     """Return a point's target, as it is drawn, and its drift."""
-    at = point["nll"]["mean"] if target == NLL else 100 * point["tasks"][target]["mean"]
-    return at, point["drift"]["general"]["mean"]
+    if target == NLL:
+        assert point.nll is not None
+        return point.nll.mean, point.drift["general"].mean
+    return 100 * point.tasks[target].mean, point.drift["general"].mean

@@ -1,387 +1,360 @@
 """
-What a comparison found, as numbers: `results.json` (`results.schema.json`) holds all that the
-report says.
+The results of `eaft compare` as types: what its `results.json` holds.
+
+Scores are in [0, 1]. Drift and nll are in nats per token, sums in nats. A difference is the first
+objective's value minus the second's. `results.schema.json` is made from these types by
+`docs/make_schemas.py`.
 """
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
+from pydantic import with_config
 
-from eaft.comparison.differences import Difference, ratio_difference, score_difference
-from eaft.comparison.fronts import Path, compare_fronts
-from eaft.comparison.measure import Measure, Point
-from eaft.comparison.recipe import Recipe, Run, described
-from eaft.comparison.runs import finished
-from eaft.comparison.study import Study
-from eaft.errors import EAFTError
-from eaft.evaluation.changes import compare_items
-from eaft.evaluation.paired import holm, mean_change, paired_change
-from eaft.evaluation.results import as_json
-from eaft.evaluation.scores import asked
-from eaft.evaluation.suite import Suite
-from eaft.provenance import environment
-
-Numbers = dict[str, Any]
-NLL = "held-out nll"
-LEVEL = 0.05
+from eaft.evaluation.results import (
+    ABSENT,
+    FORM,
+    Asked,
+    Changes,
+    Number,
+    Probability,
+    RecordedProtocol,
+)
 
 
-def collect(
-    recipe: Recipe,
-    measure: Measure,
-    studies: dict[tuple[str, int], Study],
-    groups: list[Suite],
-    failed: list[Numbers],
-) -> Numbers:
+@with_config(FORM)
+@dataclass(kw_only=True)
+class Difference:
+    """The mean difference of two objectives, first minus second."""
+
+    change: float
+    """Over seeds and items."""
+    low: float
+    """Lower end of the 95% interval."""
+    high: float
+    """Upper end of the 95% interval."""
+    p_value: Probability
+    """Of the hypothesis that there is none, two-sided; below 0.05 where the interval excludes 0."""
+    p_holm: Probability
+    """`p_value`, adjusted by Holm's method over all differences of its kind."""
+    items: Number
+    """Items, prompts or held-out examples that it is measured on."""
+    seeds: Number
+    """Seeds; with one, the interval and the p-value hold no seed-to-seed variance."""
+    per_seed: list[float]
+    """Each seed's own difference."""
+
+
+@with_config(FORM)
+@dataclass(kw_only=True)
+class FrontDifference:
+    """The fronts of two objectives: the least drift at each target, and how they differ."""
+
+    targets: list[float]
+    """From hard to easy: held-out nll, or 1 minus a task's score."""
+    first: list[float]
+    """The first objective's least drift at each target, mean over seeds."""
+    second: list[float]
+    """The second objective's."""
+    difference: list[float]
+    """First minus second at each target."""
+    low: list[float]
+    """Lower end of the simultaneous 95% band of the difference."""
+    high: list[float]
+    """Upper end of the band."""
+    mean: Difference
+    """Over all targets."""
+
+
+@with_config(FORM)
+@dataclass(kw_only=True)
+class PairView:
+    """How two objectives differ at one view."""
+
+    tasks: dict[str, Difference]
+    """In score, by task."""
+    means: dict[str, Difference]
+    """In mean score, by group: `target` and `general`."""
+    drift: dict[str, Difference]
+    """In drift, by kind of prompts."""
+    nll: Difference | None
+    """In held-out nll; null without held-out rows."""
+
+
+@with_config(FORM)
+@dataclass(kw_only=True)
+class PairResult:
+    """Two objectives compared."""
+
+    first: str
+    """An objective."""
+    second: str
+    """The objective it is compared with."""
+    seeds: list[int]
+    """The seeds that both have."""
+    views: dict[str, PairView]
+    """By view: `chosen`, the objectives' own choices, and `last`, after the last step."""
+    fronts: dict[str, FrontDifference | None]
+    """Drift at a matched target, by target; null where there is no target that both reach."""
+
+    @property
+    def own_choice(self) -> PairView:
+        """The view at each objective's own choice; without held-out rows after the last step."""
+        return self.views.get("chosen") or self.views["last"]
+
+
+@with_config(FORM)
+@dataclass(kw_only=True)
+class PairVerdict:
+    """In what the first of a pair is shown to be better or worse: Holm-adjusted p below 0.05."""
+
+    first: str
+    """An objective."""
+    second: str
+    """The objective it is compared with."""
+    better: list[str]
+    """The quantities in which the first is better."""
+    worse: list[str]
+    """The quantities in which the first is worse."""
+    prefer: str | None
+    """The objective to prefer; null where neither is better without being worse."""
+
+
+@with_config(FORM)
+@dataclass(kw_only=True)
+class TokenCounts:
+    """Numbers of tokens."""
+
+    tokens: list[Number]
+    """Of each answer, or of each held-out example."""
+
+
+@with_config(FORM)
+@dataclass(kw_only=True)
+class Sums:
+    """A mean over all tokens, and the sums it is made of."""
+
+    mean: float
+    """Nats per token."""
+    sums: list[float]
+    """Of each prompt or held-out example, nats."""
+
+
+@with_config(FORM)
+@dataclass(kw_only=True)
+class TaskScores:
+    """The scores on one task."""
+
+    mean: float
+    """Over items."""
+    scores: list[float]
+    """Of each item."""
+
+
+@with_config(FORM)
+@dataclass(kw_only=True)
+class CheckpointResult:
+    """All measurements of one checkpoint."""
+
+    step: Number
+    """After how many steps; 0 is the base model."""
+    epoch: float
+    """After how many epochs."""
+    drift: dict[str, Sums]
+    """By kind of prompts."""
+    nll: Sums | None
+    """Of the held-out examples; null without held-out rows."""
+    tasks: dict[str, TaskScores]
+    """By task, of the tasks that were run on it."""
+
+
+@with_config(FORM)
+@dataclass(kw_only=True)
+class Means:
+    """The means of one model."""
+
+    target: float
+    """Mean score of the target tasks."""
+    general: float
+    """Mean score of the general tasks."""
+    drift_general: float
+    """Drift on the general prompts."""
+    drift_target: float | None = field(default=None, metadata=ABSENT)
+    """Drift on the target prompts, if the recipe has some."""
+    nll: float | None = field(default=None, metadata=ABSENT)
+    """Held-out nll, if the recipe has held-out rows."""
+    tasks: dict[str, float]
+    """Mean score by task."""
+
+
+@with_config(FORM)
+@dataclass(kw_only=True)
+class BaseResult(Means):
+    """The base model."""
+
+    point: CheckpointResult
+    """All its measurements."""
+
+
+@with_config(FORM)
+@dataclass(kw_only=True)
+class RunResult:
+    """One run: an objective, a seed and a learning rate."""
+
+    objective: str
+    """The objective."""
+    seed: int
+    """The seed."""
+    learning_rate: float | None
+    """The learning rate, if the recipe names several."""
+    folder: str
+    """The run's folder, beside `results.json`."""
+    chosen: bool
+    """Whether its objective chose it among the learning rates."""
+    commit: str | None
+    """The commit of eaft that trained it; null if eaft was installed."""
+    tokens_per_s: float
+    """Training speed."""
+    peak_memory_gib: float
+    """Peak memory of training."""
+    train_runtime_s: float
+    """Duration of training."""
+    points: list[CheckpointResult]
+    """Its checkpoints, in order of steps."""
+
+
+@with_config(FORM)
+@dataclass(kw_only=True)
+class Choice:
+    """What one objective chose with one seed."""
+
+    objective: str
+    """The objective."""
+    seed: int
+    """The seed."""
+    learning_rate: float | None
+    """The learning rate that was chosen, if the recipe names several."""
+    steps: dict[str, int]
+    """The step by view: `chosen` and `last`."""
+    numbers: dict[str, Means]
+    """The means by view."""
+    changes: dict[str, Changes]
+    """By view: each task and mean beside the base model."""
+
+    @property
+    def own_changes(self) -> Changes:
+        """The changes at its own choice; without held-out rows after the last step."""
+        return self.changes.get("chosen") or self.changes["last"]
+
+
+@with_config(FORM)
+@dataclass(kw_only=True)
+class Spread:
+    """A mean and standard deviation over seeds."""
+
+    mean: float
+    """Over seeds."""
+    std: float | None
+    """Sample standard deviation; null with one seed."""
+
+
+@with_config(FORM)
+@dataclass(kw_only=True)
+class Spreads:
+    """The means of one objective, over seeds."""
+
+    target: Spread
+    """Mean score of the target tasks."""
+    general: Spread
+    """Mean score of the general tasks."""
+    drift_general: Spread
+    """Drift on the general prompts."""
+    drift_target: Spread | None = field(default=None, metadata=ABSENT)
+    """Drift on the target prompts, if the recipe has some."""
+    nll: Spread | None = field(default=None, metadata=ABSENT)
+    """Held-out nll, if the recipe has held-out rows."""
+    tasks: dict[str, Spread]
+    """Mean score by task."""
+
+
+@with_config(FORM)
+@dataclass(kw_only=True)
+class ObjectiveResult:
+    """One objective, over seeds."""
+
+    chosen: Spreads | None = field(default=None, metadata=ABSENT)
+    """At its own choice, if the recipe has held-out rows."""
+    last: Spreads
+    """After the last step."""
+    training: dict[str, Spread]
+    """`tokens_per_s`, `peak_memory_gib` and `train_runtime_s` of the chosen runs."""
+
+    def at(self, view: str) -> Spreads:
+        """Return the means at a view, `chosen` or `last`."""
+        return self.chosen if view == "chosen" and self.chosen is not None else self.last
+
+
+@with_config(FORM)
+@dataclass(kw_only=True)
+class Failure:
+    """A run or a task that failed."""
+
+    objective: str | None
+    """The objective; null for a task that failed on the base model."""
+    seed: int | None
+    """The seed; null for a task that failed on the base model."""
+    message: str
+    """What failed, and why."""
+
+
+@with_config(FORM)
+@dataclass(kw_only=True)
+class KeptModels:
+    """The measurements that were read from the store instead of made."""
+
+    models: dict[str, list[str]]
+    """By model."""
+
+
+@with_config(FORM)
+@dataclass(kw_only=True)
+class Comparison:
     """
-    Return what `results.json` holds, but for the report's sentence.
-
-    Raises:
-        EAFTError: no task of a group could be run on the base model.
+    A comparison. Scores are in [0, 1]; drift and nll in nats per token, sums in nats; differences
+    are first minus second.
     """
-    names = {
-        group.name: [n for n in group.benchmarks if n in measure.benchmarks] for group in groups
-    }
-    for group, tasks in names.items():
-        if not tasks:
-            raise EAFTError(
-                f"None of the {group} tasks could be run on the base model: {measure.failed}"
-            )
-    base = measure.base
-    views = ["chosen", "last"] if measure.rows else ["last"]
-    models = {"base": [base]}
-    for (objective, _), study in studies.items():
-        models.setdefault(objective, []).append(study.views[views[0]])
-    found: Numbers = {
-        "recipe": described(recipe),
-        "environment": environment(),
-        "protocol": {**asdict(measure.protocol), "limit": recipe.evaluate.limit},
-        "asked": {name: how_asked(name, models, measure) for name in measure.benchmarks},
-        "kept": {"models": measure.kept},
-        "groups": names,
-        "prompts": {
-            kind: {"tokens": tokens.tolist()} for kind, tokens in measure.prompt_tokens.items()
-        },
-        "held_out": {"tokens": measure.held_out_tokens.tolist()} if measure.rows else None,
-        "base": {**numbers(base, measure, names), "point": describe(base, measure)},
-        "runs": [
-            about(run, path, measure, study)
-            for study in studies.values()
-            for run, path in study.paths.items()
-        ],
-        "choices": [
-            {
-                "objective": objective,
-                "seed": seed,
-                "learning_rate": study.run.learning_rate,
-                "steps": {view: point.step for view, point in study.views.items()},
-                "numbers": {
-                    view: numbers(point, measure, names) for view, point in study.views.items()
-                },
-                "changes": {
-                    view: as_json(
-                        compare_items(
-                            {n: base.items[n] for n in measure.benchmarks},
-                            {n: point.items[n] for n in measure.benchmarks},
-                            [Suite(name, tasks) for name, tasks in names.items()],
-                        )
-                    )
-                    for view, point in study.views.items()
-                },
-            }
-            for (objective, seed), study in studies.items()
-        ],
-        "objectives": {},
-        "pairs": [],
-        "failed": failed,
-    }
-    for objective in recipe.objectives:
-        of_it = [study for (name, _), study in studies.items() if name == objective]
-        if of_it:
-            found["objectives"][objective] = {
-                view: spread([numbers(study.views[view], measure, names) for study in of_it])
-                for view in views
-            }
-            trained = [finished(study.run) or {} for study in of_it]
-            found["objectives"][objective]["training"] = {
-                name: mean_and_std([run["result"][name] for run in trained])
-                for name in ("tokens_per_s", "peak_memory_gib", "train_runtime_s")
-            }
-    for first, second in recipe.compared:
-        seeds = [seed for seed in recipe.seeds if {(first, seed), (second, seed)} <= studies.keys()]
-        if seeds:
-            sides = tuple([studies[name, seed] for seed in seeds] for name in (first, second))
-            found["pairs"].append(
-                {
-                    "first": first,
-                    "second": second,
-                    "seeds": seeds,
-                    **compare_pair(sides, measure, names, views),
-                }
-            )
-    adjust(found["pairs"], views)
-    return found
 
-
-def compare_pair(
-    sides: tuple[list[Study], ...], measure: Measure, groups: dict[str, list[str]], views: list[str]
-) -> Numbers:
-    """Return two objectives' differences, first less second, by view, and their fronts."""
-    found: Numbers = {"views": {}, "fronts": {}}
-    for view in views:
-        first, second = ([study.views[view] for study in side] for side in sides)
-        scores = {
-            name: [np.array([p.scores(name) for p in side]) for side in (first, second)]
-            for name in measure.benchmarks
-        }
-        found["views"][view] = {
-            "tasks": {name: asdict(compare_scores([pair])) for name, pair in scores.items()},
-            "means": {
-                group: asdict(compare_scores([scores[n] for n in tasks]))
-                for group, tasks in groups.items()
-            },
-            "drift": {
-                kind: asdict(
-                    ratio_difference(
-                        np.array([p.drift[kind] for p in first]),
-                        np.array([p.drift[kind] for p in second]),
-                        tokens,
-                    )
-                )
-                for kind, tokens in measure.prompt_tokens.items()
-            },
-            "nll": None,
-        }
-        if measure.rows:
-            ours, theirs = (np.array([p.nll for p in side]) for side in (first, second))
-            found["views"][view]["nll"] = asdict(
-                ratio_difference(ours, theirs, measure.held_out_tokens)
-            )
-    shortfalls: dict[str, tuple[Callable[[Point], np.ndarray], np.ndarray]] = {}
-    if measure.rows:
-        shortfalls[NLL] = (lambda p: p.nll), measure.held_out_tokens
-    for task in measure.config.every_checkpoint_tasks:
-        if task in measure.benchmarks:
-            count = len(measure.base.items[task])
-            shortfalls[task] = (lambda p, task=task: 1 - p.scores(task)), np.ones(count)  # type: ignore[misc]
-    for target, (shortfall, tokens) in shortfalls.items():
-        paths = [
-            [
-                [
-                    Path(
-                        np.array([p.drift["general"] for p in (measure.base, *path)]),
-                        np.array([shortfall(p) for p in (measure.base, *path)]),
-                    )
-                    for path in study.paths.values()
-                ]
-                for study in side
-            ]
-            for side in sides
-        ]
-        found["fronts"][target] = compare_fronts(
-            paths[0], paths[1], measure.prompt_tokens["general"], tokens
-        )
-    return found
-
-
-def compare_scores(tasks: list[list[np.ndarray]]) -> Difference:
-    """
-    Return the difference of the mean over tasks, each two objectives' scores `[S, n]`.
-
-    With one seed these are two models on the same items, tested as `eaft eval` tests them.
-    """
-    if len(tasks[0][0]) > 1:
-        return score_difference([(first, second) for first, second in tasks])
-    pairs = [(second[0], first[0]) for first, second in tasks]  # before and after
-    each = [paired_change(*pair) for pair in pairs]
-    change = each[0] if len(each) == 1 else mean_change(each, pairs)
-    return Difference(
-        change.change, change.low, change.high, change.p_value, change.n, 1, [change.change]
-    )
-
-
-def adjust(pairs: list[Numbers], views: list[str]) -> None:
-    """
-    Add `p_holm` to every difference: p adjusted for the number of differences of its kind, of all
-    pairs.
-
-    The kinds, in each view: single tasks; means, drift and nll; and the fronts' means.
-    """
-    families: list[list[Numbers]] = []
-    for view in views:
-        of_view = [pair["views"][view] for pair in pairs]
-        families.append([d for v in of_view for d in v["tasks"].values()])
-        families.append(
-            [
-                d
-                for v in of_view
-                for d in (*v["means"].values(), *v["drift"].values(), v["nll"])
-                if d is not None
-            ]
-        )
-    families.append(
-        [front["mean"] for pair in pairs for front in pair["fronts"].values() if front is not None]
-    )
-    for family in families:
-        for difference, p in zip(family, holm([d["p_value"] for d in family]), strict=True):
-            difference["p_holm"] = p
-
-
-def verdict(pair: Numbers, groups: dict[str, list[str]]) -> Numbers:
-    """
-    Return in what the first of a pair is shown to be better and worse than the second: `better`,
-    `worse`, `prefer`.
-
-    Shown is what is significant at 0.05, Holm-adjusted, at each objective's own choice: target and
-    general score; each task of several, since a mean hides losses that gains cancel; held-out nll,
-    since to learn less is a price; and drift at a matched target. Where no fronts could be
-    compared, drift at its own choice stands in for the last.
-
-    Args:
-        groups: the tasks of each mean.
-    """
-    view = pair["views"].get("chosen") or pair["views"]["last"]
-    fronts = {
-        f"drift at equal {name}": front["mean"]
-        for name, front in pair["fronts"].items()
-        if front is not None
-    }
-    lower = fronts or {"drift": view["drift"]["general"]}
-    lower = {**lower, **({NLL: view["nll"]} if view["nll"] is not None else {})}
-    tasks = {
-        name: view["tasks"][name] for names in groups.values() if len(names) > 1 for name in names
-    }
-    higher = {**view["means"], **tasks}
-    signs = {
-        **{name: (d, 1) for name, d in higher.items()},
-        **{name: (d, -1) for name, d in lower.items()},
-    }
-    shown = {name: sign * d["change"] for name, (d, sign) in signs.items() if d["p_holm"] < LEVEL}
-    better, worse = (
-        [n for n, gain in shown.items() if gain > 0],
-        [n for n, gain in shown.items() if gain < 0],
-    )
-    prefer = (
-        pair["first"] if better and not worse else pair["second"] if worse and not better else None
-    )
-    return {"better": better, "worse": worse, "prefer": prefer}
-
-
-def told_apart(front: Numbers) -> list[Numbers]:
-    """
-    Return the stretches of targets where the band excludes 0: `sign`, `from`, `to` and all
-    `differences` of each.
-    """
-    found: list[Numbers] = []
-    before = 0
-    for target, difference, low, high in zip(
-        front["targets"], front["difference"], front["low"], front["high"], strict=True
-    ):
-        sign = 1 if low > 0 else -1 if high < 0 else 0
-        if sign and sign == before:
-            found[-1].update(to=target, differences=[*found[-1]["differences"], difference])
-        elif sign:
-            found.append({"sign": sign, "from": target, "to": target, "differences": [difference]})
-        before = sign
-    return found
-
-
-def how_asked(name: str, models: dict[str, list[Point]], measure: Measure) -> Numbers:
-    """
-    Return what a benchmark asked, and of how many items what was cut, by objective (over all its
-    seeds).
-    """
-    items = {
-        model: [item for point in points for item in point.items[name]]
-        for model, points in models.items()
-    }
-    return as_json(asked(measure.benchmarks[name], measure.protocol, items))
-
-
-def numbers(point: Point, measure: Measure, groups: dict[str, list[str]]) -> Numbers:
-    """
-    Return a point's means: of each group and task, drift (nats per token) by kind, and held-out
-    nll.
-    """
-    tasks = {name: float(point.scores(name).mean()) for name in measure.benchmarks}
-    return {
-        **{
-            group: statistics.mean(tasks[name] for name in names) for group, names in groups.items()
-        },
-        **{
-            f"drift_{kind}": mean_of(point.drift[kind], tokens)
-            for kind, tokens in measure.prompt_tokens.items()
-        },
-        **({"nll": mean_of(point.nll, measure.held_out_tokens)} if measure.rows else {}),
-        "tasks": tasks,
-    }
-
-
-def mean_of(sums: np.ndarray, tokens: np.ndarray) -> float:
-    """Return a mean over all tokens."""
-    return float(sums.sum() / tokens.sum())
-
-
-def describe(point: Point, measure: Measure) -> Numbers:
-    """
-    Return everything that was measured of a point: also by prompt, by held-out example and by item.
-    """
-    return {
-        "step": point.step,
-        "epoch": point.epoch,
-        "drift": {
-            kind: {"mean": mean_of(sums, measure.prompt_tokens[kind]), "sums": sums.tolist()}
-            for kind, sums in point.drift.items()
-        },
-        "nll": {"mean": mean_of(point.nll, measure.held_out_tokens), "sums": point.nll.tolist()}
-        if measure.rows
-        else None,
-        "tasks": {
-            name: {"mean": float(point.scores(name).mean()), "scores": point.scores(name).tolist()}
-            for name in point.items
-            if name in measure.benchmarks
-        },
-    }
-
-
-def about(run: Run, path: list[Point], measure: Measure, study: Study) -> Numbers:
-    """Return one run: what it is of, how training went, and every point of its path."""
-    trained = finished(run)
-    assert trained is not None
-    return {
-        "objective": run.objective,
-        "seed": run.seed,
-        "learning_rate": run.learning_rate,
-        "folder": run.name,
-        "chosen": run is study.run,
-        "commit": trained["environment"]["commit"],
-        **{
-            name: trained["result"][name]
-            for name in ("tokens_per_s", "peak_memory_gib", "train_runtime_s")
-        },
-        "points": [describe(point, measure) for point in path],
-    }
-
-
-def spread(seeds: list[Numbers]) -> Numbers:
-    """Return mean and sample standard deviation over seeds (None for one) of each number."""
-    found: Numbers = {n: mean_and_std([s[n] for s in seeds]) for n in seeds[0] if n != "tasks"}
-    found["tasks"] = {
-        name: mean_and_std([s["tasks"][name] for s in seeds]) for name in seeds[0]["tasks"]
-    }
-    return found
-
-
-def mean_and_std(values: list[float]) -> dict[str, float | None]:
-    """Return a mean and a sample standard deviation, None for a single value."""
-    assert all(math.isfinite(value) for value in values)
-    return {
-        "mean": statistics.mean(values),
-        "std": statistics.stdev(values) if len(values) > 1 else None,
-    }
+    sentence: str
+    """What to do, why, and how sure that is, as Markdown."""
+    verdicts: list[PairVerdict]
+    """One for each pair."""
+    recipe: dict[str, Any]
+    """The recipe, without this machine's paths."""
+    environment: dict[str, Any]
+    """Versions, commit and machine."""
+    protocol: RecordedProtocol
+    """How the models were asked."""
+    asked: dict[str, Asked]
+    """How each task was asked."""
+    kept: KeptModels
+    """What was not measured anew."""
+    groups: dict[str, list[str]]
+    """The tasks of `target` and of `general`."""
+    prompts: dict[str, TokenCounts]
+    """The base model's answers that drift is measured on, by kind of prompts."""
+    held_out: TokenCounts | None
+    """The labelled tokens of the held-out examples; null without held-out rows."""
+    base: BaseResult
+    """The base model."""
+    runs: list[RunResult]
+    """All runs."""
+    choices: list[Choice]
+    """One for each objective and seed."""
+    objectives: dict[str, ObjectiveResult]
+    """Over seeds, by objective."""
+    pairs: list[PairResult]
+    """The objectives that were compared with each other."""
+    failed: list[Failure]
+    """What failed, and is not judged."""

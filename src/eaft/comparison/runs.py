@@ -95,13 +95,15 @@ def claim(folder: Path, identity: Any) -> None:
     write_json(folder / MARK, identity)
 
 
-def finished(run: Run) -> dict[str, Any] | None:
+def finished(run: Run) -> RunRecord | None:
     """Return a run's `run.json` if it has been trained to its end."""
     file = run.folder / RUN_FILE
     if not file.is_file():
         return None
-    found = read_json(file, RunRecord, "delete this run's folder, and it is trained again.")
-    return found if found["finished"] else None
+    record: RunRecord = read_json(
+        file, RunRecord, "delete this run's folder, and it is trained again."
+    )
+    return record if record["finished"] else None
 
 
 def train_run(run: Run) -> str | None:

@@ -1,10 +1,10 @@
-"""One objective with one seed: its runs' paths, and the points it is read at."""
+"""One objective with one seed: its runs' points, and the points it is read at."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from eaft.comparison.measure import Measure, Point
+from eaft.comparison.measurer import Measurer, Point
 from eaft.comparison.recipe import Run
 from eaft.evaluation.measured import shared
 
@@ -15,19 +15,19 @@ class Study:
     One objective with one seed.
 
     Attributes:
-        paths: each run's points, in order of steps; on processes other than the first they hold no
+        points: each run's, in order of steps; on processes other than the first they hold no
             numbers.
         run: the one that is chosen.
         views: the points it is read at: `chosen`, by held-out nll, where there are held-out rows;
             and the `last` one.
     """
 
-    paths: dict[Run, list[Point]]
+    points: dict[Run, list[Point]]
     run: Run
     views: dict[str, Point]
 
 
-def study(measure: Measure, paths: dict[Run, list[Point]], keep_all: bool) -> Study:
+def study(measurer: Measurer, points: dict[Run, list[Point]], keep_all: bool) -> Study:
     """
     Choose among an objective's runs, run the tasks on the points chosen, and delete the models of
     others.
@@ -38,41 +38,41 @@ def study(measure: Measure, paths: dict[Run, list[Point]], keep_all: bool) -> St
     Raises:
         EAFTError: a task fails.
     """
-    run, chosen = choose(paths)
+    run, chosen = choose(points)
     views = (
-        {"last": paths[run][-1]} if chosen is None else {"chosen": chosen, "last": paths[run][-1]}
+        {"last": points[run][-1]} if chosen is None else {"chosen": chosen, "last": points[run][-1]}
     )
     for point in views.values():
-        measure.all_tasks(run, point)
+        measurer.all_tasks(run, point)
     if not keep_all:
-        for other in paths:
-            measure.delete(
+        for other in points:
+            measurer.delete(
                 other, {point.step for point in views.values()} if other is run else set()
             )
-    return Study(paths, run, views)
+    return Study(points, run, views)
 
 
-def choose(paths: dict[Run, list[Point]]) -> tuple[Run, Point | None]:
+def choose(points: dict[Run, list[Point]]) -> tuple[Run, Point | None]:
     """
     Return the run and the point with the lowest held-out nll; without held-out rows the only run,
     and None.
     """
-    runs = list(paths)
+    runs = list(points)
 
     def best() -> tuple[int, int] | None:
         nll = {
             (i, j): p.nll.sum()
             for i, run in enumerate(runs)
-            for j, p in enumerate(paths[run])
+            for j, p in enumerate(points[run])
             if len(p.nll)
         }
         return min(nll, key=lambda place: nll[place]) if nll else None
 
     place = shared(best)  # all processes run the same tasks on the same point
-    return (runs[0], None) if place is None else (runs[place[0]], paths[runs[place[0]]][place[1]])
+    return (runs[0], None) if place is None else (runs[place[0]], points[runs[place[0]]][place[1]])
 
 
-def prune(measure: Measure, run: Run, path: list[Point]) -> None:
+def prune(measurer: Measurer, run: Run, points: list[Point]) -> None:
     """Delete the checkpoints of a run that can no longer be chosen, before the next is trained."""
-    _, chosen = choose({run: path})
-    measure.delete(run, {path[-1].step} | ({chosen.step} if chosen is not None else set()))
+    _, chosen = choose({run: points})
+    measurer.delete(run, {points[-1].step} | ({chosen.step} if chosen is not None else set()))

@@ -94,6 +94,7 @@ class RunRecord(TypedDict):
     """What is read again of `run.json`; `result` is there once the run is finished."""
 
     finished: bool
+    environment: NotRequired[dict[str, Any]]
     config: NotRequired[dict[str, Any]]
     result: NotRequired[dict[str, Any]]
 

@@ -14,7 +14,6 @@ import contextlib
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from filelock import FileLock
@@ -74,7 +73,7 @@ class RecordedPoint(TypedDict):
     nll: list[float]
 
 
-class Measure:
+class Measurer:
     """
     Measures a comparison's models. On processes other than the first, points hold no numbers.
 
@@ -154,7 +153,7 @@ class Measure:
             [answered, self.rows, tokenizer_digest(model.tokenizer), asdict(model.protocol)]
         )
 
-    def path(self, run: Run) -> list[Point]:
+    def points(self, run: Run) -> list[Point]:
         """
         Return a finished run's points, with drift, nll and the tasks that every checkpoint is
         asked.
@@ -163,15 +162,15 @@ class Measure:
             EAFTError: a checkpoint cannot be measured.
         """
         record = shared(lambda: self.record(run))
-        found = {}
+        points = {}
         there = {checkpoint.step: checkpoint for checkpoint in checkpoints(run)}
         for step in sorted({*there, *map(int, record)}):
             kept = record.get(str(step))
             if kept is not None and kept["deleted"]:
-                found[step] = self.recorded(run, step, kept)
+                points[step] = self.recorded(run, step, kept)
             else:
-                found[step] = self.point(run, there[step])
-        return list(found.values())
+                points[step] = self.point(run, there[step])
+        return list(points.values())
 
     def point(self, run: Run, checkpoint: Checkpoint) -> Point:
         """Measure a checkpoint that is there."""
@@ -231,8 +230,8 @@ class Measure:
 
         def check() -> str | None:
             try:
-                for name, found in items.items():
-                    pair(name, self.base.items[name], found)
+                for name, answered in items.items():
+                    pair(name, self.base.items[name], answered)
             except ConfigurationError as error:
                 return str(error)
             return None
@@ -253,7 +252,7 @@ class Measure:
             delete_models(run, keep)
         processes().wait_for_everyone()
 
-    def recorded(self, run: Run, step: int, kept: dict[str, Any]) -> Point:
+    def recorded(self, run: Run, step: int, kept: RecordedPoint) -> Point:
         """
         Return the point of a checkpoint that has been deleted.
 
@@ -281,7 +280,7 @@ class Measure:
         """Return a checkpoint as a model that is asked as the base model is."""
         return comparable_models(str(folder), self.base_path, self.config.protocol, drift=True)[0]
 
-    def record(self, run: Run) -> dict[str, Any]:
+    def record(self, run: Run) -> dict[str, RecordedPoint]:
         """Return what `points.json` holds."""
         file = run.folder / POINTS_FILE
         way = "delete this run's folder, and it is trained again."
