@@ -11,7 +11,7 @@ from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel, create_model, model_validator
 
 from eaft.errors import ConfigurationError
-from eaft.objective.gate_spec import GateFields
+from eaft.training.gate_fields import GateFields
 from eaft.training.patch import GateCallback
 
 SEAMS = (

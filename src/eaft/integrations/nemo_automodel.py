@@ -22,8 +22,9 @@ from torch.distributed.tensor import DTensor
 
 from eaft.errors import ConfigurationError
 from eaft.objective.fused import linear_gated_cross_entropy
-from eaft.objective.gate_spec import BoundGate, GateFields
+from eaft.objective.gate_spec import BoundGate
 from eaft.objective.loss import gated_cross_entropy
+from eaft.training.gate_fields import GateFields
 from eaft.training.head import logit_scale, softcap
 
 
@@ -34,7 +35,7 @@ class Gated:
     Args:
         gate: as the flag of `eaft train`.
         fields: `gate_alpha`, `gate_entropy`, `gate_top_k` and `gate_kwargs`, as the flags too
-            (`eaft.objective.gate_spec.GateFields`).
+            (`eaft.training.gate_fields.GateFields`).
 
     Raises:
         ConfigurationError: unknown gate or parameter, or a gate that needs the base model.

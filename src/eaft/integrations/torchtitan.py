@@ -19,8 +19,9 @@ from torchtitan.components.loss import IGNORE_INDEX, BaseLoss
 from torchtitan.distributed.spmd_types import spmd_mesh_size
 
 from eaft.errors import ConfigurationError
-from eaft.objective.gate_spec import GateFields, spec_of
+from eaft.objective.gate_spec import spec_of
 from eaft.objective.loss import gated_cross_entropy
+from eaft.training.gate_fields import GateFields
 
 
 class GatedCrossEntropy(BaseLoss):

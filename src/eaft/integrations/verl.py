@@ -25,9 +25,10 @@ from verl.workers.utils.losses import sft_loss
 from eaft.errors import ConfigurationError
 from eaft.objective.chunk import LogitTransform
 from eaft.objective.fused import choose_backend
-from eaft.objective.gate_spec import BoundGate, GateFields
+from eaft.objective.gate_spec import BoundGate
 from eaft.objective.loss import gated_nll
 from eaft.objective.statistics import TokenStatistics, usable_top_k
+from eaft.training.gate_fields import GateFields
 
 ROWS = 1024  # of logits that are copied at a time
 
@@ -40,7 +41,7 @@ def gated(trainer: Any, gate: str = "eaft", **fields: Any) -> Any:
         trainer: the class.
         gate: as the flag of `eaft train`.
         fields: `gate_alpha`, `gate_entropy`, `gate_top_k` and `gate_kwargs`, as the flags too
-            (`eaft.objective.gate_spec.GateFields`).
+            (`eaft.training.gate_fields.GateFields`).
 
     Raises:
         ConfigurationError: unknown gate or parameter, or a gate that needs the base model; when the

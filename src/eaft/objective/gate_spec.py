@@ -1,9 +1,10 @@
 """
 From the words of a configuration to a gate that can be called.
 
-`GateFields` are the flat fields that every host has (`gate`, `gate_alpha`, ...). They make one
-`GateSpec`. `GateSpec.bind` checks it and returns a `BoundGate`, which knows its parameters, what it
-needs and its KL term. The losses, the trainer and the integrations only see the `BoundGate`.
+Every host has the same flat fields (`gate`, `gate_alpha`, ...; `eaft.training.gate_fields`).
+`spec_of` makes one `GateSpec` of them. `GateSpec.bind` checks it and returns a `BoundGate`, which
+knows its parameters, what it needs and its KL term. The losses, the trainer and the integrations
+only see the `BoundGate`.
 """
 
 from __future__ import annotations
@@ -266,64 +267,9 @@ class GateSpec:
         return refuse_base_model(self.bind())
 
 
-@dataclass
-class GateFields:
-    """
-    The flat fields of a gate, the same in every host: flags of `eaft train`, YAML, keywords.
-
-    Args:
-        gate: how each token's loss is weighted: the name of a gate, or `module:function`.
-        gate_alpha: exponent of the `eaft` gate; 0 is plain SFT, 2 and 3 are the paper's EAFT^2 and
-            EAFT^3.
-        gate_entropy: `top-k` or `exact`, for the gates that use the entropy.
-        gate_top_k: K of the top-K entropy; entropies are divided by ln K.
-        gate_kwargs: the other parameters of the gate, e.g. `{"steepness": 20}` for `eaft-sigmoid`.
-    """
-
-    gate: str = field(
-        default="eaft",
-        metadata={
-            "help": (
-                "How each token's loss is weighted: one of the gates above, or module:function of"
-                " your own."
-            )
-        },
-    )
-    gate_alpha: float = field(
-        default=1.0,
-        metadata={"help": "Exponent of the 'eaft' gate: 0 is plain SFT, larger is stricter."},
-    )
-    gate_entropy: str = field(
-        default="top-k",
-        metadata={
-            "help": (
-                "Entropy of the gates that use it: 'top-k' (of the K largest probabilities,"
-                " renormalised) or 'exact' (of the whole vocabulary, clamped to ln K)."
-            )
-        },
-    )
-    gate_top_k: int = field(
-        default=20, metadata={"help": "K of the top-K entropy; entropies are divided by ln K."}
-    )
-    gate_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "Other parameters of the gate, as listed above: '{\"steepness\": 20}' (JSON, or a"
-                " YAML map)."
-            )
-        },
-    )
-
-    @property
-    def gate_spec(self) -> GateSpec:
-        """The gate that the fields describe; raises `ConfigurationError` for bad JSON."""
-        return spec_of(self)
-
-
 def spec_of(host: Any) -> GateSpec:
     """
-    Return the gate of an object that has the attributes of `GateFields`.
+    Return the gate of an object that has the fields of `eaft.training.gate_fields.GateFields`.
 
     Raises:
         ConfigurationError: `gate_kwargs` is neither a map nor the JSON of one.

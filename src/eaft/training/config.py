@@ -11,8 +11,8 @@ from trl import SFTConfig
 from eaft.errors import ConfigurationError, first_line
 from eaft.evaluation.protocol import DRIFT_PROMPTS, PROMPTS
 from eaft.models import read_date
-from eaft.objective.gate_spec import GateFields
 from eaft.training.bounds import TRAINING, check_bounds
+from eaft.training.gate_fields import GateFields
 from eaft.training.measure import MEASURED
 
 REPLAY_PROMPTS = Path(__file__).with_name("replay_prompts.jsonl")
