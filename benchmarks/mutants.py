@@ -84,7 +84,7 @@ MUTANTS = [
     ),
     Mutant(
         "evaluation: an unpaired test of paired scores",
-        {"stats.binomtest(lost, lost + gained).pvalue": "stats.mannwhitneyu(before, after).pvalue"},
+        {"stats.binomtest(lost, lost + gained).pvalue": "stats.mannwhitneyu(base, tuned).pvalue"},
         "evaluation/test_paired.py",
     ),
     Mutant(

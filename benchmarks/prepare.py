@@ -43,7 +43,7 @@ from trl import SFTConfig, SFTTrainer
 
 from eaft import EAFTConfig, EAFTTrainer, TokenStatistics
 from eaft.provenance import environment
-from eaft.training.measure import MeasureGate, fingerprint
+from eaft.training.gate_measurements import MeasureGate, fingerprint
 
 RESULTS = Path(__file__).parent / "results"
 WORDS = [f"word{i}" for i in range(5000)]

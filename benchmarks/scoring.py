@@ -77,7 +77,7 @@ def main() -> None:
     from datasets import Dataset
 
     from eaft import cli
-    from eaft.evaluation.measured import read_jsonl
+    from eaft.evaluation.measured_model import read_jsonl
     from eaft.evaluation.scores import load_tokenizer
     from eaft.inspection.inspect import make_parser, named
     from eaft.inspection.score.examples import Examples

@@ -26,7 +26,7 @@ from tabulate import tabulate
 from eaft.comparison.differences import ratio_difference, score_difference
 from eaft.comparison.fronts import Trajectory, compare_fronts, relative
 from eaft.comparison.results import Difference
-from eaft.evaluation.measured import read_jsonl
+from eaft.evaluation.measured_model import read_jsonl
 from eaft.evaluation.paired import holm
 from eaft.inspection.find.rule import RULE_FILE, Rule
 from eaft.provenance import environment, write_json

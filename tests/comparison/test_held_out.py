@@ -16,7 +16,7 @@ from eaft.comparison import compare, held_out
 from eaft.comparison.recipe import EvaluateConfig, Recipe, Run, parse_flags, plan_runs
 from eaft.errors import ConfigurationError
 from eaft.evaluation.drift import read_prompts
-from eaft.evaluation.measured import MeasuredModel
+from eaft.evaluation.measured_model import MeasuredModel
 from eaft.evaluation.protocol import Protocol
 from eaft.evaluation.scores import ask
 from tests.conftest import CHAT_TEMPLATE, make_model

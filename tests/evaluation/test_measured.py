@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from eaft import cli, models
 from eaft.errors import ConfigurationError
-from eaft.evaluation import comparable, evaluate, identity, measured
+from eaft.evaluation import comparable, evaluate, identity, measured_model
 from eaft.evaluation.comparable import comparable_models
 from eaft.evaluation.drift import BaseAnswers
-from eaft.evaluation.measured import MeasuredModel
+from eaft.evaluation.measured_model import MeasuredModel
 from eaft.evaluation.protocol import Protocol
 from eaft.evaluation.scores import load_tokenizer
 from eaft.evaluation.store import Store
@@ -73,7 +73,7 @@ def test_nothing_is_loaded_where_all_is_kept(
         4,
     ]
     assert run(folder, "--base", model_dir, *flags, "--output_path", tmp_path / "one") == 0
-    monkeypatch.setattr(measured, "load", never)
+    monkeypatch.setattr(measured_model, "load", never)
     # By another path, and as base and tuned model alike: what counts is what is in the files
     assert run(model_dir, "--base", folder, *flags, "--output_path", tmp_path / "two") == 0
     one, two = (
@@ -278,14 +278,14 @@ def test_a_task_that_fails_does_not_take_the_others_along(
         0,
     ]
     flags += ["--output_path", tmp_path / "out"]
-    score = measured.score
+    score = measured_model.score
 
     def fail(lm, benchmark, *args):
         if benchmark.name == "tiny":
             raise RuntimeError("CUDA out of memory")
         return score(lm, benchmark, *args)
 
-    monkeypatch.setattr(measured, "score", fail)
+    monkeypatch.setattr(measured_model, "score", fail)
     assert run(*flags) == 1
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["failed"] == {"tiny": "RuntimeError: CUDA out of memory"}
@@ -293,7 +293,7 @@ def test_a_task_that_fails_does_not_take_the_others_along(
     assert "CUDA out of memory" in (tmp_path / "out" / "results.md").read_text()
     # Started again, it does what is missing, and only that
     monkeypatch.setattr(
-        measured,
+        measured_model,
         "score",
         lambda lm, benchmark, *args: (
             score(lm, benchmark, *args) if benchmark.name == "tiny" else never()
@@ -364,7 +364,7 @@ def test_what_can_be_known_before_is_said_before(
     flags,
     message,
 ):
-    monkeypatch.setattr(measured, "load", never)
+    monkeypatch.setattr(measured_model, "load", never)
     common = [model_dir, "--base", model_dir, "--suite", "tiny", "--include_path", task_path]
     assert run(*common, "--output_path", tmp_path / "out", *flags) == 2
     assert message in capsys.readouterr().err
@@ -472,7 +472,9 @@ def test_sampled_answers_are_to_the_prompts_as_they_are_asked(folder):
 def test_drift_beside_vllm_is_of_the_same_revision(model_dir, monkeypatch):
     loaded = []
     monkeypatch.setattr(
-        measured, "load", lambda model, tokenizer, protocol: loaded.append(protocol.model_args)
+        measured_model,
+        "load",
+        lambda model, tokenizer, protocol: loaded.append(protocol.model_args),
     )
     args = {"revision": "v1", "gpu_memory_utilization": 0.5}
     protocol = Protocol(backend="vllm", model_args=args)

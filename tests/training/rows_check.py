@@ -15,7 +15,7 @@ from datasets import Dataset, load_dataset
 
 from eaft import EAFTConfig, EAFTTrainer
 from eaft.errors import NonFiniteError
-from eaft.training.measure import MEASUREMENTS_FILE
+from eaft.training.gate_measurements import MEASUREMENTS_FILE
 from tests.conftest import leave, make_model, make_rows, make_tokenizer
 from tests.training.test_trainer import DEFAULTS
 

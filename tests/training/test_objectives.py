@@ -18,8 +18,8 @@ from eaft import EAFTConfig, EAFTTrainer, TokenStatistics, gated_cross_entropy, 
 from eaft.errors import ConfigurationError, NonFiniteError
 from eaft.objective.gate_spec import bind_gate
 from eaft.objective.registry import GATES, Gate
-from eaft.training.measure import (
-    MEASURED,
+from eaft.training.gate_measurements import (
+    MEASURED_PARAMETERS,
     MEASUREMENTS_FILE,
     OLD_LOG_PROB_ABOUT_FILE,
     OLD_LOG_PROB_FILE,
@@ -362,7 +362,9 @@ def test_resumed_run_equals_uninterrupted(gate, setting, tmp_path):
         settings["gate_kwargs"] = {"prob_threshold": 0.003}
     whole = train(EAFTTrainer, tmp_path, **settings)
     measured = tmp_path / (OLD_LOG_PROB_ABOUT_FILE if gate == "psft" else MEASUREMENTS_FILE)
-    assert measured.exists() == (bool(bind_gate(gate, measured=MEASURED).missing) or gate == "psft")
+    assert measured.exists() == (
+        bool(bind_gate(gate, measured=MEASURED_PARAMETERS).missing) or gate == "psft"
+    )
     before = measured.read_text() if measured.exists() else None
     resumed = train(EAFTTrainer, tmp_path, resume=str(tmp_path / "checkpoint-2"), **settings)
     assert steps(resumed) == steps(whole)

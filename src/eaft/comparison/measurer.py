@@ -25,7 +25,7 @@ from eaft.comparison.runs import Checkpoint, checkpoints, delete_models
 from eaft.errors import ConfigurationError, EAFTError
 from eaft.evaluation.comparable import check_measurable, comparable_models
 from eaft.evaluation.identity import digest, tokenizer_digest
-from eaft.evaluation.measured import MeasuredModel, read_items, shared
+from eaft.evaluation.measured_model import MeasuredModel, read_items, shared
 from eaft.evaluation.pairs import pair
 from eaft.evaluation.protocol import Protocol
 from eaft.evaluation.results import Item

@@ -23,7 +23,7 @@ import yaml
 
 from eaft.comparison.recipe import Run
 from eaft.errors import ConfigurationError
-from eaft.evaluation.measured import shared
+from eaft.evaluation.measured_model import shared
 from eaft.evaluation.scores import processes
 from eaft.files import read_json
 from eaft.processes import LOCK_FILE, locked, without_launcher

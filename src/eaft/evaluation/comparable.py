@@ -10,7 +10,7 @@ from typing import Any
 from eaft.errors import ConfigurationError
 from eaft.evaluation.drift import TOP
 from eaft.evaluation.identity import check_weights, digest, tokenizer_digest
-from eaft.evaluation.measured import MeasuredModel
+from eaft.evaluation.measured_model import MeasuredModel
 from eaft.evaluation.protocol import Protocol
 from eaft.evaluation.results import Setting
 from eaft.evaluation.scores import (

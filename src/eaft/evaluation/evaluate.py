@@ -20,7 +20,7 @@ import numpy as np
 from eaft.errors import ConfigurationError
 from eaft.evaluation.comparable import check_measurable, comparable_models, differing
 from eaft.evaluation.drift import BaseAnswers, read_prompts, summarise
-from eaft.evaluation.measured import MeasuredModel, shared
+from eaft.evaluation.measured_model import MeasuredModel, shared
 from eaft.evaluation.pairs import worst_regressions
 from eaft.evaluation.protocol import ANSWER_TOKENS, DRIFT_PROMPTS, PROMPTS, SEED, Protocol
 from eaft.evaluation.results import (

@@ -23,7 +23,7 @@ from eaft.errors import ConfigurationError, EAFTError
 from eaft.evaluation.drift import Share
 from eaft.evaluation.evaluate import check_packages as check_evaluation
 from eaft.evaluation.identity import weights_digest
-from eaft.evaluation.measured import shared
+from eaft.evaluation.measured_model import shared
 from eaft.evaluation.scores import load_tokenizer, processes
 from eaft.files import read_json
 from eaft.inspection.find import findings
@@ -62,7 +62,7 @@ from eaft.provenance import environment, write_json
 from eaft.text import visible
 from eaft.training.config import EAFTConfig
 from eaft.training.data import rows_digest
-from eaft.training.measure import fingerprint
+from eaft.training.gate_measurements import fingerprint
 from eaft.training.prepare import prepare_rows
 from eaft.training.row_checks import check_ids
 from eaft.training.train import changed_arguments, check_data, launch, load_data, parse, run_date

@@ -10,8 +10,8 @@ gradient: `gate_weights` passes detached statistics and runs without autograd. T
         return stats.sum_sq_probs
 
 Its keyword arguments are its parameters. A parameter without a default must be given, unless
-`eaft.training.measure` knows its name: then the trainer measures it on the training data with the
-base model.
+`eaft.training.gate_measurements` knows its name: then the trainer measures it on the training data
+with the base model.
 
 A weight below 0 makes its label less likely. A gate with such weights is refused, unless it is
 registered with `allow_negative=True`.

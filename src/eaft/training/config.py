@@ -13,7 +13,7 @@ from eaft.evaluation.protocol import DRIFT_PROMPTS, PROMPTS
 from eaft.models import read_date
 from eaft.training.bounds import TRAINING, check_bounds
 from eaft.training.gate_fields import GateFields
-from eaft.training.measure import MEASURED
+from eaft.training.gate_measurements import MEASURED_PARAMETERS
 
 REPLAY_PROMPTS = Path(__file__).with_name("replay_prompts.jsonl")
 RULES = {
@@ -163,7 +163,7 @@ class EAFTConfig(GateFields, SFTConfig):
         """Check our fields, then TRL's."""
         check_bounds(self, TRAINING)
         spec = self.gate_spec
-        spec.bind(MEASURED)
+        spec.bind(MEASURED_PARAMETERS)
         if self.gate_kwargs is not None:  # JSON is read once
             self.gate_kwargs = dict(spec.kwargs)
         if self.loss_type == "dft":

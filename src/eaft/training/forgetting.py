@@ -30,7 +30,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from eaft.errors import ConfigurationError
 from eaft.evaluation.comparable import comparable_models
 from eaft.evaluation.drift import Answer, BaseAnswers, Share, read_prompts, sample_answers
-from eaft.evaluation.measured import shared
+from eaft.evaluation.measured_model import shared
 from eaft.evaluation.protocol import Protocol
 from eaft.evaluation.scores import ask, score, wrap
 from eaft.evaluation.suite import load_suites

@@ -24,7 +24,7 @@ from trl import is_conversational
 
 from eaft.errors import ConfigurationError
 from eaft.evaluation.drift import read_prompts, sample_answers
-from eaft.evaluation.measured import read_jsonl, shared
+from eaft.evaluation.measured_model import read_jsonl, shared
 from eaft.evaluation.protocol import Protocol
 from eaft.evaluation.scores import ask, load_tokenizer
 from eaft.training.config import EAFTConfig

@@ -33,7 +33,7 @@ from trl import (
 from typing_extensions import TypedDict
 
 from eaft.errors import ConfigurationError, nearest
-from eaft.evaluation.measured import shared, write_jsonl
+from eaft.evaluation.measured_model import shared, write_jsonl
 from eaft.evaluation.scores import load_tokenizer, processes
 from eaft.files import read_json, read_yaml
 from eaft.models import (

@@ -24,9 +24,9 @@ from eaft.errors import ConfigurationError, NonFiniteError
 from eaft.training.config import EAFTConfig
 from eaft.training.following import ExampleCollator, FollowedData, follow_examples, number_tokens
 from eaft.training.forgetting import ForgettingEval, answers_before_sharding, general_suite
+from eaft.training.gate_measurements import MEASURED_PARAMETERS, MeasureGate, MeasureOldLogProb
 from eaft.training.head import GatedLMHead, frozen_copy
 from eaft.training.logits_check import check_logits
-from eaft.training.measure import MEASURED, MeasureGate, MeasureOldLogProb
 from eaft.training.metrics import TokenSums
 from eaft.training.model_card import model_card
 from eaft.training.rows import cached_by_date, describe_rows
@@ -79,7 +79,7 @@ class EAFTTrainer(SFTTrainer):
 
     A gate with a KL term takes as its reference the model as it is handed over (a frozen copy), or
     under PEFT the same weights with the adapters off. One that must be measured takes a pass over
-    the data first (`eaft.training.measure`).
+    the data first (`eaft.training.gate_measurements`).
 
     Args:
         replayed: more rows to train on, with `input_ids` and `labels`, mixed into `train_dataset`
@@ -126,7 +126,7 @@ class EAFTTrainer(SFTTrainer):
         if train_dataset is not None and next(iter(train_dataset), None) is None:
             raise ConfigurationError("The training data set is empty.")
         args, self._label_turns = mark_assistant(args, model, processing_class, train_dataset)
-        self._gate = args.gate_spec.bind(MEASURED)
+        self._gate = args.gate_spec.bind(MEASURED_PARAMETERS)
         self._followed: FollowedData | None = None
         self._replayed = replayed
         super().__init__(

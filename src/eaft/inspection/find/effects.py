@@ -19,7 +19,7 @@ from eaft.inspection.labelled import Examples, Labelled, Vocabulary, weighed_gat
 from eaft.inspection.removed import Removed
 from eaft.objective.gates import normalized_entropy
 from eaft.objective.registry import GATES, gate_weights, is_of_data
-from eaft.training.measure import MEASURED, Histogram
+from eaft.training.gate_measurements import MEASURED_PARAMETERS, Histogram
 
 Numbers = dict[str, Any]
 
@@ -30,8 +30,8 @@ TALR_NOTE = "In training tau is the median of each batch; here it is the median 
 
 class Measured:
     """
-    The parameters that gates must measure, as training measures them (`eaft.training.measure`) on
-    the same data.
+    The parameters that gates must measure, as training measures them on the same data
+    (`eaft.training.gate_measurements`).
     """
 
     def __init__(self, examples: Examples) -> None:
@@ -59,7 +59,7 @@ def complete(gate: str, measured: dict[str, float]) -> Numbers:
     defaults = GATES[gate].params
     return {
         **defaults,
-        **{name: measured[name] for name in MEASURED if is_of_data(defaults.get(name))},
+        **{name: measured[name] for name in MEASURED_PARAMETERS if is_of_data(defaults.get(name))},
     }
 
 

@@ -37,11 +37,8 @@ from eaft.provenance import write_json
 from eaft.training.following import ExampleCollator
 from eaft.training.head import GatedLMHead
 
-MEASURED = (
-    "entropy_threshold",
-    "prob_threshold",
-    "tau",
-)  # parameters of gates that this module can find
+# Parameters of gates that are measured here
+MEASURED_PARAMETERS = ("entropy_threshold", "prob_threshold", "tau")
 MEASUREMENTS_FILE = "gate_measurements.json"
 OLD_LOG_PROB_FILE = (  # float32 [tokens of the prepared data], nats; 0 where there is no label
     "_old_log_prob.npy"
