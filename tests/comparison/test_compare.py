@@ -25,6 +25,7 @@ from eaft.evaluation.results import as_json
 from eaft.files import read_json
 from eaft.models import template_today
 from eaft.processes import locked
+from eaft.training import apart
 from tests.conftest import make_model, make_rows, make_tokenizer
 
 SCHEMA = json.loads((Path(compare.__file__).parent / "results.schema.json").read_text())
@@ -663,7 +664,7 @@ def test_a_gate_of_ones_own_is_part_of_the_run(content, tmp_path, monkeypatch):
     module = tmp_path / "own_gate_of_compare.py"
     module.write_text("def gate(token):\n    return token.entropy * 0 + 1\n")
     flags = {"gate": "own_gate_of_compare:gate"}
-    assert recipe.local_files(flags) == {"gate": module}
+    assert apart.local_files(flags) == {"gate": module}
 
 
 def test_a_base_without_a_template_is_asked_as_the_tuned_model_is(tmp_path):

@@ -12,13 +12,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from eaft.comparison import compare, held_out
-from eaft.comparison.recipe import EvaluateConfig, Recipe, Run, parse_flags, plan_runs
+from eaft.comparison import compare
+from eaft.comparison.recipe import EvaluateConfig, Recipe, Run, plan_runs
 from eaft.errors import ConfigurationError
 from eaft.evaluation.drift import read_prompts
 from eaft.evaluation.measured_model import MeasuredModel
 from eaft.evaluation.protocol import Protocol
 from eaft.evaluation.scores import ask
+from eaft.training import held_out
+from eaft.training.apart import parse_flags
 from tests.conftest import CHAT_TEMPLATE, make_model
 
 WORDS = ["Paris", "London", "Rome", "Berlin"]
@@ -168,7 +170,9 @@ def test_nll_is_what_trls_own_trainer_evaluates(name, folder, measured, monkeypa
     flags = flags_of(folder, rows, **settings)
     if chat_template is not None:
         Path("chat_template.jinja").write_text(chat_template)
-    found = held_out.prepare(flags["dataset_name"], parse_flags(flags), str(folder))
+    field = settings.get("dataset_text_field", "text")
+    loaded = held_out.load_rows(flags["dataset_name"], field, "held_out")
+    found = held_out.prepare(loaded, parse_flags(flags), str(folder), "held_out")
     sums, counts = measured.nll([row for row in found if row["input_ids"]])
 
     args = {
@@ -240,12 +244,16 @@ def test_rows_without_a_label_are_left_out_and_others_must_fit(folder, caplog):
     with pytest.raises(
         ConfigurationError, match="row 0 has 3 tokens, more than the model's context of 2"
     ):
-        held_out.check_fit([{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}], str(folder), 2)
+        held_out.check_fit(
+            [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}], str(folder), 2, "held_out"
+        )
     with pytest.raises(
         ConfigurationError,
         match="row 0 has the token id 320, and the base model's vocabulary has 320",
     ):
-        held_out.check_fit([{"input_ids": [1, 320], "labels": [-100, 320]}], str(folder), 9)
+        held_out.check_fit(
+            [{"input_ids": [1, 320], "labels": [-100, 320]}], str(folder), 9, "held_out"
+        )
 
 
 @pytest.mark.parametrize(

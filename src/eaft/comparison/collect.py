@@ -34,7 +34,6 @@ from eaft.comparison.results import (
     TaskScores,
     TokenCounts,
 )
-from eaft.comparison.runs import finished
 from eaft.comparison.study import Study
 from eaft.errors import EAFTError
 from eaft.evaluation.changes import compare_items
@@ -43,6 +42,7 @@ from eaft.evaluation.results import Item, RecordedProtocol
 from eaft.evaluation.scores import asked
 from eaft.evaluation.suite import Suite
 from eaft.provenance import environment
+from eaft.training.apart import finished
 
 NLL = "held-out nll"
 LEVEL = 0.05
@@ -358,7 +358,7 @@ def checkpoint_result(point: Point, measurer: Measurer) -> CheckpointResult:
 
 def run_result(run: Run, points: list[Point], measurer: Measurer, chosen: bool) -> RunResult:
     """Return one run: how training went, and all its checkpoints."""
-    trained = finished(run)
+    trained = finished(run.folder)
     assert trained is not None
     return RunResult(
         objective=run.objective,
@@ -380,7 +380,7 @@ def objective_result(
         view: spread([means(study.views[view], measurer, groups) for study in studies])
         for view in studies[0].views
     }
-    results = [trained["result"] for study in studies if (trained := finished(study.run))]
+    results = [trained["result"] for study in studies if (trained := finished(study.run.folder))]
     return ObjectiveResult(
         chosen=spreads.get("chosen"),
         last=spreads["last"],

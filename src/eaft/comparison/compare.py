@@ -21,11 +21,17 @@ from accelerate.state import AcceleratorState
 
 from eaft.comparison import report
 from eaft.comparison.collect import collect
-from eaft.comparison.held_out import Row, check_fit, check_number, prepare
 from eaft.comparison.measurer import Measurer, check_before_training, check_vocabulary_stays
-from eaft.comparison.recipe import Recipe, Run, base_model, check_names, parse_flags, plan_runs
+from eaft.comparison.recipe import (
+    HELD_OUT,
+    Recipe,
+    Run,
+    base_model,
+    check_names,
+    plan_runs,
+)
 from eaft.comparison.results import Failure
-from eaft.comparison.runs import MARK, FirstAlone, check_folder, claim, end_with_parent, train_run
+from eaft.comparison.runs import MARK, FirstAlone, check_folder, claim, train_run
 from eaft.comparison.study import Study, prune, study
 from eaft.errors import ConfigurationError, EAFTError, disk_full, first_line
 from eaft.evaluation.evaluate import check_packages
@@ -35,6 +41,8 @@ from eaft.evaluation.suite import Benchmark, Suite, load_suites
 from eaft.models import context_length, noted_date, template_date, template_today
 from eaft.processes import locked
 from eaft.text import VisibleRecord, visible
+from eaft.training.apart import end_with_parent, parse_flags
+from eaft.training.held_out import Row, check_fit, check_number, load_rows, prepare
 
 logger = logging.getLogger(__name__)
 OURS = {"made_by": "eaft compare"}  # in the mark of an output folder
@@ -168,11 +176,13 @@ def prepare_held_out(recipe: Recipe, runs: list[Run], base: str) -> list[Row]:
         key = json.dumps(flags, sort_keys=True, default=str)
         if key in known:
             continue
-        known[key] = run, prepare(path, parse_flags(run.flags), base)
+        configs = parse_flags(run.flags)
+        held_out = load_rows(path, configs[1].dataset_text_field, HELD_OUT)
+        known[key] = run, prepare(held_out, configs, base, HELD_OUT)
         first, rows = next(iter(known.values()))
         check_alike(first, rows, *known[key])
     rows = next(rows for _, rows in known.values())
-    check_fit(rows, base, context_length(base, recipe.evaluate.model_args))
+    check_fit(rows, base, context_length(base, recipe.evaluate.model_args), HELD_OUT)
     labelled = [row for row in rows if row["input_ids"]]
     if len(labelled) < len(rows):
         left_out = [str(i) for i, row in enumerate(rows) if not row["input_ids"]]
@@ -180,7 +190,7 @@ def prepare_held_out(recipe: Recipe, runs: list[Run], base: str) -> list[Row]:
             f"evaluate.held_out: row {', '.join(left_out)} has no labelled token left, and is not"
             " measured, as such rows are not trained on."
         )
-    check_number("held_out", len(labelled))
+    check_number(HELD_OUT, len(labelled))
     return labelled
 
 

@@ -19,9 +19,8 @@ import numpy as np
 from filelock import FileLock
 from typing_extensions import TypedDict
 
-from eaft.comparison.held_out import Row, check_number
 from eaft.comparison.recipe import EvaluateConfig, Run
-from eaft.comparison.runs import Checkpoint, checkpoints, delete_models
+from eaft.comparison.runs import delete_models
 from eaft.errors import ConfigurationError, EAFTError
 from eaft.evaluation.comparable import check_measurable, comparable_models
 from eaft.evaluation.identity import digest, tokenizer_digest
@@ -34,6 +33,8 @@ from eaft.evaluation.suite import Benchmark
 from eaft.evaluation.task_items import run_tasks
 from eaft.files import read_json
 from eaft.provenance import write_json
+from eaft.training.apart import Checkpoint, checkpoints
+from eaft.training.held_out import Row, check_number
 
 POINTS_FILE = "points.json"
 ITEMS = "items"
@@ -163,7 +164,7 @@ class Measurer:
         """
         record = shared(lambda: self.record(run))
         points = {}
-        there = {checkpoint.step: checkpoint for checkpoint in checkpoints(run)}
+        there = {checkpoint.step: checkpoint for checkpoint in checkpoints(run.folder)}
         for step in sorted({*there, *map(int, record)}):
             kept = record.get(str(step))
             if kept is not None and kept["deleted"]:
@@ -206,7 +207,7 @@ class Measurer:
         kept = shared(lambda: self.record(run).get(str(point.step)))
         if kept is not None and kept["deleted"]:
             raise EAFTError(deleted(run, point.step, f"{', '.join(due)} cannot be run on it"))
-        checkpoint = next(c for c in checkpoints(run) if c.step == point.step)
+        checkpoint = next(c for c in checkpoints(run.folder) if c.step == point.step)
         model = self.model(checkpoint.folder)
         self.run_tasks(run, point, model, due)
         model.free()
@@ -310,7 +311,7 @@ def check_before_training(
         [model], benchmarks, [prompt for prompts in config.prompts.values() for prompt in prompts]
     )
     for kind, prompts in config.prompts.items():
-        check_number(f"{kind}_prompts", len(prompts))
+        check_number(f"evaluate.{kind}_prompts", len(prompts))
 
 
 def check_vocabulary_stays(runs: list[Run], base: str) -> None:

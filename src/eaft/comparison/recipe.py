@@ -5,51 +5,30 @@ before any runs.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import sys
-import tempfile
 from dataclasses import asdict, dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from datasets import Dataset
 from pydantic import ConfigDict, Field, with_config
 
-from eaft.comparison.held_out import check_apart, load_rows
 from eaft.errors import ConfigurationError, nearest
 from eaft.evaluation.drift import read_prompts
 from eaft.evaluation.protocol import PROMPTS, Protocol
 from eaft.files import Count, Positive, Seed, Text, check, read_yaml
 from eaft.models import resolve_model
 from eaft.provenance import versions
+from eaft.training.apart import TRAINS, file_digest, local_files, parse_flags
+from eaft.training.held_out import check_apart, load_rows
 from eaft.training.templates import check_templates, told
-from eaft.training.train import check_model, load_data, parse
+from eaft.training.train import check_model, load_data
 
+HELD_OUT = "evaluate.held_out"  # as messages call it
 REFERENCE = "sft"  # what every objective is compared with, where the recipe names no pairs
-TRAINS = (
-    "eaft",
-    "torch",
-    "transformers",
-    "trl",
-    "accelerate",
-    "peft",
-    "datasets",
-)  # another version, another run
-# Flags that may name a file
-LOCAL = (
-    "dataset_name",
-    "exclude_examples",
-    "replay_prompts",
-    "chat_template_path",
-    "deepspeed",
-    "fsdp_config",
-)
-
-
 STRICT = ConfigDict(extra="forbid", revalidate_instances="always")
 
 
@@ -302,10 +281,11 @@ def check_training(flags: dict[str, Any], held_out: str | None) -> str:
         raise ConfigurationError("use_peft: PEFT is not installed: pip install 'eaft[peft]'.")
     train, _ = load_data(*configs)
     _, args, model_args, _ = configs
-    rows = load_rows(held_out, args.dataset_text_field) if held_out is not None else None
-    found = check_templates({"train": train, "evaluate.held_out": rows}, args, model_args)
+    text = args.dataset_text_field
+    rows = load_rows(held_out, text, HELD_OUT) if held_out is not None else None
+    found = check_templates({"train": train, HELD_OUT: rows}, args, model_args)
     if rows is not None and isinstance(train, Dataset):
-        check_apart(rows, train, args.dataset_text_field)
+        check_apart(rows, train, text, HELD_OUT)
     model = str(model_args.model_name_or_path)
     if (
         isinstance(train, Dataset)
@@ -314,51 +294,6 @@ def check_training(flags: dict[str, Any], held_out: str | None) -> str:
     ):
         check_model(resolve_model(model, args.trust_remote_code), args, model_args, train)
     return told(found)
-
-
-def parse_flags(flags: dict[str, Any]) -> list[Any]:
-    """
-    Return the four arguments of `eaft.training.train.train` that flags stand for.
-
-    Raises:
-        ConfigurationError: an unknown flag, or a value of the wrong type.
-    """
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        yaml.safe_dump(flags, file)
-        file.flush()
-        (*configs, _), _, _ = parse(["--config", file.name])
-    return configs
-
-
-def local_files(flags: dict[str, Any]) -> dict[str, Path]:
-    """
-    Return the files and folders that flags name and training reads, also the module of a gate of
-    one's own.
-    """
-    found = {
-        name: Path(flags[name]).expanduser() for name in LOCAL if isinstance(flags.get(name), str)
-    }
-    if (
-        ":" in str(flags.get("gate", ""))
-        and (spec := find_spec(flags["gate"].partition(":")[0]))
-        and spec.origin
-    ):
-        found["gate"] = Path(spec.origin)
-    return {name: path for name, path in found.items() if path.exists()}
-
-
-def file_digest(path: Path, known: dict[Path, str]) -> str:
-    """
-    Return a digest of a file, or of all files of a folder, so that a change is noticed; each is
-    read once.
-    """
-    if path not in known:
-        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        sha = hashlib.sha256()
-        for file in files:
-            sha.update(file.read_bytes())
-        known[path] = sha.hexdigest()
-    return known[path]
 
 
 def described(recipe: Recipe) -> dict[str, Any]:

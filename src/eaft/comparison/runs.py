@@ -5,17 +5,12 @@ checkpoints.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,30 +21,15 @@ from eaft.errors import ConfigurationError
 from eaft.evaluation.measured_model import shared
 from eaft.evaluation.scores import processes
 from eaft.files import read_json
-from eaft.processes import LOCK_FILE, locked, without_launcher
+from eaft.processes import LOCK_FILE, locked
 from eaft.provenance import write_json
 from eaft.text import visible
-from eaft.training.train import RUN_FILE, RunRecord, last_complete_checkpoint
+from eaft.training.apart import checkpoints, finished, train_apart
+from eaft.training.train import last_complete_checkpoint
 
 MARK = "compare.json"  # in every folder that compare made
 WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "model.safetensors.index.json")
 POLL = 0.5  # seconds
-LIBC = ctypes.CDLL(None)  # loaded here, since little is safe between fork and exec
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """
-    One point of a run's path.
-
-    Attributes:
-        step, epoch: after how much training.
-        folder: where the model is, if it has not been deleted.
-    """
-
-    step: int
-    epoch: float
-    folder: Path
 
 
 def check_folder(folder: Path, identity: Any) -> None:
@@ -95,17 +75,6 @@ def claim(folder: Path, identity: Any) -> None:
     write_json(folder / MARK, identity)
 
 
-def finished(run: Run) -> RunRecord | None:
-    """Return a run's `run.json` if it has been trained to its end."""
-    file = run.folder / RUN_FILE
-    if not file.is_file():
-        return None
-    record: RunRecord = read_json(
-        file, RunRecord, "delete this run's folder, and it is trained again."
-    )
-    return record if record["finished"] else None
-
-
 def train_run(run: Run) -> str | None:
     """
     Train in a process of its own, so that its peak memory is its own; reuse a finished run, resume
@@ -115,7 +84,7 @@ def train_run(run: Run) -> str | None:
         None, or what went wrong, also where the folder cannot be used: other processes wait for an
         answer.
     """
-    if finished(run):
+    if finished(run.folder):
         print(visible(f"{run.folder}: already trained"))
         return None
     try:
@@ -151,14 +120,6 @@ def prepare(run: Run) -> Path:
     return config
 
 
-def train_apart(config: Path) -> int:
-    """Run `eaft train` in a process that is part of no launch, and return its exit code."""
-    command = [sys.executable, "-m", "eaft", "train", "--config", str(config)]
-    return subprocess.run(
-        command, env=tracker_environment(config.parent), preexec_fn=end_with_parent
-    ).returncode
-
-
 def tracker_flags(folder: Path) -> dict[str, str]:
     """
     Return the flags by which trackers name a run as its folder; trackio's groups are projects.
@@ -169,30 +130,11 @@ def tracker_flags(folder: Path) -> dict[str, str]:
     }
 
 
-def tracker_environment(folder: Path) -> dict[str, str]:
-    """
-    Return the environment in which Weights & Biases groups a run, and TensorBoard names it, as its
-    folders say.
-    """
-    found = without_launcher()
-    found.setdefault("WANDB_RUN_GROUP", folder.resolve().parent.name)
-    boards = found.get(
-        "TENSORBOARD_LOGGING_DIR", folder.parent
-    )  # of all runs: in one folder they are one curve
-    return {**found, "TENSORBOARD_LOGGING_DIR": str(Path(boards) / folder.name)}
-
-
 def empty(folder: Path) -> None:
     """Delete what a folder of ours holds, but not the mark that it is ours, nor the lock."""
     for path in folder.iterdir():
         if path.name not in (MARK, LOCK_FILE):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def end_with_parent() -> None:
-    """Have Linux end this process when its parent is killed, so that nothing trains on unseen."""
-    if sys.platform == "linux":
-        LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 class FirstAlone:
@@ -231,30 +173,12 @@ class FirstAlone:
                 file.unlink()
 
 
-def checkpoints(run: Run) -> list[Checkpoint]:
-    """
-    Return the checkpoints of a finished run that there are, in order of steps; the last is the
-    run's own model.
-    """
-    trained = finished(run)
-    assert trained is not None
-    last = trained["result"]["steps"]
-    found = {}
-    for file in run.folder.glob("checkpoint-*/trainer_state.json"):
-        state = json.loads(file.read_text())
-        found[state["global_step"]] = Checkpoint(state["global_step"], state["epoch"], file.parent)
-    logged = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-    epoch = max(line.get("epoch", 0) for line in logged)
-    found[last] = Checkpoint(last, found[last].epoch if last in found else epoch, run.folder)
-    return [found[step] for step in sorted(found)]
-
-
 def delete_models(run: Run, keep: set[int]) -> None:
     """
     Delete a finished run's models but those after some steps; of the last step there is the run's
     own model.
     """
-    last = checkpoints(run)[-1].step
+    last = checkpoints(run.folder)[-1].step
     for folder in run.folder.glob("checkpoint-*"):
         step = int(folder.name.rpartition("-")[2])
         if step not in keep or step == last:

@@ -173,24 +173,10 @@ class MeasuredModel:
                 labelled token. A negative label is not scored, nor is the first one, which no
                 position predicts.
         """
-        ids, labels = ([np.array(row[name]) for row in rows] for name in ("input_ids", "labels"))
-        labelled = [np.flatnonzero(row[1:] >= 0) + 1 for row in labels]
 
-        @torch.no_grad()
         def measure() -> tuple[np.ndarray, np.ndarray]:
-            lm, sums = self._load("hf"), {}
-            share = share_of(lm)
-            for i in share.of(len(rows)):
-                first = labelled[i][0]
-                log_probs = answer_log_probs(
-                    lm.model, Answer(ids[i][:first].tolist(), ids[i][first:].tolist())
-                )
-                places = torch.tensor(labelled[i] - first, device=log_probs.device)
-                targets = torch.tensor(labels[i][labelled[i]], device=log_probs.device)
-                sums[i] = torch.nn.functional.nll_loss(
-                    log_probs[places], targets, reduction="sum"
-                ).item()
-            return np.array(share.gather(sums)), np.array([len(places) for places in labelled])
+            lm = self._load("hf")
+            return nll_of_rows(lm.model, rows, share_of(lm))
 
         return self._keep_sums("nll", {"nll": digest(rows), **self._computed}, measure)
 
@@ -295,6 +281,33 @@ class MeasuredModel:
             otherwise=(np.array([]), np.array([])),
             name=name,
         )
+
+
+@torch.no_grad()
+def nll_of_rows(
+    model: Any, rows: list[dict[str, list[int]]], share: Share
+) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Return each row's nll (nats) summed over its labelled tokens, and their number: `[rows]` each.
+
+    Args:
+        model: the torch model.
+        rows: see `MeasuredModel.nll`.
+        share: which rows are this process's.
+    """
+    ids, labels = ([np.array(row[name]) for row in rows] for name in ("input_ids", "labels"))
+    labelled = [np.flatnonzero(row[1:] >= 0) + 1 for row in labels]
+    sums = {}
+    for i in share.of(len(rows)):
+        first = labelled[i][0]
+        log_probs = answer_log_probs(
+            model, Answer(ids[i][:first].tolist(), ids[i][first:].tolist())
+        )
+        places = torch.tensor(labelled[i] - first, device=log_probs.device)
+        targets = torch.tensor(labels[i][labelled[i]], device=log_probs.device)
+        nll = torch.nn.functional.nll_loss(log_probs[places], targets, reduction="sum")
+        sums[i] = nll.item()
+    return np.array(share.gather(sums)), np.array([len(places) for places in labelled])
 
 
 def read_sums(folder: Path) -> tuple[np.ndarray, np.ndarray]:

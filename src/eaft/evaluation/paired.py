@@ -107,10 +107,12 @@ def mean_interval(scores: np.ndarray) -> tuple[float, float]:
     return max(centre - Z * error, 0.0), min(centre + Z * error, 1.0)
 
 
-def bootstrap_interval(sums: np.ndarray, counts: np.ndarray | None = None) -> tuple[float, float]:
+def bootstrap_interval(
+    sums: np.ndarray, counts: np.ndarray | None = None, level: float = 0.95
+) -> tuple[float, float]:
     """
-    Return the 95% interval of a mean over all that the items hold, by a studentised bootstrap of
-    the items.
+    Return the interval of a mean over all that the items hold, by a studentised bootstrap of the
+    items.
 
     The mean is sum(sums) / sum(counts), a ratio whose two parts are drawn together; a point where
     all items have the same mean. Its purpose is drift: items are prompts, positive and skewed, each
@@ -126,11 +128,13 @@ def bootstrap_interval(sums: np.ndarray, counts: np.ndarray | None = None) -> tu
         sums: `[n]`, each item's sum.
         counts: `[n]`, how many (tokens, say) each sum is of; None: one each, so that the mean is
             over items.
+        level: of the interval; each end alone is a bound of level 1 - (1 - level) / 2.
     """
     mean, error, t = studentised(sums, counts)
     if error == 0:
         return mean, mean
-    below, above = np.quantile(t, [0.025, 0.975], method="weibull")
+    tail = (1 - level) / 2
+    below, above = np.quantile(t, [tail, 1 - tail], method="weibull")
     low = float(mean - above * error)
     return max(low, 0.0) if (np.asarray(sums) >= 0).all() else low, float(mean - below * error)
 

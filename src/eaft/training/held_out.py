@@ -1,6 +1,8 @@
 """
-The rows that choose learning rate and checkpoint: in no run's training data, and prepared as all
-runs prepare it.
+Held-out rows, which choose a learning rate, a checkpoint or a model: in no run's training data, and
+prepared as a run prepares it.
+
+In all functions `where` is what the user calls the rows: it begins each message.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from eaft.training.trl_internals import maybe_convert_to_chatml
 Row = dict[str, list[int]]  # `input_ids` and `labels`; -100 is no label
 
 
-def load_rows(path: str, text_field: str) -> Dataset:
+def load_rows(path: str, text_field: str, where: str) -> Dataset:
     """
     Return the rows of a file, in any form that training takes.
 
@@ -33,17 +35,17 @@ def load_rows(path: str, text_field: str) -> Dataset:
             forms.
     """
     if not Path(path).expanduser().is_file():
-        raise ConfigurationError(f"evaluate.held_out: {path}: there is no such file.")
+        raise ConfigurationError(f"{where}: {path}: there is no such file.")
     try:
         splits = load_splits(
             ScriptArguments(dataset_name=str(Path(path).resolve())), DatasetMixtureConfig()
         )
         return select_split(splits, "train", "dataset_train_split", text_field)
     except ConfigurationError as error:
-        raise ConfigurationError(f"evaluate.held_out: {error}") from error
+        raise ConfigurationError(f"{where}: {error}") from error
 
 
-def check_number(name: str, rows: int) -> None:
+def check_number(where: str, rows: int) -> None:
     """
     Check that there are rows enough to measure on.
 
@@ -52,11 +54,11 @@ def check_number(name: str, rows: int) -> None:
     """
     if rows < 2:
         raise ConfigurationError(
-            f"evaluate.{name}: {rows} row: how sure a mean is takes two, better many more."
+            f"{where}: {rows} row: how sure a mean is takes two, better many more."
         )
 
 
-def check_apart(rows: Dataset, train: Dataset, text_field: str) -> None:
+def check_apart(rows: Dataset, train: Dataset, text_field: str, where: str) -> None:
     """
     Check that no row is trained on.
 
@@ -74,7 +76,7 @@ def check_apart(rows: Dataset, train: Dataset, text_field: str) -> None:
         places[asked] for row in train if (asked := question(row, text_field)) in places
     }:
         raise ConfigurationError(
-            f"evaluate.held_out: row {min(trained)} is trained on, and cannot choose a checkpoint."
+            f"{where}: row {min(trained)} is trained on, and cannot choose a checkpoint."
             " Take rows that are not."
         )
 
@@ -90,9 +92,9 @@ def question(row: dict[str, Any], text_field: str) -> str:
     return json.dumps(asked, sort_keys=True)
 
 
-def prepare(path: str, configs: list[Any], model: str) -> list[Row]:
+def prepare(dataset: Dataset, configs: list[Any], model: str, where: str) -> list[Row]:
     """
-    Return the rows of a file as a run prepares its training data; those without a labelled token
+    Return rows as a run prepares its training data; those without a labelled token
     are empty.
 
     Args:
@@ -104,11 +106,10 @@ def prepare(path: str, configs: list[Any], model: str) -> list[Row]:
     """
     _, args, model_args, _ = configs
     source = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
-    dataset = load_rows(path, args.dataset_text_field)
     try:
         prepared = prepare_rows(load_tokenizer(model, source), args, dataset).cut
     except ConfigurationError as error:
-        raise ConfigurationError(f"evaluate.held_out: {error}") from error
+        raise ConfigurationError(f"{where}: {error}") from error
     found = []
     for row in prepared:
         labels = [label if label >= 0 else -100 for label in row["labels"]]
@@ -121,7 +122,7 @@ def prepare(path: str, configs: list[Any], model: str) -> list[Row]:
     return found
 
 
-def check_fit(rows: list[Row], model: str, context: int) -> None:
+def check_fit(rows: list[Row], model: str, context: int, where: str) -> None:
     """
     Check that the base model can read prepared rows.
 
@@ -132,7 +133,7 @@ def check_fit(rows: list[Row], model: str, context: int) -> None:
     for i, row in enumerate(rows):
         if (length := len(row["input_ids"])) > context:
             raise ConfigurationError(
-                f"evaluate.held_out: row {i} has {length} tokens, more than the model's context of"
+                f"{where}: row {i} has {length} tokens, more than the model's context of"
                 f" {context}: leave it out."
             )
         if (
@@ -140,7 +141,7 @@ def check_fit(rows: list[Row], model: str, context: int) -> None:
             and (largest := max(*row["input_ids"], *row["labels"])) >= config.vocab_size
         ):
             raise ConfigurationError(
-                f"evaluate.held_out: row {i} has the token id {largest}, and the base model's"
+                f"{where}: row {i} has the token id {largest}, and the base model's"
                 f" vocabulary has {config.vocab_size} tokens, so its nll cannot be measured: take"
                 " an eos_token and a chat template (chat_template_path) that add no tokens."
             )

@@ -1,0 +1,160 @@
+"""
+`eaft train` in a process of its own, so that its peak memory is its own, and the checkpoints that
+it leaves.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from eaft.files import read_json
+from eaft.processes import without_launcher
+from eaft.training.train import RUN_FILE, RunRecord, parse
+
+TRAINS = (
+    "eaft",
+    "torch",
+    "transformers",
+    "trl",
+    "accelerate",
+    "peft",
+    "datasets",
+)  # another version, another run
+# Flags that may name a file
+LOCAL = (
+    "dataset_name",
+    "exclude_examples",
+    "replay_prompts",
+    "chat_template_path",
+    "deepspeed",
+    "fsdp_config",
+)
+LIBC = ctypes.CDLL(None)  # loaded here, since little is safe between fork and exec
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """
+    One point of a run's path.
+
+    Attributes:
+        step, epoch: after how much training.
+        folder: where the model is, if it has not been deleted.
+    """
+
+    step: int
+    epoch: float
+    folder: Path
+
+
+def parse_flags(flags: dict[str, Any]) -> list[Any]:
+    """
+    Return the four arguments of `eaft.training.train.train` that flags stand for.
+
+    Raises:
+        ConfigurationError: an unknown flag, or a value of the wrong type.
+    """
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump(flags, file)
+        file.flush()
+        (*configs, _), _, _ = parse(["--config", file.name])
+    return configs
+
+
+def local_files(flags: dict[str, Any]) -> dict[str, Path]:
+    """
+    Return the files and folders that flags name and training reads, also the module of a gate of
+    one's own.
+    """
+    found = {
+        name: Path(flags[name]).expanduser() for name in LOCAL if isinstance(flags.get(name), str)
+    }
+    if (
+        ":" in str(flags.get("gate", ""))
+        and (spec := find_spec(flags["gate"].partition(":")[0]))
+        and spec.origin
+    ):
+        found["gate"] = Path(spec.origin)
+    return {name: path for name, path in found.items() if path.exists()}
+
+
+def file_digest(path: Path, known: dict[Path, str]) -> str:
+    """
+    Return a digest of a file, or of all files of a folder, so that a change is noticed; each is
+    read once.
+    """
+    if path not in known:
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        sha = hashlib.sha256()
+        for file in files:
+            sha.update(file.read_bytes())
+        known[path] = sha.hexdigest()
+    return known[path]
+
+
+def train_apart(config: Path) -> int:
+    """Run `eaft train` in a process that is part of no launch, and return its exit code."""
+    command = [sys.executable, "-m", "eaft", "train", "--config", str(config)]
+    return subprocess.run(
+        command, env=tracker_environment(config.parent), preexec_fn=end_with_parent
+    ).returncode
+
+
+def tracker_environment(folder: Path) -> dict[str, str]:
+    """
+    Return the environment in which Weights & Biases groups a run, and TensorBoard names it, as its
+    folders say.
+    """
+    found = without_launcher()
+    found.setdefault("WANDB_RUN_GROUP", folder.resolve().parent.name)
+    boards = found.get(
+        "TENSORBOARD_LOGGING_DIR", folder.parent
+    )  # of all runs: in one folder they are one curve
+    return {**found, "TENSORBOARD_LOGGING_DIR": str(Path(boards) / folder.name)}
+
+
+def end_with_parent() -> None:
+    """Have Linux end this process when its parent is killed, so that nothing trains on unseen."""
+    if sys.platform == "linux":
+        LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def finished(folder: Path) -> RunRecord | None:
+    """Return a run's `run.json` if it has been trained to its end."""
+    file = folder / RUN_FILE
+    if not file.is_file():
+        return None
+    record: RunRecord = read_json(
+        file, RunRecord, "delete this run's folder, and it is trained again."
+    )
+    return record if record["finished"] else None
+
+
+def checkpoints(folder: Path) -> list[Checkpoint]:
+    """
+    Return the checkpoints of a finished run that there are, in order of steps; the last is the
+    run's own model.
+    """
+    trained = finished(folder)
+    assert trained is not None
+    last = trained["result"]["steps"]
+    found = {}
+    for file in folder.glob("checkpoint-*/trainer_state.json"):
+        state = json.loads(file.read_text())
+        found[state["global_step"]] = Checkpoint(state["global_step"], state["epoch"], file.parent)
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    epoch = max(line.get("epoch", 0) for line in logged)
+    found[last] = Checkpoint(last, found[last].epoch if last in found else epoch, folder)
+    return [found[step] for step in sorted(found)]
