@@ -126,7 +126,7 @@ def test_strict_returns_few_models_over_the_budget(prompts, alike):
 
 @pytest.mark.parametrize("alike", [1.0, 0.0])
 def test_strict_accepts_no_family_that_lies_at_the_budget(alike):
-    """No member is below the budget, and most lie exactly on it: each model returned is an error."""
+    """No member is below the budget, and most are on it: each model returned is an error."""
     accepted = tried = 0
     for _, chosen, measured, _ in trials(0.05, True, prompts=128, alike=alike, floor=0.05):
         accepted += chosen is not None
