@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 from eaft.errors import ConfigurationError
@@ -111,27 +112,43 @@ def differing(base: str, tuned: str, model_args: dict[str, Any]) -> dict[str, Se
     models: `end_tokens`, `generation_config` (without token ids), and digests of `tokenizer` and
     `chat_template`.
     """
-    sides = settings_of(base, model_args), settings_of(tuned, model_args)
-    names = ("end_tokens", "generation_config", "tokenizer", "chat_template")
-    pairs = {name: Setting(base=sides[0].get(name), model=sides[1].get(name)) for name in names}
+    sides = [vars(settings_of(model, model_args)) for model in (base, tuned)]
+    pairs = {name: Setting(base=value, model=sides[1][name]) for name, value in sides[0].items()}
     return {name: pair for name, pair in pairs.items() if pair.base != pair.model}
 
 
-def settings_of(model: str, model_args: dict[str, Any]) -> dict[str, Any]:
+@dataclass
+class AnswerSettings:
+    """
+    The settings on which a model's answers depend, beside its weights; None: it has no tokenizer.
+
+    Attributes:
+        end_tokens: the tokens that end an answer.
+        generation_config: without token ids.
+        tokenizer, chat_template: a digest of each.
+    """
+
+    end_tokens: list[str] | None
+    generation_config: dict[str, Any]
+    tokenizer: str | None
+    chat_template: str | None
+
+
+def settings_of(model: str, model_args: dict[str, Any]) -> AnswerSettings:
     """Return the settings that `differing` compares, of one model."""
     config = generation_config(model, model_args)
     generation = {k: v for k, v in config.to_diff_dict().items() if k not in NOT_COMPARED}
     try:
         tokenizer = load_tokenizer(model, model_args)
     except ConfigurationError:  # the model has none, and is asked with the other model's
-        return {"generation_config": generation}
+        return AnswerSettings(None, generation, None, None)
     template, tokenizer.chat_template = tokenizer.chat_template, None
-    return {
-        "generation_config": generation,
-        "end_tokens": sorted(map(str, tokenizer.convert_ids_to_tokens(end_tokens(config)))),
-        "tokenizer": tokenizer_digest(tokenizer),
-        "chat_template": template and digest(template),
-    }
+    return AnswerSettings(
+        sorted(map(str, tokenizer.convert_ids_to_tokens(end_tokens(config)))),
+        generation,
+        tokenizer_digest(tokenizer),
+        template and digest(template),
+    )
 
 
 def check_measurable(

@@ -56,9 +56,9 @@ class Share:
             min(i, n - 1) for i in range(self.rank, -(-n // self.world) * self.world, self.world)
         ]
 
-    def gather(self, found: dict[int, T]) -> list[T]:
-        """Return what all processes found, in order of the index."""
-        pairs = list(found.items())
+    def gather(self, own: dict[int, T]) -> list[T]:
+        """Return the values of all processes, in order of the index."""
+        pairs = list(own.items())
         if self.world > 1:
             pairs = gather_object(pairs)
         return [value for _, value in sorted(dict(pairs).items())]
@@ -202,7 +202,7 @@ def sample_answers(
         share: which batches are this process's. A batch is seeded by its place, so their number
             changes nothing.
     """
-    found: dict[int, list[Answer]] = {}
+    by_batch: dict[int, list[Answer]] = {}
     batches = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
     eos = model.generation_config.eos_token_id
     eos_ids = set(eos if isinstance(eos, list) else [eos])
@@ -228,14 +228,14 @@ def sample_answers(
             torch.manual_seed(seed + i)
             output = model.generate(**batch, max_new_tokens=max_new_tokens, use_cache=True)
         width = batch["input_ids"].shape[1]
-        found[i] = []
+        by_batch[i] = []
         for row, mask in zip(output, batch["attention_mask"], strict=True):
             answer = row[width:].tolist()
             ends = [j for j, token in enumerate(answer) if token in eos_ids]
-            found[i].append(
+            by_batch[i].append(
                 Answer(row[:width][mask.bool()].tolist(), answer[: ends[0] + 1] if ends else answer)
             )
-    return [answer for batch in share.gather(found) for answer in batch]
+    return [answer for batch in share.gather(by_batch) for answer in batch]
 
 
 @contextlib.contextmanager
@@ -313,7 +313,7 @@ class BaseAnswers:
         Raises:
             NonFiniteError: they are NaN.
         """
-        found = {}
+        probs = {}
         mine = share.of(len(answers))
         for i in tqdm(
             mine, desc="The base model's probabilities", disable=None if share.rank == 0 else True
@@ -321,8 +321,8 @@ class BaseAnswers:
             log_probs = answer_log_probs(model, answers[i])
             if log_probs.isnan().any():
                 raise NonFiniteError(f"The base model's probabilities are NaN on prompt {i}.")
-            found[i] = TopProbs.of(log_probs)
-        return cls(answers, share.gather(found))
+            probs[i] = TopProbs.of(log_probs)
+        return cls(answers, share.gather(probs))
 
     def save(self, folder: Path) -> None:
         """Write `answers.json` and `probs.safetensors` into a folder."""

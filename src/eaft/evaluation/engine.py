@@ -47,24 +47,24 @@ class Watched:
 
     progress: Progress | None = None
     thinking = False  # whether it is asked to think
-    found: Thinking = NONE  # how it thinks
+    ways: Thinking = NONE  # how it thinks
     cuts: dict[
         tuple[str, int], set[str]
     ]  # of this process's items, by task and row: what of `answer` and `thoughts`
 
-    def think(self, thinking: bool, found: Thinking) -> None:
+    def think(self, thinking: bool, ways: Thinking) -> None:
         """
         Ask with thinking on or off from here on, and begin `cuts` anew; see
         `eaft.evaluation.thinking.Thinking`.
         """
         self.cuts = {}
-        ours = {**found.on, **found.off}
+        ours = {**ways.on, **ways.off}
         others = {
             name: value for name, value in self.chat_template_args.items() if name not in ours
         }
-        self.chat_template_args = {**others, **(found.on if thinking else found.off)}
+        self.chat_template_args = {**others, **(ways.on if thinking else ways.off)}
         self.enable_thinking = self.thinking = thinking
-        self.found = found
+        self.ways = ways
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """
@@ -85,7 +85,7 @@ class Watched:
         for i, request in enumerate(requests):
             prompt, settings = request.args[:2]
             written, until = generations[prompt].popleft(), settings.get("until")
-            answer = split_thoughts(prompt, written.text, self.found.start, self.found.end)
+            answer = split_thoughts(prompt, written.text, self.ways.start, self.ways.end)
             if answer is None:
                 answers[i] = ""
             elif answer != written.text:
@@ -194,7 +194,7 @@ class HFModel(Watched, HFLM):
             self._model = PeftModel.from_pretrained(self._model, peft)
 
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **kwargs: Any) -> Any:
-        if self.thinking and self.found.end is not None:
+        if self.thinking and self.ways.end is not None:
             # The task's stop strings may stand in the thoughts; lm-eval cuts the answer at them
             # afterwards
             stop = [self.tok_decode(self.eot_token_id, skip_special_tokens=False)]
@@ -225,11 +225,11 @@ class WatchedVLLM(Watched):
         """One token less than the context, which vLLM keeps for the one it must generate."""
         return self.max_length - 1
 
-    def think(self, thinking: bool, found: Thinking) -> None:
+    def think(self, thinking: bool, ways: Thinking) -> None:
         """See `Watched.think`; lm-eval's hands `enable_thinking` to the template by itself."""
-        super().think(thinking, found)
+        super().think(thinking, ways)
         self.think_end_token = (
-            found.end if thinking else None
+            ways.end if thinking else None
         )  # then it hands no stop string of a task to vLLM
         self.chat_template_args.pop("enable_thinking", None)
 

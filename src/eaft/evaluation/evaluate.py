@@ -35,7 +35,7 @@ from eaft.evaluation.results import (
     as_json,
 )
 from eaft.evaluation.scores import asked, processes
-from eaft.evaluation.suite import Benchmark, load_suites, suites_help
+from eaft.evaluation.suite import Benchmark, Suite, load_suites, suites_help
 from eaft.evaluation.task_items import TaskItems, run_tasks
 from eaft.files import Count, FiniteNotNegative, check, read_json
 from eaft.models import noted_date, template_date, template_today
@@ -245,19 +245,15 @@ def evaluate(
     check(Count | None, limit, "--limit")
     folder = folder_of(model, output_path)
     inputs = {
-        **{
-            "model": model,
-            "base": base,
-            "suite": suite,
-            "data_dir": data_dir,
-            "include_path": include_path,
-        },
-        **{
-            "limit": limit,
-            "prompts": prompts,
-            "tokenizer": tokenizer,
-            "protocol": asdict(protocol),
-        },
+        "model": model,
+        "base": base,
+        "suite": suite,
+        "data_dir": data_dir,
+        "include_path": include_path,
+        "limit": limit,
+        "prompts": prompts,
+        "tokenizer": tokenizer,
+        "protocol": asdict(protocol),
     }
     check_folder(folder, inputs)
     check_packages(protocol.backend)
@@ -304,47 +300,18 @@ def evaluate(
         if not state.is_main_process:
             return None
 
-        failed = {**(base_items.failed if base_items else {}), **tuned_items.failed}
-        done = [name for name in benchmarks if name not in failed]
-        by_side = {"after": tuned_items.items}
-        if base_items is not None:
-            by_side = {"before": base_items.items, **by_side}
-        about = Evaluation(
-            output_path=str(folder),
-            model=model,
-            suites={s.name: s.benchmarks for s in suites},
-            protocol=RecordedProtocol(
-                **asdict(tuned_model.protocol),
-                limit=limit,
-                data_sha256=data_digest(tuned_items.items),
-            ),
-            environment=environment(),
-            kept=Kept(
-                model=tuned_model.kept,
-                base=base_model.kept if base_model is not None else [],
-                folder=str(tuned_model.store.folder),
-            ),
-            asked={
-                name: asked(
-                    benchmarks[name],
-                    tuned_model.protocol,
-                    {side: items[name] for side, items in by_side.items()},
-                )
-                for name in done
-            },
-            failed=failed,
-        )
+        about = describe(folder, model, limit, suites, benchmarks, tuned_items, base_items)
+        done = list(about.asked)
         results: Results
-        if base is None or base_model is None or base_items is None:
+        if base is None or base_items is None:
             tasks = {name: score_task(tuned_items.items[name]) for name in done}
             results = ModelEvaluation(**vars(about), base=None, tasks=tasks)
         else:
-            several = [
-                s for s in suites if len(s.benchmarks) > 1 and not failed.keys() & set(s.benchmarks)
-            ]
             pairs = [
                 {name: side.items[name] for name in done} for side in (base_items, tuned_items)
             ]
+            whole = [suite for suite in suites if set(suite.benchmarks) <= set(done)]
+            several = [suite for suite in whole if len(suite.benchmarks) > 1]
             changes = compare_items(pairs[0], pairs[1], several)
             results = TunedEvaluation(
                 **vars(about),
@@ -352,11 +319,55 @@ def evaluate(
                 base=base,
                 drift=drift,
                 worst=worst_regressions(pairs[0], pairs[1]),
-                differs=differing(base_model.model, tuned_model.model, protocol.model_args),
-                verdict=judge(changes, drift, failed, max_drop, max_drift),
+                differs=differing(
+                    base_items.model.model, tuned_items.model.model, protocol.model_args
+                ),
+                verdict=judge(changes, drift, about.failed, max_drop, max_drift),
             )
         write_report(folder, results)
         return results
+
+
+def describe(
+    folder: Path,
+    name: str,
+    limit: int | None,
+    suites: list[Suite],
+    benchmarks: dict[str, Benchmark],
+    tuned: TaskItems,
+    base: TaskItems | None,
+) -> Evaluation:
+    """
+    Return what was asked of which models, and which tasks failed; `asked` has the other tasks.
+
+    Args:
+        folder: of the results.
+        name: of the model, as the user gave it.
+        limit: at most so many items of each task; None: all.
+    """
+    sides = {"after": tuned} if base is None else {"before": base, "after": tuned}
+    failed = {task: message for side in sides.values() for task, message in side.failed.items()}
+    protocol = tuned.model.protocol
+    return Evaluation(
+        output_path=str(folder),
+        model=name,
+        suites={suite.name: suite.benchmarks for suite in suites},
+        protocol=RecordedProtocol(
+            **asdict(protocol), limit=limit, data_sha256=data_digest(tuned.items)
+        ),
+        environment=environment(),
+        kept=Kept(
+            model=tuned.model.kept,
+            base=[] if base is None else base.model.kept,
+            folder=str(tuned.model.store.folder),
+        ),
+        asked={
+            task: asked(benchmark, protocol, {key: s.items[task] for key, s in sides.items()})
+            for task, benchmark in benchmarks.items()
+            if task not in failed
+        },
+        failed=failed,
+    )
 
 
 def measure_base_and_drift(
@@ -397,11 +408,11 @@ def check_protocol(protocol: Protocol) -> Protocol:
 
 def check_folder(folder: Path, inputs: dict[str, Any]) -> None:
     """
-    Refuse a folder that holds another evaluation, or a finished one: one that was stopped, or
-    failed in part, goes on.
+    Check that an evaluation can be written into a folder. One that was stopped, or failed in part,
+    goes on.
 
     Raises:
-        ConfigurationError: as said.
+        ConfigurationError: the folder holds another evaluation, or a finished one.
     """
     way = "choose another --output_path, or delete this one."
     check_place(folder, "output_path")
@@ -419,7 +430,7 @@ def check_folder(folder: Path, inputs: dict[str, Any]) -> None:
 
 def check_packages(backend: str) -> None:
     """
-    Find out what is not installed before anything is measured.
+    Check that all packages are installed, before anything is measured.
 
     Raises:
         ConfigurationError: a package is missing, or vLLM is to be started by a launcher.

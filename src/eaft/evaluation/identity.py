@@ -103,7 +103,7 @@ def weights_digest(model: str, revision: str | None = None) -> str:
             ]
         )
     files = check_weights(model)
-    found: list[Any] = []
+    parts: list[Any] = []
     with tqdm(
         total=sum(f.stat().st_size for f in files),
         desc="Reading",
@@ -117,11 +117,11 @@ def weights_digest(model: str, revision: str | None = None) -> str:
                 while chunk := content.read(CHUNK):
                     sha.update(chunk)
                     bar.update(len(chunk))
-            found.append([file.name, sha.hexdigest()])
+            parts.append([file.name, sha.hexdigest()])
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
-        found.append(weights_digest(json.loads(adapter.read_text())["base_model_name_or_path"]))
-    return digest(found)
+        parts.append(weights_digest(json.loads(adapter.read_text())["base_model_name_or_path"]))
+    return digest(parts)
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
@@ -185,7 +185,7 @@ def source(function: Callable[..., Any]) -> Any:
     return [getattr(function, "__qualname__", ""), text, bound]
 
 
-def software() -> dict[str, Any]:
+def software() -> dict[str, str | None]:
     """Return the versions of what computes, a digest of our own part of it, and the device."""
     here = Path(__file__).parent
     ours = [*here.glob("*.py"), here.parent / "objective" / "statistics.py"]

@@ -67,8 +67,8 @@ def load_suites(
     limit: int | None = None,
 ) -> tuple[list[Suite], dict[str, Benchmark]]:
     """
-    Return the suites named, and their benchmarks with all data loaded: what is missing is found
-    before a model is.
+    Return the suites named, and their benchmarks with all data loaded: what is missing is
+    reported before a model is loaded.
 
     Args:
         names: of suites (ours, or a YAML file with `suite` and `tasks`), or of lm-eval tasks,

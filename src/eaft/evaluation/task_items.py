@@ -22,10 +22,12 @@ class TaskItems:
     One model's items.
 
     Attributes:
+        model: the model.
         items: by task; those of a process that is not the first are empty.
         failed: the tasks that could not be run: why.
     """
 
+    model: MeasuredModel
     items: dict[str, list[Item]]
     failed: dict[str, str]
 
@@ -38,7 +40,7 @@ def run_tasks(model: MeasuredModel, benchmarks: dict[str, Benchmark], folder: Pa
     A benchmark that fails does not stop the others. Under a launcher it does, unless it fails after
     its last forward pass.
     """
-    done, progress = TaskItems({}, {}), Progress(len(benchmarks))
+    done, progress = TaskItems(model, {}, {}), Progress(len(benchmarks))
     main = processes().is_main_process
     for name, benchmark in benchmarks.items():
         try:

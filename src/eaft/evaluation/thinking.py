@@ -1,5 +1,5 @@
 """
-Does a model think before it answers, and can it be told not to? Found out from what its chat
+Does a model think before it answers, and can it be told not to? Read from what its chat
 template renders.
 """
 
@@ -66,7 +66,7 @@ def find_thinking(
     Return how a tokenizer's chat template, if it has one, lets the model think.
 
     Args:
-        markers: `think_end_token` and `think_start_token`; they replace the marks that are found.
+        markers: `think_end_token` and `think_start_token`; they replace the template's.
         system: the system message that the model is asked with, which may turn its thoughts off.
     """
     if tokenizer.chat_template is None:
@@ -113,11 +113,11 @@ def probe(
 
     prompt = render()
     plain, _ = parts(prompt, render(said(ANSWER)))
-    found = markers_of(tokenizer, template, render, plain)
+    marks = markers_of(tokenizer, template, render, plain)
     if end is None:
-        start, end = start or found[0], found[1]
+        start, end = start or marks[0], marks[1]
     elif start is None:
-        start = found[0] if end == found[1] else start_of(end)
+        start = marks[0] if end == marks[1] else start_of(end)
     settings = find_switch(template, render, start, end)
     off = render(**settings[1]) if settings else prompt
     left, _ = parts(off, render(said(ANSWER), **(settings[1] if settings else {})))
@@ -209,8 +209,8 @@ def markers_of(
     ]:
         if end in template or end in tokenizer.get_added_vocab():
             return start_of(end), end
-    if found := EMPTY.search(plain):
-        return found[1], found[2]
+    if empty := EMPTY.search(plain):
+        return empty[1], empty[2]
     return None, None
 
 
@@ -274,8 +274,8 @@ def decide(
         ConfigurationError: what is wanted cannot be, or nobody knows what begins or ends the
             thoughts.
     """
-    found = find_thinking(tokenizer, markers, system)
-    if found.opens and wanted is False:
+    thinking = find_thinking(tokenizer, markers, system)
+    if thinking.opens and wanted is False:
         told = (
             " Its system message can: --system_instruction /no_think."
             if has_no_think(tokenizer)
@@ -285,28 +285,28 @@ def decide(
             "enable_thinking=False: this chat template always begins an answer with thoughts."
             f" Leave it out, or take a model whose template can turn them off.{told}"
         )
-    if found.opens and found.end is None:
+    if thinking.opens and thinking.end is None:
         raise ConfigurationError(
-            f"thinking: this chat template begins each answer with {found.start!r}, and what ends"
-            f" such thoughts is unknown. Name it: {WAY_OUT}."
+            f"thinking: this chat template begins each answer with {thinking.start!r}, and what"
+            f" ends such thoughts is unknown. Name it: {WAY_OUT}."
         )
-    if found.end is not None and found.start is None:
+    if thinking.end is not None and thinking.start is None:
         raise ConfigurationError(
-            f"thinking: {found.end!r} ends this model's thoughts, and what begins them is unknown,"
-            " so that an answer without thoughts cannot be told from one that is cut. Name both:"
-            f" {WAY_OUT}."
+            f"thinking: {thinking.end!r} ends this model's thoughts, and what begins them is"
+            " unknown, so that an answer without thoughts cannot be told from one that is cut. Name"
+            f" both: {WAY_OUT}."
         )
-    if wanted and not found.on and not found.opens and found.end is None:
+    if wanted and not thinking.on and not thinking.opens and thinking.end is None:
         raise ConfigurationError(
             "enable_thinking=True: this chat template knows no thinking (neither a variable that"
             f" turns it on, nor {END}). Leave it out."
         )
-    if wanted and found.end is None:
+    if wanted and thinking.end is None:
         raise ConfigurationError(
             f"enable_thinking=True: what ends this model's thoughts is unknown ({END} is not in its"
             f" chat template). Name it: {WAY_OUT}."
         )
-    return found.opens if wanted is None else wanted
+    return thinking.opens if wanted is None else wanted
 
 
 def has_no_think(tokenizer: Any) -> bool:
