@@ -140,15 +140,15 @@ def specified(
         z = projection.to(torch.promote_types(dtype, torch.float32)) * case.logit_scale
         return z if case.softcap is None else case.softcap * torch.tanh(z / case.softcap)
 
-    found, margins = [], []
+    parts, margins = [], []
     for rows in chunks:
         logits = logits_of(hidden[rows] @ weight.T)
-        found.append(token_statistics(logits, labels[rows], ranked=get_gate(gate).needs_rank))
+        parts.append(token_statistics(logits, labels[rows], ranked=get_gate(gate).needs_rank))
         margins.append(logits.topk(2).values.diff(dim=-1).abs().squeeze(-1) / logits.abs().amax(-1))
     stats = replace(
-        TokenStatistics.cat(found),
+        TokenStatistics.cat(parts),
         example_ids=example_ids_by_row(problem.labels)[labelled],
-        example_nll=problem.example_nll[labelled].to(found[0].log_prob.dtype),
+        example_nll=problem.example_nll[labelled].to(parts[0].log_prob.dtype),
     )
     if (
         problem.old_log_prob is None
@@ -257,7 +257,7 @@ def middle_of_widest_gap(values: Tensor) -> float:
     return values[widest : widest + 2].mean().item()
 
 
-# What a gate without a default must be given, found from the statistics in float64
+# Values of parameters without a default, computed from the statistics in float64
 REQUIRED: dict[str, Callable[[TokenStatistics], float]] = {
     "entropy_threshold": lambda stats: middle_of_widest_gap(normalized_entropy(stats)),
     "prob_threshold": lambda stats: middle_of_widest_gap(stats.prob),
@@ -283,11 +283,11 @@ class Verdict:
 
     what: str
     ok: bool
-    found: str
+    numbers: str
 
     def __str__(self) -> str:
         """Return the line."""
-        return f"{'ok' if self.ok else 'FAIL':5} {self.what}: {self.found}"
+        return f"{'ok' if self.ok else 'FAIL':5} {self.what}: {self.numbers}"
 
 
 def judge(
@@ -387,17 +387,17 @@ def fits(case: Case, device: torch.device) -> bool:
 
 def devices() -> list[torch.device]:
     """Return every GPU that torch sees, or the CPU where there is none."""
-    found = []
+    present = []
     for kind in (
         "cuda",
         "xpu",
     ):  # ROCm calls itself cuda; Apple's mps has no float64 to compare with
         module = getattr(torch, kind)
-        found += [
+        present += [
             torch.device(kind, i)
             for i in range(module.device_count() if module.is_available() else 0)
         ]
-    return found or [torch.device("cpu")]
+    return present or [torch.device("cpu")]
 
 
 def backends(device: torch.device) -> list[str]:

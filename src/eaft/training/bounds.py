@@ -1,6 +1,5 @@
 """
-The bounds of the numbers among the flags of TRL and transformers, which check few of them before
-they train.
+The bounds of numeric flags: TRL and transformers check few of them before they train.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from eaft.files import Count, Finite, FiniteNotNegative, NotNegative, Positive, 
 
 
 def steps(value: int) -> int:
-    """Refuse 0, which transformers takes for no limit, and numbers below -1."""
+    """Refuse 0, which transformers reads as no limit, and numbers below -1."""
     if value != -1 and value < 1:
         raise ValueError("expected at least 1, or -1 for as many as num_train_epochs gives")
     return value
@@ -76,7 +75,7 @@ def check_bounds(args: Any, bounds: dict[str, Any]) -> None:
     Check the numbers of a dataclass of flags.
 
     Raises:
-        ConfigurationError: the first that is not within its bounds; NaN is within none.
+        ConfigurationError: names the first flag that is outside its bounds, or NaN.
     """
     for name, kind in bounds.items():
         try:
@@ -96,24 +95,25 @@ def types(parser_class: type) -> dict[str, Any]:
 
 def check_types(content: dict[str, Any], dataclass_types: list[Any], where: str) -> None:
     """
-    Check the types of what a YAML file says of flags: argparse checks texts alone.
+    Check the types of flags in a YAML file, because argparse only checks texts.
 
     Args:
-        dataclass_types: the dataclasses of the flags. What is a field of none is another's to
-            check.
+        content: the flags by their names.
+        dataclass_types: the dataclasses of the flags. A name that is a field of none is not
+            checked.
+        where: names the file; begins the message.
 
     Raises:
         ConfigurationError: the first value that is not of its field's type.
     """
-    for found in map(types, dataclass_types):
-        for name in content.keys() & found.keys():
+    for kinds in map(types, dataclass_types):
+        for name in content.keys() & kinds.keys():
             value = content[name]
-            # A text is what argparse gets from the command line, too; a list of one may be written
-            # as a text
+            # argparse also gets texts from the command line, and a list of one value may be a text
             if isinstance(value, (str, ALSO.get(name, str))):
                 continue
             try:
-                check(found[name], value, "")
+                check(kinds[name], value, "")
             except ConfigurationError as error:
                 hint = " (YAML reads yes, no, on and off as true and false: put them in quotes)"
                 raise ConfigurationError(

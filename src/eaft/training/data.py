@@ -238,7 +238,9 @@ def features(rows: Iterable[dict[str, Any]]) -> Features:
     for row in rows:
         for name, value in row.items():
             kinds.setdefault(name, set()).add(kind(value))
-    return Features({name: column_of(frozenset(found) - {"null"}) for name, found in kinds.items()})
+    return Features(
+        {name: column_of(frozenset(values) - {"null"}) for name, values in kinds.items()}
+    )
 
 
 def kind(value: Any) -> str:

@@ -1,13 +1,12 @@
 """
-One pass over the training data with the base model, before the first step: what some gates must
-know.
+One pass over the training data with the base model, before the first step, for gates that need it.
 
-Thresholds that are percentiles of the data's tokens (`masked`, `conflict-mask`), each example's
-mean nll with their median (`flow`), and every label's log-probability (`psft`). Written to the
-output folder, and read from there when training is resumed.
+It measures thresholds, which are percentiles over the data's tokens (`masked`, `conflict-mask`);
+each example's mean nll and the median of these (`flow`); and every label's log-probability
+(`psft`). The results are written to the output folder, and read from there if training is resumed.
 
-But for the last no token is kept: examples have sums, and percentiles come from histograms, so
-memory does not grow with the tokens.
+Only `psft` keeps a number for each token. Otherwise examples have sums, and percentiles come from
+histograms, so that memory does not grow with the number of tokens.
 """
 
 from __future__ import annotations
@@ -40,20 +39,17 @@ from eaft.training.head import GatedLMHead
 # Parameters of gates that are measured here
 MEASURED_PARAMETERS = ("entropy_threshold", "prob_threshold", "tau")
 MEASUREMENTS_FILE = "gate_measurements.json"
-OLD_LOG_PROB_FILE = (  # float32 [tokens of the prepared data], nats; 0 where there is no label
-    "_old_log_prob.npy"
-)
-OLD_LOG_PROB_ABOUT_FILE = "_old_log_prob.json"  # what it is of
+# float32 [tokens of the prepared data], nats; 0 where there is no label
+OLD_LOG_PROB_FILE = "_old_log_prob.npy"
+OLD_LOG_PROB_ABOUT_FILE = "_old_log_prob.json"  # the gate and the data that it was measured with
 
 
 class Histogram:
     """
-    Counts of numbers in [0, 1], for percentiles that are at most 2**-15 (relative) above the exact
-    ones.
+    Counts of numbers in [0, 1], for percentiles that are at most 2**-15 (relative) too high.
 
-    A bin holds the float32 numbers that share their upper 24 bits: 15 of their 23 bits of mantissa.
-    Values are taken at their bin's upper end, so that a value at its own percentile is never above
-    it.
+    A bin holds the float32 numbers with the same upper 24 bits: 15 of the 23 bits of mantissa. A
+    value counts as the upper end of its bin, so that it is never above its own percentile.
     """
 
     SHIFT = 8
@@ -63,15 +59,14 @@ class Histogram:
         self.counts = torch.zeros(self.BINS, dtype=torch.int64)
 
     def add(self, values: Tensor) -> None:
-        """Count `values` `[n]`. Those outside [0, 1], NaN included, count as its ends."""
-        # Floats that are not negative are in the order of their bits
+        """Count `values` `[n]`. Values outside [0, 1], and NaN, count as the nearest end."""
+        # Non-negative floats are in the order of their bits
         bins = (values.float().cpu().view(torch.int32) >> self.SHIFT).long().clamp(0, self.BINS - 1)
         self.counts.scatter_add_(0, bins, torch.ones_like(bins))
 
     def percentile(self, q: float) -> float:
         """
-        Return what `numpy.percentile(values, q)` would, to the bound above; linear between
-        neighbours, as there.
+        Return `numpy.percentile(values, q)` to within the bound above, linear between neighbours.
         """
         cumulative = self.counts.cumsum(0)
         position = (int(cumulative[-1]) - 1) * q / 100
@@ -83,26 +78,26 @@ class Histogram:
 
 class BaseModelPass(TrainerCallback, ABC):
     """
-    What both callbacks below share: a pass over rows with the base model when training begins, and
-    its file.
+    The common part of both callbacks: a pass over rows with the base model when training begins,
+    and its file.
 
     Args:
-        head: whose gate it is for.
+        head: the head whose gate needs the measurement.
         dataset: rows in a fixed order: `input_ids`, `labels`, and the column `numbers`.
-        size: how many there are of what `numbers` counts.
+        size: how many examples, or tokens, `numbers` counts.
         collator: makes a batch of rows.
-        accelerator: the trainer's.
-        model: returns the model to call when training begins, which is the base model, as the
-            trainer wraps it.
+        accelerator: the trainer's accelerator.
+        model: returns the model as the trainer wraps it. When training begins it is still the base
+            model.
 
     Raises:
-        ConfigurationError: training is resumed, and the file is missing or is of other data or
-            another gate.
+        ConfigurationError: training is resumed, and the file is missing, or was measured with other
+            data or another gate.
         NonFiniteError: the base model's nll is NaN or infinite.
     """
 
-    file: str  # in the output folder: what was measured, and of what; one gate may need both passes
-    numbers: str  # the column that says of every token what it is counted under
+    file: str  # in the output folder; one gate may need both passes, so each has its own
+    numbers: str  # the column with the number of each token's example, or of the token itself
 
     def __init__(
         self,
@@ -118,20 +113,20 @@ class BaseModelPass(TrainerCallback, ABC):
 
     @abstractmethod
     def is_known(self) -> bool:
-        """Return whether the head has it already."""
+        """Return whether the head has the measurement already."""
 
     @abstractmethod
     def measure(self, batch_size: int) -> dict[str, Any]:
-        """Return what is written to the file, from the base model."""
+        """Return what the base model says, as it is written to the file."""
 
     @abstractmethod
     def apply(self, measured: dict[str, Any], args: Any) -> None:
-        """Give it to the head."""
+        """Give the measurement to the head."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure, or read what was measured when this run began."""
+        """Measure; or read the measurement of this run's beginning, if it is resumed."""
         if self.is_known():
-            return  # `train` was called before, so the model is no longer the base model
+            return  # `train` was called before, and the model is no longer the base model
         path = Path(args.output_dir) / self.file
         digest = [fingerprint(self.dataset) if self.accelerator.is_main_process else None]
         inputs = {
@@ -150,22 +145,22 @@ class BaseModelPass(TrainerCallback, ABC):
     @torch.no_grad()
     def score_rows(self, batch_size: int) -> Iterator[tuple[Tensor, TokenStatistics]]:
         """
-        Yield the numbers `[n]` and statistics of labelled tokens under the base model; this
-        process's share.
+        Yield the numbers `[n]` and statistics of labelled tokens under the base model, for this
+        process's share of the rows.
         """
         accelerator, head, model = self.accelerator, self.head, self.model()
         rows, device = self.dataset.with_format("numpy"), accelerator.device
         begins = range(0, len(rows), batch_size * accelerator.num_processes)
         model.eval()
-        # The order of the training data must not depend on whether something was measured before
+        # The order of the training data must not depend on whether a measurement came first
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             for begin in tqdm(
                 begins, "Measuring the base model", disable=not accelerator.is_main_process
             ):
                 mine = begin + batch_size * accelerator.process_index
                 own = range(mine, min(mine + batch_size, len(rows)))
-                # Out of rows before the others, a process still makes their calls, and counts
-                # nothing
+                # A rank that runs out of rows keeps making the collective calls with a dummy row
+                # that it does not count
                 batch = self.collator(rows.__getitems__(list(own or [0])))
                 numbers = batch.pop(self.numbers)[:, 1:]
                 labelled = batch["labels"][:, 1:] != -100
@@ -175,7 +170,7 @@ class BaseModelPass(TrainerCallback, ABC):
         model.train()
 
     def sum(self, *counts: Tensor) -> list[Tensor]:
-        """Return each process's counts added up, on the CPU."""
+        """Return the sums of the counts over all processes, on the CPU."""
         if self.accelerator.num_processes == 1:
             return list(counts)
         return [self.accelerator.reduce(x.to(self.accelerator.device), "sum").cpu() for x in counts]
@@ -183,8 +178,7 @@ class BaseModelPass(TrainerCallback, ABC):
 
 class MeasureGate(BaseModelPass):
     """
-    Completes the parameters of the head's gate, and finds each example's mean nll if the gate needs
-    it.
+    Measures the missing parameters of the head's gate, and each example's mean nll if it needs it.
     """
 
     file = MEASUREMENTS_FILE
@@ -235,8 +229,8 @@ class MeasureGate(BaseModelPass):
         self, batch_size: int
     ) -> tuple[np.ndarray, np.ndarray, Histogram, Histogram]:
         """
-        Return each example's summed nll (float64) and tokens `[examples]`, and all tokens' g and
-        probability.
+        Return the sum of the nll (float64) and the number of tokens of each example `[examples]`,
+        and histograms of g and of the probability over all tokens.
         """
         entropy = self.head.gate.params.get("entropy", "top-k")
         sums, counts = (torch.zeros(self.size, dtype=t) for t in (torch.float64, torch.int64))
@@ -252,8 +246,7 @@ class MeasureGate(BaseModelPass):
 
 class MeasureOldLogProb(BaseModelPass):
     """
-    Finds every label's log-probability under the base model, in the rows that are trained on, as
-    they are.
+    Measures every label's log-probability under the base model, in the rows as they are trained on.
     """
 
     file = OLD_LOG_PROB_ABOUT_FILE
@@ -265,34 +258,34 @@ class MeasureOldLogProb(BaseModelPass):
 
     def measure(self, batch_size: int) -> dict[str, Any]:
         """See `BaseModelPass`; the numbers themselves are in `OLD_LOG_PROB_FILE`."""
-        found, tokens = torch.zeros(self.size), torch.zeros(1, dtype=torch.int64)
+        log_probs, tokens = torch.zeros(self.size), torch.zeros(1, dtype=torch.int64)
         for numbers, stats in self.score_rows(batch_size):
-            found[numbers] = stats.log_prob.float().cpu()
+            log_probs[numbers] = stats.log_prob.float().cpu()
             tokens += len(numbers)
-        found, tokens = self.sum(found, tokens)
-        if not found.isfinite().all():
+        log_probs, tokens = self.sum(log_probs, tokens)
+        if not log_probs.isfinite().all():
             raise NonFiniteError(
-                f"The base model's nll is not finite on {int((~found.isfinite()).sum())} tokens of"
-                " the training data."
+                "The base model's nll is not finite on"
+                f" {int((~log_probs.isfinite()).sum())} tokens of the training data."
             )
-        self.head.old_log_prob = found
+        self.head.old_log_prob = log_probs
         return {"tokens": int(tokens)}
 
     def apply(self, measured: dict[str, Any], args: Any) -> None:
         """See `BaseModelPass`."""
-        path, found = Path(args.output_dir) / OLD_LOG_PROB_FILE, self.head.old_log_prob
-        if found is None:  # the run is resumed
+        path, log_probs = Path(args.output_dir) / OLD_LOG_PROB_FILE, self.head.old_log_prob
+        if log_probs is None:  # the run is resumed
             if not path.is_file():
                 raise ConfigurationError(
                     f"{path} is missing: copy it from the run's output folder, or start afresh."
                 )
-            found = torch.from_numpy(np.load(path))
+            log_probs = torch.from_numpy(np.load(path))
         elif args.should_save:
             staging = path.with_suffix(".partial")
             with staging.open("wb") as file:
-                np.save(file, found.numpy())
+                np.save(file, log_probs.numpy())
             os.replace(staging, path)
-        self.head.old_log_prob = found.to(args.device)
+        self.head.old_log_prob = log_probs.to(args.device)
 
 
 def fingerprint(dataset: Dataset) -> str:
@@ -306,7 +299,12 @@ def fingerprint(dataset: Dataset) -> str:
 
 
 def read(path: Path, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Return what was measured for these inputs, or say what differs."""
+    """
+    Return the content of a file of measurements.
+
+    Raises:
+        ConfigurationError: the file is missing, or was measured with another gate or other data.
+    """
     if not path.is_file():
         raise ConfigurationError(
             f"{path} is missing: it holds what gate={inputs['gate']['name']!r} measured with the"

@@ -1,16 +1,16 @@
 """
-Logits that are not what we think: our nll beside that of the model's own logits, once, before the
-first step.
+Before the first step: compare our nll with the nll from the model's own logits, on a few tokens.
 
-The head multiplies hidden states by the weight it is shown, and knows the scales and caps that the
-fields of known architectures tell of (`eaft.training.head`). An architecture that does something
-else to its logits, or has a head that is more than its weight (a quantised one), would be trained
-on a wrong loss without a word.
+Our head multiplies hidden states by a weight, and applies the scale and cap that the config of a
+known architecture has (`eaft.training.head`). Some architectures do something else to their logits,
+and a quantised head is more than its weight. Without this check such a model would silently be
+trained on a wrong loss.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from eaft.errors import ConfigurationError
 from eaft.objective.fused import fused_loss
 
-TOKENS = 4  # of a batch, that are compared
+TOKENS = 4  # how many tokens of a batch are compared
 REASON = (
     "The architecture does something to its logits that eaft does not know of, or its head is"
     " quantised, and the loss would be wrong. Load the head unquantised, or train another model;"
@@ -40,31 +40,33 @@ def check_logits(
     forward: Callable[..., Tensor] | None = None,
 ) -> None:
     """
-    Compare our nll with that of the model's own logits on a few tokens of a batch; all ranks must
-    call this.
+    Compare our nll with the nll from the model's own logits on a few tokens of a batch; all ranks
+    must call this.
 
-    The forward runs in the mode that the model is in, since some layers change their weights for
-    inference when they leave training mode (bitsandbytes' 4-bit ones on a CPU, adapters that
-    merge). It leaves modes, buffers and random number generators as they were.
+    The forward runs in the model's current mode, because some layers change their weights when they
+    leave training mode (bitsandbytes' 4-bit layers on a CPU, adapters that merge). Modes, buffers
+    and random number generators are afterwards as they were before.
 
     Args:
         model: a model that `GatedLMHead` has patched, as it is wrapped for training.
-        inputs: a batch, as the model is called with.
-        gather: concatenates a tensor of each rank, on every rank.
-        forward: what to call with the batch, where that is not the model itself with
-            `check_logits=True`.
+        inputs: a batch: the keyword arguments of the model.
+        gather: concatenates the tensors of all ranks, on every rank.
+        forward: called with the batch. Default: the model with `check_logits=True`.
 
     Raises:
-        ConfigurationError: on every rank, if on any they differ by more than rounding explains.
+        ConfigurationError: on every rank, if on any rank the two differ by more than rounding.
     """
     with torch.no_grad():
-        found = gather(model(**inputs, check_logits=True) if forward is None else forward(**inputs))
-    # NaN in both is the finiteness check's to report
-    excess = ((found[:, 0] - found[:, 1]).abs() / found[:, 2]).nan_to_num(0.0, posinf=math.inf)
+        compare = functools.partial(model, check_logits=True) if forward is None else forward
+        compared = gather(compare(**inputs))
+    # If both are NaN, the check for finite losses reports it
+    excess = ((compared[:, 0] - compared[:, 1]).abs() / compared[:, 2]).nan_to_num(
+        0.0, posinf=math.inf
+    )
     worst = int(excess.argmax())
     if excess[worst] <= 1:
         return
-    ours, own, allowed = found[worst].tolist()
+    ours, own, allowed = compared[worst].tolist()
     what = "router's auxiliary loss" if worst % (3 * TOKENS + 1) == 3 * TOKENS else "nll of a token"
     raise ConfigurationError(
         f"model_type={model_type(model)!r}: the {what} is {own:.6g} by the model's own forward and"
@@ -73,7 +75,7 @@ def check_logits(
 
 
 def model_type(model: Any) -> str:
-    """Return the architecture of a model, however it is wrapped."""
+    """Return the architecture's name, also of a model that is wrapped."""
     return next(
         module.config.model_type
         for module in model.modules()
@@ -91,12 +93,12 @@ def compare_logits(
     **kwargs: Any,
 ) -> Tensor:
     """
-    Return our nll, that of the model's own logits, and by how much they may differ, float32 `[3 *
+    Return our nll, the nll from the model's own logits, and the allowed difference, float32 `[3 *
     TOKENS + 1, 3]`.
 
-    Of each token three: its label, and the most and the least likely one by the model's logits,
-    which a cap or a mask moves most. The last row is the auxiliary loss of a mixture of experts,
-    zeros if the model's forward has none.
+    Each token gives three rows: for its label, and for the most and the least likely token by the
+    model's logits, because a cap or a mask moves these most. The last row is the auxiliary loss of
+    a mixture of experts; it is 0 if the model's forward returns none.
     """
     kwargs["use_cache"] = False
     kwargs.pop("example_ids", None)
@@ -112,9 +114,8 @@ def compare_logits(
     logits, hidden = own.logits.to(device), backbone.last_hidden_state[rows, columns].to(device)
     label = shift_labels[rows, columns].to(device).clamp(min=0)
     candidates = torch.stack([label, logits.argmax(-1), logits.argmin(-1)], -1)
-    own_log_probs = (
-        logits.cpu().double().log_softmax(-1)
-    )  # of these logits, exact; not every device has float64
+    # In float64, which not every device has
+    own_log_probs = logits.cpu().double().log_softmax(-1)
     with head.gathered(lm_head) as weights:
         weight, transform = weights.weight, weights.transform
         if weight.shape[-1] != hidden.shape[-1]:
@@ -147,14 +148,14 @@ def compare_logits(
         device, torch.float32
     )
     own_nll = -own_log_probs.gather(-1, candidates.cpu()).to(device, torch.float32)
-    found = torch.zeros(3 * TOKENS + 1, 3, device=device)
-    found[:-1] = torch.stack([losses.statistics.nll, own_nll.flatten(), allowed.flatten()], -1)
+    compared = torch.zeros(3 * TOKENS + 1, 3, device=device)
+    compared[:-1] = torch.stack([losses.statistics.nll, own_nll.flatten(), allowed.flatten()], -1)
     if (own_aux_loss := getattr(own, "aux_loss", None)) is not None:
         aux_loss = head.aux_loss(model, backbone, kwargs.get("attention_mask"))
         # The same sum over tokens, in float32
         error = 8 * torch.finfo(torch.float32).eps * math.sqrt(labelled.numel()) * aux_loss
-        found[-1] = torch.tensor([aux_loss, own_aux_loss, error])
-    return found
+        compared[-1] = torch.tensor([aux_loss, own_aux_loss, error])
+    return compared
 
 
 def run_own_forward(
@@ -167,19 +168,19 @@ def run_own_forward(
     **kwargs: Any,
 ) -> tuple[Any, Any]:
     """
-    Return the model's own output, its logits those of some tokens alone `[n, V]`, and its
-    backbone's output.
+    Return the output of the model's own forward, with logits of some tokens only `[n, V]`, and the
+    output of its backbone.
     """
     backbone: list[Any] = []
     cuts = 0
 
     def keep(module: Any, inputs: Any, output: Any) -> None:
         if getattr(output, "router_logits", None) == ():
-            output.router_logits = None  # models' own auxiliary loss takes no empty tuple
+            output.router_logits = None  # the model's own auxiliary loss fails on an empty tuple
         backbone.append(output)
 
     def cut(module: Any, inputs: tuple[Any, ...]) -> Any:
-        # The head sees these tokens alone, so that the logits of a long batch never exist
+        # The head only sees these tokens, so that the logits of a long batch never exist
         nonlocal cuts
         if not inputs or inputs[0].shape[:2] != shape:
             return None
@@ -198,12 +199,12 @@ def run_own_forward(
     finally:
         for hook in hooks:
             hook.remove()
-    if not backbone:  # OPT's forward calls a part of it; this pass draws the same random numbers
+    # OPT's forward calls only a part of its backbone. This pass draws the same random numbers
+    if not backbone:
         with unchanged(model):
             backbone = [head.backbone(model)(*args, **kwargs)]
-    whole = (
-        not cuts and own.logits.shape[:2] == shape
-    )  # a batch may itself be one row of as many tokens
+    # Without a cut; a batch may also be one row of as many tokens as are compared
+    whole = not cuts and own.logits.shape[:2] == shape
     own.logits = own.logits[rows, columns] if whole else own.logits[0]
     return own, backbone[0]
 
@@ -211,8 +212,7 @@ def run_own_forward(
 @contextlib.contextmanager
 def unchanged(model: torch.nn.Module) -> Iterator[None]:
     """
-    Put back, after a forward, the model's buffers and what random number generators it may have
-    drawn from.
+    After a forward, restore the model's buffers and the random number generators it may have used.
     """
     buffers = [
         (module, name, buffer, buffer.clone())
@@ -220,7 +220,7 @@ def unchanged(model: torch.nn.Module) -> Iterator[None]:
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    # What a model's own code may draw from
+    # A model's own code may use these generators
     states = random.getstate(), np.random.get_state()  # noqa: NPY002
     accelerator = torch.accelerator.current_accelerator()
     kind = "cuda" if accelerator is None else accelerator.type
@@ -241,20 +241,20 @@ def rounding(moved: Tensor, log_probs: Tensor, candidates: Tensor, spread: Tenso
     """
     Return by how much two nll from the same hidden states may differ, `[n, k]`.
 
-    With u the spacing of the logits' dtype at 1, a rounding moves a logit z by at most u / 2 |z|.
-    On both sides together there are two of a product, one of a scale and three of a cap, if there
-    are such, and two for products that a GPU sums in parts, which are about as large as the logits
-    are on average. If each logit moves by m_v against the label, its nll moves by m_y + ln sum_v
-    p_v exp(m_v).
+    Let u be the spacing of the logits' dtype at 1. One rounding moves a logit z by at most u / 2
+    |z|. Both sides together have two roundings of a product, one of a scale and three of a cap (if
+    the model has them). Two more are for products that a GPU sums in parts, which are about as
+    large as the logits are on average. If each logit moves by m_v against the label, the nll moves
+    by m_y + ln sum_v p_v exp(m_v).
 
-    The float32 sum of H products itself errs by about 4 sqrt(H) 2^-24 |h| |w| (Higham and Mary,
+    The float32 sum of H products has an error of about 4 sqrt(H) 2^-24 |h| |w| (Higham and Mary,
     2019, doi:10.1137/18M1226312: four standard deviations of independent roundings), on both sides,
     for two logits.
 
-    Our nll is made of the logits in float32, the model's in float64. Ours rounds the label's
-    distance from the largest logit, at most nll, and the nll, which is rounded once more where both
-    are compared: 3 nll 2^-24. The distances of all logits, their exponentials, their pairwise sum
-    and its logarithm add at most about 6 ln V 2^-24.
+    Our nll is computed from float32 logits, the model's nll in float64. Ours rounds the label's
+    distance from the largest logit, which is at most nll, then the nll, and once more when both are
+    compared: 3 nll 2^-24. The distances of all logits, their exponentials, their pairwise sum and
+    its logarithm add at most about 6 ln V 2^-24.
 
     Args:
         moved: m, `[n, V]`.

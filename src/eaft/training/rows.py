@@ -20,8 +20,7 @@ from eaft.models import template_today
 
 def cached_by_date(dataset: Dataset) -> Dataset:
     """
-    Return the same data set, whose maps `datasets` caches by the date that chat templates write,
-    too.
+    Return the same data set. `datasets` caches its maps also by the date that chat templates write.
     """
     dated = copy.copy(dataset)
     dated._fingerprint = Hasher.hash([dataset._fingerprint, template_today()])
@@ -32,12 +31,12 @@ def describe_rows(
     batch: MutableMapping[str, Any], tokenizer: Any, dataset: Any, images: bool = False
 ) -> str:
     """
-    Name a batch's rows: their index in their data set, as the trainer holds it, and how their text
+    Name a batch's rows: their index in the data set that the trainer holds, and how their text
     begins.
 
-    Rows that are not found in the data set by their tokens have no index: a stream's, and those
-    that a collator makes (images). Of rows with the same tokens it is the first one's. Of `images`,
-    runs of the same placeholder are shortened to one.
+    A row whose tokens are not in the data set has no index: rows of a stream, and rows that a
+    collator makes (images). If several rows have the same tokens, the index is of the first. With
+    `images`, runs of the same placeholder are shortened to one.
     """
     input_ids = batch["input_ids"].cpu().numpy()
     if (mask := batch.get("attention_mask")) is not None:
@@ -50,16 +49,16 @@ def describe_rows(
     else:  # padding-free: one row holds every row, and each of their sequences starts at position 0
         texts = list(input_ids)
         starts = [np.flatnonzero(batch["position_ids"][0].cpu().numpy() == 0).tolist()]
-    found = find_rows(dataset, texts, starts)
+    rows = find_rows(dataset, texts, starts)
     named = []
     for text, (ids, begins) in enumerate(zip(texts, starts, strict=True)):
         end = 0
         for begin, following in itertools.pairwise([*begins, len(ids)]):
             if begin < end:
                 continue  # another sequence of a packed row
-            index, length = found.get((text, begin), ("(unnumbered)", following - begin))
+            index, length = rows.get((text, begin), ("(unnumbered)", following - begin))
             end = begin + length
-            if found and len(begins) > 1 and index == "(unnumbered)" and length == 1:
+            if rows and len(begins) > 1 and index == "(unnumbered)" and length == 1:
                 continue  # padding to a multiple
             shown = ids[begin:end]
             if images:
@@ -72,12 +71,12 @@ def find_rows(
     dataset: Any, texts: list[np.ndarray], starts: list[list[int]]
 ) -> dict[tuple[int, int], tuple[int, int]]:
     """
-    Return the index and length of the data set's row that stands in a text from one of its starts.
+    Return (text, start) -> the index and the length of the data set's row that begins there.
 
     Args:
         dataset: read once, if it is a `Dataset` with `input_ids`.
         texts: token ids, each `[tokens]`.
-        starts: of each text, where sequences begin; a packed row has several.
+        starts: where the sequences of each text begin; a packed row has several.
     """
     if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
         return {}
@@ -86,12 +85,12 @@ def find_rows(
         for begin, end in itertools.pairwise([*begins, len(ids)]):
             sequences[ids[begin:end].tobytes()].append((text, begin))
     columns = [name for name in ("input_ids", "seq_lengths") if name in dataset.column_names]
-    found: dict[tuple[int, int], tuple[int, int]] = {}
+    rows: dict[tuple[int, int], tuple[int, int]] = {}
     for index, row in enumerate(dataset.with_format("numpy", columns=columns)):
         ids = np.asarray(row["input_ids"], texts[0].dtype)
         first = ids[: row["seq_lengths"][0]] if len(row.get("seq_lengths", ())) else ids
         for text, begin in {*sequences.get(ids.tobytes(), ()), *sequences.get(first.tobytes(), ())}:
-            longest = found.get((text, begin), (0, 0))[1]
+            longest = rows.get((text, begin), (0, 0))[1]
             if len(ids) > longest and np.array_equal(texts[text][begin : begin + len(ids)], ids):
-                found[text, begin] = index, len(ids)
-    return found
+                rows[text, begin] = index, len(ids)
+    return rows
