@@ -171,7 +171,7 @@ def test_no_model_is_loaded_and_nothing_written(command, model_dir, tmp_path, ca
 
 def found(rows, tokenizer, args=None, **more):
     entries = check_rows(tokenizer, rows, args or config(), "data", **more)
-    return {e["name"]: (e["count"], e["rows"], e["text"]) for e in entries}
+    return {e.name: (e.count, e.rows, e.text) for e in entries}
 
 
 @pytest.mark.parametrize(

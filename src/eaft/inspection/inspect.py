@@ -243,7 +243,7 @@ def inspect(
             )
         check_evaluation("vllm")  # it is lm-eval's
     dataset, _ = load_data(script_args, args, model_args, dataset_args)
-    template = check_data(script_args, args, model_args, dataset, None)
+    template = list(map(asdict, check_data(script_args, args, model_args, dataset, None)))
     source = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
     with state.main_process_first():
         base = find_model(str(model_args.model_name_or_path), source)

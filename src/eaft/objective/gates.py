@@ -1,5 +1,5 @@
 """
-The formulas of the gates: each token's weight, from the model's own statistics of that token.
+The formulas of the gates: each token's weight, from the model's statistics of that token.
 
 `eaft.objective.registry` says what a gate is and how to add one.
 """
@@ -27,15 +27,15 @@ def normalized_entropy(stats: TokenStatistics, entropy: str = "top-k") -> Tensor
     if entropy not in ("top-k", "exact"):
         raise ValueError(f"entropy={entropy!r}: expected 'top-k' or 'exact'.")
     nats = stats.top_k_entropy if entropy == "top-k" else stats.entropy
-    # Rounding can put a uniform top K a hair above ln K; a vocabulary of one token has no entropy
-    # to divide
+    # Rounding can put a uniform top K slightly above ln K. With one token in the vocabulary, ln K
+    # is 0
     return (nats / math.log(max(stats.top_k, 2))).clamp(0, 1)
 
 
 def resolve_threshold(
     threshold: float | str, values: Tensor, percentile: float, name: str
 ) -> float | Tensor:
-    """Return a threshold that is a number as it is; for `batch`, the percentile of `values`."""
+    """Return a threshold: the number itself, or for `batch` the percentile of `values`."""
     if not 0 <= percentile <= 100:
         raise ValueError(f"{name}_percentile must be between 0 and 100, got {percentile}.")
     if threshold == "batch":
@@ -128,8 +128,8 @@ def deft(stats: TokenStatistics) -> Tensor:
     Weight P(label)^a, a = sum of squared probabilities: sft where unsure, dft where sure
     (arXiv:2602.11424).
 
-    The authors' loss is (1 - p^a) / (a + 1e-6): another value, and a gradient that is ours times a
-    / (a + 1e-6), which is less than ours only near a uniform distribution over a large vocabulary.
+    The authors' loss is (1 - p^a) / (a + 1e-6). Its value differs. Its gradient is ours times a /
+    (a + 1e-6), which is less than ours only near a uniform distribution over a large vocabulary.
     """
     return (stats.sum_sq_probs * stats.log_prob).exp()
 
@@ -140,8 +140,8 @@ def profit(stats: TokenStatistics, prob_threshold: float = 0.1) -> Tensor:
     Weight 1 if P(label) > prob_threshold, else 0: unlikely labels are not learnt
     (arXiv:2601.09195).
 
-    The authors' default; their code keeps a P(label) that equals the threshold, too. As there the
-    loss is divided by the number of all response tokens.
+    The default is the authors'. Their code also keeps a P(label) that equals the threshold. As in
+    their code, the loss is divided by the number of all response tokens.
     """
     if not 0 <= prob_threshold <= 1:
         raise ValueError(f"prob_threshold must be between 0 and 1, got {prob_threshold}.")
@@ -154,9 +154,9 @@ def mile(stats: TokenStatistics, gamma: float = 1.0) -> Tensor:
     Weight (1 + H)^gamma, H = entropy in nats: learn more where the model is uncertain (MiLe,
     arXiv:2310.19531).
 
-    Never below 1, so the loss is larger than the cross-entropy. The authors' code divides by the
-    mean of the weights over all positions of the batch, prompts and padding too; their entropy is
-    detached, as ours, and takes no probability as less than 1e-8.
+    The weight is never below 1, so the loss is larger than the cross-entropy. The authors' code
+    divides by the mean of the weights over all positions of the batch, with prompts and padding.
+    Their entropy is detached, like ours, and no probability counts as less than 1e-8.
     """
     if not (math.isfinite(gamma) and gamma >= 0):
         raise ValueError(f"gamma must be a number of at least 0, got {gamma}.")
@@ -169,15 +169,15 @@ def ranktuner(stats: TokenStatistics, base: str = "prob") -> Tensor:
     Weight w (P(label) E)^-K, K = 1 / log2(1 + max(R, E))^2: learn what ranks low for its entropy
     (arXiv:2602.01745).
 
-    R is the label's rank and E a bound on the rank to expect (`expected_rank_bound`). w is
-    P(label), the paper's choice for mathematics and the authors' code, or with `base="one"` 1, the
-    paper's choice for other data.
+    R is the label's rank, and E is a lower bound on the expected rank (`expected_rank_bound`). w is
+    P(label), the paper's choice for mathematics and the choice of the authors' code. With
+    `base="one"` w is 1, the paper's choice for other data.
 
     The paper's Relative Scale is 2^(f(E[R]) - f(R)), f(x) = 1 / log2(1 + x), for which the
-    vocabulary must be sorted. Its authors train, as we do, with a closed form of it that has bounds
-    in their places: E for the expected rank E[R], 1 / P(label) for R. Where the model is sure of
-    another token, that is much the larger of the two. As in their code P(label) E counts as at
-    least 1e-6; there R counts also the other tokens that are as likely as the label.
+    vocabulary must be sorted. The authors train, as we do, with a closed form that has bounds in
+    place of the ranks: E for the expected rank E[R], 1 / P(label) for R. If the model is sure of
+    another token, 1 / P(label) is much larger than R. As in their code, P(label) E counts as at
+    least 1e-6. In their code R also counts the other tokens that are as likely as the label.
     """
     if base not in ("prob", "one"):
         raise ValueError(f"base={base!r}: expected 'prob' or 'one'.")
@@ -195,8 +195,8 @@ def talr(stats: TokenStatistics, tau: float | str = "batch", min_weight: float =
     Weight max(P(label)^(1/tau), min_weight), tau = median of the sequences' mean nll
     (arXiv:2509.20758).
 
-    With `tau="batch"` the median is over the sequences of a device's batch, at the current step; a
-    number fixes it.
+    With `tau="batch"` the median is over the sequences of a device's batch, at the current step. A
+    number fixes tau.
     """
     temperature = median_example_nll(stats) if tau == "batch" else tau
     if isinstance(temperature, str) or temperature <= 0:
@@ -228,13 +228,13 @@ def psft(stats: TokenStatistics, clip: float = 0.28) -> Tensor:
     Weight r = P(label) / P_base(label) if r <= 1 + clip, else 0: no label moves far from the base
     (arXiv:2508.17784).
 
-    The gradient of the paper's loss -min(r, clip(r, 1 - clip_low, 1 + clip)), whose value is
-    another; clip_low does not matter, since below 1 - clip_low the minimum is r. The default is the
+    The gradient is that of the paper's loss -min(r, clip(r, 1 - clip_low, 1 + clip)); the value
+    differs. clip_low does not matter, since below 1 - clip_low the minimum is r. The default is the
     authors' upper clip.
 
-    The trainer measures P_base of each token once before training. The authors measure it anew for
-    every batch, of 64 examples, which they then go over in 8 optimizer steps: theirs bounds how far
-    a label moves in 8 steps, and ours in all of training.
+    The trainer measures P_base of each token once before training. The authors measure it again for
+    every batch of 64 examples, on which they take 8 optimizer steps. Their gate bounds how far a
+    label moves in 8 steps; ours bounds how far it moves in all of training.
     """
     if not (math.isfinite(clip) and clip >= 0):
         raise ValueError(f"clip must be a number of at least 0, got {clip}.")
@@ -251,7 +251,7 @@ def sft_kl(stats: TokenStatistics) -> Tensor:
     """
     Weight 1, plus kl_coef * KL(policy || reference): cross-entropy, held near the base model.
 
-    The coefficient is that of arXiv:2601.02151, appendix F.2.
+    The default coefficient is from arXiv:2601.02151, appendix F.2.
     """
     return sft(stats)
 
@@ -262,16 +262,16 @@ def asft(stats: TokenStatistics) -> Tensor:
     Weight P(label), plus kl_coef * KL(reference || policy): dft, held near the base model
     (arXiv:2509.23753, Eq. 6).
 
-    LLaMA-Factory's ASFT ignores `num_items_in_batch`: accumulated micro-batches are averaged each
-    by itself and added.
+    LLaMA-Factory's ASFT ignores `num_items_in_batch`: it averages each accumulated micro-batch by
+    itself and adds the means.
     """
     return dft(stats)
 
 
 def median_example_nll(stats: TokenStatistics) -> Tensor:
     """
-    Return the median over examples of their mean nll, in nats; kept from 0 and infinity, so that it
-    can divide.
+    Return the median over examples of their mean nll, in nats. It is clamped away from 0 and
+    infinity, so that it can be a divisor.
     """
     if stats.example_ids is None:
         raise ConfigurationError(

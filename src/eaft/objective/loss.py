@@ -1,6 +1,5 @@
 """
-The gated cross-entropy, L = sum_t g_t * nll_t / N: the readable reference every faster path must
-equal.
+The gated cross-entropy, L = sum_t g_t * nll_t / N: the readable specification of every faster path.
 """
 
 from __future__ import annotations
@@ -18,8 +17,7 @@ from eaft.objective.statistics import TokenContext, TokenStatistics, token_stati
 
 def gated_nll(nll: Tensor, weights: Tensor) -> Tensor:
     """Return each token's g_t * nll_t."""
-    # A closed gate shuts out even a label of probability 0, whose nll is infinite; but a NaN is
-    # never hidden
+    # A weight of 0 also removes a label with probability 0, whose nll is infinite. A NaN stays
     return torch.where((weights == 0) & ~nll.isnan(), 0.0, weights * nll)
 
 
@@ -33,8 +31,7 @@ def loss_terms(
 
 def example_ids_by_row(labels: Tensor) -> Tensor:
     """
-    Return which example each token is from where nobody says: its row of `[B, S]`, or all one
-    example for `[N]`.
+    Return the default example of each token: its row for labels `[B, S]`, one example for `[N]`.
     """
     rows = (
         torch.arange(len(labels), device=labels.device) if labels.ndim > 1 else labels.new_zeros(1)
@@ -57,15 +54,15 @@ def gated_cross_entropy(
     **params: Any,
 ) -> Tensor:
     """
-    Cross-entropy in which each token counts by its gate (arXiv:2601.02151).
+    Cross-entropy with a gate on each token (arXiv:2601.02151).
 
     Args:
         logits: computed in at least float32.
         labels: positions equal to `ignore_index` do not count.
         gate: name of a registered gate, or a function of `TokenStatistics`; or a `BoundGate`, which
             brings its own K and parameters.
-        num_items: what to divide the weighted sum by, for accumulated batches. Default: the number
-            of labelled tokens (not the sum of the gates).
+        num_items: the divisor of the weighted sum, for accumulated batches. Default: the number of
+            labelled tokens (not the sum of the gates).
         ignore_index: label of positions without a loss.
         top_k: K of the top-K entropy.
         example_ids: which example each token is from (`talr`). Default: the row of `[B, S]` labels;
@@ -77,11 +74,11 @@ def gated_cross_entropy(
 
     Returns:
         Scalar in nats per token, float32 (float64 for float64 logits). Without a labelled token it
-        is a zero that is connected to the graph, with zero gradients.
+        is 0 and still connected to the graph, with zero gradients.
 
     Raises:
-        ConfigurationError: unknown gate, a parameter it does not take or refuses, or something it
-            needs is missing.
+        ConfigurationError: the gate is unknown, does not take or refuses a parameter, or needs an
+            argument that is missing.
     """
     bound = bind_gate(gate, params, top_k)
     anchor = bound.anchor

@@ -1,5 +1,5 @@
 """
-The table of gates: what a gate is, how one is found by its name, and how it is checked and applied.
+The table of gates: what a gate is, how to register one, and how a name becomes a gate.
 
 A gate takes `TokenStatistics` and returns a weight for each token. It is a constant in the
 gradient: `gate_weights` passes detached statistics and runs without autograd. The formulas are in
@@ -9,11 +9,11 @@ gradient: `gate_weights` passes detached statistics and runs without autograd. T
     def confident(stats: TokenStatistics) -> Tensor:
         return stats.sum_sq_probs
 
-Its keyword arguments are its parameters. A parameter without a default must be given, unless
-`eaft.training.gate_measurements` knows its name: then the trainer measures it on the training data
-with the base model.
+The function's keyword arguments are the gate's parameters. A parameter without a default must be
+given, unless `eaft.training.gate_measurements` knows its name: then the trainer measures it on the
+training data with the base model.
 
-A weight below 0 makes its label less likely. A gate with such weights is refused, unless it is
+A weight below 0 makes a label less likely. A gate with such weights is refused, unless it is
 registered with `allow_negative=True`.
 """
 
@@ -40,12 +40,12 @@ Weight = Callable[..., Tensor]
 @dataclass(frozen=True)
 class Anchor:
     """
-    A term beside the gated nll that holds the policy near a reference: coef * KL per token, over
-    the whole vocabulary.
+    A term beside the gated nll that keeps the policy near a reference: coef * KL for each token,
+    over the whole vocabulary.
 
-    `reverse` is KL(policy || reference), which punishes putting probability where the reference has
-    none; `forward` is KL(reference || policy), which punishes taking it away where the reference
-    has some.
+    `reverse` is KL(policy || reference): it punishes probability where the reference has none.
+    `forward` is KL(reference || policy): it punishes missing probability where the reference has
+    some.
     """
 
     coef: float
@@ -61,7 +61,7 @@ class Anchor:
             raise ConfigurationError(f"kl_coef must be a number of at least 0, got {self.coef!r}.")
 
     def kl(self, log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
-        """Return the divergence of each token, in nats, from two log-distributions `[..., V]`."""
+        """Return the divergence of each token, in nats, of two log-distributions `[..., V]`."""
         if self.direction == "reverse":
             return kl_divergence(log_probs, reference_log_probs)
         return kl_divergence(reference_log_probs, log_probs)
@@ -70,8 +70,8 @@ class Anchor:
         self, log_probs: Tensor, reference_log_probs: Tensor
     ) -> tuple[Tensor, Tensor]:
         """
-        Return the divergence and its derivative by the policy's logits: p (ln p - ln q - KL), or p
-        - q forward.
+        Return the divergence and its derivative by the policy's logits, which is p (ln p - ln q -
+        KL) for `reverse`, p - q for `forward`.
         """
         kl, probs = self.kl(log_probs, reference_log_probs), log_probs.exp()
         if self.direction == "forward":
@@ -82,27 +82,21 @@ class Anchor:
 
 @dataclass(frozen=True)
 class Gate:
-    """A weight per token, and what it needs beside the statistics of each token by itself."""
+    """A weight per token, and what the weight needs beside the statistics of its token."""
 
     weight: Weight
-    # a token's weight depends on no other token, so a chunk of them can be weighed by itself
-    per_token: bool = False
+    per_token: bool = False  # a token's weight depends on no other token: chunks can be weighed
     needs_examples: bool = False  # `stats.example_ids`: which example each token is from
-    needs_example_nll: bool = (
-        False  # `stats.example_nll`: the base model's mean nll of that example
-    )
+    needs_example_nll: bool = False  # `stats.example_nll`: the base model's mean nll of the example
     needs_old_log_prob: bool = False  # `stats.old_log_prob`: ln P(label) under the base model
     needs_rank: bool = False  # `stats.rank` and `stats.first_prob`
-    allow_negative: bool = (
-        False  # a weight below 0 makes its label less likely: refused, unless it is meant
-    )
-    anchor: Anchor | None = None  # a reference model
+    allow_negative: bool = False  # weights below 0 are intended
+    anchor: Anchor | None = None  # a KL term, for which the loss needs a reference model
 
     @property
     def params(self) -> dict[str, Any]:
         """
-        The parameters it takes, with their defaults (`inspect.Parameter.empty` where there is
-        none).
+        Its parameters with their defaults; `inspect.Parameter.empty` if there is no default.
         """
         params = {
             p.name: p.default for p in list(inspect.signature(self.weight).parameters.values())[1:]
@@ -126,7 +120,7 @@ GATES: dict[str, Gate] = {}
 
 
 def called(gate: GateLike) -> str:
-    """Return what a message calls a gate: its name, or the module and the name of its function."""
+    """Return a gate's name in a message, quoted: its own, or its function's with the module."""
     function = gate.weight if isinstance(gate, Gate) else gate
     if isinstance(function, str):
         return repr(function)
@@ -147,12 +141,11 @@ def register(name: str, **needs: Any) -> Callable[[Weight], Weight]:
 
 def get_gate(gate: GateLike) -> Gate:
     """
-    Return the gate registered as `gate`, or imported if it is `module:function`, or made of it if
-    it is a function.
+    Return the gate with a registered name, from a `module:function` to import, or of a function.
 
     Raises:
-        ConfigurationError: no gate has that name, with those there are and the nearest; or the
-            import fails.
+        ConfigurationError: no gate has that name (the message lists all gates and the nearest
+            one), or the import fails.
     """
     if isinstance(gate, Gate):
         return gate
@@ -179,14 +172,14 @@ def get_gate(gate: GateLike) -> Gate:
 @contextlib.contextmanager
 def own_code(what: str) -> Iterator[None]:
     """
-    Say in one line what a user's own code raised, and where; also `sys.exit`, which would end the
-    command as a success.
+    Turn an exception in a user's own code into one line that says what was raised and where. This
+    includes `sys.exit`, which would end the command with success.
 
     Args:
         what: begins the message.
 
     Raises:
-        ConfigurationError: whatever was raised, but for errors of ours.
+        ConfigurationError: for any exception that is not an `EAFTError`.
     """
     try:
         yield
@@ -207,7 +200,7 @@ def own_code(what: str) -> Iterator[None]:
 
 def is_of_data(default: Any) -> bool:
     """
-    Return whether a parameter with this default is found from the data: it has none, or `batch`.
+    Return whether a parameter with this default is measured on data: no default, or `batch`.
     """
     return default is inspect.Parameter.empty or default == "batch"
 
@@ -218,7 +211,7 @@ def gate_weights(gate: GateLike, stats: TokenStatistics, **params: Any) -> Tenso
     Return the weight of each token, without gradient, in the statistics' shape and dtype.
 
     Raises:
-        ConfigurationError: the gate is unknown, raises, or returns no tensor, or one of another
+        ConfigurationError: the gate is unknown, raises, or does not return a tensor of the same
             shape.
     """
     params = {

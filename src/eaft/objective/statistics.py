@@ -1,5 +1,5 @@
 """
-What the model thinks of each token: log-probability, entropy, top-K entropy. Pure tensor functions.
+Statistics of the model's distribution at each token: log-probability, entropy, top-K entropy.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from eaft.errors import ConfigurationError
 
-# A confident conflict: the model is sure (low entropy) of something else than the label (low
-# probability).
+# A confident conflict: the model is sure (low entropy) of another token than the label (low
+# probability)
 CONFLICT_MAX_ENTROPY = 0.5  # nats
 CONFLICT_MAX_PROB = 0.1
-# Tokens the paper's Figure 4 follows through training: at least, at most (nats)
+# The paper's Figure 4 follows tokens with at least, and at most, this entropy (nats)
 HIGH_ENTROPY, LOW_ENTROPY = 2.0, 0.5
 
 
@@ -37,11 +37,11 @@ class TokenStatistics:
     sum_sq_probs: Tensor  # sum_v p_v^2
     is_top1: Tensor  # bool: the label is the most likely token (the first of equals)
     top_k: int  # K, at most the size of the vocabulary
-    # What a distribution does not tell, for the gates that need it
+    # For gates that need more than the distribution
     example_ids: Tensor | None = None  # int64: which example each token is from
     example_nll: Tensor | None = None  # mean nll of that example under the base model, in nats
     old_log_prob: Tensor | None = None  # ln P(label) under the base model
-    # Where they are asked for
+    # With `ranked=True`
     first_choice: Tensor | None = None  # int64: the most likely token (of equals, any)
     first_prob: Tensor | None = None  # its probability
     rank: Tensor | None = None  # int64: 1 + how many tokens are more likely than the label
@@ -64,11 +64,11 @@ class TokenStatistics:
     @property
     def grad_norm(self) -> Tensor:
         """
-        Norm of d nll / d logits, p - 1[label]: sqrt(sum_v p_v^2 - 2 P(label) + 1). A weight on the
-        nll scales it.
+        Norm of d nll / d logits = p - 1[label]: sqrt(sum_v p_v^2 - 2 P(label) + 1). A weight on
+        the nll multiplies it.
         """
-        # As (1 - P(label))^2 + the others' squares, which are at most that: where P is near 1 the
-        # formula cancels
+        # Computed as (1 - P(label))^2 + the sum of the other squares, which is at most that: near
+        # P = 1 the formula above cancels
         others = -torch.expm1(self.log_prob.detach())
         squares = (
             (self.sum_sq_probs - self.prob.detach().square()).clamp(min=0).minimum(others.square())
@@ -78,13 +78,13 @@ class TokenStatistics:
     @property
     def expected_rank_bound(self) -> Tensor:
         """
-        A lower bound on the rank a token drawn from the distribution has on average, sum_k k p_(k)
-        with p_(k) falling.
+        A lower bound on the mean rank of a token drawn from the distribution, sum_k k p_(k) with
+        p_(1) >= p_(2) >= ...
 
-        2^H / 4 + 1 where H is at least 2 bits (Massey, "Guessing and entropy", 1994), else 2 -
-        p_(1), which counts all others as second. The sum itself needs the vocabulary sorted: of
-        49,152 tokens that takes torch 4 ms on one thread, as much as the loss's three products with
-        hidden states of 576. Needs `first_prob`.
+        It is 2^H / 4 + 1 if H is at least 2 bits (Massey, "Guessing and entropy", 1994), else 2 -
+        p_(1), which counts all other tokens as second. The sum itself needs a sorted vocabulary.
+        Sorting 49,152 tokens takes torch 4 ms on one thread, as long as the three products of the
+        loss with hidden states of 576. Needs `first_prob`.
         """
         if self.first_prob is None:
             raise ConfigurationError("The expected rank needs first_prob: ask for ranked=True.")
@@ -100,8 +100,8 @@ class TokenStatistics:
     @classmethod
     def cat(cls, chunks: Sequence[TokenStatistics]) -> TokenStatistics:
         """
-        Join the statistics of consecutive chunks of tokens (1-D each, the same K), without their
-        examples.
+        Join the statistics of consecutive chunks of tokens (1-D each, the same K), without the
+        fields of `TokenContext`.
         """
         names = ["log_prob", "entropy", "top_k_entropy", "sum_sq_probs", "is_top1"]
         if chunks[0].rank is not None:
@@ -142,20 +142,20 @@ def usable_top_k(top_k: int, vocab_size: int) -> int:
 
 def entropy_from_log_probs(log_probs: Tensor) -> Tensor:
     """
-    Return -sum_v p_v ln p_v over the last dimension, in nats; a token of probability 0 (-inf) adds
-    nothing.
+    Return -sum_v p_v ln p_v over the last dimension, in nats. A token with probability 0 (-inf)
+    adds 0.
     """
     return torch.special.entr(log_probs.exp()).sum(-1)
 
 
 def kl_divergence(log_probs: Tensor, other_log_probs: Tensor) -> Tensor:
     """
-    Return KL(p || q) = sum_v p_v (ln p_v - ln q_v) over the last dimension, in nats, of two
+    Return KL(p || q) = sum_v p_v (ln p_v - ln q_v) over the last dimension, in nats, for two
     log-distributions.
     """
     probs = log_probs.exp()
-    # A token p gives nothing adds nothing: selected before the product, so that its -inf puts no
-    # NaN into the gradient
+    # A token with p = 0 adds 0. It is selected before the product, so that its -inf makes no NaN in
+    # the gradient
     return (probs * torch.where(probs > 0, log_probs - other_log_probs, 0.0)).sum(-1)
 
 
@@ -166,15 +166,15 @@ def token_statistics(
     Compute the statistics every gate is a function of.
 
     Args:
-        logits: `[..., V]`, any floating dtype; computed in float32, or float64 if given so. -inf
-            marks a token that cannot occur.
+        logits: `[..., V]`, any floating dtype; computed in float32, or in float64 for float64
+            logits. -inf marks a token that cannot occur.
         labels: `[...]` int64, each in `[0, V)`; no ignored positions.
-        top_k: K of the top-K entropy, at least 2 (arXiv:2601.02151 uses 20); a smaller vocabulary
-            becomes K.
-        ranked: also find the first choice, its probability and the label's rank.
+        top_k: K of the top-K entropy, at least 2 (arXiv:2601.02151 uses 20). K is at most the size
+            of the vocabulary.
+        ranked: also return the first choice, its probability and the label's rank.
 
     Raises:
-        ValueError: `top_k` is below 2, or the shapes do not belong together.
+        ValueError: `top_k` is below 2, or the shapes do not match.
     """
     top_k = usable_top_k(top_k, logits.shape[-1])
     if logits.shape[:-1] != labels.shape:

@@ -1,6 +1,5 @@
 """
-What a chat template makes of rows: its errors by row, before anything is loaded; and the
-assistant's tokens.
+Chat templates: errors by row before a model is loaded, and which tokens are the assistant's.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ import copy
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ from eaft.training.trl_internals import (
 )
 
 Row = dict[str, Any]
-COLUMNS = ("messages", "prompt", "completion")  # that hold messages
-STREAM_ROWS = 1000  # of a stream, that are rendered beforehand
+COLUMNS = ("messages", "prompt", "completion")  # the columns that hold messages
+STREAM_ROWS = 1000  # how many rows of a stream are rendered beforehand
 OTHER_FORM = (
     'Split the row into {"prompt": [...], "completion": [...]}, one for each turn of the assistant:'
     " of these the completion is trained on."
@@ -41,7 +41,7 @@ def row_messages(row: Row) -> list[Row]:
 
 
 def template_kwargs(row: Row) -> Row:
-    """Return what TRL hands to the chat template beside the messages."""
+    """Return the keyword arguments that TRL gives to the chat template, beside the messages."""
     tools = row.get("tools")
     tools = json.loads(tools) if isinstance(tools, str) else tools
     return {"tools": tools, **(row.get("chat_template_kwargs") or {})}
@@ -49,8 +49,8 @@ def template_kwargs(row: Row) -> Row:
 
 def render(tokenizer: Any, row: Row, template: str | None = None) -> tuple[str, str | None]:
     """
-    Return the text of a conversational row, as TRL renders it, and of its prompt alone, if it has
-    one.
+    Return the text of a conversational row, as TRL renders it, and the text of its prompt, if it
+    has one.
     """
     settings = {"tokenize": False, "chat_template": template, **template_kwargs(row)}
     whole = tokenizer.apply_chat_template(row_messages(row), **settings)
@@ -66,8 +66,8 @@ def training_template(tokenizer: Any, args: EAFTConfig) -> tuple[str | None, boo
     Return the template that TRL trains with (None: the tokenizer's own), and whether it marks the
     assistant's tokens.
 
-    With `assistant_only_loss`, TRL replaces a template without `{% generation %}` marks that it
-    knows by its own.
+    With `assistant_only_loss`, TRL replaces a template without `{% generation %}` marks by its own,
+    if it knows the template.
     """
     if has_generation_markers(tokenizer.chat_template):
         return None, True
@@ -75,7 +75,7 @@ def training_template(tokenizer: Any, args: EAFTConfig) -> tuple[str | None, boo
         return None, False
     try:
         return get_training_chat_template(tokenizer), True
-    # it does not know this template, or the template raises on the messages that it is tried with
+    # TRL does not know this template, or the template raises on the messages that TRL tries
     except Exception:
         return None, False
 
@@ -84,7 +84,7 @@ def find_template_tokenizer(model: str, args: EAFTConfig, revision: str | None) 
     """
     Return the tokenizer with the chat template of the training, without converting a GGUF file.
 
-    None if it cannot be loaded: what loads the model says why.
+    Return None if it cannot be loaded: loading the model will say why.
     """
     path = Path(model).expanduser()
     source = {"revision": revision, "trust_remote_code": args.trust_remote_code}
@@ -93,18 +93,17 @@ def find_template_tokenizer(model: str, args: EAFTConfig, revision: str | None) 
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         else:
             tokenizer = load_tokenizer(str(path) if path.is_dir() else model, source)
-    except Exception:  # transformers has no error of its own for a file that is damaged
+    except Exception:  # transformers raises anything for a damaged file
         return None
     return with_template(tokenizer, args)
 
 
 def with_template(tokenizer: Any, args: EAFTConfig) -> Any:
     """
-    Return the tokenizer, or a copy with the template of `chat_template_path`, which TRL will give
-    it.
+    Return the tokenizer, or a copy with the template of `chat_template_path`, as TRL will set it.
 
     Raises:
-        ConfigurationError: it cannot be read.
+        ConfigurationError: `chat_template_path` cannot be read.
     """
     if (path := args.chat_template_path) is None:
         return tokenizer
@@ -154,11 +153,19 @@ NAMED_ROWS = 10
 SENTINEL = "called_a8f3e2b1"
 
 
+@dataclass(frozen=True)
+class Finding:
+    """One of `FINDINGS` in the rows of a data set."""
+
+    name: str
+    title: str
+    count: int  # rows
+    rows: list[int]  # the first NAMED_ROWS of them, by number
+    text: str  # what it means, and advice
+
+
 class Findings:
-    """
-    What a chat template makes of rows: of each of `FINDINGS` how many rows, the first of them, and
-    advice.
-    """
+    """Looks at what a chat template makes of rows, and counts the rows of each of `FINDINGS`."""
 
     def __init__(
         self, tokenizer: Any, ends: set[str], template: str | None, masked: bool, filled: set[str]
@@ -176,8 +183,12 @@ class Findings:
 
     def add(self, row: Row, whole: str | None, prompt: str | None) -> None:
         """
-        Look at the next row: its text and its prompt's, as `render` returns them, or None of plain
-        text.
+        Look at the next row.
+
+        Args:
+            row: the row.
+            whole, prompt: its text and its prompt's text, from `render`; None for a row of plain
+                text.
         """
         messages = row_messages(row) if whole is not None else []
         if whole is None:
@@ -187,18 +198,18 @@ class Findings:
                 self.learned(row) if self.masked and self.number < STREAM_ROWS else whole.rstrip()
             )
             if not learned.endswith(self.ends):
-                self.found("no_end", self.how_it_ends(learned))
+                self.count("no_end", self.how_it_ends(learned))
         if prompt is not None and not self.is_prefix(prompt, whole, special=not messages):
-            self.found("no_prefix")
+            self.count("no_prefix")
         if (
             "messages" in self.filled
             and any(holds_null(call.get("arguments")) for call in tool_calls(messages))
         ) or ("tools" in self.filled and holds_null(row.get("tools"))):
-            self.found("filled_nulls")
+            self.count("filled_nulls")
         if any(
             message.get("tool_calls") or message.get("role") == "tool" for message in messages
         ) and self.drops(row):
-            self.found("dropped_calls")
+            self.count("dropped_calls")
         self.number += 1
 
     def learned(self, row: Row) -> str:
@@ -213,13 +224,13 @@ class Findings:
         marked = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
         return str(self.tokenizer.decode([token for token, mask in marked if mask])).rstrip()
 
-    def found(self, name: str, detail: str = "") -> None:
-        """Count this row."""
+    def count(self, name: str, detail: str = "") -> None:
+        """Count this row under a name of `FINDINGS`."""
         self.rows[name].append(self.number)
         self.details.setdefault(name, detail)
 
     def how_it_ends(self, text: str) -> str:
-        """Return how a text ends that does not end with an end token, and what to do."""
+        """Return how a text without an end token ends, and what to do."""
         added = [token for token in self.tokenizer.get_added_vocab() if text.endswith(token)]
         last = (added or [text[-20:]])[0]
         stops = (
@@ -244,7 +255,7 @@ class Findings:
 
     def drops(self, row: Row) -> bool:
         """
-        Return whether the template leaves out the name of a tool call, or what a tool answered.
+        Return whether the template leaves out the name of a tool call, or the answer of a tool.
         """
         expected = 0
         changed = {**row, **{c: copy.deepcopy(row[c]) for c in COLUMNS if row.get(c)}}
@@ -255,22 +266,19 @@ class Findings:
                 message["content"], expected = SENTINEL, expected + 1
         try:
             return render(self.tokenizer, changed, self.template)[0].count(SENTINEL) < expected
-        except Exception:  # it looks the name up
+        except Exception:  # the template looks the name up
             return False
 
-    def summary(self) -> list[dict[str, Any]]:
-        """
-        Return each finding: its name, title, number of rows, the first of them and advice, as JSON
-        values.
-        """
+    def summary(self) -> list[Finding]:
+        """Return a `Finding` for each of `FINDINGS`, also for those without a row."""
         return [
-            {
-                "name": name,
-                "title": title,
-                "count": len(self.rows[name]),
-                "rows": self.rows[name][:NAMED_ROWS],
-                "text": f"{text} {self.details.get(name, '')}".strip(),
-            }
+            Finding(
+                name,
+                title,
+                count=len(self.rows[name]),
+                rows=self.rows[name][:NAMED_ROWS],
+                text=f"{text} {self.details.get(name, '')}".strip(),
+            )
             for name, (title, text) in FINDINGS.items()
         ]
 
@@ -284,20 +292,21 @@ def holds_null(value: Any) -> bool:
 
 def filled_columns(rows: Any) -> set[str]:
     """
-    Return which of `messages` and `tools` are in a typed table, which fills missing keys with null.
+    Return which of `messages` and `tools` are typed columns, where missing keys are filled with
+    null.
     """
     columns = {name: str(kind) for name, kind in (getattr(rows, "features", None) or {}).items()}
-    found = (
-        {"messages"}
-        if any("'arguments': {" in columns.get(name, "") for name in COLUMNS)
-        else set()
-    )
-    return found | ({"tools"} if "{" in columns.get("tools", "") else set())
+    filled = set()
+    if any("'arguments': {" in columns.get(name, "") for name in COLUMNS):
+        filled.add("messages")
+    if "{" in columns.get("tools", ""):
+        filled.add("tools")
+    return filled
 
 
 def end_texts(model: str, tokenizer: Any, args: EAFTConfig, revision: str | None) -> set[str]:
     """Return the tokens at which the tuned model will stop."""
-    found = {tokenizer.eos_token, args.eos_token}
+    ends = {tokenizer.eos_token, args.eos_token}
     if Path(model).suffix != ".gguf":
         source = {"revision": revision, "trust_remote_code": args.trust_remote_code}
         try:
@@ -306,57 +315,58 @@ def end_texts(model: str, tokenizer: Any, args: EAFTConfig, revision: str | None
                     str(Path(model).expanduser()) if Path(model).is_dir() else model, source
                 )
             )
-        except (OSError, ValueError):  # what loads the model says why
+        except (OSError, ValueError):  # loading the model will say why
             ids = []
-        found |= set(tokenizer.convert_ids_to_tokens(ids))
-    return {token for token in found if token}
+        ends |= set(tokenizer.convert_ids_to_tokens(ids))
+    return {token for token in ends if token}
 
 
 def check_templates(
     rows: dict[str, Iterable[Row] | None], args: EAFTConfig, model_args: ModelConfig
-) -> dict[str, list[dict[str, Any]]]:
+) -> dict[str, list[Finding]]:
     """
     Render every conversational row, as training will, before a model is loaded or converted.
 
     Args:
-        rows: by the name of the flag that names them; of a stream the first 1000 are rendered.
+        rows: flag that names the data -> its rows. Only the first 1000 rows of a stream are
+            rendered.
+        args: the flags of training.
+        model_args: the flags of the model.
 
     Returns:
-        by the same name, what was found (`Findings.summary`).
+        flag -> findings, for data with messages, or with prompts and completions.
 
     Raises:
         ConfigurationError: the template cannot be used, or raises on a row.
     """
     model, revision = str(model_args.model_name_or_path), model_args.model_revision
-    found = {
+    checked = {
         flag: data
         for flag, data in rows.items()
         if data is not None and (conversational(data) or split_text(data))
     }
-    tokenizer = find_template_tokenizer(model, args, revision) if found else None
+    tokenizer = find_template_tokenizer(model, args, revision) if checked else None
     if tokenizer is None:
         return {}
     ends = end_texts(model, tokenizer, args, revision)
-    return {flag: check_rows(tokenizer, data, args, flag, ends) for flag, data in found.items()}
+    return {flag: check_rows(tokenizer, data, args, flag, ends) for flag, data in checked.items()}
 
 
-def told(found: dict[str, list[dict[str, Any]]]) -> str:
-    """
-    Return what `check_templates` found as lines, each with a number of rows and the first of them.
-    """
+def told(findings: dict[str, list[Finding]]) -> str:
+    """Return the findings of `check_templates` as lines, with the first rows of each."""
     lines = []
-    for where, entries in found.items():
-        for entry in entries:
-            first = ", ".join(map(str, entry["rows"][:5]))
-            if entry["count"]:
+    for where, of_data in findings.items():
+        for finding in of_data:
+            first = ", ".join(map(str, finding.rows[:5]))
+            if finding.count:
                 lines.append(
-                    f"{where}: {entry['title']}: {entry['count']} (row {first}). {entry['text']}\n"
+                    f"{where}: {finding.title}: {finding.count} (row {first}). {finding.text}\n"
                 )
     return "".join(lines)
 
 
 def conversational(rows: Iterable[Row]) -> bool:
-    """Return whether the first row has messages and has still to be tokenized."""
+    """Return whether the first row has messages and is not tokenized yet."""
     first = next(iter(rows), {})
     return "input_ids" not in first and any(
         isinstance(first.get(column), list) and is_conversational({column: first[column]})
@@ -374,12 +384,16 @@ def split_text(rows: Iterable[Row]) -> bool:
 
 def check_rows(
     tokenizer: Any, rows: Iterable[Row], args: EAFTConfig, where: str, ends: Iterable[str] = ()
-) -> list[dict[str, Any]]:
+) -> list[Finding]:
     """
-    Render rows, and return what was found (`Findings.summary`).
+    Render rows, and return the findings.
 
     Args:
-        ends: the tokens at which the model will stop; none: it is not looked for.
+        tokenizer: with the chat template of the training.
+        rows: all of the same form.
+        args: the flags of training.
+        where: names the data; begins the message.
+        ends: the tokens at which the model will stop; without any, ends are not checked.
 
     Raises:
         ConfigurationError: the template cannot be used, or raises on a row.
@@ -408,7 +422,7 @@ def check_rows(
                 f"The chat template is not valid Jinja (line {error.lineno}: {first_line(error)}):"
                 " give another with --chat_template_path."
             ) from error
-        except Exception as error:  # whatever a template's expressions raise
+        except Exception as error:  # a template's expressions can raise anything
             raise ConfigurationError(
                 f"{where}, row {number}: the chat template does not take this row"
                 f" ({type(error).__name__}: {first_line(error)})."
@@ -423,7 +437,7 @@ def check_messages(row: Row, plain: bool) -> None:
     Check the form of a row.
 
     Raises:
-        ConfigurationError: it is another form than the first row's, or its messages are no
+        ConfigurationError: its form is not the form of the first row, or its messages are no
             messages.
     """
     if plain:
@@ -449,7 +463,7 @@ def check_messages(row: Row, plain: bool) -> None:
 
 
 def way_out(tokenizer: Any, row: Row, template: str | None) -> str:
-    """Return what to do about a row that a template raises on: a change after which it does not."""
+    """Return a change of the row after which the template no longer raises, as advice."""
     try:
         template_kwargs(row)
     except (TypeError, ValueError):
@@ -458,7 +472,7 @@ def way_out(tokenizer: Any, row: Row, template: str | None) -> str:
         try:
             changed = {**row, **{c: change(copy.deepcopy(row[c])) for c in COLUMNS if row.get(c)}}
             render(tokenizer, changed, template)
-        except Exception:  # nor does it take that
+        except Exception:  # the change does not help
             continue
         return advice
     return "Change the row or leave it out, or give another template with --chat_template_path."
@@ -486,8 +500,8 @@ def tool_calls(messages: Iterable[Row]) -> Iterator[Row]:
 
 def without_nulls(value: Any) -> Any:
     """
-    Return a value of JSON without the keys that are null: a table fills a key that a row lacks with
-    null.
+    Return a value of JSON without the keys whose value is null: a table sets keys that a row lacks
+    to null.
     """
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
@@ -533,21 +547,22 @@ def label_turns(dataset: Any, tokenizer: Any, args: EAFTConfig) -> Any:
     Return conversational rows as `input_ids` and `labels`, the assistant's tokens labelled (int64,
     -100: no label).
 
-    For a template without `{% generation %}` marks: the row is rendered up to each turn of the
-    assistant, and the turn is what follows, its end token included, as the completion of a row of
-    `prompt` and `completion` is.
+    This is for a template without `{% generation %}` marks. The row is rendered up to each turn of
+    the assistant. The turn is the text that follows, with its end token, like the completion of a
+    row of `prompt` and `completion`.
 
     Raises:
-        ConfigurationError: a turn cannot be found so, as where a template changes earlier turns.
+        ConfigurationError: a turn cannot be located, for example if a template changes earlier
+            turns.
     """
     settings: Row = {"remove_columns": list(next(iter(dataset)))}
     settings["fn_kwargs"] = {
         "tokenizer": tokenizer,
         "completion_only": args.completion_only_loss is not False,
     }
-    if hasattr(dataset, "__len__"):  # of a stream, `map` takes none of these
+    if hasattr(dataset, "__len__"):  # a stream's `map` takes neither
         settings |= {"desc": "Labelling turns", "num_proc": args.dataset_num_proc}
-    with global_then_local_main_first():  # as TRL's own preparation: the others read the cache
+    with global_then_local_main_first():  # like TRL's preparation: the others read the cache
         return dataset.map(labelled_turns, with_indices=True, **settings)
 
 
@@ -587,17 +602,16 @@ def find_turn(
     tokenizer: Any, messages: list[Row], turn: int, text: str, settings: Row
 ) -> tuple[int, int] | None:
     """
-    Return where a turn of the assistant begins and ends in a row's text, or None where that is not
-    to be found.
+    Return where a turn of the assistant begins and ends in a row's text, or None if it cannot be
+    located.
     """
     through = tokenizer.apply_chat_template(messages[: turn + 1], **settings)
-    if (
-        not text.startswith(through) and tokenizer.eos_token
-    ):  # some templates write it once, at the end of the row
+    # Some templates write the end token once, at the end of the row
+    if not text.startswith(through) and tokenizer.eos_token:
         through = through.removesuffix(tokenizer.eos_token)
     if not text.startswith(through):
         return None
-    if turn == 0:  # many templates do not render no messages
+    if turn == 0:  # many templates cannot render an empty list of messages
         start = text.find(str(messages[0].get("content") or "").strip())
         return (start, len(through)) if start >= 0 else None
     before = tokenizer.apply_chat_template(messages[:turn], **settings).removesuffix(
@@ -614,11 +628,10 @@ def mark_assistant(
     args: EAFTConfig, model: Any, tokenizer: Any, train_dataset: Any
 ) -> tuple[EAFTConfig, bool]:
     """
-    Return the arguments to hand to TRL, and whether the assistant's tokens are to be found by
-    `label_turns`.
+    Return the arguments for TRL, and whether `label_turns` must label the assistant's tokens.
 
-    `assistant_only_loss` stays where the template marks these tokens, or TRL knows a version of it
-    that does. `completion_only_loss` with `messages`, which TRL ignores, is taken for it.
+    `assistant_only_loss` stays on if the template marks these tokens, or TRL knows a version of it
+    that does. `completion_only_loss` with `messages`, which TRL ignores, means the same.
     """
     first: Row = next(iter(train_dataset), {}) if train_dataset is not None else {}
     wanted = args.assistant_only_loss or (args.completion_only_loss and "messages" in first)

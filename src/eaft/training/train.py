@@ -56,7 +56,7 @@ from eaft.training.data import exclude_rows, load_splits, select_split
 from eaft.training.plan import DryRunArguments, plan
 from eaft.training.replay import REPLAY_FILE, check_replay, replayed_rows
 from eaft.training.row_checks import check_ids
-from eaft.training.templates import check_templates, told
+from eaft.training.templates import Finding, check_templates, told
 from eaft.training.trainer import EAFTTrainer
 from eaft.training.trl_internals import resolve_accelerate_config_argument, subtract_subsequence
 
@@ -403,19 +403,19 @@ def check_data(
     model_args: ModelConfig,
     train_dataset: Any,
     eval_dataset: Any,
-) -> list[dict[str, Any]]:
+) -> list[Finding]:
     """
-    Print what the chat template makes of the data, and return what it makes of the training data.
+    Print the findings of `check_templates`, and return those about the training data.
 
     Raises:
-        ConfigurationError: it raises on a row.
+        ConfigurationError: the chat template raises on a row.
     """
     names = {"dataset_train_split": train_dataset, "dataset_test_split": eval_dataset}
     rows = {f"{flag}={getattr(script_args, flag)!r}": data for flag, data in names.items()}
-    found = check_templates(rows, args, model_args)
+    findings = check_templates(rows, args, model_args)
     if processes().is_main_process:
-        print(told(found), end="", file=sys.stderr)
-    return found.get(next(iter(rows)), [])
+        print(told(findings), end="", file=sys.stderr)
+    return findings.get(next(iter(rows)), [])
 
 
 def finished(args: EAFTConfig) -> str | None:
