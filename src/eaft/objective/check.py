@@ -2,14 +2,14 @@
 `eaft env --check`: is the fused loss right on this machine, and how fast, in a minute or two.
 
 Every number of the fused loss (per-token statistics and weights, the loss, the gradients of hidden
-states and head) is compared with the specification's (`eaft.objective.loss`, written here from its
-pieces) in float64. The rule: the relative norm error ||ours - truth|| / ||truth|| is at most 1.5
-times the specification's own in the dtype that is checked, plus 8 units in the last place of the
-format that the number is returned in. So the loss is as exact as plain cross-entropy in that dtype,
-but for another order of the same sums; no tolerance is chosen by hand.
+states and head) is compared with the specification (`eaft.objective.loss`) in float64. The rule:
+the relative norm error ||ours - truth|| / ||truth|| is at most 1.5 times the specification's error
+in the dtype that is checked, plus 8 units in the last place of the format in which the number is
+returned. So the loss is as exact as plain cross-entropy in that dtype, apart from another order of
+the same sums. No tolerance is chosen by hand.
 
-Speed is told and is no verdict: what three products `[N, H] x [H, V]` take at the rate that one
-reaches, over what the loss with both gradients takes.
+Speed is printed and decides nothing: the time of three products `[N, H] x [H, V]` at the measured
+rate of one, divided by the time of the loss with both gradients.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from eaft.objective.registry import GATES, get_gate
 from eaft.objective.statistics import TokenStatistics, token_statistics
 
 MIN_TOKENS, MAX_TOKENS = 32, 16384
-SECONDS = 1.0  # that the products of one float64 truth, or of one timed loss, may take
-CHUNK_BYTES = 2**28  # of the logits that the specification sees at a time
+SECONDS = 1.0  # for the products of one float64 truth, or of one timed loss
+CHUNK_BYTES = 2**28  # of logits that the specification has at a time
 MEMORY_SHARE = 0.6  # of a GPU's free memory, for one case
 LOSS_PER_TOKEN = (
     6  # floating-point operations per V x H: three products, each a multiplication and an addition
@@ -74,8 +74,7 @@ GATES_CASE = Case(50_257, 64, tokens=64)
 @dataclass
 class Problem:
     """
-    Inputs of the loss: hidden `[N, H]`, weight `[V, H]`, labels `[N]`, and the rest that a gate
-    needs.
+    Inputs of the loss: hidden `[N, H]`, weight `[V, H]`, labels `[N]`, and what a gate needs.
     """
 
     hidden: Tensor
@@ -83,13 +82,13 @@ class Problem:
     labels: Tensor
     example_nll: Tensor
     reference_hidden: Tensor
-    old_log_prob: Tensor | None = None  # of the base model; `specified` fills it in
+    old_log_prob: Tensor | None = None  # under the base model; `specified` sets it
 
 
 def make_problem(case: Case, tokens: int, device: torch.device, dtype: torch.dtype) -> Problem:
     """
-    Return hidden states and head of about a model's sharpness: labels of probability near 0, near 1
-    and between.
+    Return hidden states and a head about as sharp as a model: labels with probabilities near 0,
+    near 1 and between.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -98,8 +97,8 @@ def make_problem(case: Case, tokens: int, device: torch.device, dtype: torch.dty
 
     weight = normal(case.vocab, case.width) * (3 / case.width**0.5)
     labels = torch.randint(case.vocab, (tokens,), generator=generator)
-    # A row of the head is about 3 long: this raises the label's logit by 0 to 22, of which about 16
-    # make it likely
+    # A row of the head has a norm of about 3. This raises the label's logit by 0 to 22; about 16
+    # make the label likely
     hidden = normal(tokens, case.width) + weight[labels] * torch.linspace(0, 2.5, tokens).unsqueeze(
         -1
     )
@@ -121,11 +120,11 @@ def specified(
     problem: Problem, case: Case, gate: str, dtype: torch.dtype, params: dict[str, Any]
 ) -> dict[str, Tensor]:
     """
-    Return every number of the loss by the formulas of the specification, on logits in `dtype`, a
+    Return every number of the loss by the formulas of the specification, on logits in `dtype`, one
     chunk at a time.
 
-    `params` gains what the gate must be given, from these statistics. `margin` is by how much the
-    largest logit leads.
+    Parameters without a default are computed from these statistics and added to `params`. `margin`
+    is the distance between the two largest logits.
     """
     labelled = problem.labels >= 0
     labels, hidden, reference = (
@@ -150,9 +149,8 @@ def specified(
         example_ids=example_ids_by_row(problem.labels)[labelled],
         example_nll=problem.example_nll[labelled].to(parts[0].log_prob.dtype),
     )
-    if (
-        problem.old_log_prob is None
-    ):  # from half to twice what it is now, so that some ratios are clipped
+    # Probabilities from half to twice the present ones, so that some ratios are clipped
+    if problem.old_log_prob is None:
         problem.old_log_prob = torch.zeros_like(labelled, dtype=stats.log_prob.dtype)
         apart = torch.linspace(-0.7, 0.7, len(labels), device=labels.device)
         problem.old_log_prob[labelled] = stats.log_prob + apart
@@ -205,7 +203,7 @@ def fused(
     params: dict[str, Any],
     chunks: float = 2.5,
 ) -> dict[str, Tensor]:
-    """Return the same numbers by the fused loss."""
+    """Return the same numbers from the fused loss."""
     hidden, weight = (t.detach().clone().requires_grad_() for t in (problem.hidden, problem.weight))
     labelled = problem.labels >= 0
     anchor = bind_gate(gate, params).anchor
@@ -249,8 +247,7 @@ def required(tensor: Tensor | None) -> Tensor:
 
 def middle_of_widest_gap(values: Tensor) -> float:
     """
-    Return a threshold that rounding puts no value on the other side of, near the middle of the
-    values.
+    Return a threshold near the middle of the values that rounding makes no value cross.
     """
     values = values.double().sort().values[len(values) // 4 : -(len(values) // 4)]
     widest = values.diff().argmax()
@@ -277,8 +274,8 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
 @dataclass(frozen=True)
 class Verdict:
     """
-    One line: what was checked, and of its numbers the one nearest to, or farthest above, what is
-    allowed.
+    One line: what was checked, and its number that is nearest to, or farthest above, the allowed
+    error.
     """
 
     what: str
@@ -294,24 +291,23 @@ def judge(
     what: str, ours: dict[str, Tensor], plain: dict[str, Tensor], truth: dict[str, Tensor]
 ) -> Verdict:
     """
-    Hold every number to the rule of exactness; `plain` is the specification in the dtype that is
-    checked.
+    Apply the rule to every number; `plain` is the specification in the dtype that is checked.
     """
     errors: dict[str, tuple[float, float]] = {}
     eps = torch.finfo(ours["gradient of weight"].dtype).eps
     for name in [name for name in truth if name not in ("margin", "is_top1")]:
         plainly = relative_error(plain[name], truth[name])
-        if name == "loss":  # errors of one sum may cancel by luck, those of its terms do not
+        if name == "loss":  # errors in one sum may cancel by chance
             plainly = max(plainly, relative_error(plain["terms"], truth["terms"]))
         ulp = eps if name.startswith("gradient") else torch.finfo(torch.float32).eps
         errors[name] = relative_error(ours[name], truth[name]), 1.5 * plainly + 8 * ulp
-    # Which logit is the largest is rounding's to say where two are nearly equal
+    # If two logits are nearly equal, rounding decides which is the largest
     clear = truth["margin"] > 4 * eps
     errors["is_top1"] = (
         (ours["is_top1"] != truth["is_top1"])[clear].double().mean().nan_to_num().item(),
         0.0,
     )
-    # A NaN is no number below the bound
+    # A NaN is not below the bound
     bad = [name for name, (error, allowed) in errors.items() if not error <= allowed]
     shown = bad or [max(errors, key=lambda name: errors[name][0] / (errors[name][1] or 1))]
     numbers = (f"{name} {errors[name][0]:.1e} (allowed {errors[name][1]:.1e})" for name in shown)
@@ -356,13 +352,12 @@ def product_rate(
 
 def tokens_for(case: Case, rate: float, seconds: float, device: torch.device) -> int:
     """
-    Return how many tokens the three products can take in so many seconds, and their logits in
-    memory.
+    Return the number of tokens whose three products take `seconds`, and whose logits fit in memory.
     """
     if case.tokens is not None:
         return case.tokens
     tokens = int(seconds * rate / (LOSS_PER_TOKEN * case.vocab * case.width))
-    if device.type != "cpu":  # logits of two copies at most are alive in one chunk
+    if device.type != "cpu":  # at most two copies of one chunk of logits are alive
         tokens = min(tokens, int(MEMORY_SHARE / 4 * free_memory(device) / (case.vocab * 4)))
     return min(max(tokens, MIN_TOKENS), MAX_TOKENS)
 
@@ -374,8 +369,8 @@ def free_memory(device: torch.device) -> int:
 
 def fits(case: Case, device: torch.device) -> bool:
     """
-    Return whether head, its gradients in float64 and in the dtype, and the chunks of logits fit a
-    GPU.
+    Return whether a GPU has room for the head, its gradients in float64 and in the dtype, and the
+    chunks of logits.
     """
     if device.type == "cpu":
         return True
@@ -386,12 +381,9 @@ def fits(case: Case, device: torch.device) -> bool:
 
 
 def devices() -> list[torch.device]:
-    """Return every GPU that torch sees, or the CPU where there is none."""
+    """Return every GPU that torch sees, or the CPU if there is none."""
     present = []
-    for kind in (
-        "cuda",
-        "xpu",
-    ):  # ROCm calls itself cuda; Apple's mps has no float64 to compare with
+    for kind in ("cuda", "xpu"):  # ROCm is called cuda; Apple's mps has no float64
         module = getattr(torch, kind)
         present += [
             torch.device(kind, i)
@@ -434,7 +426,7 @@ def check_case(
                 plain,
                 truth,
             )
-        except Exception as error:  # whatever stops one backend, the other lines are still wanted
+        except Exception as error:  # one backend fails, and the other checks go on
             yield Verdict(what, False, f"{type(error).__name__}: {error}".strip())
 
 
@@ -442,8 +434,8 @@ def check_device(
     device: torch.device, first: bool, cases: Sequence[Case], seconds: float
 ) -> Iterator[Verdict]:
     """
-    Check a device: the first of the machine with everything, another with what depends on where
-    tensors lie.
+    Check a device: the first of the machine with every case, the others with one case, which shows
+    faults that depend on the device of a tensor.
     """
     dtypes = [torch.float32, torch.bfloat16]
     if device.type != "cpu":
@@ -491,12 +483,12 @@ def measure_speed(
 
 def main(cases: Sequence[Case] | None = None, seconds: float = SECONDS) -> int:
     """
-    Check this machine, a line for each verdict as it is found, and return the exit code: 0, or 1 if
-    something is wrong.
+    Check this machine, print a line for each verdict, and return the exit code: 0, or 1 if a check
+    failed.
 
     Args:
         cases: heads to check; default: `CPU_CASES`, or `GPU_CASES` where there is a GPU.
-        seconds: what the products of one case may take.
+        seconds: for the products of one case.
     """
     start, verdicts = time.perf_counter(), []
     for i, device in enumerate(devices()):

@@ -1,8 +1,7 @@
 """
-What is found of a chunk of tokens, and the doors by which both backends of the fused loss find it.
+The interface of both backends of the fused loss: score a chunk of tokens, and differentiate it.
 
-A chunk's projection is `hidden @ weight.T + bias`, `[n, V]`; its logits are what `LogitTransform`
-makes of that.
+A chunk's projection is `hidden @ weight.T + bias`, `[n, V]`. `LogitTransform` makes logits of it.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from eaft.objective.statistics import TokenStatistics
 @dataclass(frozen=True)
 class LogitTransform:
     """
-    What makes logits of a projection: softcap * tanh(logit_scale * x / softcap); without the tanh
-    for None.
+    How a projection x becomes logits: softcap * tanh(logit_scale * x / softcap), or logit_scale * x
+    without a softcap.
     """
 
     logit_scale: float = 1.0
@@ -29,7 +28,7 @@ class LogitTransform:
 
 @dataclass(frozen=True)
 class Head:
-    """The LM head: hidden states @ weight.T + bias, and what makes logits of that."""
+    """The LM head: hidden @ weight.T + bias, and how that becomes logits."""
 
     weight: Tensor  # (vocab_size, hidden_size)
     bias: Tensor | None = None  # (vocab_size,)
@@ -38,18 +37,17 @@ class Head:
 
 class Scores(Protocol):
     """
-    What `score` returns: the statistics, and whatever the same backend's other doors need of the
-    logits.
+    The result of `score`: the statistics, and what the backend needs for `diverge` and `gradient_`.
     """
 
     @property
     def statistics(self) -> TokenStatistics:
-        """Each token's, with fields `[n]`."""
+        """The statistics of each token, with fields `[n]`."""
 
 
 class Divergence(Protocol):
     """
-    What `diverge` returns: the divergence, and whatever the same backend's `gradient_` needs of it.
+    The result of `diverge`: the divergence, and what the backend needs for `gradient_`.
     """
 
     @property
@@ -61,7 +59,7 @@ class Backend(Protocol):
     """How a chunk is scored and differentiated; see `torch_backend` and `triton_backend`."""
 
     def block_rows(self, projection: Tensor) -> int:
-        """Return how many rows of a projection the other doors take at a time."""
+        """Return how many rows of a projection the other methods take at a time."""
 
     def score(
         self,
@@ -72,11 +70,11 @@ class Backend(Protocol):
         ranked: bool = False,
     ) -> Any:
         """
-        Return the `Scores` of a projection `[n, V]` with labels `[n]`, all in `[0, V)`; it stays as
-        it is.
+        Return the `Scores` of a projection `[n, V]` with labels `[n]`, each in `[0, V)`. The
+        projection is not changed.
 
-        With `ranked` also the first choice, its probability and the label's rank, at no further
-        read of main memory.
+        With `ranked` the statistics include the first choice, its probability and the label's rank,
+        without another read of main memory.
         """
 
     def diverge(
@@ -100,6 +98,6 @@ class Backend(Protocol):
         kl_coef: float = 0.0,
     ) -> Tensor:
         """
-        Return the gradient of sum_t weights_t nll_t + kl_coef KL_t by the projection, in the
-        projection's memory.
+        Overwrite the projection with the gradient of sum_t weights_t nll_t + kl_coef KL_t by the
+        projection, and return it.
         """

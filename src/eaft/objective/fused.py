@@ -2,10 +2,10 @@
 The gated cross-entropy from hidden states, without the logits: three matrix products, one chunk of
 logits alive.
 
-A gate is known in the forward pass, so the gradient is too. For each chunk of tokens: project,
-score, weigh, put the gradient in the projection's place, and multiply it into the gradients of the
-hidden states and of the head. Equal to `gated_cross_entropy` on `hidden @ weight.T`, which says
-what is computed.
+The gate is known in the forward pass, so the gradient is too. For each chunk of tokens: project,
+score, weigh, overwrite the projection with the gradient, and multiply that into the gradients of
+the hidden states and of the head. The result equals `gated_cross_entropy` on `hidden @ weight.T`,
+which is the specification.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from eaft.objective.registry import Anchor, GateLike
 from eaft.objective.statistics import NO_CONTEXT, TokenContext, TokenStatistics, usable_top_k
 from eaft.objective.torch_backend import TorchBackend
 
-# Each chunk reads and writes the whole gradient of the head, which takes a GPU as long as the
-# products of some 150 tokens: with 8,192 rows a chunk that is 2% of its time. Fewer where they
-# would take more than a share of its memory
+# Each chunk reads and writes the whole gradient of the head. A GPU needs as long for that as for
+# the products of about 150 tokens: 2% of the time with chunks of 8,192 rows. A chunk has fewer rows if
+# its logits would take more than a share of the memory
 CHUNK_ROWS, ROW_MULTIPLE = 8192, 256
 LOGITS_BUDGET, GPU_MEMORY_SHARE = 2**28, 16
-# Bytes of a block that is cast for a product on a CPU
+# Bytes of a block of rows that is cast for a product on a CPU
 CAST_BUDGET = 2**25
 
 
@@ -244,19 +244,19 @@ def linear_token_statistics(
 
 
 def projection_dtype(hidden: Tensor) -> torch.dtype:
-    """Return the dtype of the products: autocast's where it is on, else the hidden states' own."""
+    """Return the dtype of the products: autocast's if it is on, else the hidden states'."""
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 def chunk_slices(n: int, vocab_size: int, dtype: torch.dtype, budget: int) -> list[slice]:
-    """Return the rows of each chunk; of none, one that is empty."""
+    """Return the rows of each chunk; without rows, one empty chunk."""
     size = chunk_rows(n, vocab_size, dtype.itemsize, budget)
     return [slice(start, min(start + size, n)) for start in range(0, n, size)] or [slice(0, 0)]
 
 
 def choose_backend(name: str | None, hidden: Tensor) -> Backend:
-    """Return the backend of this name, or by default the fastest for tensors like `hidden`."""
+    """Return the backend with this name; for None, the fastest for tensors like `hidden`."""
     if name is None:
         name = (
             "triton"
@@ -289,7 +289,7 @@ def chunk_rows(n: int, vocab_size: int, itemsize: int, budget: int) -> int:
     Return how many rows a chunk has: as many as the budget (bytes) and `CHUNK_ROWS` allow, in
     chunks of equal size.
 
-    A multiple of 256, if there are as many, so that products fill the tiles they are cut into.
+    With at least 256 rows it is a multiple of 256, so that the products fill their tiles.
     """
     most = max(1, min(CHUNK_ROWS, budget // (vocab_size * itemsize)))
     multiple = ROW_MULTIPLE if most >= ROW_MULTIPLE else 1
@@ -324,7 +324,7 @@ class LossSpec:
 
 
 class GatedLinear(torch.autograd.Function):
-    """The sum of the loss's terms, with its gradients, a chunk of tokens at a time."""
+    """The sum of the terms of the loss, with its gradients, one chunk of tokens at a time."""
 
     @staticmethod
     def forward(
@@ -343,9 +343,7 @@ class GatedLinear(torch.autograd.Function):
         grad_hidden = (
             torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if needs_hidden else None
         )
-        grad_weight = (
-            None  # of all chunks but the last; that one's product waits for the backward pass
-        )
+        grad_weight = None  # of all chunks except the last, whose product waits for `backward`
         grad_bias = (
             torch.zeros(vocab_size, dtype=exact, device=weight.device) if needs_bias else None
         )
@@ -369,7 +367,7 @@ class GatedLinear(torch.autograd.Function):
                         projection, rows, spec, weights, reference_projection, wanted
                     )
                 )
-                grad_logits = projection  # by now
+                grad_logits = projection  # it was overwritten
                 if grad_hidden is not None:
                     torch.mm(grad_logits, project.weight, out=grad_hidden[rows])
                 if needs_weight and rows is not chunks[-1]:
@@ -389,10 +387,9 @@ class GatedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Any) -> Any:
-        """Return the gradients of the forward pass, times the loss's own."""
-        if (
-            torch.is_grad_enabled()
-        ):  # they are constants here, so what depends on them would silently miss a term
+        """Return the gradients from the forward pass, times the gradient of the loss."""
+        # Gradients are constants here, so a second derivative would silently miss a term
+        if torch.is_grad_enabled():
             raise RuntimeError(
                 "linear_gated_cross_entropy has no second derivative: do without create_graph=True."
             )
@@ -407,8 +404,7 @@ class GatedLinear(torch.autograd.Function):
             grad_logits, hidden = ctx.last_product
             with torch.autocast(hidden.device.type, enabled=False):
                 if grad_weight is None and hidden.dtype == weight_dtype == torch.bfloat16:
-                    # A single product is the gradient, with the factor in the smaller of what is
-                    # multiplied
+                    # The gradient is a single product. The factor goes into the smaller matrix
                     hidden = scaled(hidden.clone(), grad_loss, hidden.dtype)
                     grad_weight = add_product(None, grad_logits.T, hidden, weight_dtype)
                 else:  # in float32, since a float16 sum could overflow before it is divided
@@ -430,7 +426,7 @@ class GatedLinear(torch.autograd.Function):
 
 class Projector:
     """
-    hidden @ weight.T + bias, a chunk of tokens at a time, each in the place of the one before.
+    hidden @ weight.T + bias, one chunk of tokens at a time, always in the same memory.
     """
 
     def __init__(
@@ -443,7 +439,7 @@ class Projector:
     ) -> None:
         self.hidden, self.weight = hidden.to(dtype), weight.to(dtype)
         self.bias = None if bias is None else bias.to(dtype)
-        # On a GPU every row starts where vectors of 16 can be read
+        # On a GPU every row starts at a multiple of 16 elements, for vector loads
         width = 16 * math.ceil(len(weight) / 16) if weight.is_cuda else len(weight)
         self.memory = torch.empty((size, width), dtype=dtype, device=weight.device)[
             :, : len(weight)
@@ -458,7 +454,7 @@ class Projector:
 
 
 def blocks(projection: Tensor, rows: slice, backend: Backend) -> Iterator[tuple[slice, slice]]:
-    """Yield which rows the backend is to take at a time: of the projection, and of all tokens."""
+    """Yield the rows of each block: in the projection, and among all tokens."""
     size = backend.block_rows(projection)
     for start in range(0, max(1, len(projection)), size):
         stop = min(start + size, len(projection))
@@ -516,10 +512,9 @@ def weigh_and_differentiate_(
 
 def add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """
-    Return total + a @ b in `dtype`, in the place of a total; without one the product is written,
-    not added to zeros.
+    Return total + a @ b in `dtype`; the total is overwritten. For None, return a @ b.
 
-    A float32 sum is of unrounded products: rounding each chunk's first would bias it.
+    A float32 sum adds unrounded products. Rounding the product of each chunk first would bias it.
     """
     if a.dtype == dtype:
         return torch.mm(a, b) if total is None else total.addmm_(a, b)
@@ -527,7 +522,7 @@ def add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) 
         if total is None:
             return torch.mm(a, b, out_dtype=dtype)
         return torch.addmm(total, a, b, out_dtype=dtype, out=total)
-    # A CPU has no such product: cast a few rows at a time
+    # torch has no such product for a CPU: cast a few rows at a time
     first = total is None
     total = (
         torch.empty((a.shape[0], b.shape[1]), dtype=dtype, device=a.device)
@@ -545,10 +540,9 @@ def add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) 
 @contextlib.contextmanager
 def bfloat16_products(dtype: torch.dtype) -> Iterator[None]:
     """
-    Let oneDNN multiply float32 as bfloat16 where that loses nothing: numbers that were bfloat16
-    are, cast back.
+    Let oneDNN multiply float32 numbers as bfloat16, which is exact if they were cast from bfloat16.
 
-    Sums stay float32. Where the processor has no bfloat16 product, nothing changes.
+    Sums stay float32. If the processor has no bfloat16 product, nothing changes.
     """
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
@@ -562,13 +556,13 @@ def bfloat16_products(dtype: torch.dtype) -> Iterator[None]:
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """
-    Return gradient * factor (a scalar) in `dtype`, in one pass; in place of the gradient if that is
-    its dtype.
+    Return gradient * factor (a scalar) in `dtype`, in one pass. If the gradient has this dtype, it
+    is overwritten.
     """
     out = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
-    # Of one dimension, so that it is not rounded to the gradient's dtype first: 1 / N in bfloat16
-    # would be off by up to 0.4% for every element alike. A CPU casts into new memory, so a few rows
-    # at a time
+    # With one dimension, the factor is not rounded to the gradient's dtype first: 1 / N in bfloat16
+    # would be wrong by up to 0.4% for all elements alike. A CPU casts into new memory, so it
+    # takes a few rows at a time
     factor = factor.view(1)
     size = (
         len(gradient)

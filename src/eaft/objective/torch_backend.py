@@ -13,17 +13,17 @@ from eaft.objective.chunk import LogitTransform
 from eaft.objective.registry import Anchor
 from eaft.objective.statistics import TokenStatistics, entropy_from_log_probs
 
-# Bytes that a block of rows may take in its passes over the logits: the processor's cache, or what
+# Bytes of a block of rows in the passes over the logits: the processor's cache, or an amount that
 # a GPU can spare
 CACHE_BUDGET, GPU_BUDGET = 2**23, 2**28
-SEGMENT = 64  # logits of a row that the largest are looked for among
+SEGMENT = 64  # logits of a row; the largest are looked for in a few segments
 
 
 @dataclass(frozen=True)
 class Scores:
     """
-    The statistics, and what of the logits the gradient needs; `exps` is valid until the next block
-    is scored.
+    The statistics, and the tensors that the gradient needs. `exps` is valid until the next block is
+    scored.
     """
 
     statistics: TokenStatistics
@@ -41,13 +41,13 @@ class Divergence:
 
 
 class TorchBackend:
-    """The doors of `chunk.Backend`, for blocks of rows that stay in the processor's cache."""
+    """A `chunk.Backend` in torch, for blocks of rows that stay in the processor's cache."""
 
     def __init__(self) -> None:
         self.scratch: Tensor | None = None
 
     def block_rows(self, projection: Tensor) -> int:
-        """Return how many rows fit, two times in the dtype of the statistics."""
+        """Return how many rows fit into the budget, twice, in the dtype of the statistics."""
         budget = GPU_BUDGET if projection.is_cuda else CACHE_BUDGET
         itemsize = torch.promote_types(projection.dtype, torch.float32).itemsize
         return max(1, budget // (2 * projection.shape[1] * itemsize))
@@ -70,9 +70,9 @@ class TorchBackend:
         exps = torch.exp(shifted, out=exps_memory)
         total = exps.sum(-1, keepdim=True)
         log_total = total.log()
-        # The products with the exponentials take the place of the shifted logits
+        # The products with the exponentials overwrite the shifted logits
         weighted = torch.mul(exps, shifted, out=shifted_memory).sum(-1, keepdim=True)
-        if weighted.isnan().any():  # 0 * -inf: a token that cannot occur adds nothing
+        if weighted.isnan().any():  # 0 * -inf: a token that cannot occur adds 0
             shifted = make_logits(projection, transform, shifted_memory) - top
             weighted = (exps * torch.where(exps == 0, 0.0, shifted)).sum(-1, keepdim=True)
         # Not matrix products: `sum` adds pairwise, which keeps a long row's rounding small
@@ -108,8 +108,7 @@ class TorchBackend:
             reference_projection, transform, torch.empty_like(scores.exps)
         )
         reference_shifted = reference_logits - reference_logits.amax(-1, keepdim=True)
-        # Both are normalised in the same way: between two ways of rounding, a small divergence
-        # would be lost
+        # Both are normalised in the same way. Two ways of rounding would hide a small divergence
         log_probs = logits - scores.top - scores.total.log()
         reference_log_probs = (
             reference_shifted - reference_shifted.exp().sum(-1, keepdim=True).log()
@@ -143,9 +142,10 @@ class TorchBackend:
 
     def scratch_like(self, projection: Tensor) -> Tensor:
         """
-        Return memory for two blocks like this one, in the dtype of the statistics; always the same.
+        Return memory for two blocks like this one, in the dtype of the statistics.
 
-        Blocks of memory that are freed between small tensors that live on would not be found again.
+        It is the same memory on every call. Memory that is freed between small tensors that stay
+        alive would not be reused.
         """
         dtype = torch.promote_types(projection.dtype, torch.float32)
         if self.scratch is None or self.scratch.shape[1] < len(projection):
@@ -160,8 +160,8 @@ def find_largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     Return the largest logit `[n, 1]`, the index of its first `[n, 1]`, and the `k` largest `[n, k]`
     in any order.
 
-    They are looked for in the k segments of a row that have the largest maxima, outside of which
-    there is none: a plain maximum is ten times as fast as one with its index, or as a selection.
+    They all lie in the k segments of a row that have the largest maxima. A plain maximum is ten
+    times as fast as a maximum with its index, or as a selection.
     """
     width = logits.shape[1]
     whole = width - width % SEGMENT
@@ -189,10 +189,10 @@ def label_ranks(
     Return 1 + how many logits are above the label's, `[n]` int64.
 
     Args:
-        projection: `[n, V]`, which has the logits' order.
+        projection: `[n, V]`, in the order of the logits.
         labels: `[n, 1]`.
-        transform: what makes logits of it; a scale below 0 turns the order round.
-        memory: `[n, V]`, at least float32, to be overwritten: a CPU compares and counts floats
+        transform: makes logits of the projection; a negative scale reverses the order.
+        memory: `[n, V]`, at least float32, is overwritten. A CPU compares and counts floats
             fastest.
     """
     projection = memory.copy_(projection)
@@ -203,8 +203,7 @@ def label_ranks(
 
 def make_logits(projection: Tensor, transform: LogitTransform, memory: Tensor) -> Tensor:
     """
-    Return the logits in the dtype of `memory`, and there; the projection itself if it is these
-    already.
+    Return the logits, in `memory` and its dtype; the projection itself if it equals the logits.
     """
     if projection.dtype == memory.dtype and transform == LogitTransform():
         return projection

@@ -1,12 +1,11 @@
 """
-The three doors of `eaft.objective.chunk` as Triton kernels: a chunk's logits are read once for
-each.
+The Triton backend: `score`, `diverge` and `gradient_` as kernels that read a chunk's logits once.
 
-The same mathematics as the other backend, held to the same tests. With `TRITON_INTERPRET=1` they
-need no GPU.
+The mathematics and the tests are the same as for the torch backend. With `TRITON_INTERPRET=1` the
+kernels need no GPU.
 
-A row is walked in blocks. A lane, which is a thread, keeps to its own columns, with a maximum and
-sums of its own, so that nothing crosses lanes before the row's end.
+A kernel walks through a row in blocks. Each lane (a thread) has its own columns, with its own
+maximum and sums, so that lanes exchange nothing before the end of the row.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from eaft.objective.statistics import TokenStatistics, entropy_from_log_probs
 
 LANES = 256
 BLOCK = 8192  # logits of one step through a row; a lane's share of them is a group
-MAX_TOP_K = 128  # above, torch looks for them
+MAX_TOP_K = 128  # for a larger K, torch finds the top K
 ALIGNMENT = 16  # elements; rows padded to a multiple of it load as vectors
 # Logits further than this below the largest have probability 0 in float32; a bound keeps 0 * -inf
 # out of the sums
 LOWEST = tl.constexpr(-120.0)
-# What a maximum starts from: -inf would make -inf - -inf
+# A maximum starts from this: -inf would make -inf - -inf
 NOTHING = tl.constexpr(-3.4028234663852886e38)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -37,7 +36,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 @dataclass(frozen=True)
 class Scores:
     """
-    The statistics, and by what the logits are normalised: ln P(v) = logit_v - top - log_total.
+    The statistics, and the two numbers that normalise: ln P(v) = logit_v - top - log_total.
     """
 
     statistics: TokenStatistics
@@ -47,7 +46,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Divergence:
-    """The divergence, and what its gradient reads."""
+    """The divergence, and the tensors that its gradient reads."""
 
     kl: Tensor  # [n] float32, nats
     reference_projection: Tensor  # [n, V]
@@ -59,9 +58,9 @@ class Divergence:
 @triton.jit
 def exp(x):
     """
-    Return e^x to |x| / 2^24 of it, as `tl.exp` does.
+    Return e^x with a relative error of |x| / 2^24, as `tl.exp` does.
 
-    That one spends three more instructions on results below 1e-38, which are 0 here.
+    `tl.exp` spends three more instructions on results below 1e-38, which are 0 here.
     """
     return tl.exp2(x * LOG2_E)
 
@@ -103,7 +102,8 @@ def load_logits(
     HAS_SOFTCAP: tl.constexpr,
 ):
     """
-    Load the logits of some columns; -inf from `n_columns` on. Memory is readable up to `width`.
+    Load the logits of some columns; columns from `n_columns` on are -inf. Memory is readable up to
+    `width`.
     """
     x = tl.load(row_ptr + columns, mask=columns < width, other=0.0)
     return tl.where(
@@ -134,8 +134,8 @@ def below(z, top):
 @triton.jit
 def add_block(z, biggest, top, total, weighted, squares):
     """
-    Add a block to each lane's sums of e, e * (z - top), e^2 with e = exp(z - top), top its largest
-    logit so far.
+    Add a block to each lane's sums of e, e * (z - top) and e^2, where e = exp(z - top) and top is
+    the lane's largest logit so far.
     """
     new_top = tl.maximum(top, biggest)
     shift = below(top, new_top)
@@ -151,8 +151,8 @@ def add_block(z, biggest, top, total, weighted, squares):
 @triton.jit
 def sortable(value, index, dtype: tl.constexpr):
     """
-    Pack values that `dtype` holds exactly, and indices (below 2^16 if it has 16 bits), into keys
-    that sort alike.
+    Pack values that `dtype` holds exactly, and their indices (below 2^16 if it has 16 bits), into
+    keys that have the order of the values.
     """
     if dtype.primitive_bitwidth == 16:
         bits = value.to(dtype).to(tl.int16, bitcast=True)
@@ -191,19 +191,19 @@ def score_kernel(
     softcap,
     HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    TOP_K: tl.constexpr,  # 0: not asked for
+    TOP_K: tl.constexpr,  # 0: not computed here
     TOP_K_POWER: tl.constexpr,  # at least TOP_K, a power of 2
     RANKED: tl.constexpr,  # also the first choice, and the label's rank
     N_BLOCKS: tl.constexpr,  # at least n_columns / BLOCK, a power of 2
-    # logits are what is in memory, of 16 bits, and there are at most 2^16 groups
+    # the logits in memory have 16 bits, and there are at most 2^16 groups
     SHORT_KEYS: tl.constexpr,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
     """
-    One program a token: maximum, sums of exponentials and of squares, entropy; the top K by way of
-    the groups.
+    One program per token: maximum, sums of exponentials and of squares, entropy; the top K are
+    looked for in the groups with the largest maxima.
     """
     row = tl.program_id(0).to(tl.int64)
     projection_row, groups_row = (
@@ -213,21 +213,21 @@ def score_kernel(
     lane = tl.arange(0, LANES)
     columns = block_columns(0, BLOCK, LANES, VECTOR)
     lane_top = tl.full((LANES,), NOTHING, tl.float32)
-    first_block = tl.zeros((LANES,), tl.int32)  # in which the lane met its largest logit first
+    first_block = tl.zeros((LANES,), tl.int32)  # where the lane's largest logit is first
     total, weighted, squares = (
         tl.zeros((LANES,), tl.float32),
         tl.zeros((LANES,), tl.float32),
         tl.zeros((LANES,), tl.float32),
     )
     label = tl.load(labels_ptr + row).to(tl.int32)
-    # A label that is none is never hidden: its nll is NaN
+    # A label outside the vocabulary is not hidden: its nll is NaN
     known = (label >= 0) & (label < n_columns)
     label_logit = tl.load(projection_row + label, mask=known, other=0.0)
     label_logit = to_logits(label_logit, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
     label_logit = tl.where(known, label_logit, float("nan"))
-    above = tl.zeros((LANES,), tl.int32)  # logits that are above the label's
+    above = tl.zeros((LANES,), tl.int32)  # how many logits are above the label's
     full_blocks = n_columns // BLOCK
-    for block in tl.range(full_blocks, num_stages=2):  # the next block is on its way meanwhile
+    for block in tl.range(full_blocks, num_stages=2):  # the next block is loaded meanwhile
         x = tl.load(projection_row + block * BLOCK + columns)
         z = to_logits(x, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
         biggest = lane_max(z)
@@ -273,7 +273,7 @@ def score_kernel(
     tl.store(entropy_ptr + row, log_total - weighted / total)
     tl.store(sum_sq_probs_ptr + row, squares / (total * total))
 
-    # The first of equals lies in the first block that has one
+    # Of equal logits, the first lies in the first block that has one
     block = tl.min(tl.where(lane_top == top, first_block, N_BLOCKS), axis=0)
     is_top1 = label_logit == top
     if is_top1 | RANKED:
@@ -293,14 +293,14 @@ def score_kernel(
         if RANKED:
             tl.store(
                 first_choice_ptr + row, tl.minimum(earliest, n_columns - 1)
-            )  # no NaN is the largest
+            )  # a NaN is never the largest
             tl.store(rank_ptr + row, 1 + tl.sum(above, axis=0))
     tl.store(is_top1_ptr + row, is_top1.to(tl.int8))
 
-    # The K largest logits lie in the K lanes with the largest maxima, and there in the K groups
+    # The K largest logits lie in the K lanes with the largest maxima, and in the K groups of these
     # with the largest: if one lay elsewhere, K others were as large
     if TOP_K > 0:
-        tl.debug_barrier()  # until every group is written
+        tl.debug_barrier()  # wait until every group is written
         dtype: tl.constexpr = projection_ptr.dtype.element_ty if SHORT_KEYS else tl.float32
         picked = indices_of_largest(sortable(lane_top, lane, dtype), TOP_K_POWER)
         blocks = tl.arange(0, N_BLOCKS)[None, :]
@@ -325,7 +325,7 @@ def score_kernel(
         d = below(largest, top)
         e = tl.where(tl.arange(0, TOP_K_POWER) < TOP_K, exp(d), 0.0)
         k_total = tl.sum(e, axis=0)
-        # A NaN among the logits may have hidden from the search; the total has met it
+        # The search may miss a NaN among the logits; the total contains it
         tl.store(
             top_k_entropy_ptr + row, tl.log(k_total) - tl.sum(e * d, axis=0) / k_total + 0.0 * total
         )
@@ -352,10 +352,10 @@ def diverge_kernel(
     VECTOR: tl.constexpr,
 ):
     """
-    One program a token: KL(q || p) forward, KL(p || q) reverse, of policy p and reference q.
+    One program per token: KL(q || p) forward, KL(p || q) reverse, with policy p and reference q.
 
-    ln q - ln p = d - ln(total_q / total_p) with d = (z_q - z_p) - (top_q - top_p): between models
-    that are nearly equal every term is small, and so is its rounding.
+    ln q - ln p = d - ln(total_q / total_p) with d = (z_q - z_p) - (top_q - top_p). For models that
+    are nearly equal every term is small, and so is its rounding.
     """
     row = tl.program_id(0).to(tl.int64)
     p_row, q_row = projection_ptr + row * stride, reference_ptr + row * reference_stride
@@ -364,7 +364,7 @@ def diverge_kernel(
     p_total, q_total = tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32)
     weighted = tl.zeros(
         (LANES,), tl.float32
-    )  # sum of q's e * d forward, of p's reverse; d by the lane's tops
+    )  # sum of e * d, with q's e forward and p's e reverse; d from the lane's tops
     for start in range(0, n_columns, BLOCK):
         p = load_logits(
             p_row, start + columns, n_columns, width, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP
@@ -378,7 +378,7 @@ def diverge_kernel(
         e_q = exp(below(q, new_q_top[None, :, None]))
         e = e_q if FORWARD else e_p
         apart = new_q_top - new_p_top
-        # A token of probability 0 adds nothing, whatever the other model thinks of it
+        # A token with probability 0 adds 0, whatever its probability in the other model
         added = lane_sum(tl.where(e > 0, e * (q - p - apart[None, :, None]), 0.0))
         moved = weighted + (q_total if FORWARD else p_total) * (q_top - p_top - apart)
         weighted = moved * (q_scale if FORWARD else p_scale) + added
@@ -390,7 +390,7 @@ def diverge_kernel(
     moved = weighted + (q_total if FORWARD else p_total) * (q_top - p_top - (top_q - top_p))
     weighted = tl.sum(moved * (q_scale if FORWARD else p_scale), axis=0)
     total_p, total_q = tl.sum(p_total * p_scale, axis=0), tl.sum(q_total * q_scale, axis=0)
-    # ln(total_q / total_p), by way of their difference where they are near each other
+    # ln(total_q / total_p), from their difference if they are close
     x = (total_q - total_p) / total_p
     log_ratio = tl.where(tl.abs(x) < 1e-3, x - x * x * (0.5 - x / 3), tl.log(total_q / total_p))
     tl.store(
@@ -420,7 +420,7 @@ def gradient_kernel(
     softcap,
     HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    KL: tl.constexpr,  # "": no such term; "forward"; "reverse"
+    KL: tl.constexpr,  # "" without a KL term; "forward"; "reverse"
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -428,7 +428,8 @@ def gradient_kernel(
     """
     Overwrite a block of a token's projection with the gradient of weight * nll + kl_coef * KL.
 
-    By the logits: weight * (p - 1[label]), and p - q forward, p (ln p - ln q - KL) reverse.
+    The gradient by the logits: weight * (p - 1[label]), plus kl_coef times p - q (forward) or
+    p (ln p - ln q - KL) (reverse).
     """
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     columns = block_columns(block * BLOCK, BLOCK, LANES, VECTOR)
@@ -472,8 +473,9 @@ def layout(*projections: Tensor) -> dict[str, int]:
     """
     Return how rows are read: `VECTOR` elements by one load, up to `width`.
 
-    Loads are of 128 bits where every row starts at a multiple of ALIGNMENT and its memory goes on
-    to one; that padding is read, and not used. Else they are of one element, and end with the row.
+    A load has 128 bits if every row starts at a multiple of ALIGNMENT and its memory is padded to
+    one; the padding is read and not used. Otherwise a load has one element, and loads end with the
+    row.
     """
     n_columns = projections[0].shape[1]
     padded = triton.cdiv(n_columns, ALIGNMENT) * ALIGNMENT
@@ -494,7 +496,7 @@ def layout(*projections: Tensor) -> dict[str, int]:
 
 
 def transform_arguments(transform: LogitTransform) -> dict[str, float | bool]:
-    """Return what the kernels take of a transform."""
+    """Return a transform as arguments of the kernels."""
     return {
         "logit_scale": float(transform.logit_scale),
         "softcap": float(transform.softcap or 1.0),
@@ -504,13 +506,14 @@ def transform_arguments(transform: LogitTransform) -> dict[str, float | bool]:
 
 
 def launch_options() -> dict[str, int | bool]:
-    """Return how every kernel is launched: as many threads as lanes; sums by fused multiply-add."""
+    """Return the launch options of every kernel: one thread per lane, fused multiply-add."""
     return {"num_warps": LANES // (64 if torch.version.hip else 32), "enable_fp_fusion": True}
 
 
 def block_rows(projection: Tensor) -> int:
     """
-    Return how many rows the other doors take at a time: all, as far as a grid's second axis goes.
+    Return how many rows `score`, `diverge` and `gradient_` take at a time: all, up to the limit of
+    a grid's second axis.
     """
     return min(max(1, len(projection)), 65535)
 
@@ -522,12 +525,12 @@ def score(
     Return the statistics of a chunk's tokens.
 
     Args:
-        projection: `[n, V]` float32, bfloat16 or float16, each row contiguous; in memory padded to
-            a multiple of 16 elements it is read faster.
+        projection: `[n, V]` float32, bfloat16 or float16, each row contiguous. Rows padded to a
+            multiple of 16 elements are read faster.
         labels: `[n]` int64, each in `[0, V)`.
         top_k: from 2 to V; above 128 the projection is read more than once.
-        transform: what makes logits of it.
-        ranked: also find the first choice, its probability and the label's rank.
+        transform: makes logits of the projection.
+        ranked: also return the first choice, its probability and the label's rank.
     """
     n, n_columns = projection.shape
     searched = top_k if top_k <= MAX_TOP_K else 0
@@ -590,7 +593,7 @@ def score(
 
 def entropy_of_top(projection: Tensor, top_k: int, transform: LogitTransform) -> Tensor:
     """Return the entropy of the K largest logits in torch."""
-    # A scale below 0 turns the order round
+    # A negative scale reverses the order
     z = (
         projection.topk(top_k, largest=transform.logit_scale >= 0, sorted=False).values.float()
         * transform.logit_scale
@@ -608,8 +611,8 @@ def diverge(
     transform: LogitTransform,
 ) -> Divergence:
     """
-    Return the divergence at each token, in nats, in the anchor's direction; both projections as in
-    `score`.
+    Return the divergence at each token, in nats, in the anchor's direction. Both projections are as
+    in `score`.
     """
     n, n_columns = projection.shape
     kl, reference_top, reference_log_total = torch.empty(
@@ -655,10 +658,10 @@ def gradient_(
         projection: as in `score`; padding of its rows is overwritten too.
         labels: `[n]`.
         weights: `[n]`.
-        scores: of `score`.
-        transform: what makes logits of it.
-        divergence: of `diverge`; None for no such term.
-        kl_coef: what it counts.
+        scores: from `score`.
+        transform: makes logits of the projection.
+        divergence: from `diverge`; None without a KL term.
+        kl_coef: the coefficient of the KL term.
     """
     n, n_columns = projection.shape
     if n:

@@ -43,31 +43,31 @@ class EAFTConfig(GateFields, SFTConfig):
         gate_top_k: K of the top-K entropy, and of the ln K that entropies are divided by.
         gate_kwargs: the other parameters of the gate, e.g. `{"steepness": 20}` for `eaft-sigmoid`.
         exclude_examples: JSON Lines with the `row` and `digest` of rows of the training data to
-            leave out, as `eaft view` exports them (`eaft train` reads it; a trainer of your own is
-            given its data as it is).
+            leave out, as `eaft view` exports them. Only `eaft train` reads it; a trainer in your
+            own code gets its data as it is.
         replay: share of the training rows that are the base model's own answers to everyday
             requests, mixed in against forgetting (`eaft train` samples them; see
             `eaft.training.replay`).
-        replay_prompts: JSON Lines with a `prompt`, which it answers.
-        template_date: the date that a chat template writes which writes today's, as 2026-11-29
-            (`eaft train` fixes and notes it, so that a resumed run has the same).
+        replay_prompts: JSON Lines with a `prompt`: the requests that the base model answers.
+        template_date: the date in chat templates that write today's date, as 2026-11-29. `eaft
+            train` records it, so that a resumed run has the same date.
         forgetting_eval_steps: measure drift and the suites every so many steps (0: never); see
             `eaft.training.forgetting`.
         forgetting_suite: suites or tasks of general ability, as `eaft eval --suite` takes them
-            (default: `everyday`; where the model is sharded, none).
-        target_suite: suites or tasks of what is being learned.
+            (default: `everyday`; none if the model is sharded).
+        target_suite: suites or tasks of the ability that is being learned.
         forgetting_data_dir: a folder with local data for them.
-        forgetting_prompts: JSON Lines with a `prompt`, whose answers drift is measured on (the
-            first 128).
+        forgetting_prompts: JSON Lines with a `prompt`. Drift is measured on answers to the first
+            128 prompts.
         select_checkpoint: which checkpoint to keep: `budget`, `best-mean` or `pareto`
             (`RULES`).
         forgetting_budget: the drift (nats per token) at which training stops.
 
     Raises:
         ConfigurationError: unknown gate, a parameter it does not take or refuses, `gate_top_k` < 2,
-            a `replay` that is no share, a TRL option that computes a loss of its own (`loss_type`,
-            `label_smoothing_factor`), which a gate would not reach, or a selection of checkpoints
-            that is not complete.
+            a `replay` that is no share, a TRL option with a loss of its own (`loss_type`,
+            `label_smoothing_factor`) that no gate would reach, or incomplete settings of
+            `select_checkpoint`.
     """
 
     exclude_examples: str | None = field(

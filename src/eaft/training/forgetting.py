@@ -1,11 +1,10 @@
 """
-While it trains: how far the model has drifted and what it has lost, every N steps, and which
-checkpoint to keep.
+Forgetting while training: drift and scores every N steps, and which checkpoint to keep.
 
-The base model is the model at step 0. Its answers and its probabilities at their positions are kept
-in `OUTPUT_DIR/forgetting` until training ends, and read from there when it is resumed. Where FSDP
-or DeepSpeed shards the model only drift is measured, which takes forward passes alone: the answers
-are sampled before, by the first process.
+The base model is the model at step 0. Its answers, and its probabilities at their positions, are
+kept in `OUTPUT_DIR/forgetting` until training ends, and read from there if training is resumed. If
+FSDP or DeepSpeed shards the model, only drift is measured, which needs forward passes only. Then
+the first process samples the answers before the model is sharded.
 """
 
 from __future__ import annotations
@@ -39,8 +38,8 @@ from eaft.processes import without_launcher
 from eaft.training.config import EAFTConfig
 
 FOLDER = "forgetting"
-PREFIX = "eval_"  # of what is logged: trackers show it beside `eval_loss`, not among training's own
-GENERAL = ["everyday"]  # what is measured where `forgetting_suite` names nothing
+PREFIX = "eval_"  # of logged names, so that trackers show them beside `eval_loss`
+GENERAL = ["everyday"]  # the default of `forgetting_suite`
 
 
 class ForgettingEval(TrainerCallback):
@@ -52,11 +51,10 @@ class ForgettingEval(TrainerCallback):
     worth keeping and leaves the trainer with the chosen one's weights.
 
     Args:
-        args: the trainer's; with `select_checkpoint`, they are told to load the best model at the
-            end.
-        log: `Trainer.log`, or what else takes the measurements on every process.
-        answers: of a model that is going to be sharded: see `answers_before_sharding`.
-        wrapped: returns that model as it is then called.
+        args: the trainer's arguments. With `select_checkpoint`, `load_best_model_at_end` is set.
+        log: `Trainer.log`, or another function that takes the measurements on every process.
+        answers: for a model that will be sharded: the result of `answers_before_sharding`.
+        wrapped: for a model that will be sharded: returns the model as the trainer wraps it.
 
     Raises:
         ConfigurationError: a suite or its data is missing, or the first measurement is already over
@@ -83,7 +81,7 @@ class ForgettingEval(TrainerCallback):
             args.load_best_model_at_end = True  # of the step that this callback names
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Record the base model, or find what was recorded when this run began."""
+        """Record the base model; in a resumed run, read the record of its beginning."""
         share = Share(PartialState().process_index, PartialState().num_processes)
         kwargs = self.callable(kwargs)
         if state.global_step > 0:
@@ -114,15 +112,15 @@ class ForgettingEval(TrainerCallback):
         self.measure(args, state, control, **kwargs)
 
     def callable(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return what a callback is given, with the model as DeepSpeed or FSDP has wrapped it."""
+        """Return the arguments of a callback, with the model as DeepSpeed or FSDP wraps it."""
         return kwargs if self.wrapped is None else {**kwargs, "model": self.wrapped()}
 
     def read(self) -> BaseAnswers:
         """
-        Return what was recorded when this run began.
+        Return the record of the base model from the beginning of this run.
 
         Raises:
-            ConfigurationError: it is no longer there.
+            ConfigurationError: the record no longer exists.
         """
         if not self.folder.is_dir():
             raise ConfigurationError(
@@ -132,7 +130,7 @@ class ForgettingEval(TrainerCallback):
         return BaseAnswers.load(self.folder)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure, and decide what to keep."""
+        """Measure, and decide which checkpoint to keep."""
         if state.global_step % args.forgetting_eval_steps and state.global_step < state.max_steps:
             return
         self.measure(args, state, control, **kwargs)
@@ -152,14 +150,13 @@ class ForgettingEval(TrainerCallback):
             chosen["step"] == state.global_step or args.select_checkpoint == "pareto"
         )
         state.best_global_step = chosen["step"]
-        # Trainer notes the path when it saves; nothing need be saved now for it to be known at the
-        # end
+        # Trainer sets this path when it saves. It must also be known at the end without a save now
         state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{chosen['step']}")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """
-        Under `pareto`, delete the measured checkpoints that another beats; the newest stays, to
-        resume from.
+        Under `pareto`, delete measured checkpoints that another checkpoint beats. The newest stays,
+        for a resumption.
         """
         if args.select_checkpoint == "pareto" and state.is_world_process_zero:
             _, *trained = history(state)
@@ -176,7 +173,7 @@ class ForgettingEval(TrainerCallback):
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def measure(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure the model as it is, and log it."""
+        """Measure the current model, and log the measurements."""
         kwargs = self.callable(kwargs)
         with measuring(args, **kwargs) as (model, tokenizer):
             protocol = protocol_of(args, tokenizer)
@@ -204,17 +201,16 @@ class ForgettingEval(TrainerCallback):
             metrics = shared(lambda: {f"{PREFIX}{name}": value for name, value in metrics.items()})
             should_log = control.should_log
             self.log(metrics)  # still in evaluation mode: the training metrics' sums are left alone
-            # whether the training metrics are due, which logging anything takes back
-            control.should_log = should_log
+            control.should_log = should_log  # any log resets it, also if training metrics are due
 
 
 def general_suite(args: EAFTConfig, sharded: bool) -> list[str]:
     """
-    Return what is measured of general ability.
+    Return the suites and tasks of general ability that are measured.
 
     Raises:
-        ConfigurationError: suites are asked of a sharded model: their tasks take unlike numbers of
-            forward passes.
+        ConfigurationError: suites for a sharded model, because the ranks would make different
+            numbers of forward passes.
     """
     if sharded and (args.forgetting_suite or args.target_suite):
         raise ConfigurationError(
@@ -226,7 +222,7 @@ def general_suite(args: EAFTConfig, sharded: bool) -> list[str]:
 
 
 def protocol_of(args: EAFTConfig, tokenizer: Any) -> Protocol:
-    """Return how the model in training is measured: as `eaft eval` does by default."""
+    """Return the protocol for the model in training: the defaults of `eaft eval`."""
     return Protocol(
         apply_chat_template=tokenizer.chat_template is not None,
         batch_size=args.per_device_eval_batch_size,
@@ -250,14 +246,13 @@ def sample(model: Any, tokenizer: Any, args: EAFTConfig, share: Share) -> list[A
 
 def answers_before_sharding(model: Any, tokenizer: Any, args: EAFTConfig) -> list[Answer]:
     """
-    Return the base model's answers for a model that is going to be sharded, and cannot generate
-    then.
+    Return the base model's answers for a model that will be sharded and then cannot generate.
 
-    Those that `eaft eval MODEL --record` has kept, or else it is run now, in one process beside the
-    first.
+    They are the answers that `eaft eval MODEL --record` has kept. If there are none, that command
+    runs now, in one more process.
 
     Raises:
-        ConfigurationError: the model was not given by its name, or there is no room for it.
+        ConfigurationError: the model is not given by its name, or does not fit on the device.
     """
     if not isinstance(model, str):
         raise ConfigurationError(
@@ -299,11 +294,11 @@ def answers_before_sharding(model: Any, tokenizer: Any, args: EAFTConfig) -> lis
 
 def tell_zero3_of_the_head(model: Any) -> None:
     """
-    Register what the gated head will use outside of its module, before the first forward pass of
-    any kind.
+    Register the parameters of the head, which the gated head uses outside of the head's module,
+    before any forward pass.
 
-    ZeRO-3 notes the order in which a pass fetches parameters. The gated head makes it find out
-    about the head's later, and what it noted before, while measuring, would no longer hold.
+    ZeRO-3 records the order in which a pass fetches parameters. The gated head would add the head's
+    parameters later, and the order recorded while measuring would be wrong.
     """
     from deepspeed.runtime.zero import register_external_parameter
 
@@ -317,8 +312,8 @@ def measuring(
     args: Any, model: Any, processing_class: Any, **kwargs: Any
 ) -> Iterator[tuple[Any, Any]]:
     """
-    Lend the model, in evaluation mode, and a tokenizer; the randomness of training is as if nothing
-    had been.
+    Give the model in evaluation mode, and a tokenizer. Afterwards the model's mode and the random
+    number generators are as before.
     """
     tokenizer = copy.deepcopy(processing_class)
     tokenizer.padding_side = "left"
@@ -337,7 +332,7 @@ def measuring(
 
 
 def history(state: Any) -> list[dict[str, float]]:
-    """Return the measurements so far, one a step, base model first; they survive a resumption."""
+    """Return the measurements so far, one per step, the base model first; also after a resumption."""
     points = {log["step"]: log for log in state.log_history if f"{PREFIX}drift" in log}
     return [
         {name.removeprefix(PREFIX): value for name, value in points[step].items()}
@@ -349,8 +344,8 @@ def select(
     points: list[dict[str, float]], rule: str, budget: float | None
 ) -> dict[str, float] | None:
     """
-    Return the measurement whose checkpoint is to be kept, by one of `eaft.training.config.RULES`;
-    None if none is within the budget.
+    Return the measurement of the checkpoint to keep, by one of `eaft.training.config.RULES`; None
+    if no checkpoint is within the budget.
 
     Args:
         points: as `history` returns them; the first is the base model, which is never chosen.
@@ -362,8 +357,8 @@ def select(
         return trained[over - 1] if over else None
     if rule == "best-mean":
         return max(trained, key=mean_score)
-    # The knee (Satopaa et al. 2011): where the gain, as a share of the largest, is furthest ahead
-    # of the drift
+    # The knee (Satopaa et al. 2011): the largest difference between gain and drift, each as a share
+    # of its largest value
     front = pareto_front(trained)
     gain = max(max(point["target"] for point in front) - base["target"], 1e-12)
     drift = max(max(point["drift"] for point in front), 1e-12)
@@ -373,15 +368,15 @@ def select(
 
 
 def mean_score(point: dict[str, float]) -> float:
-    """Return the mean over all tasks measured."""
+    """Return the mean score over all measured tasks."""
     scores = [value for name, value in point.items() if name.startswith("score/")]
     return sum(scores) / len(scores)
 
 
 def pareto_front(points: list[dict[str, float]]) -> list[dict[str, float]]:
     """
-    Return the points that no other beats: a target at least as high, a drift at least as low, not
-    both equal.
+    Return the points that no other point beats. A point beats another if its target is at least as
+    high and its drift at least as low, and not both are equal.
     """
 
     def beats(a: dict[str, float], b: dict[str, float]) -> bool:

@@ -3,10 +3,10 @@ The gated LM head: the loss inside the model's forward, on labelled positions on
 logits.
 
 TRL gives the model a fused head (`trl.trainer.utils.add_fused_lm_head`): `model(...,
-fused_lm_head=True)` returns per-token log-probabilities. We put ours in its place, with the same
-call and the same output, because TRL's knows no top-K entropy. It runs inside the forward so that
-DDP, FSDP2 and ZeRO-3 see it and reduce its gradients. Nothing here needs TRL: other trainers
-(`patch_model`) come with one of another version, or none.
+fused_lm_head=True)` returns the log-probability of each token. TRL's head has no top-K entropy, so
+we replace it by ours, with the same call and the same output. It runs inside the forward, so that
+DDP, FSDP2 and ZeRO-3 see it and reduce its gradients. This module does not import TRL, because
+other trainers (`patch_model`) may have another version of TRL, or none.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from eaft.training.logits_check import compare_logits
 
 
 def first_field(owner: Any, *names: str) -> Any:
-    """Return the first of these attributes that is there and not None, or None."""
+    """Return the first of these attributes that exists and is not None; else None."""
     return next(
         (value for name in names if (value := getattr(owner, name, None)) is not None), None
     )
@@ -53,12 +53,12 @@ def first_field(owner: Any, *names: str) -> Any:
 
 def logit_scale(text_config: Any) -> float:
     """
-    Return what the architecture multiplies its logits by: each family has its own name for it.
+    Return the factor of the architecture's logits, for which each family has its own name.
     """
     scale = first_field(text_config, "logit_scale", "output_multiplier", "lm_head_multiplier")
     if scale is not None:
         return scale
-    # Granite and MiniCPM3 divide by the one, Inkling by the other; HyperCLOVA X multiplies
+    # Granite and MiniCPM3 divide by the first, Inkling by the second; HyperCLOVA X multiplies
     scaling = first_field(text_config, "logits_scaling", "logits_mup_width_multiplier")
     if scaling is None:
         return 1.0
@@ -67,8 +67,8 @@ def logit_scale(text_config: Any) -> float:
 
 def softcap(text_config: Any) -> float | None:
     """
-    Return c of the architecture's c * tanh(logits / c), or None: as in Gemma, RecurrentGemma and
-    xLSTM.
+    Return c of the architecture's c * tanh(logits / c), as in Gemma, RecurrentGemma and xLSTM; None
+    if it has no cap.
     """
     return first_field(
         text_config, "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"
@@ -77,10 +77,10 @@ def softcap(text_config: Any) -> float | None:
 
 def full_parameter(parameter: Any) -> Any:
     """
-    Gather a parameter that FSDP2 or tensor parallelism left sharded.
+    Gather a parameter that FSDP2 or tensor parallelism has sharded.
 
-    Data-parallel ranks hold different gradients of it, which FSDP2 averages; tensor-parallel ranks
-    hold the same one. Averaging over the mesh is right for both.
+    Data-parallel ranks have different gradients, which FSDP2 averages. Tensor-parallel ranks have
+    the same gradient. Averaging over the mesh is right for both.
     """
     if not isinstance(parameter, DTensor):
         return parameter
@@ -89,10 +89,9 @@ def full_parameter(parameter: Any) -> Any:
 
 def check_head(lm_head: Any) -> None:
     """
-    Refuse a head with an adapter of PEFT's, which is more than its weight, unless it is merged or
-    switched off.
+    Refuse a head with a PEFT adapter, unless the adapter is merged or switched off.
     """
-    if not (getattr(lm_head, "merged", True) or lm_head.disable_adapters):  # of PEFT's layers alone
+    if not (getattr(lm_head, "merged", True) or lm_head.disable_adapters):  # of PEFT's layers
         raise ConfigurationError(
             f"The head has an adapter ({type(lm_head).__module__}.{type(lm_head).__name__}), which"
             " the fused loss, of its weight alone, would leave out and not train: take the head"
@@ -104,9 +103,9 @@ def keep_differentiable(model: Any) -> None:
     """
     Keep 4-bit weights in the layout that has a gradient.
 
-    On some CPUs a forward in evaluation mode makes bitsandbytes repack them, for good, for a
-    product without a backward pass: an evaluation, or a reference model's forward, would freeze the
-    adapters.
+    On some CPUs, after a forward in evaluation mode, bitsandbytes repacks them for good, for a
+    product without a backward pass. Then an evaluation, or the forward of a reference model, would
+    freeze the adapters.
     """
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
@@ -117,15 +116,15 @@ def keep_differentiable(model: Any) -> None:
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     """
-    Return a copy of `model` that is not trained, and that returns its last hidden states `[B, S,
-    H]` when called.
+    Return a copy of `model` that is not trained. Calling it returns the last hidden states `[B, S,
+    H]`.
     """
-    # A patched forward is bound to the model it was made for
+    # A patched forward is bound to the original model
     forward = model.__dict__.pop("forward", None)
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
     if forward is not None:
         model.forward = forward
-    # Logits are needed a chunk at a time; the copy is called as a whole, so that FSDP gathers it
+    # Logits are made in chunks elsewhere. The whole copy is called, so that FSDP gathers it
     frozen.forward = types.MethodType(
         lambda frozen, *args, **kwargs: (
             GatedLMHead.backbone(frozen)(*args, **kwargs).last_hidden_state
@@ -137,8 +136,8 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 def reshard(reference: Any) -> None:
     """
-    Free what FSDP2 has gathered of a frozen model: accelerate leaves its last group to a backward
-    pass.
+    Free the parameters of a frozen model that FSDP2 has gathered. accelerate frees the last group
+    only in a backward pass, and there is none.
     """
     for module in reference.modules():
         if isinstance(module, FSDPModule):
@@ -147,15 +146,14 @@ def reshard(reference: Any) -> None:
 
 def gather_partitioned(*parameters: Any) -> contextlib.AbstractContextManager[Any]:
     """
-    Return a context in which parameters that ZeRO-3 has partitioned are whole; those that are whole
-    stay so.
+    Return a context in which parameters that ZeRO-3 has partitioned are whole.
     """
     if not is_deepspeed_zero3_enabled():
         return contextlib.nullcontext()
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
 
-    # By identity: a tied head, or a reference's that is the policy's own, comes twice, and is to be
-    # gathered once
+    # Deduplicate by identity: a tied head appears twice, and so does a head that the reference
+    # shares with the policy
     partitioned = {
         id(p): p for p in parameters if p is not None and p.ds_status != ZeroParamStatus.AVAILABLE
     }
@@ -167,18 +165,18 @@ def gather_partitioned(*parameters: Any) -> contextlib.AbstractContextManager[An
 @dataclass
 class GatedOutput(ModelOutput):
     """
-    What TRL reads off the output of a fused head (`trl.trainer.utils.FusedCausalLMOutput`), over
-    the labelled tokens.
+    The output of a fused head that TRL reads (`trl.trainer.utils.FusedCausalLMOutput`), over the
+    labelled tokens.
 
     Attributes:
         loss: scalar, nats per token; in training mode with the auxiliary loss of a mixture of
             experts.
-        log_probs: `[1]`, their sum, which is all that TRL takes of them: in training mode of the
-            terms of the loss with their sign changed, -(g_t nll_t + coef KL_t), in evaluation mode
-            of plain ln p_t, so that `eval_loss` is the nll whatever the gate.
-        entropy, is_top1: `[N]`, of each labelled token.
+        log_probs: `[1]`, a sum, because TRL only uses their sum. In training mode it is the sum of
+            -(g_t nll_t + coef KL_t). In evaluation mode it is the sum of ln p_t, so that
+            `eval_loss` is the plain nll with every gate.
+        entropy, is_top1: `[N]`, for each labelled token.
         label_mask: `[B, S]`, which positions are labelled.
-        aux_loss: scalar, of a mixture of experts.
+        aux_loss: scalar, the auxiliary loss of a mixture of experts.
     """
 
     loss: Tensor | None = None
@@ -201,16 +199,19 @@ class GatedLMHead:
         model: a causal language model, not wrapped by PEFT (pass `peft_model.get_base_model()`).
         gate: a `BoundGate`, or what `bind_gate` makes one of. If parameters are still missing,
             `gate` must be completed before the first training step.
-        reference: for a gate with a KL term: what `frozen_copy` returns, or the `PeftModel` around
+        reference: for a gate with a KL term: the result of `frozen_copy`, or the `PeftModel` around
             `model`, whose adapters are switched off for the reference's pass.
 
     Attributes:
+        gate: the `BoundGate`.
+        plain: the gate in evaluation mode.
+        transform: what the architecture does to its logits.
         example_nll: for a gate that needs it, the base model's mean nll of each example, float32
             `[examples]`.
         old_log_prob: for a gate that needs it, the base model's ln P of each token of the data,
             float32 `[tokens]`.
-        losses: `TokenLosses` of the last call's labelled tokens (in evaluation mode their weights
-            are 1).
+        losses: `TokenLosses` of the labelled tokens in the last call (in evaluation mode the
+            weights are 1).
     """
 
     losses: TokenLosses
@@ -234,7 +235,7 @@ class GatedLMHead:
         check_head(model.get_output_embeddings())
         keep_differentiable(model)
 
-        # `generate` validates its keyword arguments against the model's own signature
+        # `generate` checks its keyword arguments against the model's own signature
         @functools.wraps(type(model).forward)
         def forward(
             model: PreTrainedModel,
@@ -255,8 +256,8 @@ class GatedLMHead:
 
     def own_forward(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         """
-        Call the forward that the model had; of a deep copy of the model too, to which its methods
-        are bound anew.
+        Call the forward that the model had before. It also works for a deep copy of the model,
+        whose methods are bound to the copy.
         """
         function = getattr(self.original_forward, "__func__", None)
         return (
@@ -277,11 +278,11 @@ class GatedLMHead:
         **kwargs: Any,
     ) -> GatedOutput:
         """
-        Run the backbone and score the labels `[B, S]`, or `shift_labels` (context parallelism) as
-        they stand.
+        Run the backbone and score the labels `[B, S]`, or `shift_labels`, which are shifted already
+        (context parallelism).
 
-        `example_ids` `[B, S]` says which example each label is from, `token_numbers` `[B, S]` which
-        token of the data it is, for the gates that need it.
+        For gates that need them, `example_ids` `[B, S]` are the examples of the labels, and
+        `token_numbers` `[B, S]` are their numbers in the data.
         """
         kwargs["use_cache"] = False
         use_reference = self.gate.anchor is not None and model.training
@@ -355,14 +356,13 @@ class GatedLMHead:
     @torch.no_grad()
     def statistics(self, model: PreTrainedModel, labels: Tensor, **inputs: Any) -> TokenStatistics:
         """
-        Return the statistics of the labelled tokens of `labels` `[B, S]`, row by row, ranks
-        included; nothing else.
+        Return the statistics of the labelled tokens of `labels` `[B, S]`, row by row, with ranks.
 
         Args:
             model: the model that was patched.
-            labels: as for training: a labelled token's id at its own position, else -100; the first
-                is nobody's.
-            inputs: what else the backbone is called with.
+            labels: as for training: the id of a labelled token at its own position, else -100. The
+                first position of a row is never a label.
+            inputs: the other arguments of the backbone.
         """
         labelled = F.pad(labels[:, 1:], (0, 1), value=-100)
         hidden, lm_head = (
@@ -397,20 +397,20 @@ class GatedLMHead:
     @staticmethod
     def backbone(model: PreTrainedModel) -> Any:
         """Return the part of a model that ends in hidden states."""
-        # A text model that keeps the prefix of a larger one, as Llama 4's, names itself as its base
+        # A text model with the prefix of a larger model, as Llama 4's, names itself as its base
         return model.model if model.base_model is model else model.base_model
 
     def aux_loss(
         self, model: PreTrainedModel, backbone: Any, attention_mask: Tensor | None
     ) -> Tensor:
         """
-        Return the load-balancing loss of a mixture of experts (arXiv:2101.03961), as models' own
-        forwards do.
+        Return the load-balancing loss of a mixture of experts (arXiv:2101.03961), as the model's
+        own forward computes it.
         """
-        if not backbone.router_logits:  # a family with experts, in a size that has none
+        if not backbone.router_logits:  # some sizes of a family with experts have none
             return backbone.last_hidden_state.new_zeros(())
         top_k = first_field(model, "num_experts_per_tok") or self.text_config.num_experts_per_tok
-        # Each family names the number of experts in its own way; it is the width of the router
+        # Families name the number of experts differently; it is the width of the router
         num_experts = backbone.router_logits[0].shape[-1]
         return load_balancing_loss_func(backbone.router_logits, num_experts, top_k, attention_mask)
 
@@ -423,7 +423,7 @@ class GatedLMHead:
             yield Head(self.unpadded(weight), self.unpadded(bias), self.transform)
 
     def unpadded(self, parameter: Any) -> Any:
-        """Return the rows that have logits, of the head's weight or bias."""
+        """Return the rows of the head's weight or bias that have logits."""
         return (
             parameter
             if parameter is None or self.vocab_size is None

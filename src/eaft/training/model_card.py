@@ -1,6 +1,5 @@
 """
-The card that goes with a trained model: the base model, the gate and its parameters, the recipe,
-the versions.
+The model card of a trained model: base model, gate with its parameters, recipe, versions.
 """
 
 from __future__ import annotations
@@ -36,12 +35,12 @@ def model_card(
     Return the card, from `model_card.md`.
 
     Args:
-        args: what the model was trained with.
+        args: the flags of training.
         gate: the gate it was trained with, complete with measured parameters.
-        base_model: as the model's config names it; of a folder on this machine only the name is
-            kept.
-        model_name, dataset_name: as the Hub will know them, where they are to be there.
-        tags: beside the Hub's own.
+        base_model: as the model's config names it. For a folder on this machine, only its name is
+            written.
+        model_name, dataset_name: names on the Hub, if they will be there.
+        tags: more tags for the Hub.
     """
     on_hub = bool(base_model) and not Path(str(base_model)).exists()
     return ModelCard.from_template(

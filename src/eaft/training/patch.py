@@ -1,7 +1,8 @@
 """
-The gated loss for any trainer, or loop, that asks the model for its loss, without full logits:
-`patch_model` makes the model return it, and `GateCallback` calls that where a trainer takes
-callbacks of transformers'.
+The gated loss for any trainer or loop that asks the model for its loss, without full logits.
+
+`patch_model` makes the model return the gated loss. `GateCallback` does the same in a trainer that
+takes callbacks of transformers.
 """
 
 from __future__ import annotations
@@ -28,35 +29,34 @@ def patch_model(
     model: Any, gate: GateLike | BoundGate = "eaft", top_k: int = 20, **params: Any
 ) -> GatedLMHead:
     """
-    Make the loss that a causal model returns the gated one, for trainers other than `EAFTTrainer`.
+    Make a causal model return the gated loss, for trainers other than `EAFTTrainer`.
 
         patch_model(model, gate="eaft")
         Trainer(model, ...).train()
 
     In training mode `model(..., labels=labels)` returns the gated cross-entropy (arXiv:2601.02151)
-    as `loss`, divided by `num_items_in_batch` where it is given and else by the number of labelled
-    tokens, and no logits: they never exist as a whole. In evaluation mode the forward is the
-    model's own, with the plain nll and logits, so that `eval_loss` can be compared across gates. On
-    the first batch the loss is compared with that of the model's own logits on a few tokens. Each
-    row counts as one example (`talr`), also one of several packed sequences.
+    as `loss`, divided by `num_items_in_batch` if that is given, else by the number of labelled
+    tokens. It returns no logits, because they never exist as a whole. In evaluation mode the
+    forward is the model's own, with the plain nll and logits, so that `eval_loss` can be compared
+    across gates. On the first batch, the loss of a few tokens is compared with the loss from the
+    model's own logits. Each row counts as one example (`talr`), also a row of packed sequences.
 
     Args:
-        model: a causal language model, or a `PeftModel` around one; changed in place, before it is
-            wrapped (DDP, FSDP).
+        model: a causal language model, or a `PeftModel` around one. It is changed in place. Call
+            this before the model is wrapped (DDP, FSDP).
         gate: name of a registered gate, or a function of `TokenStatistics`; or a `BoundGate`, which
             brings its own K and parameters.
         top_k: K of the top-K entropy.
         params: what the gate takes, e.g. `alpha=2.0` for `eaft`.
 
     Returns:
-        the head in its place; its `losses` are the `TokenLosses` of the last batch's labelled
-        tokens.
+        The new head. Its `losses` are the `TokenLosses` of the labelled tokens of the last batch.
 
     Raises:
         ConfigurationError: unknown gate or parameter, a gate that needs the base model beside the
-            trained one, or a model that is patched already; in training, labels cut to
-            `logits_to_keep`; in the first forward, on every rank, logits that are not what the head
-            says.
+            trained one, or a model that is patched already. In training: labels cut to
+            `logits_to_keep`. In the first forward, on every rank: the model's logits are not those
+            that the head computes.
     """
     bound = refuse_base_model(bind_gate(gate, params, top_k))
     base: Any = model.get_base_model() if is_peft_model(model) else model
@@ -78,7 +78,7 @@ def patch_model(
             if num_items_in_batch is not None:
                 kwargs["num_items_in_batch"] = num_items_in_batch
             return with_head(base, **kwargs)
-        kwargs.pop("return_dict", None)  # the outputs are read by their names
+        kwargs.pop("return_dict", None)  # the outputs are read by name
         kept = kwargs.pop("logits_to_keep", None)
         if isinstance(kept, torch.Tensor) or kept:  # 0 is all of them
             raise ConfigurationError(
@@ -107,10 +107,10 @@ def several_processes() -> bool:
 
 class GateCallback(TrainerCallback):
     """
-    `patch_model` as a callback, for any trainer built on transformers' `Trainer` (LLaMA-Factory's,
-    ms-swift's, ...).
+    `patch_model` as a callback, for any trainer built on transformers' `Trainer` (LLaMA-Factory,
+    ms-swift, ...).
 
-    The model is patched when the trainer has been made, before it is wrapped.
+    The model is patched at the end of the trainer's constructor, before it is wrapped.
 
     Args:
         gate: as the flag of `eaft train`, and so are the others; or a function of
@@ -121,9 +121,10 @@ class GateCallback(TrainerCallback):
         gate_kwargs: the other parameters of the gate.
 
     Raises:
-        ConfigurationError: as `patch_model`; Liger's fused loss, or nn.DataParallel, which pass
-            ours by; a callback added, or a model made, after the trainer was; and after the first
-            step, if the trainer did not ask the model for its loss, but computed one of its own.
+        ConfigurationError: as in `patch_model`; with Liger's fused loss or nn.DataParallel, which
+            bypass our loss; if the callback is added, or the model is made, after the trainer's
+            constructor; and after the first step, if the trainer did not ask the model for its loss
+            but computed a loss of its own.
     """
 
     head: GatedLMHead | None = None
@@ -145,7 +146,7 @@ class GateCallback(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
         """
-        Patch the model, unless another forward will take the place of ours when training begins.
+        Patch the model. Refuse set-ups in which another forward would replace ours later.
         """
         liger = getattr(args, "use_liger_kernel", False)
         if liger and (args.liger_kernel_config or {}).get("fused_linear_cross_entropy", True):
@@ -164,7 +165,7 @@ class GateCallback(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
-        """Find out whether the model that will be trained is the one that was patched."""
+        """Check that the model that will be trained is the model that was patched."""
         if self.head is None:
             raise ConfigurationError(
                 "GateCallback came too late: give it to the trainer's constructor."
@@ -175,7 +176,7 @@ class GateCallback(TrainerCallback):
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Find out whether the loss is ours."""
+        """Check that the trainer used our loss."""
         if not hasattr(self.head, "losses"):  # annotated only, until the first batch
             raise ConfigurationError(
                 f"gate={self.gate.label} had no effect: the trainer computes a loss of its own and"

@@ -1,6 +1,6 @@
 """
-Training data prepared by the trainer itself, around a model of eight hidden units: what is counted
-or inspected is what would be trained on.
+Training data as the trainer prepares it, with a model of eight hidden units in place of the real
+one. So the rows that are counted or inspected are the rows that would be trained on.
 """
 
 from __future__ import annotations
@@ -23,15 +23,14 @@ from eaft.training.config import EAFTConfig
 from eaft.training.following import mapped
 from eaft.training.trainer import EAFTTrainer
 
-UNLABELLED = -101  # a label that TRL does not count as missing, so that it drops no row
+UNLABELLED = -101  # TRL does not count this label as missing, so it drops no row
 
 
 def narrow_trainer(
     tokenizer: Any, args: EAFTConfig, train_dataset: Any, eval_dataset: Any = None
 ) -> EAFTTrainer:
     """
-    Return a trainer that has prepared the data as `eaft train` would, around a model too small to
-    matter.
+    Return a trainer that has prepared the data as `eaft train` would, with a tiny model.
     """
     narrow = {
         "hidden_size": 8,
@@ -56,10 +55,9 @@ def narrow_trainer(
 @dataclass(frozen=True)
 class PreparedRows:
     """
-    A data set as it is trained on without packing: a row for each of its rows, in its order, none
-    dropped.
+    A data set as it is trained on without packing: one row for each row of the data, in its order.
 
-    Both have `input_ids` and `labels`, of which those below 0 are none.
+    Both have `input_ids` and `labels`. A negative label means "not trained on".
     """
 
     cut: Dataset  # to max_length
@@ -68,12 +66,13 @@ class PreparedRows:
 
 def prepare_rows(tokenizer: Any, args: EAFTConfig, dataset: Any) -> PreparedRows:
     """
-    Prepare every row as the trainer would, and follow it: TRL shuffles, and drops rows that lose
-    all their labels.
+    Prepare every row as the trainer would, in order and without dropping any. (TRL shuffles rows,
+    and drops rows that lose all their labels.)
 
     Args:
         tokenizer: changed as training changes it (`eos_token`, `chat_template_path`).
-        args: its data flags count; packing and shuffling are off.
+        args: the flags of training; only the data flags are used, without packing and shuffling.
+        dataset: the training data.
 
     Raises:
         ConfigurationError: a stream, images, no labelled token, or what TRL refuses.
@@ -97,7 +96,7 @@ def prepare_rows(tokenizer: Any, args: EAFTConfig, dataset: Any) -> PreparedRows
         "gate_alpha": 1.0,
         "gate_entropy": "top-k",
     }
-    # What is of no interest before training must not stop it here
+    # Flags that matter only in training must not cause errors here
     changes |= {
         "report_to": [],
         "use_liger_kernel": False,
@@ -118,7 +117,7 @@ def prepare_rows(tokenizer: Any, args: EAFTConfig, dataset: Any) -> PreparedRows
             "The data is not prepared before training (images?), so its tokens are not known."
         )
     whole = whole.select_columns(["input_ids", "labels"])
-    if trainer._skip_prepare_dataset:  # nor is it cut
+    if trainer._skip_prepare_dataset:  # then rows are not cut either
         return PreparedRows(whole, whole)
     args.max_length = max_length
     kept = mapped(whole, keep_from_dropping, "Keeping unlabelled")
@@ -132,6 +131,6 @@ def prepare_rows(tokenizer: Any, args: EAFTConfig, dataset: Any) -> PreparedRows
 
 
 def keep_from_dropping(table: pa.Table) -> pa.Table:
-    """Replace the label that TRL takes for none."""
+    """Replace label -100, so that TRL does not drop rows without a label."""
     labels, lengths = flat(table["labels"])
     return with_column(table, "labels", np.where(labels == -100, UNLABELLED, labels), lengths)

@@ -34,16 +34,16 @@ from eaft.training.templates import conversational, label_turns, mark_assistant
 from eaft.training.trl_internals import DataCollatorForLanguageModeling, get_config_model_id
 
 logger = get_logger(__name__)
-STREAM_ROWS = 1000  # of a stream, that are looked through for a label
+STREAM_ROWS = 1000  # how many rows of a stream are searched for a label
 
 
 def eaft_config(args: Any, model: Any) -> EAFTConfig:
     """
-    Return `args`, or with all of them our defaults: as TRL makes its configuration of
-    transformers'.
+    Return `args` as an `EAFTConfig`. Other training arguments are completed with our defaults, as
+    TRL does with transformers' arguments.
 
     Raises:
-        ConfigurationError: they are no training arguments, or hold what does not go with a gate.
+        ConfigurationError: `args` are no training arguments, or a value does not go with a gate.
     """
     if args is None:
         name = model if isinstance(model, str) else get_config_model_id(model.config)
@@ -55,42 +55,42 @@ def eaft_config(args: Any, model: Any) -> EAFTConfig:
             f"args must be an EAFTConfig, or TRL's SFTConfig; got {type(args).__name__}."
         )
     values = args.to_dict()
-    values |= {
-        name: getattr(args, name) for name in values if name.endswith("_token")
-    }  # which `to_dict` hides
+    # `to_dict` hides these values
+    values |= {name: getattr(args, name) for name in values if name.endswith("_token")}
     known = {field.name for field in fields(EAFTConfig)}
     config = EAFTConfig(**{name: value for name, value in values.items() if name in known})
-    for name in values.keys() - known:  # of a class of one's own, which code of one's own reads
+    for name in values.keys() - known:  # fields of a user's own class, for the user's own code
         setattr(config, name, getattr(args, name))
     return config
 
 
 class EAFTTrainer(SFTTrainer):
     """
-    Takes what TRL's `SFTTrainer` takes, with `args` an `EAFTConfig`; others are completed with its
-    defaults.
+    TRL's `SFTTrainer` with a gate. It takes the same arguments. `args` is an `EAFTConfig`; other
+    training arguments are completed with its defaults.
 
     The loss runs inside the model's forward, on labelled positions, in chunks
-    (`eaft.training.head`). `eval_loss` is always the plain nll. Logged beside TRL's metrics, per
+    (`eaft.training.head`). `eval_loss` is always the plain nll. Beside TRL's metrics it logs, per
     labelled token: `nll` (ungated, nats), `conflict_share` (confident conflicts: H < 0.5 nats and
     P(label) < 0.1), `conflict_nll_share` (their share of the nll), `nll_high_entropy` and
-    `nll_low_entropy` (nats; tokens with H >= 2, H <= 0.5 nats, as the model is then; if there are
-    any), and in training `mean_gate` and, with a reference model, `kl` (nats).
+    `nll_low_entropy` (nats; tokens with H >= 2 and H <= 0.5 nats under the current model, if there
+    are any). In training it also logs `mean_gate` and, with a reference model, `kl` (nats).
 
-    A gate with a KL term takes as its reference the model as it is handed over (a frozen copy), or
-    under PEFT the same weights with the adapters off. One that must be measured takes a pass over
-    the data first (`eaft.training.gate_measurements`).
+    For a gate with a KL term, the reference is a frozen copy of the given model; under PEFT it is
+    the same weights with the adapters off. If a gate must be measured, training begins with a pass
+    over the data (`eaft.training.gate_measurements`).
 
     Args:
-        replayed: more rows to train on, with `input_ids` and `labels`, mixed into `train_dataset`
-            as they are; cut, shuffled and packed like its rows.
+        replayed: more rows to train on, with `input_ids` and `labels`. They are mixed into
+            `train_dataset`, and cut, shuffled and packed like its rows.
 
     Raises:
         ConfigurationError: the data set is empty, no token is labelled after preparation, or the
-            gate needs something this set-up cannot give (a stream, a collator of your own, context
-            parallelism); in training, no parameter is trainable, or the first step's gradient is 0.
-        NonFiniteError: a loss or a gradient is NaN or infinite; the weights have not been touched
-            by it.
+            set-up lacks something that the gate needs (with a stream, a collator of your own, or
+            context parallelism). In training: no parameter is trainable, or the gradient of the
+            first step is 0.
+        NonFiniteError: a loss or a gradient is NaN or infinite. The weights are still those before
+            it.
     """
 
     data_collator: Any
@@ -187,16 +187,14 @@ class EAFTTrainer(SFTTrainer):
         if args.forgetting_eval_steps:
             sharded: dict[str, Any] = {}
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                general_suite(
-                    args, sharded=True
-                )  # what it refuses is said before anything is sampled
+                general_suite(args, sharded=True)  # refuses suites before anything is sampled
                 sharded["answers"] = answers_before_sharding(model, self.processing_class, args)
                 sharded["wrapped"] = lambda: self.model_wrapped
             self.add_callback(ForgettingEval(args, self.log, **sharded))
 
     def _check_adapters_off_is_base(self) -> None:
         """
-        Refuse adapters that change the base model's own weights (findings/peft_adapter_off.sh).
+        Refuse adapters that change the weights of the base model (findings/peft_adapter_off.sh).
         """
         config = self.model.active_peft_config
         start, bias = getattr(config, "init_lora_weights", True), getattr(config, "bias", "none")
@@ -217,8 +215,7 @@ class EAFTTrainer(SFTTrainer):
 
     def _make_reference(self) -> Any:
         """
-        Return what the head runs as the reference model: the PEFT model around the policy, or a
-        frozen copy.
+        Return the reference model for the head: the PEFT model around the policy, or a frozen copy.
         """
         if is_peft_model(self.model):
             if self.model.active_peft_config.is_prompt_learning:
@@ -236,13 +233,12 @@ class EAFTTrainer(SFTTrainer):
             )
         reference = frozen_copy(self.model)
         if self.is_fsdp_enabled:
-            return fsdp2_prepare_model(
-                self.accelerator, reference
-            )  # layer by layer, as the policy will be
+            # Layer by layer, like the policy
+            return fsdp2_prepare_model(self.accelerator, reference)
         return reference.to(self.args.device) if self.place_model_on_device else reference
 
     def _check_examples_can_be_followed(self) -> None:
-        """Refuse set-ups in which a token's example is lost on its way to the gate."""
+        """Refuse set-ups that lose a token's example on its way to the gate."""
         parallelism = self.accelerator.parallelism_config
         reasons = {
             "a data_collator of your own": not isinstance(
@@ -278,17 +274,18 @@ class EAFTTrainer(SFTTrainer):
         name: str,
     ) -> Any:
         """
-        Prepare a data set as TRL does, following examples if the gate needs it; report rows without
-        a label.
+        Prepare a data set as TRL does, and report rows without a label. If the gate needs it, each
+        token keeps the index of its example.
         """
         prepare = functools.partial(super()._prepare_dataset, processing_class=processing_class)
         if isinstance(dataset, Dataset) and "strftime_now" in str(processing_class.chat_template):
             dataset = cached_by_date(dataset)
         if self._label_turns and conversational(dataset):
             dataset = label_turns(dataset, processing_class, args)
-        if name == "train" and self._replayed is not None:  # an evaluation set may have that name
+        # An evaluation set may also have the name `train`
+        if name == "train" and self._replayed is not None:
             whole = copy.copy(args)
-            whole.max_length, whole.shuffle_dataset = None, False  # below, with the replayed rows
+            whole.max_length, whole.shuffle_dataset = None, False  # later, with the replayed rows
             rows = prepare(
                 dataset,
                 args=whole,
@@ -302,9 +299,8 @@ class EAFTTrainer(SFTTrainer):
                 None,
             )
             self._replayed = None
-        if (
-            name == "train" and self._gate.needs_examples and self._followed is None
-        ):  # an evaluation set may have that name
+        # An evaluation set may also have the name `train`
+        if name == "train" and self._gate.needs_examples and self._followed is None:
             loose = self._gate.must_be_measured
             self._followed = follow_examples(
                 prepare, dataset, args, packing, formatting_func, loose
@@ -318,7 +314,7 @@ class EAFTTrainer(SFTTrainer):
                 formatting_func=formatting_func,
                 dataset_name=name,
             )
-        # The first token is nobody's label; a stream may have no end
+        # The first token of a row is never a label, and a stream may have no end
         looked_at = (
             prepared if isinstance(prepared, Dataset) else itertools.islice(prepared, STREAM_ROWS)
         )
@@ -346,7 +342,7 @@ class EAFTTrainer(SFTTrainer):
         return prepared
 
     def _set_signature_columns_if_needed(self) -> None:
-        """Let `example_ids` and `token_numbers` pass to the collator."""
+        """Keep the columns `example_ids` and `token_numbers` for the collator."""
         super()._set_signature_columns_if_needed()
         self._signature_columns += [
             n for n in ("example_ids", "token_numbers") if n not in self._signature_columns
@@ -360,17 +356,16 @@ class EAFTTrainer(SFTTrainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """
-        Compute TRL's loss, whose per-token terms our head has gated, and keep the sums behind our
-        metrics.
+        Compute TRL's loss, for which our head gates the terms of the tokens, and keep the sums for
+        our metrics.
         """
         batch = dict(inputs)
         if not self._logits_checked:
             check_logits(model, inputs, self.accelerator.gather)
             self._logits_checked = True
         router_aux_loss_coef = self.router_aux_loss_coef
-        if (
-            not self.model.training
-        ):  # TRL adds the auxiliary loss of a mixture of experts to `eval_loss` too
+        # TRL also adds the auxiliary loss of a mixture of experts to `eval_loss`
+        if not self.model.training:
             self.router_aux_loss_coef = 0.0
         try:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -391,11 +386,9 @@ class EAFTTrainer(SFTTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Evaluate as TRL does; what `predict` left in our metrics is dropped."""
+        """Evaluate as TRL does, without the sums that `predict` left."""
         self._token_sums.pop("eval", None)
-        self._eval_prefix = (  # of several evaluation sets, each has a name in it
-            f"{metric_key_prefix}_"
-        )
+        self._eval_prefix = f"{metric_key_prefix}_"  # with the evaluation set's name, if several
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -413,7 +406,7 @@ class EAFTTrainer(SFTTrainer):
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
     ) -> None:
         """
-        Save as transformers does, and beside an adapter too what the model is to generate by: its
+        Save as transformers does, and beside an adapter also the generation config, which has the
         end tokens.
         """
         super()._save(output_dir, state_dict)
@@ -426,13 +419,13 @@ class EAFTTrainer(SFTTrainer):
 
     def _require_finite(self, loss: Tensor, batch: dict[str, Any]) -> None:
         """
-        Stop every rank with the same message, before the backward pass, if the loss of any is not
-        finite.
+        Stop every rank with the same message, before the backward pass, if the loss of any rank is
+        not finite.
         """
         finite = torch.isfinite(loss.detach())
         if self.accelerator.gather(finite).all():
             return
-        found = None
+        report = None
         if not finite:
             tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
             where = (
@@ -447,12 +440,11 @@ class EAFTTrainer(SFTTrainer):
                 )
                 dataset = getattr(loader, "dataset", None)
                 rows = describe_rows(batch, tokenizer, dataset, images=self._is_vision_dataset)
-            except (
-                Exception
-            ) as error:  # a batch of an unknown kind; other ranks wait for what this one has to say
+            # An unknown kind of batch must not stop this rank: the others wait for its report
+            except Exception as error:
                 rows = f"of a kind that cannot be shown ({type(error).__name__}: {error})"
-            found = loss.item(), f"{where}the batch's rows are {rows}"
-        everywhere = [x for x in gather_object([found]) if x is not None]
+            report = loss.item(), f"{where}the batch's rows are {rows}"
+        everywhere = [x for x in gather_object([report]) if x is not None]
         doing = (
             f"training, step {self.state.global_step + 1}" if self.model.training else "evaluation"
         )
@@ -465,8 +457,8 @@ class EAFTTrainer(SFTTrainer):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """
-        Stop before the optimizer's step if a finite loss had a gradient that is not (fp16's scaler
-        skips those).
+        Stop before the optimizer's step if the gradient of a finite loss is not finite. (With fp16
+        the scaler skips such steps.)
         """
         grad_norm = super()._get_grad_norm(model, grad_norm)
         if not self.args.fp16 and grad_norm is not None and not math.isfinite(grad_norm):
@@ -486,7 +478,7 @@ class EAFTTrainer(SFTTrainer):
         return grad_norm
 
     def _refuse_zero_gradient(self) -> None:
-        """Say why the first step trains nothing, unless that is right."""
+        """Refuse a first step that would train nothing, or warn if a gradient of 0 may be right."""
         if (sums := self._token_sums.get("train")) is None:
             return  # the loss is not ours: a subclass computes its own
         means = sums.means(self.accelerator)
@@ -503,14 +495,13 @@ class EAFTTrainer(SFTTrainer):
                 " per_device_train_batch_size."
             )
         trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        if any(
-            parameter.grad is not None for parameter in trainable.values()
-        ):  # it may be right: of weights that are 0
+        # A gradient of 0 is right for some weights that are 0
+        if any(parameter.grad is not None for parameter in trainable.values()):
             logger.warning(
                 f"{message}Each of the {len(trainable)} trainable parameters has a gradient of 0:"
                 " check the model's weights, and which layers are trained."
             )
-            self._gradient_checked = True  # said once
+            self._gradient_checked = True  # one warning is enough
             return
         raise ConfigurationError(
             f"{message}The {len(trainable)} trainable parameters ({next(iter(trainable))}, ...)"
@@ -519,7 +510,7 @@ class EAFTTrainer(SFTTrainer):
         )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as TRL does, if there is a parameter to train."""
+        """Train as TRL does; without a trainable parameter, raise `ConfigurationError`."""
         if any(getattr(module, "_disable_adapters", False) for module in self.model.modules()):
             raise ConfigurationError(
                 "The adapters are switched off: call enable_adapter_layers() on the model."
@@ -534,8 +525,7 @@ class EAFTTrainer(SFTTrainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """
-        Train an epoch, unless training is at its end: transformers' Trainer would train one step
-        more.
+        Train an epoch, unless training is at its end, where transformers would train one more step.
         """
         if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
@@ -549,8 +539,8 @@ class EAFTTrainer(SFTTrainer):
         tags: str | list[str] | None = None,
     ) -> None:
         """
-        Write `README.md` into the output folder: the model, the gate and how it was trained. See
-        TRL's method.
+        Write `README.md` into the output folder: the model, the gate and the recipe. The arguments
+        are those of TRL's method.
         """
         if not self.is_world_process_zero():
             return
