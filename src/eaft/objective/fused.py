@@ -32,8 +32,8 @@ from eaft.objective.statistics import NO_CONTEXT, TokenContext, TokenStatistics,
 from eaft.objective.torch_backend import TorchBackend
 
 # Each chunk reads and writes the whole gradient of the head. A GPU needs as long for that as for
-# the products of about 150 tokens: 2% of the time with chunks of 8,192 rows. A chunk has fewer rows if
-# its logits would take more than a share of the memory
+# the products of about 150 tokens: 2% of the time with chunks of 8,192 rows. A chunk has fewer
+# rows if its logits would take more than a share of the memory
 CHUNK_ROWS, ROW_MULTIPLE = 8192, 256
 LOGITS_BUDGET, GPU_MEMORY_SHARE = 2**28, 16
 # Bytes of a block of rows that is cast for a product on a CPU

@@ -332,7 +332,7 @@ def measuring(
 
 
 def history(state: Any) -> list[dict[str, float]]:
-    """Return the measurements so far, one per step, the base model first; also after a resumption."""
+    """Return the measurements so far, one per step, base model first; also after a resumption."""
     points = {log["step"]: log for log in state.log_history if f"{PREFIX}drift" in log}
     return [
         {name.removeprefix(PREFIX): value for name, value in points[step].items()}
