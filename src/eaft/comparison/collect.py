@@ -86,7 +86,7 @@ def collect(
     return Comparison(
         sentence="",
         verdicts=[verdict(pair, groups) for pair in pairs],
-        recipe=described(recipe),
+        recipe=asdict(described(recipe)),
         environment=environment(),
         protocol=RecordedProtocol(**asdict(measurer.protocol), limit=recipe.evaluate.limit),
         asked={

@@ -175,8 +175,8 @@ def reach(sides: list[list[tuple[np.ndarray, np.ndarray]]]) -> tuple[float, floa
     Return the hardest and the easiest target to compare at.
 
     The best that every objective reached with every seed, and the first checkpoint of its slowest
-    run; both by a standard error to the inside (in five of six resamples), since a best found by
-    looking is too good.
+    run; both by a standard error to the inside (in five of six resamples), since the best of many
+    is better than it would be on other examples.
 
     Args:
         sides: each objective's and seed's runs: shortfall and drift, `[resamples, checkpoints +

@@ -5,10 +5,11 @@ before any runs.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -283,7 +284,7 @@ def check_training(flags: dict[str, Any], held_out: str | None) -> str:
     _, args, model_args, _ = configs
     text = args.dataset_text_field
     rows = load_rows(held_out, text, HELD_OUT) if held_out is not None else None
-    found = check_templates({"train": train, HELD_OUT: rows}, args, model_args)
+    template_facts = check_templates({"train": train, HELD_OUT: rows}, args, model_args)
     if rows is not None and isinstance(train, Dataset):
         check_apart(rows, train, text, HELD_OUT)
     model = str(model_args.model_name_or_path)
@@ -293,19 +294,22 @@ def check_training(flags: dict[str, Any], held_out: str | None) -> str:
         and not model.endswith(".gguf")
     ):
         check_model(resolve_model(model, args.trust_remote_code), args, model_args, train)
-    return told(found)
+    return told(template_facts)
 
 
-def described(recipe: Recipe) -> dict[str, Any]:
-    """Return a recipe for the results, without this machine's paths, which tell others nothing."""
-    found = asdict(recipe)
+def described(recipe: Recipe) -> Recipe:
+    """
+    Return a recipe for the results: with all its pairs, and without this machine's paths, which
+    tell others nothing.
+    """
+    anonymous = copy.deepcopy(recipe)
     if Path(model := recipe.train["model_name_or_path"]).exists():
-        found["train"]["model_name_or_path"] = Path(model).name
+        anonymous.train["model_name_or_path"] = Path(model).name
     for name in ("general_prompts", "target_prompts", "held_out"):
-        if found["evaluate"][name] is not None:
-            found["evaluate"][name] = Path(found["evaluate"][name]).name
-    found["pairs"] = [list(pair) for pair in recipe.compared]
-    return found
+        if (path := getattr(recipe.evaluate, name)) is not None:
+            setattr(anonymous.evaluate, name, Path(path).name)
+    anonymous.pairs = [list(pair) for pair in recipe.compared]
+    return anonymous
 
 
 def base_model(recipe: Recipe) -> str:

@@ -157,10 +157,10 @@ class FirstAlone:
         self.count += 1
         file = self.folder / f"{self.prefix}-{self.count}.json"
         if self.state.is_main_process:
-            found = work()
+            done = work()
             if self.state.num_processes > 1:
-                write_json(file, found)
-            return found
+                write_json(file, done)
+            return done
         while not file.is_file():
             time.sleep(POLL)
         return json.loads(file.read_text())

@@ -103,7 +103,7 @@ class Store:
         Return how many bytes are kept of each model, and as `unfinished` of what a killed process
         left.
         """
-        found: dict[str, int] = defaultdict(int)
+        sizes: dict[str, int] = defaultdict(int)
         for folder in self.entries():
             about = folder / ABOUT_FILE
             name = "unfinished"
@@ -112,8 +112,8 @@ class Store:
                     name = read_json(about, About, "")["model"]
                 except ConfigurationError:
                     name = "unreadable"
-            found[name] += size_of(folder)
-        return found
+            sizes[name] += size_of(folder)
+        return sizes
 
     def clear(self) -> None:
         """Delete all measurements, and the folder if that leaves it empty."""
