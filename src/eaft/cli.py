@@ -17,6 +17,7 @@ DESCRIPTION = """
 Entropy-Adaptive Fine-Tuning: fine-tune a language model without making it worse at everything else.
 
   eaft train     fine-tune with a gate on each token's loss (takes the flags and YAML of `trl sft`)
+  eaft tune      train, and get back the model that learned most within a forgetting budget
   eaft eval      score a model on suites of tasks; with --base, say what it gained and forgot
   eaft compare   train with several objectives from one base, and show what each gained and forgot
   eaft inspect   score data through a model: which tokens it fights, what gates do, is it right?
@@ -30,6 +31,7 @@ Entropy-Adaptive Fine-Tuning: fine-tune a language model without making it worse
 MODULES = {
     "train": "eaft.training.train",
     "eval": "eaft.evaluation.evaluate",
+    "tune": "eaft.tuning.command",
     "compare": "eaft.comparison.command",
     "inspect": "eaft.inspection.inspect",
     "view": "eaft.inspection.view.serve",

@@ -22,7 +22,7 @@ ALLOWED = 0.05 + 3 * np.sqrt(0.05 * 0.95 / TRIALS)
 
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch):
-    monkeypatch.setattr(paired, "RESAMPLES", 999)
+    monkeypatch.setattr(paired, "RESAMPLES", 1999)
 
 
 class World:
@@ -102,8 +102,12 @@ def test_what_is_said_of_the_returned_model_holds(prompts, alike):
         points += len(search.points)
         if chosen is not None:
             returned += 1
-            wrong += world.drift(chosen.member) > chosen.bound
-            outside += not chosen.nll_low <= -world.gain(chosen.member) <= chosen.nll_high
+            wrong += world.drift(Member(chosen.step, chosen.share)) > chosen.bound
+            outside += (
+                not chosen.nll_low
+                <= -world.gain(Member(chosen.step, chosen.share))
+                <= chosen.nll_high
+            )
     print(f"{prompts} {alike}: {wrong / TRIALS:.3f} {outside / TRIALS:.3f} {returned} {points}")
     assert wrong / TRIALS <= ALLOWED
     assert outside / TRIALS <= ALLOWED
@@ -118,7 +122,7 @@ def test_strict_returns_few_models_over_the_budget(prompts, alike):
     for world, chosen, _, _ in trials(0.05, True, prompts=prompts, alike=alike):
         if chosen is not None:
             returned += 1
-            over += world.drift(chosen.member) > 0.05
+            over += world.drift(Member(chosen.step, chosen.share)) > 0.05
     print(f"{prompts} {alike}: over {over / TRIALS:.3f} returned {returned}")
     assert over / TRIALS <= ALLOWED
     assert returned > 0.85 * TRIALS

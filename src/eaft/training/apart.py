@@ -105,10 +105,20 @@ def file_digest(path: Path, known: dict[Path, str]) -> str:
 
 
 def train_apart(config: Path) -> int:
-    """Run `eaft train` in a process that is part of no launch, and return its exit code."""
-    command = [sys.executable, "-m", "eaft", "train", "--config", str(config)]
+    """Run `eaft train` with a YAML file in a run's folder; see `run_train`."""
+    return run_train(["--config", str(config)], config.parent)
+
+
+def run_train(arguments: list[str], folder: Path) -> int:
+    """
+    Run `eaft train` in a process that is part of no launch, and return its exit code.
+
+    Args:
+        folder: the run's; trackers name the run by it.
+    """
+    command = [sys.executable, "-m", "eaft", "train", *arguments]
     return subprocess.run(
-        command, env=tracker_environment(config.parent), preexec_fn=end_with_parent
+        command, env=tracker_environment(folder), preexec_fn=end_with_parent
     ).returncode
 
 

@@ -11,45 +11,14 @@ procedure is `tests/tuning/test_procedure.py`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from eaft.evaluation.paired import ALPHA, FEWEST_PROMPTS, bootstrap_interval
 from eaft.tuning.points import Member, Point, Sums
+from eaft.tuning.results import Confirmation
 from eaft.tuning.search import Z_BOUND, Measure
 
 
-@dataclass(frozen=True)
-class Confirmed:
-    """
-    What the confirmation data say of one candidate.
-
-    Attributes:
-        drift: nats per token, on the confirmation prompts.
-        bound: the true drift is at most this, at the level of the whole confirmation.
-        within: whether `drift` is within the budget.
-        shown: whether `bound` is.
-        prompts: how many there are; `prompts_needed`: how many would show that a drift of this size
-            is within the budget; None if it is shown, or if it is not within.
-        nll: held-out nll (nats per token) on the confirmation rows.
-        nll_change: minus the base model's; `nll_low` and `nll_high`: its interval.
-        rows: how many.
-    """
-
-    member: Member
-    drift: float
-    bound: float
-    within: bool
-    shown: bool
-    prompts: int
-    prompts_needed: int | None
-    nll: float
-    nll_change: float
-    nll_low: float
-    nll_high: float
-    rows: int
-
-
-def judge(point: Point, base_nll: Sums, budget: float, candidates: int) -> Confirmed:
+def judge(point: Point, base_nll: Sums, budget: float, candidates: int) -> Confirmation:
     """
     Return what the confirmation data say of one of so many candidates.
 
@@ -69,8 +38,9 @@ def judge(point: Point, base_nll: Sums, budget: float, candidates: int) -> Confi
         # The bound's distance from the estimate shrinks as 1 / sqrt(prompts)
         ratio = (bound - drift.mean) / (budget - drift.mean)
         needed = max(math.ceil(len(drift.sums) * ratio**2), FEWEST_PROMPTS)
-    return Confirmed(
-        member=point.member,
+    return Confirmation(
+        step=point.member.step,
+        share=point.member.share,
         drift=drift.mean,
         bound=bound,
         within=within,
@@ -87,7 +57,7 @@ def judge(point: Point, base_nll: Sums, budget: float, candidates: int) -> Confi
 
 def confirm(
     candidates: list[Member], measure: Measure, base_nll: Sums, budget: float, strict: bool
-) -> tuple[Confirmed | None, list[Confirmed]]:
+) -> tuple[Confirmation | None, list[Confirmation]]:
     """
     Return the first candidate that passes (None if none does), and all that were measured.
 
@@ -96,7 +66,7 @@ def confirm(
         measure: returns a member's point on the confirmation data.
         strict: a candidate passes if its bound is within the budget; else, if its estimate is.
     """
-    measured: list[Confirmed] = []
+    measured: list[Confirmation] = []
     for member in candidates:
         measured.append(judge(measure(member), base_nll, budget, len(candidates)))
         if measured[-1].shown if strict else measured[-1].within:

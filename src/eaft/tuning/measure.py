@@ -1,0 +1,154 @@
+"""Measure members of the family: one model in memory, each member once, kept in a file."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from typing_extensions import TypedDict
+
+from eaft.evaluation.drift import BaseAnswers, Share
+from eaft.evaluation.identity import digest
+from eaft.evaluation.measured_model import MeasuredModel, nll_of_rows
+from eaft.evaluation.scores import load
+from eaft.files import read_jsonl
+from eaft.training.apart import Checkpoint
+from eaft.training.family import Family
+from eaft.training.held_out import Row
+from eaft.tuning.points import Member, Point, Sums
+
+
+@dataclass(frozen=True)
+class Part:
+    """
+    Data to measure on: of screening, or of confirmation.
+
+    Attributes:
+        rows: held-out rows, as training prepares them, each with a label.
+        answers: the base model's own, for drift.
+        base_nll: the base model's nll of the rows.
+    """
+
+    rows: list[Row]
+    answers: BaseAnswers
+    base_nll: Sums
+
+    @classmethod
+    def of(cls, base: MeasuredModel, rows: list[Row], prompts: list[Any]) -> Part:
+        """Measure the base model on rows and prompts; what is in the store is read from there."""
+        return cls(rows, base.answers(prompts), Sums(*base.nll(rows)))
+
+    @property
+    def digest(self) -> str:
+        """A digest of what is measured on."""
+        return digest([self.rows, self.answers.digest])
+
+
+class LoadedFamily:
+    """
+    The family of a run, loaded when something has to be measured.
+
+    Args:
+        base: the base model, which is freed before.
+        checkpoints: of the run.
+        options: of the base model, as `from_pretrained` takes them.
+    """
+
+    def __init__(
+        self, base: MeasuredModel, checkpoints: list[Checkpoint], options: dict[str, Any]
+    ) -> None:
+        self.base, self.options = base, options
+        self.folders = {checkpoint.step: checkpoint.folder for checkpoint in checkpoints}
+        self.family: Family | None = None
+
+    def model(self, member: Member) -> Any:
+        """Return the torch model with a member's weights."""
+        folder = self.folders[member.step]
+        if self.family is None:
+            self.base.free()
+            adapter = (folder / "adapter_config.json").is_file()
+            name = str(folder) if adapter else self.base.model
+            lm = load(name, self.base.tokenizer, self.base.protocol)
+            self.family = Family(lm.model.eval(), self.base.model, self.options)
+        self.family.put(folder, member.share)
+        return self.family.model
+
+    def measure(self, part: Part, member: Member) -> Point:
+        """Return a member's nll and drift on a part of the data."""
+        model = self.model(member)
+        nll = nll_of_rows(model, part.rows, Share())
+        return Point(member, Sums(*nll), Sums(*part.answers.drift(model)))
+
+    @torch.no_grad()
+    def answer(self, member: Member, texts: list[str], max_new_tokens: int) -> list[str]:
+        """Return a member's likeliest answers (greedy) to prompts as the model is to see them."""
+        model, tokenizer = self.model(member), self.base.tokenizer
+        answers = []
+        for text in texts:
+            chat = self.base.protocol.apply_chat_template
+            ids = tokenizer(text, return_tensors="pt", add_special_tokens=not chat)["input_ids"]
+            ids = ids.to(model.device)
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=max_new_tokens,
+            )
+            answers.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+        return answers
+
+
+class KeptPoint(TypedDict):
+    """A line of the file."""
+
+    part: str
+    step: int
+    share: float
+    nll: list[float]
+    drift: list[float]
+
+
+class Kept:
+    """
+    A part's measurements in a JSON Lines file: each is made once, also if the command is killed.
+
+    Lines of other data (`Part.digest`) are left in the file, and not used.
+    """
+
+    def __init__(self, file: Path, part: Part, family: LoadedFamily) -> None:
+        self.file, self.part, self.family = file, part, family
+        self.rows = part.base_nll.counts
+        self.prompts = np.array([len(answer.answer_ids) for answer in part.answers.answers])
+        self.points: dict[Member, Point] = {}
+        self.digest = part.digest
+        if file.is_file():
+            text = file.read_text()
+            whole = text[: text.rfind("\n") + 1]  # a killed command may have left half a line
+            if whole != text:
+                staging = file.with_suffix(".tmp")
+                staging.write_text(whole)
+                os.replace(staging, file)
+            for line in read_jsonl(file, KeptPoint, f"delete {file}, and it is measured again."):
+                if line["part"] == self.digest:
+                    member = Member(line["step"], line["share"])
+                    self.points[member] = Point(
+                        member,
+                        Sums(np.array(line["nll"]), self.rows),
+                        Sums(np.array(line["drift"]), self.prompts),
+                    )
+
+    def __call__(self, member: Member) -> Point:
+        """Return a member's point, measured now if it is not in the file."""
+        if member not in self.points:
+            point = self.family.measure(self.part, member)
+            line = {"part": self.digest, **asdict(member)}
+            line |= {"nll": point.nll.sums.tolist(), "drift": point.drift.sums.tolist()}
+            with self.file.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            self.points[member] = point
+        return self.points[member]

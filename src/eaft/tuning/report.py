@@ -1,0 +1,137 @@
+"""The report of `eaft tune`: its sentence, report.html and front.png."""
+
+from __future__ import annotations
+
+import base64
+import os
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from jinja2 import Environment, StrictUndefined
+
+from eaft.evaluation.report import save
+from eaft.text import visible
+from eaft.tuning.results import Screened, TuneResults
+
+REPORT, FRONT = "report.html", "front.png"
+
+
+def write_report(results: TuneResults, folder: Path) -> None:
+    """Write front.png and report.html, which has the picture in it."""
+    draw_front(results, folder / FRONT)
+    picture = base64.b64encode((folder / FRONT).read_bytes()).decode()
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: visible(value) if isinstance(value, str) else value,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    template = environment.from_string(Path(__file__).with_name("report.html").read_text())
+    staging = folder / f"{REPORT}.tmp"
+    staging.write_text(template.render(r=results, picture=picture), errors="replace")
+    os.replace(staging, folder / REPORT)
+
+
+def sentence(results: TuneResults) -> str:
+    """Return what was learned, what was lost, how sure that is, and what the budget cost."""
+    budget, chosen = results.budget.max_drift, results.chosen
+    best = results.unconstrained
+    free = (
+        f"the lowest held-out nll of the run is {best.nll:.3f} (step {best.step},"
+        f" {best.share:.0%}), at a drift of {best.drift:.3f}"
+    )
+    if chosen is None:
+        if not results.candidates:
+            why = "no model of this run learned anything within it"
+        elif results.budget.strict:
+            why = (
+                f"the drift of the safest candidate is {results.candidates[-1].drift:.4f}, but up"
+                f" to {results.candidates[-1].bound:.4f} cannot be ruled out"
+            )
+        else:
+            why = f"the safest candidate has a drift of {results.candidates[-1].drift:.4f}"
+        return f"No model within the budget of {budget:g} nats per token: {why}. Else {free}."
+    text = (
+        f"Held-out nll went from {results.base_nll:.3f} to {chosen.nll:.3f} nats per token"
+        f" (change {chosen.nll_change:+.3f}, 95% interval {chosen.nll_low:+.3f} to"
+        f" {chosen.nll_high:+.3f}; {chosen.rows} rows). Drift is {chosen.drift:.4f} nats per"
+        f" token, and at most {chosen.bound:.4f} with 95% confidence ({chosen.prompts} prompts)."
+    )
+    if chosen.shown:
+        text += f" So the budget of {budget:g} was kept."
+    else:
+        text += f" The estimate is within the budget of {budget:g}; that it was kept is not shown."
+        if chosen.prompts_needed is not None:
+            text += f" About {chosen.prompts_needed} prompts would show it."
+    text += f" The model is the checkpoint of step {chosen.step}" + (
+        ", as it is."
+        if chosen.share == 1
+        else f", taken {chosen.share:.1%} of the way from the base model."
+    )
+    if best.cost is not None and best.cost > 0:
+        text += f" On the rows that chose it, the budget cost {best.cost:.3f} nats: {free}."
+    return text
+
+
+def draw_front(results: TuneResults, path: Path) -> None:
+    """Draw held-out nll against drift: all that was screened, the budget and the chosen model."""
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    axis.scatter(
+        0,
+        results.base_nll_screening,
+        marker="*",
+        s=140,
+        color="black",
+        label="base model",
+        zorder=3,
+    )
+    steps = sorted({point.step for point in results.screened})
+    for i, step in enumerate(steps):
+        own = sorted((p for p in results.screened if p.step == step), key=lambda p: p.share)
+        color = plt.get_cmap("viridis")(0.1 + 0.8 * i / max(len(steps) - 1, 1))
+        x, y = [0.0, *(p.drift for p in own)], [results.base_nll_screening, *(p.nll for p in own)]
+        axis.plot(x, y, "-", color=color, linewidth=1, alpha=0.6)
+        axis.scatter(x[1:], y[1:], s=14, color=color)
+        whole = [p for p in own if p.share == 1]
+        axis.scatter(
+            [p.drift for p in whole],
+            [p.nll for p in whole],
+            s=60,
+            marker="s",
+            color=color,
+            label=f"checkpoint of step {step}",
+        )
+    budget = results.budget.max_drift
+    axis.axvline(budget, color="tab:red", linestyle="--", linewidth=1, label=f"budget {budget:g}")
+    if results.chosen is not None:
+        point = chosen_point(results)
+        axis.scatter(
+            point.drift,
+            point.nll,
+            s=220,
+            facecolors="none",
+            edgecolors="tab:red",
+            linewidths=2,
+            label="chosen",
+            zorder=4,
+        )
+    axis.set(
+        xlabel="drift, KL(base ‖ model), nats per token",
+        ylabel="held-out nll, nats per token",
+        title="Lines: interpolations toward the base (screening data)",
+    )
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    save(figure, path)
+
+
+def chosen_point(results: TuneResults) -> Screened:
+    """Return what screening measured of the chosen model."""
+    chosen = results.chosen
+    assert chosen is not None
+    return next(
+        point
+        for point in results.screened
+        if (point.step, point.share) == (chosen.step, chosen.share)
+    )

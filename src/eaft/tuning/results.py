@@ -1,0 +1,168 @@
+"""The results of `eaft tune` as types: what its `results.json` holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import with_config
+
+from eaft.evaluation.results import FORM
+
+
+@with_config(FORM)
+@dataclass(kw_only=True)
+class Budget:
+    """What was allowed."""
+
+    max_drift: float
+    """The largest drift, in nats per token."""
+    strict: bool
+    """Whether the bound on the drift had to be within it, and not only the estimate."""
+
+
+@with_config(FORM)
+@dataclass(kw_only=True)
+class Data:
+    """How much there was to train and to measure on."""
+
+    training_rows: int
+    """Rows that were trained on."""
+    screening_rows: int
+    """Held-out rows that the candidates were chosen by."""
+    confirmation_rows: int
+    """Held-out rows that the statements are about."""
+    left_out: int
+    """Rows of --held_out with a prompt that training has, or nearly; they were not used."""
+    screening_prompts: int
+    """Prompts for drift that the candidates were chosen by."""
+    confirmation_prompts: int
+    """Prompts for drift that the statements are about."""
+
+
+@with_config(FORM)
+@dataclass(kw_only=True)
+class Screened:
+    """A member of the family on the screening data, which choose, and prove nothing."""
+
+    step: int
+    """Training steps of the checkpoint."""
+    share: float
+    """The model is base + share * (checkpoint - base)."""
+    nll: float
+    """Held-out nll, nats per token."""
+    drift: float
+    """KL(base || model) on the base model's answers, nats per token."""
+
+
+@with_config(FORM)
+@dataclass(kw_only=True)
+class Confirmation:
+    """A candidate on the confirmation data."""
+
+    step: int
+    """Training steps of the checkpoint."""
+    share: float
+    """The model is base + share * (checkpoint - base)."""
+    drift: float
+    """Nats per token."""
+    bound: float
+    """The true drift is at most this; with 95% it holds for all candidates together."""
+    within: bool
+    """Whether the estimate is within the budget."""
+    shown: bool
+    """Whether the bound is."""
+    prompts_needed: int | None
+    """How many prompts would show it; null where it is shown, or the estimate is not within."""
+    prompts: int
+    """Prompts of `drift`."""
+    nll: float
+    """Held-out nll, nats per token."""
+    nll_change: float
+    """The same minus the base model's."""
+    nll_low: float
+    """Lower end of its interval; with 95% the intervals of all candidates hold together."""
+    nll_high: float
+    """Upper end."""
+    rows: int
+    """Rows of `nll`."""
+
+
+@with_config(FORM)
+@dataclass(kw_only=True)
+class Unconstrained:
+    """The lowest held-out nll that screening measured, whatever its drift; screening data."""
+
+    step: int
+    """Training steps of the checkpoint."""
+    share: float
+    """The model is base + share * (checkpoint - base)."""
+    nll: float
+    """Held-out nll, nats per token."""
+    drift: float
+    """Nats per token."""
+    cost: float | None
+    """By how much the returned model's nll is higher on the same rows; null without a model."""
+
+
+@with_config(FORM)
+@dataclass(kw_only=True)
+class BeforeAfter:
+    """Likeliest answers (greedy) to a held-out prompt of the confirmation rows."""
+
+    prompt: str
+    """The prompt, as the models see it."""
+    base: str
+    """The base model's answer."""
+    tuned: str
+    """The returned model's answer."""
+
+
+@with_config(FORM)
+@dataclass(kw_only=True)
+class Drifted:
+    """An answer of the base model that the returned model drifted from most."""
+
+    prompt: str
+    """The prompt, as the models see it."""
+    answer: str
+    """The base model's own answer."""
+    drift: float
+    """KL(base || tuned) on it, nats per token."""
+
+
+@with_config(FORM)
+@dataclass(kw_only=True)
+class TuneResults:
+    """What `eaft tune` found."""
+
+    status: Literal["shown", "within", "none"]
+    """shown: the bound is within the budget; within: the estimate is; none: there is no model."""
+    sentence: str
+    """What was learned, what was lost, how sure that is, and what the budget cost."""
+    budget: Budget
+    """What was allowed."""
+    model: str
+    """The base model."""
+    data: Data
+    """How much there was."""
+    base_nll: float
+    """The base model's held-out nll on the confirmation rows, nats per token."""
+    base_nll_screening: float
+    """The same on the screening rows."""
+    chosen: Confirmation | None
+    """The returned model; null if there is none."""
+    candidates: list[Confirmation]
+    """All that were confirmed, in their order; the first that passed was returned."""
+    screened: list[Screened]
+    """All that screening measured."""
+    unconstrained: Unconstrained
+    """What a budget without end would have returned."""
+    before_after: list[BeforeAfter]
+    """Some answers; empty without a model, or where rows have no prompts."""
+    most_drifted: list[Drifted]
+    """Worst first; empty without a model."""
+    flags: list[str]
+    """What `eaft train` was given."""
+    environment: dict[str, Any]
+    """Versions, commit and machine."""

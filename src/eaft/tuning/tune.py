@@ -1,0 +1,337 @@
+"""Train once, and return the model of the run that learned most within a budget."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from eaft.errors import EAFTError
+from eaft.evaluation.comparable import comparable_models
+from eaft.evaluation.drift import prompt_of
+from eaft.evaluation.results import as_json
+from eaft.evaluation.scores import ask
+from eaft.files import read_json
+from eaft.models import noted_date, template_date, template_today
+from eaft.processes import locked
+from eaft.provenance import environment, write_json
+from eaft.text import visible
+from eaft.training.apart import (
+    checkpoints,
+    finished,
+    run_train,
+)
+from eaft.training.family import saved_files, write_member
+from eaft.training.train import last_complete_checkpoint
+from eaft.tuning.confirm import confirm, typical_margin
+from eaft.tuning.measure import Kept, LoadedFamily, Part
+from eaft.tuning.plan import (
+    EXCLUDED,
+    MARK,
+    RUN,
+    WAY,
+    WORK,
+    Plan,
+    Settings,
+    check_folder,
+    check_settings,
+    make_plan,
+)
+from eaft.tuning.points import Member, Point
+from eaft.tuning.report import sentence, write_report
+from eaft.tuning.results import (
+    BeforeAfter,
+    Budget,
+    Confirmation,
+    Data,
+    Drifted,
+    Screened,
+    TuneResults,
+    Unconstrained,
+)
+from eaft.tuning.search import Search, choose_candidates
+
+RESULTS = "results.json"
+SCREENING, CONFIRMATION = "screening.jsonl", "confirmation.jsonl"
+SHOWN_ANSWERS, SHOWN_TOKENS, SHOWN_DRIFTED = 4, 64, 5
+
+
+def tune(settings: Settings, train_flags: list[str]) -> TuneResults:
+    """
+    Train, screen, confirm, and write the returned model with its report; see docs/tuning.md.
+
+    The same call goes on where a killed one was, and changes nothing where one has finished.
+
+    Args:
+        train_flags: of `eaft train`: the model, the data, and whatever else.
+
+    Raises:
+        ConfigurationError: what can be known to be wrong before anything is trained.
+        EAFTError: training failed.
+    """
+    check_settings(settings)
+    folder = Path(settings.output_dir)
+    day = noted_date(folder / MARK) or template_today()
+    with template_date(day):
+        plan = make_plan(settings, train_flags, day)
+        check_folder(folder, plan.identity)
+        with locked(folder, begins_with=(MARK,)):
+            check_folder(folder, plan.identity)
+            write_json(folder / MARK, plan.identity)
+            if (folder / RESULTS).is_file():
+                results = read_json(folder / RESULTS, TuneResults, WAY)
+                say(f"{folder} holds these results; nothing was changed.\n\n{results.sentence}")
+            else:
+                results = run(plan, settings, folder)
+            if not settings.keep_checkpoints:
+                delete_weights(folder / WORK / RUN)
+    return results
+
+
+def run(plan: Plan, settings: Settings, folder: Path) -> TuneResults:
+    """Do all that is left to do, in a folder that is this command's alone."""
+    work = folder / WORK
+    work.mkdir(exist_ok=True)
+    introduce(plan, settings)
+    train(plan, work)
+    members = [
+        checkpoint
+        for checkpoint in checkpoints(work / RUN)
+        if saved_files(checkpoint.folder) or (checkpoint.folder / "adapter_config.json").is_file()
+    ]
+    if not members:
+        raise EAFTError(
+            f"{work / RUN} holds no model as safetensors. Under FSDP, set"
+            " fsdp_state_dict_type: FULL_STATE_DICT."
+        )
+    _, base = comparable_models(
+        str(members[-1].folder), plan.base.model, plan.base.protocol, drift=True
+    )
+    assert base is not None
+    say("Measuring the base model")
+    screening, confirmation = (
+        Part.of(base, rows, prompts) for rows, prompts in zip(plan.rows, plan.prompts, strict=True)
+    )
+    family = LoadedFamily(base, members, plan.options)
+    search = Search(
+        Timed("Screening", Kept(work / SCREENING, screening, family)), screening.base_nll.mean
+    )
+    search.run([member.step for member in members], settings.max_drift)
+    candidates = choose_candidates(
+        search, settings.max_drift, settings.strict, len(confirmation.answers.answers)
+    )
+    kept = Kept(work / CONFIRMATION, confirmation, family)
+    chosen, tried = confirm(
+        [point.member for point in candidates],
+        Timed("Confirming", kept, len(candidates)),
+        confirmation.base_nll,
+        settings.max_drift,
+        settings.strict,
+    )
+    texts = [ask(base.tokenizer, p, base.protocol) for p in plan.prompts[1]]
+    results = TuneResults(
+        status="none" if chosen is None else "shown" if chosen.shown else "within",
+        sentence="",
+        budget=Budget(max_drift=settings.max_drift, strict=settings.strict),
+        model=str(plan.configs[2].model_name_or_path),
+        data=Data(
+            training_rows=plan.training_rows,
+            screening_rows=len(plan.rows[0]),
+            confirmation_rows=len(plan.rows[1]),
+            left_out=plan.left_out,
+            screening_prompts=len(plan.prompts[0]),
+            confirmation_prompts=len(plan.prompts[1]),
+        ),
+        base_nll=confirmation.base_nll.mean,
+        base_nll_screening=screening.base_nll.mean,
+        chosen=chosen,
+        candidates=tried,
+        screened=[screened(point) for point in search.points],
+        unconstrained=unconstrained(search, chosen),
+        before_after=before_after(plan, family, chosen),
+        most_drifted=most_drifted(kept, chosen, texts, confirmation, base.tokenizer),
+        flags=plan.arguments,
+        environment=environment(),
+    )
+    results.sentence = sentence(results)
+    if chosen is not None:
+        say("Writing the model")
+        write_model(plan, family.folders[chosen.step], chosen, results.sentence, folder)
+    write_report(results, folder)
+    write_json(folder / RESULTS, as_json(results))  # last: it says that all beside it is there
+    say(farewell(results, folder, settings))
+    return results
+
+
+def introduce(plan: Plan, settings: Settings) -> None:
+    """Say how many rows and prompts there are, and what so many can show."""
+    screening, confirmation = map(len, plan.rows)
+    prompts = len(plan.prompts[1])
+    lost = f" ({plan.left_out} of --held_out left out: trained on)" if plan.left_out else ""
+    most = settings.max_drift / (1 + typical_margin(prompts))
+    say(
+        f"{plan.training_rows} rows to train on; held out: {screening} to choose by and"
+        f" {confirmation} to confirm on{lost}. Drift: {len(plan.prompts[0])} prompts to choose by,"
+        f" {prompts} to confirm on. So many usually show that a drift of up to about {most:.3g} is"
+        f" within {settings.max_drift:g}."
+    )
+
+
+def train(plan: Plan, work: Path) -> None:
+    """
+    Train the run to its end, unless it has been.
+
+    Raises:
+        EAFTError: it failed; its message is in the output.
+    """
+    folder = work / RUN
+    if finished(folder):
+        return
+    if plan.excluded:
+        staging = work / f"{EXCLUDED}.tmp"
+        staging.write_text("".join(json.dumps(row) + "\n" for row in plan.excluded))
+        os.replace(staging, work / EXCLUDED)
+    checkpoint = last_complete_checkpoint(folder) if folder.is_dir() else None
+    say("Training" + (f" from {checkpoint}" if checkpoint else ""))
+    code = run_train([*plan.arguments, "--resume_from_checkpoint", "true"], folder)
+    if code == 130:
+        raise KeyboardInterrupt
+    if code:
+        raise EAFTError(f"training ended with exit code {code}; its message is above.")
+    for pattern in ("optimizer*", "scheduler*", "rng_state*", "scaler*"):
+        for file in folder.glob(f"checkpoint-*/{pattern}"):
+            file.unlink()  # only a run that goes on needs them
+
+
+class Timed:
+    """Says which member is measured, and how long one takes."""
+
+    def __init__(self, what: str, measure: Kept, most: int | None = None) -> None:
+        self.what, self.measure, self.most = what, measure, most
+        self.number, self.seconds = 0, []  # type: ignore[var-annotated]
+
+    def __call__(self, member: Member) -> Point:
+        """Measure, and say so."""
+        self.number += 1
+        began = time.monotonic()
+        fresh = member not in self.measure.points
+        of = f" of at most {self.most}" if self.most else ""
+        left = f", about {self.seconds[-1]:.0f} s" if self.seconds and fresh else ""
+        name = f"step {member.step}, share {member.share:g}"
+        say(
+            f"{self.what} {self.number}{of}: {name}{left}" if fresh else f"{self.what}: {name} kept"
+        )
+        point = self.measure(member)
+        if fresh:
+            self.seconds.append(time.monotonic() - began)
+        say(f"    held-out nll {point.nll.mean:.4f}, drift {point.drift.mean:.4f}")
+        return point
+
+
+def screened(point: Point) -> Screened:
+    """Return a point of screening as it is reported."""
+    return Screened(
+        step=point.member.step,
+        share=point.member.share,
+        nll=point.nll.mean,
+        drift=point.drift.mean,
+    )
+
+
+def unconstrained(search: Search, chosen: Confirmation | None) -> Unconstrained:
+    """Return the lowest held-out nll of all that screening measured, and what the budget cost."""
+    best = min(search.points, key=lambda point: point.nll.mean)
+    cost = None
+    if chosen is not None:
+        cost = search.at(chosen.step, chosen.share).nll.mean - best.nll.mean
+    return Unconstrained(**as_json(screened(best)), cost=cost)
+
+
+def before_after(
+    plan: Plan, family: LoadedFamily, chosen: Confirmation | None
+) -> list[BeforeAfter]:
+    """Return answers of the base and of the chosen model to the first confirmation rows."""
+    rows = plan.held_out[1]
+    if chosen is None or not {"prompt", "messages"} & set(rows.column_names):
+        return []
+    base = family.base
+    prompts = [prompt_of(rows[i]) for i in range(min(SHOWN_ANSWERS, len(rows)))]
+    texts = [ask(base.tokenizer, prompt, base.protocol) for prompt in prompts]
+    say("Answers before and after")
+    sides = [
+        family.answer(Member(chosen.step, share), texts, SHOWN_TOKENS)
+        for share in (0.0, chosen.share)
+    ]
+    return [
+        BeforeAfter(prompt=text, base=before, tuned=after)
+        for text, before, after in zip(texts, *sides, strict=True)
+    ]
+
+
+def most_drifted(
+    kept: Kept, chosen: Confirmation | None, texts: list[str], part: Part, tokenizer: Any
+) -> list[Drifted]:
+    """Return the confirmation prompts on whose answers the chosen model has drifted most."""
+    if chosen is None:
+        return []
+    drift = kept(Member(chosen.step, chosen.share)).drift
+    means = drift.sums / drift.counts
+    return [
+        Drifted(
+            prompt=texts[i],
+            answer=tokenizer.decode(part.answers.answers[i].answer_ids, skip_special_tokens=True),
+            drift=float(means[i]),
+        )
+        for i in means.argsort()[::-1][:SHOWN_DRIFTED]
+    ]
+
+
+def write_model(
+    plan: Plan, checkpoint: Path, chosen: Confirmation, said: str, folder: Path
+) -> None:
+    """Write the chosen model beside its place, and move its files to the top of the folder."""
+    staging = folder / WORK / "model"
+    shutil.rmtree(staging, ignore_errors=True)
+    write_member(plan.base.model, checkpoint, chosen.share, staging, plan.options)
+    card = folder / WORK / RUN / "README.md"
+    text = card.read_text() if card.is_file() else ""
+    share = "" if chosen.share == 1 else f" It is base + {chosen.share} * (checkpoint - base)."
+    (staging / "README.md").write_text(f"{text}\n## Tuned within a budget\n\n{said}{share}\n")
+    for path in sorted(staging.iterdir()):
+        os.replace(path, folder / path.name)
+    staging.rmdir()
+
+
+def delete_weights(run_folder: Path) -> None:
+    """Delete the run's weights and checkpoints; its logs and measurements stay."""
+    for path in run_folder.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    for path in [*run_folder.glob("*.safetensors"), *run_folder.glob("*.safetensors.index.json")]:
+        path.unlink()
+
+
+def farewell(results: TuneResults, folder: Path, settings: Settings) -> str:
+    """Return what is said last: the sentence, what was written, and what to do next."""
+    kept = (
+        "The run's checkpoints are kept."
+        if settings.keep_checkpoints
+        else f"The run's checkpoints are deleted; logs and measurements are in {folder / WORK}."
+    )
+    if results.chosen is None:
+        return (
+            f"\n{results.sentence}\n\nWritten to {folder}: report.html, front.png, {RESULTS}; no"
+            f" model. {kept} Raise --max_drift, or train less, in another --output_dir."
+        )
+    return (
+        f"\n{results.sentence}\n\nWritten to {folder}: the model, report.html, front.png,"
+        f" {RESULTS}. {kept} Next: open {folder / 'report.html'}, and compare on tasks: eaft eval"
+        f" {folder} --base {results.model} --suite everyday"
+    )
+
+
+def say(message: str) -> None:
+    """Print a message at once."""
+    print(visible(message), flush=True)
