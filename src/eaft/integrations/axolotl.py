@@ -17,7 +17,7 @@ from eaft.training.patch import GateCallback
 SEAMS = (
     "labels at the seams between processes would be lost, and their number guessed: set it to 1."
 )
-# Fields of Axolotl's that go past the model's loss, or give it a part of each row, and the way out
+# Fields of Axolotl that bypass the model's loss, or give it a part of each row, with advice
 REFUSED = {
     "use_eaft": (
         "it computes a loss of its own, from full logits: leave it out, the plugin is what does"
@@ -66,20 +66,20 @@ def make_callback(config: Any) -> GateCallback:
 
 
 class EAFTPlugin(BasePlugin):
-    """The model that Axolotl trains returns the gated loss, as by `eaft.patch_model`."""
+    """Makes the model that Axolotl trains return the gated loss (`eaft.patch_model`)."""
 
     def get_input_args(self) -> str:
-        """Return where our fields are."""
+        """Return the import path of our fields."""
         return f"{EAFTArgs.__module__}.{EAFTArgs.__name__}"
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[GateCallback]:
-        """Return the callback that patches the model when the trainer has been made."""
+        """Return the callback that patches the model after the trainer is made."""
         return [make_callback(cfg)]
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         """
-        Have the loss divided by the labels of all accumulated micro-batches, as in `eaft train`.
+        Divide the loss by the labels of all accumulated micro-batches, as `eaft train` does.
         """
-        # Axolotl looks for the count in the backbone's signature, where it is not, and averages
-        # micro-batches' means
+        # Axolotl looks for the count in the backbone's signature. It is not there, so Axolotl would
+        # average the means of the micro-batches
         trainer.model_accepts_loss_kwargs = True

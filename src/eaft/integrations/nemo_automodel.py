@@ -5,9 +5,9 @@ NVIDIA NeMo AutoModel: the gated loss as its recipes' `loss_fn`, by YAML.
       _target_: eaft.integrations.nemo_automodel.GatedCrossEntropy
       gate: eaft
 
-Labels come already shifted, and a loss is divided by `num_label_tokens`, those of the whole step.
-In validation the recipe takes no gradients, and both classes return the plain nll, so that
-`val_loss` can be compared across gates.
+Labels are shifted already, and a loss is divided by `num_label_tokens`, the labels of the whole
+step. In validation, without gradients, both classes return the plain nll, so that `val_loss` can be
+compared across gates.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from eaft.training.head import logit_scale, softcap
 
 class Gated:
     """
-    What both losses take.
+    The gate of both losses.
 
     Args:
         gate: as the flag of `eaft train`.
@@ -41,7 +41,7 @@ class Gated:
         ConfigurationError: unknown gate or parameter, or a gate that needs the base model.
     """
 
-    of_host: ClassVar[dict[str, Any]] = {}  # what the host's class is made with
+    of_host: ClassVar[dict[str, Any]] = {}  # arguments of the host's class
 
     def __init__(self, gate: str = "eaft", **fields: Any) -> None:
         super().__init__(**self.of_host)
@@ -58,10 +58,10 @@ class GatedCrossEntropy(Gated, ChunkedCrossEntropy):
     The loss from hidden states and the head's weight, without logits
     (`eaft.linear_gated_cross_entropy`).
 
-    The recipe gives hidden states to a `LinearCrossEntropy`. Where a model cannot return them, it
-    quietly puts plain cross-entropy in the place of most such losses, but stops with a message for
-    `ChunkedCrossEntropy`, which this is therefore made of. It also checks the head, and gathers it
-    where FSDP has sharded it.
+    The recipe gives hidden states to a `LinearCrossEntropy`. If a model cannot return them, the
+    recipe silently replaces most such losses by plain cross-entropy. It stops with a message for a
+    `ChunkedCrossEntropy`, so this class is a subclass of that. The host's class also checks the
+    head, and gathers it if FSDP has sharded it.
     """
 
     of_host: ClassVar = {"compile": False}
@@ -70,17 +70,16 @@ class GatedCrossEntropy(Gated, ChunkedCrossEntropy):
 
     def validate_lm_head(self, lm_head: Any, *, model_config: Any = None) -> Any:
         """
-        Have the head checked, and note what the model does to its logits, which the host's loss
-        refuses.
+        Check the head, and keep the scale and cap of the model's logits, which the host's loss
+        would refuse.
         """
         if model_config is not None:
             text_config = model_config.get_text_config()
             self.logit_scale, self.softcap = logit_scale(text_config), softcap(text_config)
         try:
             return super().validate_lm_head(lm_head)
-        except (
-            ValueError
-        ) as error:  # it names a class that the user did not, and a plain loss as the way out
+        # The host's message names a class that the user did not, and advises a plain loss
+        except ValueError as error:
             raise ConfigurationError(
                 "loss_fn: GatedCrossEntropy needs a plain head, without bias or LoRA"
                 f" ({type(lm_head).__name__}): take"
@@ -98,8 +97,8 @@ class GatedCrossEntropy(Gated, ChunkedCrossEntropy):
         logits_dtype: torch.dtype | None = None,
     ) -> Tensor:
         """
-        Return the loss of hidden states `[B, S, H]` (`[1, N, H]` for packed labels `[N]`); a sum
-        without a count.
+        Return the loss from hidden states `[B, S, H]` (`[1, N, H]` for packed labels `[N]`).
+        Without `num_label_tokens` it is a sum.
         """
         weight = self.materialize_lm_weight(lm_weight, grad_reduce_group=grad_reduce_group)
         return linear_gated_cross_entropy(
@@ -119,14 +118,14 @@ class GatedCrossEntropyFromLogits(Gated, MaskedCrossEntropy):
     The loss from logits (`eaft.gated_cross_entropy`), for models and layouts that
     `GatedCrossEntropy` refuses.
 
-    It is a `MaskedCrossEntropy`, because in the place of others the recipe may put a plain one.
+    It is a `MaskedCrossEntropy`, because the recipe may replace other losses by a plain one.
     """
 
     def forward(
         self, logits: Tensor, labels: Tensor, num_label_tokens: int | None = None
     ) -> Tensor:
-        """Return the loss of logits `[B, S, V]`; a sum without a count."""
-        if isinstance(logits, DTensor):  # as the host's own does under tensor parallelism
+        """Return the loss from logits `[B, S, V]`. Without `num_label_tokens` it is a sum."""
+        if isinstance(logits, DTensor):  # under tensor parallelism, as in the host's own loss
             logits = logits.full_tensor()
         return gated_cross_entropy(
             logits.reshape(*labels.shape, -1),

@@ -1,10 +1,10 @@
 """
-torchtitan: the gated loss as a config's `loss`, on one chunk of logits at a time.
+torchtitan: the gated loss as the `loss` of a config, for one chunk of logits at a time.
 
     config.loss = ChunkedLossWrapper.Config(loss_fn=GatedCrossEntropy.Config(gate="eaft"))
 
-Labels come already shifted, and a loss is divided by the valid tokens of the whole step. The
-validator takes no gradients, and gets the plain nll, so that runs can be compared across gates.
+Labels are shifted already, and the host divides a loss by the valid tokens of the whole step. In
+validation, without gradients, the loss is the plain nll, so that runs can be compared across gates.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class GatedCrossEntropy(BaseLoss):
     The gated cross-entropy (`eaft.gated_cross_entropy`) of logits `[B, S, V]`, alone or in a
     `ChunkedLossWrapper`.
 
-    It is not compiled, and takes the whole vocabulary: with tensor parallelism each rank has a part
-    of it.
+    It is not compiled. It needs the whole vocabulary; with tensor parallelism each rank has only a
+    part.
 
     Raises:
-        ConfigurationError: unknown gate or parameter; a gate that needs the base model, or whose
-            weights depend on other tokens, of which a chunk has some only; logits of a part of the
-            vocabulary.
+        ConfigurationError: unknown gate or parameter; a gate that needs the base model; a gate
+            whose weights depend on other tokens, because a chunk does not have them all; logits of
+            a part of the vocabulary.
     """
 
     @dataclass(kw_only=True, slots=True)

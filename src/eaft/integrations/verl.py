@@ -7,8 +7,9 @@ verl: the gated loss in its SFT trainer, on the FSDP engine.
     sft_trainer.SFTTrainer = gated(sft_trainer.SFTTrainer, gate="eaft")
     sft_trainer.main()
 
-The engine gives a loss the tokens' log-probabilities only. But for distillation it first shows it
-the logits, and hands on what it makes of each token: there the gate's weights are made.
+The engine gives a loss only the log-probabilities of the tokens. For distillation, though, it first
+calls the loss with the logits, and passes on a result for each token. There we compute the gate's
+weights.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from eaft.objective.loss import gated_nll
 from eaft.objective.statistics import TokenStatistics, usable_top_k
 from eaft.training.gate_fields import GateFields
 
-ROWS = 1024  # of logits that are copied at a time
+ROWS = 1024  # rows of logits that are copied at a time
 
 
 def gated(trainer: Any, gate: str = "eaft", **fields: Any) -> Any:
@@ -44,8 +45,8 @@ def gated(trainer: Any, gate: str = "eaft", **fields: Any) -> Any:
             (`eaft.training.gate_fields.GateFields`).
 
     Raises:
-        ConfigurationError: unknown gate or parameter, or a gate that needs the base model; when the
-            engine is built, one that shows no logits of the whole vocabulary and sequence.
+        ConfigurationError: unknown gate or parameter, or a gate that needs the base model. When the
+            engine is built: it does not give the loss all logits.
     """
     loss = GatedLoss(GateFields(gate, **fields).gate_spec.bind_alone())
 
@@ -61,7 +62,7 @@ def gated(trainer: Any, gate: str = "eaft", **fields: Any) -> Any:
 
 
 def check_engine(config: Any) -> None:
-    """Refuse an engine that shows the loss no logits, or a part of them."""
+    """Refuse an engine that gives the loss no logits, or only a part of them."""
     if config.strategy not in ("fsdp", "fsdp2"):
         raise ConfigurationError(
             f"engine.strategy={config.strategy!r}: the gated loss needs fsdp or fsdp2."
@@ -82,7 +83,7 @@ def check_engine(config: Any) -> None:
 
 
 def shows_logits(train_batch: Any) -> Any:
-    """Return `train_batch`, in which the engine shows the loss the logits."""
+    """Return a `train_batch` in which the engine calls the loss with the logits."""
 
     @functools.wraps(train_batch)
     def with_logits(data: Any) -> Any:
@@ -94,10 +95,10 @@ def shows_logits(train_batch: Any) -> Any:
 
 class GatedLoss:
     """
-    A loss function as the engine takes it: called with the logits it returns the weights, and then
-    with these the loss.
+    A loss function for the engine. Called with logits, it returns the weights; called with the
+    weights, it returns the loss.
 
-    In validation there are no weights, and it is the host's own, the plain nll.
+    In validation there are no weights, and it is the host's own loss, the plain nll.
     """
 
     def __init__(self, gate: BoundGate) -> None:
@@ -111,8 +112,8 @@ class GatedLoss:
         student_logits: Tensor | None = None,
     ) -> Any:
         """
-        Return `{"gate": weights [1, N]}` of logits `[1, N, V]`; without them, what the host's
-        `sft_loss` does.
+        Return `{"gate": weights [1, N]}` from logits `[1, N, V]`; without logits, the host's
+        `sft_loss` of the gated terms.
         """
         if student_logits is not None:
             return {"gate": self.weights(student_logits[0], data).unsqueeze(0)}

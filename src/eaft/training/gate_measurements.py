@@ -16,6 +16,7 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,16 @@ class Histogram:
         return float(ends[0] + (ends[1] - ends[0]) * (position - int(position)))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """The result of a pass, as in its file beside `inputs`; None is not written."""
+
+    params: dict[str, float] | None = None  # the parameters that were missing
+    examples: int | None = None  # how many have a label
+    tokens: int  # how many are labelled
+    example_nll: list[float] | None = None  # nats, of each example; 0 without a label
+
+
 class BaseModelPass(TrainerCallback, ABC):
     """
     The common part of both callbacks: a pass over rows with the base model when training begins,
@@ -116,11 +127,11 @@ class BaseModelPass(TrainerCallback, ABC):
         """Return whether the head has the measurement already."""
 
     @abstractmethod
-    def measure(self, batch_size: int) -> dict[str, Any]:
+    def measure(self, batch_size: int) -> Measurement:
         """Return what the base model says, as it is written to the file."""
 
     @abstractmethod
-    def apply(self, measured: dict[str, Any], args: Any) -> None:
+    def apply(self, measured: Measurement, args: Any) -> None:
         """Give the measurement to the head."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -136,10 +147,11 @@ class BaseModelPass(TrainerCallback, ABC):
         if state.global_step > 0:
             measured = read(path, inputs)
         else:
-            measured = {"inputs": inputs, **self.measure(args.per_device_eval_batch_size)}
+            measured = self.measure(args.per_device_eval_batch_size)
             if args.should_save:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_json(path, measured)
+                values = {k: v for k, v in vars(measured).items() if v is not None}
+                write_json(path, {"inputs": inputs, **values})
         self.apply(measured, args)
 
     @torch.no_grad()
@@ -191,16 +203,16 @@ class MeasureGate(BaseModelPass):
             self.head.example_nll is not None or not gate.needs_example_nll
         )
 
-    def apply(self, measured: dict[str, Any], args: Any) -> None:
+    def apply(self, measured: Measurement, args: Any) -> None:
         """See `BaseModelPass`."""
         head = self.head
-        head.gate = head.gate.complete(measured["params"])
+        head.gate = head.gate.complete(measured.params or {})
         if head.gate.needs_example_nll:
             head.example_nll = torch.tensor(
-                measured["example_nll"], dtype=torch.float32, device=args.device
+                measured.example_nll, dtype=torch.float32, device=args.device
             )
 
-    def measure(self, batch_size: int) -> dict[str, Any]:
+    def measure(self, batch_size: int) -> Measurement:
         """Return the missing parameters, and each example's mean nll if the gate needs it."""
         gate = self.head.gate
         sums, counts, g, prob = self.run_base_model(batch_size)
@@ -216,14 +228,12 @@ class MeasureGate(BaseModelPass):
             "prob_threshold": lambda: prob.percentile(gate.params.get("prob_percentile", 15.0)),
             "tau": lambda: np.median(example_nll[labelled]),
         }
-        measured: dict[str, Any] = {
-            "params": {name: float(find[name]()) for name in gate.missing},
-            "examples": int(labelled.sum()),
-            "tokens": int(counts.sum()),
-        }
-        if gate.needs_example_nll:
-            measured["example_nll"] = example_nll.tolist()
-        return measured
+        return Measurement(
+            params={name: float(find[name]()) for name in gate.missing},
+            examples=int(labelled.sum()),
+            tokens=int(counts.sum()),
+            example_nll=example_nll.tolist() if gate.needs_example_nll else None,
+        )
 
     def run_base_model(
         self, batch_size: int
@@ -256,7 +266,7 @@ class MeasureOldLogProb(BaseModelPass):
         """See `BaseModelPass`."""
         return self.head.old_log_prob is not None
 
-    def measure(self, batch_size: int) -> dict[str, Any]:
+    def measure(self, batch_size: int) -> Measurement:
         """See `BaseModelPass`; the numbers themselves are in `OLD_LOG_PROB_FILE`."""
         log_probs, tokens = torch.zeros(self.size), torch.zeros(1, dtype=torch.int64)
         for numbers, stats in self.score_rows(batch_size):
@@ -269,9 +279,9 @@ class MeasureOldLogProb(BaseModelPass):
                 f" {int((~log_probs.isfinite()).sum())} tokens of the training data."
             )
         self.head.old_log_prob = log_probs
-        return {"tokens": int(tokens)}
+        return Measurement(tokens=int(tokens))
 
-    def apply(self, measured: dict[str, Any], args: Any) -> None:
+    def apply(self, measured: Measurement, args: Any) -> None:
         """See `BaseModelPass`."""
         path, log_probs = Path(args.output_dir) / OLD_LOG_PROB_FILE, self.head.old_log_prob
         if log_probs is None:  # the run is resumed
@@ -298,9 +308,9 @@ def fingerprint(dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
-def read(path: Path, inputs: dict[str, Any]) -> dict[str, Any]:
+def read(path: Path, inputs: dict[str, Any]) -> Measurement:
     """
-    Return the content of a file of measurements.
+    Return the measurement in a file.
 
     Raises:
         ConfigurationError: the file is missing, or was measured with another gate or other data.
@@ -321,4 +331,4 @@ def read(path: Path, inputs: dict[str, Any]) -> dict[str, Any]:
             f"{path} is of {' and '.join(what[name] for name in changed)}. Resume with what the run"
             " began with, or start afresh in another output_dir."
         )
-    return measured
+    return Measurement(**{name: value for name, value in measured.items() if name != "inputs"})
