@@ -1,0 +1,208 @@
+"""`eaft tune` from end to end on a tiny model: what it returns is what it says."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from eaft import cli
+from eaft.evaluation.comparable import comparable_models
+from eaft.evaluation.drift import read_prompts
+from eaft.evaluation.protocol import Protocol
+from eaft.files import adapter
+from eaft.tuning import tune as tune_module
+from eaft.tuning.results import TuneResults
+from tests.conftest import make_rows
+
+HOSTILE = "<script>alert(1)</script>"
+
+
+def train_here(arguments, folder):
+    """`eaft train` in this process, which saves the seconds that a new one takes to start."""
+    return cli.main(["train", *arguments])
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tune")
+    rows = make_rows(48)
+    rows += rows[:3]  # duplicates
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = [{"prompt": f"{HOSTILE} say {i}"} for i in range(48)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    return folder
+
+
+def flags_of(model_dir, inputs, out, *more, drift="0.05"):
+    flags = ["tune", model_dir, inputs / "data.jsonl", "--max_drift", drift]
+    flags += ["--prompts", inputs / "prompts.jsonl", "--screening_prompts", 8]
+    flags += ["--confirmation_prompts", 40, "--max_new_tokens", 8, "--output_dir", out]
+    flags += ["--use_cpu", "--bf16", "false", "--max_steps", 8, "--learning_rate", "3e-3"]
+    return [*map(str, flags), "--report_to", "none", *map(str, more)]
+
+
+@pytest.fixture(scope="module")
+def tuned(model_dir, inputs):
+    """A finished run whose checkpoints are kept."""
+    out = inputs / "tuned"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tune_module, "run_train", train_here)
+        assert cli.main(flags_of(model_dir, inputs, out, "--keep_checkpoints")) == 0
+    return out
+
+
+def results_of(out):
+    return adapter(TuneResults).validate_python(json.loads((out / "results.json").read_text()))
+
+
+def drift_of(out, model_dir, inputs):
+    """Measured as `eaft eval` does, on the prompts that confirmed."""
+    model, base = comparable_models(str(out), str(model_dir), Protocol(max_new_tokens=8), True)
+    prompts = read_prompts(str(inputs / "prompts.jsonl"), 48)[8:]
+    sums, counts = model.drift(base.answers(prompts))
+    return sums.sum() / counts.sum()
+
+
+def test_the_returned_model_has_the_drift_that_is_said(tuned, model_dir, inputs):
+    results = results_of(tuned)
+    assert results.chosen.prompts == 40
+    assert drift_of(tuned, model_dir, inputs) == pytest.approx(results.chosen.drift, rel=1e-5)
+    assert results.chosen.drift <= 0.05 < results.screened[0].drift
+    assert results.chosen.nll < results.base_nll
+    assert results.chosen.drift <= results.chosen.bound
+
+
+def test_the_returned_model_is_the_interpolation(tuned, model_dir):
+    chosen = results_of(tuned).chosen
+    assert 0 < chosen.share < 1
+    old, written = (
+        load_file(model_dir / "model.safetensors"),
+        load_file(tuned / "model.safetensors"),
+    )
+    new = load_file(tuned / "work" / "run" / f"checkpoint-{chosen.step}" / "model.safetensors")
+    for name, tensor in written.items():
+        exact = old[name].double() + chosen.share * (new[name].double() - old[name].double())
+        torch.testing.assert_close(tensor.double(), exact, rtol=1e-6, atol=1e-7)
+    AutoModelForCausalLM.from_pretrained(tuned)
+    for file in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "README.md"):
+        assert (tuned / file).is_file(), file
+
+
+def test_no_prompt_is_trained_on_and_held_out(tuned, inputs):
+    results = results_of(tuned)
+    data = [json.loads(line) for line in (inputs / "data.jsonl").read_text().splitlines()]
+    lines = (tuned / "work" / "held_out_rows.jsonl").read_text().splitlines()
+    held = {json.loads(line)["row"] for line in lines}
+    assert len(held) == results.data.screening_rows + results.data.confirmation_rows == 16
+    assert results.data.training_rows == 35
+    trained = {row["prompt"] for i, row in enumerate(data) if i not in held}
+    assert not trained & {data[i]["prompt"] for i in held}
+    run = json.loads((tuned / "work" / "run" / "run.json").read_text())
+    assert run["config"]["exclude_examples"] == str(tuned / "work" / "held_out_rows.jsonl")
+    assert run["gate"]["name"] == "sft"
+
+
+def test_the_first_candidate_that_passes_is_returned(tuned):
+    results = results_of(tuned)
+    assert [c.within for c in results.candidates] == [False] * (len(results.candidates) - 1) + [
+        True
+    ]
+    assert results.chosen == results.candidates[-1]
+    assert results.status == ("shown" if results.chosen.shown else "within")
+    screened = {(p.step, p.share): p for p in results.screened}
+    assert len(screened) == len(results.screened) < 20
+    assert {p.step for p in results.screened if p.share == 1} == {2, 4, 6, 8}
+    best = min(results.screened, key=lambda p: p.nll)
+    assert (results.unconstrained.step, results.unconstrained.share) == (best.step, best.share)
+    returned = screened[results.chosen.step, results.chosen.share]
+    assert results.unconstrained.cost == pytest.approx(returned.nll - best.nll)
+
+
+def test_the_report_shows_text_as_text(tuned):
+    page = (tuned / "report.html").read_text()
+    assert results_of(tuned).sentence.partition(" (change")[0] in page
+    assert HOSTILE not in page
+    assert HOSTILE.replace("<", "&lt;").replace(">", "&gt;") in page
+    assert (tuned / "front.png").stat().st_size > 10_000
+
+
+def test_again_changes_nothing_and_other_settings_are_refused(tuned, model_dir, inputs, capsys):
+    before = {path: path.stat().st_mtime_ns for path in tuned.iterdir() if path.is_file()}
+    del before[tuned / "tune.json"], before[tuned / "_lock"]
+    assert cli.main(flags_of(model_dir, inputs, tuned, "--keep_checkpoints")) == 0
+    assert "nothing was changed" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert cli.main(flags_of(model_dir, inputs, tuned, drift="0.06")) == 2
+    assert "holds another run: settings changed since" in capsys.readouterr().err
+
+
+def test_no_model_within_the_budget(model_dir, inputs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tune_module, "run_train", train_here)
+    out = tmp_path / "none"
+    assert cli.main(flags_of(model_dir, inputs, out, "--strict", drift="1e-9")) == 3
+    assert "No model within the budget of 1e-09" in capsys.readouterr().out
+    results = results_of(out)
+    assert (results.status, results.chosen, results.before_after) == ("none", None, [])
+    assert not list(out.glob("**/*.safetensors"))
+    assert "No model within the budget" in (out / "report.html").read_text()
+
+
+def test_lora_and_held_out_rows_of_a_file(model_dir, inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(tune_module, "run_train", train_here)
+    out, held_out = tmp_path / "lora", tmp_path / "held_out.jsonl"
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in make_rows(64)[44:]))
+    flags = ["--use_peft", "--lora_r", 4, "--learning_rate", "3e-2", "--held_out", held_out]
+    assert cli.main(flags_of(model_dir, inputs, out, *flags)) == 0
+    results = results_of(out)
+    assert results.data.left_out == 4
+    assert results.data.screening_rows == results.data.confirmation_rows == 8
+    assert results.data.training_rows == 51
+    assert not list((out / "work").glob("**/*.safetensors"))  # deleted at the end
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["lora_alpha"] == pytest.approx(32 * results.chosen.share)
+    assert not (out / "model.safetensors").exists()
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir), out)
+    assert drift_of(out, model_dir, inputs) == pytest.approx(results.chosen.drift, rel=1e-4)
+    assert np.isfinite([p.nll for p in results.screened]).all()
+
+
+def test_a_training_that_fails_is_told(model_dir, inputs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tune_module, "run_train", lambda arguments, folder: 2)
+    out = tmp_path / "failed"
+    assert cli.main(flags_of(model_dir, inputs, out)) == 2
+    assert "training ended with exit code 2; its message is above" in capsys.readouterr().err
+    assert not list(out.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (["--max_drift", "-1"], "--max_drift: expected greater than 0, got -1.0"),
+        (["--screening_prompts", "1"], "--screening_prompts=1: how sure a mean is takes 2"),
+        (["--held_out", "none.jsonl"], "--held_out: none.jsonl: there is no such file"),
+        (["--push_to_hub"], "--push_to_hub does not go with eaft tune"),
+        (["--save_only_model"], "--save_only_model does not go with eaft tune"),
+        (["--resume_from_checkpoint", "true"], "the same command goes on by itself"),
+        (["--save_strategy", "no"], "--save_strategy=no: checkpoints are the candidates"),
+        (["--use_peft", "--use_dora"], "use_dora=True cannot be interpolated"),
+        (["--lerning_rate", "1"], "--lerning_rate is unknown. Did you mean '--learning_rate'"),
+        (["--output_dir", "."], "was not made by eaft tune"),
+    ],
+    ids=str,
+)
+def test_wrong_inputs_are_one_line(change, says, model_dir, inputs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(inputs)
+    assert cli.main(flags_of(model_dir, inputs, tmp_path / "out", *change)) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_model_and_data_come_first(capsys):
+    assert cli.main(["tune", "model", "--max_drift", "0.1"]) == 2
+    assert "'model': give MODEL and DATA first" in capsys.readouterr().err
