@@ -19,7 +19,8 @@ import torch
 
 import eaft.evaluation.report
 import eaft.evaluation.verdict
-import eaft.training.train  # noqa: F401
+import eaft.training.train
+import eaft.tuning.tune  # noqa: F401
 from eaft import cli
 
 

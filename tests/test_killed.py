@@ -1,6 +1,6 @@
 """
-kill -9 at random moments: run again, `eaft eval`, `train` and `compare` give what an undisturbed
-run gives.
+kill -9 at random moments: run again, `eaft eval`, `train`, `compare` and `tune` give what an
+undisturbed run gives.
 """
 
 import json
@@ -164,6 +164,28 @@ def test_compare(model_dir, task_path, tmp_path):  # noqa: F811
     assert {"base", "objectives", "failed"} <= set(measured)
     for name in measured:
         assert without_times(one[name]) == without_times(two[name]), name
+
+
+def test_tune(model_dir, tmp_path):
+    data, prompts = tmp_path / "data.jsonl", tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in make_rows(40)))
+    prompts.write_text("".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(40)))
+    flags = [model_dir, data, "--max_drift", 0.05, "--prompts", prompts, "--max_new_tokens", 8]
+    flags += ["--screening_prompts", 8, "--confirmation_prompts", 32, "--max_steps", 8]
+    flags += ["--learning_rate", "3e-3", "--use_cpu", "--bf16", "false", "--report_to", "none"]
+    commands = (["tune", *flags, "--output_dir", tmp_path / name] for name in ("whole", "killed"))
+    report, log = run_killed(tmp_path, *commands, seed=0, kills=6)
+    assert report["code"] == 0, log[-3000:]
+    assert report["killed"] >= 3, report
+    one, two = (tmp_path / name for name in ("whole", "killed"))
+    first, second = (json.loads((folder / "results.json").read_text()) for folder in (one, two))
+    for name in first.keys() - {"environment", "flags"}:
+        assert first[name] == second[name], name
+    names = sorted(path.name for path in one.iterdir())
+    assert names == sorted(path.name for path in two.iterdir())
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    assert not list(two.glob("work/**/*.safetensors"))
 
 
 def without_times(value):

@@ -27,6 +27,7 @@ LOWER_TRIES = 2
 # Standard errors between the budget and what the three candidates aim at: they pass with about 50%,
 # 84% and 99%
 MARGINS = (0.0, 1.0, 2.5)
+SAFEST = 0.6  # of the budget: the last candidate aims no higher, in case all was estimated badly
 Z_BOUND = float(stats.norm.ppf(1 - ALPHA / CANDIDATES))  # standard errors up to a one-sided bound
 Measure = Callable[[Member], Point]
 
@@ -148,6 +149,7 @@ def choose_candidates(
     there = here * math.sqrt(len(drift.sums) / confirmation_prompts)
     bound = Z_BOUND * there if strict else 0.0
     limits = [budget / (1 + bound + margin * math.hypot(here, there)) for margin in MARGINS]
+    limits[-1] = min(limits[-1], SAFEST * budget / (1 + bound))
     for limit in limits:
         search.approach((search.best(limit) or first).member.step, limit)
     chosen: list[Point] = []
