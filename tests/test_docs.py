@@ -75,7 +75,8 @@ def flags_of(command):
     text = io.StringIO()
     with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
         cli.main([command, "--help"])
-    return set(re.findall(r"--[\w-]+", text.getvalue()))
+    flags = set(re.findall(r"--[\w-]+", text.getvalue()))
+    return flags | flags_of("train") if command == "tune" else flags  # it takes those, too
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
