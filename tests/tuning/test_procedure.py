@@ -5,11 +5,13 @@ What `eaft tune` says of the model that it returns must hold at its level althou
 model is loaded: each trial draws prompts and rows, screens, chooses candidates and confirms one.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from eaft.evaluation import paired
-from eaft.tuning.confirm import confirm
+from eaft.tuning.confirm import confirm, judge_task
 from eaft.tuning.points import Member, Point, Sums
 from eaft.tuning.search import Search, choose_candidates
 
@@ -150,3 +152,42 @@ def test_strict_accepts_three_candidates_at_the_budget_seldom():
         accepted += confirm(members, world.measure(1), base, 0.05, True)[0] is not None
     print(f"three at the budget: {accepted / TRIALS:.3f}")
     assert accepted / TRIALS <= ALLOWED
+
+
+@pytest.mark.parametrize("budget", [0.0, 1.0, 5.0])
+@pytest.mark.parametrize("n", [50, 200, 1000])
+@pytest.mark.parametrize("gained", [0.02, 0.1])
+def test_a_task_that_lost_what_is_allowed_is_seldom_accepted(budget, n, gained):
+    """The true drop is the budget, so that each acceptance is an error."""
+    rng, statements, trials, accepted = np.random.default_rng(0), 3, 4000, 0
+    lost = gained + budget / 100
+    for counts in rng.multinomial(n, [lost, gained, 1 - lost - gained], trials):
+        before = np.repeat([1.0, 0.0, 1.0], counts)
+        after = np.repeat([0.0, 1.0, 1.0], counts)
+        accepted += judge_task("task", change_of(before, after), budget, statements).shown
+    level = 0.05 / statements
+    print(f"{budget} {n} {gained}: {accepted / trials:.4f}")
+    assert accepted / trials <= level + 3 * np.sqrt(level * (1 - level) / trials)
+
+
+def change_of(before, after):
+    """`paired_change`, without its test, which takes most of the time and is not looked at."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paired.stats, "binomtest", lambda *args: SimpleNamespace(pvalue=1.0))
+        return paired.paired_change(before, after)
+
+
+def test_a_task_is_judged_by_hand():
+    before = np.repeat([1.0, 0.0, 1.0, 0.0], [4, 2, 60, 34])
+    after = np.repeat([0.0, 1.0, 1.0, 0.0], [4, 2, 60, 34])
+    judged = judge_task("task", paired.paired_change(before, after), 2.5, 1)
+    assert (judged.items, judged.base, judged.tuned) == (100, 0.64, 0.62)
+    assert judged.drop == pytest.approx(2)
+    # Bonett and Price, one-sided at 5%: one lost and one gained item are added
+    lost, gained = 5 / 102, 3 / 102
+    error = np.sqrt((lost + gained - (lost - gained) ** 2) / 102)
+    assert judged.bound == pytest.approx(100 * (lost - gained + 1.6448536 * error))
+    assert (judged.within, judged.shown) == (True, False)
+    assert judged.items_needed > 100
+    wide = judge_task("task", paired.paired_change(before, after), judged.bound + 0.01, 1)
+    assert (wide.shown, wide.items_needed) == (True, None)

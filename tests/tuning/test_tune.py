@@ -13,10 +13,12 @@ from eaft import cli
 from eaft.evaluation.comparable import comparable_models
 from eaft.evaluation.drift import read_prompts
 from eaft.evaluation.protocol import Protocol
+from eaft.evaluation.suite import load_suites
 from eaft.files import adapter
 from eaft.tuning import tune as tune_module
 from eaft.tuning.results import TuneResults
 from tests.conftest import make_rows
+from tests.evaluation.test_evaluate import task_path  # noqa: F401 - a fixture
 
 HOSTILE = "<script>alert(1)</script>"
 
@@ -38,7 +40,8 @@ def inputs(tmp_path_factory):
 
 
 def flags_of(model_dir, inputs, out, *more, drift="0.05"):
-    flags = ["tune", model_dir, inputs / "data.jsonl", "--max_drift", drift]
+    flags = ["tune", model_dir, inputs / "data.jsonl"]
+    flags += [] if drift is None else ["--max_drift", drift]
     flags += ["--prompts", inputs / "prompts.jsonl", "--screening_prompts", 8]
     flags += ["--confirmation_prompts", 40, "--max_new_tokens", 8, "--output_dir", out]
     flags += ["--use_cpu", "--bf16", "false", "--max_steps", 8, "--learning_rate", "3e-3"]
@@ -144,7 +147,7 @@ def test_no_model_within_the_budget(model_dir, inputs, tmp_path, monkeypatch, ca
     monkeypatch.setattr(tune_module, "run_train", train_here)
     out = tmp_path / "none"
     assert cli.main(flags_of(model_dir, inputs, out, "--strict", drift="1e-9")) == 3
-    assert "No model within the budget of 1e-09" in capsys.readouterr().out
+    assert "No model within the budget (a drift of 1e-09 nats per token)" in capsys.readouterr().out
     results = results_of(out)
     assert (results.status, results.chosen, results.before_after) == ("none", None, [])
     assert not list(out.glob("**/*.safetensors"))
@@ -170,6 +173,30 @@ def test_lora_and_held_out_rows_of_a_file(model_dir, inputs, tmp_path, monkeypat
     assert np.isfinite([p.nll for p in results.screened]).all()
 
 
+def test_a_drop_of_tasks_is_the_budget(model_dir, inputs, tmp_path, task_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(tune_module, "run_train", train_here)
+    tasks = ["--suite", "tiny", "--include_path", task_path, "--max_drop"]
+    out = tmp_path / "a"
+    assert cli.main(flags_of(model_dir, inputs, out, *tasks, 100, drift=None)) == 0
+    results = results_of(out)
+    assert (results.budget.max_drift, results.budget.max_drop) == (None, 100)
+    (task,) = results.chosen.tasks
+    # As `eaft eval` scores the two models
+    model, base = comparable_models(str(out), str(model_dir), Protocol(), True)
+    _, benchmarks = load_suites(["tiny"], task_path)
+    scores = [np.mean([i.score for i in m.items(benchmarks["tiny"])]) for m in (base, model)]
+    assert (task.items, task.base, task.tuned) == (6, *map(pytest.approx, scores))
+    assert task.drop == pytest.approx(100 * (task.base - task.tuned))
+    assert task.drop <= task.bound
+    assert (task.within, task.shown, results.status) == (True, False, "within")  # six items only
+    # No drift is too large: the first candidate is the lowest nll of all
+    assert results.chosen.step == results.unconstrained.step
+    assert results.unconstrained.cost == 0
+    assert f"tiny changed by {-task.drop:+.1f} points" in results.sentence
+    assert cli.main(flags_of(model_dir, inputs, tmp_path / "b", *tasks, 1, "--strict")) == 3
+    assert results_of(tmp_path / "b").chosen is None
+
+
 def test_a_training_that_fails_is_told(model_dir, inputs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tune_module, "run_train", lambda arguments, folder: 2)
     out = tmp_path / "failed"
@@ -182,6 +209,8 @@ def test_a_training_that_fails_is_told(model_dir, inputs, tmp_path, monkeypatch,
     ("change", "says"),
     [
         (["--max_drift", "-1"], "--max_drift: expected greater than 0, got -1.0"),
+        (["--max_drop", "2"], "--max_drop and --suite go together"),
+        (["--suite", "everyday"], "--max_drop and --suite go together"),
         (["--screening_prompts", "1"], "--screening_prompts=1: how sure a mean is takes 2"),
         (["--held_out", "none.jsonl"], "--held_out: none.jsonl: there is no such file"),
         (["--push_to_hub"], "--push_to_hub does not go with eaft tune"),
@@ -206,3 +235,8 @@ def test_wrong_inputs_are_one_line(change, says, model_dir, inputs, tmp_path, mo
 def test_model_and_data_come_first(capsys):
     assert cli.main(["tune", "model", "--max_drift", "0.1"]) == 2
     assert "'model': give MODEL and DATA first" in capsys.readouterr().err
+
+
+def test_a_budget_is_needed(model_dir, inputs, tmp_path, capsys):
+    assert cli.main(flags_of(model_dir, inputs, tmp_path / "out", drift=None)) == 2
+    assert "A budget is missing" in capsys.readouterr().err

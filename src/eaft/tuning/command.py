@@ -12,6 +12,7 @@ Train a model on your data, and get back the model that learned most within a fo
 
   eaft tune Qwen/Qwen3-0.6B data.jsonl --max_drift 0.05
   eaft tune Qwen/Qwen3-0.6B data.jsonl --max_drift 0.05 --use_peft --learning_rate 2e-4
+  eaft tune Qwen/Qwen3-0.6B data.jsonl --max_drop 2 --suite general
   eaft tune --config recipe.yaml --max_drift 0.05 --strict --output_dir tuned-strict
 
 It trains once, with four checkpoints. Each checkpoint and each interpolation between it and the
@@ -39,9 +40,28 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max_drift",
         type=float,
-        required=True,
         metavar="NATS",
-        help="the budget: the largest drift, in nats per token",
+        help="a budget: the largest drift, in nats per token",
+    )
+    parser.add_argument(
+        "--max_drop",
+        type=float,
+        metavar="POINTS",
+        help="a budget: the largest drop of any task of --suite, in percentage points",
+    )
+    parser.add_argument(
+        "--suite",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="suites or tasks for --max_drop, as eaft eval --help lists them",
+    )
+    parser.add_argument("--data_dir", metavar="DIR", help="local data of the tasks, as eaft eval's")
+    parser.add_argument(
+        "--include_path", metavar="DIR", help="a folder with lm-eval task files of your own"
+    )
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="at most the first N items of each lm-eval task"
     )
     parser.add_argument(
         "--strict",

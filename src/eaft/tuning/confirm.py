@@ -1,21 +1,32 @@
 """
-Confirmation: what holds of a candidate, on prompts and rows that screening never saw.
+Confirmation: what holds of a candidate, on prompts, rows and tasks that screening never saw.
 
 The candidates and their order are fixed before the confirmation data are looked at. They are
-measured one after the other, and the first that passes is returned. Every statement is made at
-1 - ALPHA / (number of candidates), so that all of them hold together with 95% (Bonferroni), and so
-does the one about the model that is returned, however it was chosen. The simulation of the whole
-procedure is `tests/tuning/test_procedure.py`.
+measured one after the other, and the first that passes is returned. The errors of all statements of
+a kind add up to ALPHA at most (Bonferroni, over candidates and tasks). So they hold together with
+95%, and so does the one about the model that is returned, however it was chosen. The simulation of
+the whole procedure is `tests/tuning/test_procedure.py`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 
-from eaft.evaluation.paired import ALPHA, FEWEST_PROMPTS, bootstrap_interval
+from scipy import stats
+
+from eaft.evaluation.paired import (
+    ALPHA,
+    FEWEST_ITEMS,
+    FEWEST_PROMPTS,
+    bootstrap_interval,
+    interval_of,
+)
+from eaft.evaluation.results import Change
 from eaft.tuning.points import Member, Point, Sums
-from eaft.tuning.results import Confirmation
-from eaft.tuning.search import Z_BOUND, Measure
+from eaft.tuning.results import Confirmation, TaskLoss
+from eaft.tuning.search import TAIL, Z_BOUND, Measure
 
 
 def judge(point: Point, base_nll: Sums, budget: float, candidates: int) -> Confirmation:
@@ -27,14 +38,15 @@ def judge(point: Point, base_nll: Sums, budget: float, candidates: int) -> Confi
         budget: the largest drift (nats per token).
     """
     drift, nll = point.drift, point.nll
-    # The upper end of a two-sided interval that leaves out ALPHA / candidates on each side
-    _, bound = bootstrap_interval(drift.sums, drift.counts, 1 - 2 * ALPHA / candidates)
+    error = TAIL * ALPHA / candidates
+    # The upper end of a two-sided interval that leaves out `error` on each side
+    _, bound = bootstrap_interval(drift.sums, drift.counts, 1 - 2 * error)
     change = Sums(nll.sums - base_nll.sums, nll.counts)
-    low, high = bootstrap_interval(change.sums, change.counts, 1 - ALPHA / candidates)
+    low, high = bootstrap_interval(change.sums, change.counts, 1 - error)
     within, enough = drift.mean <= budget, len(drift.sums) >= FEWEST_PROMPTS
-    shown = bound <= budget and enough
+    shown = budget == math.inf or (bound <= budget and enough)
     needed = None
-    if within and not shown and drift.mean < budget:
+    if not shown and drift.mean < budget:
         # The bound's distance from the estimate shrinks as 1 / sqrt(prompts)
         ratio = (bound - drift.mean) / (budget - drift.mean)
         needed = max(math.ceil(len(drift.sums) * ratio**2), FEWEST_PROMPTS)
@@ -47,6 +59,7 @@ def judge(point: Point, base_nll: Sums, budget: float, candidates: int) -> Confi
         shown=shown,
         prompts=len(drift.sums),
         prompts_needed=needed,
+        tasks=[],
         nll=nll.mean,
         nll_change=change.mean,
         nll_low=low,
@@ -55,8 +68,43 @@ def judge(point: Point, base_nll: Sums, budget: float, candidates: int) -> Confi
     )
 
 
+def judge_task(name: str, change: Change, max_drop: float, statements: int) -> TaskLoss:
+    """
+    Return what a task's items say of one candidate.
+
+    Args:
+        change: from the base model to the candidate; its interval is Bonett and Price's.
+        max_drop: percentage points.
+        statements: how many the errors are shared by: candidates times tasks.
+    """
+    centre, error = interval_of(change)
+    bound = 100 * (float(stats.norm.ppf(1 - ALPHA / statements)) * error - centre)
+    drop, enough = -100 * change.change, change.n >= FEWEST_ITEMS
+    shown = bound <= max_drop and enough
+    needed = None
+    if not shown and drop < max_drop:
+        ratio = (bound - drop) / (max_drop - drop)
+        needed = max(math.ceil(change.n * ratio**2), FEWEST_ITEMS)
+    return TaskLoss(
+        task=name,
+        items=change.n,
+        base=change.before,
+        tuned=change.after,
+        drop=drop,
+        bound=bound,
+        within=drop <= max_drop,
+        shown=shown,
+        items_needed=needed,
+    )
+
+
 def confirm(
-    candidates: list[Member], measure: Measure, base_nll: Sums, budget: float, strict: bool
+    candidates: list[Member],
+    measure: Measure,
+    base_nll: Sums,
+    budget: float,
+    strict: bool,
+    losses: Callable[[Member], list[TaskLoss]] = lambda member: [],
 ) -> tuple[Confirmation | None, list[Confirmation]]:
     """
     Return the first candidate that passes (None if none does), and all that were measured.
@@ -64,13 +112,24 @@ def confirm(
     Args:
         candidates: in the order in which they are measured.
         measure: returns a member's point on the confirmation data.
-        strict: a candidate passes if its bound is within the budget; else, if its estimate is.
+        budget: the largest drift (nats per token); infinite if any is allowed.
+        strict: a candidate passes if its bounds are within the budgets; else, if its estimates are.
+        losses: returns what the tasks say of a member; asked if its drift passes.
     """
     measured: list[Confirmation] = []
     for member in candidates:
-        measured.append(judge(measure(member), base_nll, budget, len(candidates)))
-        if measured[-1].shown if strict else measured[-1].within:
-            return measured[-1], measured
+        judged = judge(measure(member), base_nll, budget, len(candidates))
+        if judged.shown if strict else judged.within:
+            tasks = losses(member)
+            judged = replace(
+                judged,
+                tasks=tasks,
+                within=judged.within and all(task.within for task in tasks),
+                shown=judged.shown and all(task.shown for task in tasks),
+            )
+        measured.append(judged)
+        if judged.shown if strict else judged.within:
+            return judged, measured
     return None, measured
 
 

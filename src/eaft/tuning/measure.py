@@ -15,7 +15,10 @@ from typing_extensions import TypedDict
 from eaft.evaluation.drift import BaseAnswers, Share
 from eaft.evaluation.identity import digest
 from eaft.evaluation.measured_model import MeasuredModel, nll_of_rows
-from eaft.evaluation.scores import load
+from eaft.evaluation.paired import paired_change
+from eaft.evaluation.results import Change, Item
+from eaft.evaluation.scores import load, score
+from eaft.evaluation.suite import Benchmark
 from eaft.files import read_jsonl
 from eaft.training.apart import Checkpoint
 from eaft.training.family import Family
@@ -65,6 +68,7 @@ class LoadedFamily:
         self.base, self.options = base, options
         self.folders = {checkpoint.step: checkpoint.folder for checkpoint in checkpoints}
         self.family: Family | None = None
+        self.lm: Any = None
 
     def model(self, member: Member) -> Any:
         """Return the torch model with a member's weights."""
@@ -73,8 +77,8 @@ class LoadedFamily:
             self.base.free()
             adapter = (folder / "adapter_config.json").is_file()
             name = str(folder) if adapter else self.base.model
-            lm = load(name, self.base.tokenizer, self.base.protocol)
-            self.family = Family(lm.model.eval(), self.base.model, self.options)
+            self.lm = load(name, self.base.tokenizer, self.base.protocol)
+            self.family = Family(self.lm.model.eval(), self.base.model, self.options)
         self.family.put(folder, member.share)
         return self.family.model
 
@@ -83,6 +87,11 @@ class LoadedFamily:
         model = self.model(member)
         nll = nll_of_rows(model, part.rows, Share())
         return Point(member, Sums(*nll), Sums(*part.answers.drift(model)))
+
+    def scores(self, benchmark: Benchmark, member: Member) -> list[Item]:
+        """Return a member's items of a task."""
+        self.model(member)
+        return score(self.lm, benchmark, self.base.protocol)
 
     @torch.no_grad()
     def answer(self, member: Member, texts: list[str], max_new_tokens: int) -> list[str]:
@@ -113,6 +122,71 @@ class KeptPoint(TypedDict):
     drift: list[float]
 
 
+class KeptScores(TypedDict):
+    """A line of the file of tasks' scores."""
+
+    step: int
+    share: float
+    task: str
+    scores: list[float]
+
+
+def whole_lines(file: Path, kind: Any) -> list[Any]:
+    """Return a JSON Lines file's lines, without the half of one that a killed command left."""
+    if not file.is_file():
+        return []
+    text = file.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        staging = file.with_suffix(".tmp")
+        staging.write_text(whole)
+        os.replace(staging, file)
+    return read_jsonl(file, kind, f"delete {file}, and it is measured again.")
+
+
+def append(file: Path, line: dict[str, Any]) -> None:
+    """Add a line to a JSON Lines file."""
+    with file.open("a") as opened:
+        opened.write(json.dumps(line) + "\n")
+
+
+class TaskChanges:
+    """
+    Changes of the tasks' scores from the base model to members, kept in a JSON Lines file.
+
+    The base model's items are in the store of `eaft eval`.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        benchmarks: dict[str, Benchmark],
+        base: MeasuredModel,
+        family: LoadedFamily,
+    ) -> None:
+        self.file, self.benchmarks, self.family = file, benchmarks, family
+        self.base = {
+            name: np.array([item.score for item in base.items(benchmark)])
+            for name, benchmark in benchmarks.items()
+        }
+        self.scores = {
+            (Member(line["step"], line["share"]), line["task"]): line["scores"]
+            for line in whole_lines(file, KeptScores)
+        }
+
+    def __call__(self, member: Member) -> dict[str, Change]:
+        """Return the change of each task, measured now if it is not in the file."""
+        for name, benchmark in self.benchmarks.items():
+            if (member, name) not in self.scores:
+                scores = [item.score for item in self.family.scores(benchmark, member)]
+                append(self.file, {**asdict(member), "task": name, "scores": scores})
+                self.scores[member, name] = scores
+        return {
+            name: paired_change(base, np.array(self.scores[member, name]))
+            for name, base in self.base.items()
+        }
+
+
 class Kept:
     """
     A part's measurements in a JSON Lines file: each is made once, also if the command is killed.
@@ -126,21 +200,14 @@ class Kept:
         self.prompts = np.array([len(answer.answer_ids) for answer in part.answers.answers])
         self.points: dict[Member, Point] = {}
         self.digest = part.digest
-        if file.is_file():
-            text = file.read_text()
-            whole = text[: text.rfind("\n") + 1]  # a killed command may have left half a line
-            if whole != text:
-                staging = file.with_suffix(".tmp")
-                staging.write_text(whole)
-                os.replace(staging, file)
-            for line in read_jsonl(file, KeptPoint, f"delete {file}, and it is measured again."):
-                if line["part"] == self.digest:
-                    member = Member(line["step"], line["share"])
-                    self.points[member] = Point(
-                        member,
-                        Sums(np.array(line["nll"]), self.rows),
-                        Sums(np.array(line["drift"]), self.prompts),
-                    )
+        for line in whole_lines(file, KeptPoint):
+            if line["part"] == self.digest:
+                member = Member(line["step"], line["share"])
+                self.points[member] = Point(
+                    member,
+                    Sums(np.array(line["nll"]), self.rows),
+                    Sums(np.array(line["drift"]), self.prompts),
+                )
 
     def __call__(self, member: Member) -> Point:
         """Return a member's point, measured now if it is not in the file."""
@@ -148,7 +215,6 @@ class Kept:
             point = self.family.measure(self.part, member)
             line = {"part": self.digest, **asdict(member)}
             line |= {"nll": point.nll.sums.tolist(), "drift": point.drift.sums.tolist()}
-            with self.file.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            append(self.file, line)
             self.points[member] = point
         return self.points[member]

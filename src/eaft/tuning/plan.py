@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from typing_extensions import TypedDict
 from eaft.errors import ConfigurationError
 from eaft.evaluation.comparable import check_measurable, comparable_models
 from eaft.evaluation.drift import read_prompts
-from eaft.evaluation.identity import digest, tokenizer_digest, weights_digest
+from eaft.evaluation.identity import digest, tasks_digest, tokenizer_digest, weights_digest
 from eaft.evaluation.measured_model import MeasuredModel
 from eaft.evaluation.protocol import PROMPTS, Protocol
 from eaft.evaluation.scores import load_tokenizer
-from eaft.files import Count, Positive, check, read_json, read_jsonl, read_yaml
+from eaft.evaluation.suite import Benchmark, load_suites
+from eaft.files import Count, FiniteNotNegative, Positive, check, read_json, read_jsonl, read_yaml
 from eaft.models import context_length, resolve_model
 from eaft.processes import LOCK_FILE, check_place
 from eaft.provenance import versions
@@ -78,7 +80,9 @@ class Settings:
     The flags of `eaft tune` itself.
 
     Attributes:
-        max_drift: the budget (nats per token).
+        max_drift: a budget (nats per token); None: any drift.
+        max_drop: a budget (percentage points, of each task of `suite`); None: no tasks are run.
+        suite, data_dir, include_path, limit: the tasks, as `eaft eval` takes them.
         strict: return a model only if the bound on its drift is within the budget.
         held_out: a file of held-out rows; None: rows of the data.
         prompts: a file of prompts for drift, split into both parts; None: our everyday requests.
@@ -88,7 +92,12 @@ class Settings:
         keep_checkpoints: do not delete the run's weights at the end.
     """
 
-    max_drift: float
+    max_drift: float | None
+    max_drop: float | None = None
+    suite: list[str] = field(default_factory=list)
+    data_dir: str | None = None
+    include_path: str | None = None
+    limit: int | None = None
     strict: bool = False
     held_out: str | None = None
     prompts: str | None = None
@@ -97,6 +106,11 @@ class Settings:
     max_new_tokens: int = Protocol.max_new_tokens
     output_dir: str = "tuned"
     keep_checkpoints: bool = False
+
+    @property
+    def drift_limit(self) -> float:
+        """The budget of drift; infinite if any is allowed."""
+        return math.inf if self.max_drift is None else self.max_drift
 
 
 @dataclass(frozen=True)
@@ -112,6 +126,7 @@ class Plan:
         excluded: rows of the data that are not trained on, as `exclude_rows` reads them.
         held_out: raw rows of screening and confirmation; `rows`: as training prepares them.
         prompts: of screening and confirmation.
+        benchmarks: the tasks of --max_drop.
         training_rows, left_out: see `Data`.
         identity: what the results depend on.
     """
@@ -124,6 +139,7 @@ class Plan:
     held_out: list[Dataset]
     rows: list[list[Row]]
     prompts: list[list[Any]]
+    benchmarks: dict[str, Benchmark]
     training_rows: int
     left_out: int
     identity: dict[str, Any]
@@ -136,7 +152,15 @@ def check_settings(settings: Settings) -> None:
     Raises:
         ConfigurationError: a value out of its bounds, a missing package, or a launcher.
     """
-    check(Positive, settings.max_drift, "--max_drift")
+    check(Positive | None, settings.max_drift, "--max_drift")
+    check(FiniteNotNegative | None, settings.max_drop, "--max_drop")
+    check(Count | None, settings.limit, "--limit")
+    if settings.max_drift is None and settings.max_drop is None:
+        raise ConfigurationError(
+            "A budget is missing: give --max_drift NATS, or --max_drop POINTS with --suite NAME."
+        )
+    if (settings.max_drop is None) != (not settings.suite):
+        raise ConfigurationError("--max_drop and --suite go together: give both, or neither.")
     for name in ("screening_prompts", "confirmation_prompts", "max_new_tokens"):
         value = check(Count, getattr(settings, name), f"--{name}")
         if value < 2 and name != "max_new_tokens":
@@ -207,7 +231,12 @@ def make_plan(settings: Settings, train_flags: list[str], day: str) -> Plan:
     )
     base, _ = comparable_models(model, None, protocol, drift=True)
     prompts = split_prompts(settings, seed)
-    check_measurable([base], {}, [prompt for part in prompts for prompt in part])
+    benchmarks: dict[str, Benchmark] = {}
+    if settings.suite:
+        _, benchmarks = load_suites(
+            settings.suite, settings.include_path, settings.data_dir, settings.limit
+        )
+    check_measurable([base], benchmarks, [prompt for part in prompts for prompt in part])
     prepared = []
     for part in held_out:
         rows_of_part = prepare(part, configs, model, "held-out rows")
@@ -233,6 +262,10 @@ def make_plan(settings: Settings, train_flags: list[str], day: str) -> Plan:
         "data": rows_digest(whole),
         "held_out": [rows_digest(part) for part in held_out],
         "prompts": digest(prompts),
+        "tasks": {
+            name: tasks_digest(benchmark.tasks, benchmark.limit, None)
+            for name, benchmark in benchmarks.items()
+        },
         "files": files,
         "versions": versions(TRAINS),
         "template_date": day,
@@ -246,6 +279,7 @@ def make_plan(settings: Settings, train_flags: list[str], day: str) -> Plan:
         held_out=held_out,
         rows=prepared,
         prompts=prompts,
+        benchmarks=benchmarks,
         training_rows=training_rows,
         left_out=left_out,
         identity=json.loads(json.dumps(identity, default=str)),

@@ -29,49 +29,72 @@ def write_report(results: TuneResults, folder: Path) -> None:
     )
     template = environment.from_string(Path(__file__).with_name("report.html").read_text())
     staging = folder / f"{REPORT}.tmp"
-    staging.write_text(template.render(r=results, picture=picture), errors="replace")
+    staging.write_text(
+        template.render(r=results, picture=picture, allowed=budgets(results)), errors="replace"
+    )
     os.replace(staging, folder / REPORT)
 
 
 def sentence(results: TuneResults) -> str:
     """Return what was learned, what was lost, how sure that is, and what the budget cost."""
-    budget, chosen = results.budget.max_drift, results.chosen
-    best = results.unconstrained
+    chosen, best = results.chosen, results.unconstrained
     free = (
         f"the lowest held-out nll of the run is {best.nll:.3f} (step {best.step},"
         f" {best.share:.0%}), at a drift of {best.drift:.3f}"
     )
     if chosen is None:
-        if not results.candidates:
-            why = "no model of this run learned anything within it"
-        elif results.budget.strict:
-            why = (
-                f"the drift of the safest candidate is {results.candidates[-1].drift:.4f}, but up"
-                f" to {results.candidates[-1].bound:.4f} cannot be ruled out"
-            )
-        else:
-            why = f"the safest candidate has a drift of {results.candidates[-1].drift:.4f}"
-        return f"No model within the budget of {budget:g} nats per token: {why}. Else {free}."
+        return f"No model within the budget ({budgets(results)}): {why_none(results)}. Else {free}."
     text = (
         f"Held-out nll went from {results.base_nll:.3f} to {chosen.nll:.3f} nats per token"
         f" (change {chosen.nll_change:+.3f}, 95% interval {chosen.nll_low:+.3f} to"
         f" {chosen.nll_high:+.3f}; {chosen.rows} rows). Drift is {chosen.drift:.4f} nats per"
         f" token, and at most {chosen.bound:.4f} with 95% confidence ({chosen.prompts} prompts)."
     )
+    for task in chosen.tasks:
+        text += (
+            f" {task.task} changed by {-task.drop:+.1f} points; it lost at most"
+            f" {max(task.bound, 0):.1f} with 95% confidence ({task.items} items)."
+        )
     if chosen.shown:
-        text += f" So the budget of {budget:g} was kept."
+        text += f" So the budget ({budgets(results)}) was kept."
     else:
-        text += f" The estimate is within the budget of {budget:g}; that it was kept is not shown."
-        if chosen.prompts_needed is not None:
-            text += f" About {chosen.prompts_needed} prompts would show it."
-    text += f" The model is the checkpoint of step {chosen.step}" + (
-        ", as it is."
-        if chosen.share == 1
-        else f", taken {chosen.share:.1%} of the way from the base model."
-    )
+        text += f" The estimates are within the budget ({budgets(results)}); it is not shown that"
+        text += " it was kept."
+        needed = [] if chosen.prompts_needed is None else [f"{chosen.prompts_needed} prompts"]
+        needed += [f"{t.items_needed} items of {t.task}" for t in chosen.tasks if t.items_needed]
+        if needed:
+            text += f" About {' and '.join(needed)} would show it."
+    way = f"taken {chosen.share:.1%} of the way from the base model"
+    text += f" The model is the checkpoint of step {chosen.step}, "
+    text += "as it is." if chosen.share == 1 else f"{way}."
     if best.cost is not None and best.cost > 0:
         text += f" On the rows that chose it, the budget cost {best.cost:.3f} nats: {free}."
     return text
+
+
+def budgets(results: TuneResults) -> str:
+    """Return what was allowed, in words."""
+    parts = []
+    if results.budget.max_drift is not None:
+        parts.append(f"a drift of {results.budget.max_drift:g} nats per token")
+    if results.budget.max_drop is not None:
+        parts.append(f"a drop of {results.budget.max_drop:g} points of each task")
+    return " and ".join(parts)
+
+
+def why_none(results: TuneResults) -> str:
+    """Return why no candidate passed."""
+    if not results.candidates:
+        return "no model of this run learned anything within it"
+    last = results.candidates[-1]
+    name = "the safest candidate"
+    if last.tasks:
+        worst = max(last.tasks, key=lambda task: task.bound if results.budget.strict else task.drop)
+        return (
+            f"{name} lost {worst.drop:.1f} points of {worst.task}, and up to {worst.bound:.1f}"
+            " cannot be ruled out"
+        )
+    return f"{name} has a drift of {last.drift:.4f}, and up to {last.bound:.4f} cannot be ruled out"
 
 
 def draw_front(results: TuneResults, path: Path) -> None:
@@ -103,7 +126,9 @@ def draw_front(results: TuneResults, path: Path) -> None:
             label=f"checkpoint of step {step}",
         )
     budget = results.budget.max_drift
-    axis.axvline(budget, color="tab:red", linestyle="--", linewidth=1, label=f"budget {budget:g}")
+    if budget is not None:
+        label = f"budget {budget:g}"
+        axis.axvline(budget, color="tab:red", linestyle="--", linewidth=1, label=label)
     if results.chosen is not None:
         point = chosen_point(results)
         axis.scatter(

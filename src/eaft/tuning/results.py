@@ -15,10 +15,12 @@ from eaft.evaluation.results import FORM
 class Budget:
     """What was allowed."""
 
-    max_drift: float
-    """The largest drift, in nats per token."""
+    max_drift: float | None
+    """The largest drift, in nats per token; null if any was allowed."""
+    max_drop: float | None
+    """The largest drop of a task, in percentage points; null if no tasks were run."""
     strict: bool
-    """Whether the bound on the drift had to be within it, and not only the estimate."""
+    """Whether the bounds had to be within, and not only the estimates."""
 
 
 @with_config(FORM)
@@ -57,6 +59,31 @@ class Screened:
 
 @with_config(FORM)
 @dataclass(kw_only=True)
+class TaskLoss:
+    """What a candidate lost on a task, item by item against the base model."""
+
+    task: str
+    """The task."""
+    items: int
+    """Items that both models answered."""
+    base: float
+    """The base model's score, in [0, 1]."""
+    tuned: float
+    """The candidate's."""
+    drop: float
+    """The base's minus the candidate's, in percentage points."""
+    bound: float
+    """The true drop is at most this; with 95% for all candidates and tasks together."""
+    within: bool
+    """Whether the drop is within the budget."""
+    shown: bool
+    """Whether the bound is."""
+    items_needed: int | None
+    """How many items would show it; null where it is shown, or the drop is not within."""
+
+
+@with_config(FORM)
+@dataclass(kw_only=True)
 class Confirmation:
     """A candidate on the confirmation data."""
 
@@ -69,11 +96,13 @@ class Confirmation:
     bound: float
     """The true drift is at most this; with 95% it holds for all candidates together."""
     within: bool
-    """Whether the estimate is within the budget."""
+    """Whether the estimates (drift, and the tasks' drops) are within the budgets."""
     shown: bool
-    """Whether the bound is."""
+    """Whether the bounds are."""
     prompts_needed: int | None
-    """How many prompts would show it; null where it is shown, or the estimate is not within."""
+    """How many prompts would show the drift; null where shown, or the estimate is not within."""
+    tasks: list[TaskLoss]
+    """What was lost on tasks; empty if none were run on it."""
     prompts: int
     """Prompts of `drift`."""
     nll: float

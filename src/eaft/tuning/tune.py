@@ -26,8 +26,8 @@ from eaft.training.apart import (
 )
 from eaft.training.family import saved_files, write_member
 from eaft.training.train import last_complete_checkpoint
-from eaft.tuning.confirm import confirm, typical_margin
-from eaft.tuning.measure import Kept, LoadedFamily, Part
+from eaft.tuning.confirm import confirm, judge_task, typical_margin
+from eaft.tuning.measure import Kept, LoadedFamily, Part, TaskChanges
 from eaft.tuning.plan import (
     EXCLUDED,
     MARK,
@@ -49,13 +49,14 @@ from eaft.tuning.results import (
     Data,
     Drifted,
     Screened,
+    TaskLoss,
     TuneResults,
     Unconstrained,
 )
 from eaft.tuning.search import Search, choose_candidates
 
 RESULTS = "results.json"
-SCREENING, CONFIRMATION = "screening.jsonl", "confirmation.jsonl"
+SCREENING, CONFIRMATION, TASKS = "screening.jsonl", "confirmation.jsonl", "tasks.jsonl"
 SHOWN_ANSWERS, SHOWN_TOKENS, SHOWN_DRIFTED = 4, 64, 5
 
 
@@ -119,23 +120,38 @@ def run(plan: Plan, settings: Settings, folder: Path) -> TuneResults:
     search = Search(
         Timed("Screening", Kept(work / SCREENING, screening, family)), screening.base_nll.mean
     )
-    search.run([member.step for member in members], settings.max_drift)
+    search.run([member.step for member in members], settings.drift_limit)
     candidates = choose_candidates(
-        search, settings.max_drift, settings.strict, len(confirmation.answers.answers)
+        search, settings.drift_limit, settings.strict, len(confirmation.answers.answers)
     )
     kept = Kept(work / CONFIRMATION, confirmation, family)
+    changes = TaskChanges(work / TASKS, plan.benchmarks, base, family)
+    statements = len(candidates) * len(plan.benchmarks)
+
+    def losses(member: Member) -> list[TaskLoss]:
+        if plan.benchmarks:
+            say(f"Tasks: {', '.join(plan.benchmarks)}")
+        assert settings.max_drop is not None or not plan.benchmarks
+        return [
+            judge_task(name, change, settings.max_drop or 0.0, statements)
+            for name, change in changes(member).items()
+        ]
+
     chosen, tried = confirm(
         [point.member for point in candidates],
         Timed("Confirming", kept, len(candidates)),
         confirmation.base_nll,
-        settings.max_drift,
+        settings.drift_limit,
         settings.strict,
+        losses,
     )
     texts = [ask(base.tokenizer, p, base.protocol) for p in plan.prompts[1]]
     results = TuneResults(
         status="none" if chosen is None else "shown" if chosen.shown else "within",
         sentence="",
-        budget=Budget(max_drift=settings.max_drift, strict=settings.strict),
+        budget=Budget(
+            max_drift=settings.max_drift, max_drop=settings.max_drop, strict=settings.strict
+        ),
         model=str(plan.configs[2].model_name_or_path),
         data=Data(
             training_rows=plan.training_rows,
@@ -171,12 +187,17 @@ def introduce(plan: Plan, settings: Settings) -> None:
     screening, confirmation = map(len, plan.rows)
     prompts = len(plan.prompts[1])
     lost = f" ({plan.left_out} of --held_out left out: trained on)" if plan.left_out else ""
-    most = settings.max_drift / (1 + typical_margin(prompts))
+    text = ""
+    if settings.max_drift is not None:
+        most = settings.max_drift / (1 + typical_margin(prompts))
+        text = (
+            f" So many usually show that a drift of up to about {most:.3g} is within"
+            f" {settings.max_drift:g}."
+        )
     say(
         f"{plan.training_rows} rows to train on; held out: {screening} to choose by and"
         f" {confirmation} to confirm on{lost}. Drift: {len(plan.prompts[0])} prompts to choose by,"
-        f" {prompts} to confirm on. So many usually show that a drift of up to about {most:.3g} is"
-        f" within {settings.max_drift:g}."
+        f" {prompts} to confirm on.{text}"
     )
 
 
@@ -323,7 +344,7 @@ def farewell(results: TuneResults, folder: Path, settings: Settings) -> str:
     if results.chosen is None:
         return (
             f"\n{results.sentence}\n\nWritten to {folder}: report.html, front.png, {RESULTS}; no"
-            f" model. {kept} Raise --max_drift, or train less, in another --output_dir."
+            f" model. {kept} Raise the budget, or train less, in another --output_dir."
         )
     return (
         f"\n{results.sentence}\n\nWritten to {folder}: the model, report.html, front.png,"
