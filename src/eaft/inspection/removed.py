@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from eaft.inspection.summary import Shares
+
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
 
@@ -15,15 +17,6 @@ QUANTITIES = ("tokens", "nll", "gradient")  # as in `Labelled.quantities` and `S
 MUTED = 0.5  # a token counts as muted if its weight is below this
 # Sources that have a row of their own. A column `source` may hold an address in every example
 MOST_SOURCES = 20
-
-
-@dataclass(frozen=True)
-class Shares:
-    """Shares of the tokens, of their nll and of their gradient; None if the whole is 0."""
-
-    tokens: float | None
-    nll: float | None
-    gradient: float | None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from typing import Any
 
 from eaft.errors import ConfigurationError
 from eaft.evaluation.scores import load_tokenizer
-from eaft.inspection.folder import BASE, ScoredModel
+from eaft.inspection.folder import BASE
+from eaft.inspection.run_file import ScoredModel
 from eaft.models import adapter_of, find_model, text_config
 from eaft.training.train import is_complete
 

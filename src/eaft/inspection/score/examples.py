@@ -15,7 +15,7 @@ from datasets import Dataset
 
 from eaft.arrow import flat
 from eaft.errors import ConfigurationError
-from eaft.inspection.folder import DATA, ROLLOUTS
+from eaft.inspection.summary import DATA, ROLLOUTS
 from eaft.training.data import row_digest
 from eaft.training.prepare import PreparedRows
 

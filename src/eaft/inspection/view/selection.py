@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from starlette.datastructures import QueryParams
 
 from eaft.errors import EAFTError, nearest
-from eaft.inspection.folder import BASE, DATA
+from eaft.inspection.folder import BASE
+from eaft.inspection.summary import DATA
 from eaft.inspection.view.tables import Tables
 
 Range = tuple[float | None, float | None]

@@ -8,6 +8,7 @@ from typing import Any
 
 from eaft.errors import EAFTError
 from eaft.inspection.labelled import weighed_gates
+from eaft.inspection.summary import MeasuredParameters
 from eaft.inspection.view.selection import RequestError, one_of
 from eaft.objective.gate_spec import bind_gate
 from eaft.objective.registry import is_of_data
@@ -55,14 +56,15 @@ SLIDERS = {
 }
 
 
-def gate_controls(measured: dict[str, float]) -> list[GateControls]:
+def gate_controls(measured: MeasuredParameters | None) -> list[GateControls]:
     """
     Return the sliders of every gate.
 
     Args:
-        measured: parameters that were measured on this data. A parameter that training measures on
+        measured: parameters that were measured on this data, if any were. A parameter that training measures on
             each batch begins at the value for all the data.
     """
+    values = {} if measured is None else vars(measured)
     controls = []
     for name, gate in weighed_gates().items():
         params, begins_at_measured = [], False
@@ -72,8 +74,8 @@ def gate_controls(measured: dict[str, float]) -> list[GateControls]:
                 continue
             if not is_of_data(default):
                 params.append(replace(slider, default=default))
-            elif param in measured:
-                params.append(replace(slider, default=measured[param]))
+            elif param in values:
+                params.append(replace(slider, default=values[param]))
                 begins_at_measured = True
             else:
                 params.append(slider)
@@ -81,7 +83,7 @@ def gate_controls(measured: dict[str, float]) -> list[GateControls]:
     return controls
 
 
-def parameters(gate: str, chosen: Parameters, measured: dict[str, float]) -> Parameters:
+def parameters(gate: str, chosen: Parameters, measured: MeasuredParameters | None) -> Parameters:
     """
     Return all parameters of a gate: the chosen ones, and the others where their sliders begin.
 

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from eaft.errors import ConfigurationError
 from eaft.inspection.folder import BASE, EXAMPLES_FILE, STATISTICS, VOCABULARY_FILE, Inspection
 from eaft.inspection.landscape import bin_indices, entropy_edges, prob_edges
+from eaft.inspection.vocabulary import Vocabulary
 
 DRAWS = 1 << 16  # every token has a random number below this: `draw < n` is a sample
 BATCH_ROWS = 1 << 20
@@ -70,7 +71,7 @@ class Tables:
         try:
             self.entropy_edges, self.prob_edges = entropy_edges(self.entropy_max), prob_edges()
             self.read_examples()
-            self.vocabulary = inspection.vocabulary()
+            self.vocabulary = Vocabulary(inspection)
             self.reader = ThreadPoolExecutor(1)
             self.read: dict[str, Future[None]] = {
                 n: self.reader.submit(self.read_model, n) for n in self.names

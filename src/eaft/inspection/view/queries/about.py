@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import shlex
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from eaft.inspection.folder import ScoredModel
+from eaft.inspection.run_file import InspectedRun, ScoredModel
+from eaft.inspection.summary import ByOrigin, Counts, Summary
 from eaft.inspection.view.queries.database import Database
 from eaft.inspection.view.sliders import GateControls, gate_controls
 
@@ -28,12 +28,12 @@ class About:
     models: list[ScoredModel]
     origins: list[str]
     sources: list[str]  # the largest, to choose from
-    counts: Any  # of the summary
+    counts: ByOrigin[Counts] | None  # of the summary
     top_k: int
     entropy_max: float  # nats, under any of the models
-    summary: Any  # the content of summary.json; None if there is none
+    summary: Summary | None  # None if summary.json does not exist or cannot be read
     gates: list[GateControls]
-    run: Any  # the content of run.json
+    run: InspectedRun
     train: str  # the command line that trains on the exported examples
 
 
@@ -51,7 +51,7 @@ class AboutQueries:
             models=inspection.models,
             origins=tables.origins,
             sources=self.largest_sources(),
-            counts=(summary or {}).get("counts"),
+            counts=None if summary is None else summary.counts,
             top_k=inspection.top_k,
             entropy_max=tables.entropy_max,
             summary=summary,
@@ -68,14 +68,14 @@ class AboutQueries:
         return [tables.sources[i] for i in np.sort(largest)]
 
 
-def train_command(run: dict[str, Any]) -> str:
+def train_command(run: InspectedRun) -> str:
     """
     Return the command line that trains on the inspected data without the exported examples.
 
     Its parts are quoted for a shell.
     """
-    flags = {"model_name_or_path": run.get("model"), "dataset_name": run.get("dataset")}
-    flags |= {name: run.get("config", {}).get(name) for name in DATA_FLAGS}
+    flags = {"model_name_or_path": run.model, "dataset_name": run.dataset}
+    flags |= {name: run.config.get(name) for name in DATA_FLAGS}
     flags["exclude_examples"] = "examples.jsonl"
     parts = ["eaft", "train"]
     for name, value in flags.items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -13,6 +12,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from eaft.errors import ConfigurationError
+from eaft.inspection.summary import MeasuredParameters, NamedToken, Summary
 from eaft.inspection.view.cache import Cache
 from eaft.inspection.view.queries.conditions import (
     ALWAYS,
@@ -28,14 +29,6 @@ Row = TypeVar("Row")
 Columns = dict[str, NDArray[Any]]
 
 ROWS_AT_ONCE = 2000  # fetched at once when an answer is streamed
-
-
-@dataclass(frozen=True)
-class NamedToken:
-    """A token's id and its text."""
-
-    token_id: int
-    text: str
 
 
 class Database:
@@ -125,7 +118,7 @@ class Database:
 
     def token(self, token_id: int) -> NamedToken:
         """Return a token with its text."""
-        return NamedToken(token_id, self.tables.vocabulary.get(token_id, f"<{token_id}>"))
+        return self.tables.vocabulary.named(token_id)
 
     # Conditions of a selection
 
@@ -205,18 +198,17 @@ class Database:
     # The summary
 
     @cached_property
-    def summary(self) -> Any:
+    def summary(self) -> Summary | None:
         """The content of summary.json; None if it does not exist or cannot be read."""
         try:
             return self.inspection.summary
-        except (OSError, ValueError):
+        except ConfigurationError:
             return None
 
     @property
-    def measured(self) -> dict[str, float]:
-        """The gate parameters that were measured on this data; empty if none were measured."""
-        measured = (self.summary or {}).get("measured") or {}
-        return {name: value for name, value in measured.items() if value is not None}
+    def measured(self) -> MeasuredParameters | None:
+        """The gate parameters that were measured on this data, if any were."""
+        return None if self.summary is None else self.summary.measured
 
 
 def finite(value: Any) -> Any:

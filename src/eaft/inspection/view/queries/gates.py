@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from eaft.inspection.folder import STATISTICS
 from eaft.inspection.labelled import with_examples
-from eaft.inspection.removed import QUANTITIES, Removed, Shares
+from eaft.inspection.removed import QUANTITIES, Removed
+from eaft.inspection.summary import NamedToken, Shares
 from eaft.inspection.view.cache import Cache
-from eaft.inspection.view.queries.database import Columns, Database, NamedToken
+from eaft.inspection.view.queries.database import Columns, Database
 from eaft.inspection.view.queries.plane import Edges, Grid, PlaneQueries
 from eaft.inspection.view.selection import Selection
 from eaft.inspection.view.sliders import Parameters, parameters

@@ -7,19 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from eaft.inspection.summary import CountedToken
 from eaft.inspection.view.cache import Cache
 from eaft.inspection.view.queries.conditions import NEVER, all_of, among, in_group
-from eaft.inspection.view.queries.database import Database, NamedToken, finite
+from eaft.inspection.view.queries.database import Database, finite
 from eaft.inspection.view.selection import Selection
 
 MOST_WANTED = 5  # first choices that are listed for each token
-
-
-@dataclass(frozen=True)
-class CountedToken(NamedToken):
-    """A token and how often it occurs."""
-
-    count: int
 
 
 @dataclass(frozen=True)
