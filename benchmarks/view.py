@@ -37,17 +37,9 @@ import torch
 from pydantic_core import to_json
 from tabulate import tabulate
 
-from eaft.inspection.folder import (
-    BASE,
-    COMPARED,
-    DATA,
-    EXAMPLES,
-    ROLLOUTS,
-    TOKENS,
-    VOCABULARY,
-    Inspection,
-)
+from eaft.inspection.folder import BASE, COMPARED, EXAMPLES, TOKENS, VOCABULARY, Inspection
 from eaft.inspection.labelled import weighed_gates
+from eaft.inspection.summary import DATA, ROLLOUTS
 from eaft.inspection.view.queries import Queries
 from eaft.inspection.view.queries.gates import weigh
 from eaft.inspection.view.selection import Selection

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from eaft.inspection.folder import BASE, COMPARED, DATA, EXAMPLES, ROLLOUTS, TOKENS, VOCABULARY
+from eaft.inspection.folder import BASE, COMPARED, EXAMPLES, TOKENS, VOCABULARY
+from eaft.inspection.summary import DATA, ROLLOUTS
 from eaft.objective.statistics import token_statistics
 
 # Words, format, markup, right-to-left text, numbers; the last three ids together are one emoji
@@ -31,6 +32,21 @@ WORDS = [
 VOCAB = WORDS + [f" w{i}" for i in range(40)] + ["<0xF0><0x9F>", "<0x99>", "<0x82>"]
 EMOJI = [len(VOCAB) - 3, len(VOCAB) - 2, len(VOCAB) - 1]
 TOP_K = 20
+EMPTY_SUMMARY = {
+    "counts": {"data": {"examples": 0, "tokens": 0, "labelled": 0}, "rollouts": None},
+    **{"conflicts": {}, "nll": {}, "entropy": {}, "entropy_max": 0.0, "measured": None},
+    **{"gates": [], "top_k": None, "checks": []},
+    "tokens": {"high_entropy": [], "low_entropy": [], "conflict": []},
+    "advice": {
+        "kind": "none",
+        "headline": "",
+        "text": "",
+        "facts": {
+            **{"tokens": None, "nll": None, "gradient": None, "rollouts": None},
+            **{"content_share": None, "examples_with_label": 0, "format": [], "content": []},
+        },
+    },
+}
 
 
 def make_example(generator, length):
@@ -79,7 +95,7 @@ def columns(logits, ids, labelled):
 def make_inspection(
     folder, examples=40, rollouts=20, compared=("tuned",), shards=2, seed=0, summary=None
 ):
-    """Write the folder and return its path; `summary` is written as summary.json."""
+    """Write the folder and return its path; `summary` is put over `EMPTY_SUMMARY`."""
     folder = Path(folder)
     generator = torch.Generator().manual_seed(seed)
     rows, tokens, others = [], [], {name: [] for name in compared}
@@ -150,7 +166,7 @@ def make_inspection(
         json.dumps({**run, "models": models, "config": {}, "environment": {}})
     )
     if summary is not None:
-        (folder / "summary.json").write_text(json.dumps(summary))
+        (folder / "summary.json").write_text(json.dumps({**EMPTY_SUMMARY, **summary}))
     return folder
 
 

@@ -6,7 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from eaft.inspection.folder import BASE, DATA, EXAMPLES, ROLLOUTS, TOKENS, VOCABULARY
+from eaft.inspection.folder import BASE, EXAMPLES, TOKENS, VOCABULARY
+from eaft.inspection.summary import DATA, ROLLOUTS
 from tests.inspection.made import TOP_K, columns
 
 

@@ -1,6 +1,5 @@
 """Format is told from content, on made tokens and on data made for it, scored by the real model."""
 
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -9,11 +8,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eaft.inspection.find.advice import Conflicts, advise, percent, shown
+from eaft.inspection.find.advice import advise
+from eaft.inspection.find.conflicts import Conflicts
 from eaft.inspection.find.findings import find
 from eaft.inspection.find.rule import Rule
+from eaft.inspection.find.wording import percent, shown
 from eaft.inspection.folder import Inspection
 from eaft.inspection.labelled import Labelled
+from eaft.inspection.summary import ByOrigin, NamedToken, Shares
 from eaft.models import resolve_model
 from eaft.objective.statistics import TokenStatistics
 from tests.inspection.scored import score_rows
@@ -45,7 +47,7 @@ class Words:
         )
 
     def named(self, token):
-        return {"token_id": int(token), "text": TEXTS[token]}
+        return NamedToken(int(token), TEXTS[token])
 
 
 def conflicts(rows, batches=1):
@@ -53,15 +55,15 @@ def conflicts(rows, batches=1):
     Count rows of (example, label, first choice), each a conflict of nll 5, given in so many
     batches.
     """
-    found = Conflicts(Words())
+    sums = Conflicts(Words())
     for part in np.array_split(
         np.array([(e, TEXTS.index(a), TEXTS.index(b)) for e, a, b in rows]), batches
     ):
         n = len(part)
         small, no = torch.full((n,), 0.01), torch.zeros(n, dtype=torch.bool)
         stats = TokenStatistics(torch.full((n,), -5.0), small, small, torch.ones(n), no, 20)
-        found.add(Labelled(stats, *part.T.astype(np.int32)))
-    return found
+        sums.add(Labelled(stats, *part.T.astype(np.int32)))
+    return sums
 
 
 @pytest.mark.parametrize(
@@ -78,24 +80,24 @@ def conflicts(rows, batches=1):
     ],
 )
 def test_the_rule_on_single_tokens(label, first, is_content):
-    assert conflicts([(0, label, first)]).facts()["content_share"] == is_content
+    assert conflicts([(0, label, first)]).content_share() == is_content
 
 
 def test_a_label_that_fights_in_a_fifth_of_the_examples_is_a_habit_unless_it_is_a_number():
     others = [(i, "<<", "\n") for i in range(20)]
     for batches in (1, 7):
         rows = sorted(others + [(i, "Answer", " Rome") for i in (0, 3, 3, 9, 9, 9)])
-        assert conflicts(rows, batches).facts()["content_share"] == pytest.approx(
+        assert conflicts(rows, batches).content_share() == pytest.approx(
             6 / 26
         )  # in three examples of twenty
         rows = sorted([*rows, (15, "Answer", " Rome")])
-        assert conflicts(rows, batches).facts()["content_share"] == 0  # in four
+        assert conflicts(rows, batches).content_share() == 0  # in four
         rows = sorted(others + [(i, " 42", " 7") for i in range(20)])
-        assert conflicts(rows, batches).facts()["content_share"] == 0.5
+        assert conflicts(rows, batches).content_share() == 0.5
         rows = sorted(
             others + [(i, "<0xF0><0x9F>", " Rome") for i in range(20)]
         )  # how a part of an emoji is shown
-        assert conflicts(rows, batches).facts()["content_share"] == 0
+        assert conflicts(rows, batches).content_share() == 0
 
 
 @pytest.mark.parametrize(
@@ -106,20 +108,21 @@ def test_kinds_and_words(share, kind, slope, monkeypatch):
     rule = Rule(slope, 0.0, residual=0.01, runs=8, mean=0.4, spread=0.5, lowest=0.0, highest=0.8)
     monkeypatch.setattr(Rule, "fitted", lambda: rule)
     advice = advise(
-        {"tokens": 0.1, "nll": share, "gradient": 0.3}, None, conflicts([(0, "<<", "\n")])
+        ByOrigin(Shares(tokens=0.1, nll=share, gradient=0.3), None), conflicts([(0, "<<", "\n")])
     )
-    assert advice["kind"] == kind
-    assert advice["text"].startswith(advice["headline"])
+    assert advice.kind == kind
+    assert advice.text.startswith(advice.headline)
     if share is None:
         return
-    assert advice["facts"]["expected"] == asdict(rule.expect(share))
+    assert advice.facts.expected == rule.expect(share)
     assert (
         f"it drifts {abs(100 * slope * share):.0f}% {'less' if slope < 0 else 'more'} from the base"
-        in advice["text"]
+        in advice.text
     )
-    assert ("it pays" in advice["text"], "it costs" in advice["text"]) == (slope < 0, slope > 0)
-    assert ("no saving to count on" in advice["text"]) == (slope == 0)
-    assert ("is expected to help" in advice["headline"]) == (kind != "few" and slope < 0)
+    assert ("expected to save drift" in advice.text) == (slope < 0)
+    assert ("expected to cost drift" in advice.text) == (slope > 0)
+    assert ("We measured no saving" in advice.text) == (slope == 0)
+    assert ("is expected to help" in advice.headline) == (kind != "few" and slope < 0)
 
 
 def test_what_sentences_show():
@@ -225,8 +228,8 @@ def wrong(country, countries):
     ids=["right", "counterfactual", "format", "GSM8K"],
 )
 def test_the_real_model_on_data_made_for_it(rows, kinds, content, smollm2, tmp_path):
-    advice = find(Inspection(score_rows(tmp_path, *smollm2, rows)), None)["advice"]
-    assert advice["kind"] in kinds
-    share = advice["facts"]["content_share"]
+    advice = find(Inspection(score_rows(tmp_path, *smollm2, rows)), None).advice
+    assert advice.kind in kinds
+    share = advice.facts.content_share
     assert share is None or share == pytest.approx(content or 0, abs=0.25)
-    assert ("facts you want to teach" in advice["text"]) == (advice["kind"] == "content")
+    assert ("facts you want to teach" in advice.text) == (advice.kind == "content")

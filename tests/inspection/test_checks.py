@@ -106,17 +106,17 @@ def test_each_check_finds_its_row_alone(tmp_path, name, row):
             {},
         ),  # its prompt is cut off
     ]
-    found = checks.check(write(tmp_path, [*good, row]))
-    assert {c["name"]: c["rows"] for c in found if c["count"]} == {name: [100 + len(good)]}
-    assert [c["name"] for c in found] == list(checks.CHECKS)
+    results = checks.check(write(tmp_path, [*good, row]))
+    assert {c.name: c.rows for c in results if c.count} == {name: [100 + len(good)]}
+    assert [c.name for c in results] == list(checks.CHECKS)
 
 
 def test_a_template_in_the_messages_and_duplicates(tmp_path):
     plain = (chat(("user", "hi"), ("assistant", "yes")), [*HEAD, " yes"], [6], {})
     twice = (chat(("user", "<|start|>user hi"), ("assistant", "no")), [*HEAD, " no"], [6], {})
     rollout = (*plain[:3], {"origin": "rollouts"})
-    found = checks.check(write(tmp_path, [plain, twice, plain, rollout, plain]))
-    rows = {c["name"]: (c["count"], c["rows"]) for c in found if c["count"]}
+    results = checks.check(write(tmp_path, [plain, twice, plain, rollout, plain]))
+    rows = {c.name: (c.count, c.rows) for c in results if c.count}
     assert rows == {
         "template_twice": (1, [101]),
         "special_in_text": (1, [101]),

@@ -4,20 +4,22 @@ The pictures: what is in them beside brute force, and that they stand in a page 
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from eaft.inspection.find.effects import DataGate
 from eaft.inspection.find.figures import CAPTIONS, Planes, draw, svg
 from eaft.inspection.find.findings import find
 from eaft.inspection.find.report import write
-from eaft.inspection.folder import DATA, ROLLOUTS, Inspection
+from eaft.inspection.folder import Inspection
+from eaft.inspection.summary import DATA, ROLLOUTS, TopKRow, write_summary
 from tests.inspection.made import grad_norm, make_inspection
 
 CURVE = [
-    {"k": k, "pearson": 1 - 1 / k, "spearman": None, "seconds": 0.1 * k, "mib": 0.2 * k}
-    for k in (2, 20, 54)
+    TopKRow(k, pearson=1 - 1 / k, spearman=None, seconds=0.1 * k, mib=0.2 * k) for k in (2, 20, 54)
 ]
 
 
@@ -38,7 +40,7 @@ def labelled(inspection):
 
 def test_planes_hold_every_token_and_its_gradient(inspected):
     inspection, summary = inspected
-    planes = Planes(inspection, summary, "dft")
+    planes = Planes(inspection, summary.entropy_max, DataGate("dft", summary.measured))
     tokens = labelled(inspection)
     corner = (tokens["entropy"] < 0.5) & (np.exp(tokens["log_prob"]) < 0.1)
     rows, columns = planes.entropy_edges[:-1] < 0.5 - 1e-9, planes.prob_edges[:-1] < 0.1 - 1e-9
@@ -69,14 +71,14 @@ def test_figures_stand_in_a_page(inspected):
 
 def test_only_what_there_is_something_of_is_drawn(tmp_path):
     inspection = Inspection(make_inspection(tmp_path, examples=3, rollouts=0, compared=()))
-    assert draw(inspection, find(inspection, None)).keys() == {
+    summary = find(inspection, None)
+    assert draw(inspection, summary).keys() == {
         "landscape",
         "gradient",
         "gates",
         "words",
     }
-    nothing = {"measured": None, "top_k": None}
-    assert draw(inspection, nothing) == {}
+    assert draw(inspection, replace(summary, measured=None)) == {}
 
 
 def test_the_gate_of_the_flags_is_beside_sft(tmp_path):
@@ -84,7 +86,7 @@ def test_the_gate_of_the_flags_is_beside_sft(tmp_path):
     run = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps({**run, "config": {"gate": "dft"}}))
     inspection = Inspection(folder)
-    (folder / "summary.json").write_text(json.dumps(find(inspection, None)))
+    write_summary(folder, find(inspection, None))
     write(inspection)
     page = (folder / "report.html").read_text()
     assert "dft: " in page

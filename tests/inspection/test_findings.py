@@ -1,6 +1,7 @@
 """What an inspection finds, against pandas and NumPy in float64 on all tokens at once."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pyarrow as pa
@@ -8,7 +9,8 @@ import pytest
 
 from eaft.inspection import removed
 from eaft.inspection.find.findings import find
-from eaft.inspection.folder import DATA, STATISTICS, Inspection
+from eaft.inspection.folder import STATISTICS, Inspection
+from eaft.inspection.summary import DATA
 from eaft.objective.registry import GATES
 from eaft.provenance import write_json
 from tests.inspection.made import TOP_K, grad_norm, make_inspection
@@ -26,8 +28,8 @@ def inspection(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def found(inspection):
-    return find(inspection, None)
+def summary(inspection):
+    return asdict(find(inspection, None))
 
 
 def frame(inspection, model="base"):
@@ -50,19 +52,19 @@ def frame(inspection, model="base"):
     return table
 
 
-def test_conflicts_and_nll_of_every_model_and_origin(inspection, found):
-    write_json(inspection.folder / "written.json", found)  # no NaN in it
+def test_conflicts_and_nll_of_every_model_and_origin(inspection, summary):
+    write_json(inspection.folder / "written.json", summary)  # no NaN in it
     for model in ("base", "a", "b"):
         for origin, rows in frame(inspection, model).groupby("origin"):
-            shares = found["conflicts"][model][origin]
+            shares = summary["conflicts"][model][origin]
             for name in QUANTITIES:
                 # Float32 statistics leave the gradient open where p is near 1
                 expected = rows[name][rows.conflict].sum() / rows[name].sum()
                 assert shares[name] == pytest.approx(
                     expected, rel=1e-4 if name == "gradient" else 1e-6
                 )
-            assert found["entropy"][model][origin] == pytest.approx(rows.entropy.mean(), rel=1e-6)
-            nll = found["nll"][model][origin]
+            assert summary["entropy"][model][origin] == pytest.approx(rows.entropy.mean(), rel=1e-6)
+            nll = summary["nll"][model][origin]
             assert nll["all"] == pytest.approx(rows.nll.mean(), rel=1e-6)
             assert nll["high_entropy"] == pytest.approx(
                 rows.nll[rows.base_entropy >= 2].mean(), rel=1e-6
@@ -100,8 +102,8 @@ def weights(rows, measured):
     }
 
 
-def test_what_gates_remove(inspection, found):
-    rows, measured = frame(inspection), found["measured"]
+def test_what_gates_remove(inspection, summary):
+    rows, measured = frame(inspection), summary["measured"]
     rows = rows[rows.origin == DATA]
     assert measured["entropy_threshold"] == pytest.approx(
         np.percentile(np.clip(rows.top_k_entropy / np.log(TOP_K), 0, 1), 15), rel=1e-4
@@ -109,9 +111,9 @@ def test_what_gates_remove(inspection, found):
     assert measured["prob_threshold"] == pytest.approx(np.percentile(rows.p, 15), rel=1e-4)
     assert measured["tau"] == pytest.approx(rows.groupby("example").nll.mean().median(), rel=1e-6)
     expected = weights(rows, measured)
-    assert set(expected) == set(GATES) - {"psft"} == {row["gate"] for row in found["gates"]}
-    assert len(found["gates"]) == 3 * len(expected)
-    for row in found["gates"]:
+    assert set(expected) == set(GATES) - {"psft"} == {row["gate"] for row in summary["gates"]}
+    assert len(summary["gates"]) == 3 * len(expected)
+    for row in summary["gates"]:
         here = rows.source == row["source"] if row["source"] else rows.tokens > 0
         removed = 1 - expected[row["gate"]]
         for name in QUANTITIES:
@@ -135,10 +137,10 @@ def test_of_many_sources_the_largest_have_rows(inspection, monkeypatch):
     monkeypatch.setattr(removed, "MOST_SOURCES", 1)
     rows = frame(inspection)
     largest = rows[rows.origin == DATA].source.value_counts().index[0]
-    assert {row["source"] for row in find(inspection, None)["gates"]} == {None, largest}
+    assert {row["source"] for row in asdict(find(inspection, None))["gates"]} == {None, largest}
 
 
-def test_tokens_of_each_group(inspection, found):
+def test_tokens_of_each_group(inspection, summary):
     rows = frame(inspection)
     rows = rows[rows.origin == DATA]
     groups = {
@@ -148,8 +150,8 @@ def test_tokens_of_each_group(inspection, found):
     }
     for name, mask in groups.items():
         group = rows[mask]
-        assert sum(row["count"] for row in found["tokens"][name]) == len(group)
-        for row in found["tokens"][name]:
+        assert sum(row["count"] for row in summary["tokens"][name]) == len(group)
+        for row in summary["tokens"][name]:
             here = group[group.token_id == row["token_id"]]
             assert row["count"] == len(here)
             frequency = (rows.token_id == row["token_id"]).mean()
@@ -170,7 +172,7 @@ def test_without_a_label_there_is_advice_but_no_number(tmp_path):
                 index, name, pa.nulls(len(table), table.schema.field(name).type)
             )
         pa.parquet.write_table(table, file)
-    found = find(inspection, None)
-    assert found["advice"]["kind"] == "none"
-    assert found["gates"] == []
-    json.dumps(found, allow_nan=False)
+    summary = asdict(find(inspection, None))
+    assert summary["advice"]["kind"] == "none"
+    assert summary["gates"] == []
+    json.dumps(summary, allow_nan=False)

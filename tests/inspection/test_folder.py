@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from eaft.errors import ConfigurationError
-from eaft.inspection.folder import BASE, ROLLOUTS, STATISTICS, Inspection
+from eaft.inspection.folder import BASE, STATISTICS, Inspection
+from eaft.inspection.summary import ROLLOUTS
+from eaft.inspection.vocabulary import Vocabulary
 from tests.inspection.made import VOCAB, make_inspection
 
 NAMES = [field.name for field in STATISTICS]
@@ -30,7 +32,7 @@ def test_reads_what_was_written(tmp_path):
     first = tokens.filter(pc.equal(tokens["example"], 0))
     text, start = examples["text"][0].as_py(), 0
     for token, end in zip(first["token_id"].to_pylist(), first["end"].to_pylist(), strict=True):
-        assert text[start:end] in ("", "🙂", inspection.vocabulary()[token])
+        assert text[start:end] in ("", "🙂", Vocabulary(inspection).texts[token])
         start = end
     assert start == len(text)
 

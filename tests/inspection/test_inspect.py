@@ -23,8 +23,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from eaft import cli
 from eaft.errors import NonFiniteError
 from eaft.inspection import inspect
-from eaft.inspection.folder import BASE, ROLLOUTS, STATISTICS, Inspection, ScoredModel
+from eaft.inspection.folder import BASE, STATISTICS, Inspection
+from eaft.inspection.run_file import ScoredModel
 from eaft.inspection.score import rollouts
+from eaft.inspection.summary import ROLLOUTS
+from eaft.inspection.vocabulary import Vocabulary
 from eaft.models import resolve_model
 from eaft.training.data import row_digest
 from tests.conftest import make_model, make_rows
@@ -180,7 +183,7 @@ def test_equals_float64_on_full_logits(mode, kind, tokenizer, tmp_path, alone):
         )
     assert any(e["labelled"] == 0 for e in examples) == (mode == "keep_start")
     assert sum(e["conflict_share"] or 0 for e in examples) > 0
-    vocabulary = inspection.vocabulary()
+    vocabulary = Vocabulary(inspection).texts
     assert {t["token_id"] for its in tokens for t in its} <= vocabulary.keys()
     assert {t["first_choice"] for its in tokens for t in its if t["labelled"]} <= vocabulary.keys()
     assert vocabulary[2] == "<|im_end|>"

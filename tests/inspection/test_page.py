@@ -29,7 +29,7 @@ from eaft.inspection.view.server import make_app
 from eaft.inspection.view.tables import Tables
 from eaft.objective.registry import gate_weights
 from eaft.objective.statistics import TokenStatistics
-from tests.inspection.made import TOP_K, VOCAB, grad_norm, make_inspection
+from tests.inspection.made import EMPTY_SUMMARY, TOP_K, VOCAB, grad_norm, make_inspection
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -48,6 +48,7 @@ SUMMARY = {
         {
             "gate": "dft",
             "params": {},
+            "note": None,
             "source": None,
             "tokens": 0.5,
             "nll": 0.8,
@@ -71,7 +72,7 @@ SUMMARY = {
             "text": "None.",
         },
     ],
-    "advice": {"kind": "format", "text": ADVICE, "facts": {}},
+    "advice": {**EMPTY_SUMMARY["advice"], "kind": "format", "text": ADVICE},
 }
 CHANGE = {
     "n": 40,

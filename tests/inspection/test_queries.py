@@ -13,6 +13,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from eaft.inspection.folder import Inspection
+from eaft.inspection.run_file import InspectedRun
 from eaft.inspection.view.queries import Queries, database, exports, gates
 from eaft.inspection.view.queries.about import train_command
 from eaft.inspection.view.runs import Runs
@@ -488,11 +489,17 @@ def test_what_a_page_is_built_from(ask, everything):
 
 
 def test_the_command_is_safe_to_paste():
-    run = {"model": "a b'; touch x; '", "dataset": "$(id).jsonl"}
-    run["config"] = {"output_dir": "inspection", "max_length": 512, "assistant_only_loss": True}
+    run = InspectedRun(
+        scored=True,
+        models=[],
+        top_k=20,
+        model="a b'; touch x; '",
+        dataset="$(id).jsonl",
+        config={"output_dir": "inspection", "max_length": 512, "assistant_only_loss": True},
+    )
     flags = {
-        "model_name_or_path": run["model"],
-        "dataset_name": run["dataset"],
+        "model_name_or_path": run.model,
+        "dataset_name": run.dataset,
         "max_length": "512",
     }
     flags |= {"assistant_only_loss": "true", "exclude_examples": "examples.jsonl"}

@@ -10,16 +10,16 @@ from eaft.inspection.find.figures import CAPTIONS
 from eaft.inspection.find.findings import find
 from eaft.inspection.find.report import page, write
 from eaft.inspection.folder import Inspection
-from eaft.provenance import write_json
+from eaft.inspection.summary import TopKRow, write_summary
 from tests.inspection.made import make_inspection
 
-CURVE = [{"k": k, "pearson": 0.9, "spearman": None, "seconds": 0.1, "mib": 1.0} for k in (2, 20)]
+CURVE = [TopKRow(k, pearson=0.9, spearman=None, seconds=0.1, mib=1.0) for k in (2, 20)]
 
 
 @pytest.fixture(scope="module")
 def inspection(tmp_path_factory):
     inspection = Inspection(make_inspection(tmp_path_factory.mktemp("made")))
-    write_json(inspection.folder / "summary.json", find(inspection, CURVE))
+    write_summary(inspection.folder, find(inspection, CURVE))
     write(inspection)
     return inspection
 
@@ -53,7 +53,7 @@ def test_is_one_small_file_with_the_sentence_first(inspection):
         v for name, v in elements.attributes if name in ("src", "href", "xlink:href") and v
     ]
     assert all(v.startswith(("#", "data:image/png")) for v in addresses)
-    advice = inspection.summary["advice"]["headline"]
+    advice = inspection.summary.advice.headline
     assert elements.text.index(advice) < elements.text.index("Is the data what you think?")
     names = {path.name for path in (inspection.folder / "figures").iterdir()}
     assert names == {f"{n}.png" for n in CAPTIONS}
@@ -67,8 +67,8 @@ def test_is_the_same_when_written_again(inspection):
 
 def test_the_printed_page_has_the_numbers(inspection):
     text = page(inspection)
-    assert text.startswith(inspection.summary["advice"]["text"])
-    share = inspection.summary["conflicts"]["base"]["data"]["nll"]
+    assert text.startswith(inspection.summary.advice.text)
+    share = inspection.summary.conflicts["base"].data.nll
     assert re.search(rf"base +\| data +\|.*\| {100 * share:.0f}%", text)
     assert f"eaft view {inspection.folder}" in text
     assert "Rows without a label: 1 (row 3)" in text
@@ -78,7 +78,7 @@ def test_a_folder_with_little_in_it(tmp_path):
     inspection = Inspection(
         make_inspection(tmp_path, examples=3, rollouts=0, compared=(), shards=1)
     )
-    write_json(inspection.folder / "summary.json", find(inspection, None))
+    write_summary(inspection.folder, find(inspection, None))
     write(inspection)
     assert page(inspection)
 

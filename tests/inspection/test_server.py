@@ -433,6 +433,8 @@ def item(doc, score):
     return {
         "task": "t",
         "doc_id": doc,
+        "metric": "exact_match,none",
+        "cut": [],
         **hashes,
         "prompt": f"p{doc}",
         "target": "x",

@@ -131,7 +131,7 @@ class Inspection:
         return self.run.models
 
     def files(self, model: str = BASE) -> list[Path]:
-        """Return the files of a model's tokens, in order; every model's files have the same rows."""
+        """Return the files of a model's tokens, in order; all models' files have the same rows."""
         folder = self.folder / "tokens" if model == BASE else self.folder / "compared" / model
         return sorted(folder.glob("*.parquet"))
 

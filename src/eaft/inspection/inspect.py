@@ -8,7 +8,7 @@ import gc
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,19 +26,26 @@ from eaft.evaluation.identity import weights_digest
 from eaft.evaluation.measured_model import shared
 from eaft.evaluation.scores import load_tokenizer, processes
 from eaft.files import read_json
-from eaft.inspection.find import findings
+from eaft.inspection.find.findings import find
 from eaft.inspection.folder import (
     BASE,
     COMPARED,
     EXAMPLES,
     EXAMPLES_FILE,
-    RUN_FILE,
-    SUMMARY_FILE,
     TOKENS,
     VOCABULARY,
     VOCABULARY_FILE,
     Inspection,
+)
+from eaft.inspection.run_file import (
+    RUN_FILE,
+    Identity,
+    InspectedRun,
+    RolloutFlags,
     ScoredModel,
+    SeededRolloutFlags,
+    read_run,
+    write_run,
 )
 from eaft.inspection.score import rollouts
 from eaft.inspection.score.compared import find_compared
@@ -55,6 +62,7 @@ from eaft.inspection.score.scorer import (
     token_table,
     write_parquet,
 )
+from eaft.inspection.summary import CheckResult, write_summary
 from eaft.models import check_vocabulary, find_model, text_config, vocabulary_size
 from eaft.objective.statistics import usable_top_k
 from eaft.processes import locked
@@ -87,6 +95,7 @@ training's. A row's prompt, which --rollouts asks the model, is its tokens up to
 one.
 """  # noqa: E501
 OUTPUT_DIR = "inspection"
+WAY = "give this command again, with another --output_dir."
 PARTS = "parts"  # in the folder: what is not whole yet
 ROLLOUTS_FILE = "rollouts.json"
 # By which `accelerate launch` asks for shards of the model: here each process has the whole
@@ -243,7 +252,8 @@ def inspect(
             )
         check_evaluation("vllm")  # it is lm-eval's
     dataset, _ = load_data(script_args, args, model_args, dataset_args)
-    template = list(map(asdict, check_data(script_args, args, model_args, dataset, None)))
+    findings = check_data(script_args, args, model_args, dataset, None)
+    template = [CheckResult(**asdict(finding)) for finding in findings]
     source = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
     with state.main_process_first():
         base = find_model(str(model_args.model_name_or_path), source)
@@ -258,10 +268,9 @@ def inspect(
         check_vocabulary(other.model, tokenizer, text_config(other.model, source).vocab_size)
     rows = prepare_rows(tokenizer, args, dataset)
     data = script_args.dataset_name or ", ".join(mixed.path for mixed in dataset_args.datasets)
-    asked = {
-        name: getattr(inspect_args, name)
-        for name in ("rollouts", "rollout_backend", "max_new_tokens")
-    }
+    flags = RolloutFlags(
+        inspect_args.rollouts, inspect_args.rollout_backend, inspect_args.max_new_tokens
+    )
     settings = Settings(args, model_args)
     examples = Examples(rows, dataset, data, [])
     if not examples.labelled.any():
@@ -276,28 +285,26 @@ def inspect(
             stack.enter_context(locked(folder, begins_with=(RUN_FILE,)))
             begin(
                 folder,
-                {
-                    "scored": False,
-                    "finished": False,
-                    "model": model_args.model_name_or_path,
-                    "dataset": data,
-                    "template": template,
-                    "top_k": usable_top_k(args.gate_top_k, vocabulary_size(tokenizer)),
-                    "models": [
-                        asdict(ScoredModel(BASE, str(model_args.model_name_or_path))),
-                        *map(asdict, others),
-                    ],
-                    "rollouts": asked if inspect_args.rollouts else None,
-                    "config": changed_arguments(args),
-                    "environment": environment(),
-                    "identity": {
-                        "model": weights_digest(base, model_args.model_revision),
-                        "data": [fingerprint(rows.cut), rows_digest(dataset)],
-                        "numbers": numbers(settings),
-                        "rollouts": {**asked, "seed": args.seed} if inspect_args.rollouts else None,
-                        "compared": {other.name: weights_digest(other.model) for other in others},
-                    },
-                },
+                InspectedRun(
+                    scored=False,
+                    models=[ScoredModel(BASE, str(model_args.model_name_or_path)), *others],
+                    top_k=usable_top_k(args.gate_top_k, vocabulary_size(tokenizer)),
+                    model=model_args.model_name_or_path,
+                    dataset=data,
+                    template=template,
+                    rollouts=flags if flags.rollouts else None,
+                    config=changed_arguments(args),
+                    environment=environment(),
+                    identity=Identity(
+                        model=weights_digest(base, model_args.model_revision),
+                        data=[fingerprint(rows.cut), rows_digest(dataset)],
+                        numbers=numbers(settings),
+                        rollouts=SeededRolloutFlags(**vars(flags), seed=args.seed)
+                        if flags.rollouts
+                        else None,
+                        compared={other.name: weights_digest(other.model) for other in others},
+                    ),
+                ),
             )
         state.wait_for_everyone()
         job = Job(folder, settings, tokenizer, base, others, examples)
@@ -307,55 +314,78 @@ def inspect(
             conclude(folder)
 
 
-def numbers(settings: Settings) -> dict[str, Any]:
+def numbers(settings: Settings) -> dict[str, str | int]:
     """Return the flags that change what is computed."""
     model_args = settings.model_args
-    found = {
-        name: getattr(model_args, name)
-        for name in ("dtype", "attn_implementation", "load_in_4bit", "load_in_8bit")
+    flags = {
+        "dtype": model_args.dtype,
+        "attn_implementation": model_args.attn_implementation,
+        "load_in_4bit": model_args.load_in_4bit,
+        "load_in_8bit": model_args.load_in_8bit,
+        "autocast": settings.autocast,
+        "model_init_kwargs": settings.args.model_init_kwargs,
     }
-    found |= {"autocast": settings.autocast, "model_init_kwargs": settings.args.model_init_kwargs}
-    return {name: str(value) for name, value in found.items()} | {"top_k": settings.args.gate_top_k}
+    return {name: str(value) for name, value in flags.items()} | {"top_k": settings.args.gate_top_k}
 
 
-def begin(folder: Path, run: dict[str, Any]) -> None:
+def begin(folder: Path, run: InspectedRun) -> None:
     """
-    Write run.json, unless the folder holds another run.
+    Write run.json, or add models to the run.json of the same run.
 
     Raises:
-        ConfigurationError: it does.
+        ConfigurationError: the folder holds another run.
     """
-    file = folder / RUN_FILE
-    if file.is_file():
-        way = "Choose another --output_dir, or delete this one."
-        before = read_json(file, dict[str, Any], way)
-        if not isinstance(before.get("identity"), dict) or "compared" not in before["identity"]:
-            raise ConfigurationError(
-                f"output_dir={str(folder)!r} holds another run, none of eaft inspect. {way}"
-            )
-        old, new = before["identity"], run["identity"]
-        what = {
-            "model": "another model",
-            "data": "other data",
-            "rollouts": "other rollouts",
-            "numbers": "other flags",
-        }
-        changed = [words for name, words in what.items() if old[name] != new[name]]
-        both = old["compared"].keys() & new["compared"].keys()
-        changed += [
-            f"another model as {name!r}"
-            for name in sorted(both)
-            if old["compared"][name] != new["compared"][name]
-        ]
-        if changed:
-            raise ConfigurationError(
-                f"output_dir={str(folder)!r} is an inspection of {' and '.join(changed)}. {way}"
-            )
-        # What was compared before stays
-        models = {model["name"]: model for model in [*before["models"], *run["models"]]}
-        run = {**run, "models": list(models.values()), "top_k_curve": before.get("top_k_curve")}
-        new["compared"] = {**old["compared"], **new["compared"]}
-    write_json(file, run)
+    if (folder / RUN_FILE).is_file():
+        run = continued(folder, run)
+    write_run(folder, run)
+
+
+def continued(folder: Path, run: InspectedRun) -> InspectedRun:
+    """
+    Return the run that a folder holds, with the models of a new command.
+
+    Raises:
+        ConfigurationError: the folder holds another run than the new command's.
+    """
+    way = "Choose another --output_dir, or delete this one."
+    content = read_json(folder / RUN_FILE, dict[str, Any], way)
+    if not isinstance(content.get("identity"), dict) or "compared" not in content["identity"]:
+        raise ConfigurationError(
+            f"output_dir={str(folder)!r} holds another run, none of eaft inspect. {way}"
+        )
+    before = read_run(folder, way)
+    old, new = before.identity, run.identity
+    assert old is not None
+    assert new is not None
+    changed = differences(old, new)
+    if changed:
+        raise ConfigurationError(
+            f"output_dir={str(folder)!r} is an inspection of {' and '.join(changed)}. {way}"
+        )
+    models = {model.name: model for model in [*before.models, *run.models]}
+    return replace(
+        run,
+        models=list(models.values()),
+        top_k_curve=before.top_k_curve,
+        identity=replace(new, compared=old.compared | new.compared),
+    )
+
+
+def differences(old: Identity, new: Identity) -> list[str]:
+    """Return in words how a run's identity differs from that of the run in the folder."""
+    changed = []
+    for name, words in (
+        ("model", "another model"),
+        ("data", "other data"),
+        ("rollouts", "other rollouts"),
+        ("numbers", "other flags"),
+    ):
+        if getattr(old, name) != getattr(new, name):
+            changed.append(words)
+    for name in sorted(old.compared.keys() & new.compared.keys()):
+        if old.compared[name] != new.compared[name]:
+            changed.append(f"another model as {name!r}")
+    return changed
 
 
 def score_all(job: Job, prompts: rollouts.Prompts, inspect_args: InspectArguments) -> None:
@@ -470,13 +500,14 @@ def score_model(job: Job, model: ScoredModel, scorer: Lazy, pieces: Pieces) -> N
 
 def keep_top_k_curve(job: Job, scorer: Lazy) -> None:
     """
-    Measure how the top-K entropy goes with the exact one (the paper's figure 6), once, and note it
-    in run.json.
+    Measure the top-K entropy against the exact one (the paper's Figure 6) and write it to run.json.
+
+    A continued run keeps the first measurement.
     """
-    run = json.loads((job.folder / RUN_FILE).read_text())
-    if run.get("top_k_curve") is None:
+    run = read_run(job.folder, WAY)
+    if run.top_k_curve is None:
         curve = top_k_curve(sample_logits(scorer.get(), job.examples, job.settings.args.seed))
-        write_json(job.folder / RUN_FILE, {**run, "top_k_curve": curve})
+        write_run(job.folder, replace(run, top_k_curve=curve))
 
 
 def finish(job: Job) -> None:
@@ -486,14 +517,17 @@ def finish(job: Job) -> None:
         write_parquet((pq.read_table(file) for file in files), EXAMPLES, job.folder / EXAMPLES_FILE)
     for file in job.parts.glob("*.parquet"):
         file.unlink()
-    run = json.loads((job.folder / RUN_FILE).read_text())
-    # One that an earlier command was stopped at, and that this one does not name, is left out
+    run = read_run(job.folder, WAY)
+    # A model is left out if an earlier command was stopped while scoring with it and this command
+    # does not name it
     shards = range(len(job.examples.shards()))
     models = [
-        m for m in run["models"] if all(job.file(m["name"], shard).is_file() for shard in shards)
+        model
+        for model in run.models
+        if all(job.file(model.name, shard).is_file() for shard in shards)
     ]
     write_parquet(vocabulary(job, Pieces(job.tokenizer)), VOCABULARY, job.folder / VOCABULARY_FILE)
-    write_json(job.folder / RUN_FILE, {**run, "models": models, "scored": True})
+    write_run(job.folder, replace(run, models=models, scored=True))
 
 
 def vocabulary(job: Job, pieces: Pieces) -> pa.Table:
@@ -515,13 +549,11 @@ def vocabulary(job: Job, pieces: Pieces) -> pa.Table:
 
 
 def conclude(folder: Path) -> None:
-    """Say what is found: summary.json, the report, and a page on the terminal."""
-    from eaft.inspection.find import (
-        report,
-    )  # needs the extra, whose absence has been reported by now
+    """Write summary.json and the report, and print a page."""
+    from eaft.inspection.find import report  # needs the extra; `check_packages` has looked for it
 
     inspection = Inspection(folder)
-    write_json(folder / SUMMARY_FILE, findings.find(inspection, inspection.run.get("top_k_curve")))
+    write_summary(folder, find(inspection, inspection.run.top_k_curve))
     report.write(inspection)
-    write_json(folder / RUN_FILE, {**inspection.run, "finished": True})
+    write_run(folder, replace(inspection.run, finished=True))
     print(visible(report.page(inspection)))

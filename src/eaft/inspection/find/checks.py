@@ -1,10 +1,9 @@
 """
-Is the data what you think? What users of trainers found out only after training, counted before.
+Checks of the data that users of trainers otherwise make after training, if at all.
 
 Rows that train on nothing (huggingface/trl 6025, 6320: a loss of 0 and a gradient of NaN;
-unslothai/unsloth 2900), answers that were cut, prompts that are trained on, a chat template applied
-twice (unslothai/unsloth 2648: a doubled BOS), special tokens that the data's own text holds,
-duplicates.
+unslothai/unsloth 2900), truncated answers, prompts that are trained on, a chat template applied
+twice (unslothai/unsloth 2648: a doubled BOS), special tokens in the data's own text, duplicates.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import json
 import re
 from array import array
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,13 +22,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from eaft.inspection.folder import DATA, EXAMPLES_FILE, Inspection
-from eaft.inspection.labelled import Vocabulary
+from eaft.inspection.folder import EXAMPLES_FILE, Inspection
+from eaft.inspection.summary import DATA, CheckResult
+from eaft.inspection.vocabulary import Vocabulary
 
-Tokens = dict[str, NDArray[Any]]
+Tokens = dict[str, NDArray[Any]]  # the columns `TOKEN_COLUMNS` of an example's tokens
+Example = dict[str, Any]  # a row of examples.parquet
+Row = dict[str, Any]  # a row of the data set
 
-# Of an example's tokens: their ids, where each ends in the text, and whether it has a label that
-# was scored
+# Ids, where each token ends in the text, and whether it has a label that was scored
 TOKEN_COLUMNS = {"token_id": np.int32, "end": np.int32, "scored": np.bool_}
 FIRST_ROWS = 10  # that are named
 LEARNED_FROM = ("assistant", "gpt", "model", "chatbot")  # roles whose text is meant to be learned
@@ -36,15 +38,15 @@ CHECKS = {
     "unlabelled": (
         "Rows without a label",
         (
-            "Nothing of them is learned. Their answer may lie beyond max_length, or the mask"
-            " (assistant_only_loss, completion_only_loss) does not fit the chat template."
+            "The model learns nothing from these rows. Their answer may lie beyond max_length, or"
+            " the mask (assistant_only_loss, completion_only_loss) does not fit the chat template."
         ),
     ),
     "truncated": (
         "Truncated answers",
         (
-            "A part of their answer is cut at max_length. Where it is the end (truncation_mode"
-            " keep_start), such rows teach not to stop. Raise max_length or drop them."
+            "max_length cuts off a part of the answer. If it cuts the end (truncation_mode"
+            " keep_start), the rows teach the model not to stop. Raise max_length or drop the rows."
         ),
     ),
     "prompt_trained": (
@@ -58,79 +60,99 @@ CHECKS = {
     "template_twice": (
         "A chat template applied twice",
         (
-            "A message begins with a special token, or the text with the same special token twice:"
-            " the data already had the template, and got it once more. Give messages without it, or"
-            " plain text."
+            "A message begins with a special token, or the text begins with the same special token"
+            " twice: the data already had the template, and the trainer applied it again. Give"
+            " messages without the template, or plain text."
         ),
     ),
     "special_in_text": (
         "Special tokens inside the messages' own text",
         (
-            "The text of a message holds a special token and is read as such: it can end a turn in"
-            " the middle. Remove or escape it."
+            "The text of a message holds a special token, which the tokenizer reads as one: it can"
+            " end a turn in the middle. Remove or escape it."
         ),
     ),
     "duplicates": (
         "Duplicate examples",
         (
-            "The same prepared text as an earlier row: it counts as many times. Remove the copies"
-            " unless that is meant."
+            "The row has the same prepared text as an earlier row, so the text is trained on more"
+            " than once. Remove the copies unless you want that."
         ),
     ),
 }
 
 
-def check(inspection: Inspection) -> list[dict[str, Any]]:
-    """
-    Return each check: its name, title, number of rows, the first rows (their numbers in the data)
-    and advice.
-    """
-    vocabulary = Vocabulary(inspection)
-    special = sorted(
-        (t for i in vocabulary.special if (t := vocabulary.texts[i]).strip()), key=len, reverse=True
-    )
-    pattern = re.compile("|".join(map(re.escape, special))) if special else None
-    rows: dict[str, array[int]] = {name: array("q") for name in CHECKS}
-    digests, numbers = array("Q"), array("q")
-    for example, tokens in with_tokens(inspection):
-        if example["origin"] != DATA:
-            continue
-        digest = hashlib.blake2b(
-            example["text"].encode(errors="surrogatepass"), digest_size=8
-        ).digest()
-        digests.append(int.from_bytes(digest, "little"))
-        numbers.append(example["row"])
+class Checks:
+    """Collects the rows of the data that each check is about."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        special = [vocabulary.texts[token_id] for token_id in vocabulary.special]
+        # The longest first, since one special token may begin with another
+        special = sorted((text for text in special if text.strip()), key=len, reverse=True)
+        self.pattern = re.compile("|".join(map(re.escape, special))) if special else None
+        self.special_ids = vocabulary.special
+        self.rows: dict[str, array[int]] = {name: array("q") for name in CHECKS}
+        self.digests, self.numbers = array("Q"), array("q")  # of every row, for `duplicates`
+
+    def add(self, example: Example, tokens: Tokens) -> None:
+        """Check an example of the data."""
+        text = example["text"].encode(errors="surrogatepass")
+        self.digests.append(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little"))
+        self.numbers.append(example["row"])
         row = json.loads(example["messages"]) if example["messages"] else {}
-        for name, found in (
+        for name, fails in (
             ("unlabelled", example["labelled"] == 0),
             ("truncated", example["cut_labelled"] > 0),
             ("prompt_trained", prompt_is_trained(row, example["text"], tokens)),
-            ("template_twice", template_twice(row, tokens, pattern, vocabulary.special)),
-            (
-                "special_in_text",
-                pattern is not None and any(pattern.search(text) for _, text in messages(row)),
-            ),
+            ("template_twice", self.template_twice(row, tokens)),
+            ("special_in_text", self.special_in_text(row)),
         ):
-            if found:
-                rows[name].append(example["row"])
-    _, first = np.unique(np.array(digests, dtype=np.uint64), return_index=True)
-    rows["duplicates"].extend(np.delete(np.array(numbers, dtype=np.int64), first).tolist())
-    return [
-        {
-            "name": name,
-            "title": title,
-            "count": len(rows[name]),
-            "rows": rows[name][:FIRST_ROWS].tolist(),
-            "text": text,
-        }
-        for name, (title, text) in CHECKS.items()
-    ] + inspection.run.get(
-        "template", []
-    )  # of the chat template: `eaft.training.templates.Findings`
+            if fails:
+                self.rows[name].append(example["row"])
+
+    def template_twice(self, row: Row, tokens: Tokens) -> bool:
+        """
+        Return whether a chat template was applied twice.
+
+        A message then begins with a special token, or the prepared text begins with the same
+        special token twice.
+        """
+        first = tokens["token_id"][:2].tolist()
+        if len(first) == 2 and first[0] == first[1] and first[0] in self.special_ids:
+            return True
+        if self.pattern is None:
+            return False
+        return any(self.pattern.match(message.text.lstrip()) for message in messages(row))
+
+    def special_in_text(self, row: Row) -> bool:
+        """Return whether the text of a message holds a special token."""
+        if self.pattern is None:
+            return False
+        return any(self.pattern.search(message.text) for message in messages(row))
+
+    def result(self) -> list[CheckResult]:
+        """Return each check with its rows."""
+        digests = np.array(self.digests, dtype=np.uint64)
+        _, first = np.unique(digests, return_index=True)
+        numbers = np.array(self.numbers, dtype=np.int64)
+        rows = {**self.rows, "duplicates": array("q", np.delete(numbers, first).tolist())}
+        return [
+            CheckResult(name, title, len(rows[name]), rows[name][:FIRST_ROWS].tolist(), text)
+            for name, (title, text) in CHECKS.items()
+        ]
 
 
-def with_tokens(inspection: Inspection) -> Iterator[tuple[dict[str, Any], Tokens]]:
-    """Yield every example with its tokens."""
+def check(inspection: Inspection) -> list[CheckResult]:
+    """Return the checks of the data, and what was found in the chat template before scoring."""
+    checks = Checks(Vocabulary(inspection))
+    for example, tokens in with_tokens(inspection):
+        if example["origin"] == DATA:
+            checks.add(example, tokens)
+    return checks.result() + inspection.run.template
+
+
+def with_tokens(inspection: Inspection) -> Iterator[tuple[Example, Tokens]]:
+    """Yield every example with its tokens, also an example without tokens."""
     columns = ["example", "origin", "row", "text", "messages", "labelled", "cut_labelled"]
     tokens = tokens_by_example(inspection)
     following = next(tokens, None)
@@ -146,7 +168,7 @@ def with_tokens(inspection: Inspection) -> Iterator[tuple[dict[str, Any], Tokens
 
 
 def tokens_by_example(inspection: Inspection) -> Iterator[tuple[int, Tokens]]:
-    """Yield each example's index and tokens, in order; an example may go on in the next batch."""
+    """Yield each example's index and tokens, in order; one may continue in the next batch."""
     kept: Tokens = {}
     for batch in inspection.batches(["example", "token_id", "end", "log_prob"], rows=1 << 18):
         columns = {name: batch[name].to_numpy() for name in ("example", "token_id", "end")}
@@ -166,68 +188,63 @@ def tokens_by_example(inspection: Inspection) -> Iterator[tuple[int, Tokens]]:
         yield int(kept["example"][0]), {name: kept[name] for name in TOKEN_COLUMNS}
 
 
-def messages(row: dict[str, Any]) -> list[tuple[str, str]]:
-    """
-    Return role and text of every message of a conversational row, in order, without the tools it
-    calls.
-    """
-    found = []
+@dataclass(frozen=True)
+class Message:
+    """A part of a conversation."""
+
+    role: str
+    text: str
+
+
+def messages(row: Row) -> list[Message]:
+    """Return every text of a conversational row, in order, without the tools that it calls."""
+    texts = []
     for column in ("messages", "conversations", "prompt", "completion"):
         if isinstance(row.get(column), list):
             for message in row[column]:
-                role, content = (
-                    message.get("role", message.get("from")),
-                    message.get("content", message.get("value")),
-                )
-                parts = content if isinstance(content, list) else [{"text": content}]
-                found += [
-                    (str(role), part["text"]) for part in parts if isinstance(part.get("text"), str)
-                ]
-    return found
+                texts += message_texts(message)
+    return texts
 
 
-def prompt_is_trained(row: dict[str, Any], text: str, tokens: Tokens) -> bool:
+def message_texts(message: dict[str, Any]) -> list[Message]:
+    """Return the texts of one message, in OpenAI's or ShareGPT's form."""
+    role = message.get("role", message.get("from"))
+    content = message.get("content", message.get("value"))
+    parts: list[dict[str, Any]] = content if isinstance(content, list) else [{"text": content}]
+    return [Message(str(role), part["text"]) for part in parts if isinstance(part.get("text"), str)]
+
+
+def prompt_is_trained(row: Row, text: str, tokens: Tokens) -> bool:
     """
-    Return whether a token with a label ends within the text of a message that is not the
-    assistant's.
+    Return whether a token with a label ends within a message that is not the assistant's.
 
-    Of a row with a plain prompt: within the prompt, with which the prepared text begins. What the
-    template writes between messages is no prompt here, nor is a message that is not found in the
-    prepared text, as where it was cut, nor what follows an answer that is not, as where the
-    template drops its thoughts: it might be found within it. So might a plain prompt that was cut:
-    one that begins after the first label is none.
+    In a row with a plain prompt, the prompt is that message: the prepared text begins with it. The
+    text that the template writes between messages is no prompt. A message is skipped if the
+    prepared text does not hold it, as after truncation. The search ends at an answer that the
+    prepared text does not hold, as when the template drops its thoughts: a later message might
+    match a place inside that answer. A plain prompt that begins after the first label is skipped,
+    since it matches a place inside the answer.
     """
-    plain = row.get("prompt")
+    prompt = row.get("prompt")
+    plain: str | None = prompt if isinstance(prompt, str) else None
     starts = np.concatenate([[0], tokens["end"][:-1]])
-    visible = tokens["scored"] & (tokens["end"] > starts)
+    has_text = tokens["scored"] & (tokens["end"] > starts)
     cursor = 0
-    for role, content in [("user", plain)] if isinstance(plain, str) else messages(row):
-        content = content.strip()
+    conversation = messages(row)
+    if plain is not None:
+        conversation = [Message("user", plain)]
+    for message in conversation:
+        content = message.text.strip()
         begin = text.find(content, cursor)
-        if begin < 0 and role in LEARNED_FROM:
+        is_answer = message.role in LEARNED_FROM
+        if begin < 0 and is_answer:
             break
         if begin < 0 or not content:
             continue
-        if isinstance(plain, str) and visible.any() and begin > starts[visible.argmax()]:
+        if plain is not None and has_text.any() and begin > starts[has_text.argmax()]:
             continue
         cursor = begin + len(content)
-        if (
-            role not in LEARNED_FROM
-            and (visible & (tokens["end"] > begin) & (tokens["end"] <= cursor)).any()
-        ):
+        inside = has_text & (tokens["end"] > begin) & (tokens["end"] <= cursor)
+        if not is_answer and inside.any():
             return True
     return False
-
-
-def template_twice(
-    row: dict[str, Any], tokens: Tokens, pattern: re.Pattern[str] | None, special: set[int]
-) -> bool:
-    """
-    Return whether a message begins with a special token, or the prepared text with the same one
-    twice.
-    """
-    first = tokens["token_id"][:2].tolist()
-    doubled = len(first) == 2 and first[0] == first[1] and first[0] in special
-    return doubled or (
-        pattern is not None and any(pattern.match(text.lstrip()) for _, text in messages(row))
-    )

@@ -1,7 +1,4 @@
-"""
-The pictures of an inspection: of arXiv:2601.02151 the Figures 1b, 3, 4, 6 and 7, and what each gate
-removes.
-"""
+"""The pictures of the report: Figures 1b, 3, 4, 6 and 7 of arXiv:2601.02151, and one of gates."""
 
 from __future__ import annotations
 
@@ -23,10 +20,11 @@ from matplotlib.font_manager import findfont
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
-from eaft.inspection.find.advice import percent, shown
-from eaft.inspection.find.effects import complete, weights
-from eaft.inspection.folder import BASE, DATA, ROLLOUTS, Inspection
-from eaft.inspection.labelled import Examples, labelled_tokens
+from eaft.inspection.example_columns import ExampleColumns
+from eaft.inspection.find.effects import DataGate
+from eaft.inspection.find.wording import percent, shown
+from eaft.inspection.folder import BASE, Inspection
+from eaft.inspection.labelled import labelled_tokens
 from eaft.inspection.landscape import (
     ENTROPY_TICKS,
     PROB_TICKS,
@@ -35,93 +33,95 @@ from eaft.inspection.landscape import (
     entropy_edges,
     prob_edges,
 )
+from eaft.inspection.summary import DATA, ROLLOUTS, Shares, Summary, TopKRow
 from eaft.objective.statistics import CONFLICT_MAX_ENTROPY, CONFLICT_MAX_PROB
 
-Numbers = dict[str, Any]
 Plane = NDArray[np.float64]
 
 CAPTIONS = {
     "landscape": (
-        "Where the tokens lie. Higher up the model is less sure of what comes next, further right"
-        " it finds the label likelier. In the outlined corner it is sure of something else: the"
-        " confident conflicts."
+        "Where the tokens lie. Higher up, the model is less sure of the next token. Further right,"
+        " it finds the label likelier. In the outlined corner are the confident conflicts: the"
+        " model is sure of another token."
     ),
     "gates": "What each gate would remove from training on this data, at the first step.",
     "gradient": (
-        "Where the gradient comes from, under SFT and under a gate (that of --gate, else EAFT's;"
-        " its default parameters): the norm of the loss's gradient by the logits, summed over the"
-        " tokens of a bin."
+        "Where the gradient comes from, under SFT and under a gate: the norm of the loss's gradient"
+        " by the logits, summed over the tokens of a bin. The gate is that of --gate, or EAFT, with"
+        " default parameters."
     ),
     "words": (
-        "The tokens that the model is unsure of, those that it is sure of, and those where it is"
-        " sure of something else."
+        "The tokens where the model is unsure, where it is sure, and where it is sure of another"
+        " token."
     ),
     "training": (
-        "What training does to the tokens that the base model was unsure of, and to those that it"
-        " was sure of."
+        "What training does to the tokens where the base model was unsure, and where it was sure."
     ),
     "top_k": (
-        "The entropy of the K likeliest tokens beside the exact one, on a sample of this data."
+        "The entropy of the K likeliest tokens beside the exact entropy, on a sample of this data."
     ),
 }
 TITLES = {DATA: "the data", ROLLOUTS: "the model's own answers"}
-ORANGE, BLUE, GREY = "#d95f02", "#3b6fb6", "#888888"  # told apart by the colour-blind, and in grey
+ORANGE, BLUE, GREY = "#d95f02", "#3b6fb6", "#888888"  # differ for the colour-blind, and in grey
 COLOURS = ListedColormap(matplotlib.colormaps["BuPu"](np.linspace(0.25, 1, 256)))
 STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}
 GRADIENT = "sum of w √(Σp² - 2p + 1): norm of d loss / d logits"
 
 
-def draw(inspection: Inspection, summary: Numbers, gate: str = "eaft") -> dict[str, Figure]:
+def draw(inspection: Inspection, summary: Summary, gate: str = "eaft") -> dict[str, Figure]:
     """
-    Return the figures that there is something to draw in, by the names of `CAPTIONS`.
+    Return the figures by the names of `CAPTIONS`, without those that would be empty.
 
     Args:
         inspection: scored.
-        summary: of `eaft.inspection.find.findings.find`.
+        summary: of the inspection.
         gate: shown beside SFT in the gradient's figure.
     """
     figures: dict[str, Figure] = {}
     with plt.rc_context(STYLE):
-        if summary["measured"] is not None:
-            planes = Planes(inspection, summary, gate)
-            figures["landscape"] = landscape(planes, summary)
-            figures["gradient"] = gradient(planes, gate)
-            figures["gates"] = gates(summary)
-            figures["words"] = words(summary)
+        if summary.measured is not None:
+            planes = Planes(inspection, summary.entropy_max, DataGate(gate, summary.measured))
+            figures["landscape"] = draw_landscape(planes, summary)
+            figures["gradient"] = draw_gradient(planes, gate)
+            figures["gates"] = draw_gates(summary)
+            figures["words"] = draw_words(summary)
         if any(model.step is not None for model in inspection.models):
-            figures["training"] = training(inspection, summary)
-        if summary["top_k"]:
-            figures["top_k"] = top_k(summary, inspection.top_k)
+            figures["training"] = draw_training(inspection, summary)
+        if summary.top_k:
+            figures["top_k"] = draw_top_k(summary.top_k, inspection.top_k)
     return figures
 
 
 class Planes:
     """
-    Sums over the plane's bins, entropies by probabilities: of tokens by origin; of the data's
-    gradient, by gate.
+    Sums over the bins of the plane, `[entropies, probabilities]` each.
+
+    Attributes:
+        tokens: the number of tokens, by origin.
+        gradient: the gradient's norms of the data's tokens under SFT.
+        gated: the same norms under the gate.
     """
 
-    def __init__(self, inspection: Inspection, summary: Numbers, gate: str) -> None:
-        self.entropy_edges, self.prob_edges = entropy_edges(summary["entropy_max"]), prob_edges()
+    def __init__(self, inspection: Inspection, entropy_max: float, gate: DataGate) -> None:
+        self.entropy_edges, self.prob_edges = entropy_edges(entropy_max), prob_edges()
         shape = (len(self.entropy_edges) - 1, len(self.prob_edges) - 1)
-        examples, params = Examples(inspection), complete(gate, summary["measured"])
+        examples = ExampleColumns(inspection)
         self.tokens = {origin: np.zeros(shape) for origin in examples.origins}
         self.gradient, self.gated = np.zeros(shape), np.zeros(shape)
         for tokens in labelled_tokens(inspection):
             entropy = bin_indices(tokens.stats.entropy.numpy(), self.entropy_edges)
             prob = bin_indices(tokens.stats.prob.numpy(), self.prob_edges)
             for origin, total in self.tokens.items():
-                here = examples.of(origin)[tokens.example]
+                here = examples.is_from(origin)[tokens.example]
                 total += bin_sums(entropy[here], prob[here], shape)
-            data = examples.of(DATA)[tokens.example]
+            data = examples.is_from(DATA)[tokens.example]
             gradient = np.where(data, tokens.quantities["gradient"], 0)
             self.gradient += bin_sums(entropy, prob, shape, gradient)
-            self.gated += bin_sums(
-                entropy, prob, shape, gradient * weights(gate, params, tokens, examples.nll)
-            )
+            gated = gradient * gate.weights(tokens, examples.nll)
+            self.gated += bin_sums(entropy, prob, shape, gated)
 
     def draw(self, axis: Axes, values: Plane, norm: LogNorm) -> Any:
-        """Draw a plane with both axes at the square root, the conflicts' corner outlined."""
+        """Draw a plane with both axes at the square root, and outline the conflicts' corner."""
         seen = np.where(values > 0, values, np.nan)
         mesh = axis.pcolormesh(
             self.prob_edges, self.entropy_edges, seen, norm=norm, cmap=COLOURS, rasterized=True
@@ -144,8 +144,8 @@ class Planes:
         return mesh
 
 
-def landscape(planes: Planes, summary: Numbers) -> Figure:
-    """Figure 1b: where the tokens lie, the data's beside those of the model's own answers."""
+def draw_landscape(planes: Planes, summary: Summary) -> Figure:
+    """Draw Figure 1b: where the tokens of the data and of the model's own answers lie."""
     totals = {origin: plane.sum() for origin, plane in planes.tokens.items()}
     shares = {
         origin: plane / totals[origin] for origin, plane in planes.tokens.items() if totals[origin]
@@ -157,14 +157,14 @@ def landscape(planes: Planes, summary: Numbers) -> Figure:
     norm = shared_norm([*shares.values()])
     for axis, (origin, plane) in zip(axes[0], shares.items(), strict=True):
         mesh = planes.draw(axis, plane, norm)
-        conflicts = summary["conflicts"][BASE][origin]
+        conflicts = summary.conflicts[BASE].of(origin) or Shares(None, None, None)
         axis.set_title(f"{TITLES[origin]} ({int(totals[origin]):,} tokens)")
-        tokens, nll, grad = (
-            percent(conflicts[name] or 0) for name in ("tokens", "nll", "gradient")
+        label = (
+            f"{percent(conflicts.tokens or 0)} of the tokens,\n{percent(conflicts.nll or 0)} of the"
+            f" nll,\n{percent(conflicts.gradient or 0)} of the gradient"
         )
-        said = f"{tokens} of the tokens,\n{nll} of the nll,\n{grad} of the gradient"
         axis.annotate(
-            said,
+            label,
             (CONFLICT_MAX_PROB, CONFLICT_MAX_ENTROPY / 2),
             (0.22, CONFLICT_MAX_ENTROPY / 2),
             color=ORANGE,
@@ -179,21 +179,19 @@ def landscape(planes: Planes, summary: Numbers) -> Figure:
 
 
 def shared_norm(planes: list[Plane]) -> LogNorm:
-    """
-    Return one logarithmic scale for several planes: its lower end is the smallest value there is.
-    """
+    """Return one logarithmic scale for several planes, from the smallest positive value."""
     values = np.concatenate([plane[plane > 0] for plane in planes])
     low, high = (values.min(), values.max()) if len(values) else (0.1, 1.0)
     return LogNorm(low, max(high, low * 10))
 
 
-def gradient(planes: Planes, gate: str) -> Figure:
-    """Figure 3: where the data's gradient comes from, under SFT and under a gate."""
+def draw_gradient(planes: Planes, gate: str) -> Figure:
+    """Draw Figure 3: where the data's gradient comes from, under SFT and under a gate."""
     figure, axes = plt.subplots(
         1, 2, figsize=(9, 4.2), sharex=True, sharey=True, layout="constrained"
     )
     most = max(float(planes.gradient.max()), 1e-9)
-    least = most / 1e4  # below it all is drawn alike
+    least = most / 1e4  # smaller values get the same colour
     norm = LogNorm(least, most)
     for axis, (name, plane) in zip(
         axes, (("sft", planes.gradient), (gate, planes.gated)), strict=True
@@ -206,39 +204,36 @@ def gradient(planes: Planes, gate: str) -> Figure:
     return figure
 
 
-def gates(summary: Numbers) -> Figure:
-    """What each gate removes of the data's tokens, nll and gradient, in per cent."""
-    rows = [row for row in summary["gates"] if row["source"] is None and row["gate"] != "sft"]
+def draw_gates(summary: Summary) -> Figure:
+    """Draw what each gate removes of the data's tokens, nll and gradient, in per cent."""
+    rows = [row for row in summary.gates if row.source is None and row.gate != "sft"]
     figure, axis = plt.subplots(figsize=(9, 0.6 + 0.42 * len(rows)), layout="constrained")
     kinds = (("tokens", GREY), ("nll", BLUE), ("gradient", ORANGE))
     for i, (name, colour) in enumerate(kinds):
         places = np.arange(len(rows)) + 0.26 * (i - 1)
-        axis.barh(places, [100 * (row[name] or 0) for row in rows], 0.24, color=colour, label=name)
+        widths = [100 * (getattr(row, name) or 0) for row in rows]
+        axis.barh(places, widths, 0.24, color=colour, label=name)
     axis.set_yticks(
         range(len(rows)),
-        [
-            row["gate"] + (" (KL not shown)" if row["note"] and "KL" in row["note"] else "")
-            for row in rows
-        ],
+        [row.gate + (" (KL not shown)" if row.note and "KL" in row.note else "") for row in rows],
     )
     axis.invert_yaxis()
     axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_xlim(
-        left=max(axis.get_xlim()[0], -100)
-    )  # a gate that adds much would leave the others no room
+    # Without a limit, a gate that adds much would leave no room for the others
+    axis.set_xlim(left=max(axis.get_xlim()[0], -100))
     axis.set_xlabel("removed, per cent (below 0: added)")
     axis.legend(frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
     return figure
 
 
-def words(summary: Numbers) -> Figure:
-    """Figure 7: the tokens of high entropy, of low entropy and in conflict, by their number."""
+def draw_words(summary: Summary) -> Figure:
+    """Draw Figure 7: the tokens of high entropy, of low entropy and in conflict, by count."""
     from wordcloud import WordCloud
 
     names = {
         "high_entropy": "unsure (H ≥ 2 nats)",
         "low_entropy": "sure (H ≤ 0.5)",
-        "conflict": "sure of something else",
+        "conflict": "sure of another token",
     }
     figure, axes = plt.subplots(1, 3, figsize=(9, 3), layout="constrained")
     colours = {"high_entropy": BLUE, "low_entropy": GREY, "conflict": ORANGE}
@@ -246,9 +241,9 @@ def words(summary: Numbers) -> Figure:
         axis.set_axis_off()
         axis.set_title(title)
         counts: dict[str, int] = {}
-        for token in summary["tokens"][group]:
-            text = shown(token["text"])
-            counts[text] = counts.get(text, 0) + token["count"]
+        for token in summary.tokens.of(group):
+            text = shown(token.text)
+            counts[text] = counts.get(text, 0) + token.count
         if counts:
             colour = colours[group]
             cloud = WordCloud(
@@ -268,9 +263,11 @@ def words(summary: Numbers) -> Figure:
     return figure
 
 
-def training(inspection: Inspection, summary: Numbers) -> Figure:
+def draw_training(inspection: Inspection, summary: Summary) -> Figure:
     """
-    Figure 4: nll of the data's tokens over training, in groups that are fixed under the base model.
+    Draw Figure 4: the nll of the data's tokens over training, in two groups.
+
+    The base model's entropy says which tokens are in a group.
     """
     runs: dict[Path, list[tuple[int, str]]] = {}
     for model in inspection.models:
@@ -286,7 +283,7 @@ def training(inspection: Inspection, summary: Numbers) -> Figure:
     for axis, (group, title) in zip(axes, titles.items(), strict=True):
         for run, models in runs.items():
             points = [(0, BASE), *sorted(models)]
-            nll = [summary["nll"][name][DATA][group] for _, name in points]
+            nll = [getattr(summary.nll[name].data, group) for _, name in points]
             if None not in nll:
                 axis.plot(
                     [step for step, _ in points], nll, marker="o", markersize=4, label=run.name
@@ -300,15 +297,19 @@ def training(inspection: Inspection, summary: Numbers) -> Figure:
     return figure
 
 
-def top_k(summary: Numbers, used: int) -> Figure:
+def draw_top_k(rows: list[TopKRow], used: int) -> Figure:
     """
-    Figure 6: correlation of the top-K entropy with the exact one, and what it costs, against K.
+    Draw Figure 6: the correlation of the top-K entropy with the exact one, and its cost, by K.
+
+    Args:
+        rows: a point for each K.
+        used: the K of this inspection.
     """
-    rows = summary["top_k"]
-    k = [row["k"] for row in rows]
+    k = [row.k for row in rows]
     figure, axes = plt.subplots(1, 3, figsize=(9, 3), sharex=True, layout="constrained")
     for name, marker, colour in (("pearson", "o", BLUE), ("spearman", "s", ORANGE)):
-        values = [np.nan if row[name] is None else row[name] for row in rows]
+        values = [getattr(row, name) for row in rows]
+        values = [np.nan if value is None else value for value in values]
         axes[0].plot(k, values, marker=marker, markersize=4, color=colour, label=name.capitalize())
     axes[0].set_title("correlation with the exact entropy")
     axes[0].legend(frameon=False, loc="lower right")
@@ -316,7 +317,7 @@ def top_k(summary: Numbers, used: int) -> Figure:
         (axes[1], "seconds", "seconds, 1000 tokens"),
         (axes[2], "mib", "MiB, 256 tokens"),
     ):
-        axis.plot(k, [row[name] for row in rows], marker="o", markersize=4, color=BLUE)
+        axis.plot(k, [getattr(row, name) for row in rows], marker="o", markersize=4, color=BLUE)
         axis.set_yscale("log")
         axis.set_title(title)
     for axis in axes:
@@ -328,11 +329,13 @@ def top_k(summary: Numbers, used: int) -> Figure:
 
 def svg(figure: Figure, name: str) -> str:
     """
-    Return a figure as an `<svg>` element for an HTML page: as wide as its place, with no address in
-    it, and no id that another one has.
+    Return a figure as an `<svg>` element for an HTML page.
+
+    It is as wide as its container, names no address, and shares no id with another figure.
 
     Args:
-        name: of `CAPTIONS`; its ids begin with it.
+        figure: to draw.
+        name: of `CAPTIONS`; the ids begin with it.
     """
     file = io.StringIO()
     with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):

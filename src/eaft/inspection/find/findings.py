@@ -1,119 +1,150 @@
 """
-What an inspection finds: the content of summary.json.
+What the tables say: the content of summary.json.
 
-Two passes over the base model's tokens and one over each other model's. Nothing is kept but sums,
-by token id, source and origin, and a few bytes an example; sums are in float64.
+It takes two passes over the base model's tokens and one over each other model's. Memory holds sums
+by token id, source and origin, and a few bytes for each example. Sums are in float64.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from eaft.inspection.example_columns import ExampleColumns
 from eaft.inspection.find.advice import Conflicts, advise
 from eaft.inspection.find.checks import check
-from eaft.inspection.find.effects import Effects, Measured
+from eaft.inspection.find.effects import Effects, ParameterMeasurement
 from eaft.inspection.find.words import Words
-from eaft.inspection.folder import BASE, DATA, ROLLOUTS, Inspection
-from eaft.inspection.labelled import (
+from eaft.inspection.folder import BASE, Inspection
+from eaft.inspection.labelled import Labelled, labelled_pairs, labelled_tokens
+from eaft.inspection.removed import QUANTITIES
+from eaft.inspection.summary import (
+    DATA,
     ORIGINS,
-    Examples,
-    Labelled,
-    Vocabulary,
-    labelled_pairs,
-    labelled_tokens,
+    ROLLOUTS,
+    ByOrigin,
+    GroupNll,
+    Shares,
+    Summary,
+    TopKRow,
 )
+from eaft.inspection.vocabulary import Vocabulary
 from eaft.objective.statistics import HIGH_ENTROPY, LOW_ENTROPY, TokenStatistics
 
-Numbers = dict[str, Any]
+
+class OriginSums:
+    """One model's sums over the tokens of one origin."""
+
+    def __init__(self) -> None:
+        self.totals = dict.fromkeys(QUANTITIES, 0.0)
+        self.conflicts = dict.fromkeys(QUANTITIES, 0.0)
+        # The sum of the nll, and the number of tokens
+        self.nll = {name: np.zeros(2) for name in ("all", "high_entropy", "low_entropy")}
+        self.entropy = np.zeros(2)  # the sum, and the number of tokens
+
+    def add(
+        self, tokens: Labelled, base_entropy: NDArray[np.float32], here: NDArray[np.bool_]
+    ) -> None:
+        """
+        Add tokens.
+
+        Args:
+            tokens: `n` tokens, with their statistics under this model.
+            base_entropy: `[n]`, under the base model, nats.
+            here: `[n]`, which tokens are of this origin.
+        """
+        conflict = tokens.stats.is_conflict.numpy()
+        for name, values in tokens.quantities.items():
+            self.totals[name] += float(values[here].sum())
+            self.conflicts[name] += float(values[here & conflict].sum())
+        for name, in_group in (
+            ("all", here),
+            ("high_entropy", here & (base_entropy >= HIGH_ENTROPY)),
+            ("low_entropy", here & (base_entropy <= LOW_ENTROPY)),
+        ):
+            self.nll[name] += tokens.quantities["nll"][in_group].sum(), in_group.sum()
+        entropy = tokens.stats.entropy.double().numpy()
+        self.entropy += entropy[here].sum(), here.sum()
+
+    def conflict_shares(self) -> Shares:
+        """Return the shares in confident conflicts."""
+        return Shares(
+            **{
+                name: part / self.totals[name] if self.totals[name] else None
+                for name, part in self.conflicts.items()
+            }
+        )
+
+    def mean_nll(self) -> GroupNll:
+        """Return the mean nll of each group."""
+        return GroupNll(**{name: mean(*sums) for name, sums in self.nll.items()})
+
+    def mean_entropy(self) -> float | None:
+        """
+        Return the mean exact entropy, nats.
+
+        For the model's own answers it says how sure of itself the model is.
+        """
+        return mean(*self.entropy)
 
 
-class Shares:
+def mean(total: float, n: float) -> float | None:
+    """Return a mean; None for no values."""
+    return float(total / n) if n else None
+
+
+class ModelSums:
     """One model's conflicts, nll and entropy, by origin."""
 
-    def __init__(self, examples: Examples) -> None:
+    def __init__(self, examples: ExampleColumns) -> None:
         self.examples = examples
-        self.totals = {
-            origin: dict.fromkeys(("tokens", "nll", "gradient"), 0.0) for origin in ORIGINS
-        }
-        self.conflicts = {
-            origin: dict.fromkeys(("tokens", "nll", "gradient"), 0.0) for origin in ORIGINS
-        }
-        # Sum and number of the nll in groups that are fixed under the base model
-        groups = ("all", "high_entropy", "low_entropy")
-        self.groups = {origin: {name: np.zeros(2) for name in groups} for origin in ORIGINS}
-        self.entropy = {origin: np.zeros(2) for origin in ORIGINS}  # sum and number
+        self.by_origin = {origin: OriginSums() for origin in ORIGINS}
         self.entropy_max = 0.0
 
     def add(self, tokens: Labelled, stats: TokenStatistics) -> None:
-        """Add tokens, with their statistics under this model."""
-        of_model = Labelled(stats, tokens.example, tokens.token_id, tokens.first_choice)
-        conflict, entropy, base_entropy = (
-            stats.is_conflict.numpy(),
-            stats.entropy.double().numpy(),
-            tokens.stats.entropy.numpy(),
-        )
+        """Add the base model's tokens, with their statistics under this model."""
+        of_model = replace(tokens, stats=stats)
+        base_entropy = tokens.stats.entropy.numpy()
         for origin in self.examples.origins:
-            here = self.examples.of(origin)[tokens.example]
-            for name, values in of_model.quantities.items():
-                self.totals[origin][name] += float(values[here].sum())
-                self.conflicts[origin][name] += float(values[here & conflict].sum())
-            high, low = base_entropy >= HIGH_ENTROPY, base_entropy <= LOW_ENTROPY
-            for name, group in (
-                ("all", here),
-                ("high_entropy", here & high),
-                ("low_entropy", here & low),
-            ):
-                self.groups[origin][name] += of_model.quantities["nll"][group].sum(), group.sum()
-            self.entropy[origin] += entropy[here].sum(), here.sum()
-        self.entropy_max = max(
-            self.entropy_max, float(stats.entropy.max()) if len(stats.entropy) else 0.0
+            here = self.examples.is_from(origin)[tokens.example]
+            self.by_origin[origin].add(of_model, base_entropy, here)
+        if len(stats.entropy):
+            self.entropy_max = max(self.entropy_max, float(stats.entropy.max()))
+
+    @property
+    def data(self) -> OriginSums:
+        """The sums over the data."""
+        return self.by_origin[DATA]
+
+    @property
+    def rollouts(self) -> OriginSums | None:
+        """The sums over the model's own answers; None if there are none."""
+        return self.by_origin[ROLLOUTS] if ROLLOUTS in self.examples.origins else None
+
+    def conflict_shares(self) -> ByOrigin[Shares]:
+        """Return the shares in confident conflicts."""
+        rollouts = self.rollouts
+        return ByOrigin(
+            self.data.conflict_shares(), None if rollouts is None else rollouts.conflict_shares()
         )
 
-    def conflict_shares(self) -> Numbers:
-        """Return the shares in confident conflicts, by origin."""
-        return {origin: self.per_origin(origin, self.ratios) for origin in ORIGINS}
+    def mean_nll(self) -> ByOrigin[GroupNll]:
+        """Return the mean nll of each group."""
+        rollouts = self.rollouts
+        return ByOrigin(self.data.mean_nll(), None if rollouts is None else rollouts.mean_nll())
 
-    def mean_nll(self) -> Numbers:
-        """Return the mean nll of each group, by origin; None for a group without tokens."""
-        return {origin: self.per_origin(origin, self.means) for origin in ORIGINS}
-
-    def mean_entropy(self) -> Numbers:
-        """
-        Return the mean exact entropy (nats), by origin: of its own answers, how sure of itself a
-        model is.
-        """
-        return {origin: self.per_origin(origin, self.mean_of_entropy) for origin in ORIGINS}
-
-    def per_origin(self, origin: str, compute: Any) -> Numbers | None:
-        """Return what is computed of an origin, or None where there is none."""
-        return compute(origin) if origin in self.examples.origins else None
-
-    def ratios(self, origin: str) -> Numbers:
-        """Return an origin's shares in conflicts."""
-        totals = self.totals[origin]
-        return {
-            name: part / totals[name] if totals[name] else None
-            for name, part in self.conflicts[origin].items()
-        }
-
-    def means(self, origin: str) -> Numbers:
-        """Return an origin's mean nll, by group."""
-        return {
-            name: float(nll / n) if n else None for name, (nll, n) in self.groups[origin].items()
-        }
-
-    def mean_of_entropy(self, origin: str) -> float | None:
-        """Return an origin's mean entropy."""
-        total, n = self.entropy[origin]
-        return float(total / n) if n else None
+    def mean_entropy(self) -> ByOrigin[float | None]:
+        """Return the mean exact entropy, nats."""
+        rollouts = self.rollouts
+        return ByOrigin(
+            self.data.mean_entropy(), None if rollouts is None else rollouts.mean_entropy()
+        )
 
 
-def find(inspection: Inspection, top_k_curve: list[Numbers] | None) -> Numbers:
+def find(inspection: Inspection, top_k_curve: list[TopKRow] | None) -> Summary:
     """
     Return the summary of an inspection.
 
@@ -121,53 +152,57 @@ def find(inspection: Inspection, top_k_curve: list[Numbers] | None) -> Numbers:
         inspection: scored; its summary.json need not exist.
         top_k_curve: of `eaft.inspection.score.curve.top_k_curve`, if it was measured.
     """
-    examples, vocabulary = Examples(inspection), Vocabulary(inspection)
-    shares = {BASE: Shares(examples)}
-    measured, words, conflicts = Measured(examples), Words(vocabulary), Conflicts(vocabulary)
+    examples, vocabulary = ExampleColumns(inspection), Vocabulary(inspection)
+    sums = {BASE: ModelSums(examples)}
+    measurement, words = ParameterMeasurement(examples), Words(vocabulary)
+    conflicts = Conflicts(vocabulary)
     for tokens in labelled_tokens(inspection):
-        shares[BASE].add(tokens, tokens.stats)
-        of_data = select(tokens, examples.of(DATA)[tokens.example])
-        for part in (measured, words, conflicts):
-            part.add(of_data)
-    any_labelled = shares[BASE].totals[DATA]["tokens"] > 0
-    parameters = measured.result() if any_labelled else None
-    effects = Effects(examples, vocabulary, parameters) if parameters else None
+        sums[BASE].add(tokens, tokens.stats)
+        of_data = select(tokens, examples.is_from(DATA)[tokens.example])
+        measurement.add(of_data)
+        words.add(of_data)
+        conflicts.add(of_data)
+    any_labelled = sums[BASE].data.totals["tokens"] > 0
+    measured = measurement.result() if any_labelled else None
+    effects = None if measured is None else Effects(examples, vocabulary, measured)
     words.choose()
     for tokens in labelled_tokens(inspection):
-        of_data = select(tokens, examples.of(DATA)[tokens.example])
+        of_data = select(tokens, examples.is_from(DATA)[tokens.example])
         words.add_wanted(of_data)
         if effects is not None:
             effects.add(of_data)
     for model in inspection.models[1:]:
-        shares[model.name] = Shares(examples)
+        sums[model.name] = ModelSums(examples)
         for tokens, stats in labelled_pairs(inspection, model.name):
-            shares[model.name].add(tokens, stats)
-    conflict_shares = {name: of_model.conflict_shares() for name, of_model in shares.items()}
-    return {
-        "counts": {origin: examples.counts(origin) for origin in ORIGINS},
-        "conflicts": conflict_shares,
-        "nll": {name: of_model.mean_nll() for name, of_model in shares.items()},
-        "entropy": {name: of_model.mean_entropy() for name, of_model in shares.items()},
-        "entropy_max": max(of_model.entropy_max for of_model in shares.values()),
-        "measured": parameters,
-        "gates": effects.result() if effects is not None else [],
-        "tokens": words.result(),
-        "top_k": top_k_curve,
-        "checks": check(inspection),
-        "advice": advise(conflict_shares[BASE][DATA], conflict_shares[BASE][ROLLOUTS], conflicts),
-    }
+            sums[model.name].add(tokens, stats)
+    shares = {name: of_model.conflict_shares() for name, of_model in sums.items()}
+    return Summary(
+        counts=examples.counts(),
+        conflicts=shares,
+        nll={name: of_model.mean_nll() for name, of_model in sums.items()},
+        entropy={name: of_model.mean_entropy() for name, of_model in sums.items()},
+        entropy_max=max(of_model.entropy_max for of_model in sums.values()),
+        measured=measured,
+        gates=[] if effects is None else effects.result(),
+        tokens=words.result(),
+        top_k=top_k_curve,
+        checks=check(inspection),
+        advice=advise(shares[BASE], conflicts),
+    )
 
 
 def select(tokens: Labelled, keep: NDArray[np.bool_]) -> Labelled:
-    """Return some of the tokens."""
+    """Return some of the tokens; `keep` is `[n]`."""
     if keep.all():
         return tokens
-    stats, kept = tokens.stats, torch.from_numpy(keep)
-    columns: Numbers = {
-        name: value[kept] for name, value in vars(stats).items() if isinstance(value, torch.Tensor)
+    mask = torch.from_numpy(keep)
+    columns = {
+        name: column[mask]
+        for name, column in vars(tokens.stats).items()
+        if isinstance(column, torch.Tensor)
     }
     return Labelled(
-        replace(stats, **columns),
+        replace(tokens.stats, **columns),  # type: ignore[arg-type]
         tokens.example[keep],
         tokens.token_id[keep],
         tokens.first_choice[keep],

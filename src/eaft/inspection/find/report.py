@@ -1,10 +1,12 @@
-"""The report of an inspection: report.html, the pictures, and the page that is printed."""
+"""The report of an inspection: report.html, the pictures, and the page on the terminal."""
 
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,24 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from eaft.evaluation.report import save
-from eaft.inspection.find.advice import percent, shown
 from eaft.inspection.find.figures import CAPTIONS, draw, svg
-from eaft.inspection.folder import BASE, DATA, REPORT_FILE, ROLLOUTS, SUMMARY_FILE, Inspection
-from eaft.inspection.labelled import Vocabulary, weighed_gates
+from eaft.inspection.find.wording import percent, shown
+from eaft.inspection.folder import BASE, REPORT_FILE, Inspection
+from eaft.inspection.labelled import weighed_gates
+from eaft.inspection.summary import (
+    ORIGINS,
+    SUMMARY_FILE,
+    CheckResult,
+    CountedToken,
+    GateEffect,
+    GroupToken,
+    Shares,
+    Summary,
+)
+from eaft.inspection.vocabulary import Vocabulary
 from eaft.text import table, visible
 
-Numbers = dict[str, Any]
-FIRST_EXAMPLES, EXAMPLE_TOKENS = 8, 400  # shown in the report
+FIRST_EXAMPLES, EXAMPLE_TOKENS = 8, 400  # shown in the report; tokens of each example
 TOKEN_ROWS = 15
 
 
@@ -30,7 +42,7 @@ def write(inspection: Inspection) -> None:
     folder = inspection.folder / "figures"
     folder.mkdir(exist_ok=True)
     pictures = {}
-    gate = inspection.run["config"].get("gate")
+    gate = inspection.run.config.get("gate")
     gate = gate if gate in weighed_gates() and gate != "sft" else "eaft"
     for name, figure in draw(inspection, inspection.summary, gate).items():
         pictures[name] = Markup(svg(figure, name))
@@ -53,7 +65,7 @@ def write(inspection: Inspection) -> None:
         run=inspection.run,
         models=inspection.models,
         s=inspection.summary,
-        origins=[o for o in (DATA, ROLLOUTS) if inspection.summary["counts"][o]],
+        origins=[o for o in ORIGINS if inspection.summary.counts.of(o) is not None],
         pictures=pictures,
         captions=CAPTIONS,
         examples=list(first_examples(inspection)),
@@ -66,12 +78,12 @@ def write(inspection: Inspection) -> None:
 
 
 def visible_text(value: Any) -> Any:
-    """Return what the template writes, with control characters shown in what is no markup."""
+    """Return a value of the template, with control characters shown unless it is markup."""
     return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def code(text: str) -> Markup:
-    """Return text with what is in backticks as code."""
+    """Return text as HTML; parts in backticks are code."""
     parts = visible(text).split("`")
     return Markup("").join(
         Markup("<code>{}</code>").format(p) if i % 2 else p for i, p in enumerate(parts)
@@ -79,110 +91,151 @@ def code(text: str) -> Markup:
 
 
 def optional_percent(share: float | None) -> str:
-    """Return a share in per cent; nothing for none."""
-    return "-" if share is None else percent(share) if share >= 0 else f"-{percent(-share)}"
+    """Return a share in per cent, which may be negative; a dash for None."""
+    if share is None:
+        return "-"
+    return percent(share) if share >= 0 else f"-{percent(-share)}"
 
 
 def optional_nats(value: float | None) -> str:
-    """Return nats; nothing for none."""
+    """Return nats; a dash for None."""
     return "-" if value is None else f"{value:.2f}"
 
 
-def first_examples(inspection: Inspection) -> Iterator[Numbers]:
-    """
-    Yield the first examples: row, source, nll, conflict share, and `pieces` of text with how to
-    colour them.
-    """
-    examples = inspection.examples(["example", "row", "source", "text", "nll", "conflict_share"])
-    examples = examples.slice(0, FIRST_EXAMPLES).to_pylist()
-    names = ["example", "end", "token_id", "log_prob", "entropy", "first_choice", "first_prob"]
-    wanted: list[pa.RecordBatch] = []
-    for batch in inspection.batches(names, rows=1 << 15):
-        wanted.append(batch.filter(pc.less(batch["example"], FIRST_EXAMPLES)))
-        if batch["example"][-1].as_py() >= FIRST_EXAMPLES:
-            break
-    tokens, vocabulary = pa.Table.from_batches(wanted), Vocabulary(inspection)
+@dataclass(frozen=True)
+class Piece:
+    """A part of an example's text, and how the report shows it."""
+
+    text: str
+    style: str  # a class of the report's style sheet: p0 to p9 by probability, or no label
+    title: str  # what the pointer shows
+
+
+@dataclass(frozen=True)
+class ShownExample:
+    """An example as the report shows it."""
+
+    row: int
+    source: str
+    nll: float | None
+    conflict_share: float | None
+    pieces: list[Piece]
+    more: int  # tokens that are not shown
+
+
+def first_examples(inspection: Inspection) -> Iterator[ShownExample]:
+    """Yield the first examples."""
+    columns = ["example", "row", "source", "text", "nll", "conflict_share"]
+    examples = inspection.examples(columns).slice(0, FIRST_EXAMPLES).to_pylist()
+    tokens, vocabulary = first_tokens(inspection), Vocabulary(inspection)
     for example in examples:
         rows = tokens.filter(pc.equal(tokens["example"], example["example"])).to_pylist()
         pieces, start = [], 0
         for row in rows[:EXAMPLE_TOKENS]:
             text, start = example["text"][start : row["end"]], row["end"]
-            if not text:
-                continue  # of a character whose last token shows it
-            if row["log_prob"] is None:
-                pieces.append({"text": text, "style": "no", "title": ""})
-                continue
-            prob = min(1.0, 2.718281828459045 ** row["log_prob"])
-            first = shown(vocabulary.named(row["first_choice"])["text"], True)
-            title = (
-                f"p {prob:.3g}, H {row['entropy']:.2f}; the model: {first}"
-                f" ({row['first_prob']:.2f})"
-            )
-            pieces.append({"text": text, "style": f"p{min(9, int(10 * prob))}", "title": title})
-        yield {**example, "pieces": pieces, "more": max(0, len(rows) - EXAMPLE_TOKENS)}
+            if text:  # else a later token shows the character
+                pieces.append(piece(text, row, vocabulary))
+        yield ShownExample(
+            row=example["row"],
+            source=example["source"],
+            nll=example["nll"],
+            conflict_share=example["conflict_share"],
+            pieces=pieces,
+            more=max(0, len(rows) - EXAMPLE_TOKENS),
+        )
+
+
+def first_tokens(inspection: Inspection) -> pa.Table:
+    """Return the tokens of the first examples."""
+    names = ["example", "end", "token_id", "log_prob", "entropy", "first_choice", "first_prob"]
+    batches: list[pa.RecordBatch] = []
+    for batch in inspection.batches(names, rows=1 << 15):
+        batches.append(batch.filter(pc.less(batch["example"], FIRST_EXAMPLES)))
+        if batch["example"][-1].as_py() >= FIRST_EXAMPLES:
+            break
+    return pa.Table.from_batches(batches)
+
+
+def piece(text: str, token: dict[str, Any], vocabulary: Vocabulary) -> Piece:
+    """Return a token's text with its colour and what the model expected."""
+    if token["log_prob"] is None:
+        return Piece(text, "no", "")
+    prob = min(1.0, math.exp(token["log_prob"]))
+    first = shown(vocabulary.named(token["first_choice"]).text, leading=True)
+    title = (
+        f"p {prob:.3g}, H {token['entropy']:.2f}; the model: {first} ({token['first_prob']:.2f})"
+    )
+    return Piece(text, f"p{min(9, int(10 * prob))}", title)
 
 
 def page(inspection: Inspection) -> str:
-    """Return what is printed: the advice, the tables that prove it, and which files there are."""
-    s = inspection.summary
-    rows = [
-        [
-            name,
-            origin,
-            *(optional_percent(shares[key]) for key in ("tokens", "nll", "gradient")),
-            optional_nats(s["entropy"][name][origin]),
-        ]
-        for name, of_model in s["conflicts"].items()
-        for origin, shares in of_model.items()
-        if shares is not None
-    ]
-    parts = [
-        s["advice"]["text"],
-        table(rows, ["in confident conflicts", "of", "tokens", "nll", "gradient", "mean entropy"]),
-    ]
-    if s["gates"]:
-        rows = [
-            [
-                row["gate"],
-                *(optional_percent(row[key]) for key in ("tokens", "nll", "gradient")),
-                mutes(row),
-            ]
-            for row in s["gates"]
-            if row["source"] is None
-        ]
-        parts.append(table(rows, ["gate removes", "tokens", "nll", "gradient", "mutes most"]))
-    if s["tokens"]["conflict"]:
-        rows = [
-            [f"`{shown(row['text'], True)}`", row["count"], f"{row['lift']:.1f}", wanted(row)]
-            for row in s["tokens"]["conflict"][:10]
-        ]
-        parts.append(table(rows, ["conflict", "tokens", "lift", "the model wanted"]))
-    found = [check for check in s["checks"] if check["count"]]
+    """Return what is printed: the advice, the tables behind it, the checks, and the files."""
+    summary = inspection.summary
+    parts = [summary.advice.text, conflicts_table(summary)]
+    if summary.gates:
+        parts.append(gates_table(summary.gates))
+    if summary.tokens.conflict:
+        parts.append(tokens_table(summary.tokens.conflict))
+    failed = [check for check in summary.checks if check.count]
     parts += [
-        f"- {check['title']}: {check['count']} (row {first_rows(check)}). {check['text']}"
-        for check in found
+        f"- {check.title}: {check.count} (row {first_rows(check)}). {check.text}"
+        for check in failed
     ]
-    if not found:
-        parts.append(
-            f"- Checked, and nothing found: {'; '.join(c['title'].lower() for c in s['checks'])}."
-        )
+    if not failed:
+        titles = "; ".join(check.title.lower() for check in summary.checks)
+        parts.append(f"- No row failed a check: {titles}.")
     files = ", ".join([REPORT_FILE, "figures/landscape.png and others", SUMMARY_FILE])
     parts.append(f"In {inspection.folder}: {files}. To look around: eaft view {inspection.folder}")
     return "\n\n".join(parts) + "\n"
 
 
-def first_rows(check: Numbers) -> str:
-    """Return the first rows that a check found."""
-    return ", ".join(map(str, check["rows"][:5])) + (", …" if check["count"] > 5 else "")
+def conflicts_table(summary: Summary) -> str:
+    """Return the table of shares in confident conflicts, by model and origin."""
+    rows = []
+    for name, by_origin in summary.conflicts.items():
+        for origin in ORIGINS:
+            shares = by_origin.of(origin)
+            if shares is not None:
+                entropy = optional_nats(summary.entropy[name].of(origin))
+                rows.append([name, origin, *percents(shares), entropy])
+    header = ["in confident conflicts", "of", "tokens", "nll", "gradient", "mean entropy"]
+    return table(rows, header)
 
 
-def mutes(row: Numbers) -> str:
+def gates_table(effects: list[GateEffect]) -> str:
+    """Return the table of what each gate removes from all sources."""
+    rows = [
+        [effect.gate, *percents(effect), muted(effect)]
+        for effect in effects
+        if effect.source is None
+    ]
+    return table(rows, ["gate removes", "tokens", "nll", "gradient", "mutes most"])
+
+
+def tokens_table(tokens: list[GroupToken]) -> str:
+    """Return the table of the most frequent tokens in conflict."""
+    rows = [
+        [f"`{shown(token.text, True)}`", token.count, f"{token.lift:.1f}", wanted(token.wanted)]
+        for token in tokens[:10]
+    ]
+    return table(rows, ["conflict", "tokens", "lift", "the model wanted"])
+
+
+def percents(shares: Shares) -> list[str]:
+    """Return the shares of tokens, nll and gradient in per cent."""
+    return [optional_percent(share) for share in (shares.tokens, shares.nll, shares.gradient)]
+
+
+def first_rows(check: CheckResult) -> str:
+    """Return the numbers of the first rows of a check."""
+    return ", ".join(map(str, check.rows[:5])) + (", …" if check.count > 5 else "")
+
+
+def muted(effect: GateEffect) -> str:
     """Return the tokens that a gate mutes most."""
-    return " ".join(f"`{shown(token['text'], True)}`" for token in row["muted"][:5])
+    return " ".join(f"`{shown(token.text, True)}`" for token in effect.muted[:5])
 
 
-def wanted(row: Numbers) -> str:
-    """Return what the model wanted instead of a token."""
-    return " ".join(
-        f"`{shown(token['text'], True)}` {token['count']}" for token in row["wanted"][:3]
-    )
+def wanted(tokens: list[CountedToken]) -> str:
+    """Return the model's first choices with their counts."""
+    return " ".join(f"`{shown(token.text, True)}` {token.count}" for token in tokens[:3])

@@ -1,10 +1,9 @@
 """
-The rule: how much less EAFT is expected to drift than SFT, from the share of the nll in confident
-conflicts.
+The rule: EAFT's expected drift compared with SFT's, from the share of the nll in conflicts.
 
-The nll is the base model's, on the data. A straight line, by least squares, through what was found
-with each seed of each condition of the study (docs/when-it-helps.md), with the prediction interval
-for one more run. `benchmarks/study/curve.py` fits it and writes rule.json.
+The nll is the base model's, on the data. The rule is a straight line, fitted by least squares to
+the runs of the study (docs/when-it-helps.md), one for each seed and condition. Its prediction
+interval is for one more run. `benchmarks/study/curve.py` fits it and writes rule.json.
 """
 
 from __future__ import annotations
@@ -16,19 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
+from eaft.inspection.summary import ExpectedDrift
+
 RULE_FILE = Path(__file__).with_name("rule.json")
-
-
-@dataclass(frozen=True)
-class Expected:
-    """
-    What is expected of one more run: EAFT's drift less SFT's, as a share of SFT's, with its 95%
-    interval.
-    """
-
-    change: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -37,13 +26,13 @@ class Rule:
     A line through runs.
 
     Attributes:
-        slope, intercept: of the change in drift (EAFT's less SFT's at the same held-out nll, as a
-        share of SFT's), by
-            the share of the nll in conflicts.
+        slope, intercept: of the change in drift by dose. The change is EAFT's drift minus SFT's at
+            the same held-out nll, as a share of SFT's. The dose is the share of the nll in
+            conflicts.
         residual: standard deviation around the line.
-        runs: how many it was fitted to.
-        mean, spread: of their doses, the mean and the sum of squares around it.
-        lowest, highest: of their doses.
+        runs: the number of runs it was fitted to.
+        mean, spread: of the runs' doses, the mean and the sum of squares around it.
+        lowest, highest: of the runs' doses.
     """
 
     slope: float
@@ -57,7 +46,7 @@ class Rule:
 
     @classmethod
     def fit(cls, doses: list[float], changes: list[float]) -> Rule:
-        """Fit the line by least squares; at least three runs, of more than one dose."""
+        """Fit the line by least squares to at least three runs with at least two doses."""
         x, y = np.asarray(doses), np.asarray(changes)
         spread = float(((x - x.mean()) ** 2).sum())
         slope = float(((x - x.mean()) * (y - y.mean())).sum()) / spread
@@ -76,20 +65,15 @@ class Rule:
 
     @classmethod
     def fitted(cls) -> Rule:
-        """Return the rule that the study found."""
+        """Return the rule in rule.json."""
         return cls(**json.loads(RULE_FILE.read_text())["rule"])
 
-    def expect(self, dose: float) -> Expected:
-        """
-        Return what is expected at a dose; beyond those measured, what is expected at the nearest of
-        them.
-        """
-        from scipy import (
-            stats,
-        )  # whether it is installed is said by the command, not by this import
+    def expect(self, dose: float) -> ExpectedDrift:
+        """Return what is expected at a dose, or at the nearest dose that was measured."""
+        from scipy import stats  # the command says if it is missing
 
         dose = min(max(dose, self.lowest), self.highest)
         change = self.intercept + self.slope * dose
         error = self.residual * math.sqrt(1 + 1 / self.runs + (dose - self.mean) ** 2 / self.spread)
         half = float(stats.t.ppf(0.975, self.runs - 2)) * error
-        return Expected(change, change - half, change + half)
+        return ExpectedDrift(change, change - half, change + half)

@@ -1,7 +1,4 @@
-"""
-Figure 6 of arXiv:2601.02151: how close the top-K entropy is to the exact one, and what it costs,
-against K.
-"""
+"""Figure 6 of arXiv:2601.02151: how close the top-K entropy is to the exact one, and its cost."""
 
 from __future__ import annotations
 
@@ -14,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from eaft.inspection.summary import TopKRow
 from eaft.objective.statistics import entropy_from_log_probs
 
 KS = (2, 5, 10, 20, 50, 100, 200, 500, 1000)
@@ -21,19 +19,17 @@ REPEATS = 3
 BLOCK = 256  # tokens at a time, whatever K
 
 
-def top_k_curve(logits: Tensor, ks: tuple[int, ...] = KS) -> list[dict[str, Any]]:
+def top_k_curve(logits: Tensor, ks: tuple[int, ...] = KS) -> list[TopKRow]:
     """
-    Return for each K below the size of the vocabulary, and for the whole vocabulary, what its
-    entropy is worth.
+    Return what the top-K entropy is worth, for each K below the vocabulary's size and for all.
 
-    A row has `k`; `pearson` and `spearman` of the entropy of the K largest probabilities with the
-    exact one, None where either does not vary; `seconds` to select the K largest logits of a
-    thousand tokens and to compute their entropy, the median of three, on the device of `logits`;
-    and `mib`, the tensors that this made and that were alive at once, of a block of 256 tokens (a
-    kernel's own workspace is not seen). The whole vocabulary is not selected from.
+    The time is the median of three runs on the device of `logits`: selecting the K largest logits,
+    except if K is the whole vocabulary, and computing their entropy. The memory is that of the
+    tensors alive at once for a block of 256 tokens; a kernel's own workspace is not counted.
 
     Args:
         logits: `[n, V]`, float32.
+        ks: values of K.
 
     Returns:
         An empty list for fewer than two tokens.
@@ -55,21 +51,19 @@ def top_k_curve(logits: Tensor, ks: tuple[int, ...] = KS) -> list[dict[str, Any]
             compute(logits[:BLOCK], k if k < vocab_size else None)
         varies = np.ptp(entropy) > 0 and np.ptp(exact) > 0
         rows.append(
-            {
-                "k": k,
-                "pearson": float(pearsonr(entropy, exact).statistic) if varies else None,
-                "spearman": float(spearmanr(entropy, exact).statistic) if varies else None,
-                "seconds": float(np.median(seconds)) * 1000 / n,
-                "mib": live.peak / 2**20,
-            }
+            TopKRow(
+                k=k,
+                pearson=float(pearsonr(entropy, exact).statistic) if varies else None,
+                spearman=float(spearmanr(entropy, exact).statistic) if varies else None,
+                seconds=float(np.median(seconds)) * 1000 / n,
+                mib=live.peak / 2**20,
+            )
         )
     return rows
 
 
 def compute(logits: Tensor, k: int | None) -> Tensor:
-    """
-    Return the top-K entropy `[n]` in nats, or the exact one for no K, a block of tokens at a time.
-    """
+    """Return the top-K entropy `[n]` in nats, or the exact entropy if K is None."""
     blocks = [
         entropy_from_log_probs(
             (block if k is None else block.topk(k, sorted=False).values).log_softmax(-1)
@@ -81,8 +75,10 @@ def compute(logits: Tensor, k: int | None) -> Tensor:
 
 class LiveBytes(TorchDispatchMode):
     """
-    Counts the bytes of the tensors that are made while it is entered; `peak` is the most that were
-    alive at once.
+    Counts the bytes of the tensors that are made in its context.
+
+    Attributes:
+        peak: the most bytes alive at once.
     """
 
     def __init__(self) -> None:
@@ -97,9 +93,8 @@ class LiveBytes(TorchDispatchMode):
         made = func(*args, **(kwargs or {}))
         for tensor in made if isinstance(made, tuple | list) else [made]:
             storage = tensor.untyped_storage()
-            if (
-                storage.data_ptr() not in shared | self.storages
-            ):  # no view of what is counted, or of the logits
+            # A view of a counted tensor, or of the logits, needs no memory of its own
+            if storage.data_ptr() not in shared | self.storages:
                 self.storages.add(storage.data_ptr())
                 self.live += storage.nbytes()
                 weakref.finalize(tensor, self.free, storage.data_ptr(), storage.nbytes())
@@ -107,6 +102,6 @@ class LiveBytes(TorchDispatchMode):
         return made
 
     def free(self, storage: int, size: int) -> None:
-        """Count a tensor that is gone."""
+        """Subtract a tensor that was freed."""
         self.storages.discard(storage)
         self.live -= size

@@ -61,8 +61,8 @@ def gate_controls(measured: MeasuredParameters | None) -> list[GateControls]:
     Return the sliders of every gate.
 
     Args:
-        measured: parameters that were measured on this data, if any were. A parameter that training measures on
-            each batch begins at the value for all the data.
+        measured: parameters that were measured on this data, if any were. Training measures some
+            of them on each batch; their sliders begin at the value for all the data.
     """
     values = {} if measured is None else vars(measured)
     controls = []
