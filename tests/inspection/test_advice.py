@@ -116,7 +116,7 @@ def test_kinds_and_words(share, kind, slope, monkeypatch):
         return
     assert advice.facts.expected == rule.expect(share)
     assert (
-        f"it drifts {abs(100 * slope * share):.0f}% {'less' if slope < 0 else 'more'} from the base"
+        f"EAFT drifts {abs(100 * slope * share):.0f}% {'less' if slope < 0 else 'more'} from the base"
         in advice.text
     )
     assert ("expected to save drift" in advice.text) == (slope < 0)

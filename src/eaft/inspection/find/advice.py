@@ -114,8 +114,8 @@ def what_to_expect(expected: ExpectedDrift, share: float, rule: Rule) -> str:
     else:
         verdict = "We measured no saving from EAFT on data like this."
     return (
-        f"{verdict} At the same held-out nll EAFT drifts {difference(expected.change)} from the base"
-        f" model than SFT{where} (95% of runs: {difference(expected.low)} to"
+        f"{verdict} At the same held-out nll EAFT drifts {difference(expected.change)} from the"
+        f" base model than SFT{where} (95% of runs: {difference(expected.low)} to"
         f" {difference(expected.high)}). We measured this on one model of 135M parameters; yours"
         " may differ."
     )
