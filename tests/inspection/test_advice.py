@@ -115,10 +115,8 @@ def test_kinds_and_words(share, kind, slope, monkeypatch):
     if share is None:
         return
     assert advice.facts.expected == rule.expect(share)
-    assert (
-        f"EAFT drifts {abs(100 * slope * share):.0f}% {'less' if slope < 0 else 'more'} from the base"
-        in advice.text
-    )
+    change = f"{abs(100 * slope * share):.0f}% {'less' if slope < 0 else 'more'}"
+    assert f"EAFT drifts {change} from the base" in advice.text
     assert ("expected to save drift" in advice.text) == (slope < 0)
     assert ("expected to cost drift" in advice.text) == (slope > 0)
     assert ("We measured no saving" in advice.text) == (slope == 0)
