@@ -91,8 +91,10 @@ def test_the_returned_model_is_the_interpolation(tuned, model_dir):
         exact = old[name].double() + chosen.share * (new[name].double() - old[name].double())
         torch.testing.assert_close(tensor.double(), exact, rtol=1e-6, atol=1e-7)
     AutoModelForCausalLM.from_pretrained(tuned)
-    for file in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "README.md"):
-        assert (tuned / file).is_file(), file
+    model = {"config.json", "generation_config.json", "model.safetensors", "README.md"}
+    model |= {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    ours = {"_lock", "front.png", "report.html", "results.json", "tune.json", "work"}
+    assert {path.name for path in tuned.iterdir()} == model | ours
 
 
 def test_no_prompt_is_trained_on_and_held_out(tuned, inputs):

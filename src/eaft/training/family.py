@@ -25,12 +25,16 @@ from eaft.errors import ConfigurationError
 from eaft.files import read_json
 from eaft.models import adapter_of, loading
 from eaft.provenance import write_json
+from eaft.training.gate_measurements import MEASUREMENTS_FILE
+from eaft.training.replay import REPLAY_FILE
+from eaft.training.train import METRICS_FILE, RUN_FILE
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 ADAPTER = "adapter_config.json"
 AGAIN = "copy the model's folder again."
-# What a checkpoint holds beside the model: the trainer's state, and PEFT's empty model card
+# What a checkpoint, and a run's folder, hold beside the model: the trainer's state and records, and
+# model cards
 TRAINERS = (
     "optimizer*",
     "scheduler*",
@@ -39,6 +43,12 @@ TRAINERS = (
     "trainer_state.json",
     "training_args.bin",
     "README.md",
+    RUN_FILE,
+    METRICS_FILE,
+    REPLAY_FILE,
+    MEASUREMENTS_FILE,
+    "_*",
+    "*.tmp",
     "*.safetensors",
     INDEX,
 )
