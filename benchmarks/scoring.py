@@ -77,15 +77,15 @@ def main() -> None:
     from datasets import Dataset
 
     from eaft import cli
+    from eaft.commands.inspect import make_parser, named
     from eaft.evaluation.measured_model import read_jsonl
     from eaft.evaluation.scores import load_tokenizer
-    from eaft.inspection.inspect import make_parser, named
     from eaft.inspection.score.examples import Examples
     from eaft.inspection.score.scorer import BATCH_TOKENS, GPU_BATCH_TOKENS, Scorer, Settings
     from eaft.models import resolve_model
     from eaft.provenance import environment, write_json
+    from eaft.training.arguments import parse
     from eaft.training.prepare import prepare_rows
-    from eaft.training.train import parse
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -13,6 +13,9 @@ import pytest
 
 import eaft
 from eaft import cli, models
+from eaft.commands import train
+from eaft.commands.help import gates_help
+from eaft.objective.registry import GATES
 
 from .conftest import make_rows
 
@@ -25,18 +28,38 @@ def python(code, *argv, cwd):
     return done.stdout
 
 
-def test_help_comes_without_torch(tmp_path):
-    code = """
+SLOW = {"torch", "transformers", "trl", "datasets", "lm_eval"}  # seconds to import
+
+
+@pytest.mark.parametrize("command", [None, *cli.COMMANDS])
+def test_help_imports_nothing_slow(command, tmp_path):
+    code = f"""
 import sys
 from eaft import cli
 try:
-    cli.main(["--help"])
-except SystemExit:
-    print(sorted({"torch", "transformers", "trl"} & sys.modules.keys()))
+    cli.main(sys.argv[1:])
+except SystemExit as exit_:
+    print(exit_.code, sorted({SLOW} & sys.modules.keys()))
 """
-    text = python(code, cwd=tmp_path)
-    assert "eaft COMMAND --help" in text
-    assert text.splitlines()[-1] == "[]"
+    argv = [command, "--help"] if command else ["--help"]
+    text = python(code, *argv, cwd=tmp_path)
+    assert text.splitlines()[-1] == "0 []"
+    assert f"  eaft {command or 'train'} " in text  # an example
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_the_short_help_agrees_with_the_parsers():
+    """It is written without TRL and the registry: flags, defaults and gates are theirs."""
+    parser = train.make_parser()
+    actions = {option: action for action in parser._actions for option in action.option_strings}
+    for flag in train.COMMON:
+        if flag.name == "config":  # TRL reads it before the others
+            continue
+        assert flag.default in (None, actions[f"--{flag.name}"].default), flag.name
+    lines = [line for line in gates_help().splitlines() if not line.startswith("   ")]
+    assert [line.split()[0] for line in lines] == list(GATES)
+    for line, gate in zip(lines, GATES.values(), strict=True):
+        assert line[16:].rstrip(".") in " ".join((gate.weight.__doc__ or "").split())
 
 
 def test_public_names():

@@ -20,7 +20,7 @@ from datasets import Dataset
 import eaft
 from eaft import EAFTConfig, cli
 from eaft.objective.registry import GATES
-from eaft.training.train import parse
+from eaft.training.arguments import parse
 
 from .conftest import make_rows
 

@@ -20,9 +20,9 @@ from eaft.files import check, read_yaml
 from eaft.inspection import inspect
 from eaft.models import template_date, template_today
 from eaft.training import train
+from eaft.training.arguments import parse
 from eaft.training.data import load_splits
 from eaft.training.prepare import prepare_rows
-from eaft.training.train import parse
 from tests.conftest import CHAT_TEMPLATE, make_rows, make_tokenizer
 
 DATED = "{{ strftime_now('%d %b %Y %H:%M') }}\n" + CHAT_TEMPLATE

@@ -1,10 +1,9 @@
-"""The command line: `eaft COMMAND`. Each command's code is in the module of `MODULES`."""
+"""The command line: `eaft COMMAND`. Each command is a module of `eaft.commands`."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import logging
 import os
 import sys
@@ -28,15 +27,7 @@ Entropy-Adaptive Fine-Tuning: fine-tune a language model without making it worse
 `eaft COMMAND --help` explains each.
 """
 
-MODULES = {
-    "train": "eaft.training.train",
-    "eval": "eaft.evaluation.evaluate",
-    "tune": "eaft.tuning.command",
-    "compare": "eaft.comparison.command",
-    "inspect": "eaft.inspection.inspect",
-    "view": "eaft.inspection.view.serve",
-    "cache": "eaft.evaluation.store",
-}
+COMMANDS = ("train", "eval", "tune", "compare", "inspect", "view", "cache", "env")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,15 +42,13 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="eaft COMMAND ...",
     )
-    parser.add_argument("command", choices=[*MODULES, "env"], help=argparse.SUPPRESS)
+    parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS)
     command = parser.parse_args(argv[:1] or ["--help"]).command
     # Under `python -m` it is there already: a gate of your own is imported from where you are
     sys.path.insert(0, os.getcwd())
     logging.setLogRecordFactory(VisibleRecord)
     try:
-        if command == "env":
-            return env(argv[1:])
-        return importlib.import_module(MODULES[command]).main(argv[1:]) or 0
+        return importlib.import_module(f"eaft.commands.{command}").main(argv[1:]) or 0
     except EAFTError as error:
         tell(command, f"error: {error}")
         return 2
@@ -85,21 +74,3 @@ def tell(command: str, message: str) -> None:
         print(visible(f"eaft {command}: {message}"), file=sys.stderr)
     else:
         time.sleep(2)  # a launcher ends the others as soon as one has left: let the first speak
-
-
-def env(argv: list[str]) -> int:
-    """Print versions and machine as JSON, or test the machine; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="eaft env", description="Print versions and machine, for bug reports."
-    )
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="test the loss on this machine instead: is it right, and how fast is it?",
-    )
-    if parser.parse_args(argv).check:
-        return importlib.import_module("eaft.objective.check").main()
-    from eaft.provenance import environment
-
-    print(json.dumps(environment(), indent=2))
-    return 0

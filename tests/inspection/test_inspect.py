@@ -412,8 +412,8 @@ def test_sampled_logits_are_the_models(model_dir, tokenizer, monkeypatch):
     from eaft.evaluation.scores import load_tokenizer
     from eaft.inspection.score import scorer as scoring
     from eaft.inspection.score.examples import Examples
+    from eaft.training.arguments import parse
     from eaft.training.prepare import prepare_rows
-    from eaft.training.train import parse
 
     (_, args, model_args, *_), *_ = parse(
         inspect.named([str(model_dir), "rows", *CPU]), inspect.make_parser()

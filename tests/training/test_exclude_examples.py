@@ -9,8 +9,9 @@ import pytest
 from datasets import Dataset, IterableDataset
 
 from eaft.errors import ConfigurationError
-from eaft.training.data import exclude_rows, row_digest
-from eaft.training.train import changed_arguments, load_data, parse
+from eaft.training.arguments import parse
+from eaft.training.data import exclude_rows, load_data, row_digest
+from eaft.training.run_folder import changed_arguments
 from tests.conftest import make_rows
 
 ROWS = make_rows()

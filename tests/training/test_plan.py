@@ -21,6 +21,7 @@ from transformers import (
 from trl import ModelConfig
 
 from eaft import EAFTConfig, cli
+from eaft.training.arguments import parse
 from eaft.training.plan import (
     GIB,
     GPUS,
@@ -34,7 +35,6 @@ from eaft.training.plan import (
     meta_model,
     read_launch,
 )
-from eaft.training.train import parse
 from tests.conftest import make_model, make_rows
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ from eaft.errors import ConfigurationError
 from eaft.evaluation.drift import Answer, read_prompts
 from eaft.evaluation.protocol import PROMPTS
 from eaft.training import replay
-from eaft.training.config import REPLAY_PROMPTS
+from eaft.training.flags import REPLAY_PROMPTS
 from tests.conftest import CHAT_TEMPLATE, chain_model, make_rows
 
 SMALL = [

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 from eaft import cli
 from eaft.comparison.recipe import read_recipe
 from eaft.objective.registry import GATES
-from eaft.training.train import last_complete_checkpoint, parse
+from eaft.training.arguments import parse
+from eaft.training.run_folder import last_complete_checkpoint
 from tests.conftest import make_rows
 
 SMALL = [
@@ -470,11 +471,13 @@ def test_truncated_weights_are_refused(model_dir, data, tmp_path, capsys):
     assert not out.exists()
 
 
-def test_help_teaches(capsys):
+@pytest.mark.parametrize("flag", ["--help_all", "--help-all"])
+def test_help_teaches(flag, capsys):
     with pytest.raises(SystemExit) as exit_:
-        cli.main(["train", "--help"])
+        cli.main(["train", flag])
     text = capsys.readouterr().out
     assert exit_.value.code == 0
+    assert "--ddp_find_unused_parameters" in text
     assert "torchrun --nproc_per_node 8 -m eaft train" in text
     for name, gate in GATES.items():
         assert f"  {name:14}{gate.help}" in text

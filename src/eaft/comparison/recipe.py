@@ -24,9 +24,10 @@ from eaft.files import Count, Positive, Seed, Text, check, read_yaml
 from eaft.models import resolve_model
 from eaft.provenance import versions
 from eaft.training.apart import TRAINS, file_digest, local_files, parse_flags
+from eaft.training.data import load_data
 from eaft.training.held_out import check_apart, load_rows
 from eaft.training.templates import check_templates, told
-from eaft.training.train import check_model, load_data
+from eaft.training.train import check_model
 
 HELD_OUT = "evaluate.held_out"  # as messages call it
 REFERENCE = "sft"  # what every objective is compared with, where the recipe names no pairs
@@ -67,7 +68,7 @@ class EvaluateConfig(Protocol):
 @with_config(STRICT)
 @dataclass
 class Recipe:
-    """A comparison; see `eaft.comparison.command.DESCRIPTION`."""
+    """A comparison; see `eaft compare --help`."""
 
     output_dir: Text
     objectives: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]

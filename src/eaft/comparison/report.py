@@ -29,7 +29,7 @@ from eaft.evaluation.report import briefly, save
 from eaft.evaluation.results import as_json
 from eaft.provenance import write_json
 from eaft.text import markdown_strings, table
-from eaft.training.train import METRICS_FILE
+from eaft.training.run_folder import METRICS_FILE
 
 VIEWS = {
     "chosen": "At each objective's own choice (lowest held-out nll)",

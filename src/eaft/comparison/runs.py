@@ -25,7 +25,7 @@ from eaft.processes import LOCK_FILE, locked
 from eaft.provenance import write_json
 from eaft.text import visible
 from eaft.training.apart import checkpoints, finished, train_apart
-from eaft.training.train import last_complete_checkpoint
+from eaft.training.run_folder import last_complete_checkpoint
 
 MARK = "compare.json"  # in every folder that compare made
 WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "model.safetensors.index.json")

@@ -5,7 +5,6 @@ forgot.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
 import json
@@ -20,9 +19,9 @@ import numpy as np
 from eaft.errors import ConfigurationError
 from eaft.evaluation.comparable import check_measurable, comparable_models, differing
 from eaft.evaluation.drift import BaseAnswers, read_prompts, summarise
-from eaft.evaluation.measured_model import MeasuredModel, shared
+from eaft.evaluation.measured_model import MeasuredModel
 from eaft.evaluation.pairs import worst_regressions
-from eaft.evaluation.protocol import ANSWER_TOKENS, DRIFT_PROMPTS, PROMPTS, SEED, Protocol
+from eaft.evaluation.protocol import PROMPTS, Protocol
 from eaft.evaluation.results import (
     DriftSummary,
     Evaluation,
@@ -35,182 +34,15 @@ from eaft.evaluation.results import (
     as_json,
 )
 from eaft.evaluation.scores import asked, processes
-from eaft.evaluation.suite import Benchmark, Suite, load_suites, suites_help
+from eaft.evaluation.suite import Benchmark, Suite, load_suites
 from eaft.evaluation.task_items import TaskItems, run_tasks
 from eaft.files import Count, FiniteNotNegative, check, read_json
-from eaft.models import noted_date, template_date, template_today
 from eaft.processes import check_place, locked
 from eaft.provenance import environment, write_json
 from eaft.text import visible
 
-DESCRIPTION = """
-Run lm-evaluation-harness tasks on a model and write every item. With --base, run the base model
-under the same protocol too, and say what the fine-tuning changed: whether a loss is shown; before,
-after, a 95% interval and a paired test; items lost and gained; drift; the worst regressions. Writes
-results.json, results.md, changes.png, items (JSON Lines).
-
-  eaft eval out --base Qwen/Qwen3-0.6B --suite quick
-  eaft eval out --base Qwen/Qwen3-0.6B --suite general math --output_path eval/out
-  eaft eval out --base Qwen/Qwen3-0.6B --suite general --max_drop 2 --max_drift 0.1   exits 3 if more is lost
-  eaft eval adapter_folder --base Qwen/Qwen3-0.6B --suite gsm8k my_tasks/mine.yaml --data_dir data
-  eaft eval Qwen/Qwen3-0.6B --record                   only keep its answers, for drift while training
-  accelerate launch -m eaft eval out --base Qwen/Qwen3-0.6B --suite general
-
-What is measured is kept (`eaft cache`): the base model is measured once, and a run that was
-stopped, or whose task failed, goes on where it was when it is started again. Exit code: 0; 1 if a
-task failed; 3 if a loss beyond --max_drop or --max_drift is shown; 2 for what is wrong with the
-command.
-
-suites (any lm-eval task, group or task file is one too; so is a YAML file with `suite`, `tasks` and
-perhaps `limit`):
-"""  # noqa: E501
 RESULTS_FILE = "results.json"
 INPUTS_FILE = "inputs.json"  # of the evaluation that a folder holds, finished or not
-
-
-def main(argv: list[str]) -> int:
-    """Parse the flags, evaluate, print the report; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="eaft eval",
-        description=DESCRIPTION + suites_help(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("model", help="a Hub id, a folder (also of a PEFT adapter) or a .gguf file")
-    parser.add_argument("--base", help="the model it was fine-tuned from: compare with it")
-    parser.add_argument(
-        "--suite", nargs="+", default=[], metavar="NAME", help="suites or tasks, as listed above"
-    )
-    parser.add_argument(
-        "--record", action="store_true", help="only keep the model's answers, as the base of drift"
-    )
-    parser.add_argument(
-        "--tokenizer", metavar="NAME", help="a folder or Hub id (default: the base model's own)"
-    )
-    parser.add_argument(
-        "--output_path", metavar="DIR", help="where results go (default: eval/MODEL)"
-    )
-    parser.add_argument(
-        "--data_dir", metavar="DIR", help="local data: TASK.jsonl or TASK_test.jsonl, as on the Hub"
-    )
-    parser.add_argument(
-        "--include_path", metavar="DIR", help="a folder with lm-eval task files of your own"
-    )
-    parser.add_argument(
-        "--limit", type=int, metavar="N", help="at most the first N items of each lm-eval task"
-    )
-    parser.add_argument(
-        "--max_drop", type=float, metavar="POINTS", help="a task may lose so much: else exit code 3"
-    )
-    parser.add_argument(
-        "--max_drift", type=float, metavar="NATS", help="drift may be so large: else exit code 3"
-    )
-    parser.add_argument(
-        "--num_fewshot",
-        type=int,
-        metavar="N",
-        help="examples before each item (default: the task's)",
-    )
-    parser.add_argument(
-        "--apply_chat_template",
-        action=argparse.BooleanOptionalAction,
-        help=(
-            "ask as a chat (default: if the base model, or without one the model, has a chat"
-            " template)"
-        ),
-    )
-    parser.add_argument(
-        "--enable_thinking",
-        action=argparse.BooleanOptionalAction,
-        help=(
-            "let models think before they answer (default: no, where the chat template can turn it"
-            " off)"
-        ),
-    )
-    parser.add_argument(
-        "--max_thinking_tokens",
-        type=int,
-        default=Protocol.max_thinking_tokens,
-        help="room for it, beside the answer's",
-    )
-    parser.add_argument(
-        "--system_instruction", metavar="TEXT", help="a system message before each item"
-    )
-    parser.add_argument(
-        "--gen_kwargs", metavar="K=V,...", help="generation settings for all tasks, as lm-eval's"
-    )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=SEED,
-        help=f"of few-shot examples and sampling (default: {SEED})",
-    )
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        help="float32, bfloat16, ... (default: what the base was saved in)",
-    )
-    parser.add_argument(
-        "--backend", choices=["hf", "vllm"], default="hf", help="lm-eval's model (default: hf)"
-    )
-    parser.add_argument(
-        "--model_args",
-        type=json.loads,
-        default={},
-        metavar="JSON",
-        help="more for lm-eval's model, as '{\"parallelize\": true}'",
-    )
-    parser.add_argument(
-        "--prompts",
-        default=str(PROMPTS),
-        metavar="FILE",
-        help="JSON Lines with a `prompt`, for drift",
-    )
-    parser.add_argument(
-        "--drift_prompts",
-        type=int,
-        default=DRIFT_PROMPTS,
-        metavar="N",
-        help="at most so many; 0: no drift",
-    )
-    parser.add_argument(
-        "--max_new_tokens",
-        type=int,
-        default=ANSWER_TOKENS,
-        help="of the base model's answers to them",
-    )
-    parser.add_argument(
-        "--template_date",
-        metavar="DATE",
-        help=(
-            "what chat templates that write the date write, as 2026-11-29 (default: today's, or"
-            " that of the evaluation that is gone on with)"
-        ),
-    )
-    flags = vars(parser.parse_args(argv))
-    protocol = Protocol(**{name: flags.pop(name) for name in Protocol.__dataclass_fields__})
-    if flags.pop("record"):
-        if flags["base"] is not None or flags["suite"]:
-            raise ConfigurationError(
-                "--record only keeps MODEL's answers: leave --base and --suite out."
-            )
-        with template_date(protocol.template_date or template_today()):
-            record(flags["model"], flags["prompts"], flags["tokenizer"], protocol)
-        return 0
-    if not flags["suite"]:
-        raise ConfigurationError(
-            "--suite is missing: name suites or tasks, as eaft eval --help lists them."
-        )
-    if protocol.template_date is None:
-        inputs = folder_of(flags["model"], flags["output_path"]) / INPUTS_FILE
-        protocol.template_date = shared(lambda: noted_date(inputs, "protocol") or template_today())
-    with template_date(protocol.template_date):
-        results = evaluate(protocol=protocol, **flags)
-    if results is None:
-        return 0
-    print(visible((Path(results.output_path) / "results.md").read_text()))
-    over_budget = isinstance(results, TunedEvaluation) and results.verdict.over_budget
-    return 3 if over_budget else 1 if results.failed else 0
 
 
 def folder_of(model: str, output_path: str | None) -> Path:

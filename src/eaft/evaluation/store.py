@@ -8,7 +8,6 @@ clears it.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import re
@@ -28,19 +27,7 @@ from eaft.evaluation.identity import digest
 from eaft.files import read_json
 from eaft.models import converted_models
 from eaft.provenance import write_json
-from eaft.text import visible
 
-DESCRIPTION = """
-What `eaft eval`, `eaft compare` and training have measured is kept, so that it is measured once:
-items, answers and probabilities, under a digest of weights, tokenizer, task, data, protocol and
-versions. So are the models that GGUF files were converted to. This lists both, or deletes them.
-
-  eaft cache            what is kept, by model, with its size
-  eaft cache --clear    delete it all (what is deleted is measured, or converted, again when it is needed)
-
-The folder of measurements is $EAFT_CACHE, by default $HF_HOME/eaft/measured; of models
-$HF_HOME/eaft.
-"""  # noqa: E501
 ABOUT_FILE = "about.json"
 STAGING = "writing-"  # begins the name of a folder that is not whole yet
 
@@ -123,30 +110,30 @@ class Store:
             self.folder.rmdir()
 
 
-def main(argv: list[str]) -> None:
-    """List what is kept, or delete it."""
-    parser = argparse.ArgumentParser(
-        prog="eaft cache",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--clear", action="store_true", help="delete everything that is kept")
-    clear = parser.parse_args(argv).clear
+def list_kept(clear: bool = False) -> str:
+    """
+    Return a line for each model with kept measurements and each converted model: its size and name.
+
+    Args:
+        clear: delete them all.
+    """
     store = Store()
-    sizes, converted = store.sizes(), {folder: size_of(folder) for folder in converted_models()}
+    measured = store.sizes()
+    folders = converted_models()
+    converted = {f"{folder.name} (converted from GGUF)": size_of(folder) for folder in folders}
     if clear:
         store.clear()
-        for folder in converted:
+        for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
-    verb = "deleted " if clear else ""
-    models = {f"{folder.name} (converted from GGUF)": size for folder, size in converted.items()}
-    for what, found, place in (
-        ("measurements", sizes, store.folder),
-        ("converted models", models, Path(HF_HOME) / "eaft"),
+    verb, lines = "deleted " if clear else "", []
+    for what, sizes, place in (
+        ("measurements", measured, store.folder),
+        ("converted models", converted, Path(HF_HOME) / "eaft"),
     ):
-        for name, size in sorted(found.items(), key=lambda entry: -entry[1]):
-            print(visible(f"{size / 2**20:10.1f} MiB  {name}"))
-        print(f"{verb}{sum(found.values()) / 2**20:.1f} MiB of {what} in {place}")
+        for name, size in sorted(sizes.items(), key=lambda entry: -entry[1]):
+            lines.append(f"{size / 2**20:10.1f} MiB  {name}")
+        lines.append(f"{verb}{sum(sizes.values()) / 2**20:.1f} MiB of {what} in {place}")
+    return "\n".join(lines)
 
 
 def size_of(folder: Path) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,11 +54,10 @@ class Suite:
 
 
 def suites_help() -> str:
-    """Return the built-in suites, a line each."""
+    """Return the built-in suites as lines of at most 100 columns."""
     contents = [yaml.safe_load(path.read_text()) for path in sorted(SUITES.glob("*.yaml"))]
-    return "\n".join(
-        f"  {c['suite']:<9} {c['description']}: {', '.join(c['tasks'])}" for c in contents
-    )
+    lines = [f"  {c['suite']:<9} {c['description']}: {', '.join(c['tasks'])}" for c in contents]
+    return "\n".join(textwrap.fill(line, 100, subsequent_indent=" " * 12) for line in lines)
 
 
 def load_suites(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 import json
-import os
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from tqdm.auto import tqdm
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 from eaft.errors import ConfigurationError, EAFTError
 from eaft.evaluation.drift import Share
@@ -27,6 +25,7 @@ from eaft.evaluation.measured_model import shared
 from eaft.evaluation.scores import load_tokenizer, processes
 from eaft.files import read_json
 from eaft.inspection.find.findings import find
+from eaft.inspection.flags import InspectArguments
 from eaft.inspection.folder import (
     BASE,
     COMPARED,
@@ -69,90 +68,15 @@ from eaft.processes import locked
 from eaft.provenance import environment, write_json
 from eaft.text import visible
 from eaft.training.config import EAFTConfig
-from eaft.training.data import rows_digest
+from eaft.training.data import check_data, load_data, rows_digest
 from eaft.training.gate_measurements import fingerprint
 from eaft.training.prepare import prepare_rows
 from eaft.training.row_checks import check_ids
-from eaft.training.train import changed_arguments, check_data, launch, load_data, parse, run_date
+from eaft.training.run_folder import changed_arguments
 
-DESCRIPTION = """
-Score data through a model, token by token, as training would see it before its first step, and say
-what is found: how much of the data fights the model and which tokens, what each gate would do to
-it, and whether the data is what you think it is. Writes a folder with summary.json, report.html,
-figures/*.png, and every token's statistics as Parquet, which `eaft view` shows.
-
-  eaft inspect MODEL DATA                              a Hub id, a folder (also of a PEFT adapter) or a .gguf file; and
-                                                       a Hub id, a .jsonl, .json, .csv or .parquet file, or a folder
-  eaft inspect --config recipe.yaml                    what this recipe of `eaft train` would train on
-  eaft inspect MODEL DATA --rollouts 64                the model's own answers to 64 of the data's prompts beside it
-  eaft inspect MODEL DATA --compare runs/sft           the same tokens through each checkpoint of a training run
-  eaft inspect MODEL DATA --max_length 2048 --assistant_only_loss      any flag of `eaft train` (packing is off)
-  accelerate launch -m eaft inspect MODEL DATA
-
-A run that was stopped goes on when it is given again, and so does one that --compare is added to.
-Results are in --output_dir (default: inspection), whatever a recipe says, whose output_dir is the
-training's. A row's prompt, which --rollouts asks the model, is its tokens up to the first labelled
-one.
-"""  # noqa: E501
-OUTPUT_DIR = "inspection"
 WAY = "give this command again, with another --output_dir."
 PARTS = "parts"  # in the folder: what is not whole yet
 ROLLOUTS_FILE = "rollouts.json"
-# By which `accelerate launch` asks for shards of the model: here each process has the whole
-SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_PARALLELISM_CONFIG")
-
-
-@dataclass
-class InspectArguments:
-    """The flags of `eaft inspect` beside those of `eaft train`."""
-
-    rollouts: int = field(
-        default=0,
-        metadata={
-            "help": "Also score the model's own answers to the prompts of so many rows; 0: none."
-        },
-    )
-    rollout_backend: str = field(
-        default="hf",
-        metadata={"help": "What samples them, 'hf' or 'vllm'.", "choices": ["hf", "vllm"]},
-    )
-    max_new_tokens: int = field(
-        default=256, metadata={"help": "The most tokens of such an answer."}
-    )
-    compare: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": (
-                "Models, adapters, or folders of training runs (each checkpoint) to score the same"
-                " with."
-            )
-        },
-    )
-
-
-def make_parser() -> TrlParser:
-    """Return the parser of `eaft inspect`."""
-    return TrlParser(
-        (ScriptArguments, EAFTConfig, ModelConfig, DatasetMixtureConfig, InspectArguments),
-        prog="eaft inspect",
-        usage=(
-            "eaft inspect MODEL DATA [--output_dir DIR] [--rollouts N] [--compare OTHER ...] [flags"
-            " of eaft train]"
-        ),
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-
-def main(argv: list[str]) -> None:
-    """Inspect, as the flags say; a recipe's own `accelerate launch` is for training."""
-    check_packages()
-    for name in SHARDING:
-        os.environ.pop(name, None)
-    configs, launch_args, inspect_args = parse(named(argv), make_parser(), recipe_launches=False)
-    if not launch("inspect", launch_args, inspect_args):
-        with run_date(configs[1], Path(configs[1].output_dir) / RUN_FILE):
-            inspect(*configs)
 
 
 def check_packages() -> None:
@@ -165,41 +89,6 @@ def check_packages() -> None:
     for package in ("jinja2", "matplotlib", "scipy", "tabulate", "wordcloud"):
         if find_spec(package) is None:
             raise ConfigurationError(f"Inspecting needs {package}: pip install 'eaft[inspect]'.")
-
-
-def named(argv: list[str]) -> list[str]:
-    """
-    Return the flags with MODEL and DATA named, several `--compare` joined, and what is not to be a
-    recipe's.
-    """
-    flags = ["--model_name_or_path", "--dataset_name"]
-    given = 0
-    while given < min(len(flags), len(argv)) and not argv[given].startswith("-"):
-        given += 1
-    argv, rest = (
-        [part for pair in zip(flags, argv[:given], strict=False) for part in pair],
-        argv[given:],
-    )
-    if twice := [flag for flag in argv[::2] if flag in (part.partition("=")[0] for part in rest)]:
-        raise ConfigurationError(
-            f"{twice[0]} is given twice: at the beginning, where it needs no flag, and as a flag."
-        )
-    others: list[str] = []
-    while rest:
-        part, *rest = rest
-        if part.partition("=")[0] != "--compare":
-            argv.append(part)
-            continue
-        others += [part.partition("=")[2]] if "=" in part else []
-        while rest and not rest[0].startswith("-"):
-            others.append(rest.pop(0))
-    argv += ["--compare", *others] if others else []
-    names = {part.partition("=")[0].replace("-", "_") for part in argv if part.startswith("--")}
-    if "__output_dir" not in names:
-        argv += ["--output_dir", OUTPUT_DIR]
-    if "__use_cpu" not in names and not torch.accelerator.is_available():
-        argv += ["--use_cpu", "true"]  # else bf16 is refused here
-    return argv
 
 
 @dataclass

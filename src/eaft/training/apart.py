@@ -21,7 +21,8 @@ import yaml
 
 from eaft.files import read_json
 from eaft.processes import without_launcher
-from eaft.training.train import RUN_FILE, RunRecord, parse
+from eaft.training.arguments import parse
+from eaft.training.run_folder import RUN_FILE, RunRecord
 
 TRAINS = (
     "eaft",

@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from trl import SFTConfig
 
 from eaft.errors import ConfigurationError, first_line
-from eaft.evaluation.protocol import DRIFT_PROMPTS, PROMPTS
 from eaft.models import read_date
 from eaft.training.bounds import TRAINING, check_bounds
-from eaft.training.gate_fields import GateFields
+from eaft.training.flags import RULES, EAFTFlags
 from eaft.training.gate_measurements import MEASURED_PARAMETERS
-
-REPLAY_PROMPTS = Path(__file__).with_name("replay_prompts.jsonl")
-RULES = {
-    "budget": (
-        "the last checkpoint whose drift is within --forgetting_budget; training stops when it is"
-        " passed"
-    ),
-    "best-mean": "the best mean over all tasks of both suites, as the paper chooses",
-    "pareto": (
-        "every checkpoint that no other beats in both target and drift; the model is the one at the"
-        " curve's knee"
-    ),
-}
 
 
 @dataclass
-class EAFTConfig(GateFields, SFTConfig):
+class EAFTConfig(EAFTFlags, SFTConfig):
     """
     `SFTConfig` plus the gate.
 
@@ -69,95 +54,6 @@ class EAFTConfig(GateFields, SFTConfig):
             `label_smoothing_factor`) that no gate would reach, or incomplete settings of
             `select_checkpoint`.
     """
-
-    exclude_examples: str | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "Rows of the training data to leave out: a file of examples that `eaft view`"
-                " exported."
-            )
-        },
-    )
-
-    replay: float = field(
-        default=0.0,
-        metadata={
-            "help": (
-                "Mix the base model's own answers to everyday requests into the training data,"
-                " against forgetting, as this share of its rows: 0.05 is one in twenty. They are"
-                " sampled before training; 0: none."
-            )
-        },
-    )
-    replay_prompts: str = field(
-        default=str(REPLAY_PROMPTS),
-        metadata={
-            "help": (
-                "JSON Lines with a `prompt`: what replay answers (default: 64 requests, none of"
-                " them drift's)."
-            )
-        },
-    )
-
-    template_date: str | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "What chat templates that write the date write, as 2026-11-29 (default: today's, or"
-                " that of the run that is resumed)."
-            )
-        },
-    )
-
-    forgetting_eval_steps: int = field(
-        default=0,
-        metadata={
-            "help": (
-                "Measure drift, forgetting_suite and target_suite every so many steps; 0: never."
-            )
-        },
-    )
-    forgetting_suite: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "Suites or lm-eval tasks of general ability (default: everyday, 120 easy"
-                " questions)."
-            )
-        },
-    )
-    target_suite: list[str] | None = field(
-        default=None, metadata={"help": "Suites or lm-eval tasks of what is being learned."}
-    )
-    forgetting_data_dir: str | None = field(
-        default=None,
-        metadata={"help": "A folder with local data for the suites, as `eaft eval --data_dir`."},
-    )
-    forgetting_prompts: str = field(
-        default=str(PROMPTS),
-        metadata={
-            "help": (
-                f"JSON Lines with a `prompt`; drift is measured on answers to {DRIFT_PROMPTS} of"
-                " them."
-            )
-        },
-    )
-    select_checkpoint: str | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "Which checkpoint to keep. "
-                + " ".join(f"{name}: {what}." for name, what in RULES.items())
-            )
-        },
-    )
-    forgetting_budget: float | None = field(
-        default=None,
-        metadata={
-            "help": "Stop when drift (nats per token) passes this, and keep the last one within."
-        },
-    )
 
     def __post_init__(self) -> None:
         """Check our fields, then TRL's."""

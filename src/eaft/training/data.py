@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import re
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -35,10 +36,14 @@ from datasets import (
 )
 from datasets.features.features import register_feature
 from datasets.packaged_modules.json.json import Json as JsonBuilder
-from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_dataset
 
 from eaft.errors import ConfigurationError, first_line
+from eaft.evaluation.scores import processes
+from eaft.training.config import EAFTConfig
+from eaft.training.replay import check_replay
 from eaft.training.row_checks import check_rows
+from eaft.training.templates import Finding, check_templates, told
 from eaft.training.trl_internals import maybe_convert_to_chatml
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -439,3 +444,53 @@ def rows_digest(dataset: Dataset) -> str:
         for row in table.to_pylist():
             digest.update(row_digest(row).encode())
     return digest.hexdigest()
+
+
+def load_data(
+    script_args: ScriptArguments,
+    args: EAFTConfig,
+    model_args: ModelConfig,
+    dataset_args: DatasetMixtureConfig,
+) -> tuple[Any, Any]:
+    """
+    Return the training data and, if it is to be evaluated on, the held-out data, before a model is
+    loaded or converted.
+
+    Raises:
+        ConfigurationError: no model or no data is named, or the data cannot be used.
+    """
+    if model_args.model_name_or_path is None:
+        raise ConfigurationError(
+            "model_name_or_path is missing: give a Hub id, a folder or a .gguf file."
+        )
+    splits = load_splits(script_args, dataset_args)
+    names = [(script_args.dataset_train_split, "dataset_train_split")]
+    if args.eval_strategy != "no":
+        names.append((script_args.dataset_test_split, "dataset_test_split"))
+    found = [select_split(splits, split, flag, args.dataset_text_field) for split, flag in names]
+    if args.exclude_examples is not None:
+        found[0] = exclude_rows(found[0], args.exclude_examples)
+    if args.replay:
+        check_replay(found[0], args)
+    return found[0], found[1] if len(found) > 1 else None
+
+
+def check_data(
+    script_args: ScriptArguments,
+    args: EAFTConfig,
+    model_args: ModelConfig,
+    train_dataset: Any,
+    eval_dataset: Any,
+) -> list[Finding]:
+    """
+    Print the findings of `check_templates`, and return those about the training data.
+
+    Raises:
+        ConfigurationError: the chat template raises on a row.
+    """
+    names = {"dataset_train_split": train_dataset, "dataset_test_split": eval_dataset}
+    rows = {f"{flag}={getattr(script_args, flag)!r}": data for flag, data in names.items()}
+    findings = check_templates(rows, args, model_args)
+    if processes().is_main_process:
+        print(told(findings), end="", file=sys.stderr)
+    return findings.get(next(iter(rows)), [])

@@ -27,7 +27,7 @@ from eaft.models import adapter_of, loading
 from eaft.provenance import write_json
 from eaft.training.gate_measurements import MEASUREMENTS_FILE
 from eaft.training.replay import REPLAY_FILE
-from eaft.training.train import METRICS_FILE, RUN_FILE
+from eaft.training.run_folder import METRICS_FILE, RUN_FILE
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"

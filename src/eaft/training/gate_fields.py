@@ -31,8 +31,8 @@ class GateFields:
         default="eaft",
         metadata={
             "help": (
-                "How each token's loss is weighted: one of the gates above, or module:function of"
-                " your own."
+                "How each token's loss is weighted: one of the gates listed here, or"
+                " module:function of your own."
             )
         },
     )
@@ -56,8 +56,8 @@ class GateFields:
         default=None,
         metadata={
             "help": (
-                "Other parameters of the gate, as listed above: '{\"steepness\": 20}' (JSON, or a"
-                " YAML map)."
+                "Other parameters of the gate, as --help_all lists them: '{\"steepness\": 20}'"
+                " (JSON, or a YAML map)."
             )
         },
     )

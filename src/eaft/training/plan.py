@@ -11,7 +11,7 @@ its function.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +38,6 @@ GIB = 2**30
 GPUS = {"A100 80 GB": (79, 312e12), "H100 80 GB": (78, 989e12), "H200 141 GB": (139, 989e12)}
 UTILISATION = 0.4  # of the peak, a good run's
 RESERVE = 1.1  # fragmentation; and one GiB for CUDA and NCCL
-
-
-@dataclass
-class DryRunArguments:
-    """The flag of `eaft train` that asks for a plan."""
-
-    dry_run: bool = field(
-        default=False,
-        metadata={
-            "help": (
-                "Check the recipe, count parameters and tokens, estimate memory and time; train"
-                " nothing."
-            )
-        },
-    )
 
 
 @dataclass

@@ -34,10 +34,10 @@ from eaft.training.apart import (
     file_digest,
     local_files,
 )
-from eaft.training.data import row_digest, rows_digest
+from eaft.training.arguments import parse
+from eaft.training.data import check_data, load_data, row_digest, rows_digest
 from eaft.training.family import check_adapter
 from eaft.training.held_out import Row, check_fit, load_rows, prepare
-from eaft.training.train import check_data, load_data, parse
 from eaft.tuning.rows import hold_out, split_held_out
 
 MARK = "tune.json"  # what a folder holds, finished or not

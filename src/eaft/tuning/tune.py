@@ -25,7 +25,7 @@ from eaft.training.apart import (
     run_train,
 )
 from eaft.training.family import saved_files, write_member
-from eaft.training.train import last_complete_checkpoint
+from eaft.training.run_folder import last_complete_checkpoint
 from eaft.tuning.confirm import confirm, judge_task, typical_margin
 from eaft.tuning.measure import Kept, LoadedFamily, Part, TaskChanges
 from eaft.tuning.plan import (

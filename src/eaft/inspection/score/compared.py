@@ -12,7 +12,7 @@ from eaft.evaluation.scores import load_tokenizer
 from eaft.inspection.folder import BASE
 from eaft.inspection.run_file import ScoredModel
 from eaft.models import adapter_of, find_model, text_config
-from eaft.training.train import is_complete
+from eaft.training.run_folder import is_complete
 
 
 def find_compared(

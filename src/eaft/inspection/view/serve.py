@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import secrets
 import socket
@@ -15,37 +14,8 @@ from pathlib import Path
 
 from eaft.errors import ConfigurationError
 
-DESCRIPTION = """
-Look around, in the browser, in what `eaft inspect`, `eaft compare` or `eaft eval` wrote: tokens in
-the plane of entropy and probability, what gates do, examples as text, and runs beside each other.
-
-  eaft view inspected
-  eaft view runs                    every comparison and evaluation below it
-
-The page is served to this machine alone. To see a folder of another machine, start `eaft view
-FOLDER --no_browser` there, and here `ssh -N -L 8765:127.0.0.1:8765 MACHINE`; then open the address
-that it printed.
-"""
 PORT = 8765
 TRIED = 100  # ports, from that one on
-
-
-def main(argv: list[str]) -> None:
-    """Serve a folder until interrupted."""
-    parser = argparse.ArgumentParser(
-        prog="eaft view",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "folder", type=Path, help="what was written, or a folder that holds such folders"
-    )
-    parser.add_argument("--port", type=int, help=f"(default: {PORT}, or the next that is free)")
-    parser.add_argument("--no_browser", action="store_true", help="only print the address")
-    parser.add_argument("--token", help="what the address must have (default: made anew each time)")
-    flags = parser.parse_args(argv)
-    check_packages()
-    view(flags.folder, flags.port, flags.token, not flags.no_browser)
 
 
 def view(

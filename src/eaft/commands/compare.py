@@ -1,17 +1,23 @@
-"""`eaft compare`: its flags, and the recipe as its help explains it."""
+"""`eaft compare`: its flags, and its help with an example of a recipe."""
 
 from __future__ import annotations
 
 import argparse
 
+from eaft.commands.help import gates_help
 from eaft.evaluation.suite import suites_help
-from eaft.objective.gate_flags import gates_help
 
 DESCRIPTION = """
-Train with several objectives from one base model, one data set and the same seeds; measure the
-base, every checkpoint's drift and held-out nll, and the tasks on the checkpoint that each objective
-chooses and on the last; compare the objectives with each other. Writes results.md, which begins
-with what to do, results.json, pareto.png, curves.png and fronts.png.
+Train with several objectives from one base model, and show what each gained and forgot.
+
+  eaft compare --config recipe.yaml
+  eaft compare --config recipe.yaml --objectives sft eaft --seeds 0 --output_dir runs/first-look
+  eaft compare --config recipe.yaml --jobs 2
+
+All objectives have the same data and seeds. Drift and held-out nll are measured on the base model
+and on every checkpoint. The tasks are run on the checkpoint that each objective chooses, and on the
+last. Writes results.md, which begins with what to do, results.json, pareto.png, curves.png and
+fronts.png.
 
 The recipe (YAML):
 
@@ -23,35 +29,38 @@ The recipe (YAML):
     sigmoid: {gate: eaft-sigmoid, gate_kwargs: {steepness: 20}}
   train:                           # flags of `eaft train` that all share
     model_name_or_path: Qwen/Qwen3-0.6B
-    dataset_name: data.jsonl       # with {seed} in its name, each seed has its own: data-{seed}.jsonl
+    dataset_name: data.jsonl       # a name with {seed} gives each seed its own: data-{seed}.jsonl
     num_train_epochs: 4
     save_strategy: epoch           # every checkpoint is measured
   evaluate:
-    target_tasks: [math]           # suites, or lm-evaluation-harness tasks; yours from include_path
+    target_tasks: [math]           # suites, or lm-eval tasks; your own tasks from include_path
     general_tasks: [general]
-    # all below may be left out, and also: include_path, data_dir, limit, and how models are asked: num_fewshot,
-    # apply_chat_template, enable_thinking, backend, model_args, ... as in `eaft eval`
-    held_out: held_out.jsonl       # rows in any form that training takes, neither trained on nor scored: the lowest nll
-                                   # chooses learning rate and checkpoint, by objective and seed (without: the last)
-    every_checkpoint_tasks: []     # those of target_tasks to run on every checkpoint: a target to match, beside the nll
-    target_prompts: test.jsonl     # rows with a `prompt` or `messages`, and perhaps `tools`: drift is also measured on
-                                   # the base model's answers to them
+    # Everything below is optional. Optional too: include_path, data_dir, limit, and how models are
+    # asked, as in `eaft eval`: num_fewshot, apply_chat_template, enable_thinking, backend, ...
+    held_out: held_out.jsonl       # rows in any form that training takes, not trained on: the
+                                   # lowest nll on them chooses learning rate and checkpoint for
+                                   # each objective and seed (default: the last checkpoint)
+    every_checkpoint_tasks: []     # the target_tasks to run on every checkpoint: a target to match
+                                   # beside the nll
+    target_prompts: test.jsonl     # rows with a `prompt` or `messages`, and perhaps `tools`: drift
+                                   # is also measured on the base model's answers to them
     general_prompts: prompts.jsonl # (default: everyday requests)
   learning_rates: [1.0e-5, 3.0e-5] # each objective at each (default: the one in train)
   pairs: [[eaft, sft]]             # what is compared with what (default: each objective with sft)
-  keep_checkpoints: all            # chosen: delete the others' weights once they are measured
+  keep_checkpoints: all            # chosen: delete the weights of the others once they are measured
 
-Run it again to go on after an interruption: what is finished is reused, what is not is resumed. A
-run that fails does not stop the others. Exit code: 0; 1 if a run or a task failed; 2 for what is
-wrong with the command.
-"""  # noqa: E501
+Give the same command again to go on after an interruption: finished runs are reused, others are
+resumed. If a run fails, the others go on. Exit code: 0; 1 if a run or a task failed; 2 if the
+command is wrong.
+"""
 
 
 def main(argv: list[str]) -> int:
     """Read the recipe and the flags that override it, check both, and compare."""
+    tables = f"suites:\n{suites_help()}\n\ngates:\n{gates_help()}"
     parser = argparse.ArgumentParser(
         prog="eaft compare",
-        description=f"{DESCRIPTION}\nsuites:\n{suites_help()}\n\ngates:\n{gates_help()}",
+        description=f"{DESCRIPTION}\n{tables}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="the recipe")
@@ -80,7 +89,6 @@ def main(argv: list[str]) -> int:
     )
     flags = vars(parser.parse_args(argv))
     jobs = flags.pop("jobs")
-    # After the flags are read: it takes seconds to import, which `--help` has no use for
     from eaft.comparison.compare import compare
     from eaft.comparison.recipe import read_recipe
 

@@ -1,0 +1,33 @@
+"""The flags of `eaft inspect` beside the flags of `eaft train`, without importing torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class InspectArguments:
+    """The flags of `eaft inspect` beside those of `eaft train`."""
+
+    rollouts: int = field(
+        default=0,
+        metadata={
+            "help": "Also score the model's own answers to the prompts of so many rows; 0: none."
+        },
+    )
+    rollout_backend: str = field(
+        default="hf",
+        metadata={"help": "What samples them, 'hf' or 'vllm'.", "choices": ["hf", "vllm"]},
+    )
+    max_new_tokens: int = field(
+        default=256, metadata={"help": "The most tokens of such an answer."}
+    )
+    compare: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": (
+                "Models, adapters, or folders of training runs (each checkpoint) to score the same"
+                " with."
+            )
+        },
+    )
