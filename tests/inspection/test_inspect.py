@@ -409,15 +409,14 @@ def test_rollouts_are_the_models_own_answers(model_dir, tokenizer, tmp_path, alo
 def test_sampled_logits_are_the_models(model_dir, tokenizer, monkeypatch):
     from datasets import Dataset
 
+    from eaft.commands.inspect import make_parser, named
     from eaft.evaluation.scores import load_tokenizer
     from eaft.inspection.score import scorer as scoring
     from eaft.inspection.score.examples import Examples
     from eaft.training.arguments import parse
     from eaft.training.prepare import prepare_rows
 
-    (_, args, model_args, *_), *_ = parse(
-        inspect.named([str(model_dir), "rows", *CPU]), inspect.make_parser()
-    )
+    (_, args, model_args, *_), *_ = parse(named([str(model_dir), "rows", *CPU]), make_parser())
     dataset = Dataset.from_list(make_rows(8))
     examples = Examples(
         prepare_rows(load_tokenizer(str(model_dir)), args, dataset), dataset, "rows", []
