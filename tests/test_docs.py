@@ -74,7 +74,7 @@ def test_no_code_is_overlooked(page):
 def flags_of(command):
     text = io.StringIO()
     with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
-        cli.main([command, "--help"])
+        cli.main([command, "--help_all" if command in ("train", "inspect") else "--help"])
     flags = set(re.findall(r"--[\w-]+", text.getvalue()))
     return flags | flags_of("train") if command == "tune" else flags  # it takes those, too
 

@@ -47,6 +47,12 @@ def visible(text: Any, lines: bool = True) -> str:
     )
 
 
+def summary(docstring: str | None) -> str:
+    """Return the first paragraph of a docstring as one line, without a source in parentheses."""
+    paragraph = (docstring or "").strip().partition("\n\n")[0]
+    return re.sub(r" \([^()]*arXiv[^()]*\)", "", " ".join(paragraph.split()))
+
+
 def markdown(text: Any) -> str:
     """
     Return text as one line of Markdown that shows it as it is. `code` is for code, `table` escapes

@@ -57,10 +57,10 @@ command is wrong.
 
 def main(argv: list[str]) -> int:
     """Read the recipe and the flags that override it, check both, and compare."""
-    tables = f"suites:\n{suites_help()}\n\ngates:\n{gates_help()}"
+    gates = f"gates (their parameters: eaft train --help_all):\n{gates_help()}"
     parser = argparse.ArgumentParser(
         prog="eaft compare",
-        description=f"{DESCRIPTION}\n{tables}",
+        description=f"{DESCRIPTION}\nsuites:\n{suites_help()}\n\n{gates}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="the recipe")

@@ -8,12 +8,12 @@ import argparse
 import ast
 import dataclasses
 import functools
-import re
 import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import eaft
+from eaft.text import summary
 
 GATES_FILE = Path(eaft.__file__).parent / "objective" / "gates.py"
 Formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=34)
@@ -30,19 +30,16 @@ class Flag(NamedTuple):
 
 def gates_help() -> str:
     """
-    Return each gate's name and the first paragraph of its formula's docstring, without the source.
+    Return each gate's name and meaning, as `Gate.help` has it.
 
-    This reads the source of the formulas, because importing them imports torch.
+    This reads the file of the formulas and does not import it, because it imports torch.
     """
     lines, indent = [], " " * 16
     for function in ast.parse(GATES_FILE.read_text()).body:
         for decorator in getattr(function, "decorator_list", []):
             if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "register":
                 name = ast.literal_eval(decorator.args[0])
-                docstring = ast.get_docstring(function) or ""  # type: ignore[arg-type]
-                meaning = re.sub(
-                    r" \([^()]*arXiv[^)]*\)", "", " ".join(docstring.partition("\n\n")[0].split())
-                )
+                meaning = summary(ast.get_docstring(function))  # type: ignore[arg-type]
                 lines.append(textwrap.fill(f"  {name:14}{meaning}", 100, subsequent_indent=indent))
     return "\n".join(lines)
 

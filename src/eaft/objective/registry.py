@@ -33,6 +33,7 @@ from torch import Tensor
 
 from eaft.errors import ConfigurationError, EAFTError, first_line, nearest
 from eaft.objective.statistics import TokenStatistics, kl_divergence
+from eaft.text import summary
 
 Weight = Callable[..., Tensor]
 
@@ -110,8 +111,8 @@ class Gate:
 
     @property
     def help(self) -> str:
-        """Its one-line meaning: the first line of its docstring."""
-        return (self.weight.__doc__ or "").strip().partition("\n")[0]
+        """Its meaning: the first paragraph of its docstring, as one line without the source."""
+        return summary(self.weight.__doc__)
 
 
 GateLike = str | Weight | Gate  # a registered name, `module:function`, or the thing itself
