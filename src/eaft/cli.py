@@ -32,8 +32,9 @@ COMMANDS = ("train", "eval", "tune", "compare", "inspect", "view", "cache", "env
 
 def main(argv: list[str] | None = None) -> int:
     """
-    Run a command; errors that are the user's to mend end with one message and exit code 2, Ctrl-C
-    with 130.
+    Run a command and return its exit code.
+
+    An error that the user can correct prints one message and returns 2. Ctrl-C returns 130.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS)
     command = parser.parse_args(argv[:1] or ["--help"]).command
-    # Under `python -m` it is there already: a gate of your own is imported from where you are
+    # A gate module in the working directory can then be imported, as under `python -m`
     sys.path.insert(0, os.getcwd())
     logging.setLogRecordFactory(VisibleRecord)
     try:
@@ -69,8 +70,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def tell(command: str, message: str) -> None:
-    """Print a message once: under a launcher every process has the same one."""
+    """Print a message once: under a launcher every process has the same message."""
     if os.environ.get("RANK", "0") == "0":
         print(visible(f"eaft {command}: {message}"), file=sys.stderr)
     else:
-        time.sleep(2)  # a launcher ends the others as soon as one has left: let the first speak
+        time.sleep(2)  # a launcher ends all processes when one exits: rank 0 prints first

@@ -1,6 +1,6 @@
 """
-Errors that are the user's to mend: the command line prints their message, without a traceback, and
-exits with 2.
+Errors that the user can correct: the command line prints the message without a traceback, and exits
+with 2.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 
 class EAFTError(Exception):
-    """Base of every error whose message alone tells the user what is wrong and what to do."""
+    """Base class of the errors whose message tells the user what is wrong and what to do."""
 
 
 class ConfigurationError(EAFTError, ValueError):
@@ -38,15 +38,15 @@ def first_line(error: BaseException) -> str:
 
 def disk_full(error: BaseException | None) -> str | None:
     """
-    Return the file that a full disk kept from being written ("" if that is unknown); None for
-    another error.
+    Return the file that could not be written because the disk is full ("" if the file is unknown).
+
+    Return None for any other error.
     """
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return str(error.filename or "")
-        if "No space left on device" in str(
-            error
-        ):  # safetensors and pyarrow raise errors of their own
+        # safetensors and pyarrow raise their own errors
+        if "No space left on device" in str(error):
             return ""
         error = error.__cause__ or error.__context__
     return None

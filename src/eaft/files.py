@@ -1,5 +1,5 @@
 """
-What users and earlier runs wrote: files and settings, read and checked, or refused with one line.
+Read files and settings that users or earlier runs wrote, and check them; an error is one line.
 """
 
 from __future__ import annotations
@@ -24,26 +24,25 @@ from eaft.errors import ConfigurationError, nearest
 
 
 def no_bool(value: Any) -> Any:
-    """Refuse true and false, which Python and pydantic take for 1 and 0."""
+    """Refuse true and false, which Python and pydantic accept as 1 and 0."""
     if isinstance(value, bool):
         raise ValueError("expected a number")
     return value
 
 
 def no_nul(value: str) -> str:
-    """Refuse an empty text, and the character that no path may hold."""
+    """Refuse an empty text, and NUL, which no path may contain."""
     if not value.strip() or "\0" in value:
         raise ValueError("expected a text that is not empty")
     return value
 
 
-# Fields' types. `StrictInt` takes no 1.0 and no true
+# Types of fields. `StrictInt` refuses 1.0 and true
 Count = Annotated[StrictInt, Field(ge=1)]
 NotNegative = Annotated[StrictInt, Field(ge=0)]
-Seed = Annotated[StrictInt, Field(ge=0, lt=2**32)]  # what NumPy takes
-Finite = Annotated[
-    float, BeforeValidator(no_bool), Field(allow_inf_nan=False)
-]  # also "3e-5", which YAML reads as text
+Seed = Annotated[StrictInt, Field(ge=0, lt=2**32)]  # NumPy's range of seeds
+# Also accepts "3e-5", which YAML reads as text
+Finite = Annotated[float, BeforeValidator(no_bool), Field(allow_inf_nan=False)]
 FiniteNotNegative = Annotated[Finite, Field(ge=0)]
 Positive = Annotated[Finite, Field(gt=0)]
 Share = Annotated[Finite, Field(ge=0, lt=1)]
@@ -54,16 +53,16 @@ adapter = functools.cache(TypeAdapter)
 
 def check(kind: Any, value: Any, where: str) -> Any:
     """
-    Return a value as pydantic makes it of `kind`: a type with its bounds, or a dataclass of such
-    fields.
+    Return a value as pydantic converts it to `kind`: a type with bounds, or a dataclass of such
+    types.
 
     Args:
-        where: what begins the message: the file, or the setting that the value is of; empty for
-            flags, whose names are the fields'.
+        where: the file or setting that begins the message; empty for flags, whose names are the
+            names of the fields.
 
     Raises:
-        ConfigurationError: it is not of this kind; says which field is wrong first, its value, and
-            what is expected.
+        ConfigurationError: the value is not of this kind. The message names the first wrong field,
+            its value, and the expected kind.
     """
     try:
         return adapter(kind).validate_python(value)
@@ -72,16 +71,16 @@ def check(kind: Any, value: Any, where: str) -> Any:
 
 
 def explain(error: ValidationError, kind: Any, where: str) -> str:
-    """Return the first of pydantic's complaints as one line."""
+    """Return the first problem that pydantic reports, as one line."""
     unknown, begin = (
         ("unexpected_keyword_argument", "extra_forbidden"),
         f"{where}: " if where else "",
     )
-    # An unknown name first: it is often another field's that is missing
+    # An unknown name first: it is often a misspelt name of a field that is then missing
     problem = min(
         error.errors(include_url=False), key=lambda problem: problem["type"] not in unknown
     )
-    # Tags of a union's members are no part of the path that the user wrote
+    # pydantic adds the tags of a union's members to the path, and the user did not write them
     place = ".".join(str(part) for part in problem["loc"] if not str(part).endswith(("]", ")")))
     if problem["type"] in unknown:
         name = str(problem["loc"][-1])
@@ -101,22 +100,21 @@ def explain(error: ValidationError, kind: Any, where: str) -> str:
 
 
 def field_names(kind: Any, path: tuple[Any, ...]) -> list[str]:
-    """Return the names of the fields of a dataclass, or of the one in it that a path leads to."""
+    """Return the fields' names of a dataclass, or of the dataclass at `path` inside it."""
     for part in path:
         kind = get_type_hints(kind).get(part)
     return list(getattr(kind, "__dataclass_fields__", {}))
 
 
 def short(value: Any) -> str:
-    """Return a value's text, cut to what fits into a message."""
+    """Return a value's text, cut to at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 class UniqueKeys(yaml.SafeLoader):
     """
-    YAML's safe loader, but for a key that stands twice: YAML says it is an error, and PyYAML takes
-    the last.
+    PyYAML's safe loader, except that a duplicate key is an error, as YAML says.
     """
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
@@ -153,10 +151,10 @@ def read_text(path: str | Path, where: str) -> str:
 
 def read_yaml(path: str | Path, where: str) -> dict[str, Any]:
     """
-    Return what a YAML file holds, which must be a mapping.
+    Return the content of a YAML file, which must be a mapping.
 
     Raises:
-        ConfigurationError: it cannot be read, a key stands twice, or it is no mapping.
+        ConfigurationError: the file cannot be read, has a key twice, or is no mapping.
     """
     text = read_text(path, where)
     try:
@@ -177,25 +175,25 @@ def read_yaml(path: str | Path, where: str) -> dict[str, Any]:
 
 def read_json(path: Path, kind: Any, way: str) -> Any:
     """
-    Return what a JSON file of ours holds.
+    Return the content of a JSON file that eaft wrote.
 
     Args:
-        kind: as in `check`; the part of the file that is read.
-        way: what the user can do about a file that cannot be used.
+        kind: the type of the content, as in `check`.
+        way: what the user can do if the file cannot be used.
 
     Raises:
-        ConfigurationError: it is truncated, not JSON, or of another form: of another version,
-            perhaps, or not ours.
+        ConfigurationError: the file is truncated, is not JSON, or has another form: another version
+            of eaft or another program wrote it.
     """
     return parsed(read_text(path, str(path)), kind, str(path), way)
 
 
 def read_jsonl(path: Path, kind: Any, way: str) -> list[Any]:
     """
-    Return the lines of a JSON Lines file, each read and checked as `read_json` does; empty ones are
-    left out.
+    Return the lines of a JSON Lines file, each read and checked as by `read_json`. Empty lines are
+    skipped.
     """
-    # Not splitlines, which also splits at the separators that JSON allows inside a string
+    # `splitlines` would also split at separators that JSON allows inside a string
     lines = read_text(path, str(path)).removeprefix("\ufeff").split("\n")
     return [
         parsed(line, kind, f"{path}, line {n}", way)
@@ -205,7 +203,7 @@ def read_jsonl(path: Path, kind: Any, way: str) -> list[Any]:
 
 
 def parsed(text: str, kind: Any, where: str, way: str) -> Any:
-    """Return what JSON text holds; see `read_json`."""
+    """Return the content of JSON text; see `read_json`."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:

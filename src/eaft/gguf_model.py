@@ -1,10 +1,9 @@
 """
-A GGUF file as a model of transformers, with everything that changes the output: what is not read is
-refused.
+Load a GGUF file as a model of transformers, with every key and tensor that changes the output.
 
-transformers leaves out the keys and tensors that it does not know, without a word: the factors of a
-scaled rope make another model of a Llama 3.1. Here each key and tensor of the file is read, or
-known to change nothing, or refused.
+transformers silently ignores keys and tensors that it does not know. Without the factors of its
+scaled rope, for example, a Llama 3.1 is another model. Here each key and tensor is read, or is
+known to change nothing, or the file is refused.
 """
 
 from __future__ import annotations
@@ -79,9 +78,9 @@ def load_gguf(path: Path) -> tuple[Any, Any]:
     Return a GGUF file's model, in float32 on the CPU, and its tokenizer.
 
     Returns:
-        the model's configuration has what transformers leaves out of it, and so computes as the
-        file says once it is saved and loaded again; its generation config has every end token that
-        the file names.
+        the model and its tokenizer. The configuration also has the settings that transformers
+        ignores, so the model computes as the file says after it is saved and loaded again. The
+        generation config has every end token of the file.
 
     Raises:
         ConfigurationError: the file has a key or a tensor that is not read and changes the output.
@@ -124,7 +123,7 @@ def load_gguf(path: Path) -> tuple[Any, Any]:
 
 
 def unread(path: Path, what: str) -> ConfigurationError:
-    """Return the error of something in the file that changes the output and is not read."""
+    """Return the error for a part of the file that changes the output and that we do not read."""
     return ConfigurationError(
         f"model_name_or_path={str(path)!r}: the file has {what}, which is not read, so that another"
         f" model would be made of it. {INSTEAD}"
@@ -135,8 +134,8 @@ def changed_fields(
     path: Path, architecture: str, keys: dict[str, Any], config: Any
 ) -> dict[str, Any]:
     """
-    Return the fields of the configuration that the file's keys change, beside those that
-    transformers reads.
+    Return the fields of the configuration that the file's keys change and transformers does not
+    read.
 
     Raises:
         ConfigurationError: a key is unknown, or the configuration has no such field.
@@ -167,7 +166,7 @@ def changed_fields(
 
 
 def same(a: Any, b: Any) -> bool:
-    """Return whether two values are equal, numbers up to float32's rounding."""
+    """Return whether two values are equal; numbers may differ by float32's rounding."""
     if isinstance(a, int | float) and isinstance(b, int | float):
         return math.isclose(a, b, rel_tol=1e-6)
     return bool(a == b)
@@ -177,11 +176,10 @@ def changed_rope(
     path: Path, architecture: str, keys: dict[str, Any], tensors: dict[str, Any], config: Any
 ) -> dict[str, Any] | None:
     """
-    Return the configuration's `rope_parameters` as the file has them; None where they are right
-    already.
+    Return the configuration's `rope_parameters` as the file has them; None if they are right.
 
     Raises:
-        ConfigurationError: a scaling that is not read.
+        ConfigurationError: the file has a kind of scaling that we do not read.
     """
     if factors := [name for name in tensors if name.startswith("rope_factors_")]:
         raise unread(path, f"the rope factors {factors[0]!r}")
@@ -197,10 +195,10 @@ def changed_rope(
     by_layer = any(
         isinstance(value, dict) for value in rope.values()
     )  # each kind of attention has its own
-    found = dict(rope["full_attention"] if by_layer else rope)
-    before = dict(found)
-    if (base := keys.get("rope.freq_base")) is not None and not same(found["rope_theta"], base):
-        found["rope_theta"] = base
+    changed = dict(rope["full_attention"] if by_layer else rope)
+    before = dict(changed)
+    if (base := keys.get("rope.freq_base")) is not None and not same(changed["rope_theta"], base):
+        changed["rope_theta"] = base
     if kind not in (None, "none"):
         if (
             kind not in ("linear", "yarn")
@@ -208,41 +206,42 @@ def changed_rope(
             or (by_layer and kind != "linear")
         ):
             raise unread(path, f"{architecture}.rope.scaling.type={kind!r}")
-        found.update(rope_type=kind, factor=factor)
+        changed.update(rope_type=kind, factor=factor)
         if kind == "yarn":
-            found["original_max_position_embeddings"] = scaling[
+            changed["original_max_position_embeddings"] = scaling[
                 "rope.scaling.original_context_length"
             ]
             for name in ("beta_fast", "beta_slow"):
                 if (value := scaling.get(f"rope.scaling.yarn_{name}")) is not None:
-                    found[name] = value
+                    changed[name] = value
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     share = (
-        found.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
+        changed.get("partial_rotary_factor")
+        or getattr(config, "partial_rotary_factor", None)
+        or 1.0
     )
     if not by_layer and keys.get("rope.dimension_count", int(head_dim * share)) != int(
         head_dim * share
     ):
         raise unread(path, f"{architecture}.rope.dimension_count={keys['rope.dimension_count']}")
     if (
-        ROPE_TENSOR in tensors and found["rope_type"] != "proportional"
+        ROPE_TENSOR in tensors and changed["rope_type"] != "proportional"
     ):  # Gemma 4's configuration has its own
         divisors = np.array(tensors[ROPE_TENSOR].data, dtype=np.float64).reshape(-1)
         if not np.allclose(divisors, 1, rtol=1e-6):
-            if by_layer or found["rope_type"] != "default":
+            if by_layer or changed["rope_type"] != "default":
                 raise unread(path, f"the rope factors {ROPE_TENSOR!r}")
-            found.update(llama3_rope(path, divisors, found, config))
-    if found == before:
+            changed.update(llama3_rope(path, divisors, changed, config))
+    if changed == before:
         return None
-    return {**rope, "full_attention": found} if by_layer else found
+    return {**rope, "full_attention": changed} if by_layer else changed
 
 
 def llama3_rope(
     path: Path, divisors: np.ndarray, rope: dict[str, Any], config: Any
 ) -> dict[str, Any]:
     """
-    Return the parameters of a `llama3` rope (Llama 3.1 and later) from what each frequency is
-    divided by.
+    Return the parameters of a `llama3` rope (Llama 3.1 and later) from each frequency's divisor.
 
     Each frequency is divided by `factor` where its wave is longer than the original context, by 1
     where it is shorter than a fourth of that, and in between by 1 / ((1 - s) / factor + s), s =
@@ -263,7 +262,7 @@ def llama3_rope(
     contexts = waves[between] * (LOW + (HIGH - LOW) * shares[between])
     if not len(contexts):  # any context between the two groups will do
         contexts = np.array([HIGH * waves[divisors <= 1 + 1e-6].max(initial=1.0) + 1])
-    found = {
+    scaling = {
         **{
             "rope_type": "llama3",
             "factor": factor,
@@ -272,16 +271,16 @@ def llama3_rope(
         },
         "original_max_position_embeddings": round(float(np.median(contexts))),
     }
-    scaled = type(config)(**{**config.to_dict(), "rope_parameters": {**rope, **found}})
+    scaled = type(config)(**{**config.to_dict(), "rope_parameters": {**rope, **scaling}})
     frequencies = ROPE_INIT_FUNCTIONS["llama3"](scaled, torch.device("cpu"))[0].double().numpy()
     if len(frequencies) != len(plain) or not np.allclose(frequencies, plain / divisors, rtol=1e-4):
         raise unread(path, f"the rope factors {ROPE_TENSOR!r}")
-    return found
+    return scaling
 
 
 def check_tensors(path: Path, tensors: dict[str, Any], model: Any, loading: dict[str, Any]) -> None:
     """
-    Check that the model has every number of the file, and none of its own.
+    Check that each weight of the model comes from the file, and that each tensor is used.
 
     Raises:
         ConfigurationError: a weight is missing from the file, or a tensor of the file was not read.
@@ -307,7 +306,7 @@ def check_tensors(path: Path, tensors: dict[str, Any], model: Any, loading: dict
 
 
 def add_end_tokens(config: Any, fields: dict[str, Any]) -> None:
-    """Let a model stop at each end token of the file: of the text, of a turn, of a message."""
+    """Let a model stop at each end token of the file: end of text, of turn and of message."""
     names = [f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom")]
     ends = list(dict.fromkeys(int(fields[name].contents()) for name in names if name in fields))
     if len(ends) > 1:

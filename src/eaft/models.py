@@ -1,5 +1,5 @@
 """
-From what a user calls a model (Hub id, folder, GGUF file) to something `from_pretrained` loads.
+Turn the name of a model (Hub id, folder, GGUF file) into a name that `from_pretrained` loads.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from transformers.utils import chat_template_utils
 from eaft.errors import ConfigurationError, EAFTError, disk_full, first_line
 from eaft.files import read_json
 
-CONVERSION = (
-    3  # counts the ways in which GGUF files were converted: the folders of older ones are not used
-)
+# The version of our GGUF conversion. Folders of older versions are not used
+CONVERSION = 3
 
 
 @contextlib.contextmanager
 def loading(message: str) -> Iterator[None]:
     """
-    Say in one line what `from_pretrained` could not load; it has no error of its own, since each
-    file fails in its way.
+    Turn any error inside `from_pretrained` into a one-line `ConfigurationError`.
+
+    `from_pretrained` has no error class for this: each kind of file raises its own errors.
 
     Args:
-        message: names the field and its value; what was raised is put behind it.
+        message: the field and its value. The error is added to it.
 
     Raises:
-        ConfigurationError: whatever was raised within a library's `from_pretrained`. All else is
-            raised as it is.
+        ConfigurationError: an error was raised inside a library's `from_pretrained`. Other errors
+            are raised unchanged.
     """
     try:
         yield
@@ -59,16 +59,17 @@ def loading(message: str) -> Iterator[None]:
 
 def check_vocabulary(model: str, tokenizer: Any, rows: int) -> None:
     """
-    Check that a model has a row of its embedding for each token that its tokenizer makes of text,
-    and for those it ends and pads with. Added tokens may be more: Gemma 3's tokenizer has one for
-    images, which its text models lack.
+    Check that a model's embedding has a row for each token that its tokenizer produces from text,
+    and for the end and padding tokens.
+
+    Added tokens may lie beyond: Gemma 3's tokenizer has an image token that its text models lack.
 
     Args:
-        model: what the user calls it.
-        rows: of the embedding.
+        model: the user's name of the model.
+        rows: the number of rows of the embedding.
 
     Raises:
-        ConfigurationError: it has not.
+        ConfigurationError: a token has no row.
     """
     vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
     own = {token: i for token, i in vocabulary.items() if token not in added}
@@ -86,11 +87,11 @@ def check_finite(model: Any, name: str) -> None:
     Check that no weight is NaN or infinite.
 
     Args:
-        model: a torch module. What is not in memory (torch's meta device) is not looked at.
-        name: what the user calls it.
+        model: a torch module. Parameters on torch's meta device are skipped.
+        name: the user's name of the model.
 
     Raises:
-        ConfigurationError: one is; names its parameter.
+        ConfigurationError: a weight is NaN or infinite. The message names its parameter.
     """
     for parameter, weight in model.named_parameters():
         if weight.is_floating_point() and not weight.is_meta and not weight.isfinite().all():
@@ -102,8 +103,9 @@ def check_finite(model: Any, name: str) -> None:
 
 def resolve_model(model: str, trust_remote_code: bool = False) -> str:
     """
-    Return `model` if it is a folder or Hub id with a readable config, or the folder a GGUF file is
-    converted to.
+    Return `model` if it is a folder or a Hub id with a readable config.
+
+    A GGUF file is converted, and the folder of the converted model is returned.
 
     Raises:
         ConfigurationError: there is no such model, or it cannot be read.
@@ -140,10 +142,10 @@ def resolve_model(model: str, trust_remote_code: bool = False) -> str:
 
 def adapter_of(model: str) -> dict[str, Any] | None:
     """
-    Return the configuration of a folder with a PEFT adapter; None if it is none.
+    Return the configuration of a folder with a PEFT adapter; None for any other folder or name.
 
     Raises:
-        ConfigurationError: it is garbled, or does not name the base model.
+        ConfigurationError: the configuration cannot be read, or does not name the base model.
     """
     file = Path(model, "adapter_config.json")
     if not file.is_file():
@@ -158,8 +160,7 @@ def adapter_of(model: str) -> dict[str, Any] | None:
 
 def find_model(model: str, model_args: dict[str, Any]) -> str:
     """
-    Return the model as it can be loaded: a PEFT adapter's folder as it is, all else as
-    `resolve_model` returns it.
+    Return a PEFT adapter's folder unchanged, and any other model as `resolve_model` returns it.
 
     Raises:
         ConfigurationError: there is no such model, or PEFT is needed and not installed.
@@ -222,8 +223,8 @@ def convert_gguf(path: Path) -> Path:
     saving it again.
 
     Raises:
-        ConfigurationError: the file cannot be read, or not whole (`eaft.gguf_model`); or gguf is
-            not installed.
+        ConfigurationError: gguf is not installed, the file cannot be read, or the file has a part
+            that we do not read (`eaft.gguf_model`).
     """
     if find_spec("gguf") is None:
         raise ConfigurationError(
@@ -240,9 +241,7 @@ def convert_gguf(path: Path) -> Path:
         model, tokenizer = load_gguf(path)
     except EAFTError:
         raise
-    except (
-        Exception
-    ) as error:  # the reader has no error of its own: a damaged file fails in many ways
+    except Exception as error:  # a damaged file raises many kinds of errors
         if disk_full(error) is not None:
             raise
         raise ConfigurationError(
@@ -255,7 +254,7 @@ def convert_gguf(path: Path) -> Path:
         try:
             os.replace(staging, folder)
         except OSError:
-            if not folder.is_dir():  # else another process was first
+            if not folder.is_dir():  # else another process converted it first
                 raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -264,7 +263,7 @@ def convert_gguf(path: Path) -> Path:
 
 def converted_models() -> list[Path]:
     """
-    Return the folders that GGUF files were converted to, and those that a killed process left.
+    Return the folders of converted GGUF files, and unfinished folders of killed processes.
     """
     names = re.compile(r".+-[0-9a-f]{12}(-\d+)?(\.tmp\d+)?")
     return [
@@ -276,43 +275,42 @@ def converted_models() -> list[Path]:
 
 def vocabulary_size(tokenizer: Any) -> int:
     """
-    Return how many rows a head needs for a tokenizer's ids, which may have gaps: `len(tokenizer)`
-    counts tokens.
+    Return how many rows a head needs for a tokenizer's ids.
+
+    The ids may have gaps, so this is not `len(tokenizer)`, which counts the tokens.
     """
     return int(max(tokenizer.get_vocab().values())) + 1
 
 
 def template_today() -> str:
-    """Return the date that chat templates write now, as 2026-11-29."""
+    """Return the date that chat templates write at this moment, as 2026-11-29."""
     return chat_template_utils.datetime.now().date().isoformat()
 
 
 def noted_date(file: Path, *keys: str) -> str | None:
     """
-    Return the `template_date` that a file of a run notes under these keys; None if it notes none.
+    Return the `template_date` under these keys of a run's file; None if there is none.
+
+    A file that cannot be read gives None too: the code that resumes the run reports it.
     """
     try:
-        found = json.loads(file.read_text())
+        content = json.loads(file.read_text())
         for key in keys:
-            found = found[key]
-        return found["template_date"]
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-    ):  # who goes on with the run says what is wrong with its file
+            content = content[key]
+        return content["template_date"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 @contextlib.contextmanager
 def template_date(day: str) -> Iterator[None]:
     """
-    Let chat templates write this date, at midnight, as if it were now: transformers' `strftime_now`
-    reads the clock.
+    Let chat templates write this date, at midnight, in place of the present time.
+
+    The clock that transformers' `strftime_now` reads is replaced while the block runs.
 
     Raises:
-        ConfigurationError: no date, as 2026-11-29.
+        ConfigurationError: the text is not a date, as 2026-11-29.
     """
     now = datetime.combine(read_date(day), time())
 
@@ -331,10 +329,10 @@ def template_date(day: str) -> Iterator[None]:
 
 def read_date(day: str) -> date:
     """
-    Return a date of its text.
+    Return the date that a text such as 2026-11-29 names.
 
     Raises:
-        ConfigurationError: it is none.
+        ConfigurationError: the text is not a date.
     """
     try:
         return date.fromisoformat(day)

@@ -1,5 +1,6 @@
 """
-One process at a time in an output folder; a process of its own, though a launcher started this one.
+A lock that lets one process at a time write to an output folder, and an environment without the
+launcher's variables.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from eaft.errors import ConfigurationError
 
-LOCK_FILE = "_lock"  # with an underscore: `push_to_hub` leaves such files out
+LOCK_FILE = "_lock"  # `push_to_hub` does not upload names with an underscore
 # What torchrun and accelerate set for the processes they start
 LAUNCHER = (
     "ACCELERATE_",
@@ -31,17 +32,17 @@ LAUNCHER = (
 
 def check_place(folder: Path, field: str) -> None:
     """
-    Check that a folder can be made and written to; nothing is made.
+    Check that a folder can be made and written to, without making it.
 
     Args:
-        field: that the user named it by.
+        field: the flag or key that names the folder.
 
     Raises:
-        ConfigurationError: a file is in its place, or above it, or the user may not write there.
+        ConfigurationError: the folder or one of its parents is a file, or is not writable.
     """
     try:
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    except (OSError, ValueError) as error:  # a name that is too long, or holds what no path may
+    except (OSError, ValueError) as error:  # the name is too long or has a character of no path
         raise ConfigurationError(
             f"{field}={str(folder)!r} cannot be a folder's name. ({error})"
         ) from error
@@ -58,15 +59,15 @@ def check_place(folder: Path, field: str) -> None:
 @contextlib.contextmanager
 def locked(folder: Path, begins_with: tuple[str, ...] = ()) -> Iterator[None]:
     """
-    Make a folder, and hold it while the block runs; a killed process holds nothing.
+    Make a folder and lock it while the block runs. The lock of a killed process is released.
 
     Args:
-        begins_with: files and folders that a command writes first, and can make again at no cost.
-            If the block ends with a `ConfigurationError`, and a folder that was empty holds nothing
-            else, they are deleted.
+        begins_with: files and folders that a command writes first and can make again at no cost.
+            They are deleted if the block ends with a `ConfigurationError`, the folder was empty
+            before, and it holds nothing else.
 
     Raises:
-        ConfigurationError: another process has it.
+        ConfigurationError: another process holds the lock.
     """
     check_place(folder, "output folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,9 +83,9 @@ def locked(folder: Path, begins_with: tuple[str, ...] = ()) -> Iterator[None]:
     try:
         yield
     except ConfigurationError:
-        found = {path.name for path in folder.iterdir()} - {LOCK_FILE}
-        if not held and found <= set(begins_with):
-            for name in found:
+        written = {path.name for path in folder.iterdir()} - {LOCK_FILE}
+        if not held and written <= set(begins_with):
+            for name in written:
                 path = folder / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         raise
@@ -94,7 +95,8 @@ def locked(folder: Path, begins_with: tuple[str, ...] = ()) -> Iterator[None]:
 
 def without_launcher() -> dict[str, str]:
     """
-    Return this process's environment for one that is to run by itself, outside the launch that this
-    one is of.
+    Return this process's environment without the launcher's variables.
+
+    A process started with it runs alone and does not join this process's launch.
     """
     return {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER)}

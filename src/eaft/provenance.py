@@ -48,20 +48,21 @@ def environment() -> dict[str, Any]:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str | None]:
-    """Return the packages' versions; None for what is not installed."""
-    found: dict[str, str | None] = {}
+    """Return the version of each package; None for a package that is not installed."""
+    installed: dict[str, str | None] = {}
     for name in packages:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
-            found[name] = None
-    return found
+            installed[name] = None
+    return installed
 
 
 def commit() -> str | None:
     """
-    Return the commit of the checkout eaft runs from; `-dirty`: a file differs or is untracked;
-    None: installed.
+    Return the commit of the checkout that eaft runs from; None if eaft is installed as a package.
+
+    `-dirty` is added if a file differs from the commit or is untracked.
     """
     here = Path(__file__).parent
 
@@ -81,7 +82,7 @@ def commit() -> str | None:
 
 
 def cpu_name() -> str:
-    """Return the processor's name as Linux gives it, or the platform's word for it."""
+    """Return the processor's name from Linux's /proc/cpuinfo, else from `platform`."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -93,8 +94,7 @@ def cpu_name() -> str:
 
 def peak_memory_gib() -> float:
     """
-    Return the peak memory of this process so far: of the GPU where there is one, else resident
-    memory (GiB).
+    Return this process's peak memory so far, in GiB: of the GPU if there is one, else resident.
     """
     import torch
 
@@ -106,7 +106,7 @@ def peak_memory_gib() -> float:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file whole or not at all; NaN is an error, since JSON has none."""
+    """Write a JSON file whole or not at all. NaN raises a ValueError, because JSON has no NaN."""
     staging = path.with_name(path.name + ".tmp")
     staging.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
     os.replace(staging, path)

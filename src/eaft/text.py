@@ -1,4 +1,4 @@
-"""Text of others (data, models, tasks, file names) stays text: on the terminal, and in Markdown."""
+"""Show text from data, models, tasks and file names as text: on the terminal and in Markdown."""
 
 from __future__ import annotations
 
@@ -9,15 +9,10 @@ import unicodedata
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-HIDDEN = {
-    "Cc",
-    "Cf",
-    "Cs",
-    "Zl",
-    "Zp",
-}  # Unicode's control, format, surrogate and line-separator characters
-KEPT = "\t\u200c\u200d"  # the two joiners spell words and emoji
-# What Markdown (CommonMark and GitHub's) reads as markup in the middle of a line, and at its
+# Unicode's control, format, surrogate and line-separator characters
+HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+KEPT = "\t\u200c\u200d"  # words and emoji are spelt with the two joiners
+# Characters that Markdown (CommonMark and GitHub's) reads as markup: inside a line, and at its
 # beginning or end
 INLINE = re.compile(
     r"[\\`*\[\]<&~$]|(?<![^\W_])_|_(?![^\W_])|(?<=\w):(?=//)|(?<=\bwww)\.|(?<=\w)@(?=\w)"
@@ -30,7 +25,7 @@ def visible(text: Any, lines: bool = True) -> str:
     """
     Return text with control and invisible characters written as escapes (`\\x1b`, `\\u202e`).
 
-    A terminal then obeys none of them, and no line is shown in another order than it has.
+    The terminal then does not execute them and does not reorder the line.
 
     Args:
         lines: keep line ends.
@@ -55,8 +50,9 @@ def summary(docstring: str | None) -> str:
 
 def markdown(text: Any) -> str:
     """
-    Return text as one line of Markdown that shows it as it is. `code` is for code, `table` escapes
-    pipes.
+    Return text as one line of Markdown that shows the text unchanged.
+
+    Use `code` for code. `table` escapes pipes.
     """
     line = visible(text, lines=False).strip()
     return EDGES.sub(lambda m: m[0] + "\\", INLINE.sub(lambda m: "\\" + m[0], line))
@@ -64,9 +60,9 @@ def markdown(text: Any) -> str:
 
 def markdown_strings(value: Any) -> Any:
     """
-    Return JSON, or a dataclass of it, with all strings as `markdown` has them, keys included.
+    Return JSON, or a dataclass of JSON values, with `markdown` applied to all strings and keys.
 
-    Common names are unchanged by that.
+    Plain names stay unchanged.
     """
     if is_dataclass(value) and not isinstance(value, type):
         safe = {f.name: markdown_strings(getattr(value, f.name)) for f in fields(value)}
@@ -92,8 +88,8 @@ def block(text: Any) -> str:
 
 
 def table(rows: list[list[Any]], headers: list[str]) -> str:
-    """Return a Markdown table of cells that are Markdown, each in one line."""
-    from tabulate import tabulate  # comes with the extras
+    """Return a Markdown table. Each cell is one line of Markdown."""
+    from tabulate import tabulate  # an extra's package
 
     cells = [[cell(value) for value in row] for row in rows]
     return str(
@@ -102,7 +98,7 @@ def table(rows: list[list[Any]], headers: list[str]) -> str:
 
 
 def cell(value: Any) -> str:
-    """Return a table's cell, whose pipes do not end it."""
+    """Return a table's cell with escaped pipes, which would end it."""
     return PIPE.sub(
         lambda m: m[1] + ("\\" if len(m[1]) % 2 else "") + "\\|", visible(value, lines=False)
     )
@@ -110,7 +106,7 @@ def cell(value: Any) -> str:
 
 class VisibleRecord(logging.LogRecord):
     """
-    A log message in which control characters are shown, also in the exception that comes with it.
+    A log message with visible control characters, also in its exception.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
