@@ -86,7 +86,7 @@ def test_the_wheel_has_every_file_of_the_package_and_nothing_else(repository, wh
     }
     assert {
         "eaft/py.typed",
-        "eaft/inspection/page/index.html",
+        "eaft/inspection/view/page/index.html",
         "eaft/training/replay_prompts.jsonl",
     } <= ours
     assert all(re.match(r"eaft(/|-[\d.]+\w*\.dist-info/)", name) for name in files(wheel))

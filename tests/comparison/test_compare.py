@@ -381,7 +381,7 @@ def test_trackers_show_the_runs_as_one_group(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     trained = []
     monkeypatch.setattr(
-        runs.subprocess,
+        apart.subprocess,
         "run",
         lambda command, env, **_: trained.append((command, env)) or SimpleNamespace(returncode=0),
     )

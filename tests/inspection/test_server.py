@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
+from dataclasses import asdict
 from pathlib import Path
 from urllib.parse import quote
 
@@ -388,7 +389,7 @@ def test_links_that_lead_out_are_not_followed(folder, tmp_path):
     (compared / "eaft-seed0").mkdir()
     for name in ("items", "metrics.jsonl"):
         (compared / "eaft-seed0" / name).symlink_to(tmp_path / "out" / "eaft-seed0" / name)
-    found = Runs(tmp_path / "held").run("compared")
+    found = asdict(Runs(tmp_path / "held").run("compared"))
     assert not any(curve["metrics"] for curve in found["curves"])
     assert not any(worst["items"] for worst in found["regressions"])
 
@@ -477,14 +478,16 @@ def test_runs_are_what_their_files_say(tmp_path):
         '{"asked": 1, "objectives": {}}'
     )  # somebody's own
     runs = Runs(tmp_path)
-    assert {(r["name"], r["kind"], r["base"]) for r in runs.list()} == {
+    assert {
+        (r["name"], r["kind"], r["base"]) for r in (asdict(entry) for entry in runs.entries())
+    } == {
         ("eval/out", "eval", "small"),
         ("runs/demo", "compare", results["recipe"]["train"]["model_name_or_path"]),
     }
-    found = runs.run("eval/out")
+    found = asdict(runs.run("eval/out"))
     assert found["regressions"][0]["items"] == EVALUATION["worst"]
     assert found["results"]["drift"] == {"mean": 0.1}
-    found = runs.run("runs/demo")
+    found = asdict(runs.run("runs/demo"))
     assert found["sentence"] == results["sentence"]
     assert len(found["points"]) == sum(1 + len(one["points"]) for one in results["runs"])
     of_run = [point for point in found["points"] if point["run"] == run["folder"]]
@@ -585,7 +588,7 @@ def test_one_broken_result_does_not_empty_the_list(tmp_path):
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "results.json").write_text("[]")
     runs = Runs(tmp_path)
-    assert {run["name"]: run["kind"] for run in runs.list()} == {
+    assert {run["name"]: run["kind"] for run in (asdict(entry) for entry in runs.entries())} == {
         **{"good": "eval", "cut": "broken", "list": "broken", "other": "broken"}
     }
-    assert "results.json cannot be read (it is truncated" in runs.run("cut")["sentence"]
+    assert "results.json cannot be read (it is truncated" in runs.run("cut").sentence

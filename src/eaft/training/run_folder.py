@@ -31,7 +31,7 @@ STAYS = (
     *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("optim", "optim_args", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
     *("gate", "gate_alpha", "gate_entropy", "gate_top_k", "gate_kwargs"),
-    *("seed", "data_seed", "replay", "max_length", "packing"),
+    *("replay", "max_length", "packing"),
 )
 
 
@@ -153,7 +153,9 @@ def check_settings(args: EAFTConfig, folder: Path) -> None:
     file = folder / RUN_FILE
     if not file.is_file():
         return
-    before = read_json(file, RunRecord, DELETE).get("config", {})
+    before = read_json(file, RunRecord, DELETE).get("config")
+    if before is None:
+        return
     after = changed_arguments(args)
     for name in STAYS:
         default = getattr(EAFTConfig, name, None)

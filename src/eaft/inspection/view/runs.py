@@ -1,24 +1,8 @@
 """
-The folders of `eaft compare` and `eaft eval` that a folder holds, as the viewer's page draws them.
+The results of `eaft compare` and `eaft eval` below a folder, as the page draws them.
 
-They are read as plain files: `results.json`, and beside it each run's `metrics.jsonl` and the items
-of its tasks.
-
-`list` has an entry for each: `name` (its path), `kind` ("compare", "eval", or "broken" for results
-that cannot be read), `sentence` (what it found, or why it cannot be read), `model`, `base` (None:
-none). `run` has of one of them, beside these:
-
-    results      results.json, without its lists by item, prompt or held-out example
-    points       one for each checkpoint that was measured, and the base model's before each run's
-    first:
-                 run, objective, seed, learning_rate, chosen (the run), step, epoch, nll,
-                 drift_general, drift_target (nats per token), target, general (mean scores), tasks
-                 {name: score}; null: not measured there
-    curves       one for each run: run, objective, seed, learning_rate, chosen, and metrics {name:
-    [[step, value]]} regressions  one for each objective and seed (`eval`: one): objective, seed,
-    step, and items, the worst first, as
-                 `worst` in the results of `eaft eval`: benchmark, task, doc_id, prompt, target,
-                 before and after {response, score}
+They are read as plain files: results.json, and beside it each run's metrics.jsonl and the items of
+its tasks.
 """
 
 from __future__ import annotations
@@ -27,92 +11,155 @@ import contextlib
 import json
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from eaft.errors import EAFTError
 from eaft.evaluation.pairs import worst_regressions
 from eaft.evaluation.results import Item, Regression, as_json
 from eaft.files import check
 
-Answer = dict[str, Any]
+Json = dict[str, Any]  # an object of a JSON file
 
 RESULTS_FILE = "results.json"
-MARKS = (
-    "inputs.json",
-    "compare.json",
-)  # beside it, written first by `eaft eval` and `eaft compare`
-DEPTH = 3  # folders down that are looked into
-HELD = ("run", "objective", "seed", "learning_rate", "chosen")
-# What tells our results from somebody else's, or from those of a version that wrote others
+# `eaft eval` and `eaft compare` write one of these files first, beside results.json
+MARKS = ("inputs.json", "compare.json")
+DEPTH = 3  # levels of folders below the folder that are searched
+# Keys that tell our results from other files, and from results of a version with another form
 COMPARISON = {"asked", "recipe", "objectives", "sentence", "groups", "base", "runs", "choices"}
 EVALUATION = {"asked", "model", "base", "tasks"}
-BY_ITEM = ("sums", "scores", "per_prompt", "tokens_per_prompt")
+BY_ITEM = ("sums", "scores", "per_prompt", "tokens_per_prompt")  # lists that the page does not need
+
+
+@dataclass(frozen=True)
+class ResultsEntry:
+    """A folder with results, in the list of all."""
+
+    name: str  # its path below the viewer's folder
+    kind: Literal["compare", "eval", "broken"]  # broken: the results cannot be read
+    sentence: str | None  # the verdict, or why the results cannot be read
+    model: str | None
+    base: str | None
+
+
+@dataclass(frozen=True)
+class RunKey:
+    """Which run of a comparison something belongs to."""
+
+    run: str  # the run's folder
+    objective: str
+    seed: int
+    learning_rate: float
+    chosen: bool  # whether the comparison chose this learning rate
+
+
+@dataclass(frozen=True)
+class Point(RunKey):
+    """A measured checkpoint of a run; None for what was not measured there."""
+
+    step: int
+    epoch: float | None
+    nll: float | None  # held-out, nats
+    drift_general: float | None  # nats per token
+    drift_target: float | None
+    target: float | None  # mean score of the target's tasks
+    general: float | None  # mean score of the general tasks
+    tasks: dict[str, float]  # score by task
+
+
+@dataclass(frozen=True)
+class Curve(RunKey):
+    """What a run has logged: by metric, pairs of step and value."""
+
+    metrics: dict[str, list[list[float]]]
+
+
+@dataclass(frozen=True)
+class WorstItems:
+    """The items with the largest loss of score, the worst first."""
+
+    objective: str | None  # None: of `eaft eval`
+    seed: int | None
+    step: int | None
+    items: list[Any]  # as `worst` in the results of `eaft eval`
+
+
+@dataclass(frozen=True)
+class Results(ResultsEntry):
+    """The results of a folder."""
+
+    results: Json  # results.json without `BY_ITEM`, and for a comparison without `runs`
+    points: list[Point]  # before each run's points comes the base model's
+    curves: list[Curve]
+    regressions: list[WorstItems]  # of each objective and seed; of `eaft eval`, one
 
 
 class Runs:
     """
-    What a folder holds of comparisons and evaluations.
+    The comparisons and evaluations that a folder holds.
 
     Args:
-        folder: one of them, or a folder with some in it.
+        folder: a comparison or evaluation, or a folder that has some below it.
     """
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder).resolve()
-        self.found = {self.name_of(place): place for place in find(self.folder, DEPTH)}
+        self.places = {self.name_of(place): place for place in find(self.folder, DEPTH)}
 
     def name_of(self, place: Path) -> str:
-        """Return a folder's path below ours; our own name if it is ours."""
-        return (
-            place.relative_to(self.folder).as_posix() if place != self.folder else self.folder.name
-        )
+        """Return a folder's path below the viewer's folder; the folder's own name for itself."""
+        if place == self.folder:
+            return self.folder.name
+        return place.relative_to(self.folder).as_posix()
 
     @property
     def names(self) -> list[str]:
         """The names that `run` takes."""
-        return list(self.found)
+        return list(self.places)
 
-    def list(self) -> list[Answer]:
-        """Return an entry for each, as said above."""
-        return [describe(name, place) for name, place in self.found.items()]
+    def entries(self) -> list[ResultsEntry]:
+        """Return an entry for each folder with results."""
+        return [describe(name, place) for name, place in self.places.items()]
 
-    def run(self, name: str) -> Answer:
-        """Return one of them, as said above."""
-        place = self.found[name]
-        about = describe(name, place)
-        if about["kind"] == "broken":
-            return {**about, "results": {}, "points": [], "curves": [], "regressions": []}
+    def run(self, name: str) -> Results:
+        """Return the results of a folder by its name."""
+        place = self.places[name]
+        entry = describe(name, place)
+        if entry.kind == "broken":
+            return Results(**vars(entry), results={}, points=[], curves=[], regressions=[])
         results = read_results(place)
-        if about["kind"] == "eval":
-            worst = [
-                {"objective": None, "seed": None, "step": None, "items": results.get("worst", [])}
-            ]
-            return {
-                **about,
-                "results": trimmed(results),
-                "points": [],
-                "curves": [],
-                "regressions": worst,
-            }
-        return {
-            **about,
-            "results": trimmed({name: value for name, value in results.items() if name != "runs"}),
-            "points": [point for run in results["runs"] for point in points(run, results)],
-            "curves": [curves(place, run) for run in results["runs"]],
-            "regressions": [regressions(place, choice, results) for choice in results["choices"]],
-        }
+        if entry.kind == "eval":
+            worst = WorstItems(None, None, None, results.get("worst", []))
+            return Results(
+                **vars(entry), results=trimmed(results), points=[], curves=[], regressions=[worst]
+            )
+        runs = results["runs"]
+        all_points: list[Point] = []
+        for run in runs:
+            all_points += points(run, results)
+        return Results(
+            **vars(entry),
+            results=trimmed({name: value for name, value in results.items() if name != "runs"}),
+            points=all_points,
+            curves=[curve(place, run) for run in runs],
+            regressions=[regressions(place, choice, results) for choice in results["choices"]],
+        )
 
 
 def find(folder: Path, depth: int) -> list[Path]:
     """
-    Return the folders with results, in order; links are not followed, nor folders below one with
-    results.
+    Return the folders with results, in order.
 
-    Results that cannot be read count where a file beside them says that they are ours.
+    It follows no links, and does not search below a folder with results. A folder whose results
+    cannot be read counts if one of `MARKS` is beside them.
+
+    Args:
+        folder: where to search.
+        depth: levels of folders below it that are searched.
     """
-    ours = (folder / RESULTS_FILE).is_file() and any((folder / name).is_file() for name in MARKS)
-    if ours or read_results(folder):
+    marked = any((folder / name).is_file() for name in MARKS)
+    if ((folder / RESULTS_FILE).is_file() and marked) or read_results(folder):
         return [folder]
     if not depth:
         return []
@@ -120,79 +167,78 @@ def find(folder: Path, depth: int) -> list[Path]:
         inner = sorted(Path(e.path) for e in os.scandir(folder) if e.is_dir(follow_symlinks=False))
     except OSError:
         return []
-    return [place for below in inner for place in find(below, depth - 1)]
+    places = []
+    for below in inner:
+        places += find(below, depth - 1)
+    return places
 
 
-def read_results(folder: Path) -> Answer:
-    """Return a folder's results; nothing if it has none of ours."""
-    found = read_json(folder, RESULTS_FILE)
-    names = found.keys() if isinstance(found, dict) else set()
-    return found if names >= COMPARISON or names >= EVALUATION else {}
+def read_results(folder: Path) -> Json:
+    """Return a folder's results; empty if it has none of ours."""
+    results = read_json(folder, RESULTS_FILE)
+    names = results.keys() if isinstance(results, dict) else set()
+    return results if names >= COMPARISON or names >= EVALUATION else {}
 
 
-def read_json(folder: Path, name: str) -> Any:
+def read_json(folder: Path, name: str) -> object:
     """
-    Return what a file in a folder holds; None if it is not there, no JSON, or elsewhere when links
-    are followed.
+    Return the content of a JSON file in a folder.
+
+    It is None if there is no such file, if it is not JSON, or if it is a link out of the folder.
     """
-    lines = read_lines(folder, name, whole=True)
-    return lines[0] if lines else None
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(read_text(folder, name))
+    return None
 
 
-def read_lines(folder: Path, name: str, whole: bool = False) -> list[Any]:
-    """Return what the lines of a file hold, or the file as one; nothing as in `read_json`."""
+def read_lines(folder: Path, name: str) -> list[Any]:
+    """
+    Return the lines of a JSON Lines file in a folder, without lines that are not JSON.
+
+    A killed run may leave half a line. Missing files and links are as in `read_json`.
+    """
+    lines = []
+    for line in read_text(folder, name).split("\n"):
+        with contextlib.suppress(ValueError, RecursionError):
+            lines.append(json.loads(line))
+    return lines
+
+
+def read_text(folder: Path, name: str) -> str:
+    """Return the text of a file in a folder; empty if it cannot be read or lies elsewhere."""
     file = folder / name
     try:
-        if not file.resolve().is_relative_to(folder.resolve()):
-            return []
-        text = file.read_text()
+        return file.read_text() if file.resolve().is_relative_to(folder.resolve()) else ""
     except (OSError, ValueError):
-        return []
-    found = []
-    for part in [text] if whole else text.split("\n"):
-        with contextlib.suppress(ValueError, RecursionError):  # a killed run leaves half a line
-            found.append(json.loads(part))
-    return found
+        return ""
 
 
-def describe(name: str, place: Path) -> Answer:
-    """Return what `list` says of a folder, also of results that cannot be read."""
+def describe(name: str, place: Path) -> ResultsEntry:
+    """Return the entry of a folder, also if its results cannot be read."""
     results = read_results(place)
     try:
         if results:
-            return entry(name, results)
+            return entry_of(name, results)
         reason = "it is truncated, or another version of eaft wrote it"
     except (KeyError, TypeError, AttributeError) as error:
         reason = f"another version of eaft wrote it, perhaps: {type(error).__name__}, {error}"
     sentence = (
         f"{place / RESULTS_FILE} cannot be read ({reason}). Give the command that wrote it again."
     )
-    return {"name": name, "kind": "broken", "sentence": sentence, "model": None, "base": None}
+    return ResultsEntry(name, "broken", sentence, model=None, base=None)
 
 
-def entry(name: str, results: Answer) -> Answer:
-    """Return what `list` says of one."""
+def entry_of(name: str, results: Json) -> ResultsEntry:
+    """Return the entry of results that can be read."""
     if "objectives" in results:
         base = results["recipe"]["train"].get("model_name_or_path")
-        return {
-            "name": name,
-            "kind": "compare",
-            "sentence": results["sentence"],
-            "model": base,
-            "base": base,
-        }
+        return ResultsEntry(name, "compare", results["sentence"], model=base, base=base)
     sentence = results["verdict"]["sentence"] if results.get("verdict") else None
-    return {
-        "name": name,
-        "kind": "eval",
-        "sentence": sentence,
-        "model": results["model"],
-        "base": results["base"],
-    }
+    return ResultsEntry(name, "eval", sentence, results["model"], results["base"])
 
 
 def trimmed(value: Any) -> Any:
-    """Return results without their lists by item; None for what is no number in JSON."""
+    """Return a JSON value without the lists `BY_ITEM`; NaN and infinity become None."""
     if isinstance(value, dict):
         return {k: trimmed(v) for k, v in value.items() if k not in BY_ITEM}
     if isinstance(value, float) and not math.isfinite(value):
@@ -200,66 +246,92 @@ def trimmed(value: Any) -> Any:
     return [trimmed(v) for v in value] if isinstance(value, list) else value
 
 
-def points(run: Answer, results: Answer) -> list[Answer]:
-    """Return the base model's point and a run's."""
-    held = {"run": run["folder"], **{name: run[name] for name in HELD[1:]}}
-    found = []
-    for point in [results["base"]["point"], *run["points"]]:
-        tasks = {task: value["mean"] for task, value in point["tasks"].items()}
-        means = {
-            group: sum(tasks[name] for name in names) / len(names)
-            if set(names) <= tasks.keys()
-            else None
-            for group, names in results["groups"].items()
-        }
-        drift = {
-            f"drift_{kind}": point["drift"].get(kind, {}).get("mean")
-            for kind in ("general", "target")
-        }
-        nll = None if point["nll"] is None else point["nll"]["mean"]
-        found.append(
-            {
-                **held,
-                "step": point["step"],
-                "epoch": point["epoch"],
-                "nll": nll,
-                **drift,
-                **means,
-                "tasks": tasks,
-            }
-        )
-    return found
+def key_of(run: Json) -> RunKey:
+    """Return which run something belongs to."""
+    return RunKey(
+        run=run["folder"],
+        objective=run["objective"],
+        seed=run["seed"],
+        learning_rate=run["learning_rate"],
+        chosen=run["chosen"],
+    )
 
 
-def curves(place: Path, run: Answer) -> Answer:
-    """Return what a run has logged, by metric."""
+def points(run: Json, results: Json) -> list[Point]:
+    """Return the base model's point and the points of a run."""
+    key, groups = key_of(run), results["groups"]
+    return [point_of(key, point, groups) for point in [results["base"]["point"], *run["points"]]]
+
+
+def point_of(key: RunKey, point: Json, groups: dict[str, list[str]]) -> Point:
+    """
+    Return a measured checkpoint.
+
+    Args:
+        key: of its run.
+        point: as results.json has it.
+        groups: the tasks of the groups `target` and `general`.
+    """
+    tasks = {task: score["mean"] for task, score in point["tasks"].items()}
+    drift = point["drift"]
+    return Point(
+        **vars(key),
+        step=point["step"],
+        epoch=point["epoch"],
+        nll=None if point["nll"] is None else point["nll"]["mean"],
+        drift_general=drift.get("general", {}).get("mean"),
+        drift_target=drift.get("target", {}).get("mean"),
+        target=mean_score(tasks, groups.get("target")),
+        general=mean_score(tasks, groups.get("general")),
+        tasks=tasks,
+    )
+
+
+def mean_score(tasks: dict[str, float], names: list[str] | None) -> float | None:
+    """Return the mean score of some tasks; None if one of them was not measured."""
+    if not names or not set(names) <= tasks.keys():
+        return None
+    return sum(tasks[name] for name in names) / len(names)
+
+
+def curve(place: Path, run: Json) -> Curve:
+    """Return what a run has logged."""
     metrics: dict[str, list[list[float]]] = {}
     for line in read_lines(place, f"{run['folder']}/metrics.jsonl"):
         for name, value in line.items():
             if isinstance(value, int | float) and math.isfinite(value) and name != "step":
                 metrics.setdefault(name, []).append([line["step"], value])
-    return {"run": run["folder"], **{name: run[name] for name in HELD[1:]}, "metrics": metrics}
+    return Curve(**vars(key_of(run)), metrics=metrics)
 
 
-def regressions(place: Path, choice: Answer, results: Answer) -> Answer:
-    """Return the worst regressions of what an objective chose, from the items that were kept."""
-    view = "chosen" if "chosen" in choice["steps"] else "last"
-    step = choice["steps"][view]
-    keys = ("objective", "seed", "learning_rate")
-    run = next(
-        (r["folder"] for r in results["runs"] if all(r[key] == choice[key] for key in keys)), None
-    )
+def regressions(place: Path, choice: Json, results: Json) -> WorstItems:
+    """Return the worst items of the checkpoint that an objective chose."""
+    step = choice["steps"]["chosen" if "chosen" in choice["steps"] else "last"]
+    folder = chosen_folder(choice, results)
     base: dict[str, list[Item]] = {}
     tuned: dict[str, list[Item]] = {}
-    for name in [name for names in results["groups"].values() for name in names] if run else []:
-        file = f"{Path(name).stem}.jsonl"
-        folders = "base/items", f"{run}/items/step-{step}"
-        sides = [read_lines(place, f"{folder}/{file}") for folder in folders]
-        if len(sides[0]) == len(sides[1]) > 0:
-            with contextlib.suppress(EAFTError):  # another version's
-                base[name], tuned[name] = (check(list[Item], side, file) for side in sides)
+    if folder is not None:
+        for names in results["groups"].values():
+            for name in names:
+                file = f"{Path(name).stem}.jsonl"
+                of_base = read_lines(place, f"base/items/{file}")
+                of_tuned = read_lines(place, f"{folder}/items/step-{step}/{file}")
+                if not of_base or len(of_base) != len(of_tuned):
+                    continue
+                with contextlib.suppress(EAFTError):  # another version wrote them
+                    base[name], tuned[name] = (
+                        check(list[Item], items, file) for items in (of_base, of_tuned)
+                    )
     worst: list[Regression] = []
     with contextlib.suppress(EAFTError):  # the items are of two evaluations
         worst = worst_regressions(base, tuned)
-    items = as_json(worst)
-    return {"objective": choice["objective"], "seed": choice["seed"], "step": step, "items": items}
+    return WorstItems(choice["objective"], choice["seed"], step, as_json(worst))
+
+
+def chosen_folder(choice: Json, results: Json) -> str | None:
+    """Return the folder of the run that an objective chose."""
+    keys = ("objective", "seed", "learning_rate")
+    for run in results["runs"]:
+        if all(run[key] == choice[key] for key in keys):
+            return str(run["folder"])
+    return None

@@ -123,7 +123,7 @@ def make_app(name: str, queries: Queries | None, runs: Runs, port: int, token: s
         inspected("concordance", (*NAMES, *PAGING, "group"), concordance),
         inspected("export/examples.jsonl", NAMES, export_examples),
         inspected("export/tokens.csv", NAMES, export_tokens),
-        route("runs", (), lambda request: runs.list()),
+        route("runs", (), lambda request: runs.entries()),
         route("run", ("name",), lambda request: runs.run(run_name(runs, request))),
         Mount("/page", StaticFiles(directory=PAGE, check_dir=False)),
     ]
