@@ -177,7 +177,7 @@ def read_results(folder: Path) -> Json:
     """Return a folder's results; empty if it has none of ours."""
     results = read_json(folder, RESULTS_FILE)
     names = results.keys() if isinstance(results, dict) else set()
-    return results if names >= COMPARISON or names >= EVALUATION else {}
+    return results if names >= COMPARISON or names >= EVALUATION else {}  # type: ignore[return-value]
 
 
 def read_json(folder: Path, name: str) -> object:
