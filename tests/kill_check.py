@@ -19,6 +19,7 @@ import torch
 
 import eaft.evaluation.report
 import eaft.evaluation.verdict
+import eaft.training.arguments
 import eaft.training.train
 import eaft.tuning.tune  # noqa: F401
 from eaft import cli
