@@ -81,7 +81,12 @@ def main() -> None:
     from eaft.evaluation.measured_model import read_jsonl
     from eaft.evaluation.scores import load_tokenizer
     from eaft.inspection.score.examples import Examples
-    from eaft.inspection.score.scorer import BATCH_TOKENS, GPU_BATCH_TOKENS, Scorer, Settings
+    from eaft.inspection.score.model import (
+        BATCH_TOKENS,
+        GPU_BATCH_TOKENS,
+        ScoringModel,
+        Settings,
+    )
     from eaft.models import resolve_model
     from eaft.provenance import environment, write_json
     from eaft.training.arguments import parse
@@ -102,7 +107,7 @@ def main() -> None:
     rows = read_jsonl(flags.data)[: flags.rows]
     configs, *_ = parse(named([model, "rows"]), make_parser())
     _, args, model_args, *_ = configs
-    scorer = Scorer(model, Settings(args, model_args))
+    scorer = ScoringModel(model, Settings(args, model_args))
     budget = GPU_BATCH_TOKENS if scorer.device.type == "cuda" else BATCH_TOKENS
     results: dict[str, Any] = {
         "model": "SmolLM2-135M-Instruct",

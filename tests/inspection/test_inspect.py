@@ -26,6 +26,7 @@ from eaft.inspection import inspect
 from eaft.inspection.folder import BASE, STATISTICS, Inspection
 from eaft.inspection.run_file import ScoredModel
 from eaft.inspection.score import rollouts
+from eaft.inspection.score import run as score_run
 from eaft.inspection.summary import ROLLOUTS
 from eaft.inspection.vocabulary import Vocabulary
 from eaft.models import resolve_model
@@ -41,7 +42,7 @@ CPU = ["--use_cpu", "--bf16", "false"]
 def alone(monkeypatch):
     """Only scoring: what is found is tested elsewhere."""
     monkeypatch.setattr(inspect, "conclude", lambda folder: None)
-    monkeypatch.setattr(inspect, "keep_top_k_curve", lambda job, scorer: None)
+    monkeypatch.setattr(score_run, "keep_top_k_curve", lambda job, model: None)
 
 
 def write_rows(file, rows):
@@ -286,10 +287,10 @@ def test_any_process_says_what_is_wrong_with_its_rows(
     job = SimpleNamespace(
         examples=SimpleNamespace(**shards), file=lambda model, shard: tmp_path / "none"
     )
-    monkeypatch.setattr(inspect, "processes", lambda: second)
-    monkeypatch.setattr(inspect, "score_shard", refuse)
+    monkeypatch.setattr(score_run, "processes", lambda: second)
+    monkeypatch.setattr(score_run, "score_shard", refuse)
     with pytest.raises(NonFiniteError):
-        inspect.score_model(job, ScoredModel(BASE, "m"), SimpleNamespace(get=lambda: None), None)
+        score_run.score_model(job, ScoredModel(BASE, "m"), SimpleNamespace(get=lambda: None), None)
     assert "error: not finite in row 7" in capsys.readouterr().err
 
 
@@ -379,7 +380,7 @@ def test_rollouts_are_the_models_own_answers(model_dir, tokenizer, tmp_path, alo
         )
         assert (example["digest"], example["messages"]) == (row_digest(row), None)
     assert run(*flags, out) == 0  # nothing is sampled or scored again
-    monkeypatch.setattr(inspect, "Scorer", None)
+    monkeypatch.setattr(score_run, "ScoringModel", None)
     assert run(*flags, out) == 0
 
     # vLLM needs a GPU: a stand-in for lm-eval's model of it
@@ -389,7 +390,7 @@ def test_rollouts_are_the_models_own_answers(model_dir, tokenizer, tmp_path, alo
 
     monkeypatch.undo()
     monkeypatch.setattr(inspect, "conclude", lambda folder: None)
-    monkeypatch.setattr(inspect, "keep_top_k_curve", lambda job, scorer: None)
+    monkeypatch.setattr(score_run, "keep_top_k_curve", lambda job, model: None)
     vllm = SimpleNamespace(
         SamplingParams=lambda **given: SimpleNamespace(**given), __spec__="found"
     )
@@ -411,8 +412,9 @@ def test_sampled_logits_are_the_models(model_dir, tokenizer, monkeypatch):
 
     from eaft.commands.inspect import make_parser, named
     from eaft.evaluation.scores import load_tokenizer
-    from eaft.inspection.score import scorer as scoring
+    from eaft.inspection.score import curve
     from eaft.inspection.score.examples import Examples
+    from eaft.inspection.score.model import ScoringModel, Settings
     from eaft.training.arguments import parse
     from eaft.training.prepare import prepare_rows
 
@@ -421,10 +423,10 @@ def test_sampled_logits_are_the_models(model_dir, tokenizer, monkeypatch):
     examples = Examples(
         prepare_rows(load_tokenizer(str(model_dir)), args, dataset), dataset, "rows", []
     )
-    scorer = scoring.Scorer(str(model_dir), scoring.Settings(args, model_args))
-    monkeypatch.setattr(scoring, "SAMPLE_TOKENS", 11)
-    monkeypatch.setattr(scoring, "SAMPLE_EXAMPLES", 4)
-    logits = scoring.sample_logits(scorer, examples, seed=0)
+    model = ScoringModel(str(model_dir), Settings(args, model_args))
+    monkeypatch.setattr(curve, "SAMPLE_TOKENS", 11)
+    monkeypatch.setattr(curve, "SAMPLE_EXAMPLES", 4)
+    logits = curve.sample_logits(model, examples, seed=0)
     assert logits.shape == (11, 264)
     rows = []
     for i in (0, 2, 5, 7):  # spread evenly
@@ -438,7 +440,7 @@ def test_sampled_logits_are_the_models(model_dir, tokenizer, monkeypatch):
     distances = torch.cdist(logits, torch.cat(rows), compute_mode="donot_use_mm_for_euclid_dist")
     assert (distances.amin(1) < 1e-3).all()
     assert len(distances.argmin(1).unique()) == 11
-    assert torch.equal(scoring.sample_logits(scorer, examples, seed=0), logits)
+    assert torch.equal(curve.sample_logits(model, examples, seed=0), logits)
 
 
 def test_what_is_refused(model_dir, tmp_path, alone, capsys, monkeypatch):

@@ -397,7 +397,7 @@ def test_links_that_lead_out_are_not_followed(folder, tmp_path):
 MESSAGES = {
     "missing": "is missing",
     "cut": "cannot be read",
-    "other rows": "its rows are not those of",
+    "other rows": "its rows differ from those of",
 }
 
 
@@ -558,13 +558,13 @@ def test_what_cannot_be_served_is_one_message(tmp_path, capsys, monkeypatch):
     with listen(None) as taken:
         port = str(taken.getsockname()[1])
         for flags, message in (
-            ([tmp_path / "none"], "is no folder"),
+            ([tmp_path / "none"], "is not a folder"),
             ([tmp_path / "empty"], "holds nothing that `eaft inspect`, `compare` or `eval` wrote"),
             ([tmp_path], "holds several inspections (a, b): give one of them"),
             ([unfinished], "give its `eaft inspect` command again"),
             ([folder, "--port", port], f"--port {port} cannot be used"),
             ([folder, "--port", "99999"], "--port 99999 cannot be used"),
-            ([folder, "--token", "a&b"], "--token: letters, digits"),
+            ([folder, "--token", "a&b"], "--token: use only letters, digits"),
         ):
             assert cli.main(["view", *map(str, flags)]) == 2
             assert message in capsys.readouterr().err

@@ -1,3 +1,1 @@
-"""
-Data seen through a model: scored once and kept, what is found in it, and a page to look around.
-"""
+"""`eaft inspect` and `eaft view`: data scored by a model, a report on it, and a page to explore."""

@@ -1,1 +1,1 @@
-"""What the tables say: checks, conflicts, advice, pictures and the report."""
+"""Reads the tables: checks, conflicts, advice, pictures and the report."""

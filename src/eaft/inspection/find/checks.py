@@ -143,7 +143,7 @@ class Checks:
 
 
 def check(inspection: Inspection) -> list[CheckResult]:
-    """Return the checks of the data, and what was found in the chat template before scoring."""
+    """Return the checks of the data, and the findings about its chat template."""
     checks = Checks(Vocabulary(inspection))
     for example, tokens in with_tokens(inspection):
         if example["origin"] == DATA:

@@ -1,5 +1,5 @@
 """
-What the tables say: the content of summary.json.
+Makes the content of summary.json from the tables.
 
 It takes two passes over the base model's tokens and one over each other model's. Memory holds sums
 by token id, source and origin, and a few bytes for each example. Sums are in float64.

@@ -1,3 +1,1 @@
-"""
-Data through a model: tokens, their statistics, and the model's own answers, written as tables.
-"""
+"""Scores data with models, and writes the tokens, their statistics and the examples as tables."""

@@ -1,4 +1,4 @@
-"""Which models `--compare` names: a model, an adapter, or the checkpoints of a training run."""
+"""The models that `--compare` names: a model, an adapter, or a training run's checkpoints."""
 
 from __future__ import annotations
 
@@ -19,58 +19,67 @@ def find_compared(
     others: list[str], base: str, tokenizer: Any, model_args: dict[str, Any]
 ) -> list[ScoredModel]:
     """
-    Return the models that `--compare` names, in order, each with a name of its own that is a
-    folder's.
+    Return the models that `--compare` names, in order, each with a unique name.
 
-    Of a training run's folder these are its complete checkpoints, each with its step, and its final
-    model if there is one and no checkpoint of the same step.
+    A training run's folder stands for its complete checkpoints, each with its step. Its final model
+    follows if there is one and no checkpoint has the same step.
 
     Args:
         others: Hub ids, folders (also of adapters or runs), GGUF files.
-        base: the model they are compared with, as it is loaded.
-        tokenizer: the base model's.
+        base: the base model, as it is loaded.
+        tokenizer: of the base model.
         model_args: `trust_remote_code`.
 
     Raises:
-        ConfigurationError: there is no such model, or it has another vocabulary.
+        ConfigurationError: there is no such model, or its vocabulary differs.
     """
-    found: list[ScoredModel] = []
+    models: list[ScoredModel] = []
     names = {BASE}
     for other in others:
-        for name, model, step in expand(other):
-            name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "model"
-            unique, n = name, 1
-            while unique.lower() in names:
-                n += 1
-                unique = f"{name}-{n}"
-            names.add(unique.lower())  # some file systems do not tell a from A
-            model = find_model(model, model_args)
+        for candidate in expand(other):
+            name = unique_name(candidate.name, names)
+            names.add(name.lower())
+            model = find_model(candidate.model, model_args)
             check_vocabulary(model, base, tokenizer, model_args)
-            found.append(ScoredModel(unique, model, step))
-    return found
+            models.append(ScoredModel(name, model, candidate.step))
+    return models
 
 
-def expand(other: str) -> list[tuple[str, str, int | None]]:
-    """Return the name, the place and the step of each model that one `--compare` means."""
+def unique_name(name: str, taken: set[str]) -> str:
+    """
+    Return a name that can be a folder and differs from the names that are taken.
+
+    Args:
+        name: of a model.
+        taken: names in lower case, since some file systems do not distinguish capitals.
+    """
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "model"
+    unique, n = name, 1
+    while unique.lower() in taken:
+        n += 1
+        unique = f"{name}-{n}"
+    return unique
+
+
+def expand(other: str) -> list[ScoredModel]:
+    """Return the models that one value of `--compare` means."""
     folder = Path(other).expanduser()
-    name = (
-        folder.stem
-        if folder.suffix == ".gguf"
-        else folder.resolve().name
-        if folder.is_dir()
-        else folder.name
-    )
+    name = folder.name
+    if folder.suffix == ".gguf":
+        name = folder.stem
+    elif folder.is_dir():
+        name = folder.resolve().name
     checkpoints = {step_of(path): path for path in folder.glob("checkpoint-*") if is_complete(path)}
     if not checkpoints:
-        return [(name, other, step_of(folder) if is_complete(folder) else None)]
-    found: list[tuple[str, str, int | None]]
-    found = [
-        (f"{name}-checkpoint-{step}", str(path), step) for step, path in sorted(checkpoints.items())
+        return [ScoredModel(name, other, step_of(folder) if is_complete(folder) else None)]
+    models = [
+        ScoredModel(f"{name}-checkpoint-{step}", str(path), step)
+        for step, path in sorted(checkpoints.items())
     ]
     last = final_step(folder, max(checkpoints))
     if last not in checkpoints and ((folder / "config.json").is_file() or adapter_of(str(folder))):
-        found.append((name, str(folder), last))
-    return found
+        models.append(ScoredModel(name, str(folder), last))
+    return models
 
 
 def step_of(checkpoint: Path) -> int:
@@ -79,7 +88,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def final_step(folder: Path, otherwise: int) -> int:
-    """Return the step that a run ended at, as `eaft train` notes it."""
+    """Return the step at which a run ended, from its run.json; `otherwise` without run.json."""
     try:
         return int(json.loads((folder / "run.json").read_text())["result"]["steps"])
     except (OSError, ValueError, KeyError):
@@ -87,13 +96,13 @@ def final_step(folder: Path, otherwise: int) -> int:
 
 
 def check_vocabulary(model: str, base: str, tokenizer: Any, model_args: dict[str, Any]) -> None:
-    """Refuse a model whose tokens are not those of the base model's tokenizer."""
+    """Refuse a model whose vocabulary differs from the base model's."""
     try:
         same = load_tokenizer(model, model_args).get_vocab() == tokenizer.get_vocab()
-    except ConfigurationError:  # saved without one: its size must do
+    except ConfigurationError:  # saved without a tokenizer: compare the sizes
         same = text_config(model, model_args).vocab_size == text_config(base, model_args).vocab_size
     if not same:
         raise ConfigurationError(
-            f"compare={model!r} has another vocabulary than {base!r}: their tokens cannot be"
-            " compared. Inspect it by itself, into another --output_dir."
+            f"compare={model!r} has another vocabulary than {base!r}, so their tokens cannot be"
+            " compared. Inspect it without --compare, with another --output_dir."
         )

@@ -11,12 +11,43 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from eaft.inspection.score.examples import Examples
+from eaft.inspection.score.model import ScoringModel
 from eaft.inspection.summary import TopKRow
 from eaft.objective.statistics import entropy_from_log_probs
 
 KS = (2, 5, 10, 20, 50, 100, 200, 500, 1000)
 REPEATS = 3
 BLOCK = 256  # tokens at a time, whatever K
+# The sample of logits: tokens, examples that they are from, and elements of all logits
+SAMPLE_TOKENS, SAMPLE_EXAMPLES, SAMPLE_LOGITS = 2048, 64, 10**8
+
+
+def sample_logits(model: ScoringModel, examples: Examples, seed: int) -> Tensor:
+    """
+    Return the logits of labelled tokens from examples that are spread evenly over the data.
+
+    Args:
+        model: that computes them.
+        examples: of the data.
+        seed: of the choice of tokens within an example.
+
+    Returns:
+        `[n, V]`, float32, on the CPU.
+    """
+    left = min(SAMPLE_TOKENS, max(1, SAMPLE_LOGITS // model.vocab_size))
+    rng, logits = np.random.default_rng(seed), []
+    rows = np.flatnonzero(examples.labelled)
+    spread = np.linspace(0, len(rows) - 1, min(len(rows), SAMPLE_EXAMPLES)).round().astype(int)
+    candidates = rows[spread].tolist()
+    for done, i in enumerate(candidates):
+        tokens = examples.tokens(range(i, i + 1))
+        positions = np.flatnonzero(tokens.labelled)
+        share = min(len(positions), -(-left // (len(candidates) - done)))
+        chosen = np.sort(rng.choice(positions, share, replace=False))
+        logits.append(model.logits(tokens.ids.tolist(), chosen))
+        left -= share
+    return torch.cat(logits)
 
 
 def top_k_curve(logits: Tensor, ks: tuple[int, ...] = KS) -> list[TopKRow]:

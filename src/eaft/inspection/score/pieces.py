@@ -1,4 +1,4 @@
-"""The text of each token, so that an example's text is that of its tokens, one after another."""
+"""The text of each token, chosen so that an example's text is the tokens' texts joined."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import Any
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-BYTES = {
-    character: byte for byte, character in bytes_to_unicode().items()
-}  # how byte-level BPE writes a byte
-BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # how byte fallback writes one
+# The character that byte-level BPE writes for a byte, and the byte
+BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # what byte fallback writes for a byte
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -21,9 +20,8 @@ class Pieces:
     """
     The bytes of a tokenizer's tokens.
 
-    A token's text is what the tokenizer decodes it to after another token, so that a space it
-    begins with is kept. A token that holds part of a character has bytes alone, which its name
-    tells.
+    A token's text is what the tokenizer decodes it to after another token, which keeps a leading
+    space. A token that holds part of a character has no text; its name tells its bytes.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -39,37 +37,38 @@ class Pieces:
         }
 
     def decode(self, ids: list[int]) -> str:
-        """Return the tokenizer's text of some tokens, special ones included."""
+        """Return the tokenizer's text of some tokens, with special tokens."""
         return self.tokenizer.decode(
             ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
 
     def find_bytes(self, token_id: int) -> bytes:
         """
-        Return a token's bytes, UTF-8 but where it is part of a character; `bytes_of` remembers
-        them.
+        Return a token's bytes, which are UTF-8 unless the token is part of a character.
+
+        `bytes_of` is the same with a cache.
         """
         name = self.tokenizer.convert_ids_to_tokens(token_id) if token_id in self.known else None
-        if name is None:  # a row of the head that no token belongs to
+        if name is None:  # a row of the head without a token
             return f"<id {token_id}>".encode()
         text = self.decode([*self.before, token_id])[self.skip :]
         if REPLACEMENT in text:
-            if found := BYTE_TOKEN.fullmatch(name):
-                return bytes([int(found[1], 16)])
+            if match := BYTE_TOKEN.fullmatch(name):
+                return bytes([int(match[1], 16)])
             if all(character in BYTES for character in name):
                 return bytes(BYTES[character] for character in name)
         return text.encode(errors="replace")
 
     def text(self, token_id: int) -> str:
-        """Return a token's text; bytes that are no whole character are shown, as `<0xE2>`."""
+        """Return a token's text; bytes that are no whole character are shown as `<0xE2>`."""
         return self.bytes_of(token_id).decode(errors="eaft-show")
 
     def join(self, ids: Iterable[int]) -> tuple[str, list[int]]:
         """
-        Return the text of an example's tokens, and the characters of it up to each token's end.
+        Return the text of an example's tokens, and where each token ends in it, in characters.
 
-        Of a character split over several tokens all but the last have the end of the character
-        before it. Bytes that are no character become U+FFFD.
+        If several tokens share a character, only the last one ends after it; the others end before
+        it. Bytes that are no character become U+FFFD.
         """
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         parts, ends, end = [], [], 0
@@ -85,7 +84,7 @@ class Pieces:
 
 
 def show_bytes(error: UnicodeError) -> tuple[str, int]:
-    """Show the bytes that cannot be decoded."""
+    """Replace bytes that cannot be decoded with `<0xE2>`."""
     assert isinstance(error, UnicodeDecodeError)
     return "".join(f"<0x{byte:02X}>" for byte in error.object[error.start : error.end]), error.end
 

@@ -1,1 +1,1 @@
-"""The page of `eaft view`: questions answered from the tables, and the server."""
+"""The page of `eaft view`, its server, and the queries that it answers from the tables."""

@@ -1,4 +1,4 @@
-"""Which labelled tokens a question is about, as a request's address says it."""
+"""A selection of labelled tokens, as a request's address says it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from eaft.inspection.view.tables import Tables
 
 Range = tuple[float | None, float | None]
 
+# The parameters of a selection
 NAMES = (
     "origin",
     "model",
@@ -25,71 +26,71 @@ NAMES = (
     "search",
     "box",
     "token",
-)  # of a selection's parameters
+)
 LARGEST = 2**31 - 1  # ids and offsets are int32
 MOST_CHARACTERS = 1000  # of a search
 
 
 class RequestError(EAFTError):
-    """A question that cannot be answered as it is put; the message says why."""
+    """A request that cannot be answered; the message says why."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Labelled tokens: of which examples, under which model, and where in the plane."""
+    """Labelled tokens of some examples, under one model, in a part of the plane."""
 
     origin: str = DATA
     model: str = BASE
-    sources: tuple[str, ...] = ()  # none: all
+    sources: tuple[str, ...] = ()  # empty: all sources
     row: int | None = None  # of the data set
-    nll: Range = (None, None)  # of the example under the model: mean nll, nats; both ends are in
-    conflict: Range = (
-        None,
-        None,
-    )  # of the example under the model: share of its tokens that are conflicts
-    search: str = ""  # in the example's text, whatever the case
-    box: tuple[float, float, float, float] | None = (
-        None  # entropy from, to (nats), probability from, to
-    )
+    # The example's mean nll under the model, nats; a range includes both ends
+    nll: Range = (None, None)
+    # The share of the example's tokens that are conflicts under the model
+    conflict: Range = (None, None)
+    search: str = ""  # in the example's text; capitals do not matter
+    # Entropy from, to (nats), probability from, to
+    box: tuple[float, float, float, float] | None = None
     token: int | None = None  # the label's id
 
     @property
     def filters_examples(self) -> bool:
-        """Whether it is of certain examples, beside their origin and source."""
+        """Whether it selects examples by more than their origin and source."""
         return bool(self.search) or any(
             end is not None for end in (self.row, *self.nll, *self.conflict)
         )
 
     @property
     def whole(self) -> Selection:
-        """The same examples, whatever their tokens."""
+        """The selection of all tokens of the same examples."""
         return replace(self, box=None, token=None)
 
 
-def read_selection(given: QueryParams, tables: Tables) -> Selection:
+def read_selection(params: QueryParams, tables: Tables) -> Selection:
     """
-    Return the selection that a request is about; raises `RequestError` for what is not in the data.
+    Return the selection that a request is about.
+
+    Raises:
+        RequestError: a value has another form, or names what the data does not have.
     """
-    search = given.get("search", "")
+    search = params.get("search", "")
     if len(search) > MOST_CHARACTERS or "\0" in search:
         raise RequestError(f"search: at most {MOST_CHARACTERS} characters of text.")
+    sources = {one_of("source", source, tables.sources) for source in params.getlist("source")}
     return Selection(
-        origin=one_of("origin", given.get("origin", DATA), tables.origins),
-        model=one_of("model", given.get("model", BASE), tables.names),
-        sources=tuple(
-            sorted({one_of("source", source, tables.sources) for source in given.getlist("source")})
-        ),
-        row=whole("row", given["row"], 0, LARGEST) if "row" in given else None,
-        nll=ends("nll", given.get("nll", ",")),
-        conflict=ends("conflict", given.get("conflict", ",")),
+        origin=one_of("origin", params.get("origin", DATA), tables.origins),
+        model=one_of("model", params.get("model", BASE), tables.names),
+        sources=tuple(sorted(sources)),
+        row=whole("row", params["row"], 0, LARGEST) if "row" in params else None,
+        nll=ends("nll", params.get("nll", ",")),
+        conflict=ends("conflict", params.get("conflict", ",")),
         search=search,
-        box=box(given["box"]) if "box" in given else None,
-        token=whole("token", given["token"], 0, LARGEST) if "token" in given else None,
+        box=box(params["box"]) if "box" in params else None,
+        token=whole("token", params["token"], 0, LARGEST) if "token" in params else None,
     )
 
 
 def number(name: str, text: str) -> float:
-    """Return a finite number; raises `RequestError`."""
+    """Return a finite number; raises `RequestError` for other text."""
     try:
         value = float(text)
     except ValueError:
@@ -100,7 +101,7 @@ def number(name: str, text: str) -> float:
 
 
 def whole(name: str, text: str, least: int, most: int) -> int:
-    """Return a whole number within bounds; raises `RequestError`."""
+    """Return a whole number from `least` to `most`; raises `RequestError` for other text."""
     try:
         value = int(text)
     except ValueError:
@@ -111,7 +112,7 @@ def whole(name: str, text: str, least: int, most: int) -> int:
 
 
 def one_of(name: str, text: str, known: Iterable[str]) -> str:
-    """Return a name that is known; raises `RequestError`."""
+    """Return a known name; raises `RequestError` for other text."""
     if text not in known:
         raise RequestError(f"{name}={text[:50]!r} is unknown.{nearest(text[:50], known)}")
     return text
@@ -119,21 +120,23 @@ def one_of(name: str, text: str, known: Iterable[str]) -> str:
 
 def ends(name: str, text: str) -> Range:
     """
-    Return the two ends of a range, `low,high`, either of which may be left out; raises
-    `RequestError`.
+    Return the two ends of a range `low,high`; either may be left out.
+
+    Raises:
+        RequestError: the text has another form.
     """
     parts = text.split(",")
     if len(parts) != 2:
         raise RequestError(
-            f"{name}={text[:50]!r}: expected two numbers with a comma, either of which may be left"
-            " out."
+            f"{name}={text[:50]!r}: expected two numbers with a comma between them; either may be"
+            " left out."
         )
     low, high = (number(name, part) if part else None for part in parts)
     return low, high
 
 
 def box(text: str) -> tuple[float, float, float, float]:
-    """Return a box's four sides; raises `RequestError`."""
+    """Return a box's four sides; raises `RequestError` for other text."""
     parts = text.split(",")
     if len(parts) != 4:
         raise RequestError(

@@ -1,6 +1,4 @@
-"""
-`eaft view`: a page on this machine to look around in what `inspect`, `compare` or `eval` wrote.
-"""
+"""Serves the page of `eaft view` to this machine."""
 
 from __future__ import annotations
 
@@ -15,17 +13,23 @@ from pathlib import Path
 from eaft.errors import ConfigurationError
 
 PORT = 8765
-TRIED = 100  # ports, from that one on
+TRIED = 100  # ports from `PORT` on
 
 
 def view(
     folder: Path, port: int | None = None, token: str | None = None, browser: bool = True
 ) -> None:
     """
-    Serve a folder until interrupted.
+    Serve a folder until Ctrl-C.
+
+    Args:
+        folder: that `eaft inspect`, `compare` or `eval` wrote, or that has such folders below it.
+        port: None for the first free one from `PORT` on.
+        token: that the address must have; None for a new one.
+        browser: whether to open the browser.
 
     Raises:
-        ConfigurationError: nothing can be looked at in the folder, or the port is taken.
+        ConfigurationError: the folder has nothing to show, or the port is taken.
     """
     import torch
     import uvicorn
@@ -40,14 +44,15 @@ def view(
     token = token or secrets.token_urlsafe()
     if not (token.isascii() and token.replace("-", "").replace("_", "").isalnum()):
         raise ConfigurationError(
-            "--token: letters, digits, - and _ only, since it is part of an address."
+            "--token: use only letters, digits, - and _, since it is part of an address."
         )
     if not folder.is_dir():
-        raise ConfigurationError(f"{str(folder)!r} is no folder.")
+        raise ConfigurationError(f"{str(folder)!r} is not a folder.")
     runs, inspected = Runs(folder), find_inspection(folder)
     if inspected is None and not runs.names:
         raise ConfigurationError(
-            f"{str(folder)!r} holds nothing that `eaft inspect`, `compare` or `eval` wrote."
+            f"{str(folder)!r} holds nothing that `eaft inspect`, `compare` or `eval` wrote: give"
+            " the folder that one of them wrote."
         )
     with contextlib.ExitStack() as stack:
         listening = stack.enter_context(listen(port))
@@ -78,20 +83,20 @@ def view(
 
 def find_inspection(folder: Path) -> Path | None:
     """
-    Return the inspection that a folder is, or holds; None if there is none.
+    Return the inspection in a folder or up to two levels below it; None if there is none.
 
     Raises:
-        ConfigurationError: it holds several.
+        ConfigurationError: there are several.
     """
     home = folder.resolve()
-    if (home / "tokens").is_dir():  # even if it is not finished, which is then said
+    if (home / "tokens").is_dir():  # `Inspection` says if it is not finished
         return home
 
     def look(pattern: str) -> list[Path]:
-        """Return the folders in it; links that lead out of it are not followed."""
-        found = [file.resolve().parent for file in folder.glob(f"{pattern}examples.parquet")]
+        """Return the inspections at a pattern, without links that lead out of the folder."""
+        places = [file.resolve().parent for file in folder.glob(f"{pattern}examples.parquet")]
         return sorted(
-            place for place in found if place.is_relative_to(home) and (place / "tokens").is_dir()
+            place for place in places if place.is_relative_to(home) and (place / "tokens").is_dir()
         )
 
     inspections = look("*/") + look("*/*/")
@@ -105,7 +110,7 @@ def find_inspection(folder: Path) -> Path | None:
 
 def check_packages() -> None:
     """
-    Find out what is not installed.
+    Check that the packages of the viewer are installed.
 
     Raises:
         ConfigurationError: a package is missing.
@@ -117,15 +122,16 @@ def check_packages() -> None:
 
 def listen(port: int | None) -> socket.socket:
     """
-    Return a socket that listens on the loopback address: at a port, or the first that is free from
-    `PORT` on.
+    Return a socket that listens on the loopback address.
+
+    Args:
+        port: None for the first free one from `PORT` on.
 
     Raises:
-        ConfigurationError: there is none, or that one is taken.
+        ConfigurationError: the port is taken, or none is free.
     """
     for candidate in range(PORT, PORT + TRIED) if port is None else [port]:
-        # Named TCP, so that asyncio turns Nagle's algorithm off: it would hold small answers back
-        # for 40 ms
+        # With IPPROTO_TCP, asyncio turns Nagle's algorithm off, which delays small answers by 40 ms
         listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -139,6 +145,6 @@ def listen(port: int | None) -> socket.socket:
 
 
 def progress(line: str) -> None:
-    """Show how far the reading is, on one line of the terminal."""
+    """Show a line in the place of the last one, if this is a terminal."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)

@@ -1,10 +1,9 @@
 """
-An inspection's labelled tokens and its examples as DuckDB tables in memory, for the viewer's
-queries.
+The labelled tokens and the examples of an inspection as DuckDB tables in memory.
 
-Everything is read from Parquet once, at the start: DuckDB itself opens no file. What follows from a
-token's statistics (probability, gradient's norm, conflict, bins of the plane) is computed by
-`objective` and `landscape` while reading.
+Everything is read from Parquet once, at the start. DuckDB itself opens no file. While reading,
+`objective` and `landscape` compute what follows from a token's statistics: its probability, its
+gradient's norm, whether it is a conflict, and its bins of the plane.
 """
 
 from __future__ import annotations
@@ -27,22 +26,22 @@ from eaft.inspection.folder import BASE, EXAMPLES_FILE, STATISTICS, VOCABULARY_F
 from eaft.inspection.landscape import bin_indices, entropy_edges, prob_edges
 from eaft.inspection.vocabulary import Vocabulary
 
-DRAWS = 1 << 16  # every token has a random number below this: `draw < n` is a sample
+DRAWS = 1 << 16  # each token has a random number `draw` below this, so `draw < n` is a sample
 BATCH_ROWS = 1 << 20
 NAMES = [field.name for field in STATISTICS]
 
 
 class Tables:
     """
-    The tables of an inspection: `texts`; and of its model number N `tokens_N` and `examples_N`,
-    with means under it.
+    The tables of an inspection.
 
-    The base model's are there when this returns; the others' are read behind it, and `number` waits
-    for them.
+    `texts` has the texts of all examples. Model number N has the tables `tokens_N` and `examples_N`
+    with means under this model. The base model's tables exist when this returns. A thread reads the
+    tables of the other models, and `number` waits for them.
 
     Args:
-        inspection: what is read.
-        tell: called with a line to show, as the reading goes on.
+        inspection: to read.
+        tell: called with a line that shows the progress.
 
     Raises:
         ConfigurationError: a file is missing, damaged, or a link that leads out of the folder.
@@ -62,8 +61,7 @@ class Tables:
             inspection.folder,
             [*files, *(inspection.folder / n for n in (EXAMPLES_FILE, VOCABULARY_FILE))],
         )
-        # The files are read here and handed over: whatever a query were made to say, it could open
-        # nothing
+        # Python reads the files and hands over tables, so that no query can open a file
         self.connection = duckdb.connect(
             config={"enable_external_access": "false", "temp_directory": ""}
         )
@@ -83,7 +81,7 @@ class Tables:
             ) from error
 
     def cursor(self) -> Any:
-        """Return a connection of one's own to the tables, for a thread."""
+        """Return a connection to the tables for one thread."""
         return self.connection.cursor()
 
     def close(self) -> None:
@@ -91,43 +89,37 @@ class Tables:
         self.reader.shutdown(cancel_futures=True)
 
     def number(self, model: str) -> int:
-        """Return a model's N, when its tables are there."""
+        """Return a model's number N once its tables exist."""
         self.read[model].result()
         return self.names.index(model)
 
     @cached_property
     def entropy_max(self) -> float:
-        """
-        The largest entropy under any of the models, from the files' own statistics; 0 if nothing is
-        labelled.
-        """
-        found = [0.0]
+        """The largest entropy under any model, nats; 0 if no token is labelled."""
+        largest = 0.0
         for file in (file for name in self.names for file in self.inspection.files(name)):
             metadata = pq.read_metadata(file)
             column = metadata.schema.to_arrow_schema().names.index("entropy")
             for group in range(metadata.num_row_groups):
                 statistics = metadata.row_group(group).column(column).statistics
                 if statistics is not None and statistics.has_min_max:
-                    found.append(statistics.max)
-        return max(found)
+                    largest = max(largest, statistics.max)
+        return largest
 
     @cached_property
     def datasets(self) -> dict[str, Any]:
-        """
-        Each model's files as one data set, to read single examples from, unlabelled tokens
-        included.
-        """
+        """Each model's files as one data set, which also has the unlabelled tokens."""
         return {
             name: ds.dataset([str(f) for f in self.inspection.files(name)], format="parquet")
             for name in self.names
         }
 
     def read_examples(self) -> None:
-        """Make the base model's `examples_0`, and `texts`: in lower case too, for searching."""
+        """Make `examples_0` and `texts`; `texts` also has lower case, for searching."""
         examples = self.inspection.examples()
         self.sources = sorted(pc.unique(examples["source"]).to_pylist())
         self.origins = sorted(pc.unique(examples["origin"]).to_pylist())
-        # Dense codes of both, by example: what `tokens_N` has of each token
+        # Both as numbers by example, which `tokens_N` has for each token
         self.source_codes = (
             pc.index_in(examples["source"], pa.array(self.sources)).to_numpy().astype(np.int32)
         )
@@ -147,7 +139,7 @@ class Tables:
             )
 
     def read_model(self, name: str) -> None:
-        """Make `tokens_N` of a model, and its `examples_N` if it is not the base model."""
+        """Make a model's `tokens_N`; for another model than the base model also `examples_N`."""
         number, rows = self.names.index(name), 0
         total = sum(pq.read_metadata(file).num_rows for file in self.inspection.files(name))
         random = np.random.default_rng(0)
@@ -155,7 +147,7 @@ class Tables:
         for batch in self.batches(name):
             rows += len(batch)
             waiting.append(self.labelled(batch, random))
-            # Many rows at once: DuckDB takes them in with all cores
+            # DuckDB inserts many rows at once with all cores
             if sum(map(len, waiting)) >= BATCH_ROWS or rows == total:
                 with Handed(self.connection, pa.concat_tables(waiting)) as cursor:
                     verb = f"INSERT INTO {table}" if made else f"CREATE TABLE {table} AS"
@@ -177,10 +169,7 @@ class Tables:
                 ORDER BY example""")
 
     def batches(self, name: str) -> Iterator[pa.Table]:
-        """
-        Yield a model's rows with what only the base model's files have of them, and where each
-        token starts.
-        """
+        """Yield a model's rows with the base model's columns and where each token starts."""
         of_tokens = ["example", "position", "token_id", "end", "labelled"]
         previous = 0
         for ours, theirs in zip(
@@ -192,19 +181,19 @@ class Tables:
                 statistics.iter_batches(BATCH_ROWS, columns=["example", "position", *NAMES]),
                 strict=True,
             )
-            for place, found in pairs:
-                if not all(place[key].equals(found[key]) for key in ("example", "position")):
-                    raise ConfigurationError(f"{theirs}: its rows are not those of {ours}.")
+            for place, scores in pairs:
+                if not all(place[key].equals(scores[key]) for key in ("example", "position")):
+                    raise ConfigurationError(f"{theirs}: its rows differ from those of {ours}.")
                 end, position = place["end"].to_numpy(), place["position"].to_numpy()
                 start = np.where(position == 0, 0, np.concatenate([[previous], end[:-1]])).astype(
                     np.int32
                 )
                 previous = int(end[-1])
-                table = pa.table({n: place[n] for n in of_tokens} | {n: found[n] for n in NAMES})
+                table = pa.table({n: place[n] for n in of_tokens} | {n: scores[n] for n in NAMES})
                 yield table.append_column("start", pa.array(start))
 
     def labelled(self, table: pa.Table, random: np.random.Generator) -> pa.Table:
-        """Return the labelled rows that have statistics, with what follows from those."""
+        """Return the labelled rows that have statistics, with the columns that follow from them."""
         draw = random.integers(DRAWS, size=len(table), dtype=np.uint16)
         keep = pc.and_(table["labelled"], pc.is_valid(table["log_prob"]))
         table = (
@@ -218,7 +207,7 @@ class Tables:
         )
         stats = self.inspection.statistics(batch)
         example = batch["example"].to_numpy()
-        found = {
+        columns = {
             "prob": stats.prob.numpy(),
             "grad_norm": stats.grad_norm.numpy(),
             "conflict": stats.is_conflict.numpy(),
@@ -227,13 +216,13 @@ class Tables:
             "source": self.source_codes[example],
             "origin": self.origin_codes[example],
         }
-        for name, values in found.items():
+        for name, values in columns.items():
             table = table.append_column(name, pa.array(values))
         return table
 
 
 class Handed:
-    """A connection in which an Arrow table is called `handed`."""
+    """Lends a connection in which an Arrow table is called `handed`."""
 
     def __init__(self, connection: Any, table: pa.Table) -> None:
         self.cursor, self.table = connection.cursor(), table
@@ -249,10 +238,10 @@ class Handed:
 
 def check_inside(folder: Path, files: list[Path]) -> None:
     """
-    Check that files are there, and in the folder when links are followed.
+    Check that files exist, and that their links do not lead out of the folder.
 
     Raises:
-        ConfigurationError: as said.
+        ConfigurationError: a file is missing, or lies elsewhere.
     """
     for file in files:
         if not file.is_file():

@@ -1,0 +1,252 @@
+"""Scores the examples with every model, and writes the tables; a stopped run is continued."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from tqdm.auto import tqdm
+
+from eaft.errors import EAFTError
+from eaft.evaluation.drift import Share
+from eaft.evaluation.measured_model import shared
+from eaft.evaluation.scores import processes
+from eaft.inspection.folder import (
+    BASE,
+    COMPARED,
+    EXAMPLES,
+    EXAMPLES_FILE,
+    TOKENS,
+    VOCABULARY,
+    VOCABULARY_FILE,
+)
+from eaft.inspection.run_file import RolloutFlags, ScoredModel, read_run, write_run
+from eaft.inspection.score import rollouts
+from eaft.inspection.score.curve import sample_logits, top_k_curve
+from eaft.inspection.score.examples import Examples, Prompt, Rollout
+from eaft.inspection.score.model import ScoringModel, Settings
+from eaft.inspection.score.pieces import Pieces
+from eaft.inspection.score.shards import ScoredShard, score_shard
+from eaft.inspection.score.tables import (
+    compared_table,
+    example_table,
+    token_table,
+    write_parquet,
+)
+from eaft.provenance import write_json
+from eaft.text import visible
+
+WAY = "give this command again, with another --output_dir."
+PARTS = "parts"  # the folder for files that are incomplete until the end
+ROLLOUTS_FILE = "rollouts.json"
+
+
+@dataclass
+class Job:
+    """The models, the examples that they score, and the folder for the tables."""
+
+    folder: Path
+    settings: Settings
+    tokenizer: Any
+    base: str
+    others: list[ScoredModel]
+    examples: Examples
+
+    @property
+    def parts(self) -> Path:
+        """The folder for files that are incomplete until the end."""
+        return self.folder / PARTS
+
+    def file(self, model: str, shard: int) -> Path:
+        """Return a shard's file of a model's tokens."""
+        parent = self.folder / "tokens" if model == BASE else self.folder / "compared" / model
+        return parent / f"{shard:05d}.parquet"
+
+
+def score_all(job: Job, prompts: list[Prompt], flags: RolloutFlags) -> None:
+    """
+    Score the missing shards with each model, one model in memory at a time.
+
+    Each process scores its share.
+
+    Args:
+        job: the models, the examples and the folder.
+        prompts: to which the base model samples answers; empty for no answers.
+        flags: how it samples them.
+    """
+    state, args = processes(), job.settings.args
+    model = LazyModel(job.base, job.settings)
+    if prompts:
+        file = job.parts / ROLLOUTS_FILE
+        if not shared(file.is_file):
+            if flags.rollout_backend == "vllm":
+                answers = rollouts.sample_with_vllm(
+                    job.base,
+                    job.tokenizer,
+                    prompts,
+                    flags.max_new_tokens,
+                    args.seed,
+                    job.settings,
+                )
+            else:
+                share = Share(state.process_index, state.num_processes)
+                answers = rollouts.sample(
+                    model.get(),
+                    job.tokenizer,
+                    prompts,
+                    flags.max_new_tokens,
+                    args.seed,
+                    share,
+                )
+            if state.is_main_process:
+                job.parts.mkdir(exist_ok=True)
+                write_json(file, [asdict(answer) for answer in answers])
+            state.wait_for_everyone()
+        kept = [Rollout(**entry) for entry in json.loads(file.read_text())]
+        job.examples = job.examples.with_rollouts(kept)
+    pieces = Pieces(job.tokenizer)
+    score_model(job, ScoredModel(BASE, job.base), model, pieces)
+    if state.is_main_process:
+        keep_top_k_curve(job, model)
+    model.free()
+    for other in job.others:
+        model = LazyModel(other.model, job.settings, is_base=False)
+        score_model(job, other, model, pieces)
+        model.free()
+    state.wait_for_everyone()
+
+
+class LazyModel:
+    """A `ScoringModel` that is loaded when it is first needed."""
+
+    def __init__(self, model: str, settings: Settings, is_base: bool = True) -> None:
+        self.arguments = (model, settings, is_base)
+        self.model: ScoringModel | None = None
+
+    def get(self) -> ScoringModel:
+        """Return the model, and load it the first time."""
+        if self.model is None:
+            self.model = ScoringModel(*self.arguments)
+        return self.model
+
+    def free(self) -> None:
+        """Free the memory for the next model."""
+        self.model = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def score_model(job: Job, model: ScoredModel, scoring: LazyModel, pieces: Pieces) -> None:
+    """
+    Write this process's share of a model's missing shards.
+
+    Args:
+        job: the examples and the folder.
+        model: whose files are written.
+        scoring: the same model, to score with.
+        pieces: the texts of its tokens.
+    """
+    state, shards = processes(), dict(enumerate(job.examples.shards()))
+    missing = shared(
+        lambda: [shard for shard in shards if not job.file(model.name, shard).is_file()]
+    )
+    mine = missing[state.process_index :: state.num_processes]
+    counts = {shard: int(job.examples.lengths[list(shards[shard])].sum()) for shard in mine}
+    with tqdm(
+        total=sum(counts.values()),
+        desc=visible(f"Scoring with {model.name}", lines=False),
+        unit=" tokens",
+        unit_scale=True,
+        disable=None if state.is_main_process else True,
+    ) as bar:
+        for shard in mine:
+            part, before = shards[shard], bar.n
+            try:
+                scored = score_shard(scoring.get(), job.examples, part, bar.update)
+            except EAFTError as error:
+                # The main process prints its own errors, but does not see these rows
+                if not state.is_main_process:
+                    print(visible(f"eaft inspect: error: {error}"), file=sys.stderr)
+                raise
+            if model.name == BASE:
+                write_base_shard(job, shard, part, scored, pieces)
+            else:
+                table = compared_table(part, scored.tokens, scored.statistics)
+                write_parquet(table, COMPARED, job.file(model.name, shard))
+            if not bar.disable:  # batches leave out examples without a label
+                bar.update(counts[shard] - (bar.n - before))
+    state.wait_for_everyone()
+
+
+def write_base_shard(
+    job: Job, shard: int, part: range, scored: ScoredShard, pieces: Pieces
+) -> None:
+    """
+    Write a shard's examples and tokens under the base model.
+
+    The examples come first, so that a shard with tokens always has its examples.
+    """
+    tokens, statistics = scored.tokens, scored.statistics
+    table, texts = token_table(part, tokens, statistics, pieces)
+    about, top_k = job.examples.about(part), job.settings.args.gate_top_k
+    examples = example_table(about, tokens, statistics, texts, top_k)
+    write_parquet(examples, EXAMPLES, job.parts / f"{shard:05d}.parquet")
+    write_parquet(table, TOKENS, job.file(BASE, shard))
+
+
+def keep_top_k_curve(job: Job, model: LazyModel) -> None:
+    """
+    Measure the top-K entropy against the exact one (the paper's Figure 6) and write it to run.json.
+
+    A continued run keeps the first measurement.
+    """
+    run = read_run(job.folder, WAY)
+    if run.top_k_curve is None:
+        curve = top_k_curve(sample_logits(model.get(), job.examples, job.settings.args.seed))
+        write_run(job.folder, replace(run, top_k_curve=curve))
+
+
+def finish(job: Job) -> None:
+    """Write examples.parquet and vocabulary.parquet, and mark the run as scored."""
+    if not (job.folder / EXAMPLES_FILE).is_file():
+        files = sorted(job.parts.glob("*.parquet"))
+        write_parquet((pq.read_table(file) for file in files), EXAMPLES, job.folder / EXAMPLES_FILE)
+    for file in job.parts.glob("*.parquet"):
+        file.unlink()
+    run = read_run(job.folder, WAY)
+    # A model is left out if an earlier command was stopped while scoring with it and this command
+    # does not name it
+    shards = range(len(job.examples.shards()))
+    models = [
+        model
+        for model in run.models
+        if all(job.file(model.name, shard).is_file() for shard in shards)
+    ]
+    write_parquet(
+        vocabulary_table(job, Pieces(job.tokenizer)), VOCABULARY, job.folder / VOCABULARY_FILE
+    )
+    write_run(job.folder, replace(run, models=models, scored=True))
+
+
+def vocabulary_table(job: Job, pieces: Pieces) -> pa.Table:
+    """Return the text of every token that occurs, in the data or as a model's first choice."""
+    seen: set[int] = set()
+    for file in [*job.folder.glob("tokens/*.parquet"), *job.folder.glob("compared/*/*.parquet")]:
+        names = {"token_id", "first_choice"} & set(pq.read_schema(file).names)
+        for column in pq.read_table(file, columns=sorted(names)).columns:
+            seen.update(column.drop_null().unique().to_pylist())
+    ids = sorted(seen)
+    columns = {
+        "token_id": ids,
+        "text": [pieces.text(i) for i in ids],
+        "special": [i in pieces.special for i in ids],
+    }
+    return pa.table(columns, VOCABULARY)
