@@ -137,7 +137,8 @@ def item(number, response, right):
     """An answer as `eaft compare` keeps it."""
     hashes = dict.fromkeys(("prompt_hash", "target_hash", "doc_hash"), f"{number}")
     asked = {"task": "everyday", "doc_id": number, "prompt": f"{number}?", "target": "4"}
-    return {**asked, **hashes, "response": response, "score": float(right), "metric": "acc,none"}
+    answer = {"response": response, "score": float(right), "metric": "acc,none", "cut": []}
+    return {**asked, **hashes, **answer}
 
 
 @contextmanager
@@ -321,7 +322,7 @@ def test_two_landscapes_beside_each_other_and_their_difference(visit, tokens):
     assert percent(re.search(r"([\d.]+%) of nll", shown)[1]) == pytest.approx(nll, abs=0.006)
     page.get_by_role("button", name="difference").click()
     expect(page.locator(".plane")).to_have_count(1)
-    expect(page.locator(".plane figcaption")).to_contain_text("less")
+    expect(page.locator(".plane figcaption")).to_contain_text("minus")
     page.get_by_label("Beside").select_option("scored by tuned")
     expect(page.locator(".plane figcaption")).to_contain_text("scored by tuned")
 

@@ -1,4 +1,4 @@
-// Requests to the server: one answer an address, shared and kept; what nobody waits for any longer is aborted.
+// Requests to the server. Answers are shared by address and kept; a request is aborted when no view waits for it.
 
 const KEPT = 60;
 const answers = new Map();
@@ -27,23 +27,23 @@ async function ask(address, signal) {
 }
 
 export function get(address, signal) {
-  let found = answers.get(address);
-  if (!found) {
+  let request = answers.get(address);
+  if (!request) {
     const controller = new AbortController();
-    found = { controller, users: 0, done: false, promise: ask(address, controller.signal) };
-    answers.set(address, found);
-    found.promise.then(
-      () => (found.done = true),
-      () => answers.get(address) === found && answers.delete(address),
+    request = { controller, users: 0, done: false, promise: ask(address, controller.signal) };
+    answers.set(address, request);
+    request.promise.then(
+      () => (request.done = true),
+      () => answers.get(address) === request && answers.delete(address),
     );
     if (answers.size > KEPT) answers.delete(answers.keys().next().value);
   }
-  found.users += 1;
+  request.users += 1;
   signal?.addEventListener("abort", () => {
-    found.users -= 1;
-    if (found.users > 0 || found.done) return;
+    request.users -= 1;
+    if (request.users > 0 || request.done) return;
     answers.delete(address);
-    found.controller.abort();
+    request.controller.abort();
   });
-  return found.promise;
+  return request.promise;
 }

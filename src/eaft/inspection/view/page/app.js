@@ -1,4 +1,4 @@
-// The page: reads what the folder has, and shows the view that the address names.
+// The page: asks what the folder has, and shows the view that the address names.
 
 import { get, url } from "./api.js";
 import checks from "./checks.js";
@@ -17,7 +17,7 @@ const KEYS = [
   ["1 – 6", "the views"],
   ["j, k", "next, previous example"],
   ["[, ]", "previous, next page of examples"],
-  ["← →", "in an example: from token to token"],
+  ["← →", "in an example: previous, next token"],
   ["c", "in an example: the next confident conflict"],
   ["← → ↑ ↓", "in the plane: move the box by a bin; with shift, its upper right corner"],
   ["/", "search"],
@@ -27,7 +27,7 @@ const KEYS = [
 ];
 const place = (id) => document.getElementById(id);
 
-// The server has put the token of `/?token=` into a cookie; it need not stay in sight, nor in the history
+// The server has put the token of `/?token=` into a cookie, so it is removed from the address and the history
 if (location.search) history.replaceState(null, "", location.pathname + location.hash);
 
 const theme = {
@@ -38,7 +38,7 @@ const theme = {
     try {
       localStorage.setItem("eaft theme", name);
     } catch {
-      // no storage: the choice lasts as long as the page
+      // without storage, the choice lasts as long as the page
     }
     drawTools();
     dispatchEvent(new Event("theme"));
@@ -48,7 +48,7 @@ try {
   const kept = localStorage.getItem("eaft theme");
   if (kept) document.documentElement.dataset.theme = kept;
 } catch {
-  // as above
+  // without storage, the theme is the default
 }
 
 let folder, updateFilters;
@@ -122,7 +122,7 @@ function drawTabs(views, chosen) {
         onclick: () => change({ view: view.name }),
       },
       view.title,
-      view.found?.(folder) ? [" ", h("span", { class: "badge" }, `${view.found(folder)}`)] : null,
+      view.badge?.(folder) ? [" ", h("span", { class: "badge" }, `${view.badge(folder)}`)] : null,
     );
   fill(place("tabs"), ...views.map(tab));
   place(`tab-${chosen.name}`).scrollIntoView({ block: "nearest", inline: "nearest" });
@@ -157,7 +157,7 @@ function drawTools() {
   );
 }
 
-// What is selected as files, and the command that trains without it
+// Downloads of the selection, and the command that trains without these examples
 function exporting() {
   const copied = h("span", { class: "quiet", role: "status" });
   const copy = async () => {
@@ -180,16 +180,16 @@ function exporting() {
     h(
       "div",
       { class: "pop" },
-      h("p", {}, "Everything that is selected now, filters and box included:"),
-      file("examples.jsonl", "its examples, a line each"),
-      file("tokens.csv", "its labelled tokens"),
+      h("p", {}, "The current selection, with filters and box:"),
+      file("examples.jsonl", "the examples, one on each line"),
+      file("tokens.csv", "the labelled tokens"),
       state.origin === "data"
         ? [
-            h("p", {}, "Train without these examples, beside the other flags of your training:"),
+            h("p", {}, "To train without these examples, add your other training flags to:"),
             h("code", { class: "command" }, folder.train),
             h("div", { class: "row" }, h("button", { "data-key": "copy", onclick: copy }, "copy"), copied),
           ]
-        : h("p", {}, "Only examples of the data can be left out of training."),
+        : h("p", {}, "Training can leave out examples of the data only."),
     ),
   );
 }
@@ -197,19 +197,19 @@ function exporting() {
 function drawHelp() {
   fill(
     place("help"),
-    h("h2", {}, "What this is"),
+    h("h2", {}, "What this page shows"),
     h(
       "p",
       {},
-      "Every labelled token of the data lies somewhere between sure and unsure (the model's entropy, in nats) and between likely and unlikely (the probability of the label). ",
-      "Where the model is sure and the label unlikely, they disagree: a ",
+      "Each labelled token has two coordinates: the model's entropy (nats), from sure to unsure, and the probability of the label, from unlikely to likely. ",
+      "If the model is sure and the label is unlikely, the token is a ",
       h("b", {}, "confident conflict"),
-      ". Training on those overwrites what the model knew; a gate weighs them down.",
+      ". Training on such tokens overwrites what the model knows. A gate gives them smaller weights.",
     ),
     h(
       "p",
       {},
-      "Probability p of the label; nll = −ln p; gradient: the norm of the loss's gradient by the logits, √(Σp² − 2p + 1), times the gate's weight.",
+      "p is the probability of the label, and nll = −ln p. The gradient is the norm of the loss's gradient by the logits, √(Σp² − 2p + 1), times the gate's weight.",
     ),
     h("h2", {}, "Keys"),
     h(

@@ -1,4 +1,4 @@
-// What is drawn with Observable Plot: the entropy-probability plane, histograms, and the colours of both themes.
+// Drawings with Observable Plot: the plane of entropy and probability, histograms, and the colours of both themes.
 
 import { eachFrame, h, many, number, share, short } from "./dom.js";
 import { hideTip, showTip } from "./tip.js";
@@ -14,7 +14,7 @@ export function isDark() {
 }
 dark.addEventListener("change", () => dispatchEvent(new Event("theme")));
 
-// Returns what gives the width to draw at; calls `redraw` when that, or the theme, is no longer the one drawn with
+// Returns a function that gives the width to draw at. Calls `redraw` when the width or the theme has changed since
 export function watch(element, redraw) {
   let drawn;
   const now = () => `${element.clientWidth} ${isDark()}`;
@@ -23,7 +23,7 @@ export function watch(element, redraw) {
   new ResizeObserver(check).observe(element);
   return () => {
     drawn = now();
-    return element.clientWidth || 300; // out of sight: drawn again when it comes back
+    return element.clientWidth || 300; // hidden: it is drawn again when it is shown
   };
 }
 
@@ -35,7 +35,7 @@ export const STYLE = {
   overflow: "visible",
 };
 
-// A plot that is one picture to a screen reader; with a legend it is a figure around the picture
+// A plot that a screen reader takes for one picture; with a legend, the picture is inside a figure
 export function plot(label, options) {
   const drawn = Plot.plot({ style: STYLE, ...options });
   const picture = drawn.matches("svg") ? drawn : drawn.querySelector(":scope > svg:last-of-type");
@@ -45,7 +45,7 @@ export function plot(label, options) {
   return drawn;
 }
 
-// From few to many, and from less to more; both begin near the page's background
+// Colours from few to many, and from less to more; the first or middle one is near the page's background
 const few = {
   true: ["#1b2a41", "#1f5673", "#2a9d8f", "#9fd67b", "#fff3a3"],
   false: ["#e3eef4", "#a9d3de", "#4fa7bd", "#21638f", "#13224f"],
@@ -53,7 +53,7 @@ const few = {
 const less = { true: ["#58a6ff", "#21262d", "#ff8f66"], false: ["#1f6fd0", "#eceae6", "#c8431b"] };
 const interpolate = (colours) => d3.piecewise(d3.interpolateLab, colours);
 
-// The scale of colours for matrices of sums: logarithmic; `difference` has two directions
+// The scale of colours for matrices of sums: logarithmic; `difference` has two directions from 0
 export function colourScale(matrices, { difference = false, decades = 4, label, format = short }) {
   const values = matrices.flat(2).filter((value) => value !== 0);
   const largest = d3.max(values, Math.abs) ?? 1;
@@ -95,8 +95,8 @@ export function legend({ format, label, ...scale }) {
 
 /*
 The plane: entropy upwards, the label's probability to the right, both at the square root (`eaft.inspection.landscape`).
-`values` is a matrix as in `answer` (rows are bins of entropy); `describe(row, column)` says a bin in words.
-With `onbox` a box is dragged by mouse or touch, or moved by the arrow keys (shift: its far corner).
+`values` is a matrix as in `answer`, with a row for each bin of entropy. `describe(row, column)` returns a bin in words.
+With `onbox`, the mouse, a finger or the arrow keys move a box; shift with an arrow key moves its far corner.
 */
 export function plane({ answer, values, scale, title, corner, describe, width, box, onbox }) {
   const { entropy_edges: H, prob_edges: P } = answer;
@@ -183,14 +183,14 @@ export function plane({ answer, values, scale, title, corner, describe, width, b
   return figure;
 }
 
-// Plot's linear scale of the root, as one of the value
+// A scale of the value from Plot's linear scale of its root
 const squared = ({ apply, invert, range }) => ({
   range,
   apply: (value) => apply(Math.sqrt(value)),
   invert: (pixels) => Math.max(0, invert(pixels)) ** 2,
 });
 
-// Lets a box be drawn in the area, by pointer and by keys; returns what moves it there
+// Lets the user draw a box by pointer and keys; returns a function that moves the box
 function drag(area, svg, x, y, H, P, box, onbox) {
   const round = (value, largest) => (value >= largest * 0.999 ? largest : Math.max(0, Number(value.toPrecision(3))));
   const toBox = ([[x0, y0], [x1, y1]]) => [
@@ -240,7 +240,7 @@ function drag(area, svg, x, y, H, P, box, onbox) {
   return moveBox;
 }
 
-// The box, moved by bins, or with its upper right corner moved
+// The box after a move by bins, of the whole box or of its upper right corner
 function moved([h0, h1, p0, p1], [rows, columns], cornerOnly, H, P) {
   const nearest = (edges, value) => d3.leastIndex(edges, (a, b) => Math.abs(a - value) - Math.abs(b - value));
   const shift = (edges, low, high, by) => {

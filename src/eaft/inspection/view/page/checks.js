@@ -1,4 +1,4 @@
-// Is the data what you think? What the checks of `eaft inspect` found, with the first rows.
+// The checks of `eaft inspect`, with the first rows that each one names.
 
 import { get, url } from "./api.js";
 import { count, h } from "./dom.js";
@@ -11,7 +11,7 @@ export default {
   name: "checks",
   title: "Checks",
   has: (folder) => checksOf(folder).length > 0,
-  found: (folder) => checksOf(folder).filter(({ count: rows }) => rows > 0).length,
+  badge: (folder) => checksOf(folder).filter(({ count: rows }) => rows > 0).length,
   mount(root, folder) {
     const open = async (row) => {
       const { rows } = await get(url("examples", { row, limit: 1 })).catch(() => ({ rows: [] }));
@@ -29,7 +29,7 @@ export default {
     const item = ({ title, count: rows, text, rows: first }) =>
       h(
         "li",
-        { class: rows ? "found" : "fine" },
+        { class: rows ? "failed" : "fine" },
         h("h2", {}, title, " ", h("span", { class: "quiet" }, rows ? count(rows) : "none")),
         h("p", { class: "quiet" }, text),
         rows > 0 &&

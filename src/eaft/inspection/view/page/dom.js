@@ -29,7 +29,7 @@ export function share(value) {
   return d3.format(size < 0.1 ? ".1%" : ".0%")(value);
 }
 
-// Text on a line, and a token's text, with what is invisible shown
+// Text on one line, and a token's text, with symbols for invisible characters
 export const oneLine = (text) => text.replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/\r/g, "␍");
 const UNSEEN = /[\p{Cc}\p{Zl}\p{Zp}\u00ad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff]/gu;
 export const visible = (text) =>
@@ -38,7 +38,7 @@ export const visible = (text) =>
     .replace(UNSEEN, (c) => `<U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}>`);
 export const token = (text) => h("bdi", { class: "token" }, visible(text));
 
-// Prose of ours with its marks: **bold**, `code`
+// Our own prose with **bold** and `code`
 export const prose = (text) =>
   text
     .split(/(\*\*.*?\*\*|`.*?`)/s)
@@ -60,7 +60,7 @@ export const wanted = (list, most = 5) =>
       .map((item) => h("span", {}, token(item.text), h("span", { class: "quiet" }, ` ${count(item.count)} `))),
   );
 
-// Examples' first words, without what they all begin with (a template's)
+// The first words of examples, without a beginning that all of them share, as a template's
 export function snippets(rows) {
   const texts = rows.map(({ snippet }) => snippet);
   const [first, last] = [d3.min(texts) ?? "", d3.max(texts) ?? ""];
@@ -70,12 +70,12 @@ export function snippets(rows) {
   return texts.map((text) => h("span", { class: "snippet", dir: "auto" }, cut ? `…${text.slice(cut)}` : text));
 }
 
-// The last part of a file's path; a Hub id as it is
+// The last part of a file's path; a Hub id is not changed
 export const fileName = (path) => (path?.startsWith("/") ? path.split("/").at(-1) : path);
 
 export const announce = (text) => (document.getElementById("live").textContent = text);
 
-// A choice among a few: buttons, one pressed
+// A choice among a few options: buttons, one of them pressed
 export function choice(label, options, chosen, choose) {
   const button = ([value, text]) =>
     h(
@@ -133,7 +133,7 @@ export function bar(value, tone = "") {
   return h("span", { class: `bar ${tone}`, "--width": width }, share(value));
 }
 
-// Replaces an element's content; what had the focus has it again
+// Replaces an element's content; the focus stays on the control that had it
 export function fill(element, ...children) {
   const key = element.contains(document.activeElement) && document.activeElement.dataset.key;
   element.replaceChildren(...children.flat().filter(Boolean));
@@ -141,8 +141,9 @@ export function fill(element, ...children) {
 }
 
 /*
-A part of a view that shows answers: asks when the addresses change, draws what comes, says an error with a retry.
-What is overtaken is aborted; during a drag the next question waits for the answer, so that the server is not flooded.
+A part of a view that shows answers. It requests them when the addresses change and draws them; it shows an error with
+a button to try again. A newer request aborts an older one. During a drag the next request waits for the answer, so that
+the server is not flooded.
 */
 export function part(element, draw) {
   let wanted, controller, shown, next;
@@ -159,21 +160,21 @@ export function part(element, draw) {
     controller = new AbortController();
     element.setAttribute("aria-busy", "true");
     try {
-      const found = await Promise.all(addresses.map((address) => get(address, controller.signal)));
+      const received = await Promise.all(addresses.map((address) => get(address, controller.signal)));
       if (now !== wanted) return;
-      shown = found;
+      shown = received;
       redraw();
     } catch (error) {
       if (now !== wanted) return;
       wanted = shown = undefined;
       const retry = h("button", { onclick: () => ask(...addresses) }, "Try again");
       fill(element, h("p", { class: "error", role: "alert" }, error.message, " ", retry));
-      if (error instanceof TypeError) console.error(error); // ours
+      if (error instanceof TypeError) console.error(error); // a fault of this page
     }
     element.setAttribute("aria-busy", "false");
     if (next) ask(...next);
   }
-  // Shows nodes that need no answer
+  // Shows nodes without a request
   function show(nodes) {
     controller?.abort();
     wanted = shown = undefined;
@@ -183,7 +184,7 @@ export function part(element, draw) {
   return { ask, redraw, show };
 }
 
-// Calls at most once a frame, with the last arguments
+// Calls at most once in each frame, with the last arguments
 export function eachFrame(call) {
   let last, waiting;
   return (...args) => {

@@ -1,11 +1,11 @@
-// The examples as a table, sorted and filtered by the server; one opened as text with its tokens coloured.
+// The examples as a table, which the server sorts and filters, and one example as text with coloured tokens.
 
 import { url } from "./api.js";
 import { announce, choice, count, fileName, h, many, number, part, select, share, snippets, table } from "./dom.js";
 import { change, selection, state } from "./state.js";
 import { PAINTS, example as exampleText } from "./text.js";
 
-export const ROWS = 50; // of a page
+export const ROWS = 50; // on a page
 
 export default {
   name: "examples",
@@ -70,7 +70,7 @@ export default {
   },
 };
 
-// A colouring that this answer has
+// The chosen colouring, or another if this answer does not have it
 function paintOf({ tokens }) {
   if (state.paint === "weight" && !tokens.some((item) => item.weight !== null)) return "prob";
   if (state.paint === "change" && !tokens.some((item) => item.base_log_prob !== null)) return "prob";
@@ -113,7 +113,7 @@ function drawTable({ rows }) {
     "aria-current": `${`${row.example}` === state.example}`,
     onclick: () => change({ example: `${row.example}`, at: "" }),
   });
-  return table("Examples", columns, rows, { onrow, sorted, empty: "No example has all of this." });
+  return table("Examples", columns, rows, { onrow, sorted, empty: "No example matches all filters." });
 }
 
 export function pager(total, rows, what) {
@@ -163,7 +163,7 @@ function drawExample(folder, answer, shown, move) {
     change({ paint: chosen, ...(chosen === "change" && state.model === "base" ? { model: tuned.name } : {}) });
   const facts = [
     `${count(answer.labelled)} of ${count(answer.tokens.length)} tokens labelled`,
-    answer.cut > 0 && `${count(answer.cut)} lost to the maximal length`,
+    answer.cut > 0 && `${count(answer.cut)} cut off at max_length`,
     `nll ${number(answer.nll)}`,
     `entropy ${number(answer.entropy)}`,
     `conflicts ${share(answer.conflict_share)} of the tokens, ${share(answer.conflict_nll_share)} of the nll`,
@@ -220,11 +220,11 @@ function drawExample(folder, answer, shown, move) {
 }
 
 function toggleRaw(event) {
-  event.preventDefault(); // drawn open or closed
+  event.preventDefault(); // redrawing opens or closes it
   change({ raw: state.raw ? "" : "open" });
 }
 
-// The row as it is in the data set, before the template
+// The row of the data set, before the template
 const drawMessages = (messages) =>
   h(
     "details",

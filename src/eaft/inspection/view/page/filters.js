@@ -1,10 +1,10 @@
-// The bar of what is selected: model, origin, sources, ranges, search; the active filters as chips.
+// The filter bar: model, origin, sources, ranges and search, and the active filters as chips.
 
 import { get, url } from "./api.js";
 import { fileName, fill, h, later, select, choice, visible } from "./dom.js";
 import { change, isFiltered, noFilters, range, state } from "./state.js";
 
-const names = new Map(); // of tokens that are filtered by
+const names = new Map(); // texts of the tokens in filters
 
 export function mountFilters(element, folder) {
   const choices = h("div", { class: "row" });
@@ -36,7 +36,7 @@ export function mountFilters(element, folder) {
       folder.sources.length > 1 && h("label", { class: "labelled" }, h("span", {}, "source"), sources),
     ),
   );
-  // What is typed in stays in place
+  // An input keeps its place while the user types
   element.append(h("div", { class: "row" }, choices, more, search), chips);
 
   return function update() {
@@ -80,7 +80,7 @@ export function mountFilters(element, folder) {
   };
 }
 
-// Learns a token's text, from any place where it is a label
+// Asks for a token's text at a place where it is a label
 async function name(id, then) {
   names.set(id, `#${id}`);
   const { rows } = await get(url("tokens", { origin: state.origin, token: id, limit: 1 })).catch(() => ({ rows: [] }));

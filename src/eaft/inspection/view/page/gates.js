@@ -1,4 +1,4 @@
-// What a gate would do to this data: its weights, what it removes, and the gradients that are left.
+// What a gate would do to this data: its weights, what it removes, and the gradients that remain.
 
 import { url } from "./api.js";
 import { colourScale, histogram, legend, plane, sumUp, watch } from "./charts.js";
@@ -64,7 +64,7 @@ export default {
       effect.ask(answer);
       bySource.ask(answer);
       tokens.ask(answer);
-      // The planes leave the box aside
+      // The planes ignore the box
       picture.ask(
         url("landscape", selection({ without: ["box"] })),
         url("gates", selection({ without: ["box"], ...of })),
@@ -163,7 +163,7 @@ function drawEffect({ removed: { tokens, nll, gradient }, mean_weight, weights, 
       "p",
       { class: "quiet" },
       `Mean weight ${number(mean_weight, 3)}. A gate removes 1 − Σwx / Σx of x.`,
-      sampled && ` Of a sample of ${count(sampled)} tokens.`,
+      sampled && ` Computed on a sample of ${count(sampled)} tokens.`,
     ),
     histogram(weights, 340, "weight of a token"),
   ];
@@ -198,7 +198,7 @@ function drawPlanes(width, landscape, weighted) {
   return [h("div", { class: "planes" }, drawn), h("div", { class: "under" }, legend(scale))];
 }
 
-// The sum of a matrix within the confident conflicts' borders, which are edges of bins
+// The sum of a matrix over the confident conflicts, whose borders are edges of bins
 function cornerOf({ entropy_edges: H, prob_edges: P }, values) {
   return d3.sum(
     values.filter((_, i) => H[i + 1] <= 0.5 + 1e-9).map((row) => d3.sum(row.filter((_, j) => P[j + 1] <= 0.1 + 1e-9))),
@@ -246,7 +246,7 @@ function drawMuted(rows) {
   ];
 }
 
-// Every gate as `eaft inspect` measured it, on all of the data under the base model
+// Every gate on all of the data under the base model, as `eaft inspect` measured it
 function everyGate({ summary }) {
   const gates = (summary?.gates ?? []).filter(({ source }) => source === null || source === undefined);
   if (!gates.length) return [];

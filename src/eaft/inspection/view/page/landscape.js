@@ -1,4 +1,4 @@
-// Where the tokens lie in the entropy-probability plane; a box in it, and what is inside.
+// The tokens in the plane of entropy and probability, a box in the plane, and the tokens and examples in the box.
 
 import { url } from "./api.js";
 import { colourScale, legend, plane, sumUp, watch } from "./charts.js";
@@ -29,7 +29,7 @@ const COLOURS = [
   ["gradient", "gradient"],
 ];
 const HOW_TO_READ =
-  "Each token of the answers lies where the model puts it: higher up it is less sure what comes next, further right it finds the label likelier. Lower left it is sure of something else: training there works against what it knows.";
+  "Each token of the answers has a place. Higher up, the model is less sure of the next token. Further right, it finds the label likelier. At the lower left, it is sure of another token: training there works against what the model knows.";
 const MEANING = {
   tokens: "tokens in the bin",
   nll: "sum of nll, nats",
@@ -84,7 +84,7 @@ export default {
         picture.ask(url("landscape", alone), ...(other ? [url("landscape", { ...alone, ...other })] : [])),
         sums.ask(url("landscape", selection())),
       ];
-      Promise.all(drawn).then(lists); // the picture first
+      Promise.all(drawn).then(lists); // the picture is drawn first
       const now = state.colour + state.as;
       if (colour && colour !== now) picture.redraw();
       colour = now;
@@ -93,17 +93,17 @@ export default {
   },
 };
 
-// The planes of one answer, or of two: side by side, or their difference; and their scale of colours
+// The planes of one answer or of two, side by side or as their difference, and their scale of colours
 function draw(width, first, second) {
   const difference = second && state.as === "difference";
   const size = second && !difference && width > 640 ? Math.floor((width - 16) / 2) : width;
   const matrices = [first, second].filter(Boolean).map((answer) => {
-    const sum = second ? answer.total[state.colour] || 1 : 1; // two are compared by shares
+    const sum = second ? answer.total[state.colour] || 1 : 1; // two planes are compared by shares
     return answer[state.colour].map((row) => row.map((value) => value / sum));
   });
   const shown = difference ? [less(...matrices)] : matrices;
   const what = second ? `share of the ${state.colour}` : MEANING[state.colour];
-  const label = difference ? `${what}: first less second` : what;
+  const label = difference ? `${what}: first minus second` : what;
   const scale = colourScale(shown, { difference, label, ...(second ? { format: d3.format(".1~p") } : {}) });
   const names = [nameOf(state), nameOf({ ...state, ...besideSelection() })];
   const drawn = shown.map((values, index) => {
@@ -118,7 +118,7 @@ function draw(width, first, second) {
       width: size,
       box: currentBox(),
       onbox: setBox,
-      title: difference ? `${names[0]}, less ${names[1]}` : names[index],
+      title: difference ? `${names[0]} minus ${names[1]}` : names[index],
       corner: difference
         ? "confident conflicts"
         : `confident conflicts:\n${share(corner.tokens / total.tokens)} of tokens, ${share(corner.nll / total.nll)} of nll`,
@@ -183,10 +183,10 @@ function fillControls(element, folder) {
   );
 }
 
-// What `eaft inspect` says of the data, its first sentence first
+// The advice of `eaft inspect`, its first sentence in large letters
 function advice({ summary }) {
   if (!summary?.advice)
-    return h("p", { class: "advice quiet" }, "Nothing is said of this data: summary.json is missing.");
+    return h("p", { class: "advice quiet" }, "There is no advice on this data: summary.json is missing or cannot be read.");
   const [first, ...more] = summary.advice.text.split(/(?<=[.!?])\s+(?=[^a-z])/);
   return h("div", { class: "advice" }, h("p", { class: "first" }, prose(first)), h("p", {}, prose(more.join(" "))));
 }
@@ -258,7 +258,7 @@ function makeBoxFields() {
   return { element, update };
 }
 
-// Without a box, or a token, those of the confident conflicts
+// Without a box or a token, the tokens of the confident conflicts
 const group = () => (state.box || state.token ? "" : "conflict");
 const where = () => (state.box ? "in the box" : state.token ? "chosen" : "in confident conflict");
 
@@ -285,7 +285,7 @@ function exampleList({ total, rows }) {
       {},
       state.box || state.token
         ? "Examples with such tokens"
-        : "Examples, those with most of their nll in conflicts first",
+        : "Examples with most of their nll in conflicts",
     ),
     rows.length ? h("ol", { class: "examples" }, rows.map(item)) : h("p", { class: "quiet" }, "None."),
     total > rows.length &&

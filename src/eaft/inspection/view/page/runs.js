@@ -1,4 +1,4 @@
-// An `eaft compare` or `eaft eval` folder: tables, curves, target against drift, objective against objective, regressions.
+// The results of `eaft compare` or `eaft eval`: tables, curves, target against drift, pairs of objectives, regressions.
 
 import { url } from "./api.js";
 import { palette, plot, watch } from "./charts.js";
@@ -14,13 +14,13 @@ export default {
       body = h("div", {});
     root.append(head, body);
     let list = [];
-    const listing = part(head, (found) => {
-      list = found;
+    const listing = part(head, (entries) => {
+      list = entries;
       return chooser(list);
     });
-    const run = part(body, (found) => {
-      if (found.kind === "broken") return [h("p", { class: "lead" }, found.sentence)];
-      return found.kind === "compare" ? comparison(found, width()) : evaluation(found, width());
+    const run = part(body, (results) => {
+      if (results.kind === "broken") return [h("p", { class: "lead" }, results.sentence)];
+      return results.kind === "compare" ? comparison(results, width()) : evaluation(results, width());
     });
     const width = watch(body, () => run.redraw());
     let drawn;
@@ -51,12 +51,12 @@ function chooser(list) {
 
 const signed = (value, digits = 3) => (value === null || value === undefined ? "–" : d3.format(`+.${digits}f`)(value));
 const points = (value) => `${signed(value * 100, 1)}`;
-const between = (found, show) =>
+const between = (result, show) =>
   h(
     "span",
     { class: "interval" },
-    show(found.change),
-    h("span", { class: "quiet" }, ` ${show(found.low)} to ${show(found.high)}`),
+    show(result.change),
+    h("span", { class: "quiet" }, ` ${show(result.low)} to ${show(result.high)}`),
   );
 const half = (width) => (width > 900 ? Math.floor((width - 24) / 2) : width);
 const SHAPE = { height: 300, marginLeft: 52, marginTop: 26, marginBottom: 40, inset: 6, grid: true };
@@ -91,7 +91,7 @@ function comparison({ results, points: rows, curves, regressions }, width) {
     };
   };
   const scored = rows.filter((row) => row.target !== null);
-  const base = scored.filter(({ step }) => step === 0).slice(0, 1); // every run's has the same
+  const base = scored.filter(({ step }) => step === 0).slice(0, 1); // all runs have the same base model
   const key = ({ objective, seed, learning_rate }, step) => [objective, seed, learning_rate, step].join();
   const steps = new Set(results.choices.map((choice) => key(choice, choice.steps.chosen ?? choice.steps.last)));
   const target = {
@@ -141,9 +141,9 @@ function comparison({ results, points: rows, curves, regressions }, width) {
     h(
       "div",
       { class: "figures" },
-      figure("Target against drift; hollow: a checkpoint that was not chosen", target),
+      figure("Target against drift; hollow circles: checkpoints that were not chosen", target),
       figure(
-        "Held-out nll against drift: the lower left is better",
+        "Held-out nll against drift; the lower left is better",
         lines(
           rows.filter(({ step }) => step > 0),
           "drift_general",
@@ -199,9 +199,9 @@ function objectiveTable(results) {
   );
   const rows = [
     ["base", start, {}],
-    ...Object.entries(results.objectives).map(([name, found]) => [name, found.chosen ?? found.last, found.training]),
+    ...Object.entries(results.objectives).map(([name, views]) => [name, views.chosen ?? views.last, views.training]),
   ];
-  const column = (title, name, show) => ({ title, numeric: true, cell: ([, found]) => spread(found[name], show) });
+  const column = (title, name, show) => ({ title, numeric: true, cell: ([, numbers]) => spread(numbers[name], show) });
   return table(
     "Objectives",
     [
@@ -227,13 +227,13 @@ function objectiveTable(results) {
   );
 }
 
-// One objective against another: differences with their intervals, and the least drift at each target
+// Two objectives: differences with their intervals, and the least drift at each target
 function pairOf({ first, second, views, fronts }, size) {
   const view = views.chosen ?? views.last;
   const rows = [
-    ...Object.entries(view.means).map(([name, found]) => [name, found, points, "points"]),
-    ...Object.entries(view.tasks).map(([name, found]) => [name, found, points, "points"]),
-    ...Object.entries(view.drift).map(([name, found]) => [`drift, ${name} prompts`, found, signed, "nats per token"]),
+    ...Object.entries(view.means).map(([name, result]) => [name, result, points, "points"]),
+    ...Object.entries(view.tasks).map(([name, result]) => [name, result, points, "points"]),
+    ...Object.entries(view.drift).map(([name, result]) => [`drift, ${name} prompts`, result, signed, "nats per token"]),
     ...(view.nll ? [["held-out nll", view.nll, signed, "nats per token"]] : []),
   ];
   const drawn = Object.entries(fronts)
@@ -245,7 +245,7 @@ function pairOf({ first, second, views, fronts }, size) {
         low: front.low[index],
         high: front.high[index],
       }));
-      return figure(`Drift of ${first} less that of ${second}, at equal ${name}, with its 95% band`, {
+      return figure(`Drift of ${first} minus drift of ${second} at equal ${name}, with its 95% band`, {
         width: size,
         x: { label: `${name} →`, labelAnchor: "center", labelArrow: "none" },
         y: { label: "↑ nats per token", labelArrow: "none" },
@@ -265,15 +265,15 @@ function pairOf({ first, second, views, fronts }, size) {
         "div",
         {},
         table(
-          `${first} less ${second}`,
+          `${first} minus ${second}`,
           [
-            { title: `${first} less ${second}`, class: "long-name", cell: ([name]) => name },
-            { title: "difference (95%)", numeric: true, cell: ([, found, show]) => between(found, show) },
+            { title: `${first} minus ${second}`, class: "long-name", cell: ([name]) => name },
+            { title: "difference (95%)", numeric: true, cell: ([, result, show]) => between(result, show) },
             { title: "in", cell: ([, , , unit]) => h("span", { class: "quiet" }, unit), class: "optional" },
             {
               title: "p",
               numeric: true,
-              cell: ([, found]) => d3.format(".2~g")(found.p_holm ?? found.p_value),
+              cell: ([, result]) => d3.format(".2~g")(result.p_holm ?? result.p_value),
               help: "Holm-adjusted",
             },
           ],
@@ -295,23 +295,23 @@ function evaluation({ model, base, results, regressions }, width) {
         "Scores",
         [
           { title: "task", class: "long-name", cell: ([name]) => name },
-          { title: "score", numeric: true, cell: ([, found]) => share(found.score) },
-          { title: "95%", numeric: true, cell: ([, found]) => `${share(found.low)} to ${share(found.high)}` },
-          { title: "n", numeric: true, cell: ([, found]) => count(found.n) },
+          { title: "score", numeric: true, cell: ([, result]) => share(result.score) },
+          { title: "95%", numeric: true, cell: ([, result]) => `${share(result.low)} to ${share(result.high)}` },
+          { title: "n", numeric: true, cell: ([, result]) => count(result.n) },
         ],
         rows,
       ),
     ];
   }
   const rows = [
-    ...Object.entries(results.means).map(([name, found]) => [`mean of ${name}`, found]),
+    ...Object.entries(results.means).map(([name, result]) => [`mean of ${name}`, result]),
     ...Object.entries(results.tasks),
   ];
-  const data = rows.map(([name, found]) => ({
+  const data = rows.map(([name, result]) => ({
     name,
-    change: found.change * 100,
-    low: found.low * 100,
-    high: found.high * 100,
+    change: result.change * 100,
+    low: result.low * 100,
+    high: result.high * 100,
   }));
   const forest = {
     width: half(width),
@@ -348,16 +348,16 @@ function evaluation({ model, base, results, regressions }, width) {
           "Tasks",
           [
             { title: "task", class: "long-name", cell: ([name]) => name },
-            { title: "before", numeric: true, cell: ([, found]) => share(found.before) },
-            { title: "after", numeric: true, cell: ([, found]) => share(found.after) },
-            { title: "change (95%)", numeric: true, cell: ([, found]) => between(found, points) },
+            { title: "before", numeric: true, cell: ([, result]) => share(result.before) },
+            { title: "after", numeric: true, cell: ([, result]) => share(result.after) },
+            { title: "change (95%)", numeric: true, cell: ([, result]) => between(result, points) },
             {
               title: "p",
               numeric: true,
-              cell: ([, found]) => d3.format(".2~g")(found.p_holm ?? found.p_value),
+              cell: ([, result]) => d3.format(".2~g")(result.p_holm ?? result.p_value),
               help: "Holm-adjusted",
             },
-            { title: "n", numeric: true, class: "optional", cell: ([, found]) => count(found.n) },
+            { title: "n", numeric: true, class: "optional", cell: ([, result]) => count(result.n) },
           ],
           rows,
         ),
@@ -368,21 +368,21 @@ function evaluation({ model, base, results, regressions }, width) {
             `Drift ${number(drift.mean, 3)} nats per token (95%: ${number(drift.low, 3)} to ${number(drift.high, 3)}), over ${count(drift.tokens)} tokens.`,
           ),
       ),
-      figure("Change beside the base, with its 95% interval", forest),
+      figure("Change from the base model, with its 95% interval", forest),
     ),
     ...regressions.map(worst),
     ...Object.entries(results.failed).map(([name, why]) => h("p", { class: "error" }, `${name}: ${why}`)),
   ];
 }
 
-// The first are shown, the others of many seeds when they are opened
+// The first list is open; with many seeds the others are closed
 function worst({ objective, seed, items }, index) {
   if (!items.length) return null;
   const who = objective ? ` with ${objective}${seed === null ? "" : `, seed ${seed}`}` : "";
   return h(
     "details",
     { open: index === 0 },
-    h("summary", { class: "plain" }, h("h2", {}, `What it could, and cannot any more${who}`)),
+    h("summary", { class: "plain" }, h("h2", {}, `Tasks that the model solved before and not after${who}`)),
     h("ol", { class: "regressions" }, items.map(regression)),
   );
 }

@@ -1,8 +1,8 @@
-// What is shown, held in the address's fragment: a link shows the same view, and back and forward work.
+// The state of the page, kept in the address's fragment: a link shows the same view, and back and forward work.
 
 const DEFAULTS = {
   view: "",
-  // The selection: what every answer is of
+  // The selection, which every answer is about
   model: "base",
   origin: "data",
   source: [],
@@ -23,9 +23,9 @@ const DEFAULTS = {
   order: "desc",
   page: 1,
   example: "",
-  at: "", // the position of a token in it
+  at: "", // the position of a token in the example
   paint: "prob",
-  raw: "", // "open": the row as it was is shown
+  raw: "", // "open": shows the row as it was
   // Tokens
   group: "conflict",
   // Runs
@@ -36,27 +36,27 @@ const FILTERS = ["source", "nll", "conflict", "search", "box", "token"];
 const SELECTION = ["model", "origin", ...FILTERS];
 
 export let state = read();
-export let passing = false; // whether the last change was on the way somewhere: a drag
+export let passing = false; // whether the last change is part of a drag
 const listeners = [];
 let writing;
 
 function read() {
   const given = new URLSearchParams(location.hash.slice(1));
-  const found = structuredClone(DEFAULTS);
+  const values = structuredClone(DEFAULTS);
   for (const [name, value] of Object.entries(DEFAULTS)) {
     if (!given.has(name)) continue;
-    if (Array.isArray(value)) found[name] = given.getAll(name);
-    else if (typeof value === "object") found[name] = parse(given.get(name)) ?? value;
-    else found[name] = typeof value === "number" ? Number(given.get(name)) || value : given.get(name);
+    if (Array.isArray(value)) values[name] = given.getAll(name);
+    else if (typeof value === "object") values[name] = parse(given.get(name)) ?? value;
+    else values[name] = typeof value === "number" ? Number(given.get(name)) || value : given.get(name);
   }
-  return found;
+  return values;
 }
 
 function parse(text) {
   try {
     return JSON.parse(text);
   } catch {
-    return null; // a link that was cut
+    return null; // the link is incomplete
   }
 }
 
@@ -70,7 +70,7 @@ function address() {
   return `#${given}`;
 }
 
-// Changes what is shown. On the way somewhere (a drag) it is no step to go back to
+// Changes the state. A change during a drag makes no step in the browser's history
 export function change(patch, { onTheWay = false } = {}) {
   passing = onTheWay;
   const other = ["view", "group", ...SELECTION].some((name) => name in patch);
@@ -78,7 +78,7 @@ export function change(patch, { onTheWay = false } = {}) {
   clearTimeout(writing);
   const same = address() === (location.hash || "#");
   if (passing)
-    writing = setTimeout(() => history.replaceState(null, "", address()), 200); // browsers limit how often
+    writing = setTimeout(() => history.replaceState(null, "", address()), 200); // browsers limit how often this may be called
   else if (!same) history.pushState(null, "", address());
   listeners.forEach((listener) => listener());
 }
@@ -97,7 +97,7 @@ function follow() {
 addEventListener("popstate", follow);
 addEventListener("hashchange", follow);
 
-// The parameters of a request: the selection, less the names in `without`
+// The parameters of a request: the selection without the names in `without`
 export function selection({ without = [], ...other } = {}) {
   const chosen = SELECTION.filter((name) => !without.includes(name)).map((name) => [name, state[name]]);
   return { ...Object.fromEntries(chosen), ...other };

@@ -1,11 +1,11 @@
-// An example as text: its tokens coloured by what the model thinks of them; unlabelled ones are grey.
+// An example as text: labelled tokens are coloured by the model's statistics, unlabelled tokens are grey.
 
 import { h, number, share, token } from "./dom.js";
 import { hideTip, showTip } from "./tip.js";
 
-const LARGEST = { entropy: 4, change: 3 }; // nats that have the full colour
+const LARGEST = { entropy: 4, change: 3 }; // nats with the full colour
 
-// What the text can be coloured by: its name, what the two ends of the colours mean, the strength in [-1, 1]
+// The colourings of the text: the name, what the two ends of the colours mean, and the strength in [-1, 1]
 export const PAINTS = {
   prob: { title: "probability", ends: ["likely", "unlikely"], strength: (t) => 1 - t.prob },
   entropy: {
@@ -23,29 +23,29 @@ export const PAINTS = {
 
 const graphemes = new Intl.Segmenter(undefined, { granularity: "grapheme" });
 
-// Tokens in groups that are whole characters, as a reader sees them: an emoji over three tokens is one group
+// Tokens in groups of whole characters as a reader sees them: an emoji of three tokens is one group
 export function groups(tokens) {
   const text = tokens.map(({ text }) => text).join("");
   const ends = new Set([...graphemes.segment(text)].map(({ index, segment }) => index + segment.length));
-  const found = [];
+  const closedGroups = [];
   let group = [],
     end = 0;
   for (const item of tokens) {
     const before = end;
     end += item.text.length;
-    // Parts of a character that is still to come have no text of their own
+    // A token inside a character has no text; the character belongs to its last token
     const closed = end > before && (ends.has(end) || item.text.endsWith("\n"));
     group.push(item);
     if (closed) {
-      found.push(group);
+      closedGroups.push(group);
       group = [];
     }
   }
-  if (group.length) found.push(group);
-  return found;
+  if (group.length) closedGroups.push(group);
+  return closedGroups;
 }
 
-// The text's element; `at` is the position of a token that has the focus
+// The element of the text; `at` is the position of the token with the focus
 export function example({ tokens }, paint, at) {
   const shown = h("div", {
     class: `text paint-${paint}`,
@@ -89,7 +89,7 @@ export function example({ tokens }, paint, at) {
   return shown;
 }
 
-// Text with its line ends marked
+// Text with symbols for its line ends
 function lines(text) {
   const pieces = text.split("\n");
   return pieces
@@ -123,7 +123,7 @@ function listen(shown, parts, at) {
     event.preventDefault();
   });
   const start = all.find((part) => parts.get(part).some(({ position }) => `${position}` === at)) ?? all[0];
-  let entry = start; // the one that the tab key comes to
+  let entry = start; // the token that the tab key reaches
   if (entry) entry.tabIndex = 0;
   shown.focusToken = () => {
     start?.scrollIntoView({ block: "center" });
@@ -131,7 +131,7 @@ function listen(shown, parts, at) {
   };
 }
 
-// What the tooltip says of a token
+// The tooltip of a token
 function describe(item) {
   const head = h(
     "p",

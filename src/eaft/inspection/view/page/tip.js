@@ -1,8 +1,8 @@
-// The one tooltip of the page.
+// The page's only tooltip.
 
 const tip = document.getElementById("tip");
 
-// Shows nodes beside a rectangle of the window (an element's, or a point's), where there is room
+// Shows nodes beside a rectangle of the window (of an element or a point), on a side with room
 export function showTip(nodes, { left, right = left, top, bottom = top }) {
   tip.replaceChildren(...nodes.filter(Boolean));
   tip.hidden = false;

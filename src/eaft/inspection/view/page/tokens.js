@@ -1,4 +1,4 @@
-// The tokens of a group, and the places of one in context.
+// The tokens of a group, and the places of one token in context.
 
 import { url } from "./api.js";
 import { announce, choice, count, fill, h, many, number, oneLine, part, share, table, token, wanted } from "./dom.js";
@@ -12,10 +12,10 @@ const GROUPS = [
   ["", "all"],
 ];
 const MEANING = {
-  conflict: "Sure of something else: entropy below 0.5 nats, the label's probability below 0.1.",
+  conflict: "The model is sure of another token: entropy below 0.5 nats, probability of the label below 0.1.",
   high_entropy: "The model is unsure: entropy of at least 2 nats.",
   low_entropy: "The model is sure: entropy of at most 0.5 nats.",
-  "": "Every labelled token that is selected.",
+  "": "All labelled tokens of the selection.",
 };
 const TOKENS = 200,
   PLACES = 50;
