@@ -531,7 +531,7 @@ def test_runs_and_checks(visit):
     ]
     change, low, high = (f"{value:+}".replace("-", MINUS) for value in points)
     assert ["target", f"{change} {low} to {high}", "points", f"{target['p_holm']:.2g}"] in rows(
-        page, "eaft less sft"
+        page, "eaft minus sft"
     )
     page.get_by_label("Run", exact=True).select_option("runs/evaluated (eaft eval)")
     expect(page.locator(".lead")).to_have_text("A loss is shown on arithmetic.")
