@@ -87,8 +87,10 @@ TRAIN_FLAGS = {
     "resume_from_checkpoint": ["nosuch", "true/"],
     "exclude_examples": ["nosuch.jsonl"],
     "template_date": ["yesterday", "2026-13-01", "29.11.2026"],
-    "lr_scheduler_type": ["nosuch"],
-    "optim": ["nosuch"],
+    "lr_scheduler_type": ["nosuch", "cosine_with_min_lr", "warmup_stable_decay"],
+    "lr_scheduler_kwargs": ['{"nosuch": 1}', "[1]", "5", "text", "{"],
+    "optim": ["nosuch", "galore_adamw", "lomo"],
+    "optim_args": ["nonsense", "nosuch=1", "betas=1", "lr=nan", "eps=x", "="],
     "save_strategy": ["sometimes"],
     "attn_implementation": ["nosuch"],
     "dtype": ["float12", "int8"],
@@ -114,7 +116,14 @@ EVAL_FLAGS = {
     "max_drift": ["-1", "nan", "many"],
     "num_fewshot": ["-1", "1.5", "many"],
     "max_thinking_tokens": ["-1", "many"],
-    "gen_kwargs": ["nonsense"],
+    "gen_kwargs": [
+        *("nonsense", "=1", "nosuch=1", "temperature=", "max_length=9", "num_return_sequences=2"),
+        *(f"temperature={value}" for value in ("nan", "-1", "x", "0,do_sample=true")),
+        *(f"top_p={value}" for value in ("0", "2", "-1", "nan")),
+        *(f"{name}={value}" for name in ("num_beams", "max_gen_toks") for value in NO_COUNT[:5]),
+        *(f"repetition_penalty={value}" for value in ("0", "-1", "nan")),
+        *("top_k=-1", "min_p=5", "do_sample=perhaps", "until=5", "eos_token_id=x", "max_time=nan"),
+    ],
     "seed": ["-1", "4294967296", "many"],
     "batch_size": ["0", "-1", "1.5", "many"],
     "dtype": ["float12", "int8", ""],
@@ -423,6 +432,27 @@ def test_flags(command, flags, attempt):
         for value in values:
             extra = ["--use_peft", "true"] if flag.startswith("lora_") else []
             command(attempt, f"{flag}={value!r}", *extra, f"--{flag}", value)
+
+
+def test_values_of_schedules_and_optimizers(attempt):
+    for schedule, value in (
+        *(("cosine", f'{{"num_cycles": {value}}}') for value in ("NaN", "Infinity", '"x"', "null")),
+        *(("cosine_with_min_lr", f'{{"min_lr": {value}}}') for value in ("-1", "NaN", '"x"')),
+        *(("polynomial", f'{{"lr_end": {value}}}') for value in ("NaN", "5", '"x"')),
+    ):
+        flags = ["--lr_scheduler_type", schedule, "--lr_scheduler_kwargs", value]
+        train(attempt, f"{schedule} {value}", *flags)
+    for optimizer, value in (
+        *(("sgd", value) for value in ("momentum=-1", "momentum=nan", "momentum=x", "nosuch=1")),
+        *(("rmsprop", value) for value in ("alpha=-1", "momentum", "alpha=nan")),
+        ("adafactor", "clip_threshold=1.0"),  # which transformers does not read
+    ):
+        train(attempt, f"{optimizer} {value}", "--optim", optimizer, "--optim_args", value)
+    for flags in (
+        ["--optim", "sgd", "--optim_args", "momentum=0.9, nesterov=true"],
+        ["--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr": 1e-6}'],
+    ):
+        train(attempt, str(flags), *flags, good=True)
 
 
 def test_recipes(attempt):

@@ -4,15 +4,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import AfterValidator, BeforeValidator, Field
 
-from eaft.errors import nearest
-from eaft.files import Count, Flag, NotNegative, Seed
+from eaft.errors import ConfigurationError, nearest
+from eaft.files import (
+    Count,
+    Finite,
+    FiniteNotNegative,
+    Flag,
+    NotNegative,
+    Positive,
+    Seed,
+    check,
+)
 
 SEED = 1234  # lm-eval's own default for few-shot examples
 PROMPTS = Path(__file__).parent / "suites" / "prompts.jsonl"  # everyday requests
@@ -36,21 +47,71 @@ def dtype_name(value: str) -> str:
     return value
 
 
+UpToOne = Annotated[Finite, Field(gt=0, le=1)]
+# Settings of generation, and what values they take
+GENERATION: dict[str, Any] = {
+    "do_sample": Flag,
+    "use_cache": Flag,
+    "early_stopping": Flag | Literal["never"],
+    "temperature": FiniteNotNegative,
+    "top_k": NotNegative,
+    "top_p": UpToOne,
+    "typical_p": UpToOne,
+    "min_p": Annotated[Finite, Field(ge=0, le=1)],
+    "num_beams": Count,
+    "num_return_sequences": Literal[1],
+    "max_new_tokens": Count,
+    "max_gen_toks": Count,
+    "min_new_tokens": NotNegative,
+    "repetition_penalty": Positive,
+    "length_penalty": Finite,
+    "no_repeat_ngram_size": NotNegative,
+    "penalty_alpha": FiniteNotNegative,
+    "eos_token_id": NotNegative,
+    "until": str,
+}
+
+
+def generation_value(text: str) -> Any:
+    """Return a value of `gen_kwargs` as lm-eval reads it: a flag, none, a number or a text."""
+    text = text.strip()
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        return text[1:-1]
+    if text.lower() in ("true", "false", "none"):
+        return {"true": True, "false": False, "none": None}[text.lower()]
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
 def generation_flags(value: str) -> str:
     """
-    Return lm-eval's `gen_kwargs` if each part of it has a name that generation knows, and a value.
+    Return lm-eval's `gen_kwargs` if each part of it has a name that generation knows, and a value
+    that it takes.
     """
     from transformers import GenerationConfig
 
     known = {*GenerationConfig().to_dict(), "until", "max_gen_toks"}
+    settings: dict[str, Any] = {}
     for part in value.split(","):
-        name, equals, _ = part.partition("=")
+        name, equals, text = (piece.strip() for piece in part.partition("="))
         if not equals:
             raise ValueError("expected NAME=VALUE,NAME=VALUE, as temperature=0.7,do_sample=true")
-        if name.strip() not in known:
-            raise ValueError(
-                f"{name.strip()!r} is no setting of generation.{nearest(name.strip(), known)}"
-            )
+        if name not in known:
+            raise ValueError(f"{name!r} is no setting of generation.{nearest(name, known)}")
+        settings[name] = setting = generation_value(text)
+        if name in GENERATION:
+            try:
+                check(GENERATION[name], setting, "")
+            except ConfigurationError as error:
+                raise ValueError(f"{name}: {str(error).removesuffix('.')}") from error
+        elif isinstance(setting, float) and not math.isfinite(setting):
+            raise ValueError(f"{name}: expected a finite number, got {setting}")
+    if settings.get("do_sample") is True and settings.get("temperature") == 0:
+        raise ValueError("temperature=0 does not sample: leave do_sample=true out")
+    if "max_length" in settings:
+        raise ValueError("max_length counts the question too: give max_gen_toks")
     return value
 
 

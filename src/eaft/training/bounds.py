@@ -4,14 +4,19 @@ The bounds of numeric flags: TRL and transformers check few of them before they 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
+import math
 from datetime import date
 from typing import Annotated, Any, Literal, get_type_hints
 
+import torch
 from pydantic import AfterValidator, Field, StrictInt
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, get_scheduler
 
-from eaft.errors import ConfigurationError
+from eaft.errors import ConfigurationError, first_line
 from eaft.files import Count, Finite, FiniteNotNegative, NotNegative, Positive, Seed, Share, check
 
 
@@ -84,6 +89,68 @@ def check_bounds(args: Any, bounds: dict[str, Any]) -> None:
             raise ConfigurationError(
                 f"{name}={getattr(args, name)!r}: {str(error).partition(', got ')[0]}."
             ) from error
+
+
+# Optimizers of torch, whose settings each have a name of their own among transformers' arguments
+READ_BY_NAME = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")
+STEPS = 1000  # of a run whose length is not known yet
+
+
+def check_optimizer(args: Any) -> None:
+    """
+    Check `optim`, `optim_args` and the learning rate's schedule on one parameter, before a model
+    is loaded.
+
+    Raises:
+        ConfigurationError: the optimizer or the schedule cannot be made, a part of `optim_args` is
+            read by no one, or the rate is not finite and positive or 0 at some step.
+    """
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = args.optim.value
+    given = f"optim={optimizer!r} with optim_args={args.optim_args!r}"
+    try:
+        make, settings = Trainer.get_optimizer_cls_and_kwargs(args)
+        make([parameter], **settings)
+        parts = (args.optim_args or "").replace(" ", "").split(",")
+        for part in parts if args.optim_args and optimizer in READ_BY_NAME else []:
+            without = copy.copy(args)
+            without.optim_args = ",".join(other for other in parts if other != part) or None
+            if Trainer.get_optimizer_cls_and_kwargs(without)[1] == settings:
+                raise ValueError(
+                    f"this optimizer does not read {part!r}; adam_beta1, adam_beta2, adam_epsilon,"
+                    " weight_decay and learning_rate are flags of their own"
+                )
+    except AttributeError:  # made from the model's modules
+        pass
+    except (ImportError, ValueError, TypeError) as error:
+        raise ConfigurationError(f"{given}: {first_line(error)}.") from error
+
+    given = f"lr_scheduler_kwargs={args.lr_scheduler_kwargs!r}"
+    if not isinstance(args.lr_scheduler_kwargs, dict | None):
+        raise ConfigurationError(f"{given}: expected a map of names to values.")
+    count = args.max_steps if args.max_steps > 0 else STEPS
+    for name, value in (args.lr_scheduler_kwargs or {}).items():
+        if isinstance(value, int | float) and not 0 <= value < math.inf:
+            raise ConfigurationError(f"{given}: {name}: expected a finite number of at least 0.")
+    try:
+        schedule = get_scheduler(
+            args.lr_scheduler_type,
+            torch.optim.SGD([parameter], lr=args.learning_rate),
+            args.get_warmup_steps(count),
+            count,
+            copy.copy(args.lr_scheduler_kwargs) or {},
+        )
+        factors = schedule.lr_lambdas if isinstance(schedule, LambdaLR) else []
+        rates = [args.learning_rate * f(step) for f in factors for step in range(count)]
+    except (ImportError, ValueError, TypeError, AssertionError, ArithmeticError) as error:
+        raise ConfigurationError(
+            f"{given} with lr_scheduler_type={args.lr_scheduler_type.value!r}: {first_line(error)}."
+        ) from error
+    if any(not math.isfinite(rate) or rate < 0 for rate in rates):
+        step = next(i for i, rate in enumerate(rates) if not math.isfinite(rate) or rate < 0)
+        raise ConfigurationError(
+            f"{given}: the learning rate of step {step + 1} would be {rates[step]}."
+        )
 
 
 @functools.cache

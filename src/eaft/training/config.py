@@ -9,7 +9,7 @@ from trl import SFTConfig
 
 from eaft.errors import ConfigurationError, first_line
 from eaft.models import read_date
-from eaft.training.bounds import TRAINING, check_bounds
+from eaft.training.bounds import TRAINING, check_bounds, check_optimizer
 from eaft.training.flags import RULES, EAFTFlags
 from eaft.training.gate_measurements import MEASURED_PARAMETERS
 
@@ -89,6 +89,7 @@ class EAFTConfig(EAFTFlags, SFTConfig):
             if isinstance(error, ConfigurationError):
                 raise
             raise ConfigurationError(first_line(error)) from error
+        check_optimizer(self)
         check_selection(self)
 
     @property
