@@ -111,6 +111,8 @@ def check_optimizer(args: Any) -> None:
     try:
         make, settings = Trainer.get_optimizer_cls_and_kwargs(args)
         make([parameter], **settings)
+        if any(isinstance(v, float) and not math.isfinite(v) for v in settings.values()):
+            raise ValueError("expected finite numbers")
         parts = (args.optim_args or "").replace(" ", "").split(",")
         for part in parts if args.optim_args and optimizer in READ_BY_NAME else []:
             without = copy.copy(args)
