@@ -62,6 +62,15 @@ def train(model, rows, path, resume=None, **settings):
     return trainer
 
 
+def test_text_is_split_as_the_file_says(smollm2):
+    """Tokens that SmolLM2's own tokenizer makes of it: llama.cpp's, by its published ids."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    assert tokenizer.encode("Hello world! 123", add_special_tokens=False) == [
+        *(19556, 905, 17, 216, 33, 34, 35)
+    ]
+    assert tokenizer.tokenize("    5") == ["ĠĠĠĠ", "5"]  # with GPT-2's split "ĠĠĠ", "Ġ", "5"
+
+
 @pytest.mark.parametrize(
     ("gate", "setting"),
     every_gate_once(

@@ -8,6 +8,7 @@ known to change nothing, or the file is refused.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from pathlib import Path
@@ -15,12 +16,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations import GGUF_CONFIG_MAPPING
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from eaft.errors import ConfigurationError
 
+logger = logging.getLogger(__name__)
+# Names of how text is split before BPE (`tokenizer.ggml.pre`), by llama.cpp's src/llama-vocab.cpp.
+# transformers takes GPT-2's split for each name that it does not know
+# (findings/gguf_indented_digits.sh)
+SPLITS_DIGITS = {"starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b"}
+SPLITS_AS_GPT2 = {"gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "exaone4", "granite-docling"}
 # Keys below the architecture's name that the shapes of the tensors fix, or that change no output
 HARMLESS = {
     *(
@@ -119,7 +127,49 @@ def load_gguf(path: Path) -> tuple[Any, Any]:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # with this mark the model could not be saved
     model.hf_quantizer = None
-    return model, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    return model, load_gguf_tokenizer(path, reader)
+
+
+def load_gguf_tokenizer(path: Path, reader: Any = None) -> Any:
+    """
+    Return a GGUF file's tokenizer, which splits text as the file says; a split that is not known is
+    warned of.
+
+    Args:
+        reader: gguf's `GGUFReader` of the file, if there is one already.
+    """
+    from gguf import GGUFReader
+
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    fields = (reader or GGUFReader(path)).fields
+    kind, split = (
+        fields[name].contents() if name in fields else None
+        for name in ("tokenizer.ggml.model", "tokenizer.ggml.pre")
+    )
+    if kind != "gpt2" or split is None or split in SPLITS_AS_GPT2:
+        return tokenizer
+    if split in SPLITS_DIGITS:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
+    elif split not in splits_of_transformers():
+        logger.warning(
+            f"model_name_or_path={str(path)!r}: the file splits text as {split!r}, which is not"
+            f" known here, and GPT-2's split is taken: some texts get other tokens. {INSTEAD}"
+        )
+    return tokenizer
+
+
+def splits_of_transformers() -> set[str]:
+    """Return the names of splits that transformers itself reads; older versions read none."""
+    try:
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+    except ImportError:
+        return set()
+    return set(GGUF_PRE_TOKENIZER_SPLITS)
 
 
 def unread(path: Path, what: str) -> ConfigurationError:

@@ -26,7 +26,7 @@ from eaft.errors import ConfigurationError, EAFTError, disk_full, first_line
 from eaft.files import read_json
 
 # The version of our GGUF conversion. Folders of older versions are not used
-CONVERSION = 3
+CONVERSION = 4
 
 
 @contextlib.contextmanager

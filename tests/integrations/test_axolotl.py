@@ -22,6 +22,7 @@ class Fields(BaseModel):
     """Some of Axolotl's."""
 
     use_eaft: bool | None = None
+    use_dft: bool | None = None
     rl: str | None = None
     reward_model: bool | None = None
     context_parallel_size: int | None = 1
@@ -66,6 +67,7 @@ def test_names_and_defaults_are_those_of_the_command_line(config):
             {"use_eaft": True},
             "use_eaft: True does not go with gate: eaft: it computes a loss of its own",
         ),
+        ({"use_dft": True}, "use_dft: True does not go with gate: eaft: .* set gate: dft"),
         ({"rl": "dpo"}, "rl: dpo does not go with gate"),
         ({"reward_model": True}, "reward_model: True"),
         ({"context_parallel_size": 2}, "context_parallel_size: 2 .* set it to 1"),

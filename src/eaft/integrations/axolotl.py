@@ -23,6 +23,7 @@ REFUSED = {
         "it computes a loss of its own, from full logits: leave it out, the plugin is what does"
         " EAFT."
     ),
+    "use_dft": "it computes a loss of its own, from full logits: set gate: dft instead.",
     "rl": "preference and reinforcement losses have no gate: leave it out, or take the plugin out.",
     "reward_model": "its loss is not over tokens: leave it out, or take the plugin out.",
     "process_reward_model": (
@@ -80,6 +81,7 @@ class EAFTPlugin(BasePlugin):
         """
         Divide the loss by the labels of all accumulated micro-batches, as `eaft train` does.
         """
-        # Axolotl looks for the count in the backbone's signature. It is not there, so Axolotl would
-        # average the means of the micro-batches
+        # Axolotl 0.19 looks for the count in the backbone's signature. It is not there, so Axolotl
+        # would average the means of the micro-batches. 0.21 looks in the signature of the model's
+        # `loss_function`, which our loss does not go through
         trainer.model_accepts_loss_kwargs = True

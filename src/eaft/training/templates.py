@@ -19,6 +19,7 @@ from trl import ModelConfig, is_conversational
 
 from eaft.errors import ConfigurationError, first_line
 from eaft.evaluation.scores import end_tokens, generation_config, load_tokenizer
+from eaft.gguf_model import load_gguf_tokenizer
 from eaft.training.config import EAFTConfig
 from eaft.training.trl_internals import (
     get_training_chat_template,
@@ -90,7 +91,7 @@ def find_template_tokenizer(model: str, args: EAFTConfig, revision: str | None) 
     source = {"revision": revision, "trust_remote_code": args.trust_remote_code}
     try:
         if path.suffix == ".gguf":
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            tokenizer = load_gguf_tokenizer(path)
         else:
             tokenizer = load_tokenizer(str(path) if path.is_dir() else model, source)
     except Exception:  # transformers raises anything for a damaged file
