@@ -399,6 +399,14 @@ def test_a_first_gradient_of_zero_says_why(tmp_path):
     off = "adapters are switched off: call enable_adapter_layers"
     refused(off, lambda t: t.model.disable_adapter_layers(), peft_config=LoraConfig(r=2))
     refused(r"The 1 trainable parameters \(apart, ...\) have no part in the loss", unused)
+
+    def zeros(trainer):
+        with torch.no_grad():
+            for parameter in trainer.model.parameters():
+                parameter.mul_(not parameter.requires_grad)
+
+    nothing = r"loss is not 0, and each of the \d+ trainable parameters has a gradient of 0"
+    refused(nothing, zeros, peft_config=LoraConfig(r=2))
     refused("Every parameter of the model is frozen", lambda t: t.model.requires_grad_(False))
     unlabelled = {"input_ids": [3, 4, 5], "labels": [-100] * 3}
     rows = [unlabelled] * 4 + [{"input_ids": [3, 4, 5], "labels": [3, 4, 5]}] * 4

@@ -37,6 +37,7 @@ from eaft.comparison.results import (
 from eaft.comparison.study import Study
 from eaft.errors import EAFTError
 from eaft.evaluation.changes import compare_items
+from eaft.evaluation.comparable import differing
 from eaft.evaluation.paired import holm, mean_change, paired_change
 from eaft.evaluation.results import Item, RecordedProtocol
 from eaft.evaluation.scores import asked
@@ -368,6 +369,7 @@ def run_result(run: Run, points: list[Point], measurer: Measurer, chosen: bool) 
         chosen=chosen,
         commit=trained["environment"]["commit"],
         **{name: trained["result"][name] for name in TRAINING},
+        differs=differing(measurer.base_path, str(run.folder), measurer.config.protocol.model_args),
         points=[checkpoint_result(point, measurer) for point in points],
     )
 

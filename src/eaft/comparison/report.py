@@ -25,7 +25,7 @@ from eaft.comparison.results import (
     PairVerdict,
     Spread,
 )
-from eaft.evaluation.report import briefly, save
+from eaft.evaluation.report import briefly, save, settings_text
 from eaft.evaluation.results import as_json
 from eaft.provenance import write_json
 from eaft.text import markdown_strings, table
@@ -46,6 +46,8 @@ def write(results: Comparison, folder: Path) -> str:
     (folder / "results.json").unlink(missing_ok=True)
     safe = markdown_strings(results)
     results.sentence = safe.sentence = headline(safe)
+    for run, raw in zip(safe.runs, results.runs, strict=True):
+        run.differs = raw.differs  # shown as code, which keeps text as it is
     text = markdown(safe)
     (folder / "results.md").write_text(text)
     draw_pareto(results, folder / "pareto.png")
@@ -456,6 +458,21 @@ def asked_section(results: Comparison) -> list[str]:
         ),
         table(rows, ["task", "version", "metric", "filter", "examples", "cut"]),
         *([read] if kept else []),
+        *differs_lines(results),
+    ]
+
+
+def differs_lines(results: Comparison) -> list[str]:
+    """Return in what else than weights the runs' models differ from the base model, if they do."""
+    folders: dict[str, list[str]] = {}
+    for run in results.runs:
+        if run.differs:
+            folders.setdefault(settings_text(run.differs), []).append(run.folder)
+    return [
+        f"**{', '.join(names)}: differs from the base model in more than weights**: {settings}. All"
+        " models were asked with one chat template and one tokenizer; each stops and generates as"
+        " its own folder says."
+        for settings, names in folders.items()
     ]
 
 

@@ -21,6 +21,7 @@ from eaft.evaluation.results import (
     Number,
     Probability,
     RecordedProtocol,
+    Setting,
 )
 
 
@@ -221,6 +222,8 @@ class RunResult:
     """Peak memory of training."""
     train_runtime_s: float
     """Duration of training."""
+    differs: dict[str, Setting]
+    """The settings, beside the weights, in which its model differs from the base model."""
     points: list[CheckpointResult]
     """Its checkpoints, in order of steps."""
 

@@ -190,23 +190,27 @@ def differs_text(differs: dict[str, Setting] | None) -> list[str]:
     """Return in what else than weights the two models differ, if they do."""
     if not differs:
         return []
+    return [
+        f"**The models differ in more than weights**: {settings_text(differs)}. Both were asked"
+        " with one chat template, and with one tokenizer where they have one vocabulary; each"
+        " stops and generates as its own folder says."
+    ]
+
+
+def settings_text(differs: dict[str, Setting]) -> str:
+    """Return the settings in which two models differ, and their values where they can be read."""
 
     def values(pair: Setting) -> str:
         base, tuned = (
             json.dumps(side, sort_keys=True, ensure_ascii=False) for side in (pair.base, pair.model)
         )
-        return f" (base {code(base)}, this model {code(tuned)})"
+        return f" (base {code(base)}, tuned {code(tuned)})"
 
     told = ("end_tokens", "generation_config")  # the others are digests
-    parts = [
+    return ", ".join(
         name.replace("_", " ") + (values(pair) if name in told else "")
         for name, pair in differs.items()
-    ]
-    return [
-        f"**The models differ in more than weights**: {', '.join(parts)}. Both were asked with one"
-        " chat template, and with one tokenizer where they have one vocabulary; each stops and"
-        " generates as its own folder says."
-    ]
+    )
 
 
 def asked_section(results: Results, differs: dict[str, Setting] | None) -> list[str]:

@@ -495,14 +495,12 @@ class EAFTTrainer(SFTTrainer):
                 " per_device_train_batch_size."
             )
         trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        # A gradient of 0 is right for some weights that are 0
         if any(parameter.grad is not None for parameter in trainable.values()):
-            logger.warning(
-                f"{message}Each of the {len(trainable)} trainable parameters has a gradient of 0:"
-                " check the model's weights, and which layers are trained."
+            raise ConfigurationError(
+                f"{message}The loss is not 0, and each of the {len(trainable)} trainable parameters"
+                " has a gradient of 0: check for weights that are all 0 (an adapter whose two"
+                " matrices both are), and which layers are trained."
             )
-            self._gradient_checked = True  # one warning is enough
-            return
         raise ConfigurationError(
             f"{message}The {len(trainable)} trainable parameters ({next(iter(trainable))}, ...)"
             " have no part in the loss, or a layer between them and the loss has no backward pass:"
