@@ -7,7 +7,8 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from eaft.training.trl_internals import (
 Row = dict[str, Any]
 COLUMNS = ("messages", "prompt", "completion")  # the columns that hold messages
 STREAM_ROWS = 1000  # how many rows of a stream are rendered beforehand
+TOKENISED_ROWS = 1000  # of how many rows, spread over a data set, tokens are looked at beforehand
 OTHER_FORM = (
     'Split the row into {"prompt": [...], "completion": [...]}, one for each turn of the assistant:'
     " of these the completion is trained on."
@@ -169,7 +171,13 @@ class Findings:
     """Looks at what a chat template makes of rows, and counts the rows of each of `FINDINGS`."""
 
     def __init__(
-        self, tokenizer: Any, ends: set[str], template: str | None, masked: bool, filled: set[str]
+        self,
+        tokenizer: Any,
+        ends: set[str],
+        template: str | None,
+        masked: bool,
+        filled: set[str],
+        stride: int,
     ) -> None:
         self.tokenizer, self.template, self.masked, self.filled = (
             tokenizer,
@@ -180,23 +188,25 @@ class Findings:
         self.ends = tuple(sorted(ends))
         self.rows: dict[str, list[int]] = {name: [] for name in FINDINGS}
         self.details: dict[str, str] = {}
-        self.number = 0
+        self.number, self.stride, self.tokenised = 0, stride, 0
 
-    def add(self, row: Row, whole: str | None, prompt: str | None) -> None:
+    def add(self, number: int, row: Row, whole: str | None, prompt: str | None) -> None:
         """
-        Look at the next row.
+        Look at a row; at its tokens in every `stride`th row only.
 
         Args:
-            row: the row.
+            number, row: its index in the data, and the row.
             whole, prompt: its text and its prompt's text, from `render`; None for a row of plain
                 text.
         """
+        self.number = number
+        self.tokenised += not number % self.stride
         messages = row_messages(row) if whole is not None else []
         if whole is None:
             whole, prompt = row["prompt"] + row["completion"], row["prompt"]
         elif self.ends and messages[-1]["role"] == "assistant":
             learned = (
-                self.learned(row) if self.masked and self.number < STREAM_ROWS else whole.rstrip()
+                self.learned(row) if self.masked and not number % self.stride else whole.rstrip()
             )
             if not learned.endswith(self.ends):
                 self.count("no_end", self.how_it_ends(learned))
@@ -211,7 +221,6 @@ class Findings:
             message.get("tool_calls") or message.get("role") == "tool" for message in messages
         ) and self.drops(row):
             self.count("dropped_calls")
-        self.number += 1
 
     def learned(self, row: Row) -> str:
         """Return the text of the tokens that the template marks as the assistant's."""
@@ -243,10 +252,12 @@ class Findings:
         return f"{stops} Give a template that ends the assistant's turn, with --chat_template_path."
 
     def is_prefix(self, prompt: str, whole: str, special: bool) -> bool:
-        """Return whether a prompt begins its row, as text, and in the first 1000 rows as tokens."""
+        """
+        Return whether a prompt begins its row, as text, and in every `stride`th row as tokens.
+        """
         if not whole.startswith(prompt):
             return False
-        if self.number >= STREAM_ROWS:
+        if self.number % self.stride:
             return True
         first, all_ = (
             self.tokenizer(text, add_special_tokens=special)["input_ids"]
@@ -269,6 +280,12 @@ class Findings:
             return render(self.tokenizer, changed, self.template)[0].count(SENTINEL) < expected
         except Exception:  # the template looks the name up
             return False
+
+    def looked_at(self, name: str) -> str:
+        """Return of how many rows the tokens were looked at, where it was not all."""
+        if self.stride == 1 or not (name == "no_prefix" or (name == "no_end" and self.masked)):
+            return ""
+        return f" Tokens were looked at in {self.tokenised} rows, 1 in {self.stride}."
 
     def summary(self) -> list[Finding]:
         """Return a `Finding` for each of `FINDINGS`, also for those without a row."""
@@ -406,13 +423,16 @@ def check_rows(
             "--chat_template_path (a .jinja file, or a model that has one), or rows of text."
         )
     template, marked = (None, False) if plain else training_template(tokenizer, args)
-    findings = Findings(
-        tokenizer, set(ends), template, marked and args.assistant_only_loss, filled_columns(rows)
-    )
-    is_sized = hasattr(rows, "__len__")
-    checked = itertools.islice(rows, STREAM_ROWS if plain or not is_sized else None)
+    number_of_rows = len(rows) if isinstance(rows, Sized) else None  # of a stream it is not known
+    stride = max(1, math.ceil((number_of_rows or 0) / TOKENISED_ROWS))
+    masked = marked and args.assistant_only_loss
+    findings = Findings(tokenizer, set(ends), template, masked, filled_columns(rows), stride)
+    looked_at = enumerate(itertools.islice(rows, STREAM_ROWS if number_of_rows is None else None))
+    checked: Iterable[tuple[int, Row]] = looked_at
+    if plain:  # nothing is rendered: the rows between are left out
+        checked = itertools.islice(looked_at, 0, None, stride)
     quiet = None if args.process_index == 0 else True  # None: a bar on a terminal only
-    for number, row in enumerate(tqdm(checked, desc=f"Checking {where}", delay=5, disable=quiet)):
+    for number, row in tqdm(checked, desc=f"Checking {where}", delay=5, disable=quiet):
         try:
             check_messages(row, plain)
             whole, prompt = (None, None) if plain else render(tokenizer, row, template)
@@ -429,7 +449,7 @@ def check_rows(
                 f" ({type(error).__name__}: {first_line(error)})."
                 f" {way_out(tokenizer, row, template)}"
             ) from error
-        findings.add(row, whole, prompt)
+        findings.add(number, row, whole, prompt)
     return findings.summary()
 
 
