@@ -295,7 +295,7 @@ class Findings:
                 title,
                 count=len(self.rows[name]),
                 rows=self.rows[name][:NAMED_ROWS],
-                text=f"{text} {self.details.get(name, '')}".strip(),
+                text=f"{text} {self.details.get(name, '')}".strip() + self.looked_at(name),
             )
             for name, (title, text) in FINDINGS.items()
         ]
