@@ -15,6 +15,7 @@ import eaft
 from eaft import cli, models
 from eaft.commands import train
 from eaft.commands.help import gates_help
+from eaft.errors import STARTED
 from eaft.objective.registry import GATES
 
 from .conftest import make_rows
@@ -36,6 +37,7 @@ def test_help_imports_nothing_slow(command, tmp_path):
     code = f"""
 import sys
 from eaft import cli
+from eaft.errors import STARTED
 try:
     cli.main(sys.argv[1:])
 except SystemExit as exit_:
@@ -139,6 +141,8 @@ def test_a_full_disk_is_one_line(chained, monkeypatch, capsys):
         "eaft eval: error: the disk is full (out/model.safetensors could not be written): free"
     )
     assert told.count("\n") == 1
+    monkeypatch.setenv(STARTED, "1")
+    assert cli.main(["train"]) == errno.ENOSPC
 
 
 def test_another_error_is_not_hidden(monkeypatch):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import logging
 import os
 import sys
 import time
 
-from eaft.errors import EAFTError, disk_full
+from eaft.errors import STARTED, EAFTError, disk_full
 from eaft.text import VisibleRecord, visible
 
 DESCRIPTION = """
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
             f"error: the disk is full{where}: free some space (`eaft cache` says what is kept), and"
             " go on.",
         )
-        return 2
+        return errno.ENOSPC if STARTED in os.environ else 2
 
 
 def tell(command: str, message: str) -> None:

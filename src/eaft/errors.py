@@ -9,6 +9,10 @@ import difflib
 import errno
 from collections.abc import Iterable
 
+# A command that another eaft command started has this variable: it ends with errno.ENOSPC instead
+# of 2 if the disk is full
+STARTED = "EAFT_STARTED"
+
 
 class EAFTError(Exception):
     """Base class of the errors whose message tells the user what is wrong and what to do."""

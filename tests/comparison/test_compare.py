@@ -3,6 +3,7 @@
 bad recipes.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -148,6 +149,7 @@ def test_results_are_whole_and_as_the_schema_says(compared):
     ]
     for r in results["runs"]:
         assert [point["step"] for point in r["points"]] == [1, 2]
+        assert r["differs"] == {}
         for point in r["points"]:
             for kind, drift in point["drift"].items():
                 assert drift["mean"] == pytest.approx(
@@ -261,6 +263,16 @@ def test_what_was_deleted_is_not_shown_under_another_measure(compared, tmp_path,
             run({**compared.content, "evaluate": {**compared.content["evaluate"], **changes}}) == 2
         )
         assert message in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_while_a_run_trains_ends_the_comparison(content, monkeypatch, capsys):
+    trained = []
+    monkeypatch.setattr(runs, "train_apart", lambda config: trained.append(config) or errno.ENOSPC)
+    assert run(content) == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "error: sft-seed0: No space left on device: free some space" in told
+    assert len(trained) == 1
+    assert not (Path(content["output_dir"]) / "results.json").exists()
 
 
 def test_resumes_and_lets_others_go_on_when_one_fails(content, tmp_path, monkeypatch, capsys):

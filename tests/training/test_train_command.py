@@ -230,7 +230,7 @@ def test_a_run_goes_on_with_its_own_settings(model_dir, data, tmp_path, capsys):
         ("--weight_decay", "0"): r"weight_decay=0\.0: .* begun with 0\.1",
         ("--warmup_steps", "1"): r"warmup_steps=1\.0: .* begun with 0",
         ("--gate", "sft"): "gate='sft': .* begun with 'eaft'",
-        ("--optim_args", "amsgrad=True"): "optim_args='amsgrad=True': .* begun with None",
+        ("--optim", "sgd"): "optim='sgd': .* begun with 'adamw_torch_fused'",
     }
     for change, message in changes.items():
         for where, resume in ((out, "true"), (tmp_path / "other", out / "checkpoint-2")):

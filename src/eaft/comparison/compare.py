@@ -308,6 +308,7 @@ def in_jobs(
                 continue
             except Exception as error:
                 if disk_full(error) is not None:
+                    pool.shutdown(wait=False, cancel_futures=True)  # what has not begun
                     raise
                 yield error
                 continue

@@ -5,6 +5,7 @@ checkpoints.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -92,6 +93,11 @@ def train_run(run: Run) -> str | None:
     except ConfigurationError as error:
         return str(error)
     code = train_apart(config)
+    if code == errno.ENOSPC:
+        return (
+            f"{os.strerror(code)}: free some space (`eaft cache` says what is kept), and give the"
+            " same command again to go on."
+        )
     return f"training ended with exit code {code}; its message is in the output" if code else None
 
 

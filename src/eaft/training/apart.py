@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from eaft.errors import STARTED
 from eaft.files import read_json
 from eaft.processes import without_launcher
 from eaft.training.arguments import parse
@@ -126,13 +127,14 @@ def run_train(arguments: list[str], folder: Path) -> int:
 def tracker_environment(folder: Path) -> dict[str, str]:
     """
     Return the environment in which Weights & Biases groups a run, and TensorBoard names it, as its
-    folders say.
+    folders say, and in which a full disk has an exit code of its own (`STARTED`).
     """
     found = without_launcher()
     found.setdefault("WANDB_RUN_GROUP", folder.resolve().parent.name)
     boards = found.get(
         "TENSORBOARD_LOGGING_DIR", folder.parent
     )  # of all runs: in one folder they are one curve
+    found[STARTED] = "1"
     return {**found, "TENSORBOARD_LOGGING_DIR": str(Path(boards) / folder.name)}
 
 
