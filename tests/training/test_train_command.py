@@ -230,6 +230,7 @@ def test_a_run_goes_on_with_its_own_settings(model_dir, data, tmp_path, capsys):
         ("--weight_decay", "0"): r"weight_decay=0\.0: .* begun with 0\.1",
         ("--warmup_steps", "1"): r"warmup_steps=1\.0: .* begun with 0",
         ("--gate", "sft"): "gate='sft': .* begun with 'eaft'",
+        ("--seed", "1"): "seed=1: .* begun with 42",
         ("--optim", "sgd"): "optim='sgd': .* begun with 'adamw_torch_fused'",
     }
     for change, message in changes.items():

@@ -31,7 +31,7 @@ STAYS = (
     *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("optim", "optim_args", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
     *("gate", "gate_alpha", "gate_entropy", "gate_top_k", "gate_kwargs"),
-    *("replay", "max_length", "packing"),
+    *("seed", "data_seed", "replay", "max_length", "packing"),
 )
 
 
@@ -145,7 +145,8 @@ def check_settings(args: EAFTConfig, folder: Path) -> None:
     Check that a run goes on with the settings that it was begun with (`STAYS`).
 
     Args:
-        folder: of the run that is resumed; without a `run.json`, nothing is known of its settings.
+        folder: of the run that is resumed. Without a `run.json` that has its `config`, nothing is
+            known of its settings, and nothing is refused.
 
     Raises:
         ConfigurationError: one of them is another now.
