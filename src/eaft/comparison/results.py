@@ -222,8 +222,11 @@ class RunResult:
     """Peak memory of training."""
     train_runtime_s: float
     """Duration of training."""
-    differs: dict[str, Setting]
-    """The settings, beside the weights, in which its model differs from the base model."""
+    differs: dict[str, Setting] | None = field(default=None, metadata=ABSENT)
+    """
+    The settings, beside the weights, in which its model differs from the base model; absent from
+    results of earlier versions.
+    """
     points: list[CheckpointResult]
     """Its checkpoints, in order of steps."""
 
