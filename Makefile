@@ -43,7 +43,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 .PHONY: demo inspect notebook test test-fast test-oldest check docs browser clean
 
 # What to expect, found in the data before training; then whether it comes true. Where the data fights the model, the model
-# is the real one made surer of itself (logits x 2); where it does not, the real one as it is
+# is the real one sharpened (logits x 2); where it does not, the real one as it is
 demo: $(VENV)/.installed  ## inspect says what to expect of EAFT, compare whether it comes true; in runs/demo (11 minutes)
 	MODEL="$$($(PY) recipes/demo/find_model.py)" && \
 	$(PY) benchmarks/study/make_models.py "$$MODEL" --sharpness 2 --output_dir runs/demo/models && \

@@ -288,11 +288,10 @@ class Host(NamedTuple):
     Attributes:
         packages: what is installed beside eaft, the host first.
         commands: what returns its commands, given its Python.
-        factor: by what its own EAFT's loss must be multiplied to be the paper's.
-        needs: what is installed instead of all that the packages name.
-        why_not: why our loss is not to be equal to that of its own SFT or EAFT, where this is
-            known.
-        note: what is not as a user would run it.
+        factor: the host's own EAFT loss times this factor is the paper's loss.
+        needs: packages installed in place of the host's own requirements.
+        why_not: the known reason why our loss differs from the host's own SFT or EAFT loss.
+        note: how the run differs from a user's run.
     """
 
     packages: list[str]

@@ -5,10 +5,10 @@ the counts.
     .venv/bin/python benchmarks/kernels.py
 
 Every launch of `eaft.objective.triton_backend` is recorded as the loss would make it, compiled for
-an A100 and an H100, and its machine code (SASS) read with the tools in Triton's wheel. A kernel's
-time a logit is that of the slowest of its limits; the loss's time is that of three matrix products,
-the kernels and the traffic of the head's gradient. All of it is a model: nothing here was run on a
-GPU. Writes benchmarks/results/kernels.json and kernels.md.
+an A100 and an H100, and its machine code (SASS) read with the tools in Triton's wheel. A kernel
+takes, per logit, the time of its slowest limit. The loss takes the time of three matrix products,
+of the kernels, and of reading and writing the head's gradient. All of it is a model: nothing here
+was run on a GPU. Writes benchmarks/results/kernels.json and kernels.md.
 """
 
 import os

@@ -44,8 +44,9 @@ class Outputs(dict):
 
 def make_batch() -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Return logits `[B, S, V]` as sharp as a model's, and labels `[B, S]` of which a third is
-    ignored.
+    Return logits `[B, S, V]` about as sharp as a real model's, and labels `[B, S]`.
+
+    A third of the labels is ignored.
     """
     generator = torch.Generator().manual_seed(SEED)
     logits = 5 * torch.randn(4, 32, 1000, generator=generator)

@@ -400,7 +400,7 @@ def fit(of_eaft: list[tuple[Numbers, Numbers]]) -> Rule | None:
 
 def left_out(kind: str, of_eaft: list[tuple[Numbers, Numbers]]) -> list[Numbers]:
     """
-    Return how well the rule foretells the conditions of one kind of data when it is not fitted to
+    Return how well the rule predicts the conditions of one kind of data when it is not fitted to
     them.
     """
     rule = fit(
@@ -495,9 +495,9 @@ def report(found: Numbers) -> str:
         "seeds",
         "learning rates",
         "gradients before clipping, share",
-        "drift less SFT's",
-        "best nll less SFT's",
-        f"{GENERAL} less SFT's, points",
+        "drift minus SFT's",
+        "best nll minus SFT's",
+        f"{GENERAL} minus SFT's, points",
     ]
     tests = [
         [
@@ -529,7 +529,7 @@ def report(found: Numbers) -> str:
         headers = [
             "data",
             "seeds",
-            "drift less SFT's, points a tenth of the nll more in conflicts",
+            "drift minus SFT's, points a tenth of the nll more in conflicts",
             "p",
             "per seed",
         ]
@@ -575,7 +575,7 @@ def draw(found: Numbers, file: Path) -> None:
     axes.axhline(0, color="black", lw=0.8, ls=":")
     axes.set(
         xlabel="share of the base model's nll in confident conflicts (%)",
-        ylabel="EAFT's drift less SFT's, % of SFT's\n(same held-out nll)  ←  better",
+        ylabel="EAFT's drift minus SFT's, % of SFT's\n(same held-out nll)  ←  better",
         title="When does EAFT help?",
     )
     axes.legend(frameon=False)

@@ -1,5 +1,5 @@
 """
-Write the study's base models: the real one, and the same made surer of itself, as safetensors in
+Write the study's base models: the real one, and the same sharpened, as safetensors in
 runs/study/models.
 
     python benchmarks/study/make_models.py "$(python recipes/demo/find_model.py)"

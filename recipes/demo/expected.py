@@ -21,7 +21,7 @@ from eaft.files import read_json
 
 Numbers = dict[str, Any]
 CASES = {
-    "gsm8k": "GSM8K answers, by SmolLM2-135M-Instruct made surer of itself (logits x 2)",
+    "gsm8k": "GSM8K answers, by SmolLM2-135M-Instruct sharpened (logits x 2)",
     "function_calls": "function calls, by SmolLM2-135M-Instruct as it is",
 }
 
@@ -85,10 +85,10 @@ def report(cases: list[Numbers]) -> str:
     ]
     return (
         tabulate(rows, headers, tablefmt="github", disable_numparse=True)
-        + "\n\nExpected and found: EAFT's drift less SFT's at the same held-out nll, as a share of"
+        + "\n\nExpected and found: EAFT's drift minus SFT's at the same held-out nll, as a share of"
         " SFT's, with its 95% interval (expected: of\none run; found: over prompts and held-out"
         " answers, with one seed). As expected: what was found lies in the interval\nthat was"
-        " expected. Best held-out nll: EAFT's less SFT's, in nats.\n"
+        " expected. Best held-out nll: EAFT's minus SFT's, in nats.\n"
     )
 
 
@@ -130,7 +130,7 @@ def draw(cases: list[Numbers], file: Path) -> None:
     names = [case["about"].replace(", by ", ",\n").replace(" made", "\nmade") for case in cases]
     axis.set_yticks(range(len(cases)), names)
     axis.invert_yaxis()
-    axis.set(xlabel="better  ←  EAFT's drift less SFT's at the same held-out nll, % of SFT's")
+    axis.set(xlabel="better  ←  EAFT's drift minus SFT's at the same held-out nll, % of SFT's")
     axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     figure.savefig(file, dpi=150)
     plt.close(figure)
