@@ -77,6 +77,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     speed_up_tritons_interpreter()
 
 # ChatML with the markers that assistant_only_loss needs
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+TWO_RANKS = (sys.executable, *TORCHRUN)  # the launcher chooses the port
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['role'] =="
     " 'assistant' %}{% generation %}{{ message['content'] }}<|im_end|>\n{% endgeneration %}{% else"

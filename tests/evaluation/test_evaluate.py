@@ -5,7 +5,6 @@ bad input.
 
 import json
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from eaft.evaluation.results import Item, Results, as_json
 from eaft.evaluation.scores import load, load_tokenizer, own_dtype, score, vllm_args
 from eaft.evaluation.suite import Suite, load_suites, suites_help, task_manager
 from eaft.files import read_json
-from tests.conftest import make_model
+from tests.conftest import TWO_RANKS, make_model
 
 SCHEMA = Path(evaluate.__file__).with_name("results.schema.json")
 
@@ -282,16 +281,8 @@ def test_two_processes_find_what_one_finds(model_dir, task_path, tmp_path):
     flags = [model_dir, "--base", model_dir, "--suite", "tiny", "copy", "--include_path", task_path]
     flags += ["--drift_prompts", "2", "--max_new_tokens", "4"]
     assert run(*flags, "--output_path", tmp_path / "one") == 0
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    ]
     command = [
-        *launcher,
+        *TWO_RANKS,
         "-m",
         "eaft",
         "eval",

@@ -31,7 +31,7 @@ from eaft.inspection.summary import ROLLOUTS
 from eaft.inspection.vocabulary import Vocabulary
 from eaft.models import resolve_model
 from eaft.training.data import row_digest
-from tests.conftest import make_model, make_rows
+from tests.conftest import TWO_RANKS, make_model, make_rows
 from tests.test_killed import run_killed
 
 ROOT = Path(__file__).parents[2]
@@ -244,14 +244,7 @@ def test_two_processes_equal_one(model_dir, tmp_path, alone, monkeypatch):
     make_model(1).save_pretrained(tuned)
     flags = [model_dir, data, *CPU, "--rollouts", 20, "--max_new_tokens", 6, "--compare", tuned]
     assert run(*flags, "--output_dir", tmp_path / "one") == 0
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    ]
+    command = [*TWO_RANKS]
     command += ["-m", "eaft", "inspect", *flags, "--output_dir", tmp_path / "two"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)

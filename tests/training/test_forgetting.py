@@ -5,7 +5,6 @@ checkpoint is kept.
 
 import json
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from eaft import EAFTConfig, EAFTTrainer, cli
 from eaft.errors import ConfigurationError
 from eaft.evaluation.drift import BaseAnswers, sample_answers
 from eaft.training.forgetting import ForgettingEval, history, pareto_front, select
-from tests.conftest import make_model, make_rows
+from tests.conftest import TWO_RANKS, make_model, make_rows
 
 SUITE = "suite: tiny_suite\ntasks: [everyday]\nlimit: 8\n"
 
@@ -335,16 +334,8 @@ def test_two_processes_measure_what_one_measures(train, tmp_path, model_dir):
         "per_device_train_batch_size": 4,
         "output_dir": tmp_path / "two",
     }
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    ]
     command = [
-        *launcher,
+        *TWO_RANKS,
         "-m",
         "eaft",
         "train",

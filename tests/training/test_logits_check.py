@@ -6,7 +6,6 @@ leaves alone.
 import os
 import random
 import subprocess
-import sys
 import types
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from eaft import EAFTTrainer, patch_model
 from eaft.errors import ConfigurationError
 from eaft.training.head import GatedLMHead
 from eaft.training.logits_check import TOKENS, check_logits
-from tests.conftest import make_model, make_rows
+from tests.conftest import TWO_RANKS, make_model, make_rows
 from tests.training.test_families import FAMILIES, make
 from tests.training.test_trainer import TEXTS, build, steps
 
@@ -306,14 +305,7 @@ def test_other_auxiliary_loss_is_refused():
 
 def test_sharded_model_is_checked_and_refused_by_every_rank():
     root = Path(__file__).parents[2]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    ]
+    command = [*TWO_RANKS]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",

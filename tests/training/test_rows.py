@@ -20,7 +20,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from eaft import EAFTConfig, EAFTTrainer, cli
 from eaft.errors import NonFiniteError
 from eaft.training.rows import describe_rows
-from tests.conftest import make_model, make_rows, make_tokenizer
+from tests.conftest import TWO_RANKS, make_model, make_rows, make_tokenizer
 from tests.training.test_trainer import DEFAULTS, build
 
 
@@ -189,14 +189,7 @@ def test_a_packed_row_is_told_from_one_that_begins_like_it():
 def test_every_process_has_the_message_and_uneven_shares_are_measured_as_one(tmp_path):
     """Two processes: see `rows_check`, which they run."""
     root = Path(__file__).parents[2]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    ]
+    command = [*TWO_RANKS]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",

@@ -20,7 +20,7 @@ from eaft.comparison.recipe import read_recipe
 from eaft.objective.registry import GATES
 from eaft.training.arguments import parse
 from eaft.training.run_folder import last_complete_checkpoint
-from tests.conftest import make_rows
+from tests.conftest import TORCHRUN, make_rows
 
 SMALL = [
     "--use_cpu",
@@ -294,8 +294,7 @@ def test_two_processes_equal_one(model_dir, data, tmp_path, gate):
     shared += ["--learning_rate", "1e-3"]
     one, two = tmp_path / "one", tmp_path / "two"
     assert run(*shared, "--output_dir", one, "--per_device_train_batch_size", 4) == 0
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    launch(torchrun, *shared, "--output_dir", two, "--per_device_train_batch_size", 2, cwd=tmp_path)
+    launch(TORCHRUN, *shared, "--output_dir", two, "--per_device_train_batch_size", 2, cwd=tmp_path)
     start, a, b = weights(model_dir), weights(one), weights(two)
     moved = sum((a[n] - start[n]).square().sum() for n in a).sqrt()
     different = sum((a[n] - b[n]).square().sum() for n in a).sqrt()
