@@ -496,11 +496,19 @@ class EAFTTrainer(SFTTrainer):
             )
         trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         if any(parameter.grad is not None for parameter in trainable.values()):
-            raise ConfigurationError(
-                f"{message}The loss is not 0, and each of the {len(trainable)} trainable parameters"
-                " has a gradient of 0: check for weights that are all 0 (an adapter whose two"
-                " matrices both are), and which layers are trained."
+            message += (
+                f"The loss is not 0, and each of the {len(trainable)} trainable parameters has a"
+                " gradient of 0: "
             )
+            if all(not parameter.any() for parameter in trainable.values()):
+                raise ConfigurationError(
+                    f"{message}they are all 0 (an adapter whose two matrices both are 0 stays so)."
+                    " Initialise them again."
+                )
+            # The frozen weights behind an adapter may all be 0, or a layer may saturate
+            logger.warning(f"{message}check the model's weights, and which layers are trained.")
+            self._gradient_checked = True  # one warning is enough
+            return
         raise ConfigurationError(
             f"{message}The {len(trainable)} trainable parameters ({next(iter(trainable))}, ...)"
             " have no part in the loss, or a layer between them and the loss has no backward pass:"
