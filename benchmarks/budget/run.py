@@ -44,7 +44,7 @@ COMMON: dict[str, Any] = {
     "lr_scheduler_type": "constant",
     "weight_decay": 0.0,
     "max_length": 256,
-    "bf16": True,
+    "bf16": False,  # float32: some CPUs emulate bfloat16 slowly
     "use_cpu": True,
     "gradient_checkpointing": False,
     "logging_steps": 4,
