@@ -35,11 +35,12 @@ from eaft.tuning.search import Search
 
 RESULTS = Path(__file__).parent / "results"
 BUDGETS = (0.02, 0.05, 0.1)
+LOOKED_AT = 0.05  # the budget whose models are also measured on other data
 SEEDS = range(5)
-TRAINED, SCREENING, REPORTED = 128, 32, 64  # rows
+TRAINED, SCREENING, REPORTED = 64, 24, 48  # rows; as many prompts choose and report
 COMMON: dict[str, Any] = {
     "num_train_epochs": 3,
-    "per_device_train_batch_size": 8,
+    "per_device_train_batch_size": 4,
     "learning_rate": 5e-5,
     "lr_scheduler_type": "constant",
     "weight_decay": 0.0,
@@ -147,15 +148,15 @@ def write_data(source: Path, folder: Path) -> None:
     files = {f"train-{s}": rows[TRAINED * s : TRAINED * (s + 1)] for s in SEEDS}
     files["screening"] = held_out[:SCREENING]
     files["reported"] = held_out[SCREENING : SCREENING + REPORTED]
-    # Every 60th question, so that each subject has some
-    files["mmlu"] = [mmlu_row(row) for row in read(source / "mmlu_stem.jsonl")[::60][:48]]
+    # Every 90th question, so that each subject has some
+    files["mmlu"] = [mmlu_row(row) for row in read(source / "mmlu_stem.jsonl")[::90][:32]]
     short = [
         row
         for row in read(source / "pubmedqa_labeled.jsonl")
         if len(" ".join(row["contexts"])) < 1200
     ]
-    files["pubmedqa"] = [pubmedqa_row(row) for row in short[:24]]
-    files["ifeval"] = [{"prompt": row["prompt"]} for row in read(source / "ifeval.jsonl")[::22]]
+    files["pubmedqa"] = [pubmedqa_row(row) for row in short[:12]]
+    files["ifeval"] = [{"prompt": row["prompt"]} for row in read(source / "ifeval.jsonl")[::33]]
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
@@ -203,18 +204,18 @@ def measure(arm: str, seed: int, model: str, folder: Path, data: Path) -> dict[s
     configs = parse_flags(flags)
     wide = parse_flags({**flags, "max_length": 1024})  # the other data is longer
     bases = {tokens: base_of(model, tokens) for tokens in (48, 64, 256)}
-    everyday = read_prompts(str(PROMPTS), 88)
+    everyday = read_prompts(str(PROMPTS), REPORTED + 16)
     screening = Part.of(
         bases[48],
         prepared("screening", configs, model, data),
         read_prompts(str(SCREENING_FILE), SCREENING),
     )
-    reported = Part.of(bases[64], prepared("reported", configs, model, data), everyday[:64])
-    long = bases[256].answers(everyday[64:])
+    reported = Part.of(bases[64], prepared("reported", configs, model, data), everyday[:REPORTED])
+    long = bases[256].answers(everyday[REPORTED:])
     other = Part.of(
         bases[64],
         prepared("mmlu", wide, model, data),
-        read_prompts(str(data / "ifeval.jsonl"), 24),
+        read_prompts(str(data / "ifeval.jsonl"), 16),
     )
     pubmedqa = prepared("pubmedqa", wide, model, data)
     pubmedqa_base = bases[64].nll(pubmedqa)
@@ -234,11 +235,14 @@ def measure(arm: str, seed: int, model: str, folder: Path, data: Path) -> dict[s
             )
             if point is not None and point not in chosen:
                 chosen[point] = {}
+    looked_at = [choice["member"] for choice in choices if choice["budget"] == LOOKED_AT]
     points = Kept(folder / "reported.jsonl", reported, family)
     others = Kept(folder / "others.jsonl", other, family)
     for member, numbers in chosen.items():
         numbers["member"] = asdict(member)
         numbers["reported"] = summary(points(member))
+        if asdict(member) not in looked_at:
+            continue
         numbers["other"] = summary(others(member))
         torch_model = family.model(member)
         numbers["by_position"] = by_position(long, torch_model)
