@@ -38,6 +38,7 @@ BUDGETS = (0.02, 0.05, 0.1)
 LOOKED_AT = 0.05  # the budget whose models are also measured on other data
 SEEDS = range(5)
 TRAINED, SCREENING, REPORTED = 64, 24, 48  # rows; as many prompts choose and report
+CHARACTERS = 280  # of a GSM8K question and its answer together, at most
 COMMON: dict[str, Any] = {
     "num_train_epochs": 3,
     "per_device_train_batch_size": 4,
@@ -143,7 +144,7 @@ def pubmedqa_row(row: dict[str, Any]) -> dict[str, Any]:
 
 def write_data(source: Path, folder: Path) -> None:
     """Write each seed's rows, the rows that choose, those that report, and the other data."""
-    rows = gsm8k(source / "gsm8k_train.jsonl")
+    rows = gsm8k(source / "gsm8k_train.jsonl", CHARACTERS)
     held_out = rows[TRAINED * len(SEEDS) :]
     files = {f"train-{s}": rows[TRAINED * s : TRAINED * (s + 1)] for s in SEEDS}
     files["screening"] = held_out[:SCREENING]

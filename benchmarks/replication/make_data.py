@@ -45,7 +45,7 @@ def main() -> None:
         )
 
 
-def gsm8k(file: Path) -> list[Row]:
+def gsm8k(file: Path, characters: int = CHARACTERS) -> list[Row]:
     """Return GSM8K's rows that are short enough, as messages."""
     return [
         {
@@ -53,7 +53,7 @@ def gsm8k(file: Path) -> list[Row]:
             "completion": [{"role": "assistant", "content": row["answer"]}],
         }
         for row in read(file)
-        if len(row["question"]) + len(row["answer"]) <= CHARACTERS
+        if len(row["question"]) + len(row["answer"]) <= characters
     ]
 
 
