@@ -304,6 +304,15 @@ def test_bad_settings(settings, message):
         EAFTConfig("out", use_cpu=True, **settings)
 
 
+@pytest.mark.parametrize(
+    ("cpu", "given", "expected"),
+    [("AVX2", None, False), ("AVX2", True, True), ("AVX512", None, True), ("AVX2", False, False)],
+)
+def test_bf16_is_the_default_where_the_cpu_has_it(cpu, given, expected, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
+    assert EAFTConfig(tmp_path, use_cpu=True, bf16=given).bf16 is expected
+
+
 def test_empty_data(tmp_path):
     with pytest.raises(ConfigurationError, match="data set is empty"):
         EAFTTrainer(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from transformers.utils import logging
 from trl import SFTConfig
 
 from eaft.errors import ConfigurationError, first_line
@@ -13,11 +15,17 @@ from eaft.training.bounds import TRAINING, check_bounds, check_optimizer
 from eaft.training.flags import RULES, EAFTFlags
 from eaft.training.gate_measurements import MEASURED_PARAMETERS
 
+EMULATES_BF16 = ("AVX2", "NO AVX")  # CPUs for which torch converts bfloat16 at each product
+logger = logging.get_logger(__name__)
+
 
 @dataclass
 class EAFTConfig(EAFTFlags, SFTConfig):
     """
     `SFTConfig` plus the gate.
+
+    One default differs from `SFTConfig`: `bf16` is False on a CPU that emulates bfloat16, where a
+    step takes many times as long.
 
     Args:
         gate: how each token's loss is weighted; one of `eaft.objective.registry.GATES`, or
@@ -76,6 +84,12 @@ class EAFTConfig(EAFTFlags, SFTConfig):
             )
         if self.template_date is not None:
             self.template_date = read_date(str(self.template_date)).isoformat()  # YAML reads a date
+        if self.bf16 is None and not self.fp16 and self.use_cpu and emulates_bf16():
+            logger.warning_once(
+                "bf16=False: this CPU emulates bfloat16, which would be many times slower. Give"
+                " bf16=True to train in bfloat16 all the same."
+            )
+            self.bf16 = False
         try:
             super().__post_init__()
         except (
@@ -98,6 +112,11 @@ class EAFTConfig(EAFTFlags, SFTConfig):
         The gate's parameters, as given or by default, without those that are still to be measured.
         """
         return self.gate_spec.params
+
+
+def emulates_bf16() -> bool:
+    """Return whether this machine's CPU has no instructions that torch uses for bfloat16."""
+    return torch.backends.cpu.get_cpu_capability() in EMULATES_BF16
 
 
 def check_selection(args: EAFTConfig) -> None:

@@ -1,0 +1,161 @@
+"""
+Put the budget study together: results/table.md and results/table.png, from what `run.py` measured.
+
+    python -m benchmarks.budget.table
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from scipy import stats
+from tabulate import tabulate
+
+from benchmarks.budget.run import ARMS, BUDGETS, LOOKED_AT, RESULTS
+
+WAYS = ("checkpoints", "interpolation")
+Run = dict[str, Any]
+
+
+def main() -> None:
+    """Write both files."""
+    runs = {arm: load(arm) for arm in ARMS}
+    runs = {arm: by_seed for arm, by_seed in runs.items() if by_seed}
+    seeds = {arm: sorted(by_seed) for arm, by_seed in runs.items()}
+    base = next(iter(next(iter(runs.values())).values()))["base"]["nll"]
+    parts = [
+        "# Held-out nll at a drift budget\n",
+        "Written by `python -m benchmarks.budget.table`; [README](../README.md) has the rule.",
+        f"The base model's held-out nll is {base:.3f} nats per token. Each cell has the mean over"
+        " seeds; below it stands the difference, paired by seed, with its 95% t interval.",
+        "Seeds: " + "; ".join(f"`{arm}` {len(found)}" for arm, found in seeds.items()) + ".\n",
+    ]
+    for way in WAYS:
+        parts += [f"\n## {way.capitalize()}\n", outcome_table(runs, way)]
+    parts += ["\n## Interpolation against checkpoints, the same runs\n", gain_table(runs)]
+    parts += [f"\n## The models chosen at {LOOKED_AT}, on other data\n", other_table(runs)]
+    (RESULTS / "table.md").write_text("\n".join(parts) + "\n")
+    draw(runs)
+    print(f"Written: {RESULTS / 'table.md'}, {RESULTS / 'table.png'}")
+
+
+def load(arm: str) -> dict[int, Run]:
+    """Return an arm's runs by seed."""
+    files = sorted(RESULTS.glob(f"{arm}-[0-9].json"))
+    return {int(file.stem[-1]): json.loads(file.read_text()) for file in files}
+
+
+def chosen(run: Run, way: str, budget: float) -> dict[str, Any] | None:
+    """Return the numbers of the model that a way chose within a budget; None is the base model."""
+    (choice,) = (c for c in run["choices"] if (c["way"], c["budget"]) == (way, budget))
+    return next((c for c in run["chosen"] if c["member"] == choice["member"]), None)
+
+
+def nll(run: Run, way: str, budget: float) -> float:
+    """Return the reported held-out nll (nats per token)."""
+    numbers = chosen(run, way, budget)
+    return run["base"]["nll"] if numbers is None else numbers["reported"]["nll"]
+
+
+def drift(run: Run, way: str, budget: float) -> float:
+    """Return the reported drift (nats per token)."""
+    numbers = chosen(run, way, budget)
+    return 0.0 if numbers is None else numbers["reported"]["drift"]
+
+
+def interval(values: list[float]) -> str:
+    """Return a mean with its 95% t interval over seeds."""
+    mean = np.mean(values)
+    if len(values) < 2:
+        return f"{mean:+.3f}"
+    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+    return f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f})"
+
+
+def paired(first: dict[int, Run], second: dict[int, Run], of: Callable[[Run], float]) -> str:
+    """Return how two arms differ in a number, over the seeds that both have."""
+    return interval([of(first[s]) - of(second[s]) for s in sorted(first.keys() & second.keys())])
+
+
+def outcome_table(runs: dict[str, dict[int, Run]], way: str) -> str:
+    """Return the nll and the drift of each arm, and its difference from SFT."""
+    rows = []
+    for arm, by_seed in runs.items():
+        row = [f"`{arm}`"]
+        for budget in BUDGETS:
+            mean = np.mean([nll(run, way, budget) for run in by_seed.values()])
+            moved = np.mean([drift(run, way, budget) for run in by_seed.values()])
+            row.append(f"{mean:.3f} (drift {moved:.3f})")
+            row.append(
+                ""
+                if arm == "sft"
+                else paired(by_seed, runs["sft"], lambda r, b=budget: nll(r, way, b))
+            )
+        rows.append(row)
+    headers = ["arm"]
+    for budget in BUDGETS:
+        headers += [f"budget {budget}", "minus `sft`"]
+    return tabulate(rows, headers, tablefmt="github")
+
+
+def gain_table(runs: dict[str, dict[int, Run]]) -> str:
+    """Return what interpolation adds to the checkpoints of the same runs."""
+    rows = []
+    for arm, by_seed in runs.items():
+        row = [f"`{arm}`"]
+        for budget in BUDGETS:
+            changes = [
+                nll(run, "interpolation", budget) - nll(run, "checkpoints", budget)
+                for run in by_seed.values()
+            ]
+            row.append(interval(changes))
+        rows.append(row)
+    return tabulate(rows, ["arm", *(f"budget {b}" for b in BUDGETS)], tablefmt="github")
+
+
+def other_table(runs: dict[str, dict[int, Run]]) -> str:
+    """Return drift by position, and what was forgotten on other data; means over seeds."""
+    rows = []
+    for way in WAYS:
+        for arm, by_seed in runs.items():
+            pairs = [(run["base"], chosen(run, way, LOOKED_AT)) for run in by_seed.values()]
+            found = [(base, numbers) for base, numbers in pairs if numbers is not None]
+            if not found:
+                continue
+            columns = [
+                [n["by_position"]["to_64"] for _, n in found],
+                [n["by_position"]["to_256"] for _, n in found],
+                [n["other"]["drift"] for _, n in found],
+                [n["other"]["nll"] - base["mmlu"] for base, n in found],
+                [n["pubmedqa"] - base["pubmedqa"] for base, n in found],
+            ]
+            means = [
+                f"{np.mean(c):+.3f}" if i > 2 else f"{np.mean(c):.3f}"
+                for i, c in enumerate(columns)
+            ]
+            rows.append([f"`{arm}`", way, len(found), *means])
+    headers = ["arm", "way", "seeds", "drift, tokens 0 to 64", "64 to 256", "drift, IFEval prompts"]
+    headers += ["MMLU nll, change", "PubMedQA nll, change"]
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def draw(runs: dict[str, dict[int, Run]]) -> None:
+    """Draw reported held-out nll against the budget: dashed for checkpoints, solid interpolated."""
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    for i, (arm, by_seed) in enumerate(runs.items()):
+        for way, style in zip(WAYS, ("--", "-"), strict=True):
+            means = [np.mean([nll(run, way, b) for run in by_seed.values()]) for b in BUDGETS]
+            label = arm if way == "interpolation" else None
+            axes.plot(BUDGETS, means, style, marker="o", color=f"C{i}", label=label)
+    axes.set_xlabel("drift budget (nats per token)")
+    axes.set_ylabel("held-out nll (nats per token)")
+    axes.set_title("dashed: best checkpoint; solid: with interpolation")
+    axes.legend(ncols=2)
+    figure.tight_layout()
+    figure.savefig(RESULTS / "table.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()
