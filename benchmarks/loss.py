@@ -41,7 +41,7 @@ PEERS = [
     "omegaconf==2.3.0",
     "antlr4-python3-runtime==4.9.3",
 ]
-CUDA_PEERS = ["liger-kernel==0.8.5", "cut-cross-entropy"]
+CUDA_PEERS = ["liger-kernel==0.8.5", "cut-cross-entropy==25.1.1"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDS = 10 if DEVICE == "cuda" else 2
 HEADS = {  # vocabulary and width
@@ -77,6 +77,11 @@ else:  # a naive step of more takes minutes, and more than 24 GB
         Size("SmolLM2-135M", 1024, 1.0, "float32"),
     ]
 QUICK = [Size("SmolLM2-135M", 256, 0.5, "float32")]
+GPU = [  # of benchmarks/gpu.py: what fits three minutes
+    Size("Qwen3-4B", 4096, 0.5, "bfloat16"),
+    Size("Qwen3-4B", 16384, 1.0, "bfloat16"),
+    Size("Gemma-3-1B", 8192, 1.0, "bfloat16"),
+]
 
 
 def make_inputs(size: Size) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,26 +145,46 @@ def contenders() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
         gate = (entropy.detach() / math.log(20)).clamp(max=1)
         return -(gate * log_probs * kept).sum() / kept.sum()
 
+    def torch_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        # Its default size of a chunk is many times slower at some shapes
+        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=TORCH_CHUNK)
+        return torch.nn.functional.linear_cross_entropy(hidden, weight, labels, options=options)
+
+    def liger_scaled(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        nll, entropy = LigerFusedLinearScaledCrossEntropyFunction.apply(
+            hidden, weight, labels, return_entropy=True
+        )[:2]
+        gate = (entropy.detach() / math.log(20)).clamp(max=1)
+        return (gate * nll).sum() / (labels != -100).sum()
+
     found = {
         "eaft": lambda h, w, y: linear_gated_cross_entropy(h, w, y, "eaft"),
         "eaft, gate sft": lambda h, w, y: linear_gated_cross_entropy(h, w, y, "sft"),
         "plain cross-entropy": lambda h, w, y: cross_entropy((h @ w.T).float(), y),
-        "LLaMA-Factory EAFT": unshifted(LOADED.llamafactory),
-        "Axolotl EAFT": unshifted(LOADED.axolotl),
         "TRL's head, gated": trl_head,
     }
+    if hasattr(LOADED, "llamafactory"):  # not among the wheels that gpu.md carries
+        found["LLaMA-Factory EAFT"] = unshifted(LOADED.llamafactory)
+        found["Axolotl EAFT"] = unshifted(LOADED.axolotl)
+    if hasattr(torch.nn.functional, "linear_cross_entropy"):  # torch 2.13
+        found["torch's own"] = torch_loss
     if DEVICE == "cuda":
         from cut_cross_entropy import linear_cross_entropy
+        from liger_kernel.ops.fused_linear_scaled_cross_entropy import (
+            LigerFusedLinearScaledCrossEntropyFunction,
+        )
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
         found["Liger"] = lambda h, w, y: LigerFusedLinearCrossEntropyLoss()(w, h, y)
         found["Liger DFT"] = lambda h, w, y: LigerFusedLinearCrossEntropyLoss(
             use_token_scaling=True
         )(w, h, y)
+        found["Liger, exact entropy"] = liger_scaled
         found["cut-cross-entropy"] = lambda h, w, y: linear_cross_entropy(h, w, y)
     return found
 
 
+TORCH_CHUNK = 512  # rows
 LOADED = SimpleNamespace()
 OUTPUTS = ("entropy", "is_top1")  # of TRL's head, as its trainer asks for them
 
@@ -172,6 +197,8 @@ def load_peers(folder: str) -> None:
         "1"  # LLaMA-Factory's, of libraries its loss functions do not use
     )
     sys.path.insert(0, folder)
+    if not (Path(folder) / "llamafactory").is_dir():
+        return
     vars(trl).setdefault(
         "AutoModelForCausalLMWithValueHead", None
     )  # LLaMA-Factory imports it from an older TRL
@@ -262,7 +289,10 @@ def worker(request: dict[str, Any]) -> Any:
     load_peers(request["peers"])
     size = Size(**request["size"])
     if request["what"] == "times":
-        return {"times": measure_times(size), "floor": floor(size)}
+        found = {"times": measure_times(size), "floor": floor(size)}
+        if DEVICE == "cuda":  # a CPU's peak is a process's, and needs one for each contender
+            found["memory_gib"] = {name: measure_memory(size, name)[0] for name in found["times"]}
+        return found
     return measure_memory(size, request["what"])
 
 
@@ -276,20 +306,23 @@ def ask(**request: Any) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(sizes: list[Size]) -> Iterator[dict[str, Any]]:
-    """Measure every size."""
+def measure(sizes: list[Size], install: bool) -> Iterator[dict[str, Any]]:
+    """Measure every size; `install` fetches the peers, else those are measured that are there."""
     from tqdm import tqdm
 
     with tempfile.TemporaryDirectory() as peers:
         pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", peers]
-        subprocess.run([*pip, *PEERS, *(CUDA_PEERS if DEVICE == "cuda" else [])], check=True)
+        if install:
+            subprocess.run([*pip, *PEERS, *(CUDA_PEERS if DEVICE == "cuda" else [])], check=True)
         for size in tqdm(sizes):
             found = ask(what="times", size=asdict(size), peers=peers)
-            memory = {}
-            for name in found["times"]:
-                memory[name], seconds = ask(what=name, size=asdict(size), peers=peers)
-                found["times"][name].append(seconds)
-            yield {"size": asdict(size), **found, "memory_gib": memory}
+            if "memory_gib" not in found:
+                found["memory_gib"] = {}
+                for name in found["times"]:
+                    memory, seconds = ask(what=name, size=asdict(size), peers=peers)
+                    found["memory_gib"][name] = memory
+                    found["times"][name].append(seconds)
+            yield {"size": asdict(size), **found}
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -373,25 +406,27 @@ def main() -> None:
         default="",
         help="sizes that contain this, as in bfloat16; results of others are kept",
     )
+    parser.add_argument(
+        "--gpu", action="store_true", help="benchmarks/gpu.py's sizes, into loss_gpu.*; no download"
+    )
     flags = parser.parse_args()
-    chosen = QUICK if flags.quick else [size for size in SIZES if flags.only in str(size)]
-    file = RESULTS / "loss.json"
+    sizes = QUICK if flags.quick else GPU if flags.gpu else SIZES
+    chosen = [size for size in sizes if flags.only in str(size)]
+    file = RESULTS / ("loss_gpu.json" if flags.gpu else "loss.json")
     found = {}
     if flags.only and file.is_file():
         found = {
             str(Size(**result["size"])): result
             for result in json.loads(file.read_text())["results"]
         }
-    for result in measure(chosen):
+    for result in measure(chosen, install=not flags.gpu):
         found[str(Size(**result["size"]))] = {**result, "commit": commit()}
-        results = [
-            found[str(size)] for size in (QUICK if flags.quick else SIZES) if str(size) in found
-        ]
+        results = [found[str(size)] for size in sizes if str(size) in found]
         print(table(results), flush=True)
         if not flags.quick:
             write_json(file, {"results": results, "environment": environment()})
-            (RESULTS / "loss.md").write_text(table(results) + "\n")
-            draw(results, RESULTS / "loss.png")
+            file.with_suffix(".md").write_text(table(results) + "\n")
+            draw(results, file.with_suffix(".png"))
 
 
 if __name__ == "__main__":
