@@ -18,6 +18,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 TESTS = ["tests/objective/test_triton_backend.py", "tests/objective/test_fused.py"]
@@ -120,11 +121,12 @@ def training_steps(tiny: bool) -> None:
     ids = torch.randint(2, vocab, (64, length), generator=torch.Generator().manual_seed(0))
     rows = Dataset.from_dict({"input_ids": ids.tolist()})
     on_gpu = torch.cuda.is_available()
-    for name, trainer_of, config_of, gate in (
+    contenders: list[tuple[str, Any, Any, dict[str, str]]] = [
         ("TRL", SFTTrainer, SFTConfig, {}),
         ("eaft sft", EAFTTrainer, EAFTConfig, {"gate": "sft"}),
         ("eaft", EAFTTrainer, EAFTConfig, {"gate": "eaft"}),
-    ):
+    ]
+    for name, trainer_of, config_of, gate in contenders:
         seconds = []
         for steps in (3, 11):  # the difference leaves the start out
             torch.manual_seed(0)

@@ -289,7 +289,7 @@ def worker(request: dict[str, Any]) -> Any:
     load_peers(request["peers"])
     size = Size(**request["size"])
     if request["what"] == "times":
-        found = {"times": measure_times(size), "floor": floor(size)}
+        found: dict[str, Any] = {"times": measure_times(size), "floor": floor(size)}
         if DEVICE == "cuda":  # a CPU's peak is a process's, and needs one for each contender
             found["memory_gib"] = {name: measure_memory(size, name)[0] for name in found["times"]}
         return found

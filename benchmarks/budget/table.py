@@ -5,7 +5,6 @@ Put the budget study together: results/table.md and results/table.png, from what
 """
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -74,9 +73,9 @@ def interval(values: list[float]) -> str:
     return f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f})"
 
 
-def paired(first: dict[int, Run], second: dict[int, Run], of: Callable[[Run], float]) -> str:
+def paired(first: dict[int, float], second: dict[int, float]) -> str:
     """Return how two arms differ in a number, over the seeds that both have."""
-    return interval([of(first[s]) - of(second[s]) for s in sorted(first.keys() & second.keys())])
+    return interval([first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())])
 
 
 def outcome_table(runs: dict[str, dict[int, Run]], way: str) -> str:
@@ -85,14 +84,11 @@ def outcome_table(runs: dict[str, dict[int, Run]], way: str) -> str:
     for arm, by_seed in runs.items():
         row = [f"`{arm}`"]
         for budget in BUDGETS:
-            mean = np.mean([nll(run, way, budget) for run in by_seed.values()])
-            moved = np.mean([drift(run, way, budget) for run in by_seed.values()])
-            row.append(f"{mean:.3f} (drift {moved:.3f})")
-            row.append(
-                ""
-                if arm == "sft"
-                else paired(by_seed, runs["sft"], lambda r, b=budget: nll(r, way, b))
-            )
+            nlls = {seed: nll(run, way, budget) for seed, run in by_seed.items()}
+            drifts = [drift(run, way, budget) for run in by_seed.values()]
+            row.append(f"{np.mean(list(nlls.values())):.3f} (drift {np.mean(drifts):.3f})")
+            sft = {seed: nll(run, way, budget) for seed, run in runs["sft"].items()}
+            row.append("" if arm == "sft" else paired(nlls, sft))
         rows.append(row)
     headers = ["arm"]
     for budget in BUDGETS:

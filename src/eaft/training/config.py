@@ -84,7 +84,8 @@ class EAFTConfig(EAFTFlags, SFTConfig):
             )
         if self.template_date is not None:
             self.template_date = read_date(str(self.template_date)).isoformat()  # YAML reads a date
-        if self.bf16 is None and not self.fp16 and self.use_cpu and emulates_bf16():
+        chosen = vars(self)["bf16"] is not None or self.fp16
+        if self.use_cpu and not chosen and emulates_bf16():
             logger.warning_once(
                 "bf16=False: this CPU emulates bfloat16, which would be many times slower. Give"
                 " bf16=True to train in bfloat16 all the same."
