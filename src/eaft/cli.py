@@ -16,6 +16,7 @@ from eaft.text import VisibleRecord, visible
 DESCRIPTION = """
 Entropy-Adaptive Fine-Tuning: fine-tune a language model without making it worse at everything else.
 
+  eaft init      write a recipe with comments for a model and your data
   eaft train     fine-tune with a gate on each token's loss (takes the flags and YAML of `trl sft`)
   eaft tune      train, and get back the model that learned most within a forgetting budget
   eaft eval      score a model on suites of tasks; with --base, say what it gained and forgot
@@ -28,7 +29,7 @@ Entropy-Adaptive Fine-Tuning: fine-tune a language model without making it worse
 `eaft COMMAND --help` explains each.
 """
 
-COMMANDS = ("train", "eval", "tune", "compare", "inspect", "view", "cache", "env")
+COMMANDS = ("init", "train", "eval", "tune", "compare", "inspect", "view", "cache", "env")
 
 
 def main(argv: list[str] | None = None) -> int:
