@@ -21,6 +21,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eaft import cli
+from eaft.commands.inspect import make_parser, named
 from eaft.errors import NonFiniteError
 from eaft.inspection import inspect
 from eaft.inspection.folder import BASE, STATISTICS, Inspection
@@ -30,6 +31,7 @@ from eaft.inspection.score import run as score_run
 from eaft.inspection.summary import ROLLOUTS
 from eaft.inspection.vocabulary import Vocabulary
 from eaft.models import resolve_model
+from eaft.training.arguments import parse
 from eaft.training.data import row_digest
 from tests.conftest import TWO_RANKS, make_model, make_rows
 from tests.test_killed import run_killed
@@ -42,7 +44,6 @@ CPU = ["--use_cpu", "--bf16", "false"]
 def alone(monkeypatch):
     """Only scoring: what is found is tested elsewhere."""
     monkeypatch.setattr(inspect, "conclude", lambda folder: None)
-    monkeypatch.setattr(score_run, "keep_top_k_curve", lambda job, model: None)
 
 
 def write_rows(file, rows):
@@ -372,9 +373,11 @@ def test_rollouts_are_the_models_own_answers(model_dir, tokenizer, tmp_path, alo
             1e-5,
         )
         assert (example["digest"], example["messages"]) == (row_digest(row), None)
-    assert run(*flags, out) == 0  # nothing is sampled or scored again
+    assert inspection.run.top_k_curve is None  # it costs minutes: on request only
+    assert run(*flags, out, "--top_k_curve") == 0
+    assert Inspection(out).run.top_k_curve[-1].k == 264  # the whole vocabulary
     monkeypatch.setattr(score_run, "ScoringModel", None)
-    assert run(*flags, out) == 0
+    assert run(*flags, out) == 0  # nothing is sampled or scored again
 
     # vLLM needs a GPU: a stand-in for lm-eval's model of it
     def generate(requests, generate, sampling_params):
@@ -383,7 +386,6 @@ def test_rollouts_are_the_models_own_answers(model_dir, tokenizer, tmp_path, alo
 
     monkeypatch.undo()
     monkeypatch.setattr(inspect, "conclude", lambda folder: None)
-    monkeypatch.setattr(score_run, "keep_top_k_curve", lambda job, model: None)
     vllm = SimpleNamespace(
         SamplingParams=lambda **given: SimpleNamespace(**given), __spec__="found"
     )
@@ -403,12 +405,10 @@ def test_rollouts_are_the_models_own_answers(model_dir, tokenizer, tmp_path, alo
 def test_sampled_logits_are_the_models(model_dir, tokenizer, monkeypatch):
     from datasets import Dataset
 
-    from eaft.commands.inspect import make_parser, named
     from eaft.evaluation.scores import load_tokenizer
     from eaft.inspection.score import curve
     from eaft.inspection.score.examples import Examples
     from eaft.inspection.score.model import ScoringModel, Settings
-    from eaft.training.arguments import parse
     from eaft.training.prepare import prepare_rows
 
     (_, args, model_args, *_), *_ = parse(named([str(model_dir), "rows", *CPU]), make_parser())

@@ -22,6 +22,15 @@ class InspectArguments:
     max_new_tokens: int = field(
         default=256, metadata={"help": "The most tokens of such an answer."}
     )
+    top_k_curve: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "Also measure how close the entropy of the K likeliest tokens is to the exact one"
+                " (Figure 6 of the paper), which takes minutes on a CPU."
+            )
+        },
+    )
     compare: list[str] = field(
         default_factory=list,
         metadata={

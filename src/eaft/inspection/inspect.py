@@ -150,7 +150,7 @@ def inspect(
             )
         state.wait_for_everyone()
         job = Job(folder, settings, tokenizer, base, others, examples)
-        score_all(job, prompts, flags)
+        score_all(job, prompts, flags, inspect_args.top_k_curve)
         if state.is_main_process:
             finish(job)
             conclude(folder)

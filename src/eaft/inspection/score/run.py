@@ -70,7 +70,9 @@ class Job:
         return parent / f"{shard:05d}.parquet"
 
 
-def score_all(job: Job, prompts: list[Prompt], flags: RolloutFlags) -> None:
+def score_all(
+    job: Job, prompts: list[Prompt], flags: RolloutFlags, measure_curve: bool = False
+) -> None:
     """
     Score the missing shards with each model, one model in memory at a time.
 
@@ -80,6 +82,7 @@ def score_all(job: Job, prompts: list[Prompt], flags: RolloutFlags) -> None:
         job: the models, the examples and the folder.
         prompts: to which the base model samples answers; empty for no answers.
         flags: how it samples them.
+        measure_curve: whether to measure the top-K curve too.
     """
     state, args = processes(), job.settings.args
     model = LazyModel(job.base, job.settings)
@@ -113,7 +116,7 @@ def score_all(job: Job, prompts: list[Prompt], flags: RolloutFlags) -> None:
         job.examples = job.examples.with_rollouts(kept)
     pieces = Pieces(job.tokenizer)
     score_model(job, ScoredModel(BASE, job.base), model, pieces)
-    if state.is_main_process:
+    if measure_curve and state.is_main_process:
         keep_top_k_curve(job, model)
     model.free()
     for other in job.others:
