@@ -1,4 +1,6 @@
-"""Show text from data, models, tasks and file names as text: on the terminal and in Markdown."""
+"""
+Show text from data, models, tasks and file names as text: on the terminal, in Markdown and in HTML.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ import re
 import traceback
 import unicodedata
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 # Unicode's control, format, surrogate and line-separator characters
@@ -85,6 +88,33 @@ def code(text: Any) -> str:
 def block(text: Any) -> str:
     """Return text as an indented block of Markdown code."""
     return "\n".join("    " + line for line in visible(str(text).replace("\r\n", "\n")).split("\n"))
+
+
+def as_html(text: str) -> Any:
+    """Return Markdown as HTML. HTML within it is shown as text, and a table can be scrolled."""
+    from markdown_it import MarkdownIt  # an extra's packages
+    from markupsafe import Markup
+
+    html = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+    html = html.replace("<table>", '<div class="scroll"><table>')
+    return Markup(html.replace("</table>", "</table></div>"))
+
+
+def fill_page(template: Path, **values: Any) -> str:
+    """Return a template of HTML with values filled in, as text unless they are `Markup`."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: (
+            visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+        ),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.from_string(template.read_text()).render(values)
 
 
 def table(rows: list[list[Any]], headers: list[str]) -> str:

@@ -12,6 +12,8 @@ from eaft.evaluation.results import (
     Changes,
     Cut,
     Evaluation,
+    HeldOut,
+    HeldOutAnswer,
     Kept,
     ModelEvaluation,
     RecordedProtocol,
@@ -52,6 +54,30 @@ def drift_results(mean=0.05, prompts=128):
     tokens = rng.integers(10, 65, size=prompts)
     per_prompt = rng.lognormal(0, 0.5, size=prompts)
     return summarise(mean * per_prompt * tokens / (per_prompt @ tokens / tokens.sum()), tokens)
+
+
+def held_out_results(change=-0.5, p_value=0.001):
+    """`held_out` of results, with one row's answers."""
+    text = "<b>How</b> many?"
+    answer = HeldOutAnswer(row=2, prompt=text, target="4", before="*four*", after="4")
+    return HeldOut(
+        file="rows_of_mine.jsonl",
+        rows=40,
+        tokens=80,
+        before=1.5,
+        after=1.5 + change,
+        change=change,
+        low=change - 0.1,
+        high=change + 0.1,
+        p_value=p_value,
+        before_per_row=[1.5] * 40,
+        after_per_row=[1.5 + change] * 40,
+        tokens_per_row=[2] * 40,
+        prepared="as the training data of out",
+        apart=False,
+        max_new_tokens=256,
+        answers=[answer],
+    )
 
 
 @pytest.fixture
@@ -108,6 +134,7 @@ def results():
         failed=failed,
         **vars(made),
         drift=drift,
+        held_out=held_out_results(),
         worst=[
             Regression(
                 benchmark="gsm8k",

@@ -214,6 +214,16 @@ def test_answers_are_sampled_from_the_models_distribution(model, tokenizer):
     assert abs(counts[top] / len(texts) - probs[top]) < 4 * deviation
 
 
+def test_likeliest_answers(tokenizer):
+    model = make_model(initializer_range=0.5).eval()
+    answers = sample_answers(model, tokenizer, ["abc", "a longer text"], 6, greedy=True)
+    for answer in answers:
+        ids = [*answer.prompt_ids, *answer.answer_ids]
+        with torch.no_grad():
+            best = model(torch.tensor([ids])).logits[0].argmax(-1).tolist()
+        assert answer.answer_ids == best[len(answer.prompt_ids) - 1 : -1]
+
+
 def test_a_models_own_penalties_do_not_bend_its_answers(tokenizer):
     model = make_model(initializer_range=0.5).eval()
     plain = sample_answers(model, tokenizer, ["abc"] * 4, max_new_tokens=20)

@@ -486,7 +486,7 @@ def test_drift_beside_vllm_is_of_the_same_revision(model_dir, monkeypatch):
 
 def test_record_refuses_what_it_would_ignore(model_dir, capsys):
     assert run(model_dir, "--record", "--base", model_dir) == 2
-    assert "leave --base and --suite out" in capsys.readouterr().err
+    assert "leave --base, --suite and --held_out out" in capsys.readouterr().err
 
 
 def test_thinking_is_set_in_one_place(model_dir):

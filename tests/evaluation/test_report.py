@@ -180,6 +180,20 @@ def test_everything_failed(results):
     assert "changes.png" not in text
 
 
+def test_held_out_rows_are_shown_before_and_after(results, tmp_path):
+    text = report.evaluation(results)
+    found = rows(text, "held-out rows")[1]
+    assert found == ["40", "80", "1.5000", "1.0000", "**-0.5000**", "-0.6000 to -0.4000", "0.001"]
+    assert "rows_of_mine.jsonl" in text
+    assert "was not checked" in text
+    assert "    *four*\n" in text
+    page = report.page(results, tmp_path)
+    for shown in ("&lt;b&gt;How&lt;/b&gt; many?", "<pre>*four*</pre>", "<td>1.5000</td>"):
+        assert shown in page
+    assert "<b>How" not in page
+    assert page.count('class="sides"') == 2  # of the row, and of the worst regression
+
+
 def test_the_picture_is_coloured_by_what_is_shown(results, tmp_path, monkeypatch):
     """A change whose own interval leaves 0 out, but whose adjusted p is above 0.05, is grey."""
     kinds = {"fell": (500, 160, 20, 320), "rose": (500, 20, 160, 320), "unsure": (100, 9, 1, 100)}

@@ -11,7 +11,7 @@ import pytest
 
 from eaft.evaluation.results import Changes, DriftSummary
 from eaft.evaluation.verdict import judge
-from tests.evaluation.conftest import drift_results, task_results
+from tests.evaluation.conftest import drift_results, held_out_results, task_results
 
 
 def verdict(kinds, max_drop=None, max_drift=None, drift=None, failed=()):
@@ -123,6 +123,29 @@ def test_drift_has_a_budget_or_is_only_told():
     # A task's loss is no reason to exit with 3 if only drift has a budget
     fallen = verdict({"a": (500, 160, 20, 320)}, max_drift=0.3, drift=drift_results(0.2))
     assert (fallen.status, fallen.over_budget) == ("loss", False)
+
+
+def test_the_held_out_nll_is_told_and_not_judged():
+    nothing = Changes(tasks={}, filters={}, means={})
+    alone = judge(nothing, drift_results(0.2), held_out=held_out_results())
+    assert (alone.status, alone.tests) == ("nothing to judge", [])
+    assert alone.sentence.startswith(
+        "**The held-out nll fell** from 1.500 to 1.000 nats per token (change -0.500, 95%: -0.600"
+        " to -0.400; p 0.001; 40 rows). Drift is 0.2 nats per token"
+    )
+    assert (
+        "**The held-out nll rose** from" in judge(nothing, held_out=held_out_results(0.5)).sentence
+    )
+    unsure = judge(nothing, held_out=held_out_results(-0.01, 0.8))
+    assert unsure.sentence.startswith("**No change of the held-out nll is shown:** it went from")
+    beyond = judge(nothing, drift_results(0.2), (), None, 0.1, held_out_results())
+    assert (beyond.status, beyond.over_budget) == ("loss", True)
+    within = judge(nothing, drift_results(0.2), (), None, 0.3, held_out_results())
+    assert within.sentence.startswith("**No loss was shown**. **The held-out nll fell**")
+    tasks = Changes(tasks=task_results({"a": (500, 160, 20, 320)}), filters={}, means={})
+    both = judge(tasks, held_out=held_out_results(0.5))
+    assert both.status == "loss"
+    assert "**The held-out nll rose**" in both.sentence
 
 
 def test_what_failed_is_said_and_nothing_is_shipped_on_it():

@@ -13,6 +13,7 @@ from eaft import cli
 from eaft.evaluation.comparable import comparable_models
 from eaft.evaluation.drift import read_prompts
 from eaft.evaluation.protocol import Protocol
+from eaft.evaluation.results import Results
 from eaft.evaluation.suite import load_suites
 from eaft.files import adapter
 from eaft.tuning import tune as tune_module
@@ -109,6 +110,33 @@ def test_no_prompt_is_trained_on_and_held_out(tuned, inputs):
     run = json.loads((tuned / "work" / "run" / "run.json").read_text())
     assert run["config"]["exclude_examples"] == str(tuned / "work" / "held_out_rows.jsonl")
     assert run["gate"]["name"] == "sft"
+
+
+def test_eval_finds_the_nll_that_tune_found(tuned, model_dir, inputs, tmp_path, capsys):
+    """On the rows that tune held out, which its run's data still has but did not train on."""
+    data = (inputs / "data.jsonl").read_text().splitlines(keepends=True)
+    lines = (tuned / "work" / "held_out_rows.jsonl").read_text().splitlines()
+    held_out = tmp_path / "rows.jsonl"
+    held_out.write_text("".join(data[json.loads(line)["row"]] for line in lines))
+    chosen, nll = results_of(tuned).chosen, 0.0
+    for name in ("screening.jsonl", "confirmation.jsonl"):
+        for line in map(json.loads, (tuned / "work" / name).read_text().splitlines()):
+            if (line["step"], line["share"]) == (chosen.step, chosen.share):
+                nll += sum(line["nll"])
+    flags = ["eval", tuned, "--base", model_dir, "--held_out", held_out, "--drift_prompts", 2]
+    flags += ["--max_new_tokens", 4, "--held_out_answers", 3, "--output_path", tmp_path / "out"]
+    assert cli.main([*map(str, flags)]) == 0
+    text = (tmp_path / "out" / "results.json").read_text()
+    results = adapter(Results).validate_python(json.loads(text))
+    found = results.held_out
+    assert found.apart
+    assert found.after * found.tokens == pytest.approx(nll, rel=1e-5)
+    assert found.low <= found.change < 0
+    assert len(found.answers) == 3
+    assert found.answers[0].target == json.loads(held_out.read_text().split("\n")[0])["completion"]
+    assert results.verdict.status == "nothing to judge"
+    assert results.drift is not None
+    assert f"Written to {tmp_path / 'out'}" in capsys.readouterr().out
 
 
 def test_the_first_candidate_that_passes_is_returned(tuned):

@@ -7,13 +7,14 @@ import json
 from pathlib import Path
 
 from eaft.errors import ConfigurationError
-from eaft.evaluation.protocol import ANSWER_TOKENS, DRIFT_PROMPTS, PROMPTS, SEED, Protocol
+from eaft.evaluation.protocol import ANSWER_TOKENS, DRIFT_PROMPTS, PROMPTS, SEED, SHOWN, Protocol
 from eaft.evaluation.suite import suites_help
 from eaft.text import visible
 
 DESCRIPTION = """
 Run tasks on a model, and with --base say what the fine-tuning gained and what it forgot.
 
+  eaft eval out --base Qwen/Qwen3-0.6B --held_out rows.jsonl
   eaft eval out --base Qwen/Qwen3-0.6B --suite quick
   eaft eval out --base Qwen/Qwen3-0.6B --suite general math --output_path eval/out
   eaft eval out --base Qwen/Qwen3-0.6B --suite general --max_drop 2 --max_drift 0.1
@@ -23,8 +24,11 @@ Run tasks on a model, and with --base say what the fine-tuning gained and what i
 
 The tasks are those of lm-evaluation-harness. With --base, the base model runs under the same
 protocol, and the report has: whether a loss is shown; the score before and after with a 95%
-interval and a paired test; items lost and gained; drift; the worst regressions. Writes
-results.json, results.md, changes.png, and every item as JSON Lines.
+interval and a paired test; items lost and gained; drift; the worst regressions. With --held_out it
+also has the nll of your own rows before and after, and answers to the first of them side by side;
+then --suite may be left out. The rows take any form that training takes, and are prepared with the
+settings that MODEL was trained with. Writes report.html, results.md, results.json, changes.png, and
+every item as JSON Lines.
 
 What is measured is kept (`eaft cache`), so the base model is measured once. Give the same command
 again to go on after an interruption or a failed task. Exit code: 0; 1 if a task failed; 3 if a loss
@@ -46,6 +50,16 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--base", help="the model it was fine-tuned from: compare with it")
     parser.add_argument(
         "--suite", nargs="+", default=[], metavar="NAME", help="suites or tasks, as listed above"
+    )
+    parser.add_argument(
+        "--held_out", metavar="FILE", help="rows of your own that MODEL was not trained on"
+    )
+    parser.add_argument(
+        "--held_out_answers",
+        type=int,
+        default=SHOWN,
+        metavar="N",
+        help=f"show answers to the first N of them (default: {SHOWN})",
     )
     parser.add_argument(
         "--record", action="store_true", help="only keep the model's answers, as the base of drift"
@@ -167,24 +181,30 @@ def main(argv: list[str]) -> int:
 
     protocol = Protocol(**{name: flags.pop(name) for name in Protocol.__dataclass_fields__})
     if flags.pop("record"):
-        if flags["base"] is not None or flags["suite"]:
+        if flags["base"] is not None or flags["suite"] or flags["held_out"]:
             raise ConfigurationError(
-                "--record only keeps MODEL's answers: leave --base and --suite out."
+                "--record only keeps MODEL's answers: leave --base, --suite and --held_out out."
             )
         with template_date(protocol.template_date or template_today()):
             record(flags["model"], flags["prompts"], flags["tokenizer"], protocol)
         return 0
-    if not flags["suite"]:
-        raise ConfigurationError(
-            "--suite is missing: name suites or tasks, as eaft eval --help lists them."
-        )
     if protocol.template_date is None:
         inputs = folder_of(flags["model"], flags["output_path"]) / INPUTS_FILE
         protocol.template_date = shared(lambda: noted_date(inputs, "protocol") or template_today())
+    if flags["held_out"] is not None:
+        if flags["base"] is None:
+            raise ConfigurationError("--held_out is of a change: give the --base it is from.")
+        from eaft.training.run_rows import read_rows
+
+        flags["held_out"] = read_rows(
+            flags["held_out"], flags["model"], flags["base"], protocol.model_args
+        )
     with template_date(protocol.template_date):
         results = evaluate(protocol=protocol, **flags)
     if results is None:
         return 0
-    print(visible((Path(results.output_path) / "results.md").read_text()))
+    folder = Path(results.output_path)
+    print(visible((folder / "results.md").read_text()))
+    print(visible(f"Written to {folder}. Next: open {folder / 'report.html'}"))
     over_budget = isinstance(results, TunedEvaluation) and results.verdict.over_budget
     return 3 if over_budget else 1 if results.failed else 0

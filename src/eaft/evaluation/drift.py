@@ -186,6 +186,7 @@ def sample_answers(
     seed: int = 0,
     batch_size: int = 16,
     share: Share = Share(),
+    greedy: bool = False,
 ) -> list[Answer]:
     """
     Sample one answer to each text from the model's own distribution: temperature 1, nothing cut
@@ -201,6 +202,7 @@ def sample_answers(
         add_special_tokens: whether the tokenizer adds its own; a chat template has written them.
         share: which batches are this process's. A batch is seeded by its place, so their number
             changes nothing.
+        greedy: take the likeliest token each time instead.
     """
     by_batch: dict[int, list[Answer]] = {}
     batches = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
@@ -209,7 +211,9 @@ def sample_answers(
     devices = [model.device] if model.device.type == "cuda" else []
     mine = share.of(len(batches))
     for i in tqdm(
-        mine, desc="Sampling the base model's answers", disable=None if share.rank == 0 else True
+        mine,
+        desc="Answers" if greedy else "Sampling the base model's answers",
+        disable=None if share.rank == 0 else True,
     ):
         if isinstance(batches[i][0], str):
             batch = tokenizer(
@@ -224,7 +228,7 @@ def sample_answers(
                 {"input_ids": batches[i]}, return_tensors="pt", padding_side="left"
             )
         batch = batch.to(model.device)
-        with torch.random.fork_rng(devices), plain_sampling(model):
+        with torch.random.fork_rng(devices), plain_generation(model, greedy):
             torch.manual_seed(seed + i)
             output = model.generate(**batch, max_new_tokens=max_new_tokens, use_cache=True)
         width = batch["input_ids"].shape[1]
@@ -239,19 +243,24 @@ def sample_answers(
 
 
 @contextlib.contextmanager
-def plain_sampling(model: Any) -> Iterator[None]:
+def plain_generation(model: Any, greedy: bool) -> Iterator[None]:
     """
-    Let `generate` sample from the probabilities as they are: many models ask for penalties and
-    cut-offs.
+    Let `generate` use the probabilities as they are: many models ask for penalties and cut-offs.
+
+    Args:
+        greedy: take the likeliest token; else sample.
     """
     holder = (
         model.get_base_model() if hasattr(model, "get_base_model") else model
     )  # PEFT takes it from there
     own = holder.generation_config
     tokens = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    holder.generation_config = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, **tokens
+    settings = (
+        {"do_sample": False}
+        if greedy
+        else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     )
+    holder.generation_config = GenerationConfig(**settings, **tokens)
     try:
         yield
     finally:

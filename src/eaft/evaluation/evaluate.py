@@ -19,11 +19,13 @@ import numpy as np
 from eaft.errors import ConfigurationError
 from eaft.evaluation.comparable import check_measurable, comparable_models, differing
 from eaft.evaluation.drift import BaseAnswers, read_prompts, summarise
+from eaft.evaluation.held_out import HeldOutRows, Measurement, Side, measure, plan
+from eaft.evaluation.held_out import summarise as summarise_rows
+from eaft.evaluation.identity import digest
 from eaft.evaluation.measured_model import MeasuredModel
 from eaft.evaluation.pairs import worst_regressions
-from eaft.evaluation.protocol import PROMPTS, Protocol
+from eaft.evaluation.protocol import PROMPTS, SHOWN, Protocol
 from eaft.evaluation.results import (
-    DriftSummary,
     Evaluation,
     Item,
     Kept,
@@ -36,7 +38,7 @@ from eaft.evaluation.results import (
 from eaft.evaluation.scores import asked, processes
 from eaft.evaluation.suite import Benchmark, Suite, load_suites
 from eaft.evaluation.task_items import TaskItems, run_tasks
-from eaft.files import Count, FiniteNotNegative, check, read_json
+from eaft.files import Count, FiniteNotNegative, NotNegative, check, read_json
 from eaft.processes import check_place, locked
 from eaft.provenance import environment, write_json
 from eaft.text import visible
@@ -63,9 +65,15 @@ def evaluate(
     prompts: str = str(PROMPTS),
     tokenizer: str | None = None,
     protocol: Protocol | None = None,
+    held_out: HeldOutRows | None = None,
+    held_out_answers: int = SHOWN,
 ) -> Results | None:
     """
     Evaluate a model, and compare it with its base model if that is given.
+
+    Args:
+        held_out: rows whose nll is measured on both models; `eaft.training.run_rows` reads them.
+        held_out_answers: how many of them have their answers shown.
 
     Returns:
         what `results.json` holds, on the first process; None on others.
@@ -75,6 +83,7 @@ def evaluate(
     """
     protocol = check_protocol(protocol or Protocol())
     check(Count | None, limit, "--limit")
+    check(NotNegative, held_out_answers, "--held_out_answers")
     folder = folder_of(model, output_path)
     inputs = {
         "model": model,
@@ -86,6 +95,7 @@ def evaluate(
         "prompts": prompts,
         "tokenizer": tokenizer,
         "protocol": asdict(protocol),
+        "held_out": held_out and [held_out.file, digest(held_out.rows), held_out_answers],
     }
     check_folder(folder, inputs)
     check_packages(protocol.backend)
@@ -97,6 +107,11 @@ def evaluate(
         if budget is not None and base is None:
             raise ConfigurationError(f"--{name} is of a change: give the --base it is from.")
         check(FiniteNotNegative | None, budget, f"--{name}")
+    if not suite and (held_out is None or max_drop is not None):
+        raise ConfigurationError(
+            "--suite is missing: name suites or tasks, as eaft eval --help lists them"
+            + ("." if held_out is None else "; --max_drop is of their scores.")
+        )
     questions = (
         read_prompts(prompts, protocol.drift_prompts)
         if base is not None and protocol.drift_prompts
@@ -114,6 +129,11 @@ def evaluate(
         )
         both = [tuned_model] if base_model is None else [base_model, tuned_model]
         check_measurable(both, benchmarks, questions)
+        rows_plan = (
+            None
+            if held_out is None or base_model is None
+            else plan(base_model, tuned_model, held_out, held_out_answers)
+        )
     with contextlib.ExitStack() as stack:
         if state.is_main_process:
             stack.enter_context(
@@ -121,10 +141,10 @@ def evaluate(
             )
             check_folder(folder, inputs)  # again: another process may just have ended
             write_json(folder / INPUTS_FILE, inputs)
-        base_items, drift = None, None
+        base_items, sides = None, Sides()
         if base_model is not None:
-            base_items, drift = measure_base_and_drift(
-                base_model, tuned_model, benchmarks, questions, folder
+            base_items, sides = measure_base_and_drift(
+                base_model, tuned_model, benchmarks, questions, folder, rows_plan
             )
         items = "items" if base_model is None else "items_after"
         tuned_items = run_tasks(tuned_model, benchmarks, folder / items)
@@ -145,16 +165,23 @@ def evaluate(
             whole = [suite for suite in suites if set(suite.benchmarks) <= set(done)]
             several = [suite for suite in whole if len(suite.benchmarks) > 1]
             changes = compare_items(pairs[0], pairs[1], several)
+            drift = None
+            if sides.answers is not None:
+                drift = summarise(*sides.drift)
+                texts = drift_answers(base_items.model.tokenizer, sides.answers, *sides.drift)
+                write_json(folder / "answers.json", as_json(texts))
+            rows = None if rows_plan is None else summarise_rows(rows_plan, *sides.rows)
             results = TunedEvaluation(
                 **vars(about),
                 **vars(changes),
                 base=base,
                 drift=drift,
+                held_out=rows,
                 worst=worst_regressions(pairs[0], pairs[1]),
                 differs=differing(
                     base_items.model.model, tuned_items.model.model, protocol.model_args
                 ),
-                verdict=judge(changes, drift, about.failed, max_drop, max_drift),
+                verdict=judge(changes, drift, about.failed, max_drop, max_drift, rows),
             )
         write_report(folder, results)
         return results
@@ -202,30 +229,46 @@ def describe(
     )
 
 
+@dataclass(frozen=True)
+class Sides:
+    """
+    What was measured of both models beside the tasks, on the first process.
+
+    Attributes:
+        answers: the base model's own; None without prompts.
+        drift: each answer's summed KL (nats) and tokens.
+        rows: both models' sides of the held-out rows; empty without rows.
+    """
+
+    answers: BaseAnswers | None = None
+    drift: tuple[np.ndarray, ...] = ()
+    rows: tuple[Side, ...] = ()
+
+
 def measure_base_and_drift(
     base: MeasuredModel,
     tuned: MeasuredModel,
     benchmarks: dict[str, Benchmark],
     prompts: list[Any],
     folder: Path,
-) -> tuple[TaskItems, DriftSummary | None]:
+    rows_plan: Measurement | None,
+) -> tuple[TaskItems, Sides]:
     """
-    Measure the base model, and the drift of the tuned model, which is left in memory.
+    Measure the base model, then the tuned model's drift; and both on the held-out rows. The tuned
+    model is left in memory.
 
     Returns:
-        the base model's items; and on the first process the drift, if there are prompts.
+        the base model's items, and what else was measured.
     """
     answers = base.answers(prompts) if prompts else None
+    before = None if rows_plan is None else measure(base, rows_plan)
     base_items = run_tasks(base, benchmarks, folder / "items_before")
     base.free()
-    if answers is None:
-        return base_items, None
-    sums = tuned.drift(answers)
-    if not processes().is_main_process:
-        return base_items, None
-    texts = drift_answers(base.tokenizer, answers, *sums)
-    write_json(folder / "answers.json", as_json(texts))
-    return base_items, summarise(*sums)
+    sums = () if answers is None else tuned.drift(answers)
+    rows: tuple[Side, ...] = ()
+    if before is not None and rows_plan is not None:
+        rows = before, measure(tuned, rows_plan)
+    return base_items, Sides(answers, sums, rows)
 
 
 def check_protocol(protocol: Protocol) -> Protocol:
@@ -267,7 +310,7 @@ def check_packages(backend: str) -> None:
     Raises:
         ConfigurationError: a package is missing, or vLLM is to be started by a launcher.
     """
-    for package in ("lm_eval", "matplotlib", "scipy", "tabulate"):
+    for package in ("lm_eval", "jinja2", "markdown_it", "matplotlib", "scipy", "tabulate"):
         if find_spec(package) is None:
             raise ConfigurationError(f"Evaluating needs {package}: pip install 'eaft[eval]'.")
     if backend == "vllm":
@@ -344,14 +387,21 @@ def drift_answers(
     ]
 
 
+def write_text(file: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    staging = file.with_name(f"{file.name}.tmp")
+    staging.write_text(text, errors="replace")
+    os.replace(staging, file)
+
+
 def write_report(folder: Path, results: Results) -> None:
-    """Write results.md, changes.png and, last, results.json, which says that all is there."""
+    """
+    Write changes.png, results.md, report.html and, last, results.json: it says that all is there.
+    """
     from eaft.evaluation import report
 
-    text = report.evaluation(results)
-    staging = folder / "results.md.tmp"
-    staging.write_text(text)
-    os.replace(staging, folder / "results.md")
     if isinstance(results, TunedEvaluation) and results.tasks:
         report.draw_changes(results, folder / "changes.png")
+    write_text(folder / "results.md", report.evaluation(results))
+    write_text(folder / "report.html", report.page(results, folder))
     write_json(folder / RESULTS_FILE, as_json(results))

@@ -180,6 +180,37 @@ class MeasuredModel:
 
         return self._keep_sums("nll", {"nll": digest(rows), **self._computed}, measure)
 
+    def likeliest(self, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
+        """
+        Return the model's likeliest answer (greedy) to each prompt, as text.
+
+        Args:
+            prompts: token ids of each.
+        """
+
+        def answer() -> list[str]:
+            lm = self._load("hf")
+            answers = sample_answers(
+                lm.model,
+                self.tokenizer,
+                prompts,
+                max_new_tokens,
+                batch_size=self.protocol.batch_size,
+                share=share_of(lm),
+                greedy=True,
+            )
+            ids = [answer.answer_ids for answer in answers]
+            return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+        identity = {"likeliest": digest(prompts), "max_new_tokens": max_new_tokens}
+        return self._keep(
+            {**self._identity, **identity, **self._computed},
+            answer,
+            lambda answers, folder: write_json(folder / "texts.json", answers),
+            lambda folder: read_json(folder / "texts.json", list[str], WAY),
+            otherwise=[],
+        )
+
     def free(self) -> None:
         """Give back the memory, so that the next model finds it free."""
         self._lm = self._backend = None

@@ -30,6 +30,7 @@ PROMPTS = Path(__file__).parent / "suites" / "prompts.jsonl"  # everyday request
 # In `eaft eval` and in training alike, so that a budget means the same in both
 DRIFT_PROMPTS = 128
 ANSWER_TOKENS = 64  # at most, of each answer
+SHOWN = 8  # held-out rows whose answers `eaft eval` shows
 
 
 def date_text(value: Any) -> Any:

@@ -1,7 +1,8 @@
-"""Tables and picture of an evaluation."""
+"""The reports of an evaluation, results.md and report.html: tables, answers and a picture."""
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from eaft.evaluation.results import (
     Changes,
     DriftSummary,
     Estimate,
+    HeldOut,
     ModelEvaluation,
     Regression,
     Results,
@@ -26,8 +28,9 @@ from eaft.evaluation.results import (
     TunedEvaluation,
 )
 from eaft.evaluation.verdict import p_text
-from eaft.text import block, code, markdown, markdown_strings, table
+from eaft.text import as_html, block, code, fill_page, markdown, markdown_strings, table
 
+PAGE = Path(__file__).with_name("report.html")
 plt.rcParams["text.parse_math"] = False  # a name with dollars is no formula
 
 
@@ -35,22 +38,70 @@ def evaluation(results: Results) -> str:
     """
     Return an evaluation as Markdown: with a base model, the verdict and the numbers that prove it.
     """
+    parts = [*numbers(results, "changes.png")]
+    if isinstance(results, TunedEvaluation):
+        if results.held_out is not None:
+            parts += answers_section(results.held_out)
+        parts += [*asked(results), *worst_section(results.worst)]
+    else:
+        parts += asked(results)
+    return "\n\n".join(parts) + "\n"
+
+
+def page(results: Results, folder: Path) -> str:
+    """
+    Return an evaluation as one page of HTML: what `evaluation` returns, with answers side by side.
+
+    Args:
+        folder: that has changes.png, if there is one.
+    """
+    picture = folder / "changes.png"
+    address = ""
+    if picture.is_file():
+        address = f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
+    held_out, worst = None, []
+    if isinstance(results, TunedEvaluation):
+        held_out, worst = results.held_out, results.worst
+    return fill_page(
+        PAGE,
+        model=results.model,
+        base=results.base,
+        numbers=as_html("\n\n".join(numbers(results, address))),
+        held_out=held_out,
+        worst=worst,
+        asked=as_html("\n\n".join(asked(results))),
+        cut=cut,
+        answers_note=answers_note,
+    )
+
+
+def numbers(results: Results, picture: str) -> list[str]:
+    """
+    Return the verdict and all tables of numbers, as Markdown.
+
+    Args:
+        picture: the address of the picture.
+    """
     safe = markdown_strings(results)
     name = Path(safe.model).name
     if isinstance(results, ModelEvaluation):
-        parts = [f"# {name}", scores_table(safe.tasks), *asked_section(safe, None)]
-        return "\n\n".join(parts) + "\n"
+        return [f"# {name}", scores_table(safe.tasks)]
     parts = [results.verdict.sentence, f"# {name}, beside {Path(safe.base).name}"]
     if results.tasks:
         parts += [
             changes_table(safe),
             *beyond_chance_table(safe),
-            "![Changes and drift](changes.png)",
+            f"![Changes and drift]({picture})",
         ]
-    parts += drift_text(results.drift)
-    parts += asked_section(safe, results.differs)
-    parts += worst_section(results.worst)
-    return "\n\n".join(parts) + "\n"
+    if results.held_out is not None:
+        parts += held_out_table(results.held_out)
+    return parts + drift_text(results.drift)
+
+
+def asked(results: Results) -> list[str]:
+    """Return what was asked, as Markdown; see `asked_section`."""
+    differs = results.differs if isinstance(results, TunedEvaluation) else None
+    return asked_section(markdown_strings(results), differs)
 
 
 def scores_table(tasks: dict[str, TaskScore]) -> str:
@@ -168,6 +219,34 @@ def beyond_chance_table(changes: Changes) -> list[str]:
         if rows
         else []
     )
+
+
+def held_out_table(held_out: HeldOut) -> list[str]:
+    """Return the nll of the held-out rows before and after, and what it is of."""
+    change = f"{held_out.change:+.4f}"
+    row = [
+        held_out.rows,
+        held_out.tokens,
+        f"{held_out.before:.4f}",
+        f"{held_out.after:.4f}",
+        f"**{change}**" if held_out.p_value < ALPHA else change,
+        f"{held_out.low:+.4f} to {held_out.high:+.4f}",
+        p_text(held_out.p_value),
+    ]
+    headers = ["held-out rows", "tokens", "base nll", "tuned nll", "change", "95% interval", "p"]
+    note = (
+        f"The nll of the labelled tokens of {markdown(held_out.file)}, in nats per token; lower is"
+        f" better. The rows were prepared {markdown(held_out.prepared)}. "
+        + (
+            "None of their prompts is in the run's training data."
+            if held_out.apart
+            else "Whether the model was trained on them was not checked: its training data is not"
+            " known, or cannot be read here."
+        )
+    )
+    if held_out.rows < FEWEST_PROMPTS:
+        note += f" Fewer than {FEWEST_PROMPTS} rows: the interval is not to be relied on."
+    return [table([row], headers), note]
 
 
 def drift_text(drift: DriftSummary | None) -> list[str]:
@@ -300,10 +379,39 @@ def worst_section(worst: list[Regression]) -> list[str]:
     return section
 
 
+def answers_section(held_out: HeldOut) -> list[str]:
+    """Return the answers before and after to the held-out rows that are shown."""
+    if not held_out.answers:
+        return []
+    section = ["## Answers before and after", answers_note(held_out)]
+    for answer in held_out.answers:
+        section.append(
+            f"### Row {answer.row}\n\n"
+            f"Prompt (its end):\n\n{quote(answer.prompt[-600:])}\n\n"
+            f"The row's own answer:\n\n{quote(answer.target)}\n\n"
+            f"Base model:\n\n{quote(answer.before)}\n\n"
+            f"Tuned model:\n\n{quote(answer.after)}"
+        )
+    return section
+
+
+def answers_note(held_out: HeldOut) -> str:
+    """Return how the answers came about."""
+    return (
+        f"The first {len(held_out.answers)} held-out rows that fit. Each model's likeliest answer"
+        f" (greedy), at most {held_out.max_new_tokens} tokens."
+    )
+
+
 def quote(text: Any) -> str:
     """Return text as a Markdown block of code, cut at 600 characters."""
+    return block(cut(text))
+
+
+def cut(text: Any) -> str:
+    """Return text, cut at 600 characters."""
     text = str(text)
-    return block(text[:600] + (" [...]" if len(text) > 600 else ""))
+    return text[:600] + (" [...]" if len(text) > 600 else "")
 
 
 def draw_changes(results: TunedEvaluation, path: Path) -> None:

@@ -216,6 +216,62 @@ class DriftSummary:
 
 @with_config(FORM)
 @dataclass(kw_only=True)
+class HeldOutAnswer:
+    """A held-out row: its prompt, its own answer, and the likeliest answer of each model."""
+
+    row: Number
+    """The row's number in the file, from 0."""
+    prompt: str
+    """What both models were asked."""
+    target: str
+    """The row's own answer."""
+    before: str
+    """The base model's answer."""
+    after: str
+    """The tuned model's answer."""
+
+
+@with_config(FORM)
+@dataclass(kw_only=True)
+class HeldOut:
+    """Rows of the user's own: the nll of their labelled tokens, nats per token."""
+
+    file: str
+    """The file of the rows."""
+    rows: Number
+    """Rows."""
+    tokens: Number
+    """Labelled tokens of all rows."""
+    before: float
+    """The base model's nll, a mean over all tokens."""
+    after: float
+    """The tuned model's nll, a mean over all tokens."""
+    change: float
+    """`after` minus `before`; below 0, the tuned model predicts the rows better."""
+    low: float
+    """Lower end of the 95% interval of the change, by a bootstrap of the rows."""
+    high: float
+    """Upper end of the 95% interval of the change."""
+    p_value: Probability
+    """Of the hypothesis that the nll has not changed, two-sided: the interval's inversion."""
+    before_per_row: list[float]
+    """Each row's own mean, of the base model."""
+    after_per_row: list[float]
+    """Each row's own mean, of the tuned model."""
+    tokens_per_row: list[Number]
+    """Each row's labelled tokens."""
+    prepared: str
+    """How the rows became tokens and labels."""
+    apart: bool
+    """Whether it was checked that no row's prompt is in the run's training data."""
+    max_new_tokens: Number
+    """The most tokens that an answer could have."""
+    answers: list[HeldOutAnswer]
+    """Of the first rows that ask something."""
+
+
+@with_config(FORM)
+@dataclass(kw_only=True)
 class Response:
     """One model's answer to an item."""
 
@@ -286,8 +342,8 @@ class LossTest:
 class Verdict:
     """Whether a loss beyond the budget is shown."""
 
-    status: Literal["loss", "no loss shown", "too few items"]
-    """What the tests show together."""
+    status: Literal["loss", "no loss shown", "too few items", "nothing to judge"]
+    """What the tests show together; `nothing to judge`: no tasks, and no budget of drift."""
     over_budget: bool
     """A loss is shown beyond a budget that was given: exit code 3."""
     max_drop: float | None
@@ -378,6 +434,8 @@ class TunedEvaluation(Evaluation, Changes):
     """The base model."""
     drift: DriftSummary | None
     """Null where it was not measured."""
+    held_out: HeldOut | None = field(default=None, metadata=ABSENT)
+    """Rows of the user's own."""
     worst: list[Regression]
     """The worst regressions, of each task in turn."""
     differs: dict[str, Setting] | None = field(default=None, metadata=ABSENT)

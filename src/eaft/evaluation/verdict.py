@@ -19,7 +19,14 @@ from eaft.evaluation.paired import (
     holm,
     items_needed,
 )
-from eaft.evaluation.results import Change, Changes, DriftSummary, LossTest, Verdict
+from eaft.evaluation.results import (
+    Change,
+    Changes,
+    DriftSummary,
+    HeldOut,
+    LossTest,
+    Verdict,
+)
 from eaft.text import markdown, markdown_strings
 
 SHOWN = 3  # tasks named in the sentence; the table has them all
@@ -31,6 +38,7 @@ def judge(
     failed: Collection[str] = (),
     max_drop: float | None = None,
     max_drift: float | None = None,
+    held_out: HeldOut | None = None,
 ) -> Verdict:
     """
     Return what an evaluation of a tuned model beside its base shows.
@@ -48,6 +56,7 @@ def judge(
         failed: the tasks that could not be run.
         max_drop: percentage points that each task may lose; None: 0, any loss counts.
         max_drift: nats per token; None: drift is told, and not judged.
+        held_out: told, and not judged: it says what was learned, not what was forgotten.
     """
     tests = [task_test(name, task, max_drop or 0.0) for name, task in changes.tasks.items()]
     if max_drift is not None and drift is not None:
@@ -61,7 +70,7 @@ def judge(
         test.n_needed = max(test.n_needed or 0, reliable) if test.too_few else None
     has_budget = {"task": max_drop is not None, "drift": max_drift is not None}
     verdict = Verdict(
-        status=status(tests),
+        status=status(tests, bool(changes.tasks or failed) or held_out is None),
         over_budget=any(test.shown and has_budget[test.kind] for test in tests),
         max_drop=max_drop,
         max_drift=max_drift,
@@ -69,7 +78,9 @@ def judge(
         sentence="",
     )
     names = [markdown(name) for name in failed]
-    verdict.sentence = sentence(markdown_strings(verdict), markdown_strings(changes), drift, names)
+    verdict.sentence = sentence(
+        markdown_strings(verdict), markdown_strings(changes), drift, names, held_out
+    )
     return verdict
 
 
@@ -117,15 +128,28 @@ def drift_test(drift: DriftSummary, max_drift: float) -> LossTest:
     )
 
 
-def status(tests: list[LossTest]) -> Literal["loss", "no loss shown", "too few items"]:
-    """Return what the tests show together."""
+def status(
+    tests: list[LossTest], wanted: bool
+) -> Literal["loss", "no loss shown", "too few items", "nothing to judge"]:
+    """
+    Return what the tests show together.
+
+    Args:
+        wanted: whether tasks were asked for, so that no test means that none could be run.
+    """
+    if not tests and not wanted:
+        return "nothing to judge"
     if any(test.shown for test in tests):
         return "loss"
     return "too few items" if not tests or any(t.too_few for t in tests) else "no loss shown"
 
 
 def sentence(
-    verdict: Verdict, changes: Changes, drift: DriftSummary | None, failed: list[str]
+    verdict: Verdict,
+    changes: Changes,
+    drift: DriftSummary | None,
+    failed: list[str],
+    held_out: HeldOut | None = None,
 ) -> str:
     """
     Return the verdict in words: ship or not, why, how sure, and what else to know.
@@ -136,8 +160,10 @@ def sentence(
     tests = verdict.tests
     judged = [test for test in tests if test.kind == "task"]
     beyond = f" beyond the budget of {verdict.max_drop:g} points" if verdict.max_drop else ""
-    tasks = "1 task" if len(judged) == 1 else f"{len(judged)} tasks"
-    if not tests:
+    on_tasks = " on 1 task" if len(judged) == 1 else f" on {len(judged)} tasks" if judged else ""
+    if verdict.status == "nothing to judge":
+        parts = []
+    elif not tests:
         parts = ["**Nothing was compared.**"]
     elif verdict.status == "loss":
         parts = [
@@ -148,27 +174,22 @@ def sentence(
             parts.append("No budget was given (--max_drop), so that any loss counts.")
     elif verdict.status == "too few items":
         few = listed([coarse(test) for test in tests if test.too_few])
-        parts = [
-            f"**Not decided, too few items:** no loss{beyond} was shown on {tasks}, but {few}."
-        ]
+        parts = [f"**Not decided, too few items:** no loss{beyond} was shown{on_tasks}, but {few}."]
     elif not beyond:
-        unseen = sorted(judged, key=lambda test: -test.smallest)
-        few = listed(
-            [
-                f"one of less than {t.smallest:.1f} points on {t.name} ({t.n:,} items)"
-                for t in unseen
-            ]
-        )
+        unseen = [
+            f"one of less than {t.smallest:.1f} points on {t.name} ({t.n:,} items)"
+            for t in sorted(judged, key=lambda test: -test.smallest)
+        ]
         parts = [
-            f"**No loss was shown** on {tasks}"
-            + (f", but {few} could be there unseen." if unseen else ".")
+            f"**No loss was shown**{on_tasks}"
+            + (f", but {listed(unseen)} could be there unseen." if unseen else ".")
         ]
     else:
         widest = max(judged, key=lambda test: test.high, default=None)
         within = all(test.high <= test.budget for test in tests) and not failed
         parts = [
             ("**Ship:** no loss" if within else "**No loss")
-            + f"{beyond} was shown{'' if within else '**'} on {tasks}"
+            + f"{beyond} was shown{'' if within else '**'}{on_tasks}"
             + (
                 f"; the largest drop that an interval leaves open is {max(widest.high, 0):.1f}"
                 f" points ({widest.name}, 95%)."
@@ -178,7 +199,7 @@ def sentence(
         ]
     if failed:
         parts.append(f"{listed(failed)} could not be measured: not judged.")
-    parts += drift_told(verdict, drift)
+    parts += held_out_told(held_out) + drift_told(verdict, drift)
     gains = [
         f"{name} rose by {100 * t.change:.1f} points (95%: {100 * t.low:.1f} to {100 * t.high:.1f})"
         for name, t in changes.tasks.items()
@@ -215,6 +236,20 @@ def coarse(test: LossTest) -> str:
         f"{test.name} ({test.n:,} items) would show only drops of {test.smallest:.1f}"
         f" points or more (one of {test.budget:g} takes about {test.n_needed:,} items)"
     )
+
+
+def held_out_told(held_out: HeldOut | None) -> list[str]:
+    """Return the change of the held-out nll in words."""
+    if held_out is None:
+        return []
+    size = (
+        f"from {held_out.before:.3f} to {held_out.after:.3f} nats per token (change"
+        f" {held_out.change:+.3f}, 95%: {held_out.low:+.3f} to {held_out.high:+.3f}; p"
+        f" {p_text(held_out.p_value)}; {held_out.rows:,} rows)"
+    )
+    if held_out.p_value >= ALPHA:
+        return [f"**No change of the held-out nll is shown:** it went {size}."]
+    return [f"**The held-out nll {'fell' if held_out.change < 0 else 'rose'}** {size}."]
 
 
 def drift_told(verdict: Verdict, drift: DriftSummary | None) -> list[str]:

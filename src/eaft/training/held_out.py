@@ -76,8 +76,8 @@ def check_apart(rows: Dataset, train: Dataset, text_field: str, where: str) -> N
         places[asked] for row in train if (asked := question(row, text_field)) in places
     }:
         raise ConfigurationError(
-            f"{where}: row {min(trained)} is trained on, and cannot choose a checkpoint."
-            " Take rows that are not."
+            f"{where}: row {min(trained)} is trained on, so its nll says nothing of new rows. Take"
+            " rows that are not trained on."
         )
 
 

@@ -24,6 +24,7 @@ from eaft.training.config import EAFTConfig
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
+TUNED_RUN = Path("work") / "run"  # the run, in the folder of `eaft tune`
 DELETE = "delete the folder, or choose another output_dir."
 # What stays the same when a run goes on: the checkpoint's optimizer and schedule keep the first of
 # them whatever is given (findings/trainer_resume_settings.sh), and `run.json` has one value of each
@@ -41,6 +42,8 @@ class RunRecord(TypedDict):
 
     finished: bool
     environment: NotRequired[dict[str, Any]]
+    dataset: NotRequired[str | list[dict[str, Any]] | None]
+    dataset_flags: NotRequired[dict[str, Any]]
     config: NotRequired[dict[str, Any]]
     result: NotRequired[dict[str, Any]]
 
@@ -199,6 +202,8 @@ def is_complete(checkpoint: Path) -> bool:
 def changed_arguments(args: EAFTConfig) -> dict[str, Any]:
     """Return the training arguments that differ from their defaults, as JSON values."""
     values, changed = args.to_dict(), {}
+    for name in ("eos_token", "pad_token"):  # transformers masks every name that ends in _token
+        values[name] = getattr(args, name)
     for field in dataclasses.fields(args):
         default = (
             field.default

@@ -152,6 +152,9 @@ def fit(
         "finished": False,
         "model": model_args.model_name_or_path,
         "dataset": script_args.dataset_name or [vars(d) for d in dataset_args.datasets],
+        "dataset_flags": {
+            name: getattr(script_args, name) for name in ("dataset_config", "dataset_train_split")
+        },
         "gate": args.gate_spec.settings,
         "seed": args.seed,
         "config": changed_arguments(args),

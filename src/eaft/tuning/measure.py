@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from typing_extensions import TypedDict
 
-from eaft.evaluation.drift import BaseAnswers, Share
+from eaft.evaluation.drift import BaseAnswers, Share, sample_answers
 from eaft.evaluation.identity import digest
 from eaft.evaluation.measured_model import MeasuredModel, nll_of_rows
 from eaft.evaluation.paired import paired_change
@@ -93,23 +92,15 @@ class LoadedFamily:
         self.model(member)
         return score(self.lm, benchmark, self.base.protocol)
 
-    @torch.no_grad()
     def answer(self, member: Member, texts: list[str], max_new_tokens: int) -> list[str]:
         """Return a member's likeliest answers (greedy) to prompts as the model is to see them."""
-        model, tokenizer = self.model(member), self.base.tokenizer
-        answers = []
-        for text in texts:
-            chat = self.base.protocol.apply_chat_template
-            ids = tokenizer(text, return_tensors="pt", add_special_tokens=not chat)["input_ids"]
-            ids = ids.to(model.device)
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                max_new_tokens=max_new_tokens,
-            )
-            answers.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
-        return answers
+        tokenizer = self.base.tokenizer
+        special = not self.base.protocol.apply_chat_template
+        answers = sample_answers(
+            self.model(member), tokenizer, texts, max_new_tokens, special, greedy=True
+        )
+        ids = [answer.answer_ids for answer in answers]
+        return list(tokenizer.batch_decode(ids, skip_special_tokens=True))
 
 
 class KeptPoint(TypedDict):

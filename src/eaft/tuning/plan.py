@@ -38,11 +38,11 @@ from eaft.training.arguments import parse
 from eaft.training.data import check_data, load_data, row_digest, rows_digest
 from eaft.training.family import check_adapter
 from eaft.training.held_out import Row, check_fit, load_rows, prepare
+from eaft.training.run_folder import TUNED_RUN
 from eaft.tuning.rows import hold_out, split_held_out
 
 MARK = "tune.json"  # what a folder holds, finished or not
-WORK = "work"  # the run, and what was measured
-RUN = "run"
+WORK, RUN = TUNED_RUN.parts  # a folder of the run and of what was measured; the run
 EXCLUDED = "held_out_rows.jsonl"
 WAY = "delete this folder, or choose another --output_dir."
 SCREENING_FILE = Path(__file__).with_name("screening_prompts.jsonl")

@@ -7,10 +7,9 @@ import os
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from jinja2 import Environment, StrictUndefined
 
 from eaft.evaluation.report import save
-from eaft.text import visible
+from eaft.text import fill_page
 from eaft.tuning.results import Screened, TuneResults
 
 REPORT, FRONT = "report.html", "front.png"
@@ -20,18 +19,10 @@ def write_report(results: TuneResults, folder: Path) -> None:
     """Write front.png and report.html, which has the picture in it."""
     draw_front(results, folder / FRONT)
     picture = base64.b64encode((folder / FRONT).read_bytes()).decode()
-    environment = Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=lambda value: visible(value) if isinstance(value, str) else value,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    template = environment.from_string(Path(__file__).with_name("report.html").read_text())
+    template = Path(__file__).with_name("report.html")
+    text = fill_page(template, r=results, picture=picture, allowed=budgets(results))
     staging = folder / f"{REPORT}.tmp"
-    staging.write_text(
-        template.render(r=results, picture=picture, allowed=budgets(results)), errors="replace"
-    )
+    staging.write_text(text, errors="replace")
     os.replace(staging, folder / REPORT)
 
 

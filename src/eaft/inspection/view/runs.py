@@ -29,7 +29,11 @@ DEPTH = 3  # levels of folders below the folder that are searched
 # Keys that tell our results from other files, and from results of a version with another form
 COMPARISON = {"asked", "recipe", "objectives", "sentence", "groups", "base", "runs", "choices"}
 EVALUATION = {"asked", "model", "base", "tasks"}
-BY_ITEM = ("sums", "scores", "per_prompt", "tokens_per_prompt")  # lists that the page does not need
+# Lists that the page does not need
+BY_ITEM = (
+    *("sums", "scores", "per_prompt", "tokens_per_prompt"),
+    *("before_per_row", "after_per_row", "tokens_per_row"),
+)
 
 
 @dataclass(frozen=True)
