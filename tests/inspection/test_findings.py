@@ -93,6 +93,7 @@ def weights(rows, measured):
         "dft": rows.p,
         "deft": rows.p**rows.sum_sq_probs,
         "profit": (rows.p > 0.1).astype(float),
+        "infosft": rows.p * np.maximum(1 - np.log(rows.p / (1 - rows.p)) / np.log(93 / 7), 0),
         "mile": 1 + rows.entropy,
         "ranktuner": rows.p * np.maximum(rows.p * expected, 1e-6) ** -exponent,
         "talr": np.maximum(rows.p ** (1 / measured["tau"]), 0.01),

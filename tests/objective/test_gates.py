@@ -24,7 +24,7 @@ from eaft.objective.registry import (
     get_gate,
     register,
 )
-from tests.objective.test_statistics import cases, truth
+from tests.objective.test_statistics import cases, softmax, truth
 
 # Parameters that have no default, and the other ways to call a gate
 GIVEN = {
@@ -44,6 +44,7 @@ VARIANTS = [
         {"entropy_threshold": "batch", "prob_threshold": "batch", "prob_percentile": 50.0},
     ),
     ("profit", {"prob_threshold": 0.03}),
+    ("infosft", {"max_prob": 0.8}),
     ("mile", {"gamma": 0.5}),
     ("ranktuner", {"base": "one"}),
     ("psft", {"clip": 2.0}),
@@ -123,6 +124,21 @@ def formula(name, rows, labels, examples, example_nll, k=20, **params):
         return [r if r < 1 + params.get("clip", 0.28) else 0.0 for r in ratios]
     if name == "profit":
         return [float(x > params.get("prob_threshold", 0.1)) for x in p]
+    if name == "infosft":
+        # Where the other tokens have a probability of 0, logit(p) is infinite
+        limit, others = (
+            params.get("max_prob", 0.93),
+            [
+                math.fsum(q for j, q in enumerate(softmax(row)) if j != label)
+                for row, label in zip(rows, labels, strict=True)
+            ],
+        )
+        return [
+            x * max(0.0, 1 - math.log(x / rest) / math.log(limit / (1 - limit)))
+            if x * rest > 0
+            else 0.0
+            for x, rest in zip(p, others, strict=True)
+        ]
     if name == "mile":
         return [(1 + t["entropy"]) ** params.get("gamma", 1.0) for t in stats]
     if name == "ranktuner":
@@ -400,6 +416,7 @@ def test_unknown_gate_names_the_nearest_and_all():
         ("masked", {"entropy_threshold": "batch", "entropy_percentile": 120}, "between 0 and 100"),
         ("conflict-mask", {"entropy_threshold": 0.1}, "needs prob_threshold"),
         ("profit", {"prob_threshold": 1.5}, "prob_threshold must be between 0 and 1, got 1.5"),
+        ("infosft", {"max_prob": 0.5}, "max_prob must be between 0.5 and 1, got 0.5"),
         ("mile", {"gamma": -0.5}, "gamma must be a number of at least 0, got -0.5"),
         ("ranktuner", {"base": "p"}, "base='p': expected 'prob' or 'one'"),
         ("talr", {"tau": 0.0}, "tau must be a positive number or 'batch', got 0.0"),

@@ -148,6 +148,23 @@ def profit(stats: TokenStatistics, prob_threshold: float = 0.1) -> Tensor:
     return (stats.prob > prob_threshold).to(stats.prob.dtype)
 
 
+@register("infosft", per_token=True)
+def infosft(stats: TokenStatistics, max_prob: float = 0.93) -> Tensor:
+    """
+    Weight p [1 - logit(p) / logit(max_prob)]+, p = P(label), logit(p) = ln(p / (1 - p)): learn
+    labels of medium probability (arXiv:2605.14967).
+
+    The weight is at most 0.51, at p = 0.56, and 0 from max_prob on. The paper's weight is
+    proportional to p [logit(max_prob) - logit(p)]+. Like the authors' code we divide that by
+    logit(max_prob), which is 2.59, and the loss by the number of all response tokens.
+    """
+    if not 0.5 < max_prob < 1:
+        raise ValueError(f"max_prob must be between 0.5 and 1, got {max_prob}.")
+    logit = stats.log_prob - (-torch.expm1(stats.log_prob)).log()
+    limit = math.log(max_prob / (1 - max_prob))
+    return torch.where(stats.prob == 0, 0.0, stats.prob * (1 - logit / limit).clamp(min=0))
+
+
 @register("mile", per_token=True)
 def mile(stats: TokenStatistics, gamma: float = 1.0) -> Tensor:
     """

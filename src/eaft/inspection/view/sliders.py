@@ -48,6 +48,7 @@ SLIDERS = {
         Slider("entropy_threshold", 0.15, 0.0, 1.0, 0.001),
         Slider("prob_threshold", 0.15, 0.0, 1.0, 0.001),
         Slider("tau", 1.0, 0.01, 10.0, 0.01),
+        Slider("max_prob", 0.93, 0.51, 0.99, 0.01),
         Slider("gamma", 1.0, 0.0, 4.0, 0.1),
         Slider("base", "prob", choices=["prob", "one"]),
         Slider("min_weight", 0.01, 0.0, 1.0, 0.01),
