@@ -112,7 +112,9 @@ def test_what_gates_remove(inspection, summary):
     assert measured["prob_threshold"] == pytest.approx(np.percentile(rows.p, 15), rel=1e-4)
     assert measured["tau"] == pytest.approx(rows.groupby("example").nll.mean().median(), rel=1e-6)
     expected = weights(rows, measured)
-    assert set(expected) == set(GATES) - {"psft"} == {row["gate"] for row in summary["gates"]}
+    assert (
+        set(expected) == set(GATES) - {"psft", "stm"} == {row["gate"] for row in summary["gates"]}
+    )
     assert len(summary["gates"]) == 3 * len(expected)
     for row in summary["gates"]:
         here = rows.source == row["source"] if row["source"] else rows.tokens > 0

@@ -48,6 +48,7 @@ VARIANTS = [
     ("mile", {"gamma": 0.5}),
     ("ranktuner", {"base": "one"}),
     ("psft", {"clip": 2.0}),
+    ("stm", {"perplexity_threshold": 4.0}),
     ("talr", {"tau": 1.0}),
     ("talr", {"min_weight": 0.2}),
     ("sft-kl", {"kl_coef": 2.0, "kl_direction": "forward"}),
@@ -122,6 +123,9 @@ def formula(name, rows, labels, examples, example_nll, k=20, **params):
         # is a constant
         ratios = [math.exp(x + nll) for x, nll in zip(log_p, example_nll, strict=True)]
         return [r if r < 1 + params.get("clip", 0.28) else 0.0 for r in ratios]
+    if name == "stm":
+        limit = params.get("perplexity_threshold", 2.5)
+        return [float(math.exp(nll) <= limit) for nll in example_nll]
     if name == "profit":
         return [float(x > params.get("prob_threshold", 0.1)) for x in p]
     if name == "infosft":
@@ -204,9 +208,14 @@ def close_to_a_threshold(name, params, batch):
             for row, label in zip(*batch[:2], strict=True)
         ]
         return any(abs(b - 2) < 1e-9 for b in bits)
-    if name not in ("masked", "conflict-mask", "profit", "psft"):
+    if name not in ("masked", "conflict-mask", "profit", "psft", "stm"):
         return False
-    params = {**{"profit": {"prob_threshold": 0.1}, "psft": {"clip": 0.28}}.get(name, {}), **params}
+    defaults = {
+        "profit": {"prob_threshold": 0.1},
+        "psft": {"clip": 0.28},
+        "stm": {"perplexity_threshold": 2.5},
+    }
+    params = {**defaults.get(name, {}), **params}
     nudged = [
         formula(
             name,
@@ -423,6 +432,7 @@ def test_unknown_gate_names_the_nearest_and_all():
         ("talr", {"tau": "median"}, "tau must be a positive number or 'batch'"),
         ("flow", {"tau": -1.0}, "tau must be positive"),
         ("psft", {"clip": -0.1}, "clip must be a number of at least 0, got -0.1"),
+        ("stm", {"perplexity_threshold": 0.9}, "must be a number of at least 1, got 0.9"),
         ("sft-kl", {"kl_coef": -0.5}, "kl_coef must be a number of at least 0"),
         ("asft", {"kl_direction": "sideways"}, "expected 'forward' or 'reverse'"),
         ("eaft", {"kl_coef": 0.5}, "takes no kl_coef"),
@@ -443,8 +453,9 @@ def test_missing_examples_are_named():
         gate_weights("talr", stats)
     with pytest.raises(ConfigurationError, match="'flow' needs example_nll"):
         gate_weights("flow", stats, tau=1.0)
-    with pytest.raises(ConfigurationError, match="'psft' needs old_log_prob"):
-        gate_weights("psft", stats)
+    for gate in ("psft", "stm"):
+        with pytest.raises(ConfigurationError, match=f"'{gate}' needs old_log_prob"):
+            gate_weights(gate, stats)
     with pytest.raises(ConfigurationError, match="'ranktuner' needs rank"):
         gate_weights("ranktuner", stats)
 

@@ -360,10 +360,13 @@ def test_resumed_run_equals_uninterrupted(gate, setting, tmp_path):
         gate == "profit"
     ):  # the tiny model finds no label as likely as its default asks: nothing would be trained
         settings["gate_kwargs"] = {"prob_threshold": 0.003}
+    if gate == "stm":
+        settings["gate_kwargs"] = {"perplexity_threshold": 300}
     whole = train(EAFTTrainer, tmp_path, **settings)
-    measured = tmp_path / (OLD_LOG_PROB_ABOUT_FILE if gate == "psft" else MEASUREMENTS_FILE)
+    by_token = GATES[gate].needs_old_log_prob
+    measured = tmp_path / (OLD_LOG_PROB_ABOUT_FILE if by_token else MEASUREMENTS_FILE)
     assert measured.exists() == (
-        bool(bind_gate(gate, measured=MEASURED_PARAMETERS).missing) or gate == "psft"
+        bool(bind_gate(gate, measured=MEASURED_PARAMETERS).missing) or by_token
     )
     before = measured.read_text() if measured.exists() else None
     resumed = train(EAFTTrainer, tmp_path, resume=str(tmp_path / "checkpoint-2"), **settings)

@@ -21,7 +21,9 @@ def weighed_gates() -> dict[str, Gate]:
     """
     Return the gates that an inspection can show.
 
-    `psft` is left out: its weights under the base model itself are 1.
+    Gates that compare with the base model token by token are left out. Under the base model itself
+    the weights of `psft` are 1, and those of `stm` are those of `profit` with a prob_threshold of
+    1 / perplexity_threshold.
     """
     return {name: gate for name, gate in GATES.items() if not gate.needs_old_log_prob}
 

@@ -255,12 +255,25 @@ def psft(stats: TokenStatistics, clip: float = 0.28) -> Tensor:
     """
     if not (math.isfinite(clip) and clip >= 0):
         raise ValueError(f"clip must be a number of at least 0, got {clip}.")
-    if stats.old_log_prob is None:
-        raise ConfigurationError(
-            "gate='psft' needs old_log_prob: ln P(label) of each token under the base model."
-        )
-    ratio = (stats.log_prob - stats.old_log_prob).exp()
+    ratio = (stats.log_prob - base_log_prob(stats, "psft")).exp()
     return torch.where(ratio <= 1 + clip, ratio, 0.0)
+
+
+@register("stm", per_token=True, needs_old_log_prob=True)
+def stm(stats: TokenStatistics, perplexity_threshold: float = 2.5) -> Tensor:
+    """
+    Weight 1 if the label's perplexity under the base model, 1 / P_base(label), is at most
+    perplexity_threshold, else 0: Selective Token Masking (arXiv:2501.14315).
+
+    The mask stays the same in all of training. The default is the authors'. Their loss is the mean
+    over the labels that are left. Ours is divided by the number of all response tokens.
+    """
+    if not perplexity_threshold >= 1:
+        raise ValueError(
+            f"perplexity_threshold must be a number of at least 1, got {perplexity_threshold}."
+        )
+    likely = base_log_prob(stats, "stm") >= -math.log(perplexity_threshold)
+    return likely.to(stats.log_prob.dtype)
 
 
 @register("sft-kl", per_token=True, anchor=Anchor(0.5, "reverse"))
@@ -283,6 +296,15 @@ def asft(stats: TokenStatistics) -> Tensor:
     itself and adds the means.
     """
     return dft(stats)
+
+
+def base_log_prob(stats: TokenStatistics, gate: str) -> Tensor:
+    """Return ln P(label) under the base model, which the gate asks for."""
+    if stats.old_log_prob is None:
+        raise ConfigurationError(
+            f"gate={gate!r} needs old_log_prob: ln P(label) of each token under the base model."
+        )
+    return stats.old_log_prob
 
 
 def median_example_nll(stats: TokenStatistics) -> Tensor:

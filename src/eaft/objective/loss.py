@@ -68,7 +68,7 @@ def gated_cross_entropy(
         example_ids: which example each token is from (`talr`). Default: the row of `[B, S]` labels;
             one example for `[N]`.
         example_nll: the base model's mean nll of each token's example (`flow`).
-        old_log_prob: the base model's ln P(label) (`psft`).
+        old_log_prob: the base model's ln P(label) (`psft`, `stm`).
         reference_logits: the base model's logits, without gradient (`sft-kl`, `asft`).
         params: what the gate takes, e.g. `alpha=2.0` for `eaft`.
 

@@ -3,10 +3,11 @@ One pass over the training data with the base model, before the first step, for 
 
 It measures thresholds, which are percentiles over the data's tokens (`masked`, `conflict-mask`);
 each example's mean nll and the median of these (`flow`); and every label's log-probability
-(`psft`). The results are written to the output folder, and read from there if training is resumed.
+(`psft`, `stm`). The results are written to the output folder, and read from there if training is
+resumed.
 
-Only `psft` keeps a number for each token. Otherwise examples have sums, and percentiles come from
-histograms, so that memory does not grow with the number of tokens.
+Only `psft` and `stm` keep a number for each token. Otherwise examples have sums, and percentiles
+come from histograms, so that memory does not grow with the number of tokens.
 """
 
 from __future__ import annotations
