@@ -52,7 +52,7 @@ def main() -> None:
     train = ["train", "--model_name_or_path", model, "--dataset_name", str(WORK / "train.jsonl")]
     train += ["--config", config, "--gate", "sft", "--output_dir", str(WORK / "out")]
     eval_ = ["eval", str(WORK / "out"), "--base", model]
-    eval_ += ["--held_out", str(WORK / "held_out.jsonl"), "--output_dir", str(WORK / "eval")]
+    eval_ += ["--held_out", str(WORK / "held_out.jsonl"), "--output_path", str(WORK / "eval")]
     tune = ["tune", model, str(WORK / "train.jsonl"), "--max_drift", BUDGET, "--config", config]
     tune += ["--held_out", str(WORK / "held_out.jsonl"), "--output_dir", str(WORK / "tuned")]
     measured = {
