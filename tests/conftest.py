@@ -4,7 +4,6 @@ import atexit
 import itertools
 import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
@@ -77,8 +76,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     speed_up_tritons_interpreter()
 
 # ChatML with the markers that assistant_only_loss needs
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-TWO_RANKS = (sys.executable, *TORCHRUN)  # the launcher chooses the port
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['role'] =="
     " 'assistant' %}{% generation %}{{ message['content'] }}<|im_end|>\n{% endgeneration %}{% else"
@@ -185,17 +182,6 @@ def pytest_terminal_summary(terminalreporter):
     )
     if tried:
         terminalreporter.write_line(f"{tried} bad inputs were tried over all commands")
-
-
-def leave():
-    """
-    End one of several processes without taking its threads apart: gloo's now and then abort when
-    that is done.
-    """
-    torch.distributed.barrier()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 @pytest.fixture(scope="session")

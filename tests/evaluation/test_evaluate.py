@@ -4,7 +4,6 @@ bad input.
 """
 
 import json
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +23,8 @@ from eaft.evaluation.results import Item, Results, as_json
 from eaft.evaluation.scores import load, load_tokenizer, own_dtype, score, vllm_args
 from eaft.evaluation.suite import Suite, load_suites, suites_help, task_manager
 from eaft.files import read_json
-from tests.conftest import TWO_RANKS, make_model
+from tests.conftest import make_model
+from tests.processes import eaft, run_ranks
 
 SCHEMA = Path(evaluate.__file__).with_name("results.schema.json")
 
@@ -281,16 +281,7 @@ def test_two_processes_find_what_one_finds(model_dir, task_path, tmp_path):
     flags = [model_dir, "--base", model_dir, "--suite", "tiny", "copy", "--include_path", task_path]
     flags += ["--drift_prompts", "2", "--max_new_tokens", "4"]
     assert run(*flags, "--output_path", tmp_path / "one") == 0
-    command = [
-        *TWO_RANKS,
-        "-m",
-        "eaft",
-        "eval",
-        *map(str, flags),
-        "--output_path",
-        str(tmp_path / "two"),
-    ]
-    subprocess.run(command, check=True, timeout=300)
+    run_ranks(eaft, "eval", *flags, "--output_path", tmp_path / "two")
     for name in ("tiny", "copy"):
         one, two = (
             [

@@ -5,9 +5,7 @@ refused.
 
 import json
 import math
-import os
 import shutil
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,7 +31,8 @@ from eaft.inspection.vocabulary import Vocabulary
 from eaft.models import resolve_model
 from eaft.training.arguments import parse
 from eaft.training.data import row_digest
-from tests.conftest import TWO_RANKS, make_model, make_rows
+from tests.conftest import make_model, make_rows
+from tests.processes import eaft, run_ranks
 from tests.test_killed import run_killed
 
 ROOT = Path(__file__).parents[2]
@@ -245,11 +244,8 @@ def test_two_processes_equal_one(model_dir, tmp_path, alone, monkeypatch):
     make_model(1).save_pretrained(tuned)
     flags = [model_dir, data, *CPU, "--rollouts", 20, "--max_new_tokens", 6, "--compare", tuned]
     assert run(*flags, "--output_dir", tmp_path / "one") == 0
-    command = [*TWO_RANKS]
-    command += ["-m", "eaft", "inspect", *flags, "--output_dir", tmp_path / "two"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    run_ranks(eaft, "inspect", *flags, "--output_dir", tmp_path / "two")
     one, two = files(tmp_path / "one"), files(tmp_path / "two")
     assert len([name for name in one if name.startswith("tokens")]) >= 4
     assert list(one) == list(two)

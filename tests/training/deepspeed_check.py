@@ -1,11 +1,10 @@
 """
-A few steps of training: run under accelerate by test_distributed.py, for DeepSpeed, and repeated in
+A few steps of training: run in two ranks by test_distributed.py, for DeepSpeed, and repeated in
 one process.
 """
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from eaft import EAFTConfig, EAFTTrainer
-from tests.conftest import leave, make_rows, make_tokenizer
+from tests.conftest import make_rows, make_tokenizer
 
 
 def train(model_dir: str, out: str, gate: str, adapter: bool) -> list[dict[str, float]]:
@@ -59,13 +58,12 @@ def train(model_dir: str, out: str, gate: str, adapter: bool) -> list[dict[str, 
     return trainer.state.log_history
 
 
-if __name__ == "__main__":
+def main(model_dir: str, out: str, gate: str, trained: str) -> None:
+    """Train as one rank of several."""
     import deepspeed
 
     # else it compiles an operation for CPUs, for minutes, if it finds a compiler
     deepspeed.ops.__compatible_ops__ = {}
-    model_dir, out, gate, adapter = sys.argv[1:]
-    logs = train(model_dir, out, gate, adapter == "LoRA")
+    logs = train(model_dir, out, gate, trained == "LoRA")
     if torch.distributed.get_rank() == 0:
         Path(out, "logs.json").write_text(json.dumps(logs))
-    leave()

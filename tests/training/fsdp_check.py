@@ -1,10 +1,9 @@
 """
-Run under accelerate by test_distributed.py: gradients under FSDP2, and how much of the reference is
+Run in two ranks by test_distributed.py: gradients under FSDP2, and how much of the reference is
 ever whole.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -17,8 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from eaft import EAFTConfig, EAFTTrainer
 from eaft.training.head import GatedLMHead, frozen_copy
-from tests.conftest import leave, make_model, make_rows, make_tokenizer
-from tests.training import fsdp_on_cpu  # noqa: F401
+from tests.conftest import make_model, make_rows, make_tokenizer
+from tests.training import fsdp_on_cpu
 from tests.training.deepspeed_check import train
 
 
@@ -105,14 +104,14 @@ def check_reference(out: str):
     assert whole[-1] == 0
 
 
-if __name__ == "__main__":
+def main(model_dir: str, out: str) -> None:
+    """Check as one rank of several."""
+    fsdp_on_cpu.make_fsdp_on_cpu()
     PartialState(cpu=True)
     for gate in ("eaft", "asft"):  # asft: with a reference model, sharded as well
         for head_alone in (True, False):
             check_gradients(gate, head_alone)
-    model_dir, out = sys.argv[1:]
     check_reference(out)
     logs = train(model_dir, out, "sft-kl", True)
     if dist.get_rank() == 0:
         Path(out, "logs.json").write_text(json.dumps(logs))
-    leave()

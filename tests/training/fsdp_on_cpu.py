@@ -1,16 +1,17 @@
 """
-`eaft` under FSDP2 on the CPU, launched by `accelerate launch`.
+`eaft` under FSDP2 on the CPU, in the environment that `accelerate launch` makes.
 
 accelerate 1.15 sets up FSDP on accelerators only (`AcceleratorState.__init__`): of two CPU
 processes it makes DDP, without a word, whatever the config file says. Here it does for them what it
 does for GPUs; nothing else is changed.
 """
 
-import sys
 from typing import Any
 
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+
+from eaft import cli
 
 original = AcceleratorState.__init__
 
@@ -25,11 +26,14 @@ def with_fsdp(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> 
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 
-AcceleratorState.__init__ = with_fsdp
+def make_fsdp_on_cpu() -> None:
+    """Change accelerate in this process."""
+    AcceleratorState.__init__ = with_fsdp
 
-if __name__ == "__main__":
-    from eaft import cli
 
-    code = cli.main(sys.argv[1:])
+def main(*argv: Any) -> int:
+    """Run `eaft` as one rank of several."""
+    make_fsdp_on_cpu()
+    code = cli.main([str(part) for part in argv])
     assert AcceleratorState().distributed_type == DistributedType.FSDP
-    sys.exit(code)
+    return code

@@ -1,5 +1,5 @@
 """
-Run under torchrun by test_logits_check.py: the check of the logits under FSDP2, wrapped as
+Run in two ranks by test_logits_check.py: the check of the logits under FSDP2, wrapped as
 accelerate does.
 """
 
@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from eaft.errors import ConfigurationError
 from eaft.training.head import GatedLMHead
 from eaft.training.logits_check import check_logits
-from tests.conftest import leave, make_model
+from tests.conftest import make_model
 
 
 def gather(x):
@@ -65,8 +65,3 @@ def main():
             f"refused: {str(error).partition(': ')[2]}\n"
         )  # at once: two processes write to one pipe
         sys.stdout.flush()
-    leave()
-
-
-if __name__ == "__main__":
-    main()

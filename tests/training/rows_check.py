@@ -1,12 +1,10 @@
 """
-Run under torchrun by test_rows.py: messages that every process has, data prepared once, measured in
+Run in two ranks by test_rows.py: messages that every process has, data prepared once, measured in
 two shares.
 """
 
 import json
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ from datasets import Dataset, load_dataset
 from eaft import EAFTConfig, EAFTTrainer
 from eaft.errors import NonFiniteError
 from eaft.training.gate_measurements import MEASUREMENTS_FILE
-from tests.conftest import leave, make_model, make_rows, make_tokenizer
+from tests.conftest import make_model, make_rows, make_tokenizer
 from tests.training.test_trainer import DEFAULTS
 
 
@@ -79,8 +77,7 @@ def measured_as_one(folder):
     assert caches[0]
 
 
-if __name__ == "__main__":
+def main(folder):
     dist.init_process_group("gloo")
-    same_message(Path(sys.argv[1]))
-    measured_as_one(Path(sys.argv[1]))
-    leave()
+    same_message(folder)
+    measured_as_one(folder)

@@ -1,26 +1,27 @@
 """
-Two gloo processes give what one gives, under FSDP2 and DeepSpeed, launched by accelerate.
+Two gloo processes give what one gives, under FSDP2 and DeepSpeed, as accelerate launches them.
 
 DDP is tested through `eaft train` in test_train_command.py.
 """
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.distributed.run
 import yaml
+from accelerate.commands.launch import launch_command, launch_command_parser
 from transformers import AutoModelForCausalLM
 
 from eaft import EAFTTrainer, cli
 from eaft.errors import ConfigurationError
 from tests.conftest import make_model, make_rows
+from tests.processes import run_ranks
+from tests.training import deepspeed_check, fsdp_check, fsdp_on_cpu
 from tests.training.deepspeed_check import train as train_a_few_steps
 
-ROOT = Path(__file__).parents[2]
 FSDP2 = {
     "distributed_type": "FSDP",
     "fsdp_config": {
@@ -32,35 +33,19 @@ FSDP2 = {
 }
 
 
-def launch(folder, config, *command):
-    """Run a module in two processes on the CPU as `accelerate launch --config_file` does."""
-    file = folder / "accelerate.yaml"
+def launch(folder, config, function, *args):
+    """
+    Call a function in two processes on the CPU, in the environment that
+    `accelerate launch --config_file` makes.
+    """
+    file, made = folder / "accelerate.yaml", {}
     file.write_text(
         yaml.safe_dump({"num_processes": 2, "use_cpu": True, "main_process_port": 0, **config})
     )
-    launcher = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(file),
-        "-m",
-    ]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
-    }
-    environment["DS_ACCELERATOR"] = "cpu"
-    done = subprocess.run(
-        [*launcher, *map(str, command)],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed.run, "run", lambda args: made.update(os.environ))
+        launch_command(launch_command_parser().parse_args(["--config_file", str(file), "script"]))
+    run_ranks(function, *args, environment=made, timeout=120)
 
 
 def save(folder, tokenizer, **overrides):
@@ -138,17 +123,7 @@ def test_fsdp2_as_accelerate_wraps_it(tmp_path, tokenizer, gate, tied, precision
     batch = "--per_device_train_batch_size"
     assert cli.main(["train", *map(str, flags), "--output_dir", str(one), batch, "4"]) == 0
     config = {**FSDP2, "mixed_precision": precision}
-    launch(
-        tmp_path,
-        config,
-        "tests.training.fsdp_on_cpu",
-        "train",
-        *flags,
-        "--output_dir",
-        two,
-        batch,
-        2,
-    )
+    launch(tmp_path, config, fsdp_on_cpu.main, "train", *flags, "--output_dir", two, batch, 2)
 
     lines = [
         [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -179,7 +154,7 @@ def test_fsdp2_gradients_reference_and_adapters(tmp_path, tokenizer):
     one process.
     """
     model = save(tmp_path / "model", tokenizer, tie_word_embeddings=False)
-    launch(tmp_path, FSDP2, "tests.training.fsdp_check", model, tmp_path / "two")
+    launch(tmp_path, FSDP2, fsdp_check.main, str(model), str(tmp_path / "two"))
     two = json.loads((tmp_path / "two" / "logs.json").read_text())
     assert_logs_agree(
         train_a_few_steps(str(model), str(tmp_path / "one"), "sft-kl", True), two, 1e-4
@@ -226,9 +201,8 @@ def test_zero(tmp_path, tokenizer, stage, gate, trained):
         "distributed_type": "DEEPSPEED",
         "deepspeed_config": {"deepspeed_config_file": str(file), "zero3_init_flag": stage == 3},
     }
-    launch(
-        tmp_path, config, "tests.training.deepspeed_check", model, tmp_path / "two", gate, trained
-    )
+    args = (str(model), str(tmp_path / "two"), gate, trained)
+    launch(tmp_path, config, deepspeed_check.main, *args)
     two = json.loads((tmp_path / "two" / "logs.json").read_text())
     one = train_a_few_steps(str(model), str(tmp_path / "one"), gate, trained == "LoRA")
     drifts = [[log["eval_drift"] for log in logs if "eval_drift" in log] for logs in (one, two)]

@@ -4,7 +4,6 @@ checkpoint is kept.
 """
 
 import json
-import subprocess
 
 import pytest
 import torch
@@ -15,7 +14,8 @@ from eaft import EAFTConfig, EAFTTrainer, cli
 from eaft.errors import ConfigurationError
 from eaft.evaluation.drift import BaseAnswers, sample_answers
 from eaft.training.forgetting import ForgettingEval, history, pareto_front, select
-from tests.conftest import TWO_RANKS, make_model, make_rows
+from tests.conftest import make_model, make_rows
+from tests.processes import eaft, run_ranks
 
 SUITE = "suite: tiny_suite\ntasks: [everyday]\nlimit: 8\n"
 
@@ -334,14 +334,7 @@ def test_two_processes_measure_what_one_measures(train, tmp_path, model_dir):
         "per_device_train_batch_size": 4,
         "output_dir": tmp_path / "two",
     }
-    command = [
-        *TWO_RANKS,
-        "-m",
-        "eaft",
-        "train",
-        *(f"--{key}={value}" for key, value in settings.items()),
-    ]
-    subprocess.run(command, check=True, timeout=300)
+    run_ranks(eaft, "train", *(f"--{key}={value}" for key, value in settings.items()))
     again = [
         json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
     ]

@@ -3,11 +3,8 @@ The check of the head against the model's own logits: what it refuses, what it l
 leaves alone.
 """
 
-import os
 import random
-import subprocess
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +16,9 @@ from eaft import EAFTTrainer, patch_model
 from eaft.errors import ConfigurationError
 from eaft.training.head import GatedLMHead
 from eaft.training.logits_check import TOKENS, check_logits
-from tests.conftest import TWO_RANKS, make_model, make_rows
+from tests.conftest import make_model, make_rows
+from tests.processes import run_ranks
+from tests.training import logits_check_fsdp
 from tests.training.test_families import FAMILIES, make
 from tests.training.test_trainer import TEXTS, build, steps
 
@@ -304,14 +303,4 @@ def test_other_auxiliary_loss_is_refused():
 
 
 def test_sharded_model_is_checked_and_refused_by_every_rank():
-    root = Path(__file__).parents[2]
-    command = [*TWO_RANKS]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}",
-    }
-    command += ["-m", "tests.training.logits_check_fsdp"]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("refused: the nll of a token") == 2
+    assert run_ranks(logits_check_fsdp.main).count("refused: the nll of a token") == 2

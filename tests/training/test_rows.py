@@ -4,11 +4,7 @@ reach the model.
 """
 
 import math
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +16,9 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from eaft import EAFTConfig, EAFTTrainer, cli
 from eaft.errors import NonFiniteError
 from eaft.training.rows import describe_rows
-from tests.conftest import TWO_RANKS, make_model, make_rows, make_tokenizer
+from tests.conftest import make_model, make_rows, make_tokenizer
+from tests.processes import run_ranks
+from tests.training import rows_check
 from tests.training.test_trainer import DEFAULTS, build
 
 
@@ -188,16 +186,7 @@ def test_a_packed_row_is_told_from_one_that_begins_like_it():
 
 def test_every_process_has_the_message_and_uneven_shares_are_measured_as_one(tmp_path):
     """Two processes: see `rows_check`, which they run."""
-    root = Path(__file__).parents[2]
-    command = [*TWO_RANKS]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(root), *sys.path[1:]]),
-    }
-    command += ["-m", "tests.training.rows_check", str(tmp_path)]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks(rows_check.main, tmp_path)
 
 
 @pytest.mark.parametrize(("rank", "printed"), [(None, 1), ("0", 1), ("1", 0)])
