@@ -521,8 +521,10 @@ def test_runs_and_checks(visit):
     assert page.locator("figure svg").count() >= 5
     page.get_by_label("Metric").select_option("mean_gate")
     expect(page.get_by_role("img", name="mean_gate")).to_be_visible()
-    expect(page.locator(".regressions li")).to_have_count(1)
-    expect(page.locator(".regressions")).to_contain_text("<b>fish</b>")
+    page.get_by_label("Model").select_option("sft, seed 0, step 20")
+    assert [row[:3] for row in rows(page, "Items")] == [["1", "1", "0"]]
+    page.get_by_role("button", name="1?").click()
+    expect(page.locator(".said.lost")).to_have_text("<b>fish</b>")
     target = json.loads(COMPARISON.read_text())["pairs"][0]["views"]["chosen"]["means"]["target"]
     # The page rounds halves away from 0
     points = [
@@ -541,7 +543,9 @@ def test_runs_and_checks(visit):
         "40%",
         "-10.0 -20.0 to +0.0".replace("-", MINUS),
     ]
-    expect(page.locator(".regressions")).to_contain_text("<i>2 + 2</i>")
+    page.get_by_role("button", name="<i>2 + 2</i>").click()
+    expect(page.locator(".said.prompt")).to_have_text("<i>2 + 2</i>")
+    page.go_back()
     page.go_back()
     expect(page.locator(".lead")).to_contain_text("Choose sft.")
     expect(page.get_by_label("Run", exact=True)).to_have_value("runs/compared-runs")
@@ -619,11 +623,11 @@ def test_it_works_by_keyboard(visit):
     settled(page)
     page.keyboard.press("j")
     settled(page)
-    first = page.locator(".opened h2").inner_text()
+    first = page.locator("#view-examples .opened h2").inner_text()
     page.keyboard.press("j")
-    expect(page.locator(".opened h2")).not_to_have_text(first)
+    expect(page.locator("#view-examples .opened h2")).not_to_have_text(first)
     page.keyboard.press("k")
-    expect(page.locator(".opened h2")).to_have_text(first)
+    expect(page.locator("#view-examples .opened h2")).to_have_text(first)
     settled(page)
     # From token to token, each with its tooltip
     page.locator(".text .labelled[tabindex='0']").focus()
@@ -631,7 +635,7 @@ def test_it_works_by_keyboard(visit):
     expect(page.locator(".text .labelled").nth(1)).to_be_focused()
     expect(page.locator("#tip")).to_be_visible()
     page.keyboard.press("Escape")
-    expect(page.locator(".opened")).to_be_hidden()
+    expect(page.locator("#view-examples .opened")).to_be_hidden()
     page.keyboard.press("?")
     expect(page.get_by_role("dialog", name="Help")).to_be_visible()
     page.keyboard.press("Escape")

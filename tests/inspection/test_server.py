@@ -17,6 +17,7 @@ from urllib.parse import quote
 
 import pytest
 import uvicorn
+from starlette.testclient import TestClient
 
 from eaft.errors import ConfigurationError
 from eaft.inspection.folder import Inspection
@@ -391,7 +392,10 @@ def test_links_that_lead_out_are_not_followed(folder, tmp_path):
         (compared / "eaft-seed0" / name).symlink_to(tmp_path / "out" / "eaft-seed0" / name)
     found = asdict(Runs(tmp_path / "held").run("compared"))
     assert not any(curve["metrics"] for curve in found["curves"])
-    assert not any(worst["items"] for worst in found["regressions"])
+    ours = next(i for i, pair in enumerate(found["pairings"]) if pair["objective"] == "eaft")
+    items = Runs(tmp_path / "held").items("compared", ours)
+    assert items.entries == []
+    assert "eaft-seed0/items/step-20/everyday.jsonl" in items.notes[0]
 
 
 MESSAGES = {
@@ -420,7 +424,7 @@ def test_a_damaged_folder_is_refused(tmp_path, damage):
 
 EVALUATION = {
     "asked": {},
-    "tasks": {"t": {"before": 0.5, "after": 0.25}},
+    "tasks": {"t": {"before": 0.5, "after": 0.25, "n": 4}},
     "model": "out",
     "base": "small",
     "verdict": {"sentence": "A loss is shown."},
@@ -485,7 +489,12 @@ def test_runs_are_what_their_files_say(tmp_path):
         ("runs/demo", "compare", results["recipe"]["train"]["model_name_or_path"]),
     }
     found = asdict(runs.run("eval/out"))
-    assert found["regressions"][0]["items"] == EVALUATION["worst"]
+    assert found["warnings"] == [
+        "Fewer than 20 items, so that the interval is not to be relied on: t.",
+        "Fewer than 32 prompts: the interval is not to be relied on.",
+    ]
+    (lost,) = runs.items("eval/out", 0).listed("regressions")  # there are no files of items
+    assert (lost.prompt, lost.before.score, lost.after.score) == ("<script>", 1, 0)
     assert found["results"]["drift"] == {"mean": 0.1}
     found = asdict(runs.run("runs/demo"))
     assert found["sentence"] == results["sentence"]
@@ -503,10 +512,82 @@ def test_runs_are_what_their_files_say(tmp_path):
         "mean_gate": [[1, 0.5]],
         "train_loss": [[2, 1.0]],
     }
-    items = {r["objective"]: [i["doc_id"] for i in r["items"]] for r in found["regressions"]}
-    assert items == {"sft": [], "eaft": [1, 3]}  # from 1 to 0 before from 0.5 to 0.25
+    lost = {
+        pairing["objective"]: [e.doc_id for e in runs.items("runs/demo", i).listed("regressions")]
+        for i, pairing in enumerate(found["pairings"])
+    }
+    assert lost == {"sft": [], "eaft": [1, 3]}  # from 1 to 0 before from 0.5 to 0.25
     assert "scores" not in json.dumps(found)
     assert Runs(compared).names == ["demo"]
+
+
+SCORES = ([1, 1, 0, 0.5], [0, 1, 1, 0.25])
+
+
+def written(folder, name, lines):
+    """Write lines, or what stands for one, as a file of items."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    (folder / f"{name}.jsonl").write_text("\n".join(texts) + "\n")
+
+
+def without(record, *names):
+    return {name: value for name, value in record.items() if name not in names}
+
+
+def test_every_item_can_be_listed_searched_and_opened(tmp_path):
+    out = tmp_path / "out"
+    before, after = ([item(i, s) for i, s in enumerate(scores)] for scores in SCORES)
+    after[1]["response"] = "A Fish"
+    # Items of an older version lack fields that are not shown; hashes may be missing on both sides
+    for side in (before, after):
+        side[0] = without(side[0], "metric", "cut")
+        side[2] = without(side[2], "prompt_hash", "target_hash", "doc_hash", "doc_id")
+    before.append(item(4, 1))
+    after.append({**item(4, 1), "prompt_hash": "another"})
+    written(out / "items_before", "t", before)
+    written(out / "items_after", "t", [*after, '{"half', {"prompt": "no score"}])
+    (out / "answers.json").write_text(
+        json.dumps([{"prompt": "p", "answer": "a", "drift": d, "tokens": 3} for d in (0.1, 0.4)])
+    )
+    (out / "results.json").write_text(json.dumps(EVALUATION))
+    app = make_app("made", None, Runs(out), 80, TOKEN)
+    headers = {"Authorization": f"token {TOKEN}", "Host": "127.0.0.1:80"}
+    with TestClient(app, headers=headers) as asks:
+        page = asks.get("/api/items?name=out").json()
+        assert page["which"] == "regressions"
+        assert page["counts"] == {"regressions": 2, "gains": 1, "all": 4, "drift": 2}
+        assert [(row["number"], row["before"], row["after"]) for row in page["rows"]] == [
+            (0, 1, 0),
+            (3, 0.5, 0.25),
+        ]
+        assert page["notes"] == [
+            "items_after/t.jsonl: 2 of 7 lines are no items, and are not shown.",
+            "t: 2 answers are not shown, since the other model was not asked the same.",
+        ]
+        page = asks.get("/api/items?name=out&list=all&search=a+fish&task=t").json()
+        assert [row["number"] for row in page["rows"]] == [1]
+        assert asks.get("/api/items?name=out&list=all&task=other").json()["total"] == 0
+        opened = asks.get("/api/item?name=out&item=1").json()
+        assert (opened["prompt"], opened["before"]["response"]) == ("p1", "r")
+        assert opened["after"] == {
+            **dict.fromkeys(("choices", "scores")),
+            **{"response": "A Fish", "score": 1, "cut": []},
+        }
+        drift = asks.get("/api/items?name=out&list=drift").json()["rows"]
+        assert [row["drift"] for row in drift] == [0.4, 0.1]
+        for wrong in ("items?name=out&list=lost", "item?name=out&item=9", "items?name=out&of=1"):
+            assert asks.get(f"/api/{wrong}").status_code == 400
+        # A file that changes is read again
+        written(out / "items_after", "t", [{**after[0], "score": 1}])
+        assert asks.get("/api/items?name=out&list=regressions").json()["total"] == 0
+    # One model alone
+    (out / "results.json").write_text(json.dumps({**EVALUATION, "base": None}))
+    written(out / "items", "t", before)
+    entries = Runs(out).items("out", 0).listed("all")
+    assert [(entry.before, entry.after.score) for entry in entries] == [
+        (None, line["score"]) for line in before
+    ]
 
 
 # The command

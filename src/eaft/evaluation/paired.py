@@ -13,6 +13,7 @@ says how large it may be. Every interval's coverage is simulated in
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 from scipy import stats
@@ -27,6 +28,29 @@ ALPHA = 0.05  # a change is shown if p, adjusted for the number of tasks, is bel
 # With fewer, simulated intervals cover less than 92% also in ordinary cases
 FEWEST_ITEMS = 20
 FEWEST_PROMPTS = 32
+
+
+def few_items(items: Mapping[str, int]) -> str | None:
+    """
+    Return the warning of intervals that are of too few items; None if all have enough.
+
+    Args:
+        items: the number of items by task.
+    """
+    few = [task for task, number in items.items() if number < FEWEST_ITEMS]
+    if not few:
+        return None
+    return (
+        f"Fewer than {FEWEST_ITEMS} items, so that the interval is not to be relied on:"
+        f" {', '.join(few)}."
+    )
+
+
+def few_prompts(prompts: int) -> str | None:
+    """Return the warning of a drift's interval; None if there are enough prompts."""
+    if prompts >= FEWEST_PROMPTS:
+        return None
+    return f"Fewer than {FEWEST_PROMPTS} prompts: the interval is not to be relied on."
 
 
 def paired_change(

@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from eaft.evaluation.paired import ALPHA, FEWEST_ITEMS, FEWEST_PROMPTS
+from eaft.evaluation.paired import ALPHA, few_items, few_prompts
 from eaft.evaluation.results import (
     Change,
     Changes,
@@ -161,11 +161,8 @@ def changes_table(changes: Changes) -> str:
             " Rows with …: the same answers, read by another filter; they count in no mean and no"
             " adjustment."
         )
-    if few := [task for task, t in changes.tasks.items() if t.n < FEWEST_ITEMS]:
-        note += (
-            f" Fewer than {FEWEST_ITEMS} items, so that the interval is not to be relied on:"
-            f" {', '.join(few)}."
-        )
+    if few := few_items({task: change.n for task, change in changes.tasks.items()}):
+        note += f" {few}"
     return f"{table(rows, headers)}\n\n{note}"
 
 
@@ -260,8 +257,8 @@ def drift_text(drift: DriftSummary | None) -> list[str]:
         f" KL(base ‖ tuned), nats per token, over {drift.tokens} tokens of the base model's own"
         f" answers to {prompts} prompts. Quantiles over prompts: {quantiles}."
     )
-    if prompts < FEWEST_PROMPTS:
-        text += f" Fewer than {FEWEST_PROMPTS} prompts: the interval is not to be relied on."
+    if few := few_prompts(prompts):
+        text += f" {few}"
     return [text]
 
 

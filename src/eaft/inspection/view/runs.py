@@ -1,8 +1,8 @@
 """
 The results of `eaft compare` and `eaft eval` below a folder, as the page draws them.
 
-They are read as plain files: results.json, and beside it each run's metrics.jsonl and the items of
-its tasks.
+They are read as plain files: results.json, and beside it each run's metrics.jsonl and, by `items`,
+the items of its tasks.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from eaft.errors import EAFTError
-from eaft.evaluation.pairs import worst_regressions
-from eaft.evaluation.results import Item, Regression, as_json
-from eaft.files import check
+from eaft.evaluation.paired import few_items, few_prompts
+from eaft.inspection.view.items import ItemReader, Items, Place
 
 Json = dict[str, Any]  # an object of a JSON file
 
@@ -80,13 +78,12 @@ class Curve(RunKey):
 
 
 @dataclass(frozen=True)
-class WorstItems:
-    """The items with the largest loss of score, the worst first."""
+class Pairing:
+    """Two models whose items can be listed: the base model, and a tuned one."""
 
     objective: str | None  # None: of `eaft eval`
     seed: int | None
     step: int | None
-    items: list[Any]  # as `worst` in the results of `eaft eval`
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,8 @@ class Results(ResultsEntry):
     results: Json  # results.json without `BY_ITEM`, and for a comparison without `runs`
     points: list[Point]  # before each run's points comes the base model's
     curves: list[Curve]
-    regressions: list[WorstItems]  # of each objective and seed; of `eaft eval`, one
+    pairings: list[Pairing]  # of each objective and seed; of `eaft eval`, one
+    warnings: list[str]  # where there are too few items or prompts
 
 
 class Runs:
@@ -110,6 +108,7 @@ class Runs:
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder).resolve()
         self.places = {self.name_of(place): place for place in find(self.folder, DEPTH)}
+        self.reader = ItemReader(read_text)
 
     def name_of(self, place: Path) -> str:
         """Return a folder's path below the viewer's folder; the folder's own name for itself."""
@@ -131,12 +130,18 @@ class Runs:
         place = self.places[name]
         entry = describe(name, place)
         if entry.kind == "broken":
-            return Results(**vars(entry), results={}, points=[], curves=[], regressions=[])
+            return Results(
+                **vars(entry), results={}, points=[], curves=[], pairings=[], warnings=[]
+            )
         results = read_results(place)
         if entry.kind == "eval":
-            worst = WorstItems(None, None, None, results.get("worst", []))
             return Results(
-                **vars(entry), results=trimmed(results), points=[], curves=[], regressions=[worst]
+                **vars(entry),
+                results=trimmed(results),
+                points=[],
+                curves=[],
+                pairings=[Pairing(None, None, None)],
+                warnings=too_few(results),
             )
         runs = results["runs"]
         all_points: list[Point] = []
@@ -147,8 +152,50 @@ class Runs:
             results=trimmed({name: value for name, value in results.items() if name != "runs"}),
             points=all_points,
             curves=[curve(place, run) for run in runs],
-            regressions=[regressions(place, choice, results) for choice in results["choices"]],
+            pairings=[
+                Pairing(choice["objective"], choice["seed"], chosen_step(choice))
+                for choice in results["choices"]
+            ],
+            warnings=[],
         )
+
+    def items(self, name: str, pairing: int) -> Items:
+        """
+        Return the items of a folder by its name.
+
+        Args:
+            pairing: which of `Results.pairings`.
+
+        Raises:
+            IndexError: there are fewer pairings.
+        """
+        place, results = self.places[name], read_results(self.places[name])
+        if describe(name, place).kind == "broken":
+            raise IndexError(pairing)
+        if "choices" not in results:
+            if pairing:
+                raise IndexError(pairing)
+            side = "items" if results["base"] is None else "items_after"
+            before = None if results["base"] is None else "items_before"
+            worst = results.get("worst")
+            return self.reader(
+                Place(place, before, side, tuple(results["tasks"])),
+                worst if isinstance(worst, list) else [],
+            )
+        choice = results["choices"][pairing]
+        after = f"{chosen_folder(choice, results)}/items/step-{chosen_step(choice)}"
+        tasks = tuple(task for names in results["groups"].values() for task in names)
+        return self.reader(Place(place, "base/items", after, tasks), [])
+
+
+def too_few(results: Json) -> list[str]:
+    """Return where an evaluation has too few items or prompts, as its report says it."""
+    tasks, drift = results["tasks"], results.get("drift") or {}
+    sizes = {name: task["n"] for name, task in tasks.items() if results["base"] and "n" in task}
+    warnings = [few_items(sizes)]
+    if "per_prompt" in drift:
+        warnings.append(few_prompts(len(drift["per_prompt"])))
+    return [warning for warning in warnings if warning]
 
 
 def find(folder: Path, depth: int) -> list[Path]:
@@ -308,28 +355,10 @@ def curve(place: Path, run: Json) -> Curve:
     return Curve(**vars(key_of(run)), metrics=metrics)
 
 
-def regressions(place: Path, choice: Json, results: Json) -> WorstItems:
-    """Return the worst items of the checkpoint that an objective chose."""
-    step = choice["steps"]["chosen" if "chosen" in choice["steps"] else "last"]
-    folder = chosen_folder(choice, results)
-    base: dict[str, list[Item]] = {}
-    tuned: dict[str, list[Item]] = {}
-    if folder is not None:
-        for names in results["groups"].values():
-            for name in names:
-                file = f"{Path(name).stem}.jsonl"
-                of_base = read_lines(place, f"base/items/{file}")
-                of_tuned = read_lines(place, f"{folder}/items/step-{step}/{file}")
-                if not of_base or len(of_base) != len(of_tuned):
-                    continue
-                with contextlib.suppress(EAFTError):  # another version wrote them
-                    base[name], tuned[name] = (
-                        check(list[Item], items, file) for items in (of_base, of_tuned)
-                    )
-    worst: list[Regression] = []
-    with contextlib.suppress(EAFTError):  # the items are of two evaluations
-        worst = worst_regressions(base, tuned)
-    return WorstItems(choice["objective"], choice["seed"], step, as_json(worst))
+def chosen_step(choice: Json) -> int:
+    """Return the step of the checkpoint that an objective chose."""
+    steps = choice["steps"]
+    return int(steps["chosen" if "chosen" in steps else "last"])
 
 
 def chosen_folder(choice: Json, results: Json) -> str | None:

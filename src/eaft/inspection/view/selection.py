@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from starlette.datastructures import QueryParams
 
@@ -13,6 +14,7 @@ from eaft.inspection.folder import BASE
 from eaft.inspection.summary import DATA
 from eaft.inspection.view.tables import Tables
 
+Name = TypeVar("Name", bound=str)
 Range = tuple[float | None, float | None]
 
 # The parameters of a selection
@@ -72,9 +74,6 @@ def read_selection(params: QueryParams, tables: Tables) -> Selection:
     Raises:
         RequestError: a value has another form, or names what the data does not have.
     """
-    search = params.get("search", "")
-    if len(search) > MOST_CHARACTERS or "\0" in search:
-        raise RequestError(f"search: at most {MOST_CHARACTERS} characters of text.")
     sources = {one_of("source", source, tables.sources) for source in params.getlist("source")}
     return Selection(
         origin=one_of("origin", params.get("origin", DATA), tables.origins),
@@ -83,10 +82,17 @@ def read_selection(params: QueryParams, tables: Tables) -> Selection:
         row=whole("row", params["row"], 0, LARGEST) if "row" in params else None,
         nll=ends("nll", params.get("nll", ",")),
         conflict=ends("conflict", params.get("conflict", ",")),
-        search=search,
+        search=search_text(params.get("search", "")),
         box=box(params["box"]) if "box" in params else None,
         token=whole("token", params["token"], 0, LARGEST) if "token" in params else None,
     )
+
+
+def search_text(text: str) -> str:
+    """Return a text to search for; raises `RequestError` if it is too long or has a NUL."""
+    if len(text) > MOST_CHARACTERS or "\0" in text:
+        raise RequestError(f"search: at most {MOST_CHARACTERS} characters of text.")
+    return text
 
 
 def number(name: str, text: str) -> float:
@@ -111,11 +117,12 @@ def whole(name: str, text: str, least: int, most: int) -> int:
     return value
 
 
-def one_of(name: str, text: str, known: Iterable[str]) -> str:
+def one_of(name: str, text: str, known: Iterable[Name]) -> Name:
     """Return a known name; raises `RequestError` for other text."""
-    if text not in known:
-        raise RequestError(f"{name}={text[:50]!r} is unknown.{nearest(text[:50], known)}")
-    return text
+    for candidate in known:
+        if candidate == text:
+            return candidate
+    raise RequestError(f"{name}={text[:50]!r} is unknown.{nearest(text[:50], known)}")
 
 
 def ends(name: str, text: str) -> Range:

@@ -31,6 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from eaft.errors import nearest
 from eaft.inspection.folder import BASE
+from eaft.inspection.view.items import LISTS, Entry, ItemPage, Items
 from eaft.inspection.view.queries import Queries
 from eaft.inspection.view.queries.about import About
 from eaft.inspection.view.queries.concordance import Concordance
@@ -46,6 +47,7 @@ from eaft.inspection.view.selection import (
     Selection,
     one_of,
     read_selection,
+    search_text,
     whole,
 )
 from eaft.inspection.view.sliders import Parameters
@@ -125,6 +127,8 @@ def make_app(name: str, queries: Queries | None, runs: Runs, port: int, token: s
         inspected("export/tokens.csv", NAMES, export_tokens),
         route("runs", (), lambda request: runs.entries()),
         route("run", ("name",), lambda request: runs.run(run_name(runs, request))),
+        route("items", ("name", "of", "list", "task", "search", *PAGING), lambda r: items(runs, r)),
+        route("item", ("name", "of", "item"), lambda request: item(runs, request)),
         Mount("/page", StaticFiles(directory=PAGE, check_dir=False)),
     ]
     return Starlette(
@@ -365,6 +369,33 @@ def tokens(queries: Queries, request: Request) -> TokenPage:
 def concordance(queries: Queries, request: Request) -> Concordance:
     """Return a page of the places of tokens."""
     return queries.concordance.page(selection(queries, request), group(request), *paging(request))
+
+
+def all_items(runs: Runs, request: Request) -> Items:
+    """Return the items that a request is about."""
+    pairing = whole("of", parameter(request, "of", "0"), 0, LARGEST)
+    try:
+        return runs.items(run_name(runs, request), pairing)
+    except IndexError:
+        raise RequestError(f"of={pairing}: there are fewer.") from None
+
+
+def items(runs: Runs, request: Request) -> ItemPage:
+    """Return a page of a list of items."""
+    name = request.query_params.get("list")
+    which = one_of("list", name, LISTS) if name else None
+    found, task = all_items(runs, request), request.query_params.get("task", "")
+    text = search_text(request.query_params.get("search", ""))
+    return found.page(which, task, text, *paging(request))
+
+
+def item(runs: Runs, request: Request) -> Entry:
+    """Return one item with both answers."""
+    entries = all_items(runs, request).entries
+    number = whole("item", parameter(request, "item"), 0, LARGEST)
+    if number >= len(entries):
+        raise RequestError(f"item={number}: there are {len(entries)}.")
+    return entries[number]
 
 
 def export_examples(queries: Queries, request: Request) -> Response:

@@ -15,13 +15,13 @@ import tokens from "./tokens.js";
 const VIEWS = [landscape, gates, examples, tokens, runs, checks];
 const KEYS = [
   ["1 – 6", "the views"],
-  ["j, k", "next, previous example"],
-  ["[, ]", "previous, next page of examples"],
+  ["j, k", "next, previous example or item"],
+  ["[, ]", "previous, next page of examples or items"],
   ["← →", "in an example: previous, next token"],
   ["c", "in an example: the next confident conflict"],
   ["← → ↑ ↓", "in the plane: move the box by a bin; with shift, its upper right corner"],
   ["/", "search"],
-  ["Esc", "close the example, or remove the box"],
+  ["Esc", "close the example or item, or remove the box"],
   ["t", "dark or light"],
   ["?", "this help"],
 ];
@@ -236,7 +236,7 @@ addEventListener("keydown", (event) => {
   if (act) act();
   else if (views[Number(event.key) - 1]) change({ view: views[Number(event.key) - 1].name });
   else if (event.key === "?") place("help").showModal();
-  else if (event.key === "/") document.getElementById("search")?.focus();
+  else if (event.key === "/") (mounted.get(view)?.root.querySelector("[type=search]") ?? place("search"))?.focus();
   else if (event.key === "t") theme.set({ "": "dark", dark: "light", light: "" }[theme.chosen()]);
   else if (event.key === "Escape" && state.box) change({ box: "" });
   else return;

@@ -66,7 +66,7 @@ export function snippets(rows) {
   const [first, last] = [d3.min(texts) ?? "", d3.max(texts) ?? ""];
   let same = 0;
   while (same < first.length && first[same] === last[same]) same += 1;
-  const cut = texts.length > 1 && same > 20 ? same : 0;
+  const cut = texts.length > 1 && same > 10 ? same : 0;
   return texts.map((text) => h("span", { class: "snippet", dir: "auto" }, cut ? `…${text.slice(cut)}` : text));
 }
 

@@ -1,8 +1,9 @@
-// The results of `eaft compare` or `eaft eval`: tables, curves, target against drift, pairs of objectives, regressions.
+// The results of `eaft compare` or `eaft eval`: tables, curves, target against drift, pairs of objectives, items.
 
 import { url } from "./api.js";
 import { palette, plot, watch } from "./charts.js";
 import { count, fileName, h, number, part, prose, select, share, table } from "./dom.js";
+import { mountItems } from "./items.js";
 import { change, state } from "./state.js";
 
 export default {
@@ -11,26 +12,32 @@ export default {
   has: (folder) => folder.kind !== "inspection",
   mount(root) {
     const head = h("div", {}),
-      body = h("div", {});
-    root.append(head, body);
+      body = h("div", {}),
+      below = h("section", { "aria-label": "Items" });
+    root.append(head, body, below);
     let list = [];
     const listing = part(head, (entries) => {
       list = entries;
       return chooser(list);
     });
+    const items = mountItems(below);
     const run = part(body, (results) => {
+      items.update(results);
       if (results.kind === "broken") return [h("p", { class: "lead" }, results.sentence)];
       return results.kind === "compare" ? comparison(results, width()) : evaluation(results, width());
     });
     const width = watch(body, () => run.redraw());
     let drawn;
-    return async function update() {
+    update.keys = items.keys;
+    return update;
+    async function update() {
       await listing.ask(url("runs"));
       if (list.length) run.ask(url("run", { name: chosen(list).name }));
       if (drawn && drawn.run !== state.run) listing.redraw();
       if (drawn && drawn.metric !== state.metric) run.redraw();
+      else items.update();
       drawn = state;
-    };
+    }
   },
 };
 
@@ -44,7 +51,7 @@ function chooser(list) {
       "label",
       { class: "inline" },
       "run ",
-      select("Run", names, chosen(list).name, (run) => change({ run })),
+      select("Run", names, chosen(list).name, (run) => change({ run, of: "0", list: "", task: "", item: "" })),
     ),
   ];
 }
@@ -64,7 +71,7 @@ const figure = (title, options, label = title) =>
   h("figure", {}, h("figcaption", {}, title), plot(label, { ...SHAPE, ...options }));
 const colours = (domain) => ({ domain, range: palette(), legend: true });
 
-function comparison({ results, points: rows, curves, regressions }, width) {
+function comparison({ results, points: rows, curves }, width) {
   const size = half(width);
   const color = colours([...new Set(rows.map(({ objective }) => objective))]);
   const who = (row) =>
@@ -172,7 +179,6 @@ function comparison({ results, points: rows, curves, regressions }, width) {
     h("h2", {}, "Objectives"),
     objectiveTable(results),
     ...results.pairs.flatMap((pair) => pairOf(pair, size)),
-    ...regressions.map(worst),
     ...(results.failed.length
       ? [
           h("h2", {}, "Failed"),
@@ -285,7 +291,10 @@ function pairOf({ first, second, views, fronts }, size) {
   ];
 }
 
-function evaluation({ model, base, results, regressions }, width) {
+const ofTask = (name) =>
+  h("button", { class: "plain", title: "its items", onclick: () => change({ task: name, item: "" }) }, name);
+
+function evaluation({ model, base, results, warnings }, width) {
   const who = h("p", { class: "quiet" }, fileName(model), base && ` beside ${fileName(base)}`);
   if (!results.base) {
     const rows = Object.entries(results.tasks);
@@ -294,7 +303,7 @@ function evaluation({ model, base, results, regressions }, width) {
       table(
         "Scores",
         [
-          { title: "task", class: "long-name", cell: ([name]) => name },
+          { title: "task", class: "long-name", cell: ([name]) => ofTask(name) },
           { title: "score", numeric: true, cell: ([, result]) => share(result.score) },
           { title: "95%", numeric: true, cell: ([, result]) => `${share(result.low)} to ${share(result.high)}` },
           { title: "n", numeric: true, cell: ([, result]) => count(result.n) },
@@ -347,7 +356,7 @@ function evaluation({ model, base, results, regressions }, width) {
         table(
           "Tasks",
           [
-            { title: "task", class: "long-name", cell: ([name]) => name },
+            { title: "task", class: "long-name", cell: ([name]) => (name in results.tasks ? ofTask(name) : name) },
             { title: "before", numeric: true, cell: ([, result]) => share(result.before) },
             { title: "after", numeric: true, cell: ([, result]) => share(result.after) },
             { title: "change (95%)", numeric: true, cell: ([, result]) => between(result, points) },
@@ -367,41 +376,12 @@ function evaluation({ model, base, results, regressions }, width) {
             {},
             `Drift ${number(drift.mean, 3)} nats per token (95%: ${number(drift.low, 3)} to ${number(drift.high, 3)}), over ${count(drift.tokens)} tokens.`,
           ),
+        warnings.map((warning) => h("p", { class: "warning" }, warning)),
       ),
       figure("Change from the base model, with its 95% interval", forest),
     ),
-    ...regressions.map(worst),
     ...Object.entries(results.failed).map(([name, why]) => h("p", { class: "error" }, `${name}: ${why}`)),
   ];
 }
 
-// The first list is open; with many seeds the others are closed
-function worst({ objective, seed, items }, index) {
-  if (!items.length) return null;
-  const who = objective ? ` with ${objective}${seed === null ? "" : `, seed ${seed}`}` : "";
-  return h(
-    "details",
-    { open: index === 0 },
-    h("summary", { class: "plain" }, h("h2", {}, `Tasks that the model solved before and not after${who}`)),
-    h("ol", { class: "regressions" }, items.map(regression)),
-  );
-}
-
 const cut = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);
-const plain = (value) => (typeof value === "string" ? value : JSON.stringify(value));
-function regression({ task, prompt, target, before, after }) {
-  const block = (title, text, css) => [h("dt", {}, title), h("dd", { class: css, dir: "auto" }, plain(text))];
-  return h(
-    "li",
-    {},
-    h("h3", {}, task),
-    h(
-      "dl",
-      {},
-      block("prompt", prompt, "prompt"),
-      block("right", target),
-      block("before", before.response),
-      block("after", after.response, "hot"),
-    ),
-  );
-}

@@ -31,6 +31,11 @@ const DEFAULTS = {
   // Runs
   run: "",
   metric: "",
+  of: "0", // which of the run's models
+  list: "", // of items
+  task: "",
+  find: "", // a text in the items
+  item: "", // the number of the item that is open
 };
 const FILTERS = ["source", "nll", "conflict", "search", "box", "token"];
 const SELECTION = ["model", "origin", ...FILTERS];
@@ -73,7 +78,7 @@ function address() {
 // Changes the state. A change during a drag makes no step in the browser's history
 export function change(patch, { onTheWay = false } = {}) {
   passing = onTheWay;
-  const other = ["view", "group", ...SELECTION].some((name) => name in patch);
+  const other = ["view", "group", "run", "of", "list", "task", "find", ...SELECTION].some((name) => name in patch);
   state = { ...state, ...(other ? { page: 1 } : {}), ...patch };
   clearTimeout(writing);
   const same = address() === (location.hash || "#");
