@@ -46,11 +46,16 @@ def few_items(items: Mapping[str, int]) -> str | None:
     )
 
 
-def few_prompts(prompts: int) -> str | None:
-    """Return the warning of a drift's interval; None if there are enough prompts."""
-    if prompts >= FEWEST_PROMPTS:
+def few_prompts(number: int, what: str = "prompts") -> str | None:
+    """
+    Return the warning of an interval by a bootstrap of prompts; None if there are enough.
+
+    Args:
+        what: is drawn: prompts, or rows.
+    """
+    if number >= FEWEST_PROMPTS:
         return None
-    return f"Fewer than {FEWEST_PROMPTS} prompts: the interval is not to be relied on."
+    return f"Fewer than {FEWEST_PROMPTS} {what}: the interval is not to be relied on."
 
 
 def paired_change(

@@ -241,8 +241,8 @@ def held_out_table(held_out: HeldOut) -> list[str]:
             " known, or cannot be read here."
         )
     )
-    if held_out.rows < FEWEST_PROMPTS:
-        note += f" Fewer than {FEWEST_PROMPTS} rows: the interval is not to be relied on."
+    if few := few_prompts(held_out.rows, "rows"):
+        note += f" {few}"
     return [table([row], headers), note]
 
 

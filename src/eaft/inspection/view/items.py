@@ -126,10 +126,9 @@ class Items:
             search: only items with this text in prompt, right answer or an answer; capitals do not
                 matter.
         """
-        counts = {name: len(self.listed(name)) for name in LISTS}
-        if which is None:
-            which = next((name for name in LISTS if counts[name]), "all")
-        listed = self.listed(which)
+        counts: dict[str, int] = {name: len(self.listed(name)) for name in LISTS}
+        first: Listing = next((name for name in LISTS if counts[name]), "all")
+        listed = self.listed(which or first)
         by_task: Counter[str] = Counter()
         for entry in listed:
             by_task.update({entry.benchmark, entry.task})
@@ -137,7 +136,7 @@ class Items:
         if search:
             found = [entry for entry in found if search.lower() in searched(entry)]
         return ItemPage(
-            which=which,
+            which=which or first,
             total=len(found),
             rows=[row_of(entry) for entry in found[offset : offset + limit]],
             counts=counts,

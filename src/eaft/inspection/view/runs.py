@@ -195,6 +195,8 @@ def too_few(results: Json) -> list[str]:
     warnings = [few_items(sizes)]
     if "per_prompt" in drift:
         warnings.append(few_prompts(len(drift["per_prompt"])))
+    if results.get("held_out"):
+        warnings.append(few_prompts(results["held_out"]["rows"], "rows"))
     return [warning for warning in warnings if warning]
 
 
