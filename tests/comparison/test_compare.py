@@ -249,6 +249,29 @@ def test_only_the_chosen_are_kept_and_again_gives_the_same(compared, capsys):
     assert again == {name: found for name, found in compared.results.items() if name != "kept"}
 
 
+def test_without_tasks_held_out_nll_and_drift_judge(compared, tmp_path, capsys):
+    shutil.copytree(compared.out, tmp_path / "out")
+    tasks = ("target_tasks", "general_tasks", "every_checkpoint_tasks", "include_path")
+    evaluate = {k: v for k, v in compared.content["evaluate"].items() if k not in tasks}
+    content = {**compared.content, "output_dir": str(tmp_path / "out"), "evaluate": evaluate}
+    assert run(content) == 0
+    assert capsys.readouterr().out.count("already trained") == 4
+    results = read(tmp_path / "out")
+    jsonschema.Draft202012Validator(SCHEMA).validate(results)
+    assert results["groups"] == {}
+    pair, before = results["pairs"][0], compared.results["pairs"][0]
+    for name in ("change", "low", "high", "p_value"):
+        assert pair["views"]["chosen"]["nll"][name] == before["views"]["chosen"]["nll"][name]
+    assert list(pair["fronts"]) == ["held-out nll"]
+    assert "target" not in results["objectives"]["sft"]["chosen"]
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert "sft has a held-out nll of" in text.splitlines()[0]
+    assert "no tasks were asked" in text.splitlines()[0]
+    assert "target %" not in text
+    assert "## Every benchmark" not in text
+    assert (tmp_path / "out" / "pareto.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_what_was_deleted_is_not_shown_under_another_measure(compared, tmp_path, capsys):
     rows = write_rows(tmp_path / "other.jsonl", make_rows(30)[24:])
     more = {"target_tasks": ["tiny", "copy"], "every_checkpoint_tasks": ["copy"]}
@@ -513,8 +536,8 @@ def test_emptying_a_folder_keeps_the_mark_that_it_is_ours(tmp_path):
         ({"learning_rates": ["fast"]}, "learning_rates.0="),
         ({"keep_checkpoints": "best"}, "keep_checkpoints='best': expected 'all' or 'chosen'"),
         (
-            {"evaluate": {"target_tasks": ["tiny"]}},
-            "evaluate.general_tasks is missing",
+            {"evaluate": {"target_tasks": [], "held_out": None}},
+            "evaluate: nothing says what is learned: give held_out, target_tasks, or both",
         ),
         (
             {"evaluate": {"held_out": "none.jsonl"}},
@@ -542,8 +565,8 @@ def test_emptying_a_folder_keeps_the_mark_that_it_is_ours(tmp_path):
 )
 def test_bad_recipe_is_one_message_and_nothing_written(content, tmp_path, capsys, changes, message):
     for name, value in changes.items():
-        whole = name in ("train", "evaluate") and "general_tasks" not in message
-        content[name] = {**content[name], **value} if whole else value
+        part = name in ("train", "evaluate")
+        content[name] = {**content[name], **value} if part else value
     assert run(content) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -121,6 +121,7 @@ def headline(*pairs, failed=(), choices=()):
             verdicts=[verdict(pair, GROUPS) for pair in pairs],
             failed=list(failed),
             choices=choices,
+            groups={"target": ["t"], "general": ["g", "h"]},
         )
     )
 

@@ -15,9 +15,9 @@ Train with several objectives from one base model, and show what each gained and
   eaft compare --config recipe.yaml --jobs 2
 
 All objectives have the same data and seeds. Drift and held-out nll are measured on the base model
-and on every checkpoint. The tasks are run on the checkpoint that each objective chooses, and on the
-last. Writes results.md, which begins with what to do, results.json, pareto.png, curves.png and
-fronts.png.
+and on every checkpoint. If there are tasks, they are run on the checkpoint that each objective
+chooses, and on the last. Writes results.md, which begins with what to do, results.json, pareto.png,
+curves.png and fronts.png.
 
 The recipe (YAML):
 
@@ -33,13 +33,14 @@ The recipe (YAML):
     num_train_epochs: 4
     save_strategy: epoch           # every checkpoint is measured
   evaluate:
-    target_tasks: [math]           # suites, or lm-eval tasks; your own tasks from include_path
-    general_tasks: [general]
-    # Everything below is optional. Optional too: include_path, data_dir, limit, and how models are
-    # asked, as in `eaft eval`: num_fewshot, apply_chat_template, enable_thinking, backend, ...
+    # held_out or target_tasks says what is learned. Everything else is optional. Optional too:
+    # include_path, data_dir, limit, and how models are asked, as in `eaft eval`: num_fewshot,
+    # apply_chat_template, enable_thinking, backend, ...
     held_out: held_out.jsonl       # rows in any form that training takes, not trained on: the
                                    # lowest nll on them chooses learning rate and checkpoint for
                                    # each objective and seed (default: the last checkpoint)
+    target_tasks: [math]           # suites, or lm-eval tasks; your own tasks from include_path
+    general_tasks: [general]
     every_checkpoint_tasks: []     # the target_tasks to run on every checkpoint: a target to match
                                    # beside the nll
     target_prompts: test.jsonl     # rows with a `prompt` or `messages`, and perhaps `tools`: drift

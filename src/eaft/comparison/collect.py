@@ -321,8 +321,8 @@ def means(point: Point, measurer: Measurer, groups: list[Suite]) -> Means:
         kind: mean_of(point.drift[kind], tokens) for kind, tokens in measurer.prompt_tokens.items()
     }
     return Means(
-        target=by_group["target"],
-        general=by_group["general"],
+        target=by_group.get("target"),
+        general=by_group.get("general"),
         drift_general=drift["general"],
         drift_target=drift.get("target"),
         nll=mean_of(point.nll, measurer.held_out_tokens) if measurer.rows else None,
@@ -394,8 +394,8 @@ def spread(seeds: list[Means]) -> Spreads:
     """Return each mean's spread over seeds."""
     first = seeds[0]
     return Spreads(
-        target=mean_and_std([seed.target for seed in seeds]),
-        general=mean_and_std([seed.general for seed in seeds]),
+        target=spread_of_known([seed.target for seed in seeds]),
+        general=spread_of_known([seed.general for seed in seeds]),
         drift_general=mean_and_std([seed.drift_general for seed in seeds]),
         drift_target=spread_of_known([seed.drift_target for seed in seeds]),
         nll=spread_of_known([seed.nll for seed in seeds]),

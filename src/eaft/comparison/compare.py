@@ -137,7 +137,7 @@ def compare_on_date(recipe: Recipe, jobs: int) -> list[Failure]:
 
 
 def load_tasks(recipe: Recipe) -> tuple[dict[str, Benchmark], list[Suite]]:
-    """Return the recipe's benchmarks, and which of them are `target` and `general`."""
+    """Return the recipe's benchmarks, and those of `target` and of `general`, if there are some."""
     config = recipe.evaluate
     suites, benchmarks = load_suites(
         config.target_tasks + config.general_tasks,
@@ -149,10 +149,10 @@ def load_tasks(recipe: Recipe) -> tuple[dict[str, Benchmark], list[Suite]]:
     groups = [
         Suite(kind, [name for suite in part for name in suite.benchmarks])
         for kind, part in (("target", suites[:count]), ("general", suites[count:]))
+        if part
     ]
-    check_names(
-        "evaluate.every_checkpoint_tasks", config.every_checkpoint_tasks, groups[0].benchmarks
-    )
+    target = groups[0].benchmarks if config.target_tasks else []
+    check_names("evaluate.every_checkpoint_tasks", config.every_checkpoint_tasks, target)
     return benchmarks, groups
 
 

@@ -39,8 +39,8 @@ STRICT = ConfigDict(extra="forbid", revalidate_instances="always")
 class EvaluateConfig(Protocol):
     """How each model is measured (the fields of `Protocol`), and on what."""
 
-    target_tasks: Annotated[list[Text], Field(min_length=1)]
-    general_tasks: Annotated[list[Text], Field(min_length=1)]
+    target_tasks: list[Text] = field(default_factory=list)
+    general_tasks: list[Text] = field(default_factory=list)
     every_checkpoint_tasks: list[Text] = field(default_factory=list)
     general_prompts: Text = str(PROMPTS)
     target_prompts: Text | None = None
@@ -189,6 +189,10 @@ def check_fields(recipe: Recipe, path: str) -> None:
                 f"{path}: several learning_rates need evaluate.held_out, rows that choose among"
                 " them and are neither trained on nor scored."
             )
+    if not recipe.evaluate.target_tasks and recipe.evaluate.held_out is None:
+        raise ConfigurationError(
+            f"{path}: evaluate: nothing says what is learned: give held_out, target_tasks, or both."
+        )
     if not recipe.evaluate.drift_prompts:
         raise ConfigurationError(
             f"{path}: evaluate: drift_prompts=0 leaves nothing to compare forgetting by."

@@ -82,7 +82,9 @@ def headline(results: Comparison) -> str:
     else:
         advice = "**No objective is shown to be better than another: take the simplest.**"
     compared = dict.fromkeys(name for pair in results.pairs for name in (pair.first, pair.second))
-    text = [advice, *beside_base(results.choices, best or list(compared))]
+    names = best or list(compared)
+    text = [advice]
+    text += beside_base(results.choices, names) if results.groups else learned(results, names)
     text += [clause(pair, v) for pair, v in zip(results.pairs, results.verdicts, strict=True)]
     if any(len(pair.seeds) == 1 for pair in results.pairs):
         text.append(
@@ -105,8 +107,7 @@ def beside_base(choices: list[Choice], names: list[str]) -> list[str]:
         if not views:
             continue
         change = {
-            kind: np.mean([view.means[kind].change for view in views])
-            for kind in ("target", "general")
+            kind: np.mean([view.means[kind].change for view in views]) for kind in views[0].means
         }
         numbers = ", ".join(f"{kind} {100 * value:+.1f}" for kind, value in change.items())
         lost = [
@@ -120,6 +121,23 @@ def beside_base(choices: list[Choice], names: list[str]) -> list[str]:
             else "no loss is shown"
         )
         sentences.append(f"Beside the base model {name} has {numbers} points: {said}.")
+    return sentences
+
+
+def learned(results: Comparison, names: list[str]) -> list[str]:
+    """Return what objectives learned and how far they drifted, of a recipe without tasks."""
+    sentences = []
+    for name in names:
+        if (objective := results.objectives.get(name)) is None:
+            continue
+        at = objective.at(views_of(results)[0])
+        assert at.nll is not None
+        assert results.base.nll is not None
+        sentences.append(
+            f"{name} has a held-out nll of {at.nll.mean:.3f} (the base model"
+            f" {results.base.nll:.3f}) and a drift of {at.drift_general.mean:.4f} nats per token;"
+            " no tasks were asked."
+        )
     return sentences
 
 
@@ -144,7 +162,7 @@ def clause(pair: PairResult, verdict: PairVerdict) -> str:
         )
     else:
         said = f"{first} and {second} cannot be told apart"
-    numbers = [f"{name} {points(view.means[name])}" for name in ("target", "general")]
+    numbers = [f"{name} {points(mean)}" for name, mean in view.means.items()]
     fronts = [(name, front.mean) for name, front in pair.fronts.items() if front is not None]
     numbers += [f"drift at equal {name} {nats(mean)}" for name, mean in fronts]
     lower = {NLL: view.nll} if fronts else {"drift": view.drift["general"], NLL: view.nll}
@@ -287,10 +305,11 @@ def markdown(results: Comparison) -> str:
                 )
             ]
             lines += ["![The fronts, and their differences](fronts.png)"]
-    lines += ["## Every benchmark", table_1(results, views[0])]
+    if results.groups:
+        lines += ["## Every benchmark", table_1(results, views[0])]
     lines += ["## What was asked", *asked_section(results)]
     lines += ["## Every checkpoint", checkpoints_table(results)]
-    lines += ["![Target against general ability and drift](pareto.png)", "![Training](curves.png)"]
+    lines += ["![What was learned against what was kept](pareto.png)", "![Training](curves.png)"]
     return "\n\n".join(lines) + "\n"
 
 
@@ -342,35 +361,29 @@ def cell(
 
 def objectives_table(results: Comparison, view: str) -> str:
     """Return one row an objective: target, general, drift, held-out nll, cost."""
-    base = results.base
-    rows = [["base", f"{100 * base.target:.1f}", "", f"{100 * base.general:.1f}", "", "0", "0"]]
-    rows[0] += ["" if base.nll is None else f"{base.nll:.3f}", "", ""]
+    base, groups = results.base, list(results.groups)
+    rows = [["base"]]
+    for group in groups:
+        rows[0] += [f"{100 * getattr(base, group):.1f}", ""]
+    rows[0] += ["0", "0", "" if base.nll is None else f"{base.nll:.3f}", "", ""]
     for name, objective in results.objectives.items():
         at, training = objective.at(view), objective.training
-        rows.append(
-            [
-                name,
-                cell(at.target, 100),
-                cell(at.target, 100, minus=base.target),
-                cell(at.general, 100),
-                cell(at.general, 100, minus=base.general),
-                cell(at.drift_general, digits=4),
-                cell(at.drift_target, digits=4),
-                cell(at.nll, digits=3),
-                cell(training["tokens_per_s"], digits=0),
-                cell(training["peak_memory_gib"], digits=2),
-            ]
-        )
-    headers = [
-        "objective",
-        "target %",
-        "change",
-        "general %",
-        "change",
-        "drift, general",
-        "drift, target",
-    ]
-    return table(rows, [*headers, "held-out nll", "tokens/s", "peak GiB"])
+        rows.append([name])
+        for group in groups:
+            rows[-1].append(cell(getattr(at, group), 100))
+            rows[-1].append(cell(getattr(at, group), 100, minus=getattr(base, group)))
+        rows[-1] += [
+            cell(at.drift_general, digits=4),
+            cell(at.drift_target, digits=4),
+            cell(at.nll, digits=3),
+            cell(training["tokens_per_s"], digits=0),
+            cell(training["peak_memory_gib"], digits=2),
+        ]
+    headers = ["objective"]
+    for group in groups:
+        headers += [f"{group} %", "change"]
+    headers += ["drift, general", "drift, target", "held-out nll", "tokens/s", "peak GiB"]
+    return table(rows, headers)
 
 
 def pairs_table(pairs: list[PairResult], view: str) -> str:
@@ -382,14 +395,14 @@ def pairs_table(pairs: list[PairResult], view: str) -> str:
             [
                 f"{pair.first} minus {pair.second}",
                 len(pair.seeds),
-                *(bold(at.means[group], points) for group in ("target", "general")),
+                *(bold(mean, points) for mean in at.means.values()),
                 *(bold(difference, nats) for difference in at.drift.values()),
                 *([] if at.nll is None else [bold(at.nll, nats)]),
                 *(bold(difference, points) for difference in at.tasks.values()),
             ]
         )
     first = pairs[0].views[view]
-    headers = ["pair", "seeds", "target", "general", *(f"drift, {kind}" for kind in first.drift)]
+    headers = ["pair", "seeds", *first.means, *(f"drift, {kind}" for kind in first.drift)]
     headers += [] if first.nll is None else ["held-out nll"]
     return table(rows, [*headers, *first.tasks])
 
@@ -407,7 +420,7 @@ def table_1(results: Comparison, view: str) -> str:
     base, groups = results.base, results.groups
     headers = ["method"]
     rows = [["base"], *([name] for name in results.objectives)]
-    for group in ("general", "target"):
+    for group in sorted(groups):  # general, target
         headers += [*groups[group], f"{group} avg.", "change"]
         rows[0] += [
             *(f"{100 * base.tasks[name]:.1f}" for name in groups[group]),
@@ -456,7 +469,11 @@ def asked_section(results: Comparison) -> list[str]:
             f"Asked {template}{thinking}, in {protocol.dtype}, seed {protocol.seed}{limit}."
             " Cut: items, over all seeds, to fit the context or the limit of an answer."
         ),
-        table(rows, ["task", "version", "metric", "filter", "examples", "cut"]),
+        *(
+            [table(rows, ["task", "version", "metric", "filter", "examples", "cut"])]
+            if rows
+            else []
+        ),
         *([read] if kept else []),
         *differs_lines(results),
     ]
@@ -506,21 +523,51 @@ def colors(results: Comparison) -> dict[str, Any]:
     return {name: palette(i % palette.N) for i, name in enumerate(names)}
 
 
+@dataclass(frozen=True)
+class Axis:
+    """
+    A quantity on an axis of a picture.
+
+    Attributes:
+        name: a field of `Means` and `Spreads`.
+        scale: that it is multiplied by.
+        label: what it is; the arrow says where it is better.
+        falls: whether less is better, so that the axis is turned round.
+    """
+
+    name: str
+    scale: float
+    label: str
+    falls: bool
+
+
+TARGET = Axis("target", 100, "target (%)  →  better", False)
+LEARNED = Axis("nll", 1, "held-out nll, nats per token  →  better", True)
+GENERAL = Axis("general", 100, "general ability (%)  →  better", False)
+DRIFT = Axis("drift_general", 1, "drift, KL(base ‖ tuned), nats per token  →  better", True)
+
+
 def draw_pareto(results: Comparison, path: Path) -> None:
     """
-    Draw target against general ability and against drift: every seed a dot, the mean with its
-    spread on top.
+    Draw the target (without target tasks, the held-out nll) against general ability and against
+    drift: every seed a dot, the mean with its spread on top.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
+    up = TARGET if "target" in results.groups else LEARNED
+    across = [GENERAL, DRIFT] if "general" in results.groups else [DRIFT]
+    figure, axes = plt.subplots(
+        1,
+        len(across),
+        figsize=(5 * len(across), 4.2),
+        sharey=True,
+        layout="constrained",
+        squeeze=False,
+    )
     view = views_of(results)[0]
     base = results.base
-    for axis, quantity, scale, label in (
-        (axes[0], "general", 100, "general ability (%)  →  better"),
-        (axes[1], "drift_general", 1, "drift, KL(base ‖ tuned), nats per token  →  better"),
-    ):
+    for axis, along in zip(axes[0], across, strict=True):
         axis.scatter(
-            scale * getattr(base, quantity),
-            100 * base.target,
+            along.scale * getattr(base, along.name),
+            up.scale * getattr(base, up.name),
             marker="*",
             s=160,
             color="black",
@@ -530,30 +577,33 @@ def draw_pareto(results: Comparison, path: Path) -> None:
         for name, color in colors(results).items():
             seeds = [c.numbers[view] for c in results.choices if c.objective == name]
             axis.scatter(
-                [scale * getattr(s, quantity) for s in seeds],
-                [100 * s.target for s in seeds],
+                [along.scale * getattr(s, along.name) for s in seeds],
+                [up.scale * getattr(s, up.name) for s in seeds],
                 s=16,
                 alpha=0.5,
                 color=color,
             )
             at = results.objectives[name].at(view)
-            x, y = getattr(at, quantity), at.target
+            x, y = getattr(at, along.name), getattr(at, up.name)
             axis.errorbar(
-                scale * x.mean,
-                100 * y.mean,
-                100 * (y.std or 0),
-                scale * (x.std or 0),
+                along.scale * x.mean,
+                up.scale * y.mean,
+                up.scale * (y.std or 0),
+                along.scale * (x.std or 0),
                 fmt="o",
                 markersize=8,
                 capsize=3,
                 color=color,
                 label=name,
             )
-        axis.set_xlabel(label)
+        axis.set_xlabel(along.label)
         axis.grid(alpha=0.3)
-    axes[1].invert_xaxis()  # so that up and right is better in both
-    axes[0].set_ylabel("target (%)  →  better")
-    axes[0].legend()
+        if along.falls:
+            axis.invert_xaxis()  # so that up and right is better in all
+    if up.falls:
+        axes[0, 0].invert_yaxis()
+    axes[0, 0].set_ylabel(up.label)
+    axes[0, 0].legend()
     figure.suptitle(VIEWS[view], fontsize=10)
     save(figure, path)
 

@@ -77,7 +77,7 @@ class PairView:
     tasks: dict[str, Difference]
     """In score, by task."""
     means: dict[str, Difference]
-    """In mean score, by group: `target` and `general`."""
+    """In mean score, by group: `target` and `general`, as far as the recipe has tasks of each."""
     drift: dict[str, Difference]
     """In drift, by kind of prompts."""
     nll: Difference | None
@@ -176,10 +176,10 @@ class CheckpointResult:
 class Means:
     """The means of one model."""
 
-    target: float
-    """Mean score of the target tasks."""
-    general: float
-    """Mean score of the general tasks."""
+    target: float | None = field(default=None, metadata=ABSENT)
+    """Mean score of the target tasks, if the recipe has some."""
+    general: float | None = field(default=None, metadata=ABSENT)
+    """Mean score of the general tasks, if the recipe has some."""
     drift_general: float
     """Drift on the general prompts."""
     drift_target: float | None = field(default=None, metadata=ABSENT)
@@ -271,10 +271,10 @@ class Spread:
 class Spreads:
     """The means of one objective, over seeds."""
 
-    target: Spread
-    """Mean score of the target tasks."""
-    general: Spread
-    """Mean score of the general tasks."""
+    target: Spread | None = field(default=None, metadata=ABSENT)
+    """Mean score of the target tasks, if the recipe has some."""
+    general: Spread | None = field(default=None, metadata=ABSENT)
+    """Mean score of the general tasks, if the recipe has some."""
     drift_general: Spread
     """Drift on the general prompts."""
     drift_target: Spread | None = field(default=None, metadata=ABSENT)
@@ -347,7 +347,7 @@ class Comparison:
     kept: KeptModels
     """What was not measured anew."""
     groups: dict[str, list[str]]
-    """The tasks of `target` and of `general`."""
+    """The tasks of `target` and of `general`, as far as the recipe has some."""
     prompts: dict[str, TokenCounts]
     """The base model's answers that drift is measured on, by kind of prompts."""
     held_out: TokenCounts | None
