@@ -147,6 +147,12 @@ def test_every_gate_is_documented():
     assert set(rows) == set(GATES)
 
 
+def test_the_readme_is_short():
+    text = (ROOT / "README.md").read_bytes()
+    assert len(text) <= 4096
+    assert text.count(b"\n") <= 80
+
+
 def test_commands_exist():
     makefile = (ROOT / "Makefile").read_text()
     assert all(f"\n{target}:" in makefile for target in ("demo", "test", "check", "docs"))
