@@ -11,9 +11,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from eaft.evaluation.results import as_json
 from eaft.inspection.folder import BASE, COMPARED, EXAMPLES, TOKENS, VOCABULARY
 from eaft.inspection.summary import DATA, ROLLOUTS
 from eaft.objective.statistics import token_statistics
+from eaft.tuning.results import (
+    BeforeAfter,
+    Budget,
+    Confirmation,
+    Data,
+    Drifted,
+    Screened,
+    TuneResults,
+    Unconstrained,
+)
 
 # Words, format, markup, right-to-left text, numbers; the last three ids together are one emoji
 WORDS = [
@@ -167,6 +178,44 @@ def make_inspection(
     )
     if summary is not None:
         (folder / "summary.json").write_text(json.dumps({**EMPTY_SUMMARY, **summary}))
+    return folder
+
+
+def make_tuning(folder):
+    """Write results.json as `eaft tune` does: two checkpoints, one interpolated and returned."""
+    folder.mkdir(parents=True)
+    intervals = {"nll_change": -0.5, "nll_low": -0.75, "nll_high": -0.25}
+    intervals |= {"drift_low": 0.03, "drift_high": 0.06}
+    screened = [
+        Screened(step=4, share=1.0, nll=1.7, drift=0.08),  # as an older version wrote it
+        Screened(step=8, share=1.0, nll=1.2, drift=0.12),
+        Screened(step=8, share=0.5, nll=1.5, drift=0.04, **intervals),
+    ]
+    chosen = Confirmation(
+        **{"step": 8, "share": 0.5, "drift": 0.041, "bound": 0.049, "within": True},
+        **{"shown": True, "prompts_needed": None, "tasks": [], "prompts": 40, "rows": 8},
+        **{"nll": 1.55, "nll_change": -0.45, "nll_low": -0.7, "nll_high": -0.2},
+    )
+    sizes = ("training_rows", "screening_rows", "confirmation_rows", "left_out")
+    sizes += ("screening_prompts", "confirmation_prompts")
+    results = TuneResults(
+        status="shown",
+        sentence="The held-out nll fell.",
+        budget=Budget(max_drift=0.05, max_drop=None, strict=False),
+        model="made/base",
+        data=Data(**dict.fromkeys(sizes, 8)),
+        base_nll=2.0,
+        base_nll_screening=2.0,
+        chosen=chosen,
+        candidates=[chosen],
+        screened=screened,
+        unconstrained=Unconstrained(step=8, share=1.0, nll=1.2, drift=0.12, cost=0.3),
+        before_after=[BeforeAfter(prompt="2 + 2?", base="five", tuned="<b>four</b>")],
+        most_drifted=[Drifted(prompt="Hello", answer="<i>Good day</i>", drift=0.2)],
+        flags=[],
+        environment={},
+    )
+    (folder / "results.json").write_text(json.dumps(as_json(results)))
     return folder
 
 

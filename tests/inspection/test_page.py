@@ -29,7 +29,14 @@ from eaft.inspection.view.server import make_app
 from eaft.inspection.view.tables import Tables
 from eaft.objective.registry import gate_weights
 from eaft.objective.statistics import TokenStatistics
-from tests.inspection.made import EMPTY_SUMMARY, TOP_K, VOCAB, grad_norm, make_inspection
+from tests.inspection.made import (
+    EMPTY_SUMMARY,
+    TOP_K,
+    VOCAB,
+    grad_norm,
+    make_inspection,
+    make_tuning,
+)
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -564,6 +571,35 @@ def test_a_folder_of_runs_alone(visit, folder):
         expect(page.get_by_role("tab")).to_have_text(["Runs"])
         expect(page.locator(".lead")).to_contain_text("Choose sft.")
         expect(page.get_by_text("Export")).to_have_count(0)
+        page.close()
+
+
+def test_a_tuning_is_a_front_whose_points_can_be_chosen(visit, tmp_path):
+    with serve(make_tuning(tmp_path / "tuned")) as address:
+        page = visit(address=address, width=1600)
+        expect(page.locator(".lead")).to_have_text("The held-out nll fell.")
+        point = page.get_by_role("region", name="The chosen point")
+        expect(point).to_contain_text("the returned model")
+        expect(point).to_contain_text("0.0400 95%: 0.0300 to 0.0600")
+        expect(point).to_contain_text("0.0410 at most 0.0490")
+        page.get_by_role("button", name="checkpoint of step 8: nll 1.200, drift 0.1200").click()
+        expect(point).to_contain_text("the lowest held-out nll of all")
+        expect(point.locator("dd").last).to_have_text("over")
+        assert fragment(page)["point"] == "8,1"
+        assert rows(page, "Confirmation")[0] == [
+            "step 8, share 0.500 returned",
+            "1.550",
+            f"{MINUS}0.450 {MINUS}0.700 to {MINUS}0.200",
+            *("0.0410", "0.0490", "kept"),
+        ]
+        page.get_by_role("button", name="2 + 2?").click()
+        expect(page.locator(".answers .said")).to_have_text(["five", "<b>four</b>"])
+        page.get_by_role("button", name="drift 1").click()
+        page.get_by_role("button", name="Hello").click()
+        expect(page.locator("#view-runs .opened")).to_contain_text("<i>Good day</i>")
+        page.set_viewport_size({"width": 420, "height": 800})
+        settled(page)
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         page.close()
 
 

@@ -640,7 +640,10 @@ def test_what_cannot_be_served_is_one_message(tmp_path, capsys, monkeypatch):
         port = str(taken.getsockname()[1])
         for flags, message in (
             ([tmp_path / "none"], "is not a folder"),
-            ([tmp_path / "empty"], "holds nothing that `eaft inspect`, `compare` or `eval` wrote"),
+            (
+                [tmp_path / "empty"],
+                "holds nothing that `eaft inspect`, `compare`, `eval` or `tune` wrote",
+            ),
             ([tmp_path], "holds several inspections (a, b): give one of them"),
             ([unfinished], "give its `eaft inspect` command again"),
             ([folder, "--port", port], f"--port {port} cannot be used"),

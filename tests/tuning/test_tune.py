@@ -149,6 +149,9 @@ def test_the_first_candidate_that_passes_is_returned(tuned):
     screened = {(p.step, p.share): p for p in results.screened}
     assert len(screened) == len(results.screened) < 20
     assert {p.step for p in results.screened if p.share == 1} == {2, 4, 6, 8}
+    for p in results.screened:
+        assert p.nll_change == pytest.approx(p.nll - results.base_nll_screening)
+        assert p.nll_low < p.nll_change < p.nll_high < 0 < p.drift_low < p.drift < p.drift_high
     best = min(results.screened, key=lambda p: p.nll)
     assert (results.unconstrained.step, results.unconstrained.share) == (best.step, best.share)
     returned = screened[results.chosen.step, results.chosen.share]

@@ -8,15 +8,17 @@ from pathlib import Path
 from eaft.inspection.view.serve import PORT, check_packages, view
 
 DESCRIPTION = """
-Show in the browser what `eaft inspect`, `eaft compare` or `eaft eval` wrote.
+Show in the browser what `eaft inspect`, `eaft compare`, `eaft eval` or `eaft tune` wrote.
 
   eaft view inspection
-  eaft view runs                    every comparison and evaluation below this folder
+  eaft view tuned                   the front of a run of eaft tune, and the model that it chose
+  eaft view runs                    every comparison, evaluation and tuning below this folder
 
 It shows tokens in the plane of entropy and probability, what each gate does to them, examples as
-text, and runs beside each other. The page is served to this machine alone. To see a folder of
-another machine, start `eaft view FOLDER --no_browser` there and `ssh -N -L 8765:127.0.0.1:8765
-MACHINE` here. Then open the address that it printed.
+text, runs beside each other, and the items of an evaluation with both models' answers. The page is
+served to this machine alone. To see a folder of another machine, start `eaft view FOLDER
+--no_browser` there and `ssh -N -L 8765:127.0.0.1:8765 MACHINE` here. Then open the address that it
+printed.
 """
 
 

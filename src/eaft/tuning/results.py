@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pydantic import with_config
 
-from eaft.evaluation.results import FORM
+from eaft.evaluation.results import ABSENT, FORM
 
 
 @with_config(FORM)
@@ -55,6 +55,16 @@ class Screened:
     """Held-out nll, nats per token."""
     drift: float
     """KL(base || model) on the base model's answers, nats per token."""
+    nll_change: float | None = field(default=None, metadata=ABSENT)
+    """`nll` minus the base model's, on the same rows."""
+    nll_low: float | None = field(default=None, metadata=ABSENT)
+    """Lower end of the 95% interval of `nll_change`, of this member alone."""
+    nll_high: float | None = field(default=None, metadata=ABSENT)
+    """Upper end."""
+    drift_low: float | None = field(default=None, metadata=ABSENT)
+    """Lower end of the 95% interval of `drift`, of this member alone."""
+    drift_high: float | None = field(default=None, metadata=ABSENT)
+    """Upper end."""
 
 
 @with_config(FORM)

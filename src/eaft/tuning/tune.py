@@ -12,6 +12,7 @@ from typing import Any
 from eaft.errors import EAFTError
 from eaft.evaluation.comparable import comparable_models
 from eaft.evaluation.drift import prompt_of
+from eaft.evaluation.paired import bootstrap_interval
 from eaft.evaluation.results import as_json
 from eaft.evaluation.scores import ask
 from eaft.files import read_json
@@ -40,7 +41,7 @@ from eaft.tuning.plan import (
     check_settings,
     make_plan,
 )
-from eaft.tuning.points import Member, Point
+from eaft.tuning.points import Member, Point, Sums
 from eaft.tuning.report import sentence, write_report
 from eaft.tuning.results import (
     BeforeAfter,
@@ -165,7 +166,7 @@ def run(plan: Plan, settings: Settings, folder: Path) -> TuneResults:
         base_nll_screening=screening.base_nll.mean,
         chosen=chosen,
         candidates=tried,
-        screened=[screened(point) for point in search.points],
+        screened=[screened(point, screening.base_nll) for point in search.points],
         unconstrained=unconstrained(search, chosen),
         before_after=before_after(plan, family, chosen),
         most_drifted=most_drifted(kept, chosen, texts, confirmation, base.tokenizer),
@@ -252,13 +253,27 @@ class Timed:
         return point
 
 
-def screened(point: Point) -> Screened:
-    """Return a point of screening as it is reported."""
+def screened(point: Point, base_nll: Sums) -> Screened:
+    """
+    Return a point of screening as it is reported.
+
+    Args:
+        base_nll: the base model's, of the same rows.
+    """
+    nll, drift = point.nll, point.drift
+    change = Sums(nll.sums - base_nll.sums, nll.counts)
+    nll_low, nll_high = bootstrap_interval(change.sums, change.counts)
+    drift_low, drift_high = bootstrap_interval(drift.sums, drift.counts)
     return Screened(
         step=point.member.step,
         share=point.member.share,
-        nll=point.nll.mean,
-        drift=point.drift.mean,
+        nll=nll.mean,
+        drift=drift.mean,
+        nll_change=change.mean,
+        nll_low=nll_low,
+        nll_high=nll_high,
+        drift_low=drift_low,
+        drift_high=drift_high,
     )
 
 
@@ -268,7 +283,13 @@ def unconstrained(search: Search, chosen: Confirmation | None) -> Unconstrained:
     cost = None
     if chosen is not None:
         cost = search.at(chosen.step, chosen.share).nll.mean - best.nll.mean
-    return Unconstrained(**as_json(screened(best)), cost=cost)
+    return Unconstrained(
+        step=best.member.step,
+        share=best.member.share,
+        nll=best.nll.mean,
+        drift=best.drift.mean,
+        cost=cost,
+    )
 
 
 def before_after(

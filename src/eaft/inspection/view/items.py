@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
@@ -17,8 +17,8 @@ from eaft.evaluation.pairs import SAME
 from eaft.inspection.view.cache import Cache
 
 Json = dict[str, Any]  # an object of a JSON file
-Listing = Literal["regressions", "gains", "all", "drift"]
-LISTS: tuple[Listing, ...] = ("regressions", "gains", "all", "drift")
+Listing = Literal["regressions", "gains", "all", "answers", "drift"]
+LISTS: tuple[Listing, ...] = ("regressions", "gains", "all", "answers", "drift")
 SNIPPET = 300  # characters of a prompt in a list; of a longer one its end, where the question is
 REMEMBERED = 2  # evaluations whose items stay in memory
 
@@ -38,7 +38,7 @@ class Answered:
     """A model's answer to an item."""
 
     response: Any
-    score: float | None  # in [0, 1]; None for an answer that drift was measured on
+    score: float | None  # in [0, 1]; None if it was not graded
     cut: list[str]  # the parts that were cut
     choices: list[float | None] | None  # log-likelihood of each choice, nats
     scores: dict[str, float] | None  # by filter, where there are several
@@ -58,6 +58,13 @@ class Entry:
     after: Answered | None
     drift: float | None  # nats per token; only of a prompt for drift
     tokens: int | None  # of the answer that drift was measured on
+
+    @property
+    def graded(self) -> bool:
+        """Whether there is a score."""
+        return any(
+            side is not None and side.score is not None for side in (self.before, self.after)
+        )
 
     @property
     def change(self) -> float:
@@ -101,11 +108,17 @@ class Items:
     notes: list[str]
 
     def listed(self, which: Listing) -> list[Entry]:
-        """Return a list: the largest loss, gain or drift first; `all` is in the files' order."""
+        """
+        Return a list: the largest loss, gain or drift first, others in the files' order.
+
+        `answers` are those that nobody graded, as to held-out rows.
+        """
         if which == "drift":
             drifted = [entry for entry in self.entries if entry.drift is not None]
             return sorted(drifted, key=lambda entry: -(entry.drift or 0.0))
-        items = [entry for entry in self.entries if entry.drift is None]
+        if which == "answers":
+            return [entry for entry in self.entries if not entry.graded and entry.drift is None]
+        items = [entry for entry in self.entries if entry.graded]
         if which == "regressions":
             lost = [entry for entry in items if entry.change < 0]
             return sorted(lost, key=lambda entry: entry.change)
@@ -183,21 +196,10 @@ class ItemReader:
         self.read_text = read_text
         self.cached = Cache(self.read, REMEMBERED)
 
-    def __call__(self, place: Place, worst: list[Any]) -> Items:
-        """
-        Return the items at a place.
-
-        Args:
-            worst: regressions as results.json has them; shown if there are no files of items.
-        """
+    def __call__(self, place: Place) -> Items:
+        """Return the items at a place."""
         names = [*files_of(place), "answers.json"]
-        items = self.cached(place, tuple(stamp(place.folder / name) for name in names))
-        if items.listed("all") or not worst:
-            return items
-        entries = [entry_of_worst(item) for item in worst]
-        entries += [entry for entry in items.entries if entry.drift is not None]
-        note = f"No items are in the folder: these are the {len(worst)} worst of results.json."
-        return Items(numbered(entries), [note])
+        return self.cached(place, tuple(stamp(place.folder / name) for name in names))
 
     def read(self, place: Place, stamps: tuple[object, ...]) -> Items:
         """Return the items at a place; `stamps` tell whether its files have changed."""
@@ -239,27 +241,62 @@ class ItemReader:
             notes.insert(0, f"Missing, or cannot be read: {', '.join(missing)}.")
         return Items(numbered(entries), notes)
 
-    def drifted(self, folder: Path) -> Iterator[Entry]:
-        """Yield the base model's answers that drift was measured on."""
+    def drifted(self, folder: Path) -> list[Entry]:
+        """Return the base model's answers that drift was measured on."""
         try:
             answers = json.loads(self.read_text(folder, "answers.json") or "[]")
         except (ValueError, RecursionError):
-            return
-        for answer in answers if isinstance(answers, list) else []:
-            if isinstance(answer, dict) and is_number(answer.get("drift")):
-                tokens = answer.get("tokens")
-                yield Entry(
-                    number=0,
-                    benchmark="drift",
-                    task="drift",
-                    doc_id=None,
-                    prompt=text(answer.get("prompt", "")),
-                    target=None,
-                    before=Answered(answer.get("answer"), None, [], None, None),
-                    after=None,
-                    drift=float(answer["drift"]),
-                    tokens=int(tokens) if is_number(tokens) else None,
-                )
+            return []
+        return entries_of(answers, drift_entry)
+
+
+def entries_of(values: Any, make: Callable[[Json], Entry | None]) -> list[Entry]:
+    """Return the entries of a list in a file, without what is none."""
+    found = [make(value) for value in values if isinstance(value, dict)] if is_list(values) else []
+    return [entry for entry in found if entry is not None]
+
+
+def drift_entry(answer: Json) -> Entry | None:
+    """Return an answer with its drift as an entry."""
+    if not is_number(answer.get("drift")):
+        return None
+    tokens = answer.get("tokens")
+    return Entry(
+        number=0,
+        benchmark="drift",
+        task="drift",
+        doc_id=None,
+        prompt=text(answer.get("prompt", "")),
+        target=None,
+        before=Answered(answer.get("answer"), None, [], None, None),
+        after=None,
+        drift=float(answer["drift"]),
+        tokens=int(tokens) if is_number(tokens) else None,
+    )
+
+
+def held_out_entry(answer: Json) -> Entry:
+    """
+    Return the answers to a held-out row as an entry: of `eaft eval` with the base model's in
+    `before` and the row's own in `target`, of `eaft tune` in `base` and `tuned`.
+    """
+    row = answer.get("row")
+    before, after = (
+        answer.get("before", answer.get("base")),
+        answer.get("after", answer.get("tuned")),
+    )
+    return Entry(
+        number=0,
+        benchmark="held-out rows",
+        task="held-out rows",
+        doc_id=row if isinstance(row, int) else None,
+        prompt=text(answer.get("prompt", "")),
+        target=answer.get("target"),
+        before=Answered(before, None, [], None, None),
+        after=Answered(after, None, [], None, None),
+        drift=None,
+        tokens=None,
+    )
 
 
 def files_of(place: Place) -> list[str]:
@@ -275,6 +312,11 @@ def stamp(file: Path) -> tuple[int, int] | None:
     except (OSError, ValueError):
         return None
     return status.st_mtime_ns, status.st_size
+
+
+def is_list(value: Any) -> TypeGuard[list[Any]]:
+    """Return whether a JSON value is a list."""
+    return isinstance(value, list)
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:
@@ -342,9 +384,8 @@ def entry_of(task: str, before: Json | None, after: Json) -> Entry:
     )
 
 
-def entry_of_worst(item: Any) -> Entry:
+def worst_entry(item: Json) -> Entry:
     """Return a regression as results.json has it."""
-    item = item if isinstance(item, dict) else {}
     entry = entry_of(text(item.get("benchmark", "")), None, {"prompt": "", **item})
     return replace(entry, before=answered(item.get("before")), after=answered(item.get("after")))
 

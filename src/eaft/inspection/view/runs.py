@@ -1,5 +1,5 @@
 """
-The results of `eaft compare` and `eaft eval` below a folder, as the page draws them.
+The results of `eaft compare`, `eaft eval` and `eaft tune` below a folder, as the page draws them.
 
 They are read as plain files: results.json, and beside it each run's metrics.jsonl and, by `items`,
 the items of its tasks.
@@ -16,17 +16,27 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eaft.evaluation.paired import few_items, few_prompts
-from eaft.inspection.view.items import ItemReader, Items, Place
+from eaft.inspection.view.items import (
+    ItemReader,
+    Items,
+    Place,
+    drift_entry,
+    entries_of,
+    held_out_entry,
+    numbered,
+    worst_entry,
+)
 
 Json = dict[str, Any]  # an object of a JSON file
 
 RESULTS_FILE = "results.json"
-# `eaft eval` and `eaft compare` write one of these files first, beside results.json
-MARKS = ("inputs.json", "compare.json")
+# Each command writes one of these files first, beside results.json
+MARKS = ("inputs.json", "compare.json", "tune.json")
 DEPTH = 3  # levels of folders below the folder that are searched
 # Keys that tell our results from other files, and from results of a version with another form
 COMPARISON = {"asked", "recipe", "objectives", "sentence", "groups", "base", "runs", "choices"}
 EVALUATION = {"asked", "model", "base", "tasks"}
+TUNING = {"sentence", "budget", "model", "candidates", "screened", "base_nll_screening"}
 # Lists that the page does not need
 BY_ITEM = (
     *("sums", "scores", "per_prompt", "tokens_per_prompt"),
@@ -39,7 +49,7 @@ class ResultsEntry:
     """A folder with results, in the list of all."""
 
     name: str  # its path below the viewer's folder
-    kind: Literal["compare", "eval", "broken"]  # broken: the results cannot be read
+    kind: Literal["compare", "eval", "tune", "broken"]  # broken: the results cannot be read
     sentence: str | None  # the verdict, or why the results cannot be read
     model: str | None
     base: str | None
@@ -81,7 +91,7 @@ class Curve(RunKey):
 class Pairing:
     """Two models whose items can be listed: the base model, and a tuned one."""
 
-    objective: str | None  # None: of `eaft eval`
+    objective: str | None  # None: of `eaft eval` or `eaft tune`
     seed: int | None
     step: int | None
 
@@ -93,7 +103,7 @@ class Results(ResultsEntry):
     results: Json  # results.json without `BY_ITEM`, and for a comparison without `runs`
     points: list[Point]  # before each run's points comes the base model's
     curves: list[Curve]
-    pairings: list[Pairing]  # of each objective and seed; of `eaft eval`, one
+    pairings: list[Pairing]  # of each objective and seed; of other commands, one
     warnings: list[str]  # where there are too few items or prompts
 
 
@@ -134,14 +144,14 @@ class Runs:
                 **vars(entry), results={}, points=[], curves=[], pairings=[], warnings=[]
             )
         results = read_results(place)
-        if entry.kind == "eval":
+        if entry.kind != "compare":
             return Results(
                 **vars(entry),
                 results=trimmed(results),
                 points=[],
                 curves=[],
                 pairings=[Pairing(None, None, None)],
-                warnings=too_few(results),
+                warnings=too_few(results) if entry.kind == "eval" else [],
             )
         runs = results["runs"]
         all_points: list[Point] = []
@@ -169,23 +179,35 @@ class Runs:
         Raises:
             IndexError: there are fewer pairings.
         """
-        place, results = self.places[name], read_results(self.places[name])
-        if describe(name, place).kind == "broken":
+        place = self.places[name]
+        results, kind = read_results(place), describe(name, place).kind
+        if kind == "broken" or pairing >= (len(results["choices"]) if kind == "compare" else 1):
             raise IndexError(pairing)
-        if "choices" not in results:
-            if pairing:
-                raise IndexError(pairing)
-            side = "items" if results["base"] is None else "items_after"
-            before = None if results["base"] is None else "items_before"
-            worst = results.get("worst")
-            return self.reader(
-                Place(place, before, side, tuple(results["tasks"])),
-                worst if isinstance(worst, list) else [],
-            )
-        choice = results["choices"][pairing]
-        after = f"{chosen_folder(choice, results)}/items/step-{chosen_step(choice)}"
-        tasks = tuple(task for names in results["groups"].values() for task in names)
-        return self.reader(Place(place, "base/items", after, tasks), [])
+        if kind == "tune":
+            entries = entries_of(results.get("before_after"), held_out_entry)
+            entries += entries_of(results.get("most_drifted"), drift_entry)
+            return Items(numbered(entries), [])
+        if kind == "compare":
+            choice = results["choices"][pairing]
+            after = f"{chosen_folder(choice, results)}/items/step-{chosen_step(choice)}"
+            tasks = tuple(task for names in results["groups"].values() for task in names)
+            return self.reader(Place(place, "base/items", after, tasks))
+        tasks = tuple(results["tasks"])
+        alone = results["base"] is None
+        items = self.reader(
+            Place(place, None, "items", tasks)
+            if alone
+            else Place(place, "items_before", "items_after", tasks)
+        )
+        held_out = results.get("held_out") or {}
+        entries, notes = entries_of(held_out.get("answers"), held_out_entry), items.notes
+        worst = entries_of(results.get("worst"), worst_entry)
+        if worst and not items.listed("all"):
+            entries += worst
+            notes = [
+                f"No items are in the folder: these are the {len(worst)} worst of results.json."
+            ]
+        return Items(numbered([*items.entries, *entries]), notes)
 
 
 def too_few(results: Json) -> list[str]:
@@ -230,7 +252,8 @@ def read_results(folder: Path) -> Json:
     """Return a folder's results; empty if it has none of ours."""
     results = read_json(folder, RESULTS_FILE)
     names = results.keys() if isinstance(results, dict) else set()
-    return results if names >= COMPARISON or names >= EVALUATION else {}  # type: ignore[return-value]
+    ours = any(names >= keys for keys in (COMPARISON, EVALUATION, TUNING))
+    return results if ours else {}  # type: ignore[return-value]
 
 
 def read_json(folder: Path, name: str) -> object:
@@ -286,6 +309,8 @@ def entry_of(name: str, results: Json) -> ResultsEntry:
     if "objectives" in results:
         base = results["recipe"]["train"].get("model_name_or_path")
         return ResultsEntry(name, "compare", results["sentence"], model=base, base=base)
+    if "screened" in results:
+        return ResultsEntry(name, "tune", results["sentence"], model=name, base=results["model"])
     sentence = results["verdict"]["sentence"] if results.get("verdict") else None
     return ResultsEntry(name, "eval", sentence, results["model"], results["base"])
 

@@ -23,7 +23,8 @@ def view(
     Serve a folder until Ctrl-C.
 
     Args:
-        folder: that `eaft inspect`, `compare` or `eval` wrote, or that has such folders below it.
+        folder: that `eaft inspect`, `compare`, `eval` or `tune` wrote, or that has such folders
+            below it.
         port: None for the first free one from `PORT` on.
         token: that the address must have; None for a new one.
         browser: whether to open the browser.
@@ -51,8 +52,8 @@ def view(
     runs, inspected = Runs(folder), find_inspection(folder)
     if inspected is None and not runs.names:
         raise ConfigurationError(
-            f"{str(folder)!r} holds nothing that `eaft inspect`, `compare` or `eval` wrote: give"
-            " the folder that one of them wrote."
+            f"{str(folder)!r} holds nothing that `eaft inspect`, `compare`, `eval` or `tune` wrote:"
+            " give the folder that one of them wrote."
         )
     with contextlib.ExitStack() as stack:
         listening = stack.enter_context(listen(port))

@@ -10,8 +10,10 @@ const LISTS = {
   regressions: "the tuned model's score is lower than the base model's",
   gains: "the tuned model's score is higher than the base model's",
   all: "every item",
+  answers: "answers to held-out rows, not graded",
   drift: "the base model's own answers that drift was measured on, the most drifted first",
 };
+const GRADED = { regressions: 1, gains: 1 };
 const score = (value) => (value === null ? "–" : d3.format(".3~g")(value));
 const plain = (value) => (typeof value === "string" ? value : (JSON.stringify(value, null, 1) ?? ""));
 
@@ -46,7 +48,9 @@ export function mountItems(root) {
   const text = part(opened, (entry) => drawEntry(entry, run, move));
 
   function drawChoices({ which, counts, tasks }) {
-    const shown = Object.keys(LISTS).filter((name) => name === "all" || counts[name] > 0 || (run.base && name !== "drift"));
+    const shown = Object.keys(LISTS).filter(
+      (name) => counts[name] > 0 || (run.kind !== "tune" && (name === "all" || (run.base && name in GRADED))),
+    );
     const options = shown.map((name) => [name, `${name} ${count(counts[name])}`]);
     const names = Object.keys(tasks).sort();
     fill(
@@ -141,7 +145,7 @@ function drawEntry(entry, run, move) {
   const { before, after, drift } = entry;
   const facts = [
     drift !== null && `drift ${number(drift, 4)} nats per token over ${many(entry.tokens ?? 0, "token")}`,
-    before && after && drift === null && `score ${score(before.score)} → ${score(after.score)}`,
+    before && after && before.score !== null && `score ${score(before.score)} → ${score(after.score)}`,
     !before && after && `score ${score(after.score)}`,
     ...[
       ["base", before],
@@ -167,13 +171,14 @@ function drawEntry(entry, run, move) {
       : h(
           "div",
           { class: "answers" },
-          before && said(`Base model: ${score(before.score)}`, before.response),
-          after && said(`${run.base ? "Tuned model" : "Answer"}: ${score(after.score)}`, after.response, lost(entry)),
+          before && said(`Base model${graded(before)}`, before.response),
+          after && said(`${run.base ? "Tuned model" : "Answer"}${graded(after)}`, after.response, lost(entry)),
         ),
     choices(entry),
     filters(entry),
   ];
 }
+const graded = (side) => (side.score === null ? "" : `: ${score(side.score)}`);
 const lost = ({ before, after }) => (before && after.score < before.score ? "lost" : "");
 
 // The number of the right choice, where the task is multiple choice

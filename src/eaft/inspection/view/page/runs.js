@@ -1,10 +1,11 @@
-// The results of `eaft compare` or `eaft eval`: tables, curves, target against drift, pairs of objectives, items.
+// The results of `eaft compare`, `eaft eval` and `eaft tune`: tables, curves, target against drift, pairs, items.
 
 import { url } from "./api.js";
 import { palette, plot, watch } from "./charts.js";
 import { count, fileName, h, number, part, prose, select, share, table } from "./dom.js";
 import { mountItems } from "./items.js";
 import { change, state } from "./state.js";
+import { tuning } from "./tuning.js";
 
 export default {
   name: "runs",
@@ -24,7 +25,7 @@ export default {
     const run = part(body, (results) => {
       items.update(results);
       if (results.kind === "broken") return [h("p", { class: "lead" }, results.sentence)];
-      return results.kind === "compare" ? comparison(results, width()) : evaluation(results, width());
+      return { compare: comparison, eval: evaluation, tune: tuning }[results.kind](results, width());
     });
     const width = watch(body, () => run.redraw());
     let drawn;
@@ -34,7 +35,7 @@ export default {
       await listing.ask(url("runs"));
       if (list.length) run.ask(url("run", { name: chosen(list).name }));
       if (drawn && drawn.run !== state.run) listing.redraw();
-      if (drawn && drawn.metric !== state.metric) run.redraw();
+      if (drawn && (drawn.metric !== state.metric || drawn.point !== state.point)) run.redraw();
       else items.update();
       drawn = state;
     }
@@ -51,7 +52,7 @@ function chooser(list) {
       "label",
       { class: "inline" },
       "run ",
-      select("Run", names, chosen(list).name, (run) => change({ run, of: "0", list: "", task: "", item: "" })),
+      select("Run", names, chosen(list).name, (run) => change({ run, of: "0", list: "", task: "", item: "", point: "" })),
     ),
   ];
 }

@@ -36,6 +36,7 @@ const DEFAULTS = {
   task: "",
   find: "", // a text in the items
   item: "", // the number of the item that is open
+  point: "", // "STEP,SHARE" of the front of `eaft tune`
 };
 const FILTERS = ["source", "nll", "conflict", "search", "box", "token"];
 const SELECTION = ["model", "origin", ...FILTERS];
