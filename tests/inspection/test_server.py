@@ -550,13 +550,16 @@ def test_every_item_can_be_listed_searched_and_opened(tmp_path):
     (out / "answers.json").write_text(
         json.dumps([{"prompt": "p", "answer": "a", "drift": d, "tokens": 3} for d in (0.1, 0.4)])
     )
-    (out / "results.json").write_text(json.dumps(EVALUATION))
+    row = {"row": 7, "prompt": "mine?", "target": "yes", "before": "no", "after": "yes"}
+    held_out = {"rows": 40, "answers": [row]}
+    (out / "results.json").write_text(json.dumps({**EVALUATION, "held_out": held_out}))
     app = make_app("made", None, Runs(out), 80, TOKEN)
     headers = {"Authorization": f"token {TOKEN}", "Host": "127.0.0.1:80"}
     with TestClient(app, headers=headers) as asks:
         page = asks.get("/api/items?name=out").json()
         assert page["which"] == "regressions"
-        assert page["counts"] == {"regressions": 2, "gains": 1, "all": 4, "drift": 2}
+        counts = {"regressions": 2, "gains": 1, "all": 4, "answers": 1, "drift": 2}
+        assert page["counts"] == counts
         assert [(row["number"], row["before"], row["after"]) for row in page["rows"]] == [
             (0, 1, 0),
             (3, 0.5, 0.25),
@@ -574,6 +577,8 @@ def test_every_item_can_be_listed_searched_and_opened(tmp_path):
             **dict.fromkeys(("choices", "scores")),
             **{"response": "A Fish", "score": 1, "cut": []},
         }
+        (row,) = asks.get("/api/items?name=out&list=answers").json()["rows"]
+        assert (row["doc_id"], row["snippet"], row["before"]) == (7, "mine?", None)
         drift = asks.get("/api/items?name=out&list=drift").json()["rows"]
         assert [row["drift"] for row in drift] == [0.4, 0.1]
         for wrong in ("items?name=out&list=lost", "item?name=out&item=9", "items?name=out&of=1"):
