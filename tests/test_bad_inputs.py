@@ -76,6 +76,7 @@ TRAIN_FLAGS = {
     "gate_entropy": ["", "full", "2"],
     "gate_kwargs": ["{", "[1]", "5", '{"nosuch": 1}', '{"alpha": 2}', "text"],
     "replay": ["-0.1", "1", "1.5", "nan", "half"],
+    "replay_loss": ["", "KL", "mse", "kl"],
     "forgetting_eval_steps": ["-1", "1.5", "many"],
     "forgetting_budget": ["nan", "-1", "0.1"],
     "select_checkpoint": ["best", "budget", "pareto"],

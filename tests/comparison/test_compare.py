@@ -675,7 +675,12 @@ def test_baselines_that_are_no_gate_are_objectives(content, tmp_path):
     content["objectives"] = {
         "lora": {"gate": "sft", "use_peft": True, "lora_r": 8},
         "low": {"gate": "sft", "learning_rate": 1e-3},
-        "replay": {"gate": "sft", "replay": 0.05, "replay_prompts": str(prompts)},
+        "replay": {
+            "gate": "sft",
+            "replay": 0.05,
+            "replay_loss": "kl",
+            "replay_prompts": str(prompts),
+        },
     }
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(content, sort_keys=False))
@@ -689,6 +694,7 @@ def test_baselines_that_are_no_gate_are_objectives(content, tmp_path):
 
     before, after = identities("Hello"), identities("Good day")
     assert [found["flags"].get("replay") for found in before] == [None, None, 0.05]
+    assert [found["flags"].get("replay_loss") for found in before] == [None, None, "kl"]
     assert [found["flags"]["learning_rate"] for found in before] == [1e-2, 1e-3, 1e-2]
     assert [a == b for a, b in zip(before, after, strict=True)] == [True, True, False]
     assert str(tmp_path) not in json.dumps(before)

@@ -272,11 +272,11 @@ def test_only_a_resumed_run_takes_what_is_there(tmp_path, monkeypatch):
         for i in range(8)
     ]
     sampled, data = rows[:4], Dataset.from_list(CHAT)
-    monkeypatch.setattr(replay, "sample_rows", lambda *_: sampled)
+    monkeypatch.setattr(replay, "sample_rows", lambda *_: replay.Replayed(sampled))
     write(tmp_path / replay.REPLAY_FILE, rows[4:])
-    assert replay.replayed_rows(data, "model", config(tmp_path)) == sampled
+    assert replay.replayed_rows(data, "model", config(tmp_path)).rows == sampled
     resumed = {"resume_from_checkpoint": "true"}
-    assert replay.replayed_rows(data, "model", config(tmp_path, **resumed)) == rows[4:]
+    assert replay.replayed_rows(data, "model", config(tmp_path, **resumed)).rows == rows[4:]
     with pytest.raises(
         ConfigurationError, match=r"replay=0\.5 is 16 rows beside this data, and .* has 4"
     ):

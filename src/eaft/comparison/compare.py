@@ -56,6 +56,7 @@ LEAVES_TOKENS = (
     "gate_alpha",
     "gate_kwargs",
     "replay",
+    "replay_loss",
 )
 
 

@@ -99,6 +99,16 @@ class TopProbs:
         top, ids = log_probs.topk(min(TOP, log_probs.shape[-1]), dim=-1)
         return cls(ids.int().cpu(), top.cpu(), rest_of(log_probs, ids).cpu())
 
+    @classmethod
+    def cat(cls, parts: list[TopProbs]) -> TopProbs:
+        """Join the distributions of consecutive tokens."""
+        names = ("ids", "log_probs", "rest")
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
+    def select(self, tokens: Tensor) -> TopProbs:
+        """Return the distributions of some tokens, by their numbers `[n]` (int64, on the CPU)."""
+        return TopProbs(self.ids[tokens], self.log_probs[tokens], self.rest[tokens])
+
     def kl_to(self, log_probs: Tensor) -> Tensor:
         """
         Return the KL `[tokens]` (nats) to another model's log-probabilities `[tokens, V]`.
@@ -287,7 +297,7 @@ def answer_log_probs(model: Any, answer: Answer) -> Tensor:
         raise ConfigurationError(
             f"model_type={model.config.model_type!r}: its logits for {ids.shape[1]} tokens are"
             f" {list(logits.shape)}, and not one position a token, so that drift cannot be"
-            " measured: leave it out with --drift_prompts 0."
+            " measured (leave it out with --drift_prompts 0), nor replay_loss='kl' be computed."
         )
     return logits[0, -keep:-1].float().log_softmax(-1)
 

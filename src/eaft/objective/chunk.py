@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from eaft.objective.registry import Anchor
@@ -33,6 +35,20 @@ class Head:
     weight: Tensor  # (vocab_size, hidden_size)
     bias: Tensor | None = None  # (vocab_size,)
     transform: LogitTransform = LogitTransform()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """
+        Return the logits `[n, V]` of hidden states `[n, H]`, all at once and with their gradient,
+        in at least float32.
+        """
+        bias = None if self.bias is None else self.bias.to(hidden.dtype)
+        projection = F.linear(hidden, self.weight.to(hidden.dtype), bias)
+        logits = projection.to(torch.promote_types(projection.dtype, torch.float32))
+        if self.transform.logit_scale != 1.0:
+            logits = self.transform.logit_scale * logits
+        if (cap := self.transform.softcap) is not None:
+            logits = cap * (logits / cap).tanh()
+        return logits
 
 
 class Scores(Protocol):

@@ -61,6 +61,7 @@ TRAINING: dict[str, Any] = {
     "gate_alpha": Finite,
     "gate_top_k": StrictInt,
     "replay": Share,
+    "replay_loss": Literal["nll", "kl"],
     "forgetting_eval_steps": NotNegative,
     "forgetting_budget": FiniteNotNegative | None,
 }

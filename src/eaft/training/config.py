@@ -41,6 +41,8 @@ class EAFTConfig(EAFTFlags, SFTConfig):
         replay: share of the training rows that are the base model's own answers to everyday
             requests, mixed in against forgetting (`eaft train` samples them; see
             `eaft.training.replay`).
+        replay_loss: the loss on replayed answers: `nll`, as on the data, or `kl`, KL(base || model)
+            at each position, without a gate (see `eaft.training.replay_kl`).
         replay_prompts: JSON Lines with a `prompt`: the requests that the base model answers.
         template_date: the date in chat templates that write today's date, as 2026-11-29. `eaft
             train` records it, so that a resumed run has the same date.
@@ -58,9 +60,9 @@ class EAFTConfig(EAFTFlags, SFTConfig):
 
     Raises:
         ConfigurationError: unknown gate, a parameter it does not take or refuses, `gate_top_k` < 2,
-            a `replay` that is no share, a TRL option with a loss of its own (`loss_type`,
-            `label_smoothing_factor`) that no gate would reach, or incomplete settings of
-            `select_checkpoint`.
+            a `replay` that is no share, `replay_loss='kl'` without `replay`, a TRL option with a
+            loss of its own (`loss_type`, `label_smoothing_factor`) that no gate would reach, or
+            incomplete settings of `select_checkpoint`.
     """
 
     def __post_init__(self) -> None:
@@ -81,6 +83,11 @@ class EAFTConfig(EAFTFlags, SFTConfig):
         if self.label_smoothing_factor:
             raise ConfigurationError(
                 "label_smoothing_factor does not go with a gate; leave it at 0."
+            )
+        if self.replay_loss == "kl" and not self.replay:
+            raise ConfigurationError(
+                "replay_loss='kl' is the loss on replayed answers, and replay=0 asks for none: set"
+                " replay, e.g. to 0.1, or leave replay_loss out."
             )
         if self.template_date is not None:
             self.template_date = read_date(str(self.template_date)).isoformat()  # YAML reads a date

@@ -48,6 +48,15 @@ class EAFTFlags(GateFields):
             )
         },
     )
+    replay_loss: str = field(
+        default="nll",
+        metadata={
+            "help": (
+                "The loss on replayed answers. nll: as on the data. kl: KL(base || model) at each"
+                " position, from the base model's probabilities, kept when the answer was sampled."
+            )
+        },
+    )
     replay_prompts: str = field(
         default=str(REPLAY_PROMPTS),
         metadata={

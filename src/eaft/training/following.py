@@ -20,6 +20,8 @@ from eaft.training.trl_internals import (
     global_then_local_main_first,
 )
 
+FOLLOWED = ("example_ids", "token_numbers", "replay_numbers")  # columns with a number a token
+
 
 @dataclass
 class FollowedData:
@@ -31,6 +33,54 @@ class FollowedData:
     num_examples: int  # including examples that lost every label
 
 
+@dataclass(frozen=True)
+class ReplayedTokens:
+    """
+    The tokens of the replayed rows, which are the data's last.
+
+    Attributes:
+        first: index of the first replayed row.
+        rows: which replayed row each of the tokens is of, from 0, int32 `[tokens]`.
+        numbers: how many labels are before a label, -1 where there is none, int32 `[tokens]`.
+    """
+
+    first: int
+    rows: np.ndarray
+    numbers: np.ndarray
+
+    @classmethod
+    def of(cls, data: Dataset, first: int) -> ReplayedTokens:
+        """Return the tokens of the rows of `data` from `first` on."""
+        rows = data.select(range(first, len(data))).with_format("arrow")
+        labels, lengths = flat(rows[:]["labels"])
+        labelled = labels != -100
+        return cls(
+            first,
+            np.repeat(np.arange(len(lengths), dtype=np.int32), lengths),
+            np.where(labelled, labelled.cumsum() - 1, -1).astype(np.int32),
+        )
+
+    def marks(self, indices: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """
+        Return a mark for each token of some rows, given the rows' indices and lengths: the index of
+        its row; in a replayed row, `first` plus the number of replayed tokens before it.
+        """
+        ends = np.concatenate([[0], np.bincount(self.rows).cumsum()])
+        replayed = indices >= self.first
+        starts = np.where(replayed, self.first + ends[(indices - self.first) * replayed], indices)
+        within = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
+        return np.repeat(starts, lengths) + within * np.repeat(replayed, lengths)
+
+    def read(self, marks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the index of each marked token's row, and its number among the labels or -1."""
+        replayed = marks >= self.first
+        tokens = (marks - self.first) * replayed
+        return (
+            np.where(replayed, self.first + self.rows[tokens], marks),
+            np.where(replayed, self.numbers[tokens], -1),
+        )
+
+
 def follow_examples(
     prepare: Callable[..., Dataset],
     dataset: Any,
@@ -38,6 +88,7 @@ def follow_examples(
     packing: bool,
     formatting_func: Any,
     loose: bool,
+    first_replayed: int | None = None,
 ) -> FollowedData:
     """
     Prepare the training data with TRL's `prepare`, and keep the index of each token's example.
@@ -53,6 +104,8 @@ def follow_examples(
         packing: whether TRL packs rows.
         formatting_func: as TRL takes it.
         loose: also return the examples one by one.
+        first_replayed: index of the first replayed row, if the labels of these rows are to be
+            numbered: then there is a column `replay_numbers`, see `ReplayedTokens.numbers`.
 
     Raises:
         ConfigurationError: `dataset` is a stream.
@@ -77,14 +130,22 @@ def follow_examples(
 
     def cut(**changes: Any) -> Dataset:
         """Return one example a row, in the data's order, as TRL cuts them."""
-        return mapped(prepare_train(marked, shuffle_dataset=False, **changes), unmark, "Numbering")
+        return numbered(prepare_train(marked, shuffle_dataset=False, **changes))
+
+    def numbered(data: Dataset) -> Dataset:
+        return mapped(data, unmark, "Numbering", fn_kwargs={"replayed": replayed})
 
     whole = prepare_train(dataset, False, formatting_func, max_length=None, shuffle_dataset=False)
+    replayed = None if first_replayed is None else ReplayedTokens.of(whole, first_replayed)
     marked = mapped(
-        whole.select_columns(["input_ids", "labels"]), mark, "Marking", with_indices=True
+        whole.select_columns(["input_ids", "labels"]),
+        mark,
+        "Marking",
+        with_indices=True,
+        fn_kwargs={"replayed": replayed},
     )
     if packing:
-        prepared = mapped(prepare_train(marked, packing), unmark, "Numbering")
+        prepared = numbered(prepare_train(marked, packing))
     else:
         alone = cut()
         prepared = prepare_train(alone, max_length=None)  # shuffled, if TRL is asked to
@@ -115,22 +176,29 @@ def mapped(data: Dataset, function: Callable[..., pa.Table], what: str, **kwargs
     return data.with_format(None)
 
 
-def mark(table: pa.Table, indices: list[int]) -> pa.Table:
-    """Put each row's index above its tokens: `input_ids` becomes `index * 2**32 + input_ids`."""
+def mark(table: pa.Table, indices: list[int], replayed: ReplayedTokens | None = None) -> pa.Table:
+    """
+    Put each row's index above its tokens: `input_ids` becomes `index * 2**32 + input_ids`. For
+    replayed tokens it is another mark, see `ReplayedTokens.marks`.
+    """
     tokens, lengths = flat(table["input_ids"])
-    return with_column(
-        table,
-        "input_ids",
-        (np.repeat(np.array(indices, np.int64), lengths) << 32) + tokens,
-        lengths,
-    )
+    rows = np.array(indices, np.int64)
+    marks = np.repeat(rows, lengths) if replayed is None else replayed.marks(rows, lengths)
+    return with_column(table, "input_ids", (marks << 32) + tokens, lengths)
 
 
-def unmark(table: pa.Table) -> pa.Table:
-    """Undo `mark`: `input_ids` are tokens again, and `example_ids` are the indices."""
+def unmark(table: pa.Table, replayed: ReplayedTokens | None = None) -> pa.Table:
+    """
+    Undo `mark`: `input_ids` are tokens again, `example_ids` are the indices, and `replay_numbers`
+    are the replayed labels' numbers.
+    """
     marked, lengths = flat(table["input_ids"])
     table = with_column(table, "input_ids", marked & 0xFFFFFFFF, lengths)
-    return with_column(table, "example_ids", (marked >> 32).astype(np.int32), lengths)
+    marks = marked >> 32
+    if replayed is not None:
+        marks, numbers = replayed.read(marks)
+        table = with_column(table, "replay_numbers", numbers, lengths)
+    return with_column(table, "example_ids", marks.astype(np.int32), lengths)
 
 
 def split(table: pa.Table, length: int) -> pa.Table:
@@ -177,7 +245,8 @@ def with_numbers(table: pa.Table, indices: list[int], ends: np.ndarray) -> pa.Ta
 @dataclass
 class ExampleCollator:
     """
-    Collates as TRL does, and lays `example_ids` and `token_numbers` out like the tokens.
+    Collates as TRL does, and lays `example_ids`, `token_numbers` and `replay_numbers` out like the
+    tokens.
     """
 
     collator: DataCollatorForLanguageModeling
@@ -185,7 +254,7 @@ class ExampleCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Return TRL's batch; if the rows have these columns, each has the shape of `input_ids`."""
         batch = self.collator(rows)
-        for name in ("example_ids", "token_numbers"):
+        for name in FOLLOWED:
             if name in rows[0]:
                 # Padded with the padding token's id, where no label reads it
                 batch[name] = self.collator([{**r, "input_ids": r[name]} for r in rows])[

@@ -16,7 +16,7 @@ import copy
 import functools
 import types
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from transformers.utils import ModelOutput
 
 from eaft.errors import ConfigurationError
+from eaft.evaluation.drift import TopProbs
 from eaft.objective.chunk import Head, LogitTransform
 from eaft.objective.fused import (
     Reference,
@@ -40,8 +41,8 @@ from eaft.objective.fused import (
 from eaft.objective.gate_spec import BoundGate, bind_gate
 from eaft.objective.registry import GateLike
 from eaft.objective.statistics import TokenContext, TokenStatistics
-from eaft.objective.torch_backend import make_logits
 from eaft.training.logits_check import compare_logits
+from eaft.training.replay_kl import HeldTokens, hold_tokens
 
 
 def first_field(owner: Any, *names: str) -> Any:
@@ -172,8 +173,9 @@ class GatedOutput(ModelOutput):
         loss: scalar, nats per token; in training mode with the auxiliary loss of a mixture of
             experts.
         log_probs: `[1]`, a sum, because TRL only uses their sum. In training mode it is the sum of
-            -(g_t nll_t + coef KL_t). In evaluation mode it is the sum of ln p_t, so that
-            `eval_loss` is the plain nll with every gate.
+            -(g_t nll_t + coef KL_t), and of -KL_t for replayed tokens that are held by the base's
+            distribution. In evaluation mode it is the sum of ln p_t, so that `eval_loss` is the
+            plain nll with every gate.
         entropy, is_top1: `[N]`, for each labelled token.
         label_mask: `[B, S]`, which positions are labelled.
         aux_loss: scalar, the auxiliary loss of a mixture of experts.
@@ -210,11 +212,16 @@ class GatedLMHead:
             `[examples]`.
         old_log_prob: for a gate that needs it, the base model's ln P of each token of the data,
             float32 `[tokens]`.
+        replay_probs: for `replay_loss='kl'`, the base model's distribution at each label of the
+            replayed rows.
         losses: `TokenLosses` of the labelled tokens in the last call (in evaluation mode the
-            weights are 1).
+            weights are 1), without those in `held`.
+        held: the other ones, replayed tokens whose loss was the KL to `replay_probs`, without its
+            gradient; None if there were none.
     """
 
     losses: TokenLosses
+    held: HeldTokens | None
 
     def __init__(
         self,
@@ -226,6 +233,7 @@ class GatedLMHead:
         self.plain, self.reference = self.gate.plain(), reference
         self.example_nll: Tensor | None = None
         self.old_log_prob: Tensor | None = None
+        self.replay_probs: TopProbs | None = None
         text_config = model.config.get_text_config()
         self.text_config = text_config
         self.transform = LogitTransform(logit_scale(text_config), softcap(text_config))
@@ -274,6 +282,7 @@ class GatedLMHead:
         shift_labels: Tensor | None = None,
         example_ids: Tensor | None = None,
         token_numbers: Tensor | None = None,
+        replay_numbers: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         **kwargs: Any,
     ) -> GatedOutput:
@@ -282,7 +291,8 @@ class GatedLMHead:
         (context parallelism).
 
         For gates that need them, `example_ids` `[B, S]` are the examples of the labels, and
-        `token_numbers` `[B, S]` are their numbers in the data.
+        `token_numbers` `[B, S]` are their numbers in the data. `replay_numbers` `[B, S]` are their
+        places in `replay_probs`, and -1 outside of replayed rows.
         """
         kwargs["use_cache"] = False
         use_reference = self.gate.anchor is not None and model.training
@@ -297,11 +307,20 @@ class GatedLMHead:
             shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
             example_ids = None if example_ids is None else F.pad(example_ids[:, 1:], (0, 1))
             token_numbers = None if token_numbers is None else F.pad(token_numbers[:, 1:], (0, 1))
+            replay_numbers = (
+                None if replay_numbers is None else F.pad(replay_numbers[:, 1:], (0, 1))
+            )
         # With `device_map`, the backbone can end on another device than the head
         device = lm_head.weight.device
         labels = shift_labels.to(device)
         labelled = labels != -100
         context = self.context(model, labelled, example_ids, token_numbers)
+        gated_labels = labels
+        if replay_numbers is not None and self.replay_probs is not None and model.training:
+            replay_numbers = replay_numbers.to(device).where(labelled, -1)
+            gated_labels = labels.masked_fill(replay_numbers >= 0, -100)
+        else:
+            replay_numbers = None
         reference_head = () if reference is None else (reference.weight, reference.bias)
         with self.gathered(lm_head, *reference_head) as head:
             if reference is not None:
@@ -312,10 +331,18 @@ class GatedLMHead:
                 )
             gate = self.gate if model.training else self.plain
             total, self.losses = fused_loss(
-                hidden.to(device), head, labels, gate, context, reference, num_items=1
+                hidden.to(device), head, gated_labels, gate, context, reference, num_items=1
             )
+            held = self.hold(hidden.to(device), head, labels, replay_numbers)
         if use_reference and isinstance(self.reference, PreTrainedModel):
             reshard(self.reference)
+        entropy, is_top1 = self.losses.statistics.entropy, self.losses.statistics.is_top1
+        self.held = None
+        if held is not None:
+            total = total + held.kl.sum()
+            entropy = torch.cat([entropy, held.entropy])
+            is_top1 = torch.cat([is_top1, held.is_top1])
+            self.held = replace(held, kl=held.kl.detach())
         num_items = (
             labelled.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         )
@@ -328,11 +355,27 @@ class GatedLMHead:
         return GatedOutput(
             loss=loss,
             log_probs=-total.unsqueeze(0),
-            entropy=self.losses.statistics.entropy,
-            is_top1=self.losses.statistics.is_top1,
+            entropy=entropy,
+            is_top1=is_top1,
             label_mask=labelled,
             aux_loss=aux_loss,
         )
+
+    def hold(
+        self,
+        hidden: Tensor,  # (batch, positions, hidden_size)
+        head: Head,
+        labels: Tensor,  # (batch, positions), int64
+        replay_numbers: Tensor | None,  # (batch, positions), int64; -1 for the data's own tokens
+    ) -> HeldTokens | None:
+        """Return the replayed tokens, whose loss is the KL to the base model, if there are any."""
+        if replay_numbers is None or self.replay_probs is None:
+            return None
+        replayed = replay_numbers >= 0
+        base = self.replay_probs.select(replay_numbers[replayed].cpu())
+        if len(base.ids) == 0:
+            return None
+        return hold_tokens(hidden[replayed], head, labels[replayed], base)
 
     def context(
         self,
@@ -380,10 +423,7 @@ class GatedLMHead:
         """
         hidden = self.hidden_states(model, chosen, **inputs)
         with self.gathered(model.get_output_embeddings()) as head:
-            bias = None if head.bias is None else head.bias.to(hidden.dtype)
-            projection = F.linear(hidden, head.weight.to(hidden.dtype), bias)
-        memory = torch.empty_like(projection, dtype=torch.float32)
-        return make_logits(projection, head.transform, memory)
+            return head.logits(hidden)
 
     def hidden_states(self, model: PreTrainedModel, chosen: Tensor, **inputs: Any) -> Tensor:
         """

@@ -101,7 +101,8 @@ def compare_logits(
     a mixture of experts; it is 0 if the model's forward returns none.
     """
     kwargs["use_cache"] = False
-    kwargs.pop("example_ids", None)
+    for name in ("example_ids", "token_numbers", "replay_numbers"):
+        kwargs.pop(name, None)
     if shift_labels is None:
         shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
     labelled = shift_labels != -100

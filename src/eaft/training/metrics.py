@@ -28,10 +28,18 @@ class TokenSums:
     high_nll: Tensor  # nats, of these
     low_tokens: Tensor  # how many have an entropy of at most LOW_ENTROPY
     low_nll: Tensor  # nats, of these
+    replayed: Tensor  # how many more, replayed, were held by the base's distribution
+    replay_kl: Tensor  # nats, of these
 
     @classmethod
-    def of(cls, losses: TokenLosses) -> TokenSums:
-        """Return the sums over the tokens of one batch."""
+    def of(cls, losses: TokenLosses, replay_kl: Tensor | None = None) -> TokenSums:
+        """
+        Return the sums over the tokens of one batch.
+
+        Args:
+            losses: of the tokens with a nll.
+            replay_kl: of replayed tokens with a KL to the base in its place, `[n]`, nats.
+        """
         stats = losses.statistics
         nll, conflict = stats.nll, stats.is_conflict
         high, low = stats.entropy >= HIGH_ENTROPY, stats.entropy <= LOW_ENTROPY
@@ -46,6 +54,8 @@ class TokenSums:
             "high_nll": nll * high,
             "low_tokens": low,
             "low_nll": nll * low,
+            "replayed": nll.new_zeros(0) if replay_kl is None else torch.ones_like(replay_kl),
+            "replay_kl": nll.new_zeros(0) if replay_kl is None else replay_kl,
         }
         return cls(**{name: term.float().sum() for name, term in terms.items()})
 
@@ -69,6 +79,7 @@ class TokenSums:
             nll_low_entropy=total["low_nll"] / low if low else None,
             mean_gate=total["weights"] / tokens,
             kl=total["kl"] / tokens,
+            replay_kl=total["replay_kl"] / total["replayed"] if total["replayed"] else None,
         )
 
 
@@ -84,10 +95,11 @@ class TokenMeans:
     nll_low_entropy: float | None  # nats; None without such a token
     mean_gate: float
     kl: float  # nats
+    replay_kl: float | None  # nats a replayed token; None without such a token
 
     def logged(self, *extra: str) -> dict[str, float]:
         """Return what is logged in training and evaluation alike, and the means named `extra`."""
         names = ("nll", "conflict_share", "conflict_nll_share", *extra)
-        groups = ("nll_high_entropy", "nll_low_entropy")
+        groups = ("nll_high_entropy", "nll_low_entropy", "replay_kl")
         values = {name: getattr(self, name) for name in (*names, *groups)}
         return {name: value for name, value in values.items() if value is not None}

@@ -13,6 +13,7 @@ import itertools
 import math
 import random
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,45 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import is_conversational
 
 from eaft.errors import ConfigurationError
-from eaft.evaluation.drift import read_prompts, sample_answers
-from eaft.evaluation.measured_model import read_jsonl, shared
+from eaft.evaluation.drift import (
+    Answer,
+    BaseAnswers,
+    TopProbs,
+    read_prompts,
+    sample_answers,
+)
+from eaft.evaluation.measured_model import read_jsonl, shared, write_jsonl
 from eaft.evaluation.protocol import Protocol
 from eaft.evaluation.scores import ask, load_tokenizer
 from eaft.training.config import EAFTConfig
+from eaft.training.replay_kl import save_probs
 
 REPLAY_FILE = "replay.jsonl"  # in a run's folder: the rows
 # at most; an answer that has not ended by then is left out, since a row's end is learned too
 ANSWER_TOKENS = 256
 TRIES = 8  # times as many answers as are wanted are sampled, at most
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """
+    Replayed rows, as `sample_rows` returns them.
+
+    Attributes:
+        rows: each has `input_ids`, `labels`, `prompt` and `completion`.
+        probs: for `replay_loss='kl'`, the base model's distribution at each label, if the rows were
+            sampled just now, in this process.
+    """
+
+    rows: list[dict[str, Any]]
+    probs: TopProbs | None = None
+
+    def save(self, output_dir: Path) -> None:
+        """Write them into a run's folder, the rows last: a resumed run takes what it finds."""
+        if self.probs is not None:
+            (output_dir / REPLAY_FILE).unlink(missing_ok=True)
+            save_probs(self.probs, output_dir)
+        write_jsonl(output_dir / REPLAY_FILE, self.rows)
 
 
 def check_replay(dataset: Any, args: EAFTConfig) -> None:
@@ -82,7 +112,7 @@ def count_replayed(rows: int, args: EAFTConfig) -> int:
     return math.ceil(round(args.replay * rows / (1 - args.replay), 9))
 
 
-def replayed_rows(dataset: Dataset, model: str, args: EAFTConfig) -> list[dict[str, Any]]:
+def replayed_rows(dataset: Dataset, model: str, args: EAFTConfig) -> Replayed:
     """
     Return the base model's own answers, see `sample_rows`: beside the data, the share
     `args.replay`.
@@ -98,10 +128,15 @@ def replayed_rows(dataset: Dataset, model: str, args: EAFTConfig) -> list[dict[s
     kept = Path(args.output_dir) / REPLAY_FILE
     resumed = str(args.resume_from_checkpoint or "false").lower() != "false"
 
+    probs = None  # stay here: they are large, and read from the run's folder
+
     def find() -> list[dict[str, Any]]:
+        nonlocal probs
         if resumed and kept.is_file():
             return read_jsonl(kept)
-        return sample_rows(count, is_conversational(dataset[0]), model, args)
+        sampled = sample_rows(count, is_conversational(dataset[0]), model, args)
+        probs = sampled.probs
+        return sampled.rows
 
     rows = shared(find)
     if len(rows) != count:
@@ -113,12 +148,10 @@ def replayed_rows(dataset: Dataset, model: str, args: EAFTConfig) -> list[dict[s
         raise ConfigurationError(
             f"{kept} has rows without input_ids and labels: an older eaft wrote it. Start afresh."
         )
-    return rows
+    return Replayed(rows, probs)
 
 
-def sample_rows(
-    count: int, conversational: bool, model: str, args: EAFTConfig
-) -> list[dict[str, Any]]:
+def sample_rows(count: int, conversational: bool, model: str, args: EAFTConfig) -> Replayed:
     """
     Return so many rows, answers that came to an end, as they were sampled.
 
@@ -135,6 +168,7 @@ def sample_rows(
     prompts = read_prompts(args.replay_prompts, sys.maxsize)
     random.Random(args.seed).shuffle(prompts)  # few rows take few of them, and each seed others
     rows: list[dict[str, Any]] = []
+    ended: list[Answer] = []
     asked = itertools.cycle(prompts)
     for attempt in range(TRIES):
         if len(rows) >= count:
@@ -150,6 +184,7 @@ def sample_rows(
         )
         for answer in answers:
             if len(answer.answer_ids) < ANSWER_TOKENS:  # it ended
+                ended.append(answer)
                 ids, unlabelled = (
                     answer.prompt_ids + answer.answer_ids,
                     [-100] * len(answer.prompt_ids),
@@ -159,6 +194,9 @@ def sample_rows(
                     "completion": tokenizer.decode(answer.answer_ids),
                 }
                 rows.append({**texts, "input_ids": ids, "labels": unlabelled + answer.answer_ids})
+    probs = None
+    if args.replay_loss == "kl" and len(rows) >= count:
+        probs = TopProbs.cat(BaseAnswers.record(loaded, ended[:count]).probs)
     del loaded
     gc.collect()
     if torch.cuda.is_available():
@@ -169,4 +207,4 @@ def sample_rows(
             f" {len(rows)} ended within {ANSWER_TOKENS} tokens: give prompts with shorter answers"
             " (replay_prompts), or a smaller share."
         )
-    return rows[:count]
+    return Replayed(rows[:count], probs)

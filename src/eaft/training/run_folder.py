@@ -32,7 +32,7 @@ STAYS = (
     *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("optim", "optim_args", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
     *("gate", "gate_alpha", "gate_entropy", "gate_top_k", "gate_kwargs"),
-    *("seed", "data_seed", "replay", "max_length", "packing"),
+    *("seed", "data_seed", "replay", "replay_loss", "max_length", "packing"),
 )
 
 

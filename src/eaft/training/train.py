@@ -21,7 +21,6 @@ from trl import (
 )
 
 from eaft.errors import ConfigurationError
-from eaft.evaluation.measured_model import write_jsonl
 from eaft.evaluation.scores import load_tokenizer
 from eaft.models import (
     check_finite,
@@ -36,7 +35,7 @@ from eaft.text import visible
 from eaft.training.config import EAFTConfig
 from eaft.training.data import check_data, load_data
 from eaft.training.plan import plan
-from eaft.training.replay import REPLAY_FILE, replayed_rows
+from eaft.training.replay import replayed_rows
 from eaft.training.row_checks import check_ids
 from eaft.training.run_folder import (
     METRICS_FILE,
@@ -77,7 +76,7 @@ def train(
     cannot = f"model_name_or_path={model!r} cannot be loaded."
     try:
         with loading(cannot):
-            replayed = replayed_rows(train_dataset, model, args) if args.replay else []
+            replayed = replayed_rows(train_dataset, model, args) if args.replay else None
             trainer = EAFTTrainer(
                 model,
                 args=args,
@@ -86,7 +85,7 @@ def train(
                 quantization_config=get_quantization_config(model_args),
                 peft_config=get_peft_config(model_args),
                 replayed=(
-                    Dataset.from_list(replayed).select_columns(["input_ids", "labels"])
+                    Dataset.from_list(replayed.rows).select_columns(["input_ids", "labels"])
                     if replayed
                     else None
                 ),
@@ -106,8 +105,10 @@ def train(
             return
         checkpoint = find_checkpoint(args)  # again, for the same reason
         state.wait_for_everyone()
-        if replayed and trainer.is_world_process_zero():
-            write_jsonl(output_dir / REPLAY_FILE, replayed)
+        if replayed:
+            if trainer.is_world_process_zero():
+                replayed.save(output_dir)
+            state.wait_for_everyone()  # each process reads the probabilities
         fit(trainer, checkpoint, script_args, args, model_args, dataset_args)
 
 

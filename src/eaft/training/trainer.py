@@ -22,13 +22,20 @@ from trl import SFTTrainer
 
 from eaft.errors import ConfigurationError, NonFiniteError
 from eaft.training.config import EAFTConfig
-from eaft.training.following import ExampleCollator, FollowedData, follow_examples, number_tokens
+from eaft.training.following import (
+    FOLLOWED,
+    ExampleCollator,
+    FollowedData,
+    follow_examples,
+    number_tokens,
+)
 from eaft.training.forgetting import ForgettingEval, answers_before_sharding, general_suite
 from eaft.training.gate_measurements import MEASURED_PARAMETERS, MeasureGate, MeasureOldLogProb
 from eaft.training.head import GatedLMHead, frozen_copy
 from eaft.training.logits_check import check_logits
 from eaft.training.metrics import TokenSums
 from eaft.training.model_card import model_card
+from eaft.training.replay_kl import load_probs
 from eaft.training.rows import cached_by_date, describe_rows
 from eaft.training.templates import conversational, label_turns, mark_assistant
 from eaft.training.trl_internals import DataCollatorForLanguageModeling, get_config_model_id
@@ -74,7 +81,9 @@ class EAFTTrainer(SFTTrainer):
     labelled token: `nll` (ungated, nats), `conflict_share` (confident conflicts: H < 0.5 nats and
     P(label) < 0.1), `conflict_nll_share` (their share of the nll), `nll_high_entropy` and
     `nll_low_entropy` (nats; tokens with H >= 2 and H <= 0.5 nats under the current model, if there
-    are any). In training it also logs `mean_gate` and, with a reference model, `kl` (nats).
+    are any). In training it also logs `mean_gate` and, with a reference model, `kl` (nats). With
+    `replay_loss="kl"` replayed tokens have no nll: they count in `replay_kl` alone (nats per
+    replayed token).
 
     For a gate with a KL term, the reference is a frozen copy of the given model; under PEFT it is
     the same weights with the adapters off. If a gate must be measured, training begins with a pass
@@ -82,7 +91,9 @@ class EAFTTrainer(SFTTrainer):
 
     Args:
         replayed: more rows to train on, with `input_ids` and `labels`. They are mixed into
-            `train_dataset`, and cut, shuffled and packed like its rows.
+            `train_dataset`, and cut, shuffled and packed like its rows. For `replay_loss="kl"` the
+            base model's probabilities of their labels are in the output folder when training begins
+            (`eaft.training.replay_kl.save_probs`).
 
     Raises:
         ConfigurationError: the data set is empty, no token is labelled after preparation, or the
@@ -129,6 +140,9 @@ class EAFTTrainer(SFTTrainer):
         self._gate = args.gate_spec.bind(MEASURED_PARAMETERS)
         self._followed: FollowedData | None = None
         self._replayed = replayed
+        self._held_tokens = 0  # labels of replayed rows that the base's distribution holds
+        if replayed is not None and args.replay_loss == "kl":
+            self._held_tokens = sum(label != -100 for row in replayed["labels"] for label in row)
         super().__init__(
             model,
             args=args,
@@ -148,7 +162,7 @@ class EAFTTrainer(SFTTrainer):
         base_model = self.model.get_base_model() if is_peft_model(self.model) else self.model
         reference = self._make_reference() if self._gate.anchor else None
         self.gated_lm_head = GatedLMHead(base_model, self._gate, reference)
-        if self._gate.needs_examples or self._gate.needs_old_log_prob:
+        if self._gate.needs_examples or self._gate.needs_old_log_prob or self._held_tokens:
             self._check_examples_can_be_followed()
             pad_token_id = self.data_collator.pad_token_id
             self.data_collator = ExampleCollator(self.data_collator)
@@ -259,10 +273,12 @@ class EAFTTrainer(SFTTrainer):
         }
         for reason, holds in reasons.items():
             if holds:
-                what = "number" if self._gate.needs_old_log_prob else "example"
-                raise ConfigurationError(
-                    f"gate={self.args.gate!r} must know each token's {what}; not with {reason}."
-                )
+                who, what = f"gate={self.args.gate!r}", "example"
+                if self._gate.needs_old_log_prob:
+                    what = "number"
+                elif not self._gate.needs_examples:
+                    who, what = "replay_loss='kl'", "number"
+                raise ConfigurationError(f"{who} must know each token's {what}; not with {reason}.")
 
     def _prepare_dataset(
         self,
@@ -282,6 +298,7 @@ class EAFTTrainer(SFTTrainer):
             dataset = cached_by_date(dataset)
         if self._label_turns and conversational(dataset):
             dataset = label_turns(dataset, processing_class, args)
+        first_replayed = None
         # An evaluation set may also have the name `train`
         if name == "train" and self._replayed is not None:
             whole = copy.copy(args)
@@ -299,11 +316,13 @@ class EAFTTrainer(SFTTrainer):
                 None,
             )
             self._replayed = None
+            first_replayed = len(rows) if self._held_tokens else None
+        follow = self._gate.needs_examples or self._held_tokens
         # An evaluation set may also have the name `train`
-        if name == "train" and self._gate.needs_examples and self._followed is None:
+        if name == "train" and follow and self._followed is None:
             loose = self._gate.must_be_measured
             self._followed = follow_examples(
-                prepare, dataset, args, packing, formatting_func, loose
+                prepare, dataset, args, packing, formatting_func, loose, first_replayed
             )
             prepared = self._followed.prepared
         else:
@@ -342,11 +361,9 @@ class EAFTTrainer(SFTTrainer):
         return prepared
 
     def _set_signature_columns_if_needed(self) -> None:
-        """Keep the columns `example_ids` and `token_numbers` for the collator."""
+        """Keep the columns with a number for each token, for the collator."""
         super()._set_signature_columns_if_needed()
-        self._signature_columns += [
-            n for n in ("example_ids", "token_numbers") if n not in self._signature_columns
-        ]
+        self._signature_columns += [n for n in FOLLOWED if n not in self._signature_columns]
 
     def compute_loss(
         self,
@@ -375,7 +392,8 @@ class EAFTTrainer(SFTTrainer):
         self._require_finite(loss, batch)
 
         mode = "train" if self.model.training else "eval"
-        sums = TokenSums.of(self.gated_lm_head.losses)
+        held = self.gated_lm_head.held
+        sums = TokenSums.of(self.gated_lm_head.losses, None if held is None else held.kl)
         before = self._token_sums.get(mode)
         self._token_sums[mode] = sums if before is None else before + sums
         return result
@@ -527,6 +545,9 @@ class EAFTTrainer(SFTTrainer):
                 " are to be trained; load an adapter with PeftModel.from_pretrained(...,"
                 " is_trainable=True), and switch adapters on with enable_adapter_layers()."
             )
+        if self._held_tokens:
+            output_dir = Path(self.args.output_dir)
+            self.gated_lm_head.replay_probs = load_probs(output_dir, self._held_tokens)
         return super().train(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

@@ -26,6 +26,7 @@ from eaft.training.apart import (
     run_train,
 )
 from eaft.training.family import saved_files, write_member
+from eaft.training.replay_kl import PROBS_FOLDER
 from eaft.training.run_folder import last_complete_checkpoint
 from eaft.tuning.confirm import confirm, judge_task, typical_margin
 from eaft.tuning.measure import Kept, LoadedFamily, Part, TaskChanges
@@ -348,8 +349,8 @@ def write_model(
 
 
 def delete_weights(run_folder: Path) -> None:
-    """Delete the run's weights and checkpoints; its logs and measurements stay."""
-    for path in run_folder.glob("checkpoint-*"):
+    """Delete the run's weights, checkpoints and kept probabilities; its logs stay."""
+    for path in [*run_folder.glob("checkpoint-*"), *run_folder.glob(PROBS_FOLDER)]:
         shutil.rmtree(path)
     for path in [*run_folder.glob("*.safetensors"), *run_folder.glob("*.safetensors.index.json")]:
         path.unlink()
