@@ -499,5 +499,5 @@ def test_recipes_parse():
     assert args.gate == "eaft"
     assert model_args.model_name_or_path
     assert not launch_args
-    for name in ("gsm8k.yaml", "function_calls.yaml"):
-        assert set(read_recipe(str(recipes / "demo" / name), {}).objectives) == {"sft", "eaft"}
+    parse(["--config", str(recipes / "demo" / "tune.yaml"), "--model_name_or_path", "model"])
+    assert set(read_recipe(str(recipes / "demo" / "gsm8k.yaml"), {}).objectives) == {"sft", "eaft"}
