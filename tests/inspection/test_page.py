@@ -280,6 +280,7 @@ def test_a_box_dragged_equals_the_files(visit, tokens):
     page.mouse.move(overlay["x"] + 300, overlay["y"] + 160)
     page.mouse.up()
     settled(page)
+    assert page.locator(".plane .overlay").bounding_box() == overlay  # the plot has not moved
     h0, h1, p0, p1 = map(float, fragment(page)["box"].split(","))
     assert 0 < h0 < h1
     assert 0 < p0 < p1 < 1
@@ -714,6 +715,17 @@ def test_both_themes_and_widths(visit, width):
         page.keyboard.press("t")
         papers.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
     assert len(papers) == 2
+
+
+def test_no_column_vanishes_on_a_narrow_screen(visit):
+    page = visit("", 420)
+    assert page.locator(".plane").bounding_box()["y"] < page.locator(".advice").bounding_box()["y"]
+    for key in "345":
+        page.keyboard.press(key)
+        settled(page)
+        cells = page.locator("[role=tabpanel]:not([hidden]) td:not(:empty)")
+        assert cells.count() > 10
+        assert cells.evaluate_all("all => all.every(td => td.getClientRects().length)")
 
 
 def test_nothing_selected_is_no_error(visit):

@@ -25,6 +25,13 @@ const KEYS = [
   ["t", "dark or light"],
   ["?", "this help"],
 ];
+// The keys of each view that stand beside the tabs
+const LIST_KEYS = [["j k", "next, previous"], ["[ ]", "pages"], ["Esc", "close"]]; // prettier-ignore
+const HINTS = {
+  landscape: [["← → ↑ ↓", "move the box"], ["Esc", "remove it"]], // prettier-ignore
+  examples: [...LIST_KEYS, ["c", "next conflict"]],
+  runs: LIST_KEYS,
+};
 const place = (id) => document.getElementById(id);
 
 // The server has put the token of `/?token=` into a cookie, so it is removed from the address and the history
@@ -125,6 +132,8 @@ function drawTabs(views, chosen) {
       view.badge?.(folder) ? [" ", h("span", { class: "badge" }, `${view.badge(folder)}`)] : null,
     );
   fill(place("tabs"), ...views.map(tab));
+  const keys = [...(HINTS[chosen.name] ?? []), ["/", "search"], ["?", "all keys"]];
+  fill(place("keys"), ...keys.map(([key, what]) => h("span", {}, h("kbd", {}, key), ` ${what}`)));
   place(`tab-${chosen.name}`).scrollIntoView({ block: "nearest", inline: "nearest" });
 }
 place("tabs").addEventListener("keydown", (event) => {

@@ -66,7 +66,7 @@ export function snippets(rows) {
   const [first, last] = [d3.min(texts) ?? "", d3.max(texts) ?? ""];
   let same = 0;
   while (same < first.length && first[same] === last[same]) same += 1;
-  const cut = texts.length > 1 && same > 10 ? same : 0;
+  const cut = texts.length > 1 && same > 10 ? first.slice(0, same).search(/\S*$/) : 0; // from a word's beginning
   return texts.map((text) => h("span", { class: "snippet", dir: "auto" }, cut ? `…${text.slice(cut)}` : text));
 }
 
@@ -115,14 +115,15 @@ export function table(label, columns, rows, { onrow, sorted, empty = "Nothing he
     return h("th", { scope: "col", class: css(column), "aria-sort": order }, title);
   });
   const body = rows.map((row, index) => {
-    const cells = columns.map((column) => h("td", { class: css(column) }, column.cell(row, index)));
+    const cells = columns.map((column) => h("td", { class: css(column), "data-title": column.title }, column.cell(row, index)));
     return h("tr", onrow ? onrow(row) : {}, cells);
   });
   if (!rows.length) body.push(h("tr", {}, h("td", { colspan: columns.length, class: "quiet" }, empty)));
+  const cards = columns.some((column) => column.class === "text-cell"); // on a narrow screen
   return h(
     "div",
     { class: "scroll" },
-    h("table", { "aria-label": label }, h("thead", {}, h("tr", {}, head)), h("tbody", {}, body)),
+    h("table", { "aria-label": label, class: cards && "cards" }, h("thead", {}, h("tr", {}, head)), h("tbody", {}, body)),
   );
 }
 const css = (column) => [column.numeric && "numeric", column.class].filter(Boolean).join(" ") || null;
