@@ -410,6 +410,19 @@ def test_dry_run_counts_and_writes_nothing(no_weights, tmp_path, tokenizer, caps
     assert f"Parameters   {sum(p.numel() for p in make_model().parameters()):,}" in output
     assert "12 of 4 rows (4 x 1 x 1 processes)" in output
     assert "A100 80 GB" in output
+    assert "this machine" in output
+
+
+def test_dry_run_says_what_this_machine_refuses(no_weights, capsys, monkeypatch):
+    """Without a GPU the same command stops without --use_cpu, whatever the plan for one says."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert cli.main(["train", *no_weights, "--bf16", "true", "--dry_run", "--use_cpu"]) == 0
+    assert "stops" not in capsys.readouterr().out
+    assert cli.main(["train", *no_weights, "--bf16", "true", "--dry_run"]) == 0
+    output = capsys.readouterr().out
+    assert "On this machine eaft train stops: Your setup doesn't support bf16/gpu" in output
+    assert "No GPU was found: to train on the CPU, add --use_cpu." in output
+    assert "copies of weights in 16 bit" in output  # the plan is of bfloat16 all the same
 
 
 def test_dry_run_of_experts_counts_the_time_of_those_a_token_goes_through(no_weights, capsys):

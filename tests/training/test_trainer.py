@@ -9,7 +9,9 @@ import math
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from peft import LoraConfig
 from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -453,6 +455,28 @@ def test_model_card_names_the_gate(tmp_path):
     assert "| `eaft` | 2.0 | top-k | 20 |" in card
     assert "my/data" in card
     assert "2601.02151" in card
+    size = sum(p.numel() for p in trainer.model.parameters())
+    assert f"All {size:,} parameters, on 16 rows, for 0 steps (0 epochs)." in card
+
+
+def test_model_card_says_what_was_trained_and_keeps_trls_links(tmp_path, monkeypatch):
+    space = "https://huggingface.co/spaces/me/trackio"
+    monkeypatch.setattr(trl.trainer.base_trainer, "get_trackio_space_url", lambda: space)
+    adapter = LoraConfig(r=4, lora_alpha=9, target_modules=["v_proj", "q_proj"])
+    trainer = build(EAFTTrainer, tmp_path, peft_config=adapter, max_steps=3)
+    trainer.train()
+    trainer.create_model_card("mine", str(tmp_path))
+    card = ModelCard.load(tmp_path / "README.md")
+    for line in ("- kind: LORA", "- r: 4", "- lora_alpha: 9", "- target_modules: q_proj, v_proj"):
+        assert line in card.text
+    layers = 2 * 4 * (32 + 32 + 32 + 16)  # two matrices of rank 4 beside each query and value
+    size = sum(p.numel() for p in trainer.model.parameters())
+    trained = f"{layers:,} of {size:,} parameters, on 16 rows, for 3 steps (0.75 epochs)."
+    assert trained in card.text
+    assert f"]({space})" in card.text
+    assert {"trl", "sft", f"trackio:{space}"} <= set(card.data.tags)
+    assert card.data.library_name == "peft"
+    assert card.data.datasets is None  # a folder of this machine
 
 
 def test_compute_loss_func_is_refused(tmp_path):

@@ -31,3 +31,5 @@ def main(argv: list[str]) -> None:
     from eaft.evaluation.store import list_kept
 
     print(visible(list_kept(clear)))
+    if not clear:
+        print("Next: to delete all of it, eaft cache --clear")

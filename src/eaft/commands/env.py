@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import sys
 
 DESCRIPTION = """
 Print versions and machine as JSON, for bug reports.
@@ -31,4 +32,5 @@ def main(argv: list[str]) -> int:
     from eaft.provenance import environment
 
     print(json.dumps(environment(), indent=2))
+    print("Next: to test the loss on this machine, eaft env --check", file=sys.stderr)
     return 0

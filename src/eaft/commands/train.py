@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from eaft.commands.help import Flag, Formatter, add_flags, flags_of, gates_help
+from eaft.errors import ConfigurationError
 from eaft.text import visible
 from eaft.training.flags import DryRunArguments, EAFTFlags
 
@@ -93,11 +94,20 @@ def main(argv: list[str]) -> None:
     from eaft.training.run_folder import RUN_FILE, run_date
     from eaft.training.train import dry_run, train
 
+    refused = None
     if {"--dry_run", "--dry-run"} & set(argv) and not torch.accelerator.is_available():
-        argv = [*argv, "--use_cpu", "true"]  # a plan can be made here for a GPU elsewhere
-    (*configs, dry), launch_args, train_args = parse(argv, make_parser())
+        # A plan can be made here for a GPU elsewhere
+        try:
+            parsed = parse(argv, make_parser())
+        except ConfigurationError as error:
+            precision = ["--bf16", "true"] if "bf16" in str(error) else []  # as on that GPU
+            parsed = parse([*argv, "--use_cpu", "true", *precision], make_parser())
+            refused = f"{error} No GPU was found: to train on the CPU, add --use_cpu."
+    else:
+        parsed = parse(argv, make_parser())
+    (*configs, dry), launch_args, train_args = parsed
     if dry.dry_run:
-        print(visible(dry_run(configs, launch_args)))
+        print(visible(dry_run(configs, launch_args, refused)))
     elif not launch("train", launch_args, train_args):
         args = configs[1]
         resume = str(args.resume_from_checkpoint or "false")

@@ -131,7 +131,7 @@ def compare_on_date(recipe: Recipe, jobs: int) -> list[Failure]:
     print(
         visible(
             f"\n{text}\nWritten to {output_dir}: results.md, results.json, pareto.png, curves.png,"
-            " fronts.png"
+            f" fronts.png. Next: look at them with eaft view {output_dir}"
         )
     )
     return failed

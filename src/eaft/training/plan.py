@@ -11,6 +11,8 @@ its function.
 from __future__ import annotations
 
 import math
+import os
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from eaft.evaluation.suite import load_suites
 from eaft.models import resolve_model
 from eaft.objective.fused import GPU_MEMORY_SHARE, chunk_rows
 from eaft.objective.registry import get_gate
-from eaft.training.config import EAFTConfig
+from eaft.training.config import EAFTConfig, emulates_bf16
 from eaft.training.forgetting import general_suite
 from eaft.training.prepare import narrow_trainer
 from eaft.training.replay import count_replayed
@@ -75,9 +77,13 @@ def plan(
     train_dataset: Any,
     eval_dataset: Any,
     launch_args: list[str],
+    refused: str | None = None,
 ) -> str:
     """
     Return the plan as text.
+
+    Args:
+        refused: why `eaft train` would stop on this machine.
 
     Raises:
         ConfigurationError: what `eaft train` would refuse, or an accelerate config that cannot be
@@ -107,6 +113,7 @@ def plan(
     )
     rows = [
         f"Recipe is complete; gate {args.gate}. Nothing was trained or written.",
+        *([f"On this machine eaft train stops: {refused}"] if refused else []),
         "",
         f"Parameters   {total:,}, of which {trainable:,} are trained"
         + (f" and {active:,} take part in each token" if active < total else ""),
@@ -142,6 +149,16 @@ def plan(
             f"  {launch.processes} x {gpu:<12} {hours:8.1f} h, {hours * launch.processes:8.1f}"
             f" GPU-hours   {verdict}"
         )
+    if launch.processes <= max(1, torch.accelerator.device_count()):
+        here, room, rate = this_machine(args)
+        hours = operations / (launch.processes * rate * UTILISATION) / 3600
+        verdict = "fits" if need <= room else "DOES NOT FIT"
+        fits |= need <= room
+        duration = f"{hours:8.1f} h" if hours >= 0.1 else f"{60 * hours:8.1f} minutes"
+        rows.append(
+            f"  {'this machine':<16} {duration}, {here}, {rate:.1e} FLOP/s in a matrix product now;"
+            f" {verdict}"
+        )
     if launch.offload:
         in_gpu = replace(launch, offload=False)
         whole = memory(
@@ -166,6 +183,32 @@ def plan(
         ]
         rows += ["gradient_checkpointing, fsdp_offload_params, or LoRA (use_peft)."]
     return "\n".join(rows)
+
+
+def this_machine(args: EAFTConfig) -> tuple[str, float, float]:
+    """
+    Return this machine's device, its memory in GiB, and its rate in FLOP/s: the best of three
+    timed matrix products, in the dtype that training computes in.
+    """
+    gpu = torch.accelerator.is_available() and not args.use_cpu
+    device = torch.accelerator.current_accelerator() if gpu else torch.device("cpu")
+    bf16 = args.bf16 and (gpu or not emulates_bf16())
+    dtype = torch.bfloat16 if bf16 else torch.float16 if args.fp16 and gpu else torch.float32
+    size = 8192 if gpu else 1024
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    seconds = []
+    for _ in range(4):  # the first one warms up
+        began = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for the device
+        seconds.append(time.perf_counter() - began)
+    rate = 2 * size**3 / min(seconds[1:])
+    if device is not None and device.type == "cuda":
+        capacity = torch.cuda.get_device_properties(device).total_memory
+        name = torch.cuda.get_device_name(device)
+    else:
+        capacity = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        name = f"CPU, {torch.get_num_threads()} threads" if not gpu else str(device)
+    return f"{name}, {str(dtype).removeprefix('torch.')}", capacity / GIB, rate
 
 
 def read_launch(launch_args: list[str]) -> Launch:

@@ -20,7 +20,7 @@ from trl import (
     get_quantization_config,
 )
 
-from eaft.errors import ConfigurationError
+from eaft.errors import STARTED, ConfigurationError
 from eaft.evaluation.scores import load_tokenizer
 from eaft.models import (
     check_finite,
@@ -185,14 +185,35 @@ def fit(
             "peak_memory_gib": peak_memory_gib(),
         }
         write_json(output_dir / RUN_FILE, {**run, "finished": True})
+        if STARTED not in os.environ:  # else `eaft tune` or `compare` says what comes next
+            model = str(model_args.model_name_or_path)
+            print(visible(farewell(trainer.state, runtime, model, output_dir)))
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.accelerator.end_training()  # `Trainer.end` is this, and new in transformers 5.18
 
 
-def dry_run(configs: list[Any], launch_args: list[str]) -> str:
+def farewell(state: Any, seconds: float, model: str, folder: Path) -> str:
+    """Return what is said last: what was trained, what was written, and what to do next."""
+    logged = [log["nll"] for log in state.log_history if "nll" in log]
+    nll = ""
+    if logged:
+        nll = f" Training nll, as logged first and last: {logged[0]:.3f}, {logged[-1]:.3f}."
+    checkpoints = len(list(folder.glob("checkpoint-*")))
+    return (
+        f"\nTrained {state.global_step:,} steps ({state.epoch:.3g} epochs) in {seconds:.0f} s.{nll}"
+        f"\n\nWritten to {folder}: the model, README.md (its card), {METRICS_FILE}, {RUN_FILE};"
+        f" checkpoints: {checkpoints}. Next, see what was gained and forgotten: eaft eval {folder}"
+        f" --base {model} --held_out ROWS.jsonl"
+    )
+
+
+def dry_run(configs: list[Any], launch_args: list[str], refused: str | None = None) -> str:
     """
     Check what `train` checks of its four arguments, and return the plan (`eaft.training.plan`).
+
+    Args:
+        refused: why `train` would stop on this machine.
     """
     script_args, args, model_args, dataset_args = configs
     if message := finished(args):
@@ -200,7 +221,7 @@ def dry_run(configs: list[Any], launch_args: list[str]) -> str:
     find_checkpoint(args)
     data = load_data(script_args, args, model_args, dataset_args)
     check_data(script_args, args, model_args, *data)
-    return plan(args, model_args, *data, launch_args)
+    return plan(args, model_args, *data, launch_args, refused)
 
 
 def save_model(trainer: EAFTTrainer, output_dir: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import fsdp2_prepare_model, gather_object, is_peft_model
 from datasets import Dataset, concatenate_datasets
+from huggingface_hub import ModelCard
 from torch import Tensor
 from transformers import TrainingArguments
 from trl import SFTTrainer
@@ -571,10 +572,23 @@ class EAFTTrainer(SFTTrainer):
         """
         if not self.is_world_process_zero():
             return
-        tags = [*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])]
-        base_model = get_config_model_id(self.model.config)
+        file = Path(self.args.output_dir) / "README.md"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        super().create_model_card(model_name, dataset_name, tags)
+        rows = self.train_dataset
+        progress = {
+            "rows": (f"{len(rows):,}" if hasattr(rows, "__len__") else "a stream of")
+            + (" packed" if self.args.packing else ""),
+            "steps": f"{self.state.global_step:,}",
+            "epochs": f"{self.state.epoch or 0:.3g}",
+        }
         card = model_card(
-            self.args, self.gated_lm_head.gate, base_model, model_name, dataset_name, tags
+            ModelCard(file.read_text()),
+            self.args,
+            self.gated_lm_head.gate,
+            self.model,
+            get_config_model_id(self.model.config),
+            dataset_name,
+            progress,
         )
-        Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
-        card.save(Path(self.args.output_dir) / "README.md")
+        card.save(file)
