@@ -347,11 +347,20 @@ def test_compared_rows_are_the_same_rows(model_dir, tokenizer, tmp_path, alone, 
     assert "another vocabulary" in refused(capsys, *flags, "--compare", foreign)
 
 
-def test_rollouts_are_the_models_own_answers(model_dir, tokenizer, tmp_path, alone, monkeypatch):
+def test_rollouts_are_the_models_own_answers(
+    model_dir, tokenizer, tmp_path, alone, monkeypatch, capsys
+):
     rows = make_rows(9)
     data, out = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out"
     flags = [model_dir, data, *CPU, "--rollouts", 3, "--max_new_tokens", 7, "--output_dir"]
+    capsys.readouterr()
     assert run(*flags, out) == 0
+    log = capsys.readouterr().err
+    assert "\r" not in log
+    assert [line[:12] for line in log.splitlines() if line.startswith("Phase")] == [
+        "Phase 1: rea",
+        *(f"Phase {i} of 4" for i in (2, 3, 4)),
+    ]
     inspection = Inspection(out)
     examples, tokens = inspection.examples().to_pylist(), columns(inspection)
     mine = [e for e in examples if e["origin"] == ROLLOUTS]

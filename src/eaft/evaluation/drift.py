@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypeVar
@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
 from typing_extensions import TypedDict
 
 from eaft.errors import ConfigurationError, NonFiniteError
@@ -197,6 +198,7 @@ def sample_answers(
     batch_size: int = 16,
     share: Share = Share(),
     greedy: bool = False,
+    advance: Callable[[int], object] | None = None,
 ) -> list[Answer]:
     """
     Sample one answer to each text from the model's own distribution: temperature 1, nothing cut
@@ -213,6 +215,8 @@ def sample_answers(
         share: which batches are this process's. A batch is seeded by its place, so their number
             changes nothing.
         greedy: take the likeliest token each time instead.
+        advance: called with the number of tokens by which a batch's answers have grown, for each
+            batch `max_new_tokens` in all. Without it a bar is shown.
     """
     by_batch: dict[int, list[Answer]] = {}
     batches = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
@@ -220,11 +224,9 @@ def sample_answers(
     eos_ids = set(eos if isinstance(eos, list) else [eos])
     devices = [model.device] if model.device.type == "cuda" else []
     mine = share.of(len(batches))
-    for i in tqdm(
-        mine,
-        desc="Answers" if greedy else "Sampling the base model's answers",
-        disable=None if share.rank == 0 else True,
-    ):
+    quiet = True if advance or share.rank else None  # None: a bar on a terminal only
+    name = "Answers" if greedy else "Sampling the base model's answers"
+    for i in tqdm(mine, desc=name, disable=quiet):
         if isinstance(batches[i][0], str):
             batch = tokenizer(
                 batches[i],
@@ -240,7 +242,12 @@ def sample_answers(
         batch = batch.to(model.device)
         with torch.random.fork_rng(devices), plain_generation(model, greedy):
             torch.manual_seed(seed + i)
-            output = model.generate(**batch, max_new_tokens=max_new_tokens, use_cache=True)
+            steps = None if advance is None else Steps(advance)
+            output = model.generate(
+                **batch, max_new_tokens=max_new_tokens, use_cache=True, streamer=steps
+            )
+            if steps is not None:  # the answers may have ended before
+                steps.advance(max_new_tokens - steps.count)
         width = batch["input_ids"].shape[1]
         by_batch[i] = []
         for row, mask in zip(output, batch["attention_mask"], strict=True):
@@ -250,6 +257,23 @@ def sample_answers(
                 Answer(row[:width][mask.bool()].tolist(), answer[: ends[0] + 1] if ends else answer)
             )
     return [answer for batch in share.gather(by_batch) for answer in batch]
+
+
+class Steps(BaseStreamer):  # type: ignore[misc]
+    """Tells of each token by which a batch's answers grow."""
+
+    def __init__(self, advance: Callable[[int], object]) -> None:
+        self.advance = advance
+        self.count = -1  # the prompts come first
+
+    def put(self, value: Any) -> None:
+        """Count a token of every answer."""
+        self.count += 1
+        if self.count:
+            self.advance(1)
+
+    def end(self) -> None:
+        """Do nothing: `generate` calls it."""
 
 
 @contextlib.contextmanager

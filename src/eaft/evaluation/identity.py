@@ -110,6 +110,7 @@ def weights_digest(model: str, revision: str | None = None) -> str:
         unit="B",
         unit_scale=True,
         delay=2,
+        disable=None,
     ) as bar:
         for file in files:
             sha = hashlib.sha256()

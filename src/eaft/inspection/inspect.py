@@ -21,6 +21,7 @@ from eaft.inspection.folder import (
     BASE,
     Inspection,
 )
+from eaft.inspection.phases import Phases
 from eaft.inspection.run_file import (
     RUN_FILE,
     Identity,
@@ -93,6 +94,8 @@ def inspect(
                 " rollout_backend to hf."
             )
         check_evaluation("vllm")  # lm-eval loads vLLM
+    phases = Phases(state.is_main_process)
+    phases.begin("reading the model and the data")
     dataset, _ = load_data(script_args, args, model_args, dataset_args)
     findings = check_data(script_args, args, model_args, dataset, None)
     template = [CheckResult(**asdict(finding)) for finding in findings]
@@ -121,6 +124,8 @@ def inspect(
             " raise max_length, or check completion_only_loss and assistant_only_loss."
         )
     prompts = examples.prompts(inspect_args.rollouts) if inspect_args.rollouts else []
+    # The data, the base model and the others, and the report
+    phases.count = 3 + len(others) + bool(prompts) + inspect_args.top_k_curve
 
     with contextlib.ExitStack() as stack:
         if state.is_main_process:
@@ -150,7 +155,8 @@ def inspect(
             )
         state.wait_for_everyone()
         job = Job(folder, settings, tokenizer, base, others, examples)
-        score_all(job, prompts, flags, inspect_args.top_k_curve)
+        score_all(job, prompts, flags, phases, inspect_args.top_k_curve)
+        phases.begin("the report")
         if state.is_main_process:
             finish(job)
             conclude(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from eaft.evaluation.scores import load as load_lm
 from eaft.inspection.score.examples import Prompt, Rollout
 from eaft.inspection.score.model import ScoringModel, Settings
 
+BATCH = 16  # prompts at a time
+
 
 def sample(
     model: ScoringModel,
@@ -22,16 +25,27 @@ def sample(
     max_new_tokens: int,
     seed: int,
     share: Share,
+    advance: Callable[[int], object],
 ) -> list[Rollout]:
     """
     Return an answer to each prompt from the model's own distribution.
 
     The temperature is 1, without top-k or top-p.
+
+    Args:
+        advance: as `sample_answers` calls it.
     """
     with model.computing():
         prompt_ids = [prompt.ids for prompt in prompts]
         answers = sample_answers(
-            model.model, tokenizer, prompt_ids, max_new_tokens, seed=seed, share=share
+            model.model,
+            tokenizer,
+            prompt_ids,
+            max_new_tokens,
+            seed=seed,
+            batch_size=BATCH,
+            share=share,
+            advance=advance,
         )
     return [
         Rollout(prompt.row, answer.prompt_ids, answer.answer_ids)

@@ -12,7 +12,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from tqdm.auto import tqdm
 
 from eaft.errors import EAFTError
 from eaft.evaluation.drift import Share
@@ -27,6 +26,7 @@ from eaft.inspection.folder import (
     VOCABULARY,
     VOCABULARY_FILE,
 )
+from eaft.inspection.phases import Phases
 from eaft.inspection.run_file import RolloutFlags, ScoredModel, read_run, write_run
 from eaft.inspection.score import rollouts
 from eaft.inspection.score.curve import sample_logits, top_k_curve
@@ -71,7 +71,11 @@ class Job:
 
 
 def score_all(
-    job: Job, prompts: list[Prompt], flags: RolloutFlags, measure_curve: bool = False
+    job: Job,
+    prompts: list[Prompt],
+    flags: RolloutFlags,
+    phases: Phases,
+    measure_curve: bool = False,
 ) -> None:
     """
     Score the missing shards with each model, one model in memory at a time.
@@ -82,15 +86,39 @@ def score_all(
         job: the models, the examples and the folder.
         prompts: to which the base model samples answers; empty for no answers.
         flags: how it samples them.
+        phases: that it is shown in: one for the answers, one for each model, one for the curve.
         measure_curve: whether to measure the top-K curve too.
     """
-    state, args = processes(), job.settings.args
+    state = processes()
     model = LazyModel(job.base, job.settings)
     if prompts:
-        file = job.parts / ROLLOUTS_FILE
+        job.examples = job.examples.with_rollouts(answers(job, model, prompts, flags, phases))
+    pieces = Pieces(job.tokenizer)
+    score_model(job, ScoredModel(BASE, job.base), model, pieces, phases)
+    if measure_curve:
+        phases.begin("the entropy of the K likeliest tokens")
+        if state.is_main_process:
+            keep_top_k_curve(job, model)
+    model.free()
+    for other in job.others:
+        model = LazyModel(other.model, job.settings, is_base=False)
+        score_model(job, other, model, pieces, phases)
+        model.free()
+    state.wait_for_everyone()
+
+
+def answers(
+    job: Job, model: LazyModel, prompts: list[Prompt], flags: RolloutFlags, phases: Phases
+) -> list[Rollout]:
+    """Return the base model's answers to prompts, sampled unless the folder has them."""
+    state, args = processes(), job.settings.args
+    file, share = job.parts / ROLLOUTS_FILE, Share(state.process_index, state.num_processes)
+    batches = len(share.of(-(-len(prompts) // rollouts.BATCH)))
+    name = f"the model's own answers to {len(prompts)} prompts"
+    with phases.counted(name, batches * flags.max_new_tokens, "steps at most") as advance:
         if not shared(file.is_file):
             if flags.rollout_backend == "vllm":
-                answers = rollouts.sample_with_vllm(
+                sampled = rollouts.sample_with_vllm(
                     job.base,
                     job.tokenizer,
                     prompts,
@@ -99,31 +127,20 @@ def score_all(
                     job.settings,
                 )
             else:
-                share = Share(state.process_index, state.num_processes)
-                answers = rollouts.sample(
+                sampled = rollouts.sample(
                     model.get(),
                     job.tokenizer,
                     prompts,
                     flags.max_new_tokens,
                     args.seed,
                     share,
+                    advance,
                 )
             if state.is_main_process:
                 job.parts.mkdir(exist_ok=True)
-                write_json(file, [asdict(answer) for answer in answers])
+                write_json(file, [asdict(answer) for answer in sampled])
             state.wait_for_everyone()
-        kept = [Rollout(**entry) for entry in json.loads(file.read_text())]
-        job.examples = job.examples.with_rollouts(kept)
-    pieces = Pieces(job.tokenizer)
-    score_model(job, ScoredModel(BASE, job.base), model, pieces)
-    if measure_curve and state.is_main_process:
-        keep_top_k_curve(job, model)
-    model.free()
-    for other in job.others:
-        model = LazyModel(other.model, job.settings, is_base=False)
-        score_model(job, other, model, pieces)
-        model.free()
-    state.wait_for_everyone()
+    return [Rollout(**entry) for entry in json.loads(file.read_text())]
 
 
 class LazyModel:
@@ -147,7 +164,9 @@ class LazyModel:
             torch.cuda.empty_cache()
 
 
-def score_model(job: Job, model: ScoredModel, scoring: LazyModel, pieces: Pieces) -> None:
+def score_model(
+    job: Job, model: ScoredModel, scoring: LazyModel, pieces: Pieces, phases: Phases
+) -> None:
     """
     Write this process's share of a model's missing shards.
 
@@ -156,6 +175,7 @@ def score_model(job: Job, model: ScoredModel, scoring: LazyModel, pieces: Pieces
         model: whose files are written.
         scoring: the same model, to score with.
         pieces: the texts of its tokens.
+        phases: the next of which this is.
     """
     state, shards = processes(), dict(enumerate(job.examples.shards()))
     missing = shared(
@@ -163,17 +183,12 @@ def score_model(job: Job, model: ScoredModel, scoring: LazyModel, pieces: Pieces
     )
     mine = missing[state.process_index :: state.num_processes]
     counts = {shard: int(job.examples.lengths[list(shards[shard])].sum()) for shard in mine}
-    with tqdm(
-        total=sum(counts.values()),
-        desc=visible(f"Scoring with {model.name}", lines=False),
-        unit=" tokens",
-        unit_scale=True,
-        disable=None if state.is_main_process else True,
-    ) as bar:
+    name = f"scoring with {model.name}"
+    with phases.counted(name, sum(counts.values()), "tokens") as advance:
         for shard in mine:
-            part, before = shards[shard], bar.n
+            part = shards[shard]
             try:
-                scored = score_shard(scoring.get(), job.examples, part, bar.update)
+                scored = score_shard(scoring.get(), job.examples, part, advance)
             except EAFTError as error:
                 # The main process prints its own errors, but does not see these rows
                 if not state.is_main_process:
@@ -184,8 +199,6 @@ def score_model(job: Job, model: ScoredModel, scoring: LazyModel, pieces: Pieces
             else:
                 table = compared_table(part, scored.tokens, scored.statistics)
                 write_parquet(table, COMPARED, job.file(model.name, shard))
-            if not bar.disable:  # batches leave out examples without a label
-                bar.update(counts[shard] - (bar.n - before))
     state.wait_for_everyone()
 
 

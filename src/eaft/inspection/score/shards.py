@@ -9,7 +9,7 @@ import numpy as np
 
 from eaft.errors import NonFiniteError
 from eaft.inspection.folder import STATISTICS
-from eaft.inspection.score.examples import Examples, Tokens, batches
+from eaft.inspection.score.examples import Examples, Tokens, batches, count_labelled
 from eaft.inspection.score.model import BATCH_TOKENS, GPU_BATCH_TOKENS, ScoringModel
 from eaft.inspection.score.tables import FLOATS, Statistics
 
@@ -32,7 +32,7 @@ def score_shard(
         model: that scores them.
         examples: of all shards.
         part: the shard's examples.
-        advance: called with the number of tokens of each batch.
+        advance: called with the number of tokens of each batch, and of examples without a label.
 
     Raises:
         NonFiniteError: the model's probabilities are NaN or infinite; the message names the rows.
@@ -59,4 +59,5 @@ def score_shard(
         for name, column in values.items():
             columns[name][places] = column
         advance(int(tokens.lengths[batch].sum()))
+    advance(int(tokens.lengths[count_labelled(tokens) == 0].sum()))
     return ScoredShard(tokens, columns)
