@@ -4,6 +4,7 @@ import re
 import shutil
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
 from eaft.inspection.find.figures import CAPTIONS
@@ -13,6 +14,7 @@ from eaft.inspection.folder import Inspection
 from eaft.inspection.summary import TopKRow, write_summary
 from tests.inspection.made import make_inspection
 
+NAMES = ["example", "end", "labelled", "entropy", "log_prob"]
 CURVE = [TopKRow(k, pearson=0.9, spearman=None, seconds=0.1, mib=1.0) for k in (2, 20)]
 
 
@@ -57,6 +59,31 @@ def test_is_one_small_file_with_the_sentence_first(inspection):
     assert elements.text.index(advice) < elements.text.index("Is the data what you think?")
     names = {path.name for path in (inspection.folder / "figures").iterdir()}
     assert names == {f"{n}.png" for n in CAPTIONS}
+
+
+def test_examples_open_at_the_answer_with_the_conflicts_marked(inspection):
+    text = (inspection.folder / "report.html").read_text()
+    examples = inspection.examples().to_pylist()
+    tokens = [token for batch in inspection.batches(NAMES) for token in batch.to_pylist()]
+    for example, part in zip(examples[:8], text.split("<h3>Row ")[1:], strict=True):
+        its = [token for token in tokens if token["example"] == example["example"]]
+        prompt = next((i for i, token in enumerate(its) if token["labelled"]), len(its))
+        found = Elements(part.split("</h3>")[1])
+        assert found.tags.count("details") == 1
+        assert f": {prompt} tokens" in found.text
+        start = its[prompt - 1]["end"]
+        assert example["text"][start:] in found.text
+        assert part.count('<span class="no">') == 0
+        conflicts = [
+            token
+            for token in its[prompt:]
+            if token["labelled"] and token["entropy"] < 0.5 and token["log_prob"] < np.log(0.1)
+        ]
+        marked = [v for name, v in found.attributes if name == "class" and v == "conflict"]
+        assert len(marked) <= len(conflicts)  # those that end a character
+        assert bool(marked) == bool(conflicts) == ("Conflicts: " in found.text)
+        assert found.text.count("(the model wanted ") == min(6, len(conflicts))
+    assert text.count('class="conflict" title="the model wanted ') > 8
 
 
 def test_is_the_same_when_written_again(inspection):

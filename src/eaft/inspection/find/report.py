@@ -31,9 +31,11 @@ from eaft.inspection.summary import (
     Summary,
 )
 from eaft.inspection.vocabulary import Vocabulary
+from eaft.objective.statistics import CONFLICT_MAX_ENTROPY, CONFLICT_MAX_PROB
 from eaft.text import table, visible
 
-FIRST_EXAMPLES, EXAMPLE_TOKENS = 8, 400  # shown in the report; tokens of each example
+# Shown in the report: examples, tokens of each from its answer on, and conflicts of each
+FIRST_EXAMPLES, EXAMPLE_TOKENS, EXAMPLE_CONFLICTS = 8, 400, 6
 TOKEN_ROWS = 15
 
 
@@ -107,8 +109,16 @@ class Piece:
     """A part of an example's text, and how the report shows it."""
 
     text: str
-    style: str  # a class of the report's style sheet: p0 to p9 by probability, or no label
+    style: str  # a class of the style sheet: p0 to p9 by probability, conflict, or no label
     title: str  # what the pointer shows
+
+
+@dataclass(frozen=True)
+class ShownConflict:
+    """A token in confident conflict, and what the model wanted."""
+
+    label: str
+    wanted: str
 
 
 @dataclass(frozen=True)
@@ -119,7 +129,11 @@ class ShownExample:
     source: str
     nll: float | None
     conflict_share: float | None
-    pieces: list[Piece]
+    prompt: str  # the text before the first label
+    prompt_tokens: int
+    pieces: list[Piece]  # from the first label on
+    conflicts: list[ShownConflict]  # the first of all
+    more_conflicts: int  # that are not among them
     more: int  # tokens that are not shown
 
 
@@ -130,19 +144,41 @@ def first_examples(inspection: Inspection) -> Iterator[ShownExample]:
     tokens, vocabulary = first_tokens(inspection), Vocabulary(inspection)
     for example in examples:
         rows = tokens.filter(pc.equal(tokens["example"], example["example"])).to_pylist()
-        pieces, start = [], 0
-        for row in rows[:EXAMPLE_TOKENS]:
+        first = next((i for i, row in enumerate(rows) if row["log_prob"] is not None), len(rows))
+        start = rows[first - 1]["end"] if first else 0
+        prompt, answer, pieces = example["text"][:start], rows[first:], []
+        for row in answer[:EXAMPLE_TOKENS]:
             text, start = example["text"][start : row["end"]], row["end"]
             if text:  # else a later token shows the character
                 pieces.append(piece(text, row, vocabulary))
+        conflicts = [row for row in answer if is_conflict(row)]
         yield ShownExample(
             row=example["row"],
             source=example["source"],
             nll=example["nll"],
             conflict_share=example["conflict_share"],
+            prompt=prompt,
+            prompt_tokens=first,
             pieces=pieces,
-            more=max(0, len(rows) - EXAMPLE_TOKENS),
+            conflicts=[
+                ShownConflict(
+                    vocabulary.named(row["token_id"]).text,
+                    vocabulary.named(row["first_choice"]).text,
+                )
+                for row in conflicts[:EXAMPLE_CONFLICTS]
+            ],
+            more_conflicts=max(0, len(conflicts) - EXAMPLE_CONFLICTS),
+            more=max(0, len(answer) - EXAMPLE_TOKENS),
         )
+
+
+def is_conflict(token: dict[str, Any]) -> bool:
+    """Return whether a token is in confident conflict."""
+    return (
+        token["log_prob"] is not None
+        and token["entropy"] < CONFLICT_MAX_ENTROPY
+        and math.exp(token["log_prob"]) < CONFLICT_MAX_PROB
+    )
 
 
 def first_tokens(inspection: Inspection) -> pa.Table:
@@ -163,9 +199,11 @@ def piece(text: str, token: dict[str, Any], vocabulary: Vocabulary) -> Piece:
     prob = min(1.0, math.exp(token["log_prob"]))
     first = shown(vocabulary.named(token["first_choice"]).text, leading=True)
     title = (
-        f"p {prob:.3g}, H {token['entropy']:.2f}; the model: {first} ({token['first_prob']:.2f})"
+        f"the model wanted {first} (p {token['first_prob']:.2f}); this token: p {prob:.3g}, entropy"
+        f" {token['entropy']:.2f}"
     )
-    return Piece(text, f"p{min(9, int(10 * prob))}", title)
+    style = "conflict" if is_conflict(token) else f"p{min(9, int(10 * prob))}"
+    return Piece(text, style, title)
 
 
 def page(inspection: Inspection) -> str:
