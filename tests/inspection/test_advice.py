@@ -15,7 +15,7 @@ from eaft.inspection.find.rule import Rule
 from eaft.inspection.find.wording import percent, shown
 from eaft.inspection.folder import Inspection
 from eaft.inspection.labelled import Labelled
-from eaft.inspection.summary import ByOrigin, NamedToken, Shares
+from eaft.inspection.summary import ByOrigin, Interval, NamedToken, Shares
 from eaft.models import resolve_model
 from eaft.objective.statistics import TokenStatistics
 from tests.inspection.scored import score_rows
@@ -33,6 +33,22 @@ TEXTS = [
     " PAR",
     " 4",
     "<0xF0><0x9F>",
+    "IS",
+    " the",
+    " a",
+    " these",
+    " I",
+    " It",
+    "t",
+    "ad",
+    " ad",
+    " adjust",
+    "justed",
+    " think",
+    "**",
+    # Han, Hindi with its vowel signs, Arabic, Thai, Cyrillic; bytes of a Han character
+    *("北京", "北", "京", "上海", "ी", "ा", " سلام", " كتاب", "สวัสดี", "สวัส", " мир", " Мир"),
+    *("<0xE5><0x8C>", "<0xE6><0x88>"),
 ]
 
 
@@ -52,8 +68,8 @@ class Words:
 
 def conflicts(rows, batches=1):
     """
-    Count rows of (example, label, first choice), each a conflict of nll 5, given in so many
-    batches.
+    Count rows of (example, label, first choice), given in so many batches. Each is a conflict of
+    nll 5, or a token of nll 1 where the first choice is the label.
     """
     sums = Conflicts(Words())
     for part in np.array_split(
@@ -61,43 +77,66 @@ def conflicts(rows, batches=1):
     ):
         n = len(part)
         small, no = torch.full((n,), 0.01), torch.zeros(n, dtype=torch.bool)
-        stats = TokenStatistics(torch.full((n,), -5.0), small, small, torch.ones(n), no, 20)
+        log_prob = torch.tensor([-1.0 if a == b else -5.0 for _, a, b in part])
+        stats = TokenStatistics(log_prob, small, small, torch.ones(n), no, 20)
         sums.add(Labelled(stats, *part.T.astype(np.int32)))
     return sums
 
 
 @pytest.mark.parametrize(
-    ("label", "first", "is_content"),
+    ("text", "first", "is_content"),
     [
-        (" Paris", " Rome", True),
-        (" 42", " 7", True),
-        (" 42", " 4", True),  # a number that begins another is not that number
-        (" Paris", "PARIS", False),
-        (" PAR", " Paris", False),
-        ("<<", " Paris", False),
-        (" Paris", "\n", False),
-        (" Rome", "<|im_end|>", False),
+        ([" Paris"], " Rome", True),
+        ([" 42"], " 7", True),
+        ([" 42"], " 4", True),  # a number that begins another is not that number
+        ([" Paris"], "PARIS", False),
+        ([" PAR", "IS"], " Paris", False),  # the same word, split elsewhere
+        ([" PAR", " 42"], " Paris", True),
+        (["<<"], " Paris", False),
+        ([" Paris"], "\n", False),
+        ([" Rome"], "<|im_end|>", False),
+        ([" the", " Paris"], " a", True),
+        ([" the", " Paris"], " these", True),
+        ([" these"], " the", True),
+        ([" I", " think"], " It", True),
+        ([" I", "t"], " It", False),
+        (["ad", "justed"], " a", True),
+        ([" ad", "justed"], " adjust", False),
+        (["北京"], "上海", True),
+        (["北", "京"], "北京", False),
+        (["北", "上海"], "北京", True),
+        (["北京"], "北", False),  # no space says that a word has ended
+        (["สวัสดี"], "สวัส", False),
+        (["ी"], "ा", True),  # a vowel sign is a part of a word
+        ([" سلام"], " كتاب", True),
+        ([" мир"], " Мир", False),
+        (["<0xE5><0x8C>"], "<0xE6><0x88>", True),
+        (["<0xF0><0x9F>"], " Rome", False),  # the beginning of an emoji
     ],
 )
-def test_the_rule_on_single_tokens(label, first, is_content):
-    assert conflicts([(0, label, first)]).content_share() == is_content
+def test_the_rule_on_a_token_and_the_text_after_it(text, first, is_content):
+    after = [(0, token, token) for token in text[1:]]
+    assert conflicts([(0, text[0], first), *after]).content_share() == is_content
 
 
-def test_a_label_that_fights_in_a_fifth_of_the_examples_is_a_habit_unless_it_is_a_number():
-    others = [(i, "<<", "\n") for i in range(20)]
+def test_a_word_that_opens_lines_in_a_fifth_of_the_examples_is_a_habit_unless_it_is_a_number():
+    def share(word, other, examples, before=(), batches=1):
+        rows = [(i, "<<", "\n") for i in range(20)]
+        for i in examples:
+            rows += [(i, token, token) for token in before] + [(i, word, other)]
+        return conflicts(sorted(rows, key=lambda row: row[0]), batches).content_share()
+
+    line = ("\n", "**")
     for batches in (1, 7):
-        rows = sorted(others + [(i, "Answer", " Rome") for i in (0, 3, 3, 9, 9, 9)])
-        assert conflicts(rows, batches).content_share() == pytest.approx(
-            6 / 26
-        )  # in three examples of twenty
-        rows = sorted([*rows, (15, "Answer", " Rome")])
-        assert conflicts(rows, batches).content_share() == 0  # in four
-        rows = sorted(others + [(i, " 42", " 7") for i in range(20)])
-        assert conflicts(rows, batches).content_share() == 0.5
-        rows = sorted(
-            others + [(i, "<0xF0><0x9F>", " Rome") for i in range(20)]
-        )  # how a part of an emoji is shown
-        assert conflicts(rows, batches).content_share() == 0
+        few, many = (0, 3, 3, 9, 9, 9), (0, 3, 3, 9, 9, 9, 15)  # three examples of twenty, four
+        assert share("Answer", " Rome", few, line, batches) == pytest.approx(6 / 26)
+        assert share("Answer", " Rome", many, line, batches) == 0
+        assert share(" 42", " 7", range(20), line, batches) == 0.5
+        for word in (" the", " I", " ad"):  # within a line they are words like others
+            assert share(word, " Rome", range(20), (" Paris",), batches) == 0.5
+
+
+FORMAT = [(i, "<<", "\n") for i in range(12)]
 
 
 @pytest.mark.parametrize(
@@ -107,8 +146,9 @@ def test_a_label_that_fights_in_a_fifth_of_the_examples_is_a_habit_unless_it_is_
 def test_kinds_and_words(share, kind, slope, monkeypatch):
     rule = Rule(slope, 0.0, residual=0.01, runs=8, mean=0.4, spread=0.5, lowest=0.0, highest=0.8)
     monkeypatch.setattr(Rule, "fitted", lambda: rule)
+    interval = None if share is None else Interval(share - 0.005, share + 0.005)
     advice = advise(
-        ByOrigin(Shares(tokens=0.1, nll=share, gradient=0.3), None), conflicts([(0, "<<", "\n")])
+        ByOrigin(Shares(tokens=0.1, nll=share, gradient=0.3), None), conflicts(FORMAT), interval
     )
     assert advice.kind == kind
     assert advice.text.startswith(advice.headline)
@@ -116,11 +156,36 @@ def test_kinds_and_words(share, kind, slope, monkeypatch):
         return
     assert advice.facts.expected == rule.expect(share)
     change = f"{abs(100 * slope * share):.0f}% {'less' if slope < 0 else 'more'}"
-    assert f"EAFT drifts {change} from the base" in advice.text
+    assert (f"it drifts {change} from the base" in advice.text) == (slope != 0)
     assert ("expected to save drift" in advice.text) == (slope < 0)
     assert ("expected to cost drift" in advice.text) == (slope > 0)
     assert ("We measured no saving" in advice.text) == (slope == 0)
     assert ("is expected to help" in advice.headline) == (kind != "few" and slope < 0)
+    assert "this data fights" in advice.headline
+    assert f"{percent(interval.low)} to {percent(interval.high)}" in advice.text
+
+
+@pytest.mark.parametrize(
+    ("count", "total", "kind", "seems"),
+    [
+        (9, 100, "too_few", False),
+        (9, 250, "few", False),  # even ten would be 20% of the nll
+        (0, 100, "too_few", False),
+        (0, 250, "few", False),
+        (12, 120, "format", False),
+        (12, 240, "format", True),
+        (12, 400, "few", True),
+    ],
+)
+def test_headlines_know_how_much_they_know(count, total, kind, seems):
+    """`total`: nats of all tokens, 5 of each in conflict."""
+    rows = FORMAT[:count] + [(i % 12, " the", " the") for i in range(total - 5 * count)]
+    share = 5 * count / total
+    interval = Interval(share - 0.1, share + 0.1) if count > 9 else None
+    advice = advise(ByOrigin(Shares(0.1, share, 0.3), None), conflicts(sorted(rows)), interval)
+    assert (advice.kind, advice.facts.conflicts) == (kind, count)
+    assert ("seems to fight" in advice.headline) == seems
+    assert ("Too few tokens to say" in advice.headline) == (kind == "too_few")
 
 
 def test_what_sentences_show():

@@ -21,10 +21,14 @@ class ExampleColumns:
         nll: `[examples]`, mean nll under the base model, nats; NaN if no token is labelled.
         tokens: `[examples]`, the number of tokens.
         labelled: `[examples]`, the number of labelled tokens.
+        conflict_nll_share: `[examples]`, the share of its nll in confident conflicts; NaN if its
+            nll is 0 or no token is labelled.
     """
 
     def __init__(self, inspection: Inspection) -> None:
-        table = inspection.examples(["origin", "source", "nll", "tokens", "labelled"])
+        table = inspection.examples(
+            ["origin", "source", "nll", "tokens", "labelled", "conflict_nll_share"]
+        )
         self.is_rollout: NDArray[np.bool_] = pc.equal(table["origin"], ROLLOUTS).to_numpy()
         encoded = table["source"].combine_chunks().dictionary_encode()
         self.sources: list[str] = encoded.dictionary.to_pylist()
@@ -32,6 +36,7 @@ class ExampleColumns:
         self.nll: NDArray[np.float64] = table["nll"].to_numpy()
         self.tokens: NDArray[np.int32] = table["tokens"].to_numpy()
         self.labelled: NDArray[np.int32] = table["labelled"].to_numpy()
+        self.conflict_nll_share: NDArray[np.float64] = table["conflict_nll_share"].to_numpy()
 
     @property
     def origins(self) -> tuple[str, ...]:

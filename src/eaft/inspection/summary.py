@@ -161,6 +161,14 @@ class ExpectedDrift:
 
 
 @dataclass(frozen=True)
+class Interval:
+    """An interval, in the units of what it is about."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class AdviceFacts(Shares):
     """What the advice rests on: the shares of the data in confident conflicts, and more."""
 
@@ -170,13 +178,16 @@ class AdviceFacts(Shares):
     format: list[TokenNll]  # labels with most nll in format conflicts
     content: list[TokenNll]  # labels with most nll in content conflicts
     expected: ExpectedDrift | None = None  # None if no token has a label
+    conflicts: int | None = None  # tokens in confident conflict; None in older files
+    # The 95% interval of `nll` over rows like these; None if there is too little to say
+    interval: Interval | None = None
 
 
 @dataclass(frozen=True)
 class Advice:
     """How much of the data fights the model, and what to do about it."""
 
-    kind: str  # "none", "few", "format", "content" or "mixed"
+    kind: str  # "none", "too_few", "few", "format", "content" or "mixed"
     headline: str
     text: str  # begins with the headline
     facts: AdviceFacts

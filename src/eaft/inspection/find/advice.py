@@ -7,6 +7,7 @@ Shares are of the nll. `conflicts` says which conflicts are format and which are
 from __future__ import annotations
 
 from eaft.inspection.find.conflicts import Conflicts
+from eaft.inspection.find.interval import MIN_CONFLICTS
 from eaft.inspection.find.rule import Rule
 from eaft.inspection.find.wording import percent, shown
 from eaft.inspection.summary import (
@@ -14,23 +15,26 @@ from eaft.inspection.summary import (
     AdviceFacts,
     ByOrigin,
     ExpectedDrift,
+    Interval,
     Shares,
     TokenNll,
 )
 
 FEW, MANY = 0.2, 0.5  # up to the first share of the nll, conflicts are few; from the second, many
+USUAL_NLL = 5.0  # nats of a token in conflict, where the data has none
 MOSTLY = 0.7  # share of the conflicts' nll from which they are mostly format, or mostly content
 NAMED = 3  # tokens of a kind that the text names
 
 HEADLINES = {
-    "few": "Little of this data fights the model: plain SFT will do.",
-    "format": "{much} of this data fights the model, mostly over format: EAFT {helps}.",
+    "too_few": "Too few tokens to say whether this data fights the model.",
+    "few": "Little of this data {fights} the model: plain SFT will do.",
+    "format": "{much} of this data {fights} the model, mostly over format: EAFT {helps}.",
     "content": (
-        "{much} of this data fights the model, mostly over words and numbers: decide first who is"
-        " right."
+        "{much} of this data {fights} the model, mostly over words and numbers: decide first who"
+        " is right."
     ),
     "mixed": (
-        "{much} of this data fights the model, over format and over words and numbers: EAFT"
+        "{much} of this data {fights} the model, over format and over words and numbers: EAFT"
         " {helps}."
     ),
 }
@@ -52,13 +56,14 @@ WHAT_TO_DO = {
 }
 
 
-def advise(shares: ByOrigin[Shares], conflicts: Conflicts) -> Advice:
+def advise(shares: ByOrigin[Shares], conflicts: Conflicts, interval: Interval | None) -> Advice:
     """
     Return the advice.
 
     Args:
         shares: in confident conflicts, of the data and of the model's own answers.
         conflicts: of the data.
+        interval: 95%, of the share of the data's nll in conflicts; None if there is none.
     """
     share, content = shares.data.nll, conflicts.content_share()
     rule = Rule.fitted()
@@ -71,20 +76,42 @@ def advise(shares: ByOrigin[Shares], conflicts: Conflicts) -> Advice:
         format=conflicts.top_format(),
         content=conflicts.top_content(),
         expected=expected,
+        conflicts=int(conflicts.counts.sum()),
+        interval=interval,
     )
     if share is None or expected is None:
         headline = "Nothing to train on: no token has a label."
         text = "See the checks below: the labels are masked, or max_length cut them off."
         return Advice("none", headline, f"{headline} {text}", facts)
+    if too_few(share, conflicts):
+        count = int(conflicts.counts.sum())
+        number = f"{count} is" if count == 1 else f"{count} are"
+        more = (
+            f"Of its labelled tokens {number} in confident conflict; at least {MIN_CONFLICTS} are"
+            " needed for a share that can be trusted. Score more rows."
+        )
+        headline = HEADLINES["too_few"]
+        return Advice("too_few", headline, f"{headline} {more}", facts)
     mostly = main_kind(content)
     kind = mostly if share > FEW else "few"
+    # With fewer conflicts the share is little in any case: see `too_few`
+    sure = conflicts.counts.sum() < MIN_CONFLICTS or (
+        interval is not None and not interval.low <= FEW <= interval.high
+    )
     helps = "is expected to help" if expected.high < 0 else "has not been shown to help"
     much = "Much" if share >= MANY else "Some"
-    sentences = [HEADLINES[kind].format(much=much, helps=helps), how_much(shares)]
+    fights = "fights" if sure else "seems to fight"
+    headline = HEADLINES[kind].format(much=much, helps=helps, fights=fights)
+    sentences = [headline, how_much(shares, interval)]
+    if not sure:
+        sentences.append(
+            f"From {percent(FEW)} of the nll we call it some, below little: more rows would say"
+            " which it is."
+        )
     any_conflict = bool(conflicts.counts.sum())
     if any_conflict:
         sentences.append(what_they_are(mostly, facts))
-    sentences.append(what_to_expect(expected, share, rule))
+    sentences.append(what_to_expect(expected))
     if kind != "few":
         sentences.append(WHAT_TO_DO[kind])
     elif mostly == "content" and any_conflict:
@@ -101,23 +128,31 @@ def main_kind(content_share: float | None) -> str:
     return "content" if content_share >= MOSTLY else "mixed"
 
 
-def what_to_expect(expected: ExpectedDrift, share: float, rule: Rule) -> str:
-    """Return what EAFT is expected to save, how sure that is, and what it rests on."""
-    nearest = min(max(share, rule.lowest), rule.highest)
-    where = (
-        "" if nearest == share else f" at a share of {percent(nearest)}, the nearest we measured"
+def too_few(share: float, conflicts: Conflicts) -> bool:
+    """
+    Return whether there are too few conflicts to say how much of the data fights the model.
+
+    Few conflicts are enough where even `MIN_CONFLICTS` would be little of the nll.
+    """
+    count = int(conflicts.counts.sum())
+    if count >= MIN_CONFLICTS:
+        return False
+    at_most = (
+        MIN_CONFLICTS / count * share if count else MIN_CONFLICTS * USUAL_NLL / conflicts.all_nll
     )
-    if expected.high < 0:
-        verdict = "EAFT is expected to save drift on data like this."
-    elif expected.low > 0:
-        verdict = "EAFT is expected to cost drift on data like this."
-    else:
-        verdict = "We measured no saving from EAFT on data like this."
+    return at_most > FEW
+
+
+def what_to_expect(expected: ExpectedDrift) -> str:
+    """Return what EAFT is expected to save, and how sure that is."""
+    if expected.low <= 0 <= expected.high:
+        return "We measured no saving from EAFT on data like this."
+    verdict = "save" if expected.high < 0 else "cost"
     return (
-        f"{verdict} At the same held-out nll EAFT drifts {difference(expected.change)} from the"
-        f" base model than SFT{where} (95% of runs: {difference(expected.low)} to"
-        f" {difference(expected.high)}). We measured this on one model of 135M parameters; yours"
-        " may differ."
+        f"EAFT is expected to {verdict} drift on data like this: at the same held-out nll it drifts"
+        f" {difference(expected.change)} from the base model than SFT (95% of runs:"
+        f" {difference(expected.low)} to {difference(expected.high)}). We measured this on one"
+        " model of 135M parameters; yours may differ."
     )
 
 
@@ -126,13 +161,16 @@ def difference(change: float) -> str:
     return f"{abs(100 * change):.0f}% {'less' if change < 0 else 'more'}"
 
 
-def how_much(shares: ByOrigin[Shares]) -> str:
+def how_much(shares: ByOrigin[Shares], interval: Interval | None) -> str:
     """Return how much of the data is in conflict, beside the model's own answers."""
     data, rollouts = shares.data, shares.rollouts
+    certainty = ""
+    if interval is not None:
+        certainty = f"; 95% interval: {percent(interval.low)} to {percent(interval.high)}"
     text = (
-        f"{percent(data.nll or 0)} of the loss (nll), {percent(data.tokens or 0)} of the tokens and"
-        f" {percent(data.gradient or 0)} of the gradient are confident conflicts: the model is sure"
-        " of another token than the label"
+        f"{percent(data.nll or 0)} of the loss (nll{certainty}), {percent(data.tokens or 0)} of the"
+        f" tokens and {percent(data.gradient or 0)} of the gradient are confident conflicts: the"
+        " model is sure of another token than the label"
     )
     if rollouts is not None and rollouts.nll is not None:
         text += f"; in its own answers to the same prompts, {percent(rollouts.nll)} of the nll"

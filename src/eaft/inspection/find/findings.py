@@ -17,6 +17,7 @@ from eaft.inspection.example_columns import ExampleColumns
 from eaft.inspection.find.advice import Conflicts, advise
 from eaft.inspection.find.checks import check
 from eaft.inspection.find.effects import Effects, ParameterMeasurement
+from eaft.inspection.find.interval import share_interval
 from eaft.inspection.find.words import Words
 from eaft.inspection.folder import BASE, Inspection
 from eaft.inspection.labelled import Labelled, labelled_pairs, labelled_tokens
@@ -187,7 +188,9 @@ def find(inspection: Inspection, top_k_curve: list[TopKRow] | None) -> Summary:
         tokens=words.result(),
         top_k=top_k_curve,
         checks=check(inspection),
-        advice=advise(shares[BASE], conflicts),
+        advice=advise(
+            shares[BASE], conflicts, share_interval(examples, int(conflicts.counts.sum()))
+        ),
     )
 
 
