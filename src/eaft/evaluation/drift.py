@@ -259,7 +259,7 @@ def sample_answers(
     return [answer for batch in share.gather(by_batch) for answer in batch]
 
 
-class Steps(BaseStreamer):  # type: ignore[misc]
+class Steps(BaseStreamer):
     """Tells of each token by which a batch's answers grow."""
 
     def __init__(self, advance: Callable[[int], object]) -> None:
