@@ -29,7 +29,7 @@ def show(monkeypatch, stderr, seconds=(), shown=True):
 
 @pytest.mark.parametrize(
     ("seconds", "time"),
-    [((2.0, 4.0, 30.0, 80.0), "about 01:10 left"), ((1.0, 2.0), "done in 01:40")],
+    [((90.0, 92.0, 96.0, 99.0), "about 00:21 left"), ((1.0, 2.0), "done in 01:40")],
 )
 def test_a_log_has_one_line_a_phase_with_the_time_left(seconds, time, monkeypatch):
     lines = show(monkeypatch, io.StringIO(), seconds)

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from eaft.text import visible
 
-SETTLED = 5.0  # seconds of a phase after which its speed says how long it will take
+SETTLED = 5.0  # seconds after which a phase's speed says how long it will take
 
 
 class Phases:
@@ -83,14 +83,22 @@ class Line:
     def __init__(self, title: str, total: int, unit: str, write: Callable[[str], None]) -> None:
         self.title, self.total, self.unit, self.write = title, total, unit, write
         self.began, self.done, self.written = time.monotonic(), 0, False
+        self.first: tuple[float, int] | None = None  # when the first part was done, and its work
 
     def advance(self, done: int) -> None:
-        """Count work that is done."""
+        """
+        Count work that is done.
+
+        The speed is that after the first part, which has the loading of the model in it.
+        """
         self.done += done
-        seconds = time.monotonic() - self.began
-        if not self.written and self.done and seconds >= SETTLED:
-            left = tqdm.format_interval(seconds * (self.total - self.done) / self.done)
-            self.say(f"about {left} left")
+        now = time.monotonic()
+        if self.first is None:
+            self.first = now, self.done
+        since, before = self.first
+        if not self.written and self.done > before and now - since >= SETTLED:
+            left = (now - since) * (self.total - self.done) / (self.done - before)
+            self.say(f"about {tqdm.format_interval(left)} left")
 
     def end(self) -> None:
         """Write the line if it is not written yet."""
