@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from eaft.inspection.find import advice as advice_module
 from eaft.inspection.find.advice import advise
 from eaft.inspection.find.conflicts import Conflicts
 from eaft.inspection.find.findings import find
@@ -290,7 +291,8 @@ def wrong(country, countries):
     ],
     ids=["right", "counterfactual", "format", "GSM8K"],
 )
-def test_the_real_model_on_data_made_for_it(rows, kinds, content, smollm2, tmp_path):
+def test_the_real_model_on_data_made_for_it(rows, kinds, content, smollm2, tmp_path, monkeypatch):
+    monkeypatch.setattr(advice_module, "MIN_CONFLICTS", 0)  # the rows are few, to be quick
     advice = find(Inspection(score_rows(tmp_path, *smollm2, rows)), None).advice
     assert advice.kind in kinds
     share = advice.facts.content_share
