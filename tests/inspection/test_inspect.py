@@ -23,6 +23,7 @@ from eaft.commands.inspect import make_parser, named
 from eaft.errors import NonFiniteError
 from eaft.inspection import inspect
 from eaft.inspection.folder import BASE, STATISTICS, Inspection
+from eaft.inspection.phases import Phases
 from eaft.inspection.run_file import ScoredModel
 from eaft.inspection.score import rollouts
 from eaft.inspection.score import run as score_run
@@ -280,7 +281,9 @@ def test_any_process_says_what_is_wrong_with_its_rows(
     monkeypatch.setattr(score_run, "processes", lambda: second)
     monkeypatch.setattr(score_run, "score_shard", refuse)
     with pytest.raises(NonFiniteError):
-        score_run.score_model(job, ScoredModel(BASE, "m"), SimpleNamespace(get=lambda: None), None)
+        score_run.score_model(
+            job, ScoredModel(BASE, "m"), SimpleNamespace(get=lambda: None), None, Phases(False)
+        )
     assert "error: not finite in row 7" in capsys.readouterr().err
 
 

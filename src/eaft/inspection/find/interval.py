@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from eaft.evaluation.paired import bootstrap_interval
 from eaft.inspection.example_columns import ExampleColumns
 from eaft.inspection.summary import DATA, Interval
 
@@ -36,6 +35,8 @@ def share_interval(examples: ExampleColumns, conflicts: int) -> Interval | None:
 
 def interval_of(part: NDArray[np.float64], whole: NDArray[np.float64]) -> Interval:
     """Return the 95% interval of sum(part) / sum(whole), `[rows]` each, by cluster bootstrap."""
+    from eaft.evaluation.paired import bootstrap_interval  # needs the extra `inspect`
+
     cluster = np.random.default_rng(0).permutation(len(whole)) % CLUSTERS
     size = min(CLUSTERS, len(whole))
     low, high = bootstrap_interval(
