@@ -158,7 +158,7 @@ def launches(case: Case) -> dict[str, Launch]:
     with recorded_launches() as found:
         scores = triton_backend.score(projection, labels, case.top_k, transform)
         divergence = triton_backend.diverge(
-            projection, reference, scores, Anchor(1.0, case.direction), transform
+            projection, reference, labels, scores, Anchor(1.0, case.direction), transform
         )
         triton_backend.gradient_(projection, labels, weights, scores, transform)
         triton_backend.gradient_(projection, labels, weights, scores, transform, divergence, 0.5)

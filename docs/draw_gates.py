@@ -42,13 +42,16 @@ def main() -> None:
     stats = replace(
         stats, example_nll=stats.nll, old_log_prob=torch.full_like(stats.nll, 0.5).log()
     )
+    base = replace(stats, old_log_prob=stats.log_prob)  # the tokens under the base model itself
     g = normalized_entropy(stats)
 
     figure, axes = plt.subplots(
-        4, 4, figsize=(12, 11), sharex=True, sharey=True, layout="constrained"
+        4, 5, figsize=(14.5, 11), sharex=True, sharey=True, layout="constrained"
     )
-    for axis, (name, params) in zip(axes.flat, PANELS, strict=True):
-        weights = gate_weights(name, stats, **params)
+    for axis in axes.flat[len(PANELS) :]:
+        axis.axis("off")
+    for axis, (name, params) in zip(axes.flat, PANELS, strict=False):
+        weights = gate_weights(name, base if name == "stm" else stats, **params)
         most = max(1.0, weights.max().item())
         mesh = axis.pcolormesh(
             g, stats.prob, weights / most, vmin=0, vmax=1, cmap="viridis", shading="gouraud"

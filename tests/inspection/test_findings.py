@@ -100,6 +100,7 @@ def weights(rows, measured):
         "flow": np.exp(-mean / measured["tau"]),
         "sft-kl": np.ones(len(rows)),
         "asft": rows.p,
+        "tmkl": np.ones(len(rows)),
     }
 
 

@@ -235,7 +235,7 @@ def check_as_exact_as_plain(gate, size, dtype, seeds=16, tokens_at_a_time=5):
     ("gate", "size"),
     every_gate_once(
         ["a last partial chunk", *(size for size in SIZES if size != "a last partial chunk")],
-        ("sft", "eaft", "deft", "talr", "sft-kl", "asft"),
+        ("sft", "eaft", "deft", "talr", "sft-kl", "asft", "tmkl"),
         ("eaft", "asft"),
     ),
 )
@@ -355,7 +355,7 @@ def test_logits_that_are_minus_infinity(backend):
             problem.labels.where(problem.labels < 0, problem.labels % finite),
         )
         problem.reference = Reference(problem.reference.hidden, problem.weight, problem.bias)
-        for gate in ("eaft", "asft", "sft-kl"):
+        for gate in ("eaft", "asft", "sft-kl", "tmkl"):
             ours, theirs = flatten(fuse(problem, gate)), flatten(plain(problem, gate))
             for name in ours:
                 torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
@@ -405,7 +405,7 @@ def test_labels_of_any_shape_and_their_context():
         problem.example_ids.view(3, 4),
         problem.example_nll.view(3, 4),
     )
-    for gate in ("eaft", "talr", "flow", "psft", "ranktuner", "asft"):
+    for gate in ("eaft", "talr", "flow", "psft", "ranktuner", "asft", "tmkl"):
         a, b = (flatten(fuse(p, gate, **GIVEN.get(gate, {}))) for p in (problem, shaped))
         assert a["loss"] == b["loss"]
         assert torch.equal(a["gradient of hidden"].view(3, 4, 8), b["gradient of hidden"])
@@ -679,7 +679,7 @@ def test_a_backend_that_cannot_be_had_is_refused(monkeypatch):
         linear_gated_cross_entropy(*arguments, backend="triton")
 
 
-@pytest.mark.parametrize("gate", ["sft-kl", "asft"])
+@pytest.mark.parametrize("gate", ["sft-kl", "asft", "tmkl"])
 def test_a_model_does_not_diverge_from_itself(gate, backend):
     """Over a vocabulary in which a difference between two ways of rounding would add up."""
     problem = Problem(n=12, vocab=20_000, width=16).to(torch.float32)

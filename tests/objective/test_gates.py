@@ -53,6 +53,7 @@ VARIANTS = [
     ("talr", {"min_weight": 0.2}),
     ("sft-kl", {"kl_coef": 2.0, "kl_direction": "forward"}),
     ("asft", {"kl_coef": 0.7, "kl_direction": "reverse"}),
+    ("tmkl", {"kl_coef": 0.7, "kl_direction": "reverse"}),
 ]
 SEEN = [pytest.param(*variant, id=f"{variant[0]}-{i}") for i, variant in enumerate(VARIANTS)]
 # One gate of each kind: by the token, by the batch, with an anchor. A gate sees statistics only. So
@@ -100,7 +101,7 @@ def formula(name, rows, labels, examples, example_nll, k=20, **params):
             percentile(values, params.get(f"{which}_percentile", 15)) if given == "batch" else given
         )
 
-    if name in ("sft", "sft-kl"):
+    if name in ("sft", "sft-kl", "tmkl"):
         return [1.0] * len(rows)
     if name == "eaft":
         return [x ** params.get("alpha", 1.0) for x in g]
@@ -280,7 +281,7 @@ def test_weights_ignore_a_constant_and_follow_the_tokens(name, params):
     order = torch.randperm(9, generator=generator).tolist()
     shuffled = compute(logits[order], *([x[i] for i in order] for x in (labels, examples, base)))
     torch.testing.assert_close(gate_weights(name, shuffled, **params), weights[order])
-    assert name in ("sft", "sft-kl") or weights.unique().numel() > 1
+    assert name in ("sft", "sft-kl", "tmkl") or weights.unique().numel() > 1
 
 
 def falls_never(values):
@@ -474,6 +475,7 @@ def test_anchors_are_the_papers():
         0.1, "forward"
     )  # arXiv:2509.23753, equation 6 and the authors' default
     assert bind_gate("asft", {"kl_coef": 0.3}).anchor == Anchor(0.3, "forward")
+    assert bind_gate("tmkl", {"kl_coef": 0.3}).anchor == Anchor(0.3, "forward", without_label=True)
     assert bind_gate("eaft").anchor is None
 
 

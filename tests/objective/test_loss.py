@@ -32,16 +32,19 @@ def expected_loss(name, rows, labels, examples, example_nll, references, **param
     constant.
     """
     weights = formula(name, rows, labels, examples, example_nll, **params)
-    coef, direction = {"sft-kl": (0.5, "reverse"), "asft": (0.1, "forward")}.get(
-        name, (0.0, "reverse")
-    )
+    coef, direction = {
+        "sft-kl": (0.5, "reverse"),
+        "asft": (0.1, "forward"),
+        "tmkl": (1.0, "forward"),
+    }.get(name, (0.0, "reverse"))
     coef, direction = params.get("kl_coef", coef), params.get("kl_direction", direction)
     total, gradients, n = 0.0, [], len(rows)
     for row, label, weight, reference in zip(rows, labels, weights, references, strict=True):
         probs = softmax(row)
-        kl, kl_gradient = (
-            kl_and_gradient(row, reference, direction) if coef else (0.0, [0.0] * len(row))
-        )
+        pair = row, reference
+        if name == "tmkl":  # both without the label
+            pair = ([*z[:label], -math.inf, *z[label + 1 :]] for z in pair)
+        kl, kl_gradient = kl_and_gradient(*pair, direction) if coef else (0.0, [0.0] * len(row))
         total += weight * -math.log(probs[label]) + coef * kl
         gradients.append(
             [
@@ -124,24 +127,25 @@ def test_value_and_gradient_on_adversarial_logits(gate, dtype, case):
         assert got == pytest.approx(expected, rel=rounding, abs=min(rounding, 3e-5))
 
 
-def test_gradient_of_psft_is_that_of_the_papers_loss():
+@pytest.mark.parametrize(("low", "clip"), [(0.2, 0.28), (0.5, 0.5)], ids=["PSFT", "OPC-SFT"])
+def test_gradient_of_psft_is_that_of_the_papers_loss(low, clip):
     logits = torch.randn(
         40, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     ).requires_grad_()
     labels, old = torch.arange(40) % 9, torch.linspace(-5.0, -0.2, 40, dtype=torch.float64)
     ratio = (logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1) - old).exp()
-    assert (ratio < 0.8).any()
-    assert (ratio > 1.28).any()
+    assert (ratio < 1 - low).any()
+    assert (ratio > 1 + clip).any()
     (expected,) = torch.autograd.grad(
-        -torch.minimum(ratio, ratio.clamp(1 - 0.2, 1 + 0.28)).mean(), logits
+        -torch.minimum(ratio, ratio.clamp(1 - low, 1 + clip)).mean(), logits
     )
     (gradient,) = torch.autograd.grad(
-        gated_cross_entropy(logits, labels, "psft", old_log_prob=old), logits
+        gated_cross_entropy(logits, labels, "psft", old_log_prob=old, clip=clip), logits
     )
     torch.testing.assert_close(gradient, expected)
 
 
-@pytest.mark.parametrize("gate", ["sft-kl", "asft"])
+@pytest.mark.parametrize("gate", ["sft-kl", "asft", "tmkl"])
 def test_gradient_of_an_anchor_is_the_finite_difference(gate):
     logits, references = torch.randn(
         2, 4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0)

@@ -58,26 +58,32 @@ class Problem:
         self.weights = torch.rand(n, generator=generator).to(DEVICE)
 
 
-def truth(problem, transform, top_k=20, kl_coef=0.0, direction="forward", dtype=torch.float64):
+FORWARD = Anchor(1.0, "forward")
+
+
+def truth(problem, transform, top_k=20, kl_coef=0.0, anchor=FORWARD, dtype=torch.float64):
     """Statistics, KL and gradient by PyTorch's own functions and autograd, in `dtype`."""
     z = problem.projection.to(dtype).requires_grad_()
     logits = capped(z, transform)
-    log_probs, reference = (
-        x.log_softmax(-1) for x in (logits, capped(problem.reference.to(dtype), transform))
-    )
-    pair = (log_probs, reference) if direction == "forward" else (reference, log_probs)
+    pair = logits, capped(problem.reference.to(dtype), transform)
+    if anchor.without_label:
+        tokens = torch.arange(z.shape[1], device=DEVICE)
+        others = tokens != problem.labels.unsqueeze(-1)
+        pair = (x[others].view(len(z), -1) for x in pair)
+    log_probs, reference = (x.log_softmax(-1) for x in pair)
+    pair = (log_probs, reference) if anchor.direction == "forward" else (reference, log_probs)
     kl = kl_div(*pair, reduction="none", log_target=True).sum(-1)
     nll = cross_entropy(logits, problem.labels, reduction="none")
     ((problem.weights * nll).sum() + kl_coef * kl.sum()).backward()
     return token_statistics(logits.detach(), problem.labels, top_k), kl.detach(), z.grad
 
 
-def ours(problem, transform, top_k=20, kl_coef=0.0, direction="forward"):
+def ours(problem, transform, top_k=20, kl_coef=0.0, anchor=FORWARD):
     """The same through the doors."""
     args = problem.projection, problem.labels
     scores = triton_backend.score(*args, top_k, transform)
     divergence = triton_backend.diverge(
-        problem.projection, problem.reference, scores, Anchor(1.0, direction), transform
+        problem.projection, problem.reference, problem.labels, scores, anchor, transform
     )
     memory = padded(problem.projection)
     gradient = triton_backend.gradient_(
@@ -98,7 +104,7 @@ def relative_error(value, exact):
     return ((value.double() - exact).norm() / exact.norm().clamp(min=1e-300)).item()
 
 
-def check_as_exact_as_plain(transform, dtype, seeds, **sizes):
+def check_as_exact_as_plain(transform, dtype, seeds, without_label=False, **sizes):
     """
     The relative norm error of every number is at most 1.5 times that of plain float32 formulas, and
     8 ulp.
@@ -111,7 +117,7 @@ def check_as_exact_as_plain(transform, dtype, seeds, **sizes):
         settings = {
             "transform": transform,
             "kl_coef": 0.3,
-            "direction": ("forward", "reverse")[seed % 2],
+            "anchor": Anchor(1.0, ("forward", "reverse")[seed % 2], without_label),
         }
         found["truth"].append(truth(problem, **settings))
         found["plain"].append(truth(problem, **settings, dtype=torch.float32))
@@ -134,6 +140,13 @@ def check_as_exact_as_plain(transform, dtype, seeds, **sizes):
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_as_exact_as_plain_formulas(transform, dtype):
     check_as_exact_as_plain(TRANSFORMS[transform], dtype, seeds=2)
+
+
+@pytest.mark.parametrize(
+    ("transform", "dtype"), [("capped", torch.float32), ("plain", torch.bfloat16)]
+)
+def test_a_divergence_without_the_label_is_as_exact(transform, dtype):
+    check_as_exact_as_plain(TRANSFORMS[transform], dtype, seeds=2, without_label=True)
 
 
 @pytest.mark.parametrize(
@@ -161,14 +174,15 @@ def test_as_exact_as_plain_formulas_at_other_sizes(sizes, dtype):
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_a_small_divergence_keeps_its_digits(direction):
     problem = Problem(n=6, vocab=2000, apart=0.014)
-    exact = truth(problem, LogitTransform(), direction=direction)[1]
+    anchor = Anchor(1.0, direction)
+    exact = truth(problem, LogitTransform(), anchor=anchor)[1]
     assert exact.mean().item() == pytest.approx(1e-4, rel=0.2)
     torch.testing.assert_close(
-        ours(problem, LogitTransform(), direction=direction)[1].double(), exact, rtol=5e-3, atol=0
+        ours(problem, LogitTransform(), anchor=anchor)[1].double(), exact, rtol=5e-3, atol=0
     )
     problem.reference = problem.projection.clone()
     assert torch.equal(
-        ours(problem, LogitTransform(), direction=direction)[1], torch.zeros(6, device=DEVICE)
+        ours(problem, LogitTransform(), anchor=anchor)[1], torch.zeros(6, device=DEVICE)
     )
 
 
@@ -180,8 +194,9 @@ def test_tokens_of_probability_0_add_nothing_to_the_divergence(direction):
     z, q = (
         x.double()[:, [*range(10), *range(30, 70)]] for x in (problem.projection, problem.reference)
     )
-    expected = Anchor(1.0, direction).kl(z.log_softmax(-1), q.log_softmax(-1))
-    _, kl, gradient = ours(problem, LogitTransform(), kl_coef=0.3, direction=direction)
+    anchor = Anchor(1.0, direction)
+    expected = anchor.kl(z.log_softmax(-1), q.log_softmax(-1))
+    _, kl, gradient = ours(problem, LogitTransform(), kl_coef=0.3, anchor=anchor)
     torch.testing.assert_close(kl.double(), expected, rtol=1e-5, atol=3e-7)
     assert gradient[:, 10:30].abs().max() == 0
     assert gradient.isfinite().all()
@@ -300,7 +315,7 @@ def test_rows_of_any_stride(width, dtype):
     memory[:, 64:] = 7.0
     found = triton_backend.score(projection, problem.labels, 20, LogitTransform())
     divergence = triton_backend.diverge(
-        projection, reference, found, Anchor(1.0, "forward"), LogitTransform()
+        projection, reference, problem.labels, found, FORWARD, LogitTransform()
     )
     for field in FIELDS:
         # In another order of their sums: an ulp or two of numbers around 4, the log-totals

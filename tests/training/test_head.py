@@ -73,7 +73,11 @@ EXAMPLE_NLL = torch.tensor([0.2, 1.1, 0.7, 2.0])
 TOKEN_NUMBERS = torch.arange(33).view(3, 11)[[2, 0, 1]]
 OLD_LOG_PROB = torch.linspace(-6.5, -4.5, 33)
 # On a model that knows nothing: the papers' values would shut out everything, or magnify rounding
-UNTRAINED = {"profit": {"prob_threshold": 0.003}, "mile": {"gamma": 0.1}}
+UNTRAINED = {
+    "profit": {"prob_threshold": 0.003},
+    "mile": {"gamma": 0.1},
+    "stm": {"perplexity_threshold": 250.0},
+}
 
 
 def nudged(model):

@@ -215,7 +215,7 @@ def test_a_callback_that_cannot_reach_the_model_says_so(tmp_path):
 
 def test_a_gate_that_needs_the_base_model_is_refused():
     model = make_model()
-    for gate, params in (("flow", {"tau": 1.0}), ("psft", {}), ("sft-kl", {})):
+    for gate, params in (("flow", {"tau": 1.0}), ("stm", {}), ("tmkl", {})):
         with pytest.raises(
             ConfigurationError, match="needs the base model as well; use EAFTTrainer"
         ):

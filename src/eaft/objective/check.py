@@ -165,11 +165,12 @@ def specified(
     terms, kls = [], []
     for rows in chunks:
         projection = (hidden[rows] @ weight.T).requires_grad_()
-        log_probs = logits_of(projection).log_softmax(-1)
-        nll = -log_probs.gather(-1, labels[rows].unsqueeze(-1)).squeeze(-1)
+        logits = logits_of(projection)
+        nll = -logits.log_softmax(-1).gather(-1, labels[rows].unsqueeze(-1)).squeeze(-1)
         kl = None
         if anchor is not None:
-            kl = anchor.kl(log_probs, logits_of(reference[rows] @ weight.T).log_softmax(-1))
+            pair = (logits, logits_of(reference[rows] @ weight.T))
+            kl = anchor.kl(*(anchor.compared(z, labels[rows]).log_softmax(-1) for z in pair))
             kls.append(kl.detach())
         some = (
             weights[rows] * nll

@@ -97,11 +97,12 @@ class Backend(Protocol):
         self,
         projection: Tensor,
         reference_projection: Tensor,
+        labels: Tensor,
         scores: Any,
         anchor: Anchor,
         transform: LogitTransform,
     ) -> Any:
-        """Return the `Divergence` from the reference's projection `[n, V]`."""
+        """Return the `Divergence` from the reference's projection `[n, V]`, with labels `[n]`."""
 
     def gradient_(
         self,

@@ -493,7 +493,12 @@ def weigh_and_differentiate_(
         divergence = None
         if anchor is not None and reference_projection is not None:
             divergence = backend.diverge(
-                projection[block], reference_projection[block], scores, anchor, spec.transform
+                projection[block],
+                reference_projection[block],
+                spec.labels[tokens],
+                scores,
+                anchor,
+                spec.transform,
             )
         if differentiate:
             backend.gradient_(

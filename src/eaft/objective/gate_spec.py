@@ -53,7 +53,9 @@ class BoundGate:
         """The KL term beside the gated nll, or None."""
         if self.gate.anchor is None:
             return None
-        return Anchor(self.params["kl_coef"], self.params["kl_direction"])
+        return replace(
+            self.gate.anchor, coef=self.params["kl_coef"], direction=self.params["kl_direction"]
+        )
 
     @property
     def needs_rank(self) -> bool:

@@ -252,6 +252,9 @@ def psft(stats: TokenStatistics, clip: float = 0.28) -> Tensor:
     The trainer measures P_base of each token once before training. The authors measure it again for
     every batch of 64 examples, on which they take 8 optimizer steps. Their gate bounds how far a
     label moves in 8 steps; ours bounds how far it moves in all of training.
+
+    With a clip of 0.5 it is OPC-SFT ("Clipping Low-Probability Tokens in SFT", ICML 2026), whose
+    loss is the same.
     """
     if not (math.isfinite(clip) and clip >= 0):
         raise ValueError(f"clip must be a number of at least 0, got {clip}.")
@@ -296,6 +299,20 @@ def asft(stats: TokenStatistics) -> Tensor:
     itself and adds the means.
     """
     return dft(stats)
+
+
+@register("tmkl", per_token=True, anchor=Anchor(1.0, "forward", without_label=True))
+def tmkl(stats: TokenStatistics) -> Tensor:
+    """
+    Weight 1, plus kl_coef * KL(reference || policy) over the tokens other than the label: sft, with
+    the other tokens held near the base model (arXiv:2605.29498).
+
+    The label is removed from both distributions, and the rest is renormalised to sum to 1. So the
+    divergence does not depend on the label's logit.
+
+    The direction and the coefficient are ours, because only the paper's abstract could be read.
+    """
+    return sft(stats)
 
 
 def base_log_prob(stats: TokenStatistics, gate: str) -> Tensor:

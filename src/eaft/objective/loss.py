@@ -69,7 +69,8 @@ def gated_cross_entropy(
             one example for `[N]`.
         example_nll: the base model's mean nll of each token's example (`flow`).
         old_log_prob: the base model's ln P(label) (`psft`, `stm`).
-        reference_logits: the base model's logits, without gradient (`sft-kl`, `asft`).
+        reference_logits: the base model's logits, without gradient (`sft-kl`, `asft`,
+            `tmkl`).
         params: what the gate takes, e.g. `alpha=2.0` for `eaft`.
 
     Returns:
@@ -96,9 +97,10 @@ def gated_cross_entropy(
             raise ConfigurationError(
                 f"gate={bound.label} needs reference_logits, the base model's."
             )
+        reference = reference_logits[labelled].detach().to(logits.dtype)
         kl = anchor.kl(
-            logits.log_softmax(-1),
-            reference_logits[labelled].detach().to(logits.dtype).log_softmax(-1),
+            anchor.compared(logits, labels[labelled]).log_softmax(-1),
+            anchor.compared(reference, labels[labelled]).log_softmax(-1),
         )
     loss = loss_terms(stats, bound.weights(stats), kl, anchor).sum()
     num_items = (

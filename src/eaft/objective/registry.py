@@ -42,7 +42,7 @@ Weight = Callable[..., Tensor]
 class Anchor:
     """
     A term beside the gated nll that keeps the policy near a reference: coef * KL for each token,
-    over the whole vocabulary.
+    over the whole vocabulary, or over the vocabulary without the token's label.
 
     `reverse` is KL(policy || reference): it punishes probability where the reference has none.
     `forward` is KL(reference || policy): it punishes missing probability where the reference has
@@ -51,6 +51,7 @@ class Anchor:
 
     coef: float
     direction: Literal["forward", "reverse"]
+    without_label: bool = False  # the label is removed from both, and the rest sums to 1
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -60,6 +61,15 @@ class Anchor:
             )
         if not (isinstance(self.coef, int | float) and math.isfinite(self.coef) and self.coef >= 0):
             raise ConfigurationError(f"kl_coef must be a number of at least 0, got {self.coef!r}.")
+
+    def compared(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """
+        Return the logits `[..., V]` of the distribution that the divergence compares. A removed
+        label has -inf.
+        """
+        if not self.without_label:
+            return logits
+        return logits.scatter(-1, labels.unsqueeze(-1), -torch.inf)
 
     def kl(self, log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
         """Return the divergence of each token, in nats, of two log-distributions `[..., V]`."""

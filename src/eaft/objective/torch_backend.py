@@ -98,6 +98,7 @@ class TorchBackend:
         self,
         projection: Tensor,
         reference_projection: Tensor,
+        labels: Tensor,
         scores: Scores,
         anchor: Anchor,
         transform: LogitTransform,
@@ -107,12 +108,12 @@ class TorchBackend:
         reference_logits = make_logits(
             reference_projection, transform, torch.empty_like(scores.exps)
         )
-        reference_shifted = reference_logits - reference_logits.amax(-1, keepdim=True)
         # Both are normalised in the same way. Two ways of rounding would hide a small divergence
-        log_probs = logits - scores.top - scores.total.log()
-        reference_log_probs = (
-            reference_shifted - reference_shifted.exp().sum(-1, keepdim=True).log()
-        )
+        reference_log_probs = normalised(anchor.compared(reference_logits, labels))
+        if anchor.without_label:
+            log_probs = normalised(anchor.compared(logits, labels))
+        else:
+            log_probs = logits - scores.top - scores.total.log()
         return Divergence(*anchor.kl_and_gradient(log_probs, reference_log_probs))
 
     def gradient_(
@@ -153,6 +154,12 @@ class TorchBackend:
                 (2, *projection.shape), dtype=dtype, device=projection.device
             )
         return self.scratch[:, : len(projection)]
+
+
+def normalised(logits: Tensor) -> Tensor:
+    """Return the log-probabilities of logits `[n, V]`, computed like the statistics."""
+    shifted = logits - logits.amax(-1, keepdim=True)
+    return shifted - shifted.exp().sum(-1, keepdim=True).log()
 
 
 def find_largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -46,13 +46,18 @@ class Scores:
 
 @dataclass(frozen=True)
 class Divergence:
-    """The divergence, and the tensors that its gradient reads."""
+    """
+    The divergence, and the tensors that its gradient reads. If the anchor is without the label, the
+    numbers that normalise are too.
+    """
 
     kl: Tensor  # [n] float32, nats
+    top: Tensor  # [n] float32: the policy's largest logit
+    log_total: Tensor  # [n] float32: the policy's ln sum_v exp(logit_v - top)
     reference_projection: Tensor  # [n, V]
     reference_top: Tensor  # [n] float32
     reference_log_total: Tensor  # [n] float32
-    direction: str  # as in `Anchor`
+    anchor: Anchor
 
 
 @triton.jit
@@ -337,7 +342,10 @@ def diverge_kernel(
     stride,
     reference_ptr,
     reference_stride,
+    labels_ptr,
     kl_ptr,
+    top_ptr,
+    log_total_ptr,
     reference_top_ptr,
     reference_log_total_ptr,
     n_columns,
@@ -347,6 +355,7 @@ def diverge_kernel(
     HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     FORWARD: tl.constexpr,
+    WITHOUT_LABEL: tl.constexpr,  # the label counts as a token that cannot occur, in both models
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -365,6 +374,8 @@ def diverge_kernel(
     weighted = tl.zeros(
         (LANES,), tl.float32
     )  # sum of e * d, with q's e forward and p's e reverse; d from the lane's tops
+    if WITHOUT_LABEL:
+        label = tl.load(labels_ptr + row).to(tl.int32)
     for start in range(0, n_columns, BLOCK):
         p = load_logits(
             p_row, start + columns, n_columns, width, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP
@@ -372,6 +383,9 @@ def diverge_kernel(
         q = load_logits(
             q_row, start + columns, n_columns, width, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP
         )
+        if WITHOUT_LABEL:
+            p = tl.where(start + columns == label, -float("inf"), p)
+            q = tl.where(start + columns == label, -float("inf"), q)
         new_p_top, new_q_top = tl.maximum(p_top, lane_max(p)), tl.maximum(q_top, lane_max(q))
         p_scale, q_scale = exp(below(p_top, new_p_top)), exp(below(q_top, new_q_top))
         e_p = exp(below(p, new_p_top[None, :, None]))
@@ -396,6 +410,9 @@ def diverge_kernel(
     tl.store(
         kl_ptr + row, weighted / total_q - log_ratio if FORWARD else log_ratio - weighted / total_p
     )
+    if WITHOUT_LABEL:  # else they are the scores'
+        tl.store(top_ptr + row, top_p)
+        tl.store(log_total_ptr + row, tl.log(total_p))
     tl.store(reference_top_ptr + row, top_q)
     tl.store(reference_log_total_ptr + row, tl.log(total_q))
 
@@ -410,6 +427,8 @@ def gradient_kernel(
     weights_ptr,
     reference_ptr,
     reference_stride,
+    kl_top_ptr,
+    kl_log_total_ptr,
     reference_top_ptr,
     reference_log_total_ptr,
     kl_ptr,
@@ -421,6 +440,7 @@ def gradient_kernel(
     HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     KL: tl.constexpr,  # "" without a KL term; "forward"; "reverse"
+    WITHOUT_LABEL: tl.constexpr,  # as in `diverge_kernel`
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -429,7 +449,7 @@ def gradient_kernel(
     Overwrite a block of a token's projection with the gradient of weight * nll + kl_coef * KL.
 
     The gradient by the logits: weight * (p - 1[label]), plus kl_coef times p - q (forward) or
-    p (ln p - ln q - KL) (reverse).
+    p (ln p - ln q - KL) (reverse); without the label, p and q are normalised without it.
     """
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     columns = block_columns(block * BLOCK, BLOCK, LANES, VECTOR)
@@ -446,6 +466,10 @@ def gradient_kernel(
     p = exp(z - top - log_total)
     gradient = weight * (p - (columns == label).to(tl.float32))
     if KL != "":
+        if WITHOUT_LABEL:
+            top, log_total = tl.load(kl_top_ptr + row), tl.load(kl_log_total_ptr + row)
+            z_p = tl.where(columns == label, -float("inf"), z)
+            p = exp(z_p - top - log_total)
         q_row = reference_ptr + row * reference_stride
         z_q = load_logits(
             q_row, columns, n_columns, width, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP
@@ -454,6 +478,8 @@ def gradient_kernel(
             tl.load(reference_top_ptr + row),
             tl.load(reference_log_total_ptr + row),
         )
+        if WITHOUT_LABEL:
+            z_q = tl.where(columns == label, -float("inf"), z_q)
         if KL == "forward":
             gradient += kl_coef * (p - exp(z_q - top_q - log_total_q))
         else:
@@ -606,18 +632,22 @@ def entropy_of_top(projection: Tensor, top_k: int, transform: LogitTransform) ->
 def diverge(
     projection: Tensor,
     reference_projection: Tensor,
+    labels: Tensor,
     scores: Scores,
     anchor: Anchor,
     transform: LogitTransform,
 ) -> Divergence:
     """
-    Return the divergence at each token, in nats, in the anchor's direction. Both projections are as
-    in `score`.
+    Return the divergence at each token, in nats, in the anchor's direction. Both projections and
+    the labels are as in `score`.
     """
     n, n_columns = projection.shape
     kl, reference_top, reference_log_total = torch.empty(
         (3, n), dtype=torch.float32, device=projection.device
     )
+    top, log_total = scores.top, scores.log_total
+    if anchor.without_label:
+        top, log_total = torch.empty((2, n), dtype=torch.float32, device=projection.device)
     if n:
         with torch.cuda.device_of(projection):
             diverge_kernel[(n,)](
@@ -625,19 +655,23 @@ def diverge(
                 projection.stride(0),
                 reference_projection,
                 reference_projection.stride(0),
+                labels.contiguous(),
                 kl,
+                top,
+                log_total,
                 reference_top,
                 reference_log_total,
                 n_columns,
                 **layout(projection, reference_projection),
                 **transform_arguments(transform),
                 FORWARD=anchor.direction == "forward",
+                WITHOUT_LABEL=anchor.without_label,
                 BLOCK=BLOCK // 2,
                 LANES=LANES,
                 **launch_options(),
             )
     return Divergence(
-        kl, reference_projection, reference_top, reference_log_total, anchor.direction
+        kl, top, log_total, reference_projection, reference_top, reference_log_total, anchor
     )
 
 
@@ -666,11 +700,13 @@ def gradient_(
     n, n_columns = projection.shape
     if n:
         kl = (
-            (projection, 0, scores.top, scores.log_total, scores.top)  # not read
+            (projection, 0, *[scores.top] * 5)  # not read
             if divergence is None
             else (
                 divergence.reference_projection,
                 divergence.reference_projection.stride(0),
+                divergence.top,
+                divergence.log_total,
                 divergence.reference_top,
                 divergence.reference_log_total,
                 divergence.kl,
@@ -694,7 +730,8 @@ def gradient_(
                 n_columns,
                 **layout(*read),
                 **transform_arguments(transform),
-                KL="" if divergence is None else divergence.direction,
+                KL="" if divergence is None else divergence.anchor.direction,
+                WITHOUT_LABEL=divergence is not None and divergence.anchor.without_label,
                 BLOCK=block,
                 LANES=LANES,
                 **launch_options(),
