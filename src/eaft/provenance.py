@@ -35,14 +35,21 @@ def environment() -> dict[str, Any]:
     import torch
 
     return {
-        "eaft": version("eaft"),
-        "commit": commit(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
+        **software(),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def software() -> dict[str, Any]:
+    """Return the part of `environment` that needs no torch: versions and commit."""
+    return {
+        "eaft": version("eaft"),
+        "commit": commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
         "libraries": versions(LIBRARIES),
     }
 

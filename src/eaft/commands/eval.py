@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from eaft.errors import ConfigurationError
 from eaft.evaluation.protocol import ANSWER_TOKENS, DRIFT_PROMPTS, PROMPTS, SEED, SHOWN, Protocol
 from eaft.evaluation.suite import suites_help
 from eaft.text import visible
+
+if TYPE_CHECKING:
+    from eaft.evaluation.results import Evaluation
 
 DESCRIPTION = """
 Run tasks on a model, and with --base say what the fine-tuning gained and what it forgot.
@@ -21,6 +25,7 @@ Run tasks on a model, and with --base say what the fine-tuning gained and what i
   eaft eval adapter_folder --base Qwen/Qwen3-0.6B --suite gsm8k my_tasks/mine.yaml --data_dir data
   eaft eval Qwen/Qwen3-0.6B --record              only keep its answers, for drift while training
   accelerate launch -m eaft eval out --base Qwen/Qwen3-0.6B --suite general
+  eaft eval --from logs/base logs/out                 what lm-eval or inspect_ai has measured before
 
 The tasks are those of lm-evaluation-harness. With --base, the base model runs under the same
 protocol, and the report has: whether a loss is shown; the score before and after with a 95%
@@ -28,11 +33,13 @@ interval and a paired test; items lost and gained; drift; the worst regressions.
 also has the nll of your own rows before and after, and answers to the first of them side by side;
 then --suite may be left out. The rows take any form that training takes, and are prepared with the
 settings that MODEL was trained with. Writes report.html, results.md, results.json, changes.png, and
-every item as JSON Lines.
+every item as JSON Lines. With --from, the models were asked by another tool already: its
+logs of the base and of the tuned model are matched row by row, and no model is loaded.
 
 What is measured is kept (`eaft cache`), so the base model is measured once. Give the same command
-again to go on after an interruption or a failed task. Exit code: 0; 1 if a task failed; 3 if a loss
-beyond --max_drop or --max_drift is shown; 2 if the command is wrong.
+again to go on after an interruption or a failed task. Exit code: 0; 1 if a task failed (with
+--from: cannot be compared); 3 if a loss beyond --max_drop or --max_drift is shown; 2 if the command
+is wrong.
 
 suites (also: any lm-eval task, group or task file; a YAML file with `suite`, `tasks` and perhaps
 `limit`):
@@ -46,7 +53,18 @@ def make_parser() -> argparse.ArgumentParser:
         description=f"{DESCRIPTION}\n{suites_help()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", help="a Hub id, a folder (also of a PEFT adapter) or a .gguf file")
+    parser.add_argument(
+        "model", nargs="?", help="a Hub id, a folder (also of a PEFT adapter) or a .gguf file"
+    )
+    parser.add_argument(
+        "--from",
+        nargs=2,
+        metavar=("BASE", "TUNED"),
+        help=(
+            "compare two logs: of lm-eval the folders that `lm_eval --log_samples --output_path`"
+            " wrote, of inspect_ai .eval files (needs `inspect-ai`)"
+        ),
+    )
     parser.add_argument("--base", help="the model it was fine-tuned from: compare with it")
     parser.add_argument(
         "--suite", nargs="+", default=[], metavar="NAME", help="suites or tasks, as listed above"
@@ -173,8 +191,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     """Evaluate, and print the report; return the exit code."""
-    flags = vars(make_parser().parse_args(argv))
-    from eaft.evaluation.evaluate import INPUTS_FILE, evaluate, folder_of, record
+    parser = make_parser()
+    flags = vars(parser.parse_args(argv))
+    if logs := flags.pop("from"):
+        return from_logs(logs, flags, parser)
+    if flags["model"] is None:
+        raise ConfigurationError("MODEL is missing: name a model, or give logs by --from.")
+    from eaft.evaluation.evaluate import evaluate, record
+    from eaft.evaluation.folder import INPUTS_FILE, folder_of
     from eaft.evaluation.measured_model import shared
     from eaft.evaluation.results import TunedEvaluation
     from eaft.models import noted_date, template_date, template_today
@@ -203,8 +227,34 @@ def main(argv: list[str]) -> int:
         results = evaluate(protocol=protocol, **flags)
     if results is None:
         return 0
+    over_budget = isinstance(results, TunedEvaluation) and results.verdict.over_budget
+    return tell(results, over_budget)
+
+
+def from_logs(logs: list[str], flags: dict[str, Any], parser: argparse.ArgumentParser) -> int:
+    """
+    Compare two logs, and print the report; return the exit code.
+
+    Args:
+        logs: of the base and of the tuned model.
+        flags: the others, of which those of asking are refused.
+    """
+    kept = {name: flags.pop(name) for name in ("output_path", "max_drop")}
+    given = [name for name, value in flags.items() if value != parser.get_default(name)]
+    if given:
+        names = ", ".join("MODEL" if name == "model" else f"--{name}" for name in given)
+        raise ConfigurationError(
+            f"--from asks no model, so that {names} would do nothing: leave it out."
+        )
+    from eaft.evaluation.matched import compare_logs
+
+    results = compare_logs(logs[0], logs[1], **kept)
+    return tell(results, results.verdict.over_budget)
+
+
+def tell(results: Evaluation, over_budget: bool) -> int:
+    """Print the report of an evaluation; return the exit code."""
     folder = Path(results.output_path)
     print(visible((folder / "results.md").read_text()))
     print(visible(f"Written to {folder}. Next: open {folder / 'report.html'}"))
-    over_budget = isinstance(results, TunedEvaluation) and results.verdict.over_budget
     return 3 if over_budget else 1 if results.failed else 0

@@ -6,8 +6,6 @@ forgot.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -19,6 +17,14 @@ import numpy as np
 from eaft.errors import ConfigurationError
 from eaft.evaluation.comparable import check_measurable, comparable_models, differing
 from eaft.evaluation.drift import BaseAnswers, read_prompts, summarise
+from eaft.evaluation.folder import (
+    INPUTS_FILE,
+    check_folder,
+    check_installed,
+    data_digest,
+    folder_of,
+    write_report,
+)
 from eaft.evaluation.held_out import HeldOutRows, Measurement, Side, measure, plan
 from eaft.evaluation.held_out import summarise as summarise_rows
 from eaft.evaluation.identity import digest
@@ -27,7 +33,6 @@ from eaft.evaluation.pairs import worst_regressions
 from eaft.evaluation.protocol import PROMPTS, SHOWN, Protocol
 from eaft.evaluation.results import (
     Evaluation,
-    Item,
     Kept,
     ModelEvaluation,
     RecordedProtocol,
@@ -38,18 +43,10 @@ from eaft.evaluation.results import (
 from eaft.evaluation.scores import asked, processes
 from eaft.evaluation.suite import Benchmark, Suite, load_suites
 from eaft.evaluation.task_items import TaskItems, run_tasks
-from eaft.files import Count, FiniteNotNegative, NotNegative, check, read_json
-from eaft.processes import check_place, locked
+from eaft.files import Count, FiniteNotNegative, NotNegative, check
+from eaft.processes import locked
 from eaft.provenance import environment, write_json
 from eaft.text import visible
-
-RESULTS_FILE = "results.json"
-INPUTS_FILE = "inputs.json"  # of the evaluation that a folder holds, finished or not
-
-
-def folder_of(model: str, output_path: str | None) -> Path:
-    """Return where results go."""
-    return Path(output_path or Path("eval") / Path(model).name)
 
 
 def evaluate(
@@ -281,28 +278,6 @@ def check_protocol(protocol: Protocol) -> Protocol:
     return check(Protocol, asdict(protocol), "")
 
 
-def check_folder(folder: Path, inputs: dict[str, Any]) -> None:
-    """
-    Check that an evaluation can be written into a folder. One that was stopped, or failed in part,
-    goes on.
-
-    Raises:
-        ConfigurationError: the folder holds another evaluation, or a finished one.
-    """
-    way = "choose another --output_path, or delete this one."
-    check_place(folder, "output_path")
-    if (held := folder / INPUTS_FILE).is_file():
-        old, new = read_json(held, dict[str, Any], way), json.loads(json.dumps(inputs))
-        if changed := [name for name in {**old, **new} if old.get(name) != new.get(name)]:
-            raise ConfigurationError(
-                f"output_path={str(folder)!r} holds another evaluation ({', '.join(changed)}"
-                f" differs): {way}"
-            )
-    results = folder / RESULTS_FILE
-    if results.is_file() and not read_json(results, dict[str, Any], way).get("failed"):
-        raise ConfigurationError(f"output_path={str(folder)!r} holds results: {way}")
-
-
 def check_packages(backend: str) -> None:
     """
     Check that all packages are installed, before anything is measured.
@@ -310,9 +285,7 @@ def check_packages(backend: str) -> None:
     Raises:
         ConfigurationError: a package is missing, or vLLM is to be started by a launcher.
     """
-    for package in ("lm_eval", "jinja2", "markdown_it", "matplotlib", "scipy", "tabulate"):
-        if find_spec(package) is None:
-            raise ConfigurationError(f"Evaluating needs {package}: pip install 'eaft[eval]'.")
+    check_installed("lm_eval", "jinja2", "markdown_it", "matplotlib", "scipy", "tabulate")
     if backend == "vllm":
         if find_spec("vllm") is None:
             raise ConfigurationError(
@@ -336,18 +309,6 @@ def record(model: str, prompts: str, tokenizer: str | None, protocol: Protocol) 
     answers = base.sampled(questions)
     if processes().is_main_process:
         print(visible(f"Kept {len(answers)} answers of {model} in {base.store.folder}"))
-
-
-def data_digest(items: dict[str, list[Item]]) -> str:
-    """
-    Return a digest of the rows and prompts measured, so that two results can be told to be of the
-    same data.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(items):
-        for item in items[name]:
-            digest.update(f"{name} {item.task} {item.doc_hash} {item.prompt_hash}\n".encode())
-    return digest.hexdigest()
 
 
 @dataclass
@@ -385,23 +346,3 @@ def drift_answers(
         )
         for answer, kl, tokens in zip(answers.answers, sums, counts, strict=True)
     ]
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    staging = file.with_name(f"{file.name}.tmp")
-    staging.write_text(text, errors="replace")
-    os.replace(staging, file)
-
-
-def write_report(folder: Path, results: Results) -> None:
-    """
-    Write changes.png, results.md, report.html and, last, results.json: it says that all is there.
-    """
-    from eaft.evaluation import report
-
-    if isinstance(results, TunedEvaluation) and results.tasks:
-        report.draw_changes(results, folder / "changes.png")
-    write_text(folder / "results.md", report.evaluation(results))
-    write_text(folder / "report.html", report.page(results, folder))
-    write_json(folder / RESULTS_FILE, as_json(results))

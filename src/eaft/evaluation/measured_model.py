@@ -5,7 +5,6 @@ A model under one protocol: measured when it is first asked, and read from the s
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -18,6 +17,7 @@ from accelerate.utils import broadcast_object_list
 
 from eaft import files
 from eaft.evaluation.drift import Answer, BaseAnswers, Share, answer_log_probs, sample_answers
+from eaft.evaluation.folder import write_items
 from eaft.evaluation.identity import (
     digest,
     software,
@@ -27,7 +27,7 @@ from eaft.evaluation.identity import (
 )
 from eaft.evaluation.progress import Progress
 from eaft.evaluation.protocol import Protocol
-from eaft.evaluation.results import Item, as_json
+from eaft.evaluation.results import Item
 from eaft.evaluation.scores import ask, generation_config, load, processes, score
 from eaft.evaluation.store import Store
 from eaft.evaluation.suite import Benchmark
@@ -371,21 +371,9 @@ def shared(find: Callable[[], T]) -> T:
     return values[0]  # type: ignore[return-value]
 
 
-def write_items(file: Path, items: list[Item]) -> None:
-    """Write items as JSON Lines, whole or not at all."""
-    write_jsonl(file, [as_json(item) for item in items])
-
-
 def read_items(file: Path) -> list[Item]:
     """Return the items that `write_items` wrote."""
     return files.read_jsonl(file, Item, AGAIN.format(file.parent))
-
-
-def write_jsonl(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows as JSON Lines, whole or not at all."""
-    staging = file.with_suffix(".tmp")
-    staging.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    staging.replace(file)
 
 
 def read_jsonl(file: Path) -> list[dict[str, Any]]:

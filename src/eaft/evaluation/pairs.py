@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import zip_longest
+from typing import Any
 
 from eaft.errors import ConfigurationError
 from eaft.evaluation.results import Item, Regression, Response
@@ -76,3 +77,9 @@ def margin(item: Item) -> float:
     if not choices or not isinstance(target, int) or len(choices) < 2:
         return 0.0
     return choices[target] - max(choice for i, choice in enumerate(choices) if i != target)
+
+
+def one(values: dict[str, Any]) -> Any:
+    """Return what all tasks of a group have in common, else each task's."""
+    first, *others = values.values()
+    return values if any(other != first for other in others) else first

@@ -20,9 +20,11 @@ from eaft.evaluation.results import (
     Estimate,
     HeldOut,
     ModelEvaluation,
+    RecordedProtocol,
     Regression,
     Results,
     Setting,
+    Source,
     TaskChange,
     TaskScore,
     TunedEvaluation,
@@ -297,25 +299,11 @@ def asked_section(results: Results, differs: dict[str, Setting] | None) -> list[
         results: with names that are Markdown already.
         differs: the settings that differ, as they are.
     """
-    protocol = results.protocol
-    thinking = {True: "thinking on", False: "thinking off", None: "thinking as the template has it"}
-    parts = [
-        (
-            "with the chat template"
-            if protocol.apply_chat_template
-            else "in plain text, without a chat template"
-        ),
-        *([thinking[protocol.enable_thinking]] if protocol.apply_chat_template else []),
-        f"in {protocol.dtype}",
-        f"seed {protocol.seed}",
-        *([f"at most {protocol.limit} items of each lm-eval task"] if protocol.limit else []),
-    ]
-    section = [
-        "## What was asked",
-        f"Asked {', '.join(parts)}.",
-        *differs_text(differs),
-    ]
+    how = [] if results.protocol is None else [protocol_text(results.protocol)]
+    how += [] if results.source is None else source_text(results.source)
+    section = ["## What was asked", *how, *differs_text(differs)]
     sides = ["after"] if results.base is None else ["before", "after"]
+    counted = all(a.cut for a in results.asked.values())
     rows = [
         [
             *(
@@ -328,29 +316,73 @@ def asked_section(results: Results, differs: dict[str, Setting] | None) -> list[
             ),
             *(
                 ", ".join(str(getattr(a.cut[side], part)) for side in sides)
-                for part in ("prompt", "answer", "thoughts")
+                for part in (("prompt", "answer", "thoughts") if counted else ())
             ),
         ]
         for task, a in results.asked.items()
     ]
     headers = ["task", "version", "metric", "filter", "examples", "answer tokens"]
-    headers += ["prompts cut", "answers cut", "thoughts cut"]
+    headers += ["prompts cut", "answers cut", "thoughts cut"] if counted else []
     if rows:
-        section += [
-            table(rows, headers),
+        section.append(table(rows, headers))
+    if rows and counted:
+        section.append(
             "Cut to fit the context or the limit: items"
-            + (", base and tuned." if len(sides) > 1 else "."),
-        ]
-    kept = results.kept
-    names = {"the base model": kept.base, "this model": kept.model}
-    read = [f"{model}: {', '.join(measured)}" for model, measured in names.items() if measured]
-    if read:
-        section.append(f"Not measured anew, but read from {kept.folder}: of {'; of '.join(read)}.")
+            + (", base and tuned." if len(sides) > 1 else ".")
+        )
+    if kept := results.kept:
+        names = {"the base model": kept.base, "this model": kept.model}
+        read = [f"{model}: {', '.join(measured)}" for model, measured in names.items() if measured]
+        if read:
+            section.append(
+                f"Not measured anew, but read from {kept.folder}: of {'; of '.join(read)}."
+            )
     if results.failed:
         section += [
             "## Failed",
             "\n".join(f"- {task}: {message}" for task, message in results.failed.items()),
         ]
+    return section
+
+
+def protocol_text(protocol: RecordedProtocol) -> str:
+    """Return how the models were asked, as a sentence."""
+    thinking = {True: "thinking on", False: "thinking off", None: "thinking as the template has it"}
+    parts = [
+        (
+            "with the chat template"
+            if protocol.apply_chat_template
+            else "in plain text, without a chat template"
+        ),
+        *([thinking[protocol.enable_thinking]] if protocol.apply_chat_template else []),
+        f"in {protocol.dtype}",
+        f"seed {protocol.seed}",
+        *([f"at most {protocol.limit} items of each lm-eval task"] if protocol.limit else []),
+    ]
+    return f"Asked {', '.join(parts)}."
+
+
+def source_text(source: Source) -> list[str]:
+    """
+    Return which logs the results were read from, and in which settings the two runs differ.
+
+    Args:
+        source: with names that are Markdown already.
+    """
+    runs = {"base": source.base, "tuned": source.model}
+    read = "; ".join(
+        f"{name} {run.path}, by version {run.version or 'unknown'}, {run.date or 'no date'}"
+        for name, run in runs.items()
+    )
+    section = [f"Asked by {source.tool}, and read from its logs: {read}."]
+    base, tuned = source.base.settings, source.model.settings
+    differs = [
+        f"{name} (base {base.get(name)}, tuned {tuned.get(name)})"
+        for name in {**base, **tuned}
+        if base.get(name) != tuned.get(name)
+    ]
+    if differs:
+        section.append(f"**The two runs differ in**: {'; '.join(differs)}.")
     return section
 
 

@@ -70,6 +70,9 @@ class Item:
     """The most tokens that an answer could have, where it is generated."""
     scores: dict[str, float] | None = field(default=None, metadata=ABSENT)
     """The score by filter, where the metric has several filters."""
+    repeats: list[float] | None = field(default=None, metadata=ABSENT)
+    """The score of each answer, where the item was answered several times; `score` is their mean.
+    """
 
 
 @with_config(FORM)
@@ -96,12 +99,14 @@ class Asked:
     """The metric of the scores."""
     filter: str
     """The filter that reads the answers for this metric."""
-    num_fewshot: int | dict[str, int]
-    """Examples before each item; by task where the tasks of a group differ."""
+    num_fewshot: int | dict[str, int] | None
+    """Examples before each item; by task where the tasks of a group differ; null where another
+    tool's log does not say."""
     max_gen_toks: int | dict[str, int | None] | None
     """The most tokens that an answer, with its thoughts, could have; null for multiple choice."""
     cut: dict[str, Cut]
-    """By model: `before` and `after` in `eaft eval`, the base and the objectives in compare."""
+    """By model: `before` and `after` in `eaft eval`, the base and the objectives in compare; empty
+    where another tool's log does not say."""
 
 
 @with_config(FORM)
@@ -393,6 +398,38 @@ class RecordedProtocol(Protocol):
 
 @with_config(FORM)
 @dataclass(kw_only=True)
+class LogRun:
+    """One model's run in another tool, as its log tells it."""
+
+    path: str
+    """The log, as the user gave it."""
+    model: str
+    """The model."""
+    version: str | None
+    """The version of the tool that wrote the log."""
+    date: str | None
+    """When it ran, in UTC, as 2026-11-29T10:00:00+00:00."""
+    settings: dict[str, Any]
+    """How it ran: what the log says beside the tasks' own settings."""
+
+
+@with_config(FORM)
+@dataclass(kw_only=True)
+class Source:
+    """The logs of another tool that an evaluation was read from."""
+
+    tool: Literal["lm-eval", "inspect_ai"]
+    """The tool that asked the models."""
+    base: LogRun
+    """The base model's run."""
+    model: LogRun
+    """The tuned model's run."""
+    data_sha256: str
+    """A digest of the rows and prompts, which tells whether two results are of the same data."""
+
+
+@with_config(FORM)
+@dataclass(kw_only=True)
 class Evaluation:
     """What both kinds of evaluation have."""
 
@@ -402,16 +439,18 @@ class Evaluation:
     """The model that was evaluated."""
     suites: dict[str, list[str]]
     """The tasks of each suite."""
-    protocol: RecordedProtocol
-    """How the models were asked."""
+    protocol: RecordedProtocol | None
+    """How the models were asked; null where another tool asked them, see `source`."""
     environment: dict[str, Any]
     """Versions, commit and machine."""
-    kept: Kept
-    """What was not measured anew."""
+    kept: Kept | None
+    """What was not measured anew; null where another tool measured."""
     asked: dict[str, Asked]
     """How each task was asked."""
     failed: dict[str, str]
-    """The tasks that could not be run: why."""
+    """The tasks that could not be run or compared: why."""
+    source: Source | None = field(default=None, metadata=ABSENT)
+    """Where another tool asked the models: its logs."""
 
 
 @with_config(FORM)

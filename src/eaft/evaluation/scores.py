@@ -23,6 +23,7 @@ from jinja2 import TemplateError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from eaft.errors import ConfigurationError, first_line
+from eaft.evaluation.pairs import one
 from eaft.evaluation.progress import Progress
 from eaft.evaluation.protocol import Protocol
 from eaft.evaluation.results import Asked, Cut, Item, Part
@@ -499,12 +500,6 @@ def asked(benchmark: Benchmark, protocol: Protocol, items: dict[str, list[Item]]
 def count_cuts(items: list[Item]) -> Cut:
     """Return of how many items each part was cut."""
     return Cut(**{part: sum(part in item.cut for item in items) for part in CUTS})
-
-
-def one(values: dict[str, Any]) -> Any:
-    """Return what all tasks of a group have in common, else each task's."""
-    first, *others = values.values()
-    return values if any(other != first for other in others) else first
 
 
 def items(name: str, task: Any, output: dict[str, Any], lm: Any) -> list[Item]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eaft.errors import ConfigurationError, disk_full, first_line
-from eaft.evaluation.measured_model import MeasuredModel, write_items
+from eaft.evaluation.folder import write_items
+from eaft.evaluation.measured_model import MeasuredModel
 from eaft.evaluation.progress import Progress
 from eaft.evaluation.results import Item
 from eaft.evaluation.scores import processes
