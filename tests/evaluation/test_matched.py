@@ -17,7 +17,6 @@ import jsonschema
 import pytest
 
 from eaft import cli
-from eaft.errors import ConfigurationError
 from eaft.evaluation import results
 from eaft.evaluation.matched import compare_logs, matched
 from eaft.evaluation.others import read_log
@@ -29,7 +28,9 @@ from tests.conftest import make_model
 ROOT = Path(__file__).parents[2]
 SCHEMA = Path(results.__file__).with_name("results.schema.json")
 COMMANDS = re.findall(
-    r"^    (lm_eval .*|eaft eval --from .*)$", (ROOT / "docs/evaluation.md").read_text(), re.M
+    r"^    (lm_eval .*|eaft eval --from .*)$",
+    (ROOT / "docs/evaluation.md").read_text().replace("\\\n", ""),
+    re.MULTILINE,
 )
 ROWS = 30
 
@@ -193,7 +194,7 @@ def change_generation(rows):
         (None, {"versions": 2}, "the task version is 1 in the base's log and 2 in"),
         (None, {"n-shot": 5}, "few-shot examples is 1 in the base's log and 5 in"),
         (None, {"results": {}}, "metric exact_match,strict is missing"),
-        (None, {"configs": {"repeats": 3}}, "graded in another way"),
+        (None, {"configs": {"repeats": 3}}, "made or graded in another way"),
     ],
 )
 def test_what_does_not_match_is_refused(lm_eval_logs, tmp_path, rows, settings, reason):
@@ -252,9 +253,13 @@ def exact_swap_p(before, after):
     return sum(value >= total - 1e-9 for value in sums) / len(sums)
 
 
+EPOCHS = {"base": [[1, 1], [1, 0], [1, 1], [0, 1], [1, 1], [0, 0]]}  # right, by row and epoch
+EPOCHS["tuned"] = [[0, 1], [0, 0], [1, 0], [1, 0], [0, 0], [1, 1]]
+
+
 @pytest.fixture(scope="module")
 def inspect_log(tmp_path_factory):
-    """A function that lets inspect_ai run a task on its mock model, and returns the log's path."""
+    """A function that lets inspect_ai ask its mock model, and returns the path of the log."""
     pytest.importorskip("inspect_ai", reason="needs inspect-ai: pip install 'eaft[inspect-ai]'")
     from inspect_ai import Task, eval
     from inspect_ai.dataset import MemoryDataset, Sample
@@ -262,71 +267,72 @@ def inspect_log(tmp_path_factory):
     from inspect_ai.scorer import includes, match
     from inspect_ai.solver import generate, system_message
 
-    def run(right, epochs=3, system="Be brief.", order=range(10), **task):
-        """`right[i][e]`: whether row i is answered rightly in epoch e."""
-        count = {}
+    def run(right, epochs=2, system="Be brief.", order=range(6)):
+        turn = [iter(row) for row in right]
 
         def answer(messages, *rest):
             row = int(messages[-1].text.split()[0])
-            count[row] = count.get(row, -1) + 1
-            text = f"{row + 1}" if right[row][count[row]] else f"{row + 1}, or not"
+            text = f"{row + 1}" if next(turn[row]) else f"{row + 1}, or not"
             output = ModelOutput.from_content("mockllm/model", text)
             output.usage = ModelUsage()  # else inspect_ai fetches a tokenizer to count tokens
             return output
 
         samples = [Sample(input=f"{i} plus 1 is", target=str(i + 1)) for i in order]
+        task = Task(
+            dataset=MemoryDataset(samples),
+            solver=[system_message(system), generate()],
+            scorer=[match(), includes()],
+            epochs=epochs,
+            name="sums",
+        )
         (log,) = eval(
-            Task(
-                dataset=MemoryDataset(samples),
-                solver=[system_message(system), generate()],
-                scorer=[match(), includes()],
-                epochs=epochs,
-                name="sums",
-                **task,
-            ),
+            task,
             model=get_model("mockllm/model", custom_outputs=answer, memoize=False),
             log_dir=str(tmp_path_factory.mktemp("logs")),
+            log_realtime=False,
             display="none",
-            max_connections=1,
         )
         return log.location
 
     return run
 
 
-def test_epochs_of_inspect_are_one_item(inspect_log, tmp_path):
-    rng = random.Random(0)
-    base = [[rng.random() < 0.8 for _ in range(3)] for _ in range(10)]
-    tuned = [[rng.random() < 0.4 for _ in range(3)] for _ in range(10)]
-    logs = inspect_log(base), inspect_log(tuned, order=reversed(range(10)))
-    results = compare_logs(*logs, str(tmp_path / "out"), max_drop=1)
-    before, after = ([sum(row) / 3 for row in rows] for rows in (base, tuned))
+@pytest.fixture(scope="module")
+def base_log(inspect_log):
+    return inspect_log(EPOCHS["base"])
+
+
+def test_epochs_of_inspect_are_one_item(inspect_log, base_log, tmp_path):
+    tuned_log = inspect_log(EPOCHS["tuned"], order=[5, 3, 4, 0, 1, 2])
+    results = compare_logs(base_log, tuned_log, str(tmp_path / "out"), max_drop=1)
+    before, after = ([sum(row) / 2 for row in EPOCHS[side]] for side in ("base", "tuned"))
     change = results.tasks["sums"]
-    assert change.n == 10
-    assert change.before == pytest.approx(sum(before) / 10)
-    assert change.after == pytest.approx(sum(after) / 10)
-    assert change.lost == sum(t < b for b, t in zip(before, after, strict=True))
+    assert (change.n, change.metric) == (6, "accuracy,match")
+    assert change.before == pytest.approx(sum(before) / 6)
+    assert change.after == pytest.approx(sum(after) / 6)
+    assert (change.lost, change.gained) == (4, 1)
     assert change.p_value == pytest.approx(exact_swap_p(before, after))
-    assert change.metric == "accuracy,match"
     assert results.filters["sums"]["includes"].change == 0  # every answer has the number in it
-    assert results.source.tool == "inspect_ai"
+    assert (results.source.tool, results.failed) == ("inspect_ai", {})
     assert results.source.base.version
     lines = (tmp_path / "out/items_after/sums.jsonl").read_text().splitlines()
-    first = json.loads(lines[0])
-    assert sorted(first["repeats"]) == sorted(map(float, tuned[0]))
+    items = {item["prompt"]: sorted(item["repeats"]) for item in map(json.loads, lines)}
+    assert items == {
+        f"Be brief.\n\n{i} plus 1 is": sorted(map(float, row))
+        for i, row in enumerate(EPOCHS["tuned"])
+    }
     jsonschema.validate(as_json(results), json.loads(SCHEMA.read_text()))
 
 
-def test_what_inspect_asked_otherwise_is_refused(inspect_log, tmp_path):
-    right = [[True] * 3] * 10
-    base = inspect_log(right)
-    for number, (log, reason) in enumerate(
-        (
-            (inspect_log(right, system="Be long."), "10 of 10 items have another prompt"),
-            (inspect_log(right, epochs=2), "3 times in the base's log and 2 times"),
-            (inspect_log(right, order=range(9)), "1 items are only in the base's log"),
-            (inspect_log(right, version=3), "the task version is 0 in the base's log and 3"),
-        )
-    ):
-        with pytest.raises(ConfigurationError, match=re.escape(reason)):
-            compare_logs(base, log, str(tmp_path / str(number)))
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"system": "Be long."}, "6 of 6 items have another prompt"),
+        ({"epochs": 1}, "2 times in the base's log and 1 times"),
+    ],
+)
+def test_what_inspect_asked_otherwise_is_refused(inspect_log, base_log, changed, reason):
+    tuned_log = inspect_log(EPOCHS["base"], **changed)
+    _, _, asked, failed = matched(read_log(base_log), read_log(tuned_log))
+    assert not asked
+    assert reason in failed["sums"]

@@ -163,11 +163,15 @@ def match_task(name: str, base: Log, tuned: Log) -> tuple[list[Item], list[Item]
     """
     for log, side in ((base, SIDES[0]), (tuned, SIDES[1])):
         if name not in log.tasks:
-            raise NotComparable(f"it is not in {side}.")
+            raise NotComparable(f"task {name} is not in {side}.")
     tasks = base.tasks[name], tuned.tasks[name]
     check_settings(*tasks)
     pairs = match_rows(*tasks)
     check_asked(pairs, prompt_settings(base, tuned))
+    if names := different(tasks[0].grading, tasks[1].grading):
+        raise NotComparable(
+            f"answers were made or graded in another way ({', '.join(names)} differs)."
+        )
     metric = shared_metric(*tasks)
     for task, side in zip(tasks, SIDES, strict=True):
         check_mean(task, metric, side)
@@ -183,7 +187,7 @@ def check_settings(base: LoggedTask, tuned: LoggedTask) -> None:
     Check that a task is the same in both logs, before its rows are looked at.
 
     Raises:
-        NotComparable: it has another version, number of examples or way of grading.
+        NotComparable: it has another version or number of examples.
     """
     for what, sides in (
         ("task version", (base.version, tuned.version)),
@@ -193,8 +197,6 @@ def check_settings(base: LoggedTask, tuned: LoggedTask) -> None:
             raise NotComparable(
                 f"the {what} is {sides[0]} in {SIDES[0]} and {sides[1]} in {SIDES[1]}."
             )
-    if names := different(base.grading, tuned.grading):
-        raise NotComparable(f"its answers are graded in another way ({', '.join(names)} differs).")
 
 
 def different(base: dict[str, Any], tuned: dict[str, Any]) -> list[str]:

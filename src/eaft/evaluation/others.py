@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -482,7 +483,10 @@ def inspect_task(file: Path, log: Any) -> LoggedTask:
         num_fewshot=None,
         metrics=metrics,
         means=means,
-        grading={"scorers": [s.model_dump(mode="json") for s in log.eval.scorers or []]},
+        grading={
+            "scorers": [scorer.model_dump(mode="json") for scorer in log.eval.scorers or []],
+            "solver": [(step.solver, step.params) for step in log.plan.steps],
+        },
         items=[together(int(i) if numbered else n, samples[i]) for n, i in enumerate(order)],
         counts_cuts=True,
     )
@@ -503,14 +507,9 @@ def inspect_sample(sample: Any, model: str, metrics: list[str]) -> Answered:
         (e for e in sample.events if e.event == "model" and e.model == model and e.role is None),
         None,
     )
-    if call is None:
-        given = sample.input
-        messages = given if isinstance(given, list) else []
-        prompt = "" if messages else given
-    else:
-        messages, prompt = call.input, ""
-    plain = [plain_message(message) for message in messages]
-    prompt = prompt or "\n\n".join(text for _, text in plain)
+    before = itertools.takewhile(lambda message: message.role != "assistant", sample.messages)
+    plain = [plain_message(message) for message in (call.input if call else before)]
+    prompt = "\n\n".join(text for _, text in plain)
     tools = [tool.model_dump(mode="json") for tool in call.tools] if call else []
     settings = call.config.model_dump(mode="json", exclude_none=True) if call else {}
     row = [dumped(sample.input), sample.choices]
@@ -521,7 +520,7 @@ def inspect_sample(sample: Any, model: str, metrics: list[str]) -> Answered:
     return Answered(
         doc_id=0,
         row=digest(row),
-        asked=[digest([plain or prompt, tools])],
+        asked=[digest([plain, tools])],
         prompt=prompt,
         target=sample.target,
         responses=[sample.output.completion],
