@@ -5,6 +5,7 @@ only there.
 
 import json
 import shutil
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from eaft import cli, models
 from eaft.errors import ConfigurationError
-from eaft.evaluation import comparable, folder, identity, measured_model
+from eaft.evaluation import comparable, identity, measured_model
 from eaft.evaluation.comparable import comparable_models
 from eaft.evaluation.drift import BaseAnswers
 from eaft.evaluation.measured_model import MeasuredModel
@@ -373,9 +374,9 @@ def test_what_can_be_known_before_is_said_before(
 
 @pytest.mark.parametrize("package", ["matplotlib", "tabulate", "scipy"])
 def test_a_missing_package_is_said_before(model_dir, tmp_path, monkeypatch, capsys, package):
-    find_spec = folder.find_spec
     monkeypatch.setattr(
-        folder, "find_spec", lambda name: None if name == package else find_spec(name)
+        "eaft.evaluation.folder.find_spec",
+        lambda name: None if name == package else find_spec(name),
     )
     assert run(model_dir, "--suite", "everyday", "--output_path", tmp_path / "out") == 2
     assert f"Evaluating needs {package}: pip install 'eaft[eval]'" in capsys.readouterr().err

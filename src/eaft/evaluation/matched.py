@@ -80,7 +80,7 @@ def compare_logs(
         for side, items in (("items_before", before), ("items_after", after)):
             (folder / side).mkdir(exist_ok=True)
             for name in asked:
-                write_items(folder / side / f"{name.replace('/', '_')}.jsonl", items[name])
+                write_items(folder / side / f"{Path(name).stem}.jsonl", items[name])
         changes = compare_items(before, after, [])
         results = TunedEvaluation(
             output_path=str(folder),
