@@ -144,8 +144,11 @@ def test_two_runs_of_lm_eval(lm_eval_logs, tmp_path, monkeypatch, capsys):
     assert (content["base"], content["model"]) == ("Qwen/Qwen3-0.6B", "out")
     assert "Asked by lm-eval" in capsys.readouterr().out
     assert (tmp_path / "out/changes.png").is_file()
-    (entry,) = Runs(tmp_path).entries()  # of `eaft view`
+    runs = Runs(tmp_path)  # of `eaft view`
+    (entry,) = runs.entries()
     assert (entry.kind, entry.sentence) == ("eval", content["verdict"]["sentence"])
+    assert len(runs.items("out", 0).entries) == 3 * ROWS
+    assert "Asked by lm-eval" in (tmp_path / "out/report.html").read_text()
 
 
 def test_the_order_of_files_does_not_matter(lm_eval_logs, tmp_path):
