@@ -31,7 +31,8 @@ from eaft.evaluation.drift import (
     read_prompts,
     sample_answers,
 )
-from eaft.evaluation.measured_model import read_jsonl, shared, write_jsonl
+from eaft.evaluation.folder import write_jsonl
+from eaft.evaluation.measured_model import read_jsonl, shared
 from eaft.evaluation.protocol import Protocol
 from eaft.evaluation.scores import ask, load_tokenizer
 from eaft.training.config import EAFTConfig
