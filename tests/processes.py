@@ -19,6 +19,8 @@ import pytest
 from torch.distributed import TCPStore
 
 from eaft import cli
+from eaft.comparison import compare, runs
+from eaft.tuning import tune
 
 ROOT = Path(__file__).parents[1]
 SERVER = multiprocessing.get_context("forkserver")
@@ -39,6 +41,19 @@ FIRST = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 def eaft(*argv):
     """The command line, as a function for `start` and `run_ranks`."""
     return cli.main([str(part) for part in argv])
+
+
+def eaft_training_itself(*argv):
+    """`eaft`, whose training is no process of its own: a kill ends both, without a new Python."""
+    runs.train_apart = lambda config: cli.main(["train", "--config", str(config)])
+    tune.run_train = lambda arguments, folder: cli.main(["train", *arguments])
+    return eaft(*argv)
+
+
+def eaft_in_forks(*argv):
+    """The same with `--jobs`, each of which is a fork."""
+    compare.get_context = lambda kind: multiprocessing.get_context("fork")
+    return eaft_training_itself(*argv)
 
 
 def start(function, *args, log, environment=None):

@@ -5,6 +5,8 @@ is enough.
 
 import errno
 import json
+import os
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -19,6 +21,8 @@ from eaft.errors import STARTED
 from eaft.objective.registry import GATES
 
 from .conftest import make_rows
+from .processes import eaft as run_eaft
+from .processes import start
 
 
 def python(code, *argv, cwd):
@@ -166,6 +170,38 @@ def test_an_interruption_is_one_line(monkeypatch, capsys):
         == "eaft train: interrupted: give the same command again with --resume_from_checkpoint true"
         " to go on.\n"
     )
+
+
+def test_an_interruption_that_a_library_takes_for_an_error_is_one_line(monkeypatch, capsys):
+    def interrupt(argv):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise RecursionError from None  # as numpy ends when it is interrupted in an import
+
+    monkeypatch.setattr(
+        cli.importlib, "import_module", lambda name: SimpleNamespace(main=interrupt)
+    )
+    before = signal.getsignal(signal.SIGINT)
+    assert cli.main(["eval"]) == 130
+    assert capsys.readouterr().err == (
+        "eaft eval: interrupted: give the same command again to go on.\n"
+    )
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_what_eaft_started_ends_without_a_word(tmp_path):
+    """Ctrl-C reaches it, too, and the command that started it has said how to go on."""
+    log = tmp_path / "log"
+    process = start(interrupted_in_a_command, log=log, environment={**os.environ, STARTED: "1"})
+    process.join()
+    assert (process.exitcode, log.read_text()) == (-signal.SIGINT, "")
+
+
+def interrupted_in_a_command():
+    main = SimpleNamespace(main=lambda argv: signal.raise_signal(signal.SIGINT))
+    cli.importlib = SimpleNamespace(import_module=lambda name: main)
+    return run_eaft("train")
 
 
 def test_the_cache_lists_and_clears_converted_models_too(tmp_path, monkeypatch, capsys):

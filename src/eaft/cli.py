@@ -7,8 +7,13 @@ import errno
 import importlib
 import logging
 import os
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 from eaft.errors import STARTED, EAFTError, disk_full
 from eaft.text import VisibleRecord, visible
@@ -50,16 +55,27 @@ def main(argv: list[str] | None = None) -> int:
     # A gate module in the working directory can then be imported, as under `python -m`
     sys.path.insert(0, os.getcwd())
     logging.setLogRecordFactory(VisibleRecord)
+    with noted_interruption() as interrupted:
+        return run(command, argv[1:], interrupted)
+
+
+def run(command: str, argv: list[str], interrupted: list[int]) -> int:
+    """
+    Run a command and return its exit code; see `main`.
+
+    Args:
+        interrupted: is no longer empty after Ctrl-C.
+    """
     try:
-        return importlib.import_module(f"eaft.commands.{command}").main(argv[1:]) or 0
+        return importlib.import_module(f"eaft.commands.{command}").main(argv) or 0
     except EAFTError as error:
         tell(command, f"error: {error}")
         return 2
     except KeyboardInterrupt:
-        resume = " with --resume_from_checkpoint true" if command == "train" else ""
-        tell(command, f"interrupted: give the same command again{resume} to go on.")
-        return 130
+        return tell_interrupted(command)
     except Exception as error:
+        if interrupted:  # a library took the interruption for an error of its own, as numpy can
+            return tell_interrupted(command)
         if (file := disk_full(error)) is None:
             raise
         where = f" ({file} could not be written)" if file else ""
@@ -69,6 +85,40 @@ def main(argv: list[str] | None = None) -> int:
             " go on.",
         )
         return errno.ENOSPC if STARTED in os.environ else 2
+
+
+@contextmanager
+def noted_interruption() -> Iterator[list[int]]:
+    """
+    Yield a list that Ctrl-C adds to, before it raises KeyboardInterrupt as ever.
+
+    Ctrl-C reaches all processes of a terminal. One that `eaft` started ends at once, without a
+    word: the process that started it tells the user. A process that ignores Ctrl-C keeps ignoring
+    it.
+    """
+    interrupted: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        interrupted.append(number)
+        signal.default_int_handler(number, frame)
+
+    usual = signal.default_int_handler
+    main_thread = threading.current_thread() is threading.main_thread()
+    if not main_thread or signal.getsignal(signal.SIGINT) is not usual:
+        yield interrupted
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL if STARTED in os.environ else note)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+def tell_interrupted(command: str) -> int:
+    """Say how to go on after Ctrl-C, and return the exit code."""
+    resume = " with --resume_from_checkpoint true" if command == "train" else ""
+    tell(command, f"interrupted: give the same command again{resume} to go on.")
+    return 130
 
 
 def tell(command: str, message: str) -> None:

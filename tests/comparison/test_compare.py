@@ -5,10 +5,13 @@ bad recipes.
 
 import errno
 import json
+import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +31,8 @@ from eaft.models import template_today
 from eaft.processes import locked
 from eaft.training import apart
 from tests.conftest import make_model, make_rows, make_tokenizer
+from tests.processes import eaft_in_forks, start
+from tests.test_killed import wait_for_end
 
 SCHEMA = json.loads((Path(compare.__file__).parent / "results.schema.json").read_text())
 
@@ -364,7 +369,11 @@ def test_jobs_find_what_one_after_the_other_finds(compared, tmp_path, monkeypatc
         "sft": {"gate": "sft"},
         "broken": {"gate": "sft", "attn_implementation": "none"},
     }
-    assert run(content, "--jobs", "2") == 1
+    path, log = tmp_path / "recipe.yaml", tmp_path / "log"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    process = start(eaft_in_forks, "compare", "--config", path, "--jobs", 2, log=log)
+    process.join()
+    assert process.exitcode == 1, log.read_text()
     results = read(tmp_path / "out")
     assert [f["objective"] for f in results["failed"]] == ["broken"]
     assert "training ended with exit code" in results["failed"][0]["message"]
@@ -395,6 +404,38 @@ def test_a_job_that_is_killed_is_said_to_be(content, monkeypatch, capsys):
         "one of 2 jobs was killed, perhaps for its memory, and all stopped: run the command"
         in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_ctrl_c_is_one_line_and_nothing_goes_on(content, tmp_path, jobs):
+    """Ctrl-C at a terminal, which all processes hear, while runs train."""
+    content["objectives"]["eaft"] = {"gate": "eaft"}
+    content["evaluate"].update(held_out=None, target_prompts=None)
+    path, python, log = tmp_path / "recipe.yaml", tmp_path / "python", tmp_path / "log"
+    path.write_text(yaml.safe_dump(content))
+    python.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/started-$$\nexec sleep 60\n")
+    python.chmod(0o755)
+    argv = ("compare", "--config", path, "--jobs", jobs)
+    process = start(in_a_terminal_of_its_own, str(python), *argv, log=log)
+    while len(started := list(tmp_path.glob("started-*"))) < jobs:
+        assert process.exitcode is None, log.read_text()
+        time.sleep(0.05)
+    before = len(log.read_text())
+    os.killpg(process.pid, signal.SIGINT)
+    process.join(30)
+    assert process.exitcode == 130, log.read_text()
+    told = log.read_text()[before:]
+    assert told == "eaft compare: interrupted: give the same command again to go on.\n"
+    for file in started:
+        wait_for_end(int(file.name.partition("-")[2]))
+
+
+def in_a_terminal_of_its_own(python, *argv):
+    """`eaft` as the first of a group of processes, with another Python to train with."""
+    os.setpgid(0, 0)
+    sys.executable = python
+    compare.get_context = lambda kind: multiprocessing.get_context("fork")
+    return cli.main([str(part) for part in argv])
 
 
 def kill_oneself(*args):

@@ -9,11 +9,12 @@ import json
 import logging
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import torch
@@ -296,11 +297,16 @@ def in_jobs(
     with ProcessPoolExecutor(
         jobs, get_context("spawn"), start_worker, (recipe, measurer.folder, threads, measurer.rows)
     ) as pool:
-        for future in [
-            pool.submit(work_apart, work, recipe.keep_checkpoints == "all") for work in all_work
-        ]:
+        with interruptions_ignored():  # inherited by the processes that begin here
+            keep_all = recipe.keep_checkpoints == "all"
+            futures = [pool.submit(work_apart, work, keep_all) for work in all_work]
+        for future in futures:
             try:
                 done, kept = future.result()
+            except KeyboardInterrupt:
+                for process in active_children():  # also one that has only begun, and heard nothing
+                    process.terminate()
+                raise
             except BrokenProcessPool:
                 yield EAFTError(
                     f"one of {jobs} jobs was killed, perhaps for its memory, and all stopped: run"
@@ -321,6 +327,19 @@ def in_jobs(
             yield done
 
 
+@contextlib.contextmanager
+def interruptions_ignored() -> Iterator[None]:
+    """Ignore Ctrl-C for a moment."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def start_worker(recipe: Recipe, folder: Path, threads: int, rows: list[Row]) -> None:
     """
     Make a process ready to train and measurer, with its share of the cores for what it starts too.
@@ -328,8 +347,8 @@ def start_worker(recipe: Recipe, folder: Path, threads: int, rows: list[Row]) ->
     global WORKER
     end_with_parent()
     logging.setLogRecordFactory(VisibleRecord)
-    # Ctrl-C reaches all processes: one that took it for its work's failure would go on with the
-    # next piece
+    # Ctrl-C reaches all processes. One that took it for its work's failure would begin the next
+    # piece
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
