@@ -65,7 +65,7 @@ test-fast: $(VENV)/.installed  ## the tests to run on every change (3 minutes on
 	$(PY) -m pytest -q -n logical --maxprocesses 4 --dist worksteal $(PYTEST_FLAGS) $(FAST_TESTS)
 
 test-oldest: $(OLDEST)/.installed  ## a few tests of each wing with the oldest versions allowed (8 GB on disk)
-	$(OLDEST)/bin/python -m pytest -q $(OLDEST_TESTS)
+	$(OLDEST)/bin/python -m pytest -q -n logical --maxprocesses 4 --dist worksteal $(OLDEST_TESTS)
 
 check: $(VENV)/.installed  ## lint (Python, the page's JavaScript), format, types, and who imports whom
 	$(PY) -m ruff check .
@@ -81,7 +81,7 @@ docs: $(VENV)/.installed  ## the documentation as a site, in build/docs (seconds
 # PyPI's torch of that age needs its CUDA libraries to be imported at all
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install -q --no-cache-dir --no-compile -c constraints-oldest.txt -e '.[eval,gguf,inspect,peft]' pytest hypothesis jsonschema
+	$(OLDEST)/bin/python -m pip install -q --no-cache-dir --no-compile -c constraints-oldest.txt -e '.[eval,gguf,inspect,peft]' pytest pytest-xdist hypothesis jsonschema
 	touch $@
 
 # torch first and alone: the index's newest would bring gigabytes of CUDA

@@ -21,7 +21,6 @@ from eaft.evaluation.protocol import PROMPTS
 from eaft.models import resolve_model
 from eaft.objective.registry import GATES
 from eaft.objective.statistics import kl_divergence
-from tests.objective.test_gates import KINDS, every_gate_once
 
 ROOT = Path(__file__).parents[1]
 
@@ -71,13 +70,17 @@ def test_text_is_split_as_the_file_says(smollm2):
     assert tokenizer.tokenize("    5") == ["ĠĠĠĠ", "5"]  # with GPT-2's split "ĠĠĠ", "Ġ", "5"
 
 
+# Each setting once, and each way in which a gate needs the base model: not at all, measured before
+# (by example, by token), beside the policy
 @pytest.mark.parametrize(
     ("gate", "setting"),
-    every_gate_once(
-        ["packed LoRA", "packed full", "loose LoRA", "loose full"],
-        (*KINDS, "sft", "flow", "psft"),
-        ("asft",),
-    ),
+    [
+        ("eaft", "packed LoRA"),
+        ("flow", "packed LoRA"),
+        ("psft", "packed LoRA"),
+        ("asft", "packed full"),
+        ("asft", "loose full"),
+    ],
 )
 def test_trains_and_resumes_exactly(gate, setting, smollm2, rows, tmp_path):
     packing, peft = "packed" in setting, "LoRA" in setting
@@ -89,7 +92,6 @@ def test_trains_and_resumes_exactly(gate, setting, smollm2, rows, tmp_path):
     logs = [log for log in whole.state.log_history if "loss" in log]
     assert len(logs) == 3
     assert all(log["grad_norm"] > 0 for log in logs)
-    assert logs[0]["mean_gate"] == 1 or gate not in ("sft", "sft-kl")
     if GATES[gate].anchor:
         assert abs(logs[0]["kl"]) < 1e-5 < logs[2]["kl"]
 

@@ -105,7 +105,7 @@ SETTINGS = {
 @pytest.mark.parametrize(
     ("gate", "loss_type", "setting"),
     [("sft", "nll", setting) for setting in SETTINGS]
-    + [("dft", "dft", setting) for setting in ("completion only", "packed", "accumulated", "LoRA")],
+    + [("dft", "dft", setting) for setting in ("packed", "accumulated")],
 )
 def test_equals_trl_step_for_step(setting, gate, loss_type, tmp_path):
     settings = SETTINGS[setting]
