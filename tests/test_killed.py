@@ -3,7 +3,9 @@ kill -9 at random moments: run again, `eaft eval`, `train`, `compare` and `tune`
 undisturbed run gives.
 """
 
+import contextlib
 import json
+import math
 import os
 import random
 import signal
@@ -11,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -35,23 +38,35 @@ def run_killed(folder, whole, disturbed, seed, kills=KILLS):
         environment = {**os.environ, "EAFT_CACHE": str(folder / kept)}
         return start(eaft_training_itself, *argv, log=log, environment=environment)
 
-    start(int, log=log).join()  # so that the server has imported all before a time is taken
-    began = time.monotonic()
     undisturbed = begin(whole, "kept")
-    undisturbed.join()
+    duration = wait_for_work(undisturbed, math.inf)
     assert undisturbed.exitcode == 0, log.read_text()[-3000:]
-    duration = time.monotonic() - began
     rng, killed = random.Random(seed), 0
     for i in range(kills):
         process = begin(disturbed, "kept-disturbed")
         # Later and later, since each begins where the last one was
-        process.join(duration * (i + rng.random()) / kills)
+        wait_for_work(process, duration * (i + rng.random()) / kills)
         process.kill()
         process.join()
         killed += process.exitcode == -signal.SIGKILL
     last = begin(disturbed, "kept-disturbed")
     last.join()
     return {"duration": duration, "killed": killed, "code": last.exitcode}, log.read_text()
+
+
+def wait_for_work(process, seconds):
+    """
+    Wait until a process has used so much CPU time, or has ended, and return how much it used. A
+    busy machine does not change it.
+    """
+    used = 0.0
+    while process.exitcode is None and used < seconds:
+        process.join(0.02)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = psutil.Process(process.pid).cpu_times()
+            used = times.user + times.system
+    process.join(0)
+    return used
 
 
 def test_what_a_killed_command_started_ends_with_it(tmp_path, monkeypatch):
