@@ -114,6 +114,19 @@ EVALUATION = {
 }
 
 
+# `eaft eval --held_out` without tasks
+ROWS = {
+    **EVALUATION,
+    **{"tasks": {}, "drift": None, "worst": []},
+    "held_out": {
+        **{"before": 2.0, "after": 1.5, "change": -0.5, "low": -0.75, "high": -0.25, "rows": 8},
+        "answers": [
+            {"row": 2, "prompt": "mine?", "target": "yes", "before": "<b>no</b>", "after": "yes"}
+        ],
+    },
+}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = make_inspection(
@@ -122,6 +135,7 @@ def folder(tmp_path_factory):
     for name, results in (
         ("compared-runs", json.loads(COMPARISON.read_text())),
         ("evaluated", EVALUATION),
+        ("rows", ROWS),
     ):
         (folder / "runs" / name).mkdir(parents=True)
         (folder / "runs" / name / "results.json").write_text(json.dumps(results))
@@ -305,6 +319,13 @@ def test_a_box_dragged_equals_the_files(visit, tokens):
     wide = list(map(float, fragment(page)["box"].split(",")))
     assert wide[:3] == up[:3]
     assert wide[3] > up[3]
+    page.go_back()
+    page.go_back()
+    page.get_by_label("Run", exact=True).select_option("runs/rows (eaft eval)")
+    expect(page.get_by_text("Held-out nll 2.000 before and 1.500 after")).to_be_visible()
+    expect(page.locator(".warning")).to_contain_text("Fewer than 32 rows")
+    page.get_by_role("button", name="mine?").click()
+    expect(page.locator("#view-runs .said")).to_have_text(["mine?", "yes", "<b>no</b>", "yes"])
     page.go_back()
     page.go_back()
     expect(page.locator(".selected")).to_have_text(selected)

@@ -37,6 +37,7 @@ export function mountItems(root) {
     rows = answer.rows;
     pages = Math.max(1, Math.ceil(answer.total / ROWS));
     announce(many(answer.total, "item"));
+    root.hidden = !answer.notes.length && d3.sum(Object.values(answer.counts)) === 0;
     drawChoices(answer);
     return [
       h("p", { class: "quiet" }, LISTS[answer.which]),

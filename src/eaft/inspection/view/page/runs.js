@@ -2,7 +2,7 @@
 
 import { url } from "./api.js";
 import { palette, plot, watch } from "./charts.js";
-import { count, fileName, h, number, part, prose, select, share, table } from "./dom.js";
+import { count, fileName, h, many, number, part, prose, select, share, table } from "./dom.js";
 import { mountItems } from "./items.js";
 import { change, state } from "./state.js";
 import { tuning } from "./tuning.js";
@@ -149,7 +149,7 @@ function comparison({ results, points: rows, curves }, width) {
     h(
       "div",
       { class: "figures" },
-      figure("Target against drift; hollow circles: checkpoints that were not chosen", target),
+      scored.length > 0 && figure("Target against drift; hollow circles: checkpoints that were not chosen", target),
       figure(
         "Held-out nll against drift; the lower left is better",
         lines(
@@ -326,7 +326,7 @@ function evaluation({ model, base, results, warnings }, width) {
   const forest = {
     width: half(width),
     height: 60 + 26 * data.length,
-    marginLeft: Math.min(180, 20 + 7 * d3.max(data, ({ name }) => name.length)),
+    marginLeft: Math.min(180, 20 + 7 * (d3.max(data, ({ name }) => name.length) ?? 0)),
     marginTop: 10,
     marginBottom: 40,
     x: {
@@ -344,7 +344,7 @@ function evaluation({ model, base, results, warnings }, width) {
     inset: 0,
     grid: false,
   };
-  const { drift } = results;
+  const { drift, held_out } = results;
   return [
     h("p", { class: "lead" }, prose(results.verdict.sentence)),
     who,
@@ -370,7 +370,16 @@ function evaluation({ model, base, results, warnings }, width) {
             { title: "n", numeric: true, class: "optional", cell: ([, result]) => count(result.n) },
           ],
           rows,
+          { empty: "No tasks were run." },
         ),
+        held_out &&
+          h(
+            "p",
+            {},
+            `Held-out nll ${number(held_out.before, 3)} before and ${number(held_out.after, 3)} after (change `,
+            between(held_out, signed),
+            `), over ${many(held_out.rows, "row")}.`,
+          ),
         drift &&
           h(
             "p",
@@ -379,7 +388,7 @@ function evaluation({ model, base, results, warnings }, width) {
           ),
         warnings.map((warning) => h("p", { class: "warning" }, warning)),
       ),
-      figure("Change from the base model, with its 95% interval", forest),
+      rows.length > 0 && figure("Change from the base model, with its 95% interval", forest),
     ),
     ...Object.entries(results.failed).map(([name, why]) => h("p", { class: "error" }, `${name}: ${why}`)),
   ];
