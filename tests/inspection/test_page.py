@@ -321,13 +321,6 @@ def test_a_box_dragged_equals_the_files(visit, tokens):
     assert wide[3] > up[3]
     page.go_back()
     page.go_back()
-    page.get_by_label("Run", exact=True).select_option("runs/rows (eaft eval)")
-    expect(page.get_by_text("Held-out nll 2.000 before and 1.500 after")).to_be_visible()
-    expect(page.locator(".warning")).to_contain_text("Fewer than 32 rows")
-    page.get_by_role("button", name="mine?").click()
-    expect(page.locator("#view-runs .said")).to_have_text(["mine?", "yes", "<b>no</b>", "yes"])
-    page.go_back()
-    page.go_back()
     expect(page.locator(".selected")).to_have_text(selected)
     # By number
     for label, value in (
@@ -574,6 +567,13 @@ def test_runs_and_checks(visit):
     ]
     page.get_by_role("button", name="<i>2 + 2</i>").click()
     expect(page.locator(".said.prompt")).to_have_text("<i>2 + 2</i>")
+    page.go_back()
+    page.go_back()
+    page.get_by_label("Run", exact=True).select_option("runs/rows (eaft eval)")
+    expect(page.get_by_text("Held-out nll 2.000 before and 1.500 after")).to_be_visible()
+    expect(page.locator(".warning").first).to_contain_text("Fewer than 32 rows")
+    page.get_by_role("button", name="mine?").click()
+    expect(page.locator("#view-runs .said")).to_have_text(["mine?", "yes", "<b>no</b>", "yes"])
     page.go_back()
     page.go_back()
     expect(page.locator(".lead")).to_contain_text("Choose sft.")
