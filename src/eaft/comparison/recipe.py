@@ -127,7 +127,13 @@ def read_recipe(path: str, overrides: dict[str, Any]) -> Recipe:
     Raises:
         ConfigurationError: it cannot be read, or a field is unknown, missing or of no use.
     """
-    recipe = check(Recipe, read_yaml(path, f"--config {path}"), path)
+    content = read_yaml(path, f"--config {path}")
+    recipe = check(Recipe, content, path)
+    for name in ("target_tasks", "general_tasks"):
+        if content["evaluate"].get(name) == []:
+            raise ConfigurationError(
+                f"{path}: evaluate: {name}: []: name a task, or leave {name} out."
+            )
     given = {name: value for name, value in overrides.items() if value is not None}
     for name in ("model_name_or_path", "dataset_name"):
         if name in given:
