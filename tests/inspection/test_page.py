@@ -760,11 +760,11 @@ def test_nothing_selected_is_no_error(visit):
 
 def test_errors_are_said_in_words(visit):
     page = visit()
-    page.route("**/api/tokens*", lambda route: route.abort())
+    page.context.set_offline(True)
     page.keyboard.press("4")
     problem = page.locator("[role=alert]").first
     expect(problem).to_contain_text("The server does not answer")
-    page.unroute("**/api/tokens*")
+    page.context.set_offline(False)
     problem.get_by_role("button", name="Try again").click()
     expect(page.get_by_role("table", name="Tokens")).to_be_visible()
     page.told.clear()  # the browser's own line about the request
