@@ -237,7 +237,7 @@ def from_logs(logs: list[str], flags: dict[str, Any], parser: argparse.ArgumentP
 
     Args:
         logs: of the base and of the tuned model.
-        flags: the others, of which those of asking are refused.
+        flags: the other flags; a flag that says how to ask a model is refused.
     """
     kept = {name: flags.pop(name) for name in ("output_path", "max_drop")}
     given = [name for name, value in flags.items() if value != parser.get_default(name)]

@@ -108,7 +108,7 @@ def compare_logs(
 
 
 def name_of(log: str) -> str:
-    """Return a name for a log: that of its folder, or of its file without the ending."""
+    """Return a log's name: its folder's name, or its file's name without the ending."""
     path = Path(log).expanduser().absolute()
     return path.stem if path.suffix in (".eval", ".json") else path.name
 
@@ -331,7 +331,7 @@ def check_mean(task: LoggedTask, metric: str, side: str) -> None:
     Check that the mean of a task's scores is the one that the tool reports, where it is a mean.
 
     Raises:
-        NotComparable: it is another, as of a log of which rows are missing.
+        NotComparable: the means differ, as they do when the log has lost rows.
     """
     scores = [mean(answered.scores[metric]) for answered in task.items]
     reported = task.means.get(metric)

@@ -31,10 +31,10 @@ Tool = Literal["lm-eval", "inspect_ai"]
 # The results of one run of lm-eval; its samples have the same date
 RESULTS = re.compile(r"_(\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(?:\.\d+)?)\.json$")
 SAMPLE_KEYS = ("doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "filter")
-# What of a task's settings decides how an answer is made and graded; its rows and its prompts are
-# compared as they are
+# A task's settings that decide how an answer is made and graded. Rows and prompts are compared as
+# they are
 GRADING = ("filter_list", "metric_list", "output_type", "process_results", "repeats")
-# What of a run's settings can change every answer
+# A run's settings that can change every answer
 RUN = ("model", "model_dtype", "batch_size", "device", "gen_kwargs", "limit", "fewshot_seed")
 PROMPT = ("chat_template_sha", "system_instruction", "fewshot_as_multiturn")
 # Arguments of lm-eval's models that name the model

@@ -35,7 +35,7 @@ class DataFacts:
         usual: tokens of the row that is longer than 99% of them.
         labelled: the share of tokens that are trained on.
         context: the model's context, in tokens.
-        assistant_only: whether rows are chats of which the assistant's turns can be trained on.
+        assistant_only: whether rows are chats, and the assistant's turns can be told apart.
     """
 
     rows: int

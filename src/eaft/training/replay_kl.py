@@ -2,8 +2,8 @@
 Replayed answers held by the base model's own distribution: KL(base || model) at each position.
 
 The base model's largest probabilities are kept when its answers are sampled, as drift keeps them
-(`eaft.evaluation.drift.TopProbs`). So training needs no second model and no second forward. The
-idea is that of arXiv:2605.26097.
+(`eaft.evaluation.drift.TopProbs`). So training needs no second model and no second forward.
+Source: arXiv:2605.26097.
 """
 
 from __future__ import annotations

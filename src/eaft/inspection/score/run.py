@@ -175,7 +175,7 @@ def score_model(
         model: whose files are written.
         scoring: the same model, to score with.
         pieces: the texts of its tokens.
-        phases: the next of which this is.
+        phases: of the command; this function begins the next one.
     """
     state, shards = processes(), dict(enumerate(job.examples.shards()))
     missing = shared(
