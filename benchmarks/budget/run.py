@@ -37,7 +37,9 @@ RESULTS = Path(__file__).parent / "results"
 BUDGETS = (0.02, 0.05, 0.1)
 LOOKED_AT = 0.05  # the budget whose models are also measured on other data
 SEEDS = range(5)
-TRAINED, SCREENING, REPORTED = 64, 24, 48  # rows; as many prompts choose and report
+TRAINED = 64  # rows
+SCREENING, REPORTED = 16, 32  # rows, and as many prompts
+LONG = 12  # prompts whose drift is shown by position
 CHARACTERS = 280  # of a GSM8K question and its answer together, at most
 COMMON: dict[str, Any] = {
     "num_train_epochs": 3,
@@ -51,7 +53,7 @@ COMMON: dict[str, Any] = {
     "gradient_checkpointing": False,
     "logging_steps": 4,
     "save_strategy": "steps",
-    "save_steps": 8,
+    "save_steps": 12,
     "save_only_model": True,
     "report_to": "none",
     "disable_tqdm": True,
@@ -149,15 +151,15 @@ def write_data(source: Path, folder: Path) -> None:
     files = {f"train-{s}": rows[TRAINED * s : TRAINED * (s + 1)] for s in SEEDS}
     files["screening"] = held_out[:SCREENING]
     files["reported"] = held_out[SCREENING : SCREENING + REPORTED]
-    # Every 90th question, so that each subject has some
-    files["mmlu"] = [mmlu_row(row) for row in read(source / "mmlu_stem.jsonl")[::90][:32]]
+    # Every 120th question, so that each subject has some
+    files["mmlu"] = [mmlu_row(row) for row in read(source / "mmlu_stem.jsonl")[::120][:24]]
     short = [
         row
         for row in read(source / "pubmedqa_labeled.jsonl")
         if len(" ".join(row["contexts"])) < 1200
     ]
-    files["pubmedqa"] = [pubmedqa_row(row) for row in short[:12]]
-    files["ifeval"] = [{"prompt": row["prompt"]} for row in read(source / "ifeval.jsonl")[::33]]
+    files["pubmedqa"] = [pubmedqa_row(row) for row in short[:8]]
+    files["ifeval"] = [{"prompt": row["prompt"]} for row in read(source / "ifeval.jsonl")[::45]]
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
@@ -205,7 +207,7 @@ def measure(arm: str, seed: int, model: str, folder: Path, data: Path) -> dict[s
     configs = parse_flags(flags)
     wide = parse_flags({**flags, "max_length": 1024})  # the other data is longer
     bases = {tokens: base_of(model, tokens) for tokens in (48, 64, 256)}
-    everyday = read_prompts(str(PROMPTS), REPORTED + 16)
+    everyday = read_prompts(str(PROMPTS), REPORTED + LONG)
     screening = Part.of(
         bases[48],
         prepared("screening", configs, model, data),
@@ -216,7 +218,7 @@ def measure(arm: str, seed: int, model: str, folder: Path, data: Path) -> dict[s
     other = Part.of(
         bases[64],
         prepared("mmlu", wide, model, data),
-        read_prompts(str(data / "ifeval.jsonl"), 16),
+        read_prompts(str(data / "ifeval.jsonl"), LONG),
     )
     pubmedqa = prepared("pubmedqa", wide, model, data)
     pubmedqa_base = bases[64].nll(pubmedqa)
