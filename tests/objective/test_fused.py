@@ -44,7 +44,9 @@ def use(backend, monkeypatch):
     monkeypatch.setattr(
         fused,
         "choose_backend",
-        lambda name, hidden: choose(None if hidden.dtype == torch.float64 else backend, hidden),
+        lambda name, hidden, *vocabulary: choose(
+            None if hidden.dtype == torch.float64 else backend, hidden, *vocabulary
+        ),
     )
 
 

@@ -10,13 +10,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.run
 import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from eaft import EAFTTrainer, cli
 from eaft.errors import ConfigurationError
+from eaft.training.head import GatedLMHead
 from tests.conftest import make_model, make_rows
 from tests.processes import run_ranks
 from tests.training import deepspeed_check, fsdp_check, fsdp_on_cpu
@@ -212,3 +215,33 @@ def test_zero(tmp_path, tokenizer, stage, gate, trained):
     assert len(one) == 5
     assert_logs_agree(one, two, 1e-4)
     assert ("kl" in one[0]) == (gate == "sft-kl")
+
+
+def tensor_parallel(folder):
+    """The loss and gradients of a model that transformers shards, beside the whole model's."""
+    dist.init_process_group("gloo")
+    ids = torch.arange(3, 15).view(2, 6)
+    inputs = {"input_ids": ids, "labels": ids, "fused_lm_head": True}
+    results = []
+    for options in ({}, {"tp_plan": "auto"}):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", **options).train()
+        head = GatedLMHead(model, "eaft")
+        output = model(**inputs)
+        output.loss.backward()
+        statistics = head.statistics(model, ids, input_ids=ids)
+        results.append((output.loss.detach(), head.losses.weights, statistics.rank, model))
+    whole, sharded = results
+    weight = sharded[3].lm_head.weight
+    assert weight.to_local().shape[0] < len(weight)
+    for actual, expected in zip(sharded[:3], whole[:3], strict=True):
+        torch.testing.assert_close(actual, expected)
+    for name in ("lm_head.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight"):
+        gradient = sharded[3].get_parameter(name).grad
+        if isinstance(gradient, DTensor):
+            gradient = gradient.full_tensor()
+        torch.testing.assert_close(gradient, whole[3].get_parameter(name).grad, msg=name)
+    dist.destroy_process_group()
+
+
+def test_tensor_parallelism_shards_the_vocabulary(tmp_path, tokenizer):
+    run_ranks(tensor_parallel, save(tmp_path / "model", tokenizer))

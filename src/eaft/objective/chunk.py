@@ -15,6 +15,7 @@ from torch import Tensor
 
 from eaft.objective.registry import Anchor
 from eaft.objective.statistics import TokenStatistics
+from eaft.objective.vocabulary import WHOLE, Vocabulary
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,15 @@ class LogitTransform:
 
 @dataclass(frozen=True)
 class Head:
-    """The LM head: hidden @ weight.T + bias, and how that becomes logits."""
+    """
+    The LM head: hidden @ weight.T + bias, and how that becomes logits. Of a sharded vocabulary it
+    has this rank's rows.
+    """
 
     weight: Tensor  # (vocab_size, hidden_size)
     bias: Tensor | None = None  # (vocab_size,)
     transform: LogitTransform = LogitTransform()
+    vocabulary: Vocabulary = WHOLE
 
     def logits(self, hidden: Tensor) -> Tensor:
         """

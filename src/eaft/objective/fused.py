@@ -30,6 +30,7 @@ from eaft.objective.loss import example_ids_by_row, loss_terms
 from eaft.objective.registry import Anchor, GateLike
 from eaft.objective.statistics import NO_CONTEXT, TokenContext, TokenStatistics, usable_top_k
 from eaft.objective.torch_backend import TorchBackend
+from eaft.objective.vocabulary import WHOLE, Vocabulary, shard_vocabulary
 
 # Each chunk reads and writes the whole gradient of the head. A GPU needs as long for that as for
 # the products of about 150 tokens: 2% of the time with chunks of 8,192 rows. A chunk has fewer
@@ -85,6 +86,7 @@ def linear_gated_cross_entropy(
     example_nll: Tensor | None = None,  # (...), nats
     old_log_prob: Tensor | None = None,  # (...), nats
     reference: Reference | None = None,
+    vocab_group: Any = None,
     logits_budget: int | None = None,
     backend: str | None = None,
     return_losses: bool = False,
@@ -112,6 +114,11 @@ def linear_gated_cross_entropy(
         example_nll: as in `gated_cross_entropy`.
         old_log_prob: as in `gated_cross_entropy`.
         reference: for a gate with a KL term.
+        vocab_group: a `torch.distributed` process group over whose ranks the vocabulary is sharded
+            (tensor parallelism), in their order; `weight` and `bias` are then this rank's rows.
+            Each rank gives the same hidden states and labels, and gets the same loss, the gradient
+            of its own rows, and the whole gradient of the hidden states. Not for a gate with a KL
+            term.
         logits_budget: bytes of logits alive at a time, which caps the chunks; default 256 MiB, on a
             GPU a 16th of its memory. The last chunk is held until the backward pass. A KL term
             takes as much again for the reference.
@@ -129,9 +136,12 @@ def linear_gated_cross_entropy(
         ConfigurationError: as in `gated_cross_entropy`; or there is no such backend here.
         RuntimeError: in a second backward pass, or one with `create_graph=True`.
     """
+    vocabulary = WHOLE
+    if vocab_group is not None:
+        vocabulary = shard_vocabulary(vocab_group, len(weight), weight.device)
     loss, losses = fused_loss(
         hidden,
-        Head(weight, bias, LogitTransform(logit_scale, softcap)),
+        Head(weight, bias, LogitTransform(logit_scale, softcap), vocabulary),
         labels,
         bind_gate(gate, params, top_k),
         TokenContext(example_ids, example_nll, old_log_prob),
@@ -164,6 +174,11 @@ def fused_loss(
         raise ConfigurationError(
             f"gate={gate.label} needs reference, the base model's hidden states and head."
         )
+    if anchor is not None and head.vocabulary is not WHOLE:
+        raise ConfigurationError(
+            f"gate={gate.label} has a KL term, which needs the whole vocabulary on each rank: leave"
+            " vocab_group out, or take another gate."
+        )
     if context.example_ids is None:
         context = replace(context, example_ids=example_ids_by_row(labels))
     # A GPU waits for the number of labels once, here; gathering by their index needs no such wait
@@ -187,8 +202,9 @@ def fused_loss(
         anchor=anchor,
         reference=reference,
         transform=head.transform,
-        top_k=usable_top_k(gate.top_k, len(head.weight)),
-        backend=choose_backend(backend, hidden),
+        top_k=usable_top_k(gate.top_k, head.vocabulary.size(len(head.weight))),
+        backend=choose_backend(backend, hidden, head.vocabulary),
+        vocabulary=head.vocabulary,
         logits_budget=logits_budget or default_budget(hidden.device),
         grad_enabled=torch.is_grad_enabled(),
     )
@@ -226,10 +242,11 @@ def linear_token_statistics(
         The statistics of each token, with `first_choice`, `first_prob` and `rank`; float32 (float64
         for float64 inputs).
     """
-    dtype, vocab_size = projection_dtype(hidden), len(head.weight)
-    top_k, backend_used = usable_top_k(top_k, vocab_size), choose_backend(backend, hidden)
+    dtype, vocabulary, rows_here = projection_dtype(hidden), head.vocabulary, len(head.weight)
+    top_k = usable_top_k(top_k, vocabulary.size(rows_here))
+    backend_used = choose_backend(backend, hidden, vocabulary)
     budget = logits_budget or default_budget(hidden.device)
-    chunks = chunk_slices(len(hidden), vocab_size, dtype, budget)
+    chunks = chunk_slices(len(hidden), vocabulary.widest(rows_here), dtype, budget)
     parts = []
     with torch.autocast(hidden.device.type, enabled=False):
         project = Projector(hidden, head.weight, head.bias, dtype, chunks[0].stop)
@@ -255,8 +272,14 @@ def chunk_slices(n: int, vocab_size: int, dtype: torch.dtype, budget: int) -> li
     return [slice(start, min(start + size, n)) for start in range(0, n, size)] or [slice(0, 0)]
 
 
-def choose_backend(name: str | None, hidden: Tensor) -> Backend:
+def choose_backend(name: str | None, hidden: Tensor, vocabulary: Vocabulary = WHOLE) -> Backend:
     """Return the backend with this name; for None, the fastest for tensors like `hidden`."""
+    if vocabulary is not WHOLE:
+        if name == "triton":
+            raise ConfigurationError(
+                "backend='triton' does not shard the vocabulary: leave it out."
+            )
+        name = "torch"
     if name is None:
         name = (
             "triton"
@@ -264,7 +287,7 @@ def choose_backend(name: str | None, hidden: Tensor) -> Backend:
             else "torch"
         )
     if name == "torch":
-        return TorchBackend()
+        return TorchBackend(vocabulary)
     if name != "triton":
         raise ConfigurationError(f"backend={name!r}: expected 'torch' or 'triton'.")
     if triton_backend is None or hidden.dtype == torch.float64:
@@ -309,6 +332,7 @@ class LossSpec:
     reference: Reference | None  # its hidden states (labelled, reference_hidden_size)
     transform: LogitTransform
     top_k: int
+    vocabulary: Vocabulary
     backend: Backend
     logits_budget: int  # bytes
     grad_enabled: bool
@@ -338,7 +362,8 @@ class GatedLinear(torch.autograd.Function):
         device, dtype = hidden.device.type, projection_dtype(hidden)
         exact = torch.promote_types(dtype, torch.float32)
         vocab_size = len(weight)
-        chunks = chunk_slices(len(hidden), vocab_size, dtype, spec.logits_budget)
+        width = spec.vocabulary.widest(vocab_size)
+        chunks = chunk_slices(len(hidden), width, dtype, spec.logits_budget)
         size = chunks[0].stop
         grad_hidden = (
             torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if needs_hidden else None
@@ -377,6 +402,8 @@ class GatedLinear(torch.autograd.Function):
                 if grad_bias is not None:
                     grad_bias += grad_logits.sum(0, dtype=exact)
 
+        if grad_hidden is not None:  # each rank has the part of its own rows of the head
+            grad_hidden = spec.vocabulary.sum(grad_hidden)
         ctx.grad_hidden, ctx.grad_weight, ctx.grad_bias = grad_hidden, grad_weight, grad_bias
         ctx.last_product = (grad_logits, project.hidden[rows]) if needs_weight else None
         ctx.dtypes = (hidden.dtype, weight.dtype)

@@ -12,6 +12,7 @@ from torch import Tensor
 from eaft.objective.chunk import LogitTransform
 from eaft.objective.registry import Anchor
 from eaft.objective.statistics import TokenStatistics, entropy_from_log_probs
+from eaft.objective.vocabulary import WHOLE, Vocabulary
 
 # Bytes of a block of rows in the passes over the logits: the processor's cache, or an amount that
 # a GPU can spare
@@ -28,7 +29,7 @@ class Scores:
 
     statistics: TokenStatistics
     exps: Tensor  # [n, V]: exp(logit - the row's largest)
-    total: Tensor  # [n, 1]: their sum
+    total: Tensor  # [n, 1]: their sum over the whole vocabulary
     top: Tensor  # [n, 1]: the largest logit
 
 
@@ -41,16 +42,21 @@ class Divergence:
 
 
 class TorchBackend:
-    """A `chunk.Backend` in torch, for blocks of rows that stay in the processor's cache."""
+    """
+    A `chunk.Backend` in torch, for blocks of rows that stay in the processor's cache.
 
-    def __init__(self) -> None:
+    Of a sharded vocabulary, projections have the columns of this rank, and labels are token ids.
+    """
+
+    def __init__(self, vocabulary: Vocabulary = WHOLE) -> None:
+        self.vocabulary = vocabulary
         self.scratch: Tensor | None = None
 
     def block_rows(self, projection: Tensor) -> int:
         """Return how many rows fit into the budget, twice, in the dtype of the statistics."""
         budget = GPU_BUDGET if projection.is_cuda else CACHE_BUDGET
         itemsize = torch.promote_types(projection.dtype, torch.float32).itemsize
-        return max(1, budget // (2 * projection.shape[1] * itemsize))
+        return max(1, budget // (2 * self.vocabulary.widest(projection.shape[1]) * itemsize))
 
     def score(
         self,
@@ -61,15 +67,18 @@ class TorchBackend:
         ranked: bool = False,
     ) -> Scores:
         """See `chunk.Backend.score`."""
-        labels = labels.unsqueeze(-1)
+        labels, vocabulary = labels.unsqueeze(-1), self.vocabulary
         shifted_memory, exps_memory = self.scratch_like(projection)
         logits = make_logits(projection, transform, shifted_memory)
-        top, first, largest = find_largest(logits, top_k)
-        label_logit = logits.gather(-1, labels)
+        own_top, first, largest = find_largest(logits, min(top_k, logits.shape[-1]))
+        top = vocabulary.maximum(own_top)
+        first = vocabulary.first(first, own_top == top)
+        largest = vocabulary.largest(largest, top_k)
+        columns = vocabulary.columns(labels)
+        label_logit = vocabulary.of_label(logits.gather(-1, columns), labels)
         shifted = torch.sub(logits, top, out=shifted_memory)
         exps = torch.exp(shifted, out=exps_memory)
         total = exps.sum(-1, keepdim=True)
-        log_total = total.log()
         # The products with the exponentials overwrite the shifted logits
         weighted = torch.mul(exps, shifted, out=shifted_memory).sum(-1, keepdim=True)
         if weighted.isnan().any():  # 0 * -inf: a token that cannot occur adds 0
@@ -77,6 +86,9 @@ class TorchBackend:
             weighted = (exps * torch.where(exps == 0, 0.0, shifted)).sum(-1, keepdim=True)
         # Not matrix products: `sum` adds pairwise, which keeps a long row's rounding small
         sum_sq_exps = torch.mul(exps, exps, out=shifted_memory).sum(-1, keepdim=True)
+        sums = vocabulary.sum(torch.cat([total, weighted, sum_sq_exps], -1))
+        total, weighted, sum_sq_exps = sums.split(1, -1)
+        log_total = total.log()
         statistics = TokenStatistics(
             log_prob=(label_logit - top - log_total).squeeze(-1),
             entropy=(log_total - weighted / total).squeeze(-1),
@@ -90,7 +102,7 @@ class TorchBackend:
                 statistics,
                 first_choice=first.squeeze(-1),
                 first_prob=total.reciprocal().squeeze(-1),
-                rank=label_ranks(projection, labels, transform, shifted_memory),
+                rank=self.label_ranks(projection, labels, transform, shifted_memory),
             )
         return Scores(statistics, exps, total, top)
 
@@ -127,10 +139,10 @@ class TorchBackend:
         kl_coef: float = 0.0,
     ) -> Tensor:
         """See `chunk.Backend.gradient_`."""
-        weights = weights.unsqueeze(-1)
+        weights, labels = weights.unsqueeze(-1), labels.unsqueeze(-1)
         # d (weight * nll) / d logits = weight * (p - 1[label])
         gradient = scores.exps.mul_(weights / scores.total).scatter_add_(
-            -1, labels.unsqueeze(-1), -weights
+            -1, self.vocabulary.columns(labels), -self.vocabulary.owned(weights, labels)
         )
         if divergence is not None:
             gradient.add_(divergence.gradient, alpha=kl_coef)
@@ -140,6 +152,27 @@ class TorchBackend:
         if transform.logit_scale != 1.0:
             gradient.mul_(transform.logit_scale)
         return projection.copy_(gradient)
+
+    def label_ranks(
+        self, projection: Tensor, labels: Tensor, transform: LogitTransform, memory: Tensor
+    ) -> Tensor:
+        """
+        Return 1 + how many logits are above the label's, `[n]` int64.
+
+        Args:
+            projection: `[n, V]`, in the order of the logits.
+            labels: `[n, 1]`.
+            transform: makes logits of the projection; a negative scale reverses the order.
+            memory: `[n, V]`, at least float32, is overwritten. A CPU compares and counts floats
+                fastest.
+        """
+        projection = memory.copy_(projection)
+        own = self.vocabulary.of_label(
+            projection.gather(-1, self.vocabulary.columns(labels)), labels
+        )
+        compare = torch.gt if transform.logit_scale >= 0 else torch.lt
+        above = compare(projection, own, out=memory).sum(-1)
+        return 1 + self.vocabulary.sum(above).long()
 
     def scratch_like(self, projection: Tensor) -> Tensor:
         """
@@ -187,25 +220,6 @@ def find_largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     first = columns.gather(-1, values.argmax(-1, keepdim=True))
     _, values = read(maxima.topk(min(k, maxima.shape[-1]), sorted=False).indices)
     return top, first, values.topk(k, sorted=False).values
-
-
-def label_ranks(
-    projection: Tensor, labels: Tensor, transform: LogitTransform, memory: Tensor
-) -> Tensor:
-    """
-    Return 1 + how many logits are above the label's, `[n]` int64.
-
-    Args:
-        projection: `[n, V]`, in the order of the logits.
-        labels: `[n, 1]`.
-        transform: makes logits of the projection; a negative scale reverses the order.
-        memory: `[n, V]`, at least float32, is overwritten. A CPU compares and counts floats
-            fastest.
-    """
-    projection = memory.copy_(projection)
-    own = projection.gather(-1, labels)
-    compare = torch.gt if transform.logit_scale >= 0 else torch.lt
-    return 1 + compare(projection, own, out=memory).sum(-1).long()
 
 
 def make_logits(projection: Tensor, transform: LogitTransform, memory: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor, Partial, Shard
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -41,6 +41,7 @@ from eaft.objective.fused import (
 from eaft.objective.gate_spec import BoundGate, bind_gate
 from eaft.objective.registry import GateLike
 from eaft.objective.statistics import TokenContext, TokenStatistics
+from eaft.objective.vocabulary import shard_vocabulary
 from eaft.training.logits_check import compare_logits
 from eaft.training.replay_kl import HeldTokens, hold_tokens
 
@@ -86,6 +87,17 @@ def full_parameter(parameter: Any) -> Any:
     if not isinstance(parameter, DTensor):
         return parameter
     return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
+
+
+def tensor_parallel_group(weight: Any) -> Any:
+    """
+    Return the process group over whose ranks tensor parallelism shards the rows of a head's weight;
+    None if it does not. FSDP2 shards rows too, but its ranks have different hidden states.
+    """
+    if not isinstance(weight, DTensor) or weight.placements != (Shard(0),):
+        return None
+    mesh = weight.device_mesh
+    return mesh.get_group() if mesh.mesh_dim_names == ("tp",) else None
 
 
 def check_head(lm_head: Any) -> None:
@@ -322,7 +334,9 @@ class GatedLMHead:
         else:
             replay_numbers = None
         reference_head = () if reference is None else (reference.weight, reference.bias)
-        with self.gathered(lm_head, *reference_head) as head:
+        # A KL compares whole distributions
+        sharded = reference is None and replay_numbers is None
+        with self.gathered(lm_head, *reference_head, sharded=sharded) as head:
             if reference is not None:
                 reference = Reference(
                     reference.hidden.to(device),
@@ -413,7 +427,7 @@ class GatedLMHead:
             model.get_output_embeddings(),
         )
         labels = labelled[labelled != -100].to(hidden.device)
-        with self.gathered(lm_head) as head:
+        with self.gathered(lm_head, sharded=True) as head:
             return linear_token_statistics(hidden, head, labels, self.gate.top_k)
 
     @torch.no_grad()
@@ -455,9 +469,21 @@ class GatedLMHead:
         return load_balancing_loss_func(backbone.router_logits, num_experts, top_k, attention_mask)
 
     @contextlib.contextmanager
-    def gathered(self, lm_head: Any, *others: Tensor | None) -> Iterator[Head]:
-        """Give the whole head, however it is sharded; ZeRO-3 gathers `others` too."""
+    def gathered(
+        self, lm_head: Any, *others: Tensor | None, sharded: bool = False
+    ) -> Iterator[Head]:
+        """
+        Give the whole head, however it is sharded; ZeRO-3 gathers `others` too. With `sharded`, the
+        rows that tensor parallelism gives this rank stay where they are.
+        """
         check_head(lm_head)
+        group = tensor_parallel_group(lm_head.weight) if sharded else None
+        if group is not None and self.vocab_size is None:
+            weight = lm_head.weight.to_local()
+            bias = None if lm_head.bias is None else lm_head.bias.to_local()
+            vocabulary = shard_vocabulary(group, len(weight), weight.device)
+            yield Head(weight, bias, self.transform, vocabulary)
+            return
         weight, bias = full_parameter(lm_head.weight), full_parameter(lm_head.bias)
         with gather_partitioned(weight, bias, *others):
             yield Head(self.unpadded(weight), self.unpadded(bias), self.transform)
