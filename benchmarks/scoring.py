@@ -79,7 +79,7 @@ def main() -> None:
     from eaft import cli
     from eaft.commands.inspect import make_parser, named
     from eaft.evaluation.measured_model import read_jsonl
-    from eaft.evaluation.scores import load_tokenizer
+    from eaft.evaluation.model_settings import load_tokenizer
     from eaft.inspection.score.examples import Examples
     from eaft.inspection.score.model import (
         BATCH_TOKENS,

@@ -15,10 +15,10 @@ from trl import SFTConfig, SFTTrainer
 from eaft.comparison import compare
 from eaft.comparison.recipe import EvaluateConfig, Recipe, Run, plan_runs
 from eaft.errors import ConfigurationError
+from eaft.evaluation.asking import ask
 from eaft.evaluation.drift import read_prompts
 from eaft.evaluation.measured_model import MeasuredModel
 from eaft.evaluation.protocol import Protocol
-from eaft.evaluation.scores import ask
 from eaft.training import held_out
 from eaft.training.apart import parse_flags
 from tests.conftest import CHAT_TEMPLATE, make_model

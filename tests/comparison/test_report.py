@@ -6,9 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from eaft.comparison import report
+from eaft.comparison import report, sentences, tables
 from eaft.comparison.collect import NLL, adjust, mean_and_std, verdict
-from eaft.comparison.report import told_apart
 from eaft.comparison.results import (
     Choice,
     Difference,
@@ -21,6 +20,7 @@ from eaft.comparison.results import (
     Spread,
     Spreads,
 )
+from eaft.comparison.sentences import told_apart
 from eaft.evaluation.paired import paired_change
 from eaft.evaluation.results import Changes, TaskChange
 from eaft.evaluation.suite import Suite
@@ -115,7 +115,7 @@ def beside(objective, *changes, p=0.001):
 
 
 def headline(*pairs, failed=(), choices=()):
-    return report.headline(
+    return sentences.headline(
         SimpleNamespace(
             pairs=pairs,
             verdicts=[verdict(pair, GROUPS) for pair in pairs],
@@ -247,24 +247,24 @@ def test_where_fronts_can_be_told_apart():
         (1, pytest.approx(1.3), pytest.approx(1.3)),
     ]
     assert (
-        report.where(pair, NLL)
+        sentences.where(pair, NLL)
         == "eaft and sft: at held-out nll 1.000 to 1.100 eaft drifts less, by 0.0200 to 0.0300, at"
         " held-out nll 1.300 eaft drifts more, by 0.0200; elsewhere from 1.000 to 1.400 they"
         " cannot be told apart (on average -0.0050 (95%: -0.0150 to +0.0050; p 0.001), -5% of"
         " sft's)."
     )
     whole = make_pair(fronts={NLL: front(-0.03, -0.02)})
-    assert "elsewhere" not in report.where(whole, NLL)
+    assert "elsewhere" not in sentences.where(whole, NLL)
     nothing = make_pair(fronts={NLL: front(0.0, 0.001)})
-    assert "cannot be told apart at any held-out nll from 1.000 to 1.100" in report.where(
+    assert "cannot be told apart at any held-out nll from 1.000 to 1.100" in sentences.where(
         nothing, NLL
     )
-    assert "there is no held-out nll that both reach" in report.where(
+    assert "there is no held-out nll that both reach" in sentences.where(
         make_pair(fronts={NLL: None}), NLL
     )
     score = front(-0.03, -0.03)
     score.targets = [0.3, 0.5]  # shortfalls
-    assert "at gsm8k 70.0% to 50.0% eaft drifts less" in report.where(
+    assert "at gsm8k 70.0% to 50.0% eaft drifts less" in sentences.where(
         make_pair(fronts={"gsm8k": score}), "gsm8k"
     )
 
@@ -287,14 +287,14 @@ def test_tables_show_spread_only_with_several_seeds():
         groups={"target": ["t"], "general": ["g", "h"]},
         objectives={"sft": ObjectiveResult(last=at, training=training)},
     )
-    row = report.objectives_table(results, "last").splitlines()[3]
+    row = tables.objectives_table(results, "last").splitlines()[3]
     assert [cell.strip() for cell in row.split("|")[1:-1]] == [
         "sft", "50.0", "+40.0", "50.0", "-10.0", "0.5000", "", "", "0", "0.50",
     ]  # fmt: skip
     at.tasks["g"] = Spread(mean=0.5, std=0.02)
     head, _, base, sft = (
         [cell.strip() for cell in line.split("|")[1:-1]]
-        for line in report.table_1(results, "last").splitlines()[:4]
+        for line in tables.table_1(results, "last").splitlines()[:4]
     )
     assert head == ["method", "g", "h", "general avg.", "change", "t", "target avg.", "change"]
     assert base == ["base", "70.0", "50.0", "60.0", "", "10.0", "10.0", ""]

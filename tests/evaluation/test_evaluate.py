@@ -17,10 +17,12 @@ from eaft import cli
 from eaft.errors import ConfigurationError
 from eaft.evaluation import evaluate
 from eaft.evaluation.changes import compare_items
+from eaft.evaluation.lm_eval_models import load, vllm_args
+from eaft.evaluation.model_settings import load_tokenizer, own_dtype
 from eaft.evaluation.pairs import pair, worst_regressions
 from eaft.evaluation.protocol import Protocol
 from eaft.evaluation.results import Item, Results, as_json
-from eaft.evaluation.scores import load, load_tokenizer, own_dtype, score, vllm_args
+from eaft.evaluation.scores import score
 from eaft.evaluation.suite import Suite, load_suites, suites_help, task_manager
 from eaft.files import read_json
 from tests.conftest import make_model

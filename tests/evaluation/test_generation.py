@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from eaft import cli
 from eaft.evaluation.comparable import differing
-from eaft.evaluation.scores import end_tokens, generation_config, vllm_args
+from eaft.evaluation.lm_eval_models import vllm_args
+from eaft.evaluation.model_settings import end_tokens, generation_config
 from tests.conftest import chain_model, make_tokenizer
 
 PROMPT = [{"role": "user", "content": "What?"}]

@@ -19,7 +19,7 @@ import pytest
 from eaft import cli
 from eaft.evaluation import results
 from eaft.evaluation.matched import compare_logs, matched
-from eaft.evaluation.others import read_log
+from eaft.evaluation.read_logs import read_log
 from eaft.evaluation.results import Results, as_json
 from eaft.files import read_json
 from eaft.inspection.view.runs import Runs

@@ -18,8 +18,8 @@ from eaft.evaluation import comparable, identity, measured_model
 from eaft.evaluation.comparable import comparable_models
 from eaft.evaluation.drift import BaseAnswers
 from eaft.evaluation.measured_model import MeasuredModel
+from eaft.evaluation.model_settings import load_tokenizer
 from eaft.evaluation.protocol import Protocol
-from eaft.evaluation.scores import load_tokenizer
 from eaft.evaluation.store import Store
 from eaft.evaluation.suite import load_suites
 from eaft.processes import locked

@@ -15,11 +15,14 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from eaft.errors import ConfigurationError
-from eaft.evaluation import engine, scores
+from eaft.evaluation import engine, lm_eval_models, scores
+from eaft.evaluation.asking import ask
+from eaft.evaluation.lm_eval_models import load, wrap
+from eaft.evaluation.model_settings import load_tokenizer
 from eaft.evaluation.progress import Progress
 from eaft.evaluation.protocol import Protocol
 from eaft.evaluation.results import Asked, Cut
-from eaft.evaluation.scores import ask, asked, load, load_tokenizer, score, wrap
+from eaft.evaluation.scores import asked, score
 from eaft.evaluation.suite import load_suites
 from tests.conftest import make_model, make_tokenizer
 from tests.evaluation.test_tasks import Oracle
@@ -222,7 +225,7 @@ def test_what_cannot_be_loaded_is_one_message(model_dir, tmp_path, monkeypatch):
     (tmp_path / "adapter_config.json").write_text(
         json.dumps({"base_model_name_or_path": str(model_dir)})
     )
-    monkeypatch.setattr(scores, "find_spec", lambda name: None)
+    monkeypatch.setattr(lm_eval_models, "find_spec", lambda name: None)
     with pytest.raises(
         ConfigurationError, match=r"holds a PEFT adapter: pip install 'eaft\[peft\]'"
     ):
@@ -233,9 +236,9 @@ def test_processes_share_items_but_not_those_that_hold_one_model_together(monkey
     """Under `tp_plan` each process must run every item; the first has them."""
     made = {"model": make_model(), "_rank": 0, "_world_size": 1}
     monkeypatch.setattr(engine, "HFModel", lambda **args: SimpleNamespace(args=args, **made))
-    monkeypatch.setattr(scores, "Accelerator", lambda: "accelerator")
+    monkeypatch.setattr(lm_eval_models, "Accelerator", lambda: "accelerator")
     state = SimpleNamespace(num_processes=2, process_index=1, device="cpu", is_main_process=False)
-    monkeypatch.setattr(scores, "processes", lambda: state)
+    monkeypatch.setattr(lm_eval_models, "processes", lambda: state)
     lm = load("model", None, Protocol())
     assert (lm._rank, lm._world_size, lm.accelerator) == (1, 2, "accelerator")
     lm = load("model", None, Protocol(model_args={"tp_plan": "auto"}))

@@ -14,18 +14,12 @@ from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
 from eaft.errors import ConfigurationError
+from eaft.evaluation.asking import ask, check_thinking, settled
+from eaft.evaluation.lm_eval_models import load, wrap
+from eaft.evaluation.model_settings import load_tokenizer
 from eaft.evaluation.protocol import Protocol
 from eaft.evaluation.results import Cut
-from eaft.evaluation.scores import (
-    ask,
-    asked,
-    check_thinking,
-    load,
-    load_tokenizer,
-    score,
-    settled,
-    wrap,
-)
+from eaft.evaluation.scores import asked, score
 from eaft.evaluation.suite import Benchmark, load_suites
 from eaft.evaluation.thinking import NONE, Thinking, decide, find_thinking, is_open, split_thoughts
 from tests.conftest import CHAT_TEMPLATE, make_model, make_tokenizer

@@ -413,7 +413,7 @@ def test_rollouts_are_the_models_own_answers(
 def test_sampled_logits_are_the_models(model_dir, tokenizer, monkeypatch):
     from datasets import Dataset
 
-    from eaft.evaluation.scores import load_tokenizer
+    from eaft.evaluation.model_settings import load_tokenizer
     from eaft.inspection.score import curve
     from eaft.inspection.score.examples import Examples
     from eaft.inspection.score.model import ScoringModel, Settings

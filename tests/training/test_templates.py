@@ -19,7 +19,7 @@ from eaft.errors import ConfigurationError
 from eaft.training.config import EAFTConfig
 from eaft.training.data import load_splits, to_dataset
 from eaft.training.prepare import prepare_rows
-from eaft.training.templates import check_rows
+from eaft.training.template_checks import check_rows
 from tests.conftest import make_tokenizer
 
 DOCS = Path(__file__).parents[2] / "docs"

@@ -199,7 +199,7 @@ def main(argv: list[str]) -> int:
         raise ConfigurationError("MODEL is missing: name a model, or give logs by --from.")
     from eaft.evaluation.evaluate import evaluate, record
     from eaft.evaluation.folder import INPUTS_FILE, folder_of
-    from eaft.evaluation.measured_model import shared
+    from eaft.evaluation.launch import shared
     from eaft.evaluation.results import TunedEvaluation
     from eaft.models import noted_date, template_date, template_today
 

@@ -37,7 +37,8 @@ from eaft.comparison.study import Study, prune, study
 from eaft.errors import ConfigurationError, EAFTError, disk_full, first_line
 from eaft.evaluation.evaluate import check_packages
 from eaft.evaluation.identity import tokenizer_digest, weights_digest
-from eaft.evaluation.scores import load_tokenizer, processes
+from eaft.evaluation.launch import processes
+from eaft.evaluation.model_settings import load_tokenizer
 from eaft.evaluation.suite import Benchmark, Suite, load_suites
 from eaft.models import context_length, noted_date, template_date, template_today
 from eaft.processes import locked

@@ -24,11 +24,12 @@ from eaft.comparison.runs import delete_models
 from eaft.errors import ConfigurationError, EAFTError
 from eaft.evaluation.comparable import check_measurable, comparable_models
 from eaft.evaluation.identity import digest, tokenizer_digest
-from eaft.evaluation.measured_model import MeasuredModel, read_items, shared
+from eaft.evaluation.launch import processes, shared
+from eaft.evaluation.measured_model import MeasuredModel, read_items
+from eaft.evaluation.model_settings import load_tokenizer
 from eaft.evaluation.pairs import pair
 from eaft.evaluation.protocol import Protocol
 from eaft.evaluation.results import Item
-from eaft.evaluation.scores import load_tokenizer, processes
 from eaft.evaluation.suite import Benchmark
 from eaft.evaluation.task_items import run_tasks
 from eaft.files import read_json

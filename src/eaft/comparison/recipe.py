@@ -26,7 +26,7 @@ from eaft.provenance import versions
 from eaft.training.apart import TRAINS, file_digest, local_files, parse_flags
 from eaft.training.data import load_data
 from eaft.training.held_out import check_apart, load_rows
-from eaft.training.templates import check_templates, told
+from eaft.training.template_checks import check_templates, told
 from eaft.training.train import check_model
 
 HELD_OUT = "evaluate.held_out"  # as messages call it

@@ -9,20 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from eaft.errors import ConfigurationError
+from eaft.evaluation.asking import ask, check_thinking, settled
 from eaft.evaluation.drift import TOP
 from eaft.evaluation.identity import check_weights, digest, tokenizer_digest
 from eaft.evaluation.measured_model import MeasuredModel
+from eaft.evaluation.model_settings import end_tokens, generation_config, load_tokenizer, own_dtype
 from eaft.evaluation.protocol import Protocol
 from eaft.evaluation.results import Setting
-from eaft.evaluation.scores import (
-    ask,
-    check_thinking,
-    end_tokens,
-    generation_config,
-    load_tokenizer,
-    own_dtype,
-    settled,
-)
 from eaft.evaluation.suite import Benchmark
 from eaft.models import (
     check_vocabulary,

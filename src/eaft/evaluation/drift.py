@@ -172,7 +172,7 @@ def read_prompts(path: str, n: int) -> list[Any]:
 
 def prompt_of(row: dict[str, Any]) -> Any:
     """
-    Return what a row of training data asks, as `eaft.evaluation.scores.ask` takes it.
+    Return what a row of training data asks, as `eaft.evaluation.asking.ask` takes it.
 
     Returns:
         `prompt`, a string or messages; of a row of `messages`, these without the last answer. For a
@@ -209,7 +209,7 @@ def sample_answers(
     neither would write.
 
     Args:
-        texts: prompts as the model is to see them; see `eaft.evaluation.scores.ask`. Or their token
+        texts: prompts as the model is to see them; see `eaft.evaluation.asking.ask`. Or their token
             ids.
         add_special_tokens: whether the tokenizer adds its own; a chat template has written them.
         share: which batches are this process's. A batch is seeded by its place, so their number

@@ -28,6 +28,7 @@ from eaft.evaluation.folder import (
 from eaft.evaluation.held_out import HeldOutRows, Measurement, Side, measure, plan
 from eaft.evaluation.held_out import summarise as summarise_rows
 from eaft.evaluation.identity import digest
+from eaft.evaluation.launch import processes
 from eaft.evaluation.measured_model import MeasuredModel
 from eaft.evaluation.pairs import worst_regressions
 from eaft.evaluation.protocol import PROMPTS, SHOWN, Protocol
@@ -40,7 +41,7 @@ from eaft.evaluation.results import (
     TunedEvaluation,
     as_json,
 )
-from eaft.evaluation.scores import asked, processes
+from eaft.evaluation.scores import asked
 from eaft.evaluation.suite import Benchmark, Suite, load_suites
 from eaft.evaluation.task_items import TaskItems, run_tasks
 from eaft.files import Count, FiniteNotNegative, NotNegative, check

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from eaft.errors import ConfigurationError, NonFiniteError
+from eaft.evaluation.asking import ask
 from eaft.evaluation.measured_model import MeasuredModel
 from eaft.evaluation.results import HeldOut, HeldOutAnswer
-from eaft.evaluation.scores import ask
 from eaft.models import context_length
 
 LONGEST = 256  # tokens of an answer
@@ -23,7 +23,7 @@ class Asked:
 
     Attributes:
         row: its number in the file, from 0.
-        prompt: a string, which is asked as it is; or what `eaft.evaluation.scores.ask` takes.
+        prompt: a string, which is asked as it is; or what `eaft.evaluation.asking.ask` takes.
         text: the prompt as a reader sees it.
         target: the row's own answer.
     """

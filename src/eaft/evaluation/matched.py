@@ -20,8 +20,10 @@ from eaft.evaluation.folder import (
     write_items,
     write_report,
 )
-from eaft.evaluation.others import PROMPT, Answered, Log, LoggedTask, read_log
+from eaft.evaluation.lm_eval_logs import PROMPT
+from eaft.evaluation.logged import Answered, Log, LoggedTask
 from eaft.evaluation.pairs import one, worst_regressions
+from eaft.evaluation.read_logs import read_log
 from eaft.evaluation.results import Asked, Cut, Item, Source, TunedEvaluation
 from eaft.files import FiniteNotNegative, check
 from eaft.processes import locked
@@ -44,7 +46,7 @@ def compare_logs(
     Compare two models by the logs that lm-eval or inspect_ai wrote of them.
 
     Args:
-        base, tuned: the logs; see `eaft.evaluation.others.read_log`.
+        base, tuned: the logs; see `eaft.evaluation.read_logs.read_log`.
         output_path: where results go; None: `eval/` and the name of the tuned model's log.
         max_drop: percentage points that each task may lose; see `eaft.evaluation.verdict.judge`.
 

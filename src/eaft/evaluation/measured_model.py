@@ -13,9 +13,9 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 
 from eaft import files
+from eaft.evaluation.asking import ask
 from eaft.evaluation.drift import Answer, BaseAnswers, Share, answer_log_probs, sample_answers
 from eaft.evaluation.folder import write_items
 from eaft.evaluation.identity import (
@@ -25,10 +25,13 @@ from eaft.evaluation.identity import (
     tokenizer_digest,
     weights_digest,
 )
+from eaft.evaluation.launch import processes, shared
+from eaft.evaluation.lm_eval_models import load
+from eaft.evaluation.model_settings import generation_config
 from eaft.evaluation.progress import Progress
 from eaft.evaluation.protocol import Protocol
 from eaft.evaluation.results import Item
-from eaft.evaluation.scores import ask, generation_config, load, processes, score
+from eaft.evaluation.scores import score
 from eaft.evaluation.store import Store
 from eaft.evaluation.suite import Benchmark
 from eaft.files import read_json
@@ -360,15 +363,6 @@ def share_of(lm: Any) -> Share:
     together.
     """
     return Share(lm.rank, lm.world_size)
-
-
-def shared(find: Callable[[], T]) -> T:
-    """Return on all processes what the first one finds."""
-    state = processes()
-    values = [find() if state.is_main_process else None]
-    if state.num_processes > 1:
-        broadcast_object_list(values)
-    return values[0]  # type: ignore[return-value]
 
 
 def read_items(file: Path) -> list[Item]:

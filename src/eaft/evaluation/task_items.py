@@ -8,10 +8,10 @@ from pathlib import Path
 
 from eaft.errors import ConfigurationError, disk_full, first_line
 from eaft.evaluation.folder import write_items
+from eaft.evaluation.launch import processes
 from eaft.evaluation.measured_model import MeasuredModel
 from eaft.evaluation.progress import Progress
 from eaft.evaluation.results import Item
-from eaft.evaluation.scores import processes
 from eaft.evaluation.suite import Benchmark
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,8 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 from eaft.errors import ConfigurationError
 from eaft.evaluation.evaluate import check_packages as check_evaluation
 from eaft.evaluation.identity import weights_digest
-from eaft.evaluation.scores import load_tokenizer, processes
+from eaft.evaluation.launch import processes
+from eaft.evaluation.model_settings import load_tokenizer
 from eaft.files import read_json
 from eaft.inspection.find.findings import find
 from eaft.inspection.flags import InspectArguments

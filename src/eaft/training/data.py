@@ -39,11 +39,12 @@ from datasets.packaged_modules.json.json import Json as JsonBuilder
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_dataset
 
 from eaft.errors import ConfigurationError, first_line
-from eaft.evaluation.scores import processes
+from eaft.evaluation.launch import processes
 from eaft.training.config import EAFTConfig
 from eaft.training.replay import check_replay
 from eaft.training.row_checks import check_rows
-from eaft.training.templates import Finding, check_templates, told
+from eaft.training.template_checks import check_templates, told
+from eaft.training.template_findings import Finding
 from eaft.training.trl_internals import maybe_convert_to_chatml
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}

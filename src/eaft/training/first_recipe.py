@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from eaft.errors import ConfigurationError
-from eaft.evaluation.scores import load_tokenizer
+from eaft.evaluation.model_settings import load_tokenizer
 from eaft.models import context_length, resolve_model
 from eaft.text import visible
 from eaft.training.apart import parse_flags

@@ -27,11 +27,13 @@ from transformers import TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from eaft.errors import ConfigurationError
+from eaft.evaluation.asking import ask
 from eaft.evaluation.comparable import comparable_models
 from eaft.evaluation.drift import Answer, BaseAnswers, Share, read_prompts, sample_answers
+from eaft.evaluation.lm_eval_models import wrap
 from eaft.evaluation.measured_model import shared
 from eaft.evaluation.protocol import Protocol
-from eaft.evaluation.scores import ask, score, wrap
+from eaft.evaluation.scores import score
 from eaft.evaluation.suite import load_suites
 from eaft.models import template_today
 from eaft.processes import without_launcher

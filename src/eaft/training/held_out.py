@@ -17,7 +17,7 @@ from trl import DatasetMixtureConfig, ScriptArguments
 
 from eaft.errors import ConfigurationError
 from eaft.evaluation.drift import prompt_of
-from eaft.evaluation.scores import load_tokenizer
+from eaft.evaluation.model_settings import load_tokenizer
 from eaft.training.data import load_splits, select_split
 from eaft.training.prepare import prepare_rows
 from eaft.training.templates import without_nulls

@@ -24,6 +24,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import is_conversational
 
 from eaft.errors import ConfigurationError
+from eaft.evaluation.asking import ask
 from eaft.evaluation.drift import (
     Answer,
     BaseAnswers,
@@ -33,8 +34,8 @@ from eaft.evaluation.drift import (
 )
 from eaft.evaluation.folder import write_jsonl
 from eaft.evaluation.measured_model import read_jsonl, shared
+from eaft.evaluation.model_settings import load_tokenizer
 from eaft.evaluation.protocol import Protocol
-from eaft.evaluation.scores import ask, load_tokenizer
 from eaft.training.config import EAFTConfig
 from eaft.training.replay_kl import save_probs
 

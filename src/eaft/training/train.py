@@ -21,7 +21,7 @@ from trl import (
 )
 
 from eaft.errors import STARTED, ConfigurationError
-from eaft.evaluation.scores import load_tokenizer
+from eaft.evaluation.model_settings import load_tokenizer
 from eaft.models import (
     check_finite,
     check_vocabulary,

@@ -38,8 +38,9 @@ from eaft.training.metrics import TokenSums
 from eaft.training.model_card import model_card
 from eaft.training.replay_kl import load_probs
 from eaft.training.rows import cached_by_date, describe_rows
-from eaft.training.templates import conversational, label_turns, mark_assistant
+from eaft.training.templates import conversational
 from eaft.training.trl_internals import DataCollatorForLanguageModeling, get_config_model_id
+from eaft.training.turns import label_turns, mark_assistant
 
 logger = get_logger(__name__)
 STREAM_ROWS = 1000  # how many rows of a stream are searched for a label

@@ -13,10 +13,11 @@ from typing_extensions import TypedDict
 
 from eaft.evaluation.drift import BaseAnswers, Share, sample_answers
 from eaft.evaluation.identity import digest
+from eaft.evaluation.lm_eval_models import load
 from eaft.evaluation.measured_model import MeasuredModel, nll_of_rows
 from eaft.evaluation.paired import paired_change
 from eaft.evaluation.results import Change, Item
-from eaft.evaluation.scores import load, score
+from eaft.evaluation.scores import score
 from eaft.evaluation.suite import Benchmark
 from eaft.files import read_jsonl
 from eaft.training.apart import Checkpoint

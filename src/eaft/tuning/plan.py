@@ -22,8 +22,8 @@ from eaft.evaluation.comparable import check_measurable, comparable_models
 from eaft.evaluation.drift import read_prompts
 from eaft.evaluation.identity import digest, tasks_digest, tokenizer_digest, weights_digest
 from eaft.evaluation.measured_model import MeasuredModel
+from eaft.evaluation.model_settings import load_tokenizer
 from eaft.evaluation.protocol import PROMPTS, Protocol
-from eaft.evaluation.scores import load_tokenizer
 from eaft.evaluation.suite import Benchmark, load_suites
 from eaft.files import Count, FiniteNotNegative, Positive, check, read_json, read_jsonl, read_yaml
 from eaft.models import context_length, resolve_model

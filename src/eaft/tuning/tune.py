@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from eaft.errors import EAFTError
+from eaft.evaluation.asking import ask
 from eaft.evaluation.comparable import comparable_models
 from eaft.evaluation.drift import prompt_of
 from eaft.evaluation.paired import bootstrap_interval
 from eaft.evaluation.results import as_json
-from eaft.evaluation.scores import ask
 from eaft.files import read_json
 from eaft.models import noted_date, template_date, template_today
 from eaft.processes import locked

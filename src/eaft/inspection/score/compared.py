@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eaft.errors import ConfigurationError
-from eaft.evaluation.scores import load_tokenizer
+from eaft.evaluation.model_settings import load_tokenizer
 from eaft.inspection.folder import BASE
 from eaft.inspection.run_file import ScoredModel
 from eaft.models import adapter_of, find_model, text_config

@@ -15,7 +15,7 @@ from torch import Tensor
 from trl import ModelConfig, get_quantization_config
 
 from eaft.errors import ConfigurationError, first_line
-from eaft.evaluation.scores import generation_config
+from eaft.evaluation.model_settings import generation_config
 from eaft.inspection.score.examples import Tokens
 from eaft.models import adapter_of, check_finite, loading, resolve_model
 from eaft.objective.gate_spec import bind_gate

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from eaft.evaluation.drift import Share, sample_answers
+from eaft.evaluation.lm_eval_models import load as load_lm
 from eaft.evaluation.protocol import Protocol
-from eaft.evaluation.scores import load as load_lm
 from eaft.inspection.score.examples import Prompt, Rollout
 from eaft.inspection.score.model import ScoringModel, Settings
 

@@ -15,8 +15,8 @@ import torch
 
 from eaft.errors import EAFTError
 from eaft.evaluation.drift import Share
+from eaft.evaluation.launch import processes
 from eaft.evaluation.measured_model import shared
-from eaft.evaluation.scores import processes
 from eaft.inspection.folder import (
     BASE,
     COMPARED,
