@@ -78,8 +78,8 @@ def main() -> None:
 
     from eaft import cli
     from eaft.commands.inspect import make_parser, named
-    from eaft.evaluation.measured_model import read_jsonl
     from eaft.evaluation.model_settings import load_tokenizer
+    from eaft.files import read_jsonl
     from eaft.inspection.score.examples import Examples
     from eaft.inspection.score.model import (
         BATCH_TOKENS,
@@ -104,7 +104,7 @@ def main() -> None:
     model = resolve_model(
         subprocess.run(find_model, capture_output=True, text=True, check=True).stdout.strip()
     )
-    rows = read_jsonl(flags.data)[: flags.rows]
+    rows = read_jsonl(flags.data, dict[str, Any], "give JSON Lines.")[: flags.rows]
     configs, *_ = parse(named([model, "rows"]), make_parser())
     _, args, model_args, *_ = configs
     scorer = ScoringModel(model, Settings(args, model_args))

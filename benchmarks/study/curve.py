@@ -24,10 +24,11 @@ from scipy.stats import ttest_1samp
 from tabulate import tabulate
 
 from eaft.comparison.differences import ratio_difference, score_difference
-from eaft.comparison.fronts import Trajectory, compare_fronts, relative
+from eaft.comparison.fronts import Trajectory, compare_fronts
 from eaft.comparison.results import Difference
-from eaft.evaluation.measured_model import read_jsonl
+from eaft.evaluation.measured_model import read_items
 from eaft.evaluation.paired import holm
+from eaft.files import read_jsonl
 from eaft.inspection.find.rule import RULE_FILE, Rule
 from eaft.provenance import environment, write_json
 
@@ -124,10 +125,8 @@ def joined(kept: Numbers, measured: Numbers) -> Numbers:
 
 def mean_grad_norm(metrics: Path) -> float:
     """Return the mean of the gradient norms that a run logged."""
-    return round(
-        float(np.mean([line["grad_norm"] for line in read_jsonl(metrics) if "grad_norm" in line])),
-        4,
-    )
+    lines = read_jsonl(metrics, dict[str, Any], "train again.")
+    return round(float(np.mean([line["grad_norm"] for line in lines if "grad_norm" in line])), 4)
 
 
 def rounded(sums: list[float]) -> list[float]:
@@ -138,7 +137,7 @@ def rounded(sums: list[float]) -> list[float]:
 def scores(folder: Path) -> list[float] | None:
     """Return the scores of the general task where it was run."""
     file = folder / f"{GENERAL}.jsonl"
-    return [item["score"] for item in read_jsonl(file)] if file.is_file() else None
+    return [item.score for item in read_items(file)] if file.is_file() else None
 
 
 @dataclass
@@ -218,11 +217,13 @@ class Condition:
         }
         front = compare_fronts(paths[0], paths[1], tokens[0], tokens[1])
         if front is not None:
-            mean_drift = float(np.mean(front.second))
+            mean, mean_drift = front.mean, float(np.mean(front.second))
             found["drift"] = {
-                **relative(front),
-                "p_value": front.mean.p_value,
-                "per_seed": [change / mean_drift for change in front.mean.per_seed],
+                "change": mean.change / mean_drift,
+                "low": mean.low / mean_drift,
+                "high": mean.high / mean_drift,
+                "p_value": mean.p_value,
+                "per_seed": [change / mean_drift for change in mean.per_seed],
                 "of": mean_drift,
                 "targets": [front.targets[0], front.targets[-1]],
             }

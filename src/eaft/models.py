@@ -12,6 +12,7 @@ import re
 import shutil
 import traceback
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import date, datetime, time
 from importlib.util import find_spec
 from pathlib import Path
@@ -140,9 +141,25 @@ def resolve_model(model: str, trust_remote_code: bool = False) -> str:
     return model
 
 
-def adapter_of(model: str) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class Adapter:
     """
-    Return the configuration of a folder with a PEFT adapter; None for any other folder or name.
+    A saved PEFT adapter.
+
+    Attributes:
+        base_model: the folder or Hub id of the model that it changes.
+        revision: the revision of the base model; None: none was recorded.
+        config: everything in `adapter_config.json`.
+    """
+
+    base_model: str
+    revision: str | None
+    config: dict[str, Any]
+
+
+def adapter_of(model: str) -> Adapter | None:
+    """
+    Return the PEFT adapter in a folder; None for any other folder or name.
 
     Raises:
         ConfigurationError: the configuration cannot be read, or does not name the base model.
@@ -155,7 +172,7 @@ def adapter_of(model: str) -> dict[str, Any] | None:
         raise ConfigurationError(
             f"{file}: base_model_name_or_path is missing: write the base model's folder or Hub id."
         )
-    return config
+    return Adapter(config["base_model_name_or_path"], config.get("revision"), config)
 
 
 def find_model(model: str, model_args: dict[str, Any]) -> str:
@@ -175,7 +192,7 @@ def find_model(model: str, model_args: dict[str, Any]) -> str:
     with loading(f"{model}: adapter_config.json cannot be used."):
         PeftConfig.from_pretrained(model)
     try:
-        resolve_model(adapter["base_model_name_or_path"], trusted)
+        resolve_model(adapter.base_model, trusted)
     except ConfigurationError as error:
         raise ConfigurationError(
             f"{model} is an adapter, and its base model is missing: {error}"
@@ -210,7 +227,7 @@ def context_length(model: str, model_args: dict[str, Any]) -> int:
 def text_config(model: str, model_args: dict[str, Any]) -> Any:
     """Return the configuration of a model's language part; an adapter's is its base model's."""
     adapter = adapter_of(model)
-    name = adapter["base_model_name_or_path"] if adapter else model
+    name = adapter.base_model if adapter else model
     return AutoConfig.from_pretrained(name, **source(model_args)).get_text_config()
 
 

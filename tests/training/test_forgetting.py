@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, TrainerState
 from eaft import EAFTConfig, EAFTTrainer, cli
 from eaft.errors import ConfigurationError
 from eaft.evaluation.drift import BaseAnswers, sample_answers
-from eaft.training.forgetting import ForgettingEval, history, pareto_front, select
+from eaft.training.forgetting import ForgettingEval, Measurement, history, pareto_front, select
 from tests.conftest import make_model, make_rows
 from tests.processes import eaft, run_ranks
 
@@ -78,10 +78,11 @@ def test_what_is_logged_is_what_eval_finds(usual, model_dir):
     code, folder, lines = usual
     assert code == 0
     points = measured(lines)
-    assert [p["step"] for p in points] == [0, 2, 4, 6]
-    assert points[0]["drift"] == 0
-    assert points[3]["drift"] > points[1]["drift"] > 0
-    assert all(p["general"] == p["score/everyday"] for p in points)
+    assert [p.step for p in points] == [0, 2, 4, 6]
+    assert points[0].drift == 0
+    assert points[3].drift > points[1].drift > 0
+    measurements = [line for line in lines if "eval_drift" in line]
+    assert all(m["eval_general"] == m["eval_score/everyday"] for m in measurements)
     # The model that was saved drifted as far as the last line says, by a measurement of its own
     assert not (folder / "forgetting").exists()
     out = folder.with_name("eval")
@@ -99,9 +100,9 @@ def test_what_is_logged_is_what_eval_finds(usual, model_dir):
         == 0
     )
     again = json.loads((out / "results.json").read_text())
-    assert again["drift"]["mean"] == pytest.approx(points[3]["drift"], rel=1e-4)
-    assert again["tasks"]["everyday"]["before"] == points[0]["general"]
-    assert again["tasks"]["everyday"]["after"] == points[3]["general"]
+    assert again["drift"]["mean"] == pytest.approx(points[3].drift, rel=1e-4)
+    assert again["tasks"]["everyday"]["before"] == points[0].scores["everyday"]
+    assert again["tasks"]["everyday"]["after"] == points[3].scores["everyday"]
     # Training's own lines are whole: each has the nll of all its steps
     assert [line["step"] for line in lines if "nll" in line] == [2, 4, 6]
 
@@ -117,7 +118,7 @@ def test_training_is_not_disturbed(usual, train):
 
 def test_budget_keeps_the_last_within_and_stops(usual, train):
     _, _, lines = usual
-    drift = {point["step"]: point["drift"] for point in measured(lines)}
+    drift = {point.step: point.drift for point in measured(lines)}
     budget = (drift[2] + drift[4]) / 2
     code, folder, lines = train("kept", forgetting_budget=budget)
     assert code == 0
@@ -154,7 +155,7 @@ def test_a_resumed_run_measures_from_the_same_base(usual, train, tokenizer):
     )
     code, _, again = train("cut", save_steps=2, resume_from_checkpoint="true")
     assert code == 0
-    drift = [[point["drift"] for point in measured(run)] for run in (lines, again)]
+    drift = [[point.drift for point in measured(run)] for run in (lines, again)]
     assert drift[1] == pytest.approx(drift[0], rel=1e-5)
 
 
@@ -170,38 +171,33 @@ def test_the_chosen_checkpoint_is_what_is_saved(train, tmp_path, rule):
     )
     assert code == 0
     points = measured(lines)
-    chosen = int(select(points, rule, None)["step"])
+    chosen = select(points, rule, None).step
     saved = weights(folder)
     for name, value in weights(folder / f"checkpoint-{chosen}").items():
         torch.testing.assert_close(saved[name], value, rtol=0, atol=0)
     if rule == "pareto":
         kept = {int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*")}
-        assert kept == {int(point["step"]) for point in pareto_front(points[1:])} | {6}
+        assert kept == {point.step for point in pareto_front(points[1:])} | {6}
 
 
 def points(*rows):
-    return [
-        {"step": i, "drift": d, "target": t, "general": g, "score/a": t, "score/b": g}
-        for i, (d, t, g) in enumerate(rows)
-    ]
+    return [Measurement(i, d, t, {"a": t, "b": g}) for i, (d, t, g) in enumerate(rows)]
 
 
 def test_rules_by_hand():
     run = points(
         (0, 0.1, 0.8), (0.1, 0.5, 0.8), (0.2, 0.7, 0.75), (0.5, 0.72, 0.5), (0.6, 0.6, 0.4)
     )
-    assert select(run, "budget", 0.2)["step"] == 2
+    assert select(run, "budget", 0.2).step == 2
     assert select(run, "budget", 0.05) is None
-    assert select(run, "budget", 9.0)["step"] == 4
-    assert select(run, "best-mean", None)["step"] == 2
-    assert [p["step"] for p in pareto_front(run)] == [0, 1, 2, 3]
+    assert select(run, "budget", 9.0).step == 4
+    assert select(run, "best-mean", None).step == 2
+    assert [p.step for p in pareto_front(run)] == [0, 1, 2, 3]
     # Gain as a share of the largest, less drift as a share of the largest: .645 - .2, .968 - .4, 1
     # - 1
-    assert select(run, "pareto", None)["step"] == 2
+    assert select(run, "pareto", None).step == 2
     # Drift that falls again after passing the budget does not count
-    assert (
-        select(points((0, 0, 0), (0.1, 0, 0), (0.3, 0, 0), (0.1, 0, 0)), "budget", 0.2)["step"] == 1
-    )
+    assert select(points((0, 0, 0), (0.1, 0, 0), (0.3, 0, 0), (0.1, 0, 0)), "budget", 0.2).step == 1
 
 
 def test_pareto_keeps_what_it_chose_where_nothing_was_gained(tmp_path):
@@ -216,12 +212,9 @@ def test_pareto_keeps_what_it_chose_where_nothing_was_gained(tmp_path):
         select_checkpoint="pareto",
         target_suite=["everyday"],
     )
-    logs = [
-        {name if name == "step" else f"eval_{name}": value for name, value in p.items()}
-        for p in run
-    ]
+    logs = [{"step": p.step, "eval_drift": p.drift, "eval_target": p.target} for p in run]
     ForgettingEval.on_save(None, args, TrainerState(log_history=logs, global_step=3), None)
-    assert select(run, "pareto", None)["step"] == 1
+    assert select(run, "pareto", None).step == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "checkpoint-1",
         "checkpoint-3",
@@ -232,7 +225,7 @@ def test_history_survives_a_resumption_without_doubles():
     logs = [{"step": step, "eval_drift": drift} for step, drift in ((0, 0.0), (2, 1.0), (2, 1.5))]
     logs.insert(2, {"step": 2, "loss": 1})
     state = TrainerState(log_history=logs)
-    assert history(state) == [{"step": 0, "drift": 0.0}, {"step": 2, "drift": 1.5}]
+    assert [(p.step, p.drift) for p in history(state)] == [(0, 0.0), (2, 1.5)]
 
 
 @pytest.mark.parametrize(
@@ -317,7 +310,7 @@ def test_works_in_python_too(tmp_path, tokenizer):
         make_model(), args, train_dataset=Dataset.from_list(make_rows()), processing_class=tokenizer
     )
     trainer.train()
-    assert [p["step"] for p in history(trainer.state)] == [0, 1]
+    assert [p.step for p in history(trainer.state)] == [0, 1]
     assert trainer.model.training
 
 
@@ -339,6 +332,6 @@ def test_two_processes_measure_what_one_measures(train, tmp_path, model_dir):
         json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
     ]
     for one, two in zip(measured(lines), measured(again), strict=True):
-        assert two["step"] == one["step"]
-        assert two["drift"] == pytest.approx(one["drift"], rel=1e-3)
-        assert two["general"] == one["general"]
+        assert two.step == one.step
+        assert two.drift == pytest.approx(one.drift, rel=1e-3)
+        assert two.scores == one.scores

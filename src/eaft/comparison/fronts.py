@@ -122,16 +122,9 @@ def compare_fronts(
     )
 
 
-def relative(front: FrontDifference) -> dict[str, float]:
-    """
-    Return `change`, `low` and `high` of the mean difference over all targets, as shares of the
-    second's mean drift.
-
-    Args:
-        front: the interval is the difference's; the mean drift is taken as measured.
-    """
-    mean, drift = front.mean, float(np.mean(front.second))
-    return {"change": mean.change / drift, "low": mean.low / drift, "high": mean.high / drift}
+def relative(front: FrontDifference) -> float:
+    """Return the mean difference over all targets, as a share of the second's mean drift."""
+    return front.mean.change / float(np.mean(front.second))
 
 
 def level(sides: list[list[list[tuple[np.ndarray, np.ndarray]]]]) -> np.ndarray:

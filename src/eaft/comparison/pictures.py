@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 
@@ -18,12 +17,11 @@ from eaft.training.run_folder import METRICS_FILE
 # The pictures
 
 
-def colors(results: Comparison) -> dict[str, Any]:
-    """Return one colour for each objective, the same in every picture."""
+def colors(results: Comparison) -> dict[str, tuple[float, float, float, float]]:
+    """Return one colour (RGBA) for each objective, the same in every picture."""
     names = list(results.objectives)
-    palette = plt.get_cmap(
-        "tab10" if len(names) <= 10 else "tab20"
-    )  # the latter in pairs that are hard to tell apart
+    # tab20 has pairs of colours that are hard to tell apart
+    palette = plt.get_cmap("tab10" if len(names) <= 10 else "tab20")
     return {name: palette(i % palette.N) for i, name in enumerate(names)}
 
 

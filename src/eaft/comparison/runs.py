@@ -19,8 +19,7 @@ import yaml
 
 from eaft.comparison.recipe import Run
 from eaft.errors import ConfigurationError
-from eaft.evaluation.launch import processes
-from eaft.evaluation.measured_model import shared
+from eaft.evaluation.launch import processes, shared
 from eaft.files import read_json
 from eaft.processes import LOCK_FILE, locked
 from eaft.provenance import write_json

@@ -171,9 +171,7 @@ def where(pair: PairResult, target: str) -> str:
             " their first checkpoint. Save checkpoints earlier, or more of them."
         )
     span = f"{shown(target, front.targets[0])} to {shown(target, front.targets[-1])}"
-    on_average = (
-        f"(on average {nats(front.mean)}, {100 * relative(front)['change']:+.0f}% of {second}'s)"
-    )
+    on_average = f"(on average {nats(front.mean)}, {100 * relative(front):+.0f}% of {second}'s)"
     stretches = told_apart(front)
     if not stretches:
         return (

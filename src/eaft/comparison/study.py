@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from eaft.comparison.measurer import Measurer, Point
 from eaft.comparison.recipe import Run
-from eaft.evaluation.measured_model import shared
+from eaft.evaluation.launch import shared
 
 
 @dataclass

@@ -50,8 +50,8 @@ def load(model: str, tokenizer: Any, protocol: Protocol) -> Any:
                 return load_vllm(WatchedVLLM, model, tokenizer, protocol)
             args: dict[str, Any] = {"pretrained": model}
             if adapter is not None:
-                args.update(pretrained=adapter["base_model_name_or_path"], peft=model)
-                args.update(revision=adapter.get("revision") or "main")
+                args.update(pretrained=adapter.base_model, peft=model)
+                args.update(revision=adapter.revision or "main")
             args.update(dtype=protocol.dtype, device=str(processes().device), backend="causal")
             lm = HFModel(
                 tokenizer=tokenizer,
@@ -118,15 +118,17 @@ def load_vllm(watched: type, model: str, tokenizer: Any, protocol: Protocol) -> 
 
 def vllm_args(model: str, folder: str, model_args: dict[str, Any]) -> dict[str, Any]:
     """
-    Return the arguments of lm-eval's `vllm` model for a model or an adapter; `folder` says how it
-    is asked.
+    Return the keyword arguments of lm-eval's `vllm` model, for a model or an adapter.
+
+    Args:
+        folder: holds the tokenizer and the generation config that it uses.
     """
     args: dict[str, Any] = {"pretrained": model, "tokenizer": folder}
     if adapter := adapter_of(model):
         args["generation_config"] = folder  # vLLM's own is the base model's
         args.update(
-            pretrained=adapter["base_model_name_or_path"],
+            pretrained=adapter.base_model,
             lora_local_path=model,
-            max_lora_rank=adapter["r"],
+            max_lora_rank=adapter.config["r"],
         )
     return {**args, **model_args}

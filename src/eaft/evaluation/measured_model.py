@@ -368,8 +368,3 @@ def share_of(lm: Any) -> Share:
 def read_items(file: Path) -> list[Item]:
     """Return the items that `write_items` wrote."""
     return files.read_jsonl(file, Item, AGAIN.format(file.parent))
-
-
-def read_jsonl(file: Path) -> list[dict[str, Any]]:
-    """Return the rows of a JSON Lines file that eaft has written."""
-    return files.read_jsonl(file, dict[str, Any], AGAIN.format(file.parent))

@@ -18,7 +18,7 @@ def own_dtype(model: str, model_args: dict[str, Any] | None = None) -> str:
     """
     adapter = adapter_of(model)
     config = AutoConfig.from_pretrained(
-        adapter["base_model_name_or_path"] if adapter else model, **source(model_args)
+        adapter.base_model if adapter else model, **source(model_args)
     )
     return str(config.dtype or torch.float32).removeprefix("torch.")
 
@@ -33,7 +33,7 @@ def load_tokenizer(model: str, model_args: dict[str, Any] | None = None) -> Any:
     """
     adapter = adapter_of(model)
     if adapter is not None and not Path(model, "tokenizer_config.json").is_file():
-        model = adapter["base_model_name_or_path"]
+        model = adapter.base_model
     with loading(f"{model} has no tokenizer that can be loaded."):
         tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", **source(model_args))
     if tokenizer.pad_token is None:
@@ -53,8 +53,8 @@ def generation_config(model: str, model_args: dict[str, Any] | None = None) -> G
     own = Path(model, "generation_config.json").is_file()
     name, options = model, source(model_args)
     if adapter is not None and not own:
-        name = adapter["base_model_name_or_path"]
-        options = {"revision": adapter.get("revision") or "main", **options}
+        name = adapter.base_model
+        options = {"revision": adapter.revision or "main", **options}
     try:
         place = {key: value for key, value in options.items() if key != "trust_remote_code"}
         config = GenerationConfig.from_pretrained(name, **({} if own else place))

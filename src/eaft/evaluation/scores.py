@@ -152,8 +152,8 @@ def num_fewshot(task: Any, protocol: Protocol) -> int:
 
 def generation_settings(task: Any, lm: Any, protocol: Protocol, thinking: bool) -> dict[str, Any]:
     """
-    Return a task's generation settings, with `max_gen_toks` (thoughts and answer) that fit the
-    model's context.
+    Return a task's `generation_kwargs` for lm-eval, with `max_gen_toks` (thoughts and answer) that
+    fit the model's context.
     """
     from eaft.evaluation.lm_eval_internals import (
         normalize_gen_kwargs,

@@ -263,7 +263,8 @@ def full_config(manager: Any, spec: str | dict[str, Any]) -> dict[str, Any]:
 
 def local_data(task: str, folder: Path) -> dict[str, Any] | None:
     """
-    Return the settings that make a task read local files, or None if the folder has none for it.
+    Return the part of a task's lm-eval configuration that makes it read local files, or None if
+    the folder has none for it.
 
     A task's items are the rows of `TASK.jsonl` or `TASK_test.jsonl`, with the fields its data set
     has on the Hub, and its few-shot examples those of `TASK_train.jsonl`. `mmlu.jsonl` and
@@ -274,11 +275,11 @@ def local_data(task: str, folder: Path) -> dict[str, Any] | None:
         for name in ("mmlu.jsonl", "mmlu_stem.jsonl"):
             if (folder / name).is_file():
                 return {
-                    **read_json({"test": folder / name}),
+                    **json_settings({"test": folder / name}),
                     "process_docs": functools.partial(of_subject, subject),
                 }
     if task == "pubmedqa" and (file := folder / "pubmedqa_labeled.jsonl").is_file():
-        return {**read_json({"test": file}), "process_docs": pubmedqa_fields}
+        return {**json_settings({"test": file}), "process_docs": pubmedqa_fields}
     tests = [
         file for name in (task, f"{task}_test") if (file := folder / f"{name}.jsonl").is_file()
     ]
@@ -287,11 +288,11 @@ def local_data(task: str, folder: Path) -> dict[str, Any] | None:
     files = {"test": tests[0]}
     if (train := folder / f"{task}_train.jsonl").is_file():
         files["train"] = train
-    return read_json(files)
+    return json_settings(files)
 
 
-def read_json(files: dict[str, Path]) -> dict[str, Any]:
-    """Return lm-eval's settings for JSON Lines files, one a split."""
+def json_settings(files: dict[str, Path]) -> dict[str, Any]:
+    """Return the part of a task's lm-eval configuration that reads JSON Lines, one file a split."""
     return {
         "dataset_path": "json",
         "dataset_name": None,
@@ -299,9 +300,8 @@ def read_json(files: dict[str, Path]) -> dict[str, Any]:
         "training_split": "train" if "train" in files else None,
         "validation_split": None,
         "test_split": "test",
-        "fewshot_split": (
-            "train" if "train" in files else "test"
-        ),  # lm-eval then leaves the item itself out
+        # From the test split lm-eval takes other items than the one that is asked
+        "fewshot_split": "train" if "train" in files else "test",
     }
 
 

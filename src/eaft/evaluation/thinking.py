@@ -142,7 +142,7 @@ def probe(
 
 
 def said(content: str, **more: Any) -> dict[str, Any]:
-    """Return an assistant's message."""
+    """Return an assistant's message as chat templates take it."""
     return {"role": "assistant", "content": content, **more}
 
 

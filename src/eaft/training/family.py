@@ -142,10 +142,10 @@ class Family:
         from peft import load_peft_weights, set_peft_model_state_dict
         from peft.tuners.lora.layer import LoraLayer
 
-        config = adapter_of(str(checkpoint))
-        if config is None:
+        adapter = adapter_of(str(checkpoint))
+        if adapter is None:
             raise ConfigurationError(f"{checkpoint} holds no adapter: {AGAIN}")
-        check_adapter(config)
+        check_adapter(adapter.config)
         name = self.model.active_adapter
         set_peft_model_state_dict(
             self.model, load_peft_weights(str(checkpoint), device="cpu"), adapter_name=name
@@ -172,12 +172,12 @@ def write_member(
         ConfigurationError: the checkpoint cannot be interpolated.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    config = adapter_of(str(checkpoint))
+    adapter = adapter_of(str(checkpoint))
     for file in checkpoint.iterdir():
         if file.is_file() and not any(file.match(pattern) for pattern in TRAINERS):
             shutil.copy2(file, folder / file.name)
-    if config is not None:
-        check_adapter(config)
+    if adapter is not None:
+        check_adapter(config := adapter.config)
         config["lora_alpha"] *= share
         config["alpha_pattern"] = {
             name: alpha * share for name, alpha in (config.get("alpha_pattern") or {}).items()

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import random
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,8 @@ from eaft.errors import ConfigurationError
 from eaft.evaluation.asking import ask
 from eaft.evaluation.comparable import comparable_models
 from eaft.evaluation.drift import Answer, BaseAnswers, Share, read_prompts, sample_answers
+from eaft.evaluation.launch import shared
 from eaft.evaluation.lm_eval_models import wrap
-from eaft.evaluation.measured_model import shared
 from eaft.evaluation.protocol import Protocol
 from eaft.evaluation.scores import score
 from eaft.evaluation.suite import load_suites
@@ -89,9 +91,7 @@ class ForgettingEval(TrainerCallback):
         if state.global_step > 0:
             if args.select_checkpoint == "budget" and (points := history(state)):
                 chosen = select(points, "budget", args.forgetting_budget)
-                control.should_training_stop = (
-                    chosen is not None and chosen["step"] != points[-1]["step"]
-                )
+                control.should_training_stop = chosen is not None and chosen.step != points[-1].step
             if (
                 state.global_step < state.max_steps and not control.should_training_stop
             ):  # else all is measured: it was stopped while it saved the model
@@ -143,17 +143,17 @@ class ForgettingEval(TrainerCallback):
         if chosen is None:
             raise ConfigurationError(
                 f"forgetting_budget={args.forgetting_budget} was passed before the first"
-                f" measurement (drift {points[-1]['drift']:.4f} at step {state.global_step}): lower"
+                f" measurement (drift {points[-1].drift:.4f} at step {state.global_step}): lower"
                 " forgetting_eval_steps or learning_rate."
             )
-        if args.select_checkpoint == "budget" and chosen["step"] != state.global_step:
+        if args.select_checkpoint == "budget" and chosen.step != state.global_step:
             control.should_training_stop = True
         control.should_save |= (
-            chosen["step"] == state.global_step or args.select_checkpoint == "pareto"
+            chosen.step == state.global_step or args.select_checkpoint == "pareto"
         )
-        state.best_global_step = chosen["step"]
+        state.best_global_step = chosen.step
         # Trainer sets this path when it saves. It must also be known at the end without a save now
-        state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{chosen['step']}")
+        state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{chosen.step}")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """
@@ -162,11 +162,11 @@ class ForgettingEval(TrainerCallback):
         """
         if args.select_checkpoint == "pareto" and state.is_world_process_zero:
             _, *trained = history(state)
-            kept = {point["step"] for point in pareto_front(trained)} | {state.global_step}
+            kept = {point.step for point in pareto_front(trained)} | {state.global_step}
             for point in trained:
-                if point["step"] not in kept:
+                if point.step not in kept:
                     shutil.rmtree(
-                        Path(args.output_dir) / f"checkpoint-{point['step']}", ignore_errors=True
+                        Path(args.output_dir) / f"checkpoint-{point.step}", ignore_errors=True
                     )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -333,18 +333,40 @@ def measuring(
         PartialState().wait_for_everyone()
 
 
-def history(state: Any) -> list[dict[str, float]]:
+@dataclass(frozen=True)
+class Measurement:
+    """
+    What was measured at one step.
+
+    Attributes:
+        step: 0 for the base model.
+        drift: nats per token.
+        target: the mean score of the target suites; NaN without any.
+        scores: by task.
+    """
+
+    step: int
+    drift: float
+    target: float
+    scores: dict[str, float]
+
+
+def history(state: Any) -> list[Measurement]:
     """Return the measurements so far, one per step, base model first; also after a resumption."""
-    points = {log["step"]: log for log in state.log_history if f"{PREFIX}drift" in log}
+    logs = {log["step"]: log for log in state.log_history if f"{PREFIX}drift" in log}
+    score = f"{PREFIX}score/"
     return [
-        {name.removeprefix(PREFIX): value for name, value in points[step].items()}
-        for step in sorted(points)
+        Measurement(
+            step,
+            drift=log[f"{PREFIX}drift"],
+            target=log.get(f"{PREFIX}target", math.nan),
+            scores={k.removeprefix(score): v for k, v in log.items() if k.startswith(score)},
+        )
+        for step, log in sorted(logs.items())
     ]
 
 
-def select(
-    points: list[dict[str, float]], rule: str, budget: float | None
-) -> dict[str, float] | None:
+def select(points: list[Measurement], rule: str, budget: float | None) -> Measurement | None:
     """
     Return the measurement of the checkpoint to keep, by one of `eaft.training.config.RULES`; None
     if no checkpoint is within the budget.
@@ -355,34 +377,31 @@ def select(
     base, *trained = points
     if rule == "budget":
         assert budget is not None
-        over = next((i for i, point in enumerate(trained) if point["drift"] > budget), len(trained))
+        over = next((i for i, point in enumerate(trained) if point.drift > budget), len(trained))
         return trained[over - 1] if over else None
     if rule == "best-mean":
         return max(trained, key=mean_score)
     # The knee (Satopaa et al. 2011): the largest difference between gain and drift, each as a share
     # of its largest value
     front = pareto_front(trained)
-    gain = max(max(point["target"] for point in front) - base["target"], 1e-12)
-    drift = max(max(point["drift"] for point in front), 1e-12)
-    return max(
-        front, key=lambda point: (point["target"] - base["target"]) / gain - point["drift"] / drift
-    )
+    gain = max(max(point.target for point in front) - base.target, 1e-12)
+    drift = max(max(point.drift for point in front), 1e-12)
+    return max(front, key=lambda point: (point.target - base.target) / gain - point.drift / drift)
 
 
-def mean_score(point: dict[str, float]) -> float:
+def mean_score(point: Measurement) -> float:
     """Return the mean score over all measured tasks."""
-    scores = [value for name, value in point.items() if name.startswith("score/")]
-    return sum(scores) / len(scores)
+    return sum(point.scores.values()) / len(point.scores)
 
 
-def pareto_front(points: list[dict[str, float]]) -> list[dict[str, float]]:
+def pareto_front(points: list[Measurement]) -> list[Measurement]:
     """
     Return the points that no other point beats. A point beats another if its target is at least as
     high and its drift at least as low, and not both are equal.
     """
 
-    def beats(a: dict[str, float], b: dict[str, float]) -> bool:
-        as_good = a["target"] >= b["target"] and a["drift"] <= b["drift"]
-        return as_good and (a["target"], a["drift"]) != (b["target"], b["drift"])
+    def beats(a: Measurement, b: Measurement) -> bool:
+        as_good = a.target >= b.target and a.drift <= b.drift
+        return as_good and (a.target, a.drift) != (b.target, b.drift)
 
     return [point for point in points if not any(beats(other, point) for other in points)]

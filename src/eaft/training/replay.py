@@ -33,9 +33,10 @@ from eaft.evaluation.drift import (
     sample_answers,
 )
 from eaft.evaluation.folder import write_jsonl
-from eaft.evaluation.measured_model import read_jsonl, shared
+from eaft.evaluation.launch import shared
 from eaft.evaluation.model_settings import load_tokenizer
 from eaft.evaluation.protocol import Protocol
+from eaft.files import read_jsonl
 from eaft.training.config import EAFTConfig
 from eaft.training.replay_kl import save_probs
 
@@ -135,7 +136,7 @@ def replayed_rows(dataset: Dataset, model: str, args: EAFTConfig) -> Replayed:
     def find() -> list[dict[str, Any]]:
         nonlocal probs
         if resumed and kept.is_file():
-            return read_jsonl(kept)
+            return read_jsonl(kept, dict[str, Any], "start afresh.")
         sampled = sample_rows(count, is_conversational(dataset[0]), model, args)
         probs = sampled.probs
         return sampled.rows

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from typing_extensions import TypedDict
 
 from eaft.errors import ConfigurationError
-from eaft.evaluation.measured_model import shared
+from eaft.evaluation.launch import shared
 from eaft.files import read_json
 from eaft.models import noted_date, template_date, template_today
 from eaft.training.config import EAFTConfig

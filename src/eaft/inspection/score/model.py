@@ -155,8 +155,8 @@ def load(model: str, settings: Settings, is_base: bool) -> Any:
         options["revision"] = None
     name = model
     if adapter is not None:
-        name = resolve_model(adapter["base_model_name_or_path"], args.trust_remote_code)
-        options["revision"] = adapter.get("revision")
+        name = resolve_model(adapter.base_model, args.trust_remote_code)
+        options["revision"] = adapter.revision
     options = {
         key: value for key, value in options.items() if value is not None or key == "device_map"
     }

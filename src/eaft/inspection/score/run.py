@@ -15,8 +15,7 @@ import torch
 
 from eaft.errors import EAFTError
 from eaft.evaluation.drift import Share
-from eaft.evaluation.launch import processes
-from eaft.evaluation.measured_model import shared
+from eaft.evaluation.launch import processes, shared
 from eaft.inspection.folder import (
     BASE,
     COMPARED,
