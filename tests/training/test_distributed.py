@@ -17,9 +17,10 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from eaft import EAFTTrainer, cli
+from eaft import cli
 from eaft.errors import ConfigurationError
 from eaft.training.head import GatedLMHead
+from eaft.training.reference import make_reference
 from tests.conftest import make_model, make_rows
 from tests.processes import run_ranks
 from tests.training import deepspeed_check, fsdp_check, fsdp_on_cpu
@@ -174,7 +175,7 @@ def test_a_copy_that_cannot_be_sharded_is_refused(sharding):
     trainer.accelerator = SimpleNamespace(state=state)
     trainer.is_deepspeed_enabled, trainer.is_fsdp_enabled = zero3, not zero3
     with pytest.raises(ConfigurationError, match=f"not with .*{sharding}"):
-        EAFTTrainer._make_reference(trainer)
+        make_reference(trainer)
 
 
 @pytest.mark.parametrize(

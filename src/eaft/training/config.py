@@ -1,11 +1,12 @@
-"""`EAFTConfig`: TRL's `SFTConfig`, plus the gate and what is measured while it trains."""
+"""`EAFTConfig`: TRL's `SFTConfig` with a gate, and with measurements while it trains."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 from transformers.utils import logging
 from trl import SFTConfig
 
@@ -14,6 +15,7 @@ from eaft.models import read_date
 from eaft.training.bounds import TRAINING, check_bounds, check_optimizer
 from eaft.training.flags import RULES, EAFTFlags
 from eaft.training.gate_measurements import MEASURED_PARAMETERS
+from eaft.training.trl_internals import get_config_model_id
 
 EMULATES_BF16 = ("AVX2", "NO AVX")  # CPUs for which torch converts bfloat16 at each product
 logger = logging.get_logger(__name__)
@@ -167,3 +169,30 @@ def check_selection(args: EAFTConfig) -> None:
         raise ConfigurationError(
             f"select_checkpoint={rule!r} keeps checkpoints: set save_strategy to steps or epoch."
         )
+
+
+def eaft_config(args: Any, model: Any) -> EAFTConfig:
+    """
+    Return `args` as an `EAFTConfig`. Other training arguments are completed with our defaults, as
+    TRL does with transformers' arguments.
+
+    Raises:
+        ConfigurationError: `args` are no training arguments, or a value does not go with a gate.
+    """
+    if args is None:
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        return EAFTConfig(f"{name.split('/')[-1]}-EAFT")
+    if isinstance(args, EAFTConfig):
+        return args
+    if not isinstance(args, TrainingArguments):
+        raise ConfigurationError(
+            f"args must be an EAFTConfig, or TRL's SFTConfig; got {type(args).__name__}."
+        )
+    values = args.to_dict()
+    # `to_dict` hides these values
+    values |= {name: getattr(args, name) for name in values if name.endswith("_token")}
+    known = {field.name for field in fields(EAFTConfig)}
+    config = EAFTConfig(**{name: value for name, value in values.items() if name in known})
+    for name in values.keys() - known:  # fields of a user's own class, for the user's own code
+        setattr(config, name, getattr(args, name))
+    return config

@@ -8,21 +8,18 @@ import copy
 import functools
 import itertools
 import math
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.logging import get_logger
-from accelerate.utils import fsdp2_prepare_model, gather_object, is_peft_model
+from accelerate.utils import is_peft_model
 from datasets import Dataset, concatenate_datasets
 from huggingface_hub import ModelCard
-from torch import Tensor
 from transformers import TrainingArguments
 from trl import SFTTrainer
 
-from eaft.errors import ConfigurationError, NonFiniteError
-from eaft.training.config import EAFTConfig
+from eaft.errors import ConfigurationError
+from eaft.training.config import eaft_config
 from eaft.training.following import (
     FOLLOWED,
     ExampleCollator,
@@ -32,45 +29,24 @@ from eaft.training.following import (
 )
 from eaft.training.forgetting import ForgettingEval, answers_before_sharding, general_suite
 from eaft.training.gate_measurements import MEASURED_PARAMETERS, MeasureGate, MeasureOldLogProb
-from eaft.training.head import GatedLMHead, frozen_copy
+from eaft.training.head import GatedLMHead
 from eaft.training.logits_check import check_logits
 from eaft.training.metrics import TokenSums
 from eaft.training.model_card import model_card
+from eaft.training.reference import make_reference
 from eaft.training.replay_kl import load_probs
-from eaft.training.rows import cached_by_date, describe_rows
+from eaft.training.rows import cached_by_date
+from eaft.training.step_checks import (
+    check_zero_gradient,
+    require_finite_gradient,
+    require_finite_loss,
+)
 from eaft.training.templates import conversational
 from eaft.training.trl_internals import DataCollatorForLanguageModeling, get_config_model_id
 from eaft.training.turns import label_turns, mark_assistant
 
 logger = get_logger(__name__)
 STREAM_ROWS = 1000  # how many rows of a stream are searched for a label
-
-
-def eaft_config(args: Any, model: Any) -> EAFTConfig:
-    """
-    Return `args` as an `EAFTConfig`. Other training arguments are completed with our defaults, as
-    TRL does with transformers' arguments.
-
-    Raises:
-        ConfigurationError: `args` are no training arguments, or a value does not go with a gate.
-    """
-    if args is None:
-        name = model if isinstance(model, str) else get_config_model_id(model.config)
-        return EAFTConfig(f"{name.split('/')[-1]}-EAFT")
-    if isinstance(args, EAFTConfig):
-        return args
-    if not isinstance(args, TrainingArguments):
-        raise ConfigurationError(
-            f"args must be an EAFTConfig, or TRL's SFTConfig; got {type(args).__name__}."
-        )
-    values = args.to_dict()
-    # `to_dict` hides these values
-    values |= {name: getattr(args, name) for name in values if name.endswith("_token")}
-    known = {field.name for field in fields(EAFTConfig)}
-    config = EAFTConfig(**{name: value for name, value in values.items() if name in known})
-    for name in values.keys() - known:  # fields of a user's own class, for the user's own code
-        setattr(config, name, getattr(args, name))
-    return config
 
 
 class EAFTTrainer(SFTTrainer):
@@ -162,7 +138,7 @@ class EAFTTrainer(SFTTrainer):
             formatting_func=formatting_func,
         )
         base_model = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        reference = self._make_reference() if self._gate.anchor else None
+        reference = make_reference(self) if self._gate.anchor else None
         self.gated_lm_head = GatedLMHead(base_model, self._gate, reference)
         if self._gate.needs_examples or self._gate.needs_old_log_prob or self._held_tokens:
             self._check_examples_can_be_followed()
@@ -207,51 +183,6 @@ class EAFTTrainer(SFTTrainer):
                 sharded["answers"] = answers_before_sharding(model, self.processing_class, args)
                 sharded["wrapped"] = lambda: self.model_wrapped
             self.add_callback(ForgettingEval(args, self.log, **sharded))
-
-    def _check_adapters_off_is_base(self) -> None:
-        """
-        Refuse adapters that change the weights of the base model (findings/peft_adapter_off.sh).
-        """
-        config = self.model.active_peft_config
-        start, bias = getattr(config, "init_lora_weights", True), getattr(config, "bias", "none")
-        if isinstance(start, str) and start.lower().startswith(
-            ("pissa", "olora", "corda", "loftq", "lora_ga")
-        ):
-            raise ConfigurationError(
-                f"init_lora_weights={start!r} changes the base weights, so that the model without"
-                f" its adapter is not the base model, which gate={self.args.gate!r} needs: use"
-                " init_lora_weights=True."
-            )
-        if bias != "none":
-            raise ConfigurationError(
-                f"bias={bias!r} trains the base model's own biases, so that the model without its"
-                f" adapter is not the base model, which gate={self.args.gate!r} needs: use"
-                " bias='none'."
-            )
-
-    def _make_reference(self) -> Any:
-        """
-        Return the reference model for the head: the PEFT model around the policy, or a frozen copy.
-        """
-        if is_peft_model(self.model):
-            if self.model.active_peft_config.is_prompt_learning:
-                raise ConfigurationError(
-                    f"gate={self.args.gate!r} does not go with prompt learning: use LoRA."
-                )
-            self._check_adapters_off_is_base()
-            return self.model
-        state = self.accelerator.state
-        zero3 = self.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3
-        if zero3 or (self.is_fsdp_enabled and state.fsdp_plugin.fsdp_version == 1):
-            raise ConfigurationError(
-                f"gate={self.args.gate!r} keeps a copy of the base model, which it can shard with"
-                " FSDP2 but not with ZeRO-3 or FSDP1: use FSDP2, or LoRA."
-            )
-        reference = frozen_copy(self.model)
-        if self.is_fsdp_enabled:
-            # Layer by layer, like the policy
-            return fsdp2_prepare_model(self.accelerator, reference)
-        return reference.to(self.args.device) if self.place_model_on_device else reference
 
     def _check_examples_can_be_followed(self) -> None:
         """Refuse set-ups that lose a token's example on its way to the gate."""
@@ -391,7 +322,7 @@ class EAFTTrainer(SFTTrainer):
         finally:
             self.router_aux_loss_coef = router_aux_loss_coef
         loss = result[0] if return_outputs else result
-        self._require_finite(loss, batch)
+        require_finite_loss(self, loss, batch)
 
         mode = "train" if self.model.training else "eval"
         held = self.gated_lm_head.held
@@ -437,103 +368,17 @@ class EAFTTrainer(SFTTrainer):
                     Path(output_dir or self.args.output_dir) / "generation_config.json"
                 )
 
-    def _require_finite(self, loss: Tensor, batch: dict[str, Any]) -> None:
-        """
-        Stop every rank with the same message, before the backward pass, if the loss of any rank is
-        not finite.
-        """
-        finite = torch.isfinite(loss.detach())
-        if self.accelerator.gather(finite).all():
-            return
-        report = None
-        if not finite:
-            tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
-            where = (
-                f"in process {self.accelerator.process_index} "
-                if self.accelerator.num_processes > 1
-                else ""
-            )
-            try:
-                handler = self.callback_handler
-                loader = (
-                    handler.train_dataloader if self.model.training else handler.eval_dataloader
-                )
-                dataset = getattr(loader, "dataset", None)
-                rows = describe_rows(batch, tokenizer, dataset, images=self._is_vision_dataset)
-            # An unknown kind of batch must not stop this rank: the others wait for its report
-            except Exception as error:
-                rows = f"of a kind that cannot be shown ({type(error).__name__}: {error})"
-            report = loss.item(), f"{where}the batch's rows are {rows}"
-        everywhere = [x for x in gather_object([report]) if x is not None]
-        doing = (
-            f"training, step {self.state.global_step + 1}" if self.model.training else "evaluation"
-        )
-        raise NonFiniteError(
-            f"The loss is {everywhere[0][0]} in {doing};"
-            f" {'; '.join(rows for _, rows in everywhere)}. The weights are those of step"
-            f" {self.state.global_step}, and saved checkpoints are untouched. Look at these rows,"
-            " or lower learning_rate."
-        )
-
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """
-        Stop before the optimizer's step if the gradient of a finite loss is not finite. (With fp16
-        the scaler skips such steps.)
-        """
+        """Check the gradient before the optimizer's step: it is finite and, at first, not 0."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
-        if not self.args.fp16 and grad_norm is not None and not math.isfinite(grad_norm):
-            weights = f"The weights are those of step {self.state.global_step}"
-            if self.is_deepspeed_enabled:
-                weights = "DeepSpeed has taken this step, so the weights may be spoilt"
-            raise NonFiniteError(
-                f"The gradient's norm is {float(grad_norm)} in training, step"
-                f" {self.state.global_step + 1}. {weights}, and saved checkpoints are untouched."
-                " Lower learning_rate, or train in float32."
-            )
+        require_finite_gradient(self, grad_norm)
         if not self._gradient_checked and grad_norm is not None and math.isfinite(grad_norm):
-            if grad_norm == 0:
-                self._refuse_zero_gradient()
-            else:
+            sums = self._token_sums.get("train")  # None if a subclass computes its own loss
+            if grad_norm != 0:
                 self._gradient_checked = True
+            elif sums is not None:
+                self._gradient_checked = check_zero_gradient(self, sums.means(self.accelerator))
         return grad_norm
-
-    def _refuse_zero_gradient(self) -> None:
-        """Refuse a first step that would train nothing, or warn if a gradient of 0 may be right."""
-        if (sums := self._token_sums.get("train")) is None:
-            return  # the loss is not ours: a subclass computes its own
-        means = sums.means(self.accelerator)
-        if means.tokens == 0 or means.nll == 0:
-            return
-        message = (
-            f"The gradient's norm is 0 in training, step {self.state.global_step + 1}, so nothing"
-            " would be trained. "
-        )
-        if means.mean_gate == 0:
-            raise ConfigurationError(
-                f"{message}gate={self.args.gate!r} gives weight 0 to each of its {means.tokens}"
-                " labelled tokens: choose another gate or other parameters for it, or raise"
-                " per_device_train_batch_size."
-            )
-        trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        if any(parameter.grad is not None for parameter in trainable.values()):
-            message += (
-                f"The loss is not 0, and each of the {len(trainable)} trainable parameters has a"
-                " gradient of 0: "
-            )
-            if all(not parameter.any() for parameter in trainable.values()):
-                raise ConfigurationError(
-                    f"{message}they are all 0 (an adapter whose two matrices both are 0 stays so)."
-                    " Initialise them again."
-                )
-            # The frozen weights behind an adapter may all be 0, or a layer may saturate
-            logger.warning(f"{message}check the model's weights, and which layers are trained.")
-            self._gradient_checked = True  # one warning is enough
-            return
-        raise ConfigurationError(
-            f"{message}The {len(trainable)} trainable parameters ({next(iter(trainable))}, ...)"
-            " have no part in the loss, or a layer between them and the loss has no backward pass:"
-            " unfreeze those that are to be trained."
-        )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as TRL does; without a trainable parameter, raise `ConfigurationError`."""
