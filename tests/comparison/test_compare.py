@@ -639,7 +639,10 @@ def test_one_row_is_too_few_to_say_how_sure(content, tmp_path, capsys):
     """
     content["evaluate"]["target_prompts"] = write_rows(tmp_path / "one.jsonl", make_rows(1))
     assert run(content) == 2
-    assert "evaluate.target_prompts: 1 row: how sure a mean is takes two" in capsys.readouterr().err
+    assert (
+        "evaluate.target_prompts: 1 row: an interval needs at least two rows"
+        in capsys.readouterr().err
+    )
 
 
 def test_missing_recipe(tmp_path, capsys):

@@ -81,8 +81,8 @@ def test_what_cannot_be_measured_is_one_line(run, model_dir, tmp_path, capsys):
     long = {"prompt": "a long, long question", "completion": " yes"}
     cases = {
         "none.jsonl: there is no such file": None,
-        "found the columns prompt; expected one of": [{"prompt": "a"}],
-        "1 row: how sure a mean is takes two": rows[4:5],
+        "has the columns prompt; expected one of": [{"prompt": "a"}],
+        "1 row: an interval needs at least two rows": rows[4:5],
         "row 1 is trained on": [rows[4], rows[2]],
         r"row 1 has no labelled token among its first 10 (max_length); 1 of 2 rows have none": [
             rows[4],

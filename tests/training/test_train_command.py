@@ -412,7 +412,7 @@ BAD_INPUT = {
     "no rows": (lambda d: ["--dataset_name", bad(d, "x.csv", "text\n")], "data set is empty"),
     "wrong columns": (
         lambda d: ["--dataset_name", bad(d, "x.jsonl", '{"question": "a", "answer": "b"}\n')],
-        "found the columns question, answer; expected one of: messages, prompt + completion, text",
+        "has the columns question, answer; expected one of: messages, prompt + completion, text",
     ),
     "no labelled token": (
         lambda d: ["--max_length", "3"],

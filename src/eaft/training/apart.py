@@ -1,6 +1,6 @@
 """
-`eaft train` in a process of its own, so that its peak memory is its own, and the checkpoints that
-it leaves.
+Runs `eaft train` in a separate process, so that its peak memory is measured alone, and lists the
+checkpoints that it left.
 """
 
 from __future__ import annotations
@@ -25,15 +25,8 @@ from eaft.processes import without_launcher
 from eaft.training.arguments import parse
 from eaft.training.run_folder import RUN_FILE, RunRecord
 
-TRAINS = (
-    "eaft",
-    "torch",
-    "transformers",
-    "trl",
-    "accelerate",
-    "peft",
-    "datasets",
-)  # another version, another run
+# With another version of one of them, a run is another run
+TRAINS = ("eaft", "torch", "transformers", "trl", "accelerate", "peft", "datasets")
 # Flags that may name a file
 LOCAL = (
     "dataset_name",
@@ -77,10 +70,10 @@ def parse_flags(flags: dict[str, Any]) -> list[Any]:
 
 def local_files(flags: dict[str, Any]) -> dict[str, Path]:
     """
-    Return the files and folders that flags name and training reads, also the module of a gate of
-    one's own.
+    Return the file or folder that each flag names and training reads; for `gate`, the module of a
+    gate in a user's own code.
     """
-    found = {
+    files = {
         name: Path(flags[name]).expanduser() for name in LOCAL if isinstance(flags.get(name), str)
     }
     if (
@@ -88,14 +81,14 @@ def local_files(flags: dict[str, Any]) -> dict[str, Path]:
         and (spec := find_spec(flags["gate"].partition(":")[0]))
         and spec.origin
     ):
-        found["gate"] = Path(spec.origin)
-    return {name: path for name, path in found.items() if path.exists()}
+        files["gate"] = Path(spec.origin)
+    return {name: path for name, path in files.items() if path.exists()}
 
 
 def file_digest(path: Path, known: dict[Path, str]) -> str:
     """
-    Return a digest of a file, or of all files of a folder, so that a change is noticed; each is
-    read once.
+    Return a digest of a file, or of all files of a folder. Each path is read once: `known` keeps
+    its digest.
     """
     if path not in known:
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
@@ -126,20 +119,21 @@ def run_train(arguments: list[str], folder: Path) -> int:
 
 def tracker_environment(folder: Path) -> dict[str, str]:
     """
-    Return the environment in which Weights & Biases groups a run, and TensorBoard names it, as its
-    folders say, and in which a full disk has an exit code of its own (`STARTED`).
+    Return the environment variables of the training process.
+
+    Weights & Biases groups runs by the folder above, TensorBoard names a run by its folder, and a
+    full disk has an exit code of its own (`STARTED`).
     """
-    found = without_launcher()
-    found.setdefault("WANDB_RUN_GROUP", folder.resolve().parent.name)
-    boards = found.get(
-        "TENSORBOARD_LOGGING_DIR", folder.parent
-    )  # of all runs: in one folder they are one curve
-    found[STARTED] = "1"
-    return {**found, "TENSORBOARD_LOGGING_DIR": str(Path(boards) / folder.name)}
+    variables = without_launcher()
+    variables.setdefault("WANDB_RUN_GROUP", folder.resolve().parent.name)
+    # TensorBoard draws runs that share a folder as one curve
+    boards = variables.get("TENSORBOARD_LOGGING_DIR", folder.parent)
+    variables[STARTED] = "1"
+    return {**variables, "TENSORBOARD_LOGGING_DIR": str(Path(boards) / folder.name)}
 
 
 def end_with_parent() -> None:
-    """Have Linux end this process when its parent is killed, so that nothing trains on unseen."""
+    """Have Linux end this process when its parent is killed, so that no training goes on unseen."""
     if sys.platform == "linux":
         LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
@@ -157,17 +151,20 @@ def finished(folder: Path) -> RunRecord | None:
 
 def checkpoints(folder: Path) -> list[Checkpoint]:
     """
-    Return the checkpoints of a finished run that there are, in order of steps; the last is the
-    run's own model.
+    Return the checkpoints of a finished run that still exist, in order of steps; the last is the
+    run's final model.
     """
     trained = finished(folder)
     assert trained is not None
     last = trained["result"]["steps"]
-    found = {}
+    by_step = {}
     for file in folder.glob("checkpoint-*/trainer_state.json"):
         state = json.loads(file.read_text())
-        found[state["global_step"]] = Checkpoint(state["global_step"], state["epoch"], file.parent)
+        by_step[state["global_step"]] = Checkpoint(
+            state["global_step"], state["epoch"], file.parent
+        )
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     epoch = max(line.get("epoch", 0) for line in logged)
-    found[last] = Checkpoint(last, found[last].epoch if last in found else epoch, folder)
-    return [found[step] for step in sorted(found)]
+    epoch = by_step[last].epoch if last in by_step else epoch
+    by_step[last] = Checkpoint(last, epoch, folder)
+    return [by_step[step] for step in sorted(by_step)]

@@ -48,7 +48,7 @@ from eaft.training.template_findings import Finding
 from eaft.training.trl_internals import maybe_convert_to_chatml
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-COMPRESSED = (".gz", ".bz2", ".xz")  # that Python itself unpacks, after one of the above
+COMPRESSED = (".gz", ".bz2", ".xz")  # Python unpacks them; they follow one of the above
 
 
 def load_splits(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> DatasetDict:
@@ -85,26 +85,24 @@ def load_splits(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig
             name, options["data_files"] = BUILDERS[ending], str(path)
         else:
             name = str(path)
-    given = f"dataset_name={script_args.dataset_name!r}"
+    where = f"dataset_name={script_args.dataset_name!r}"
     if dataset_args.datasets:
-        given = f"datasets={[part.path for part in dataset_args.datasets]}"
+        where = f"datasets={[part.path for part in dataset_args.datasets]}"
     try:
         return mixture(dataset_args) if dataset_args.datasets else load(name, **options)
     except ConfigurationError as error:
-        raise ConfigurationError(f"{given}, {error}") from error
-    except (
-        Exception
-    ) as error:  # each format has its own errors, chained below the datasets library's
+        raise ConfigurationError(f"{where}, {error}") from error
+    except Exception as error:  # each format has its own errors, as causes of the library's
         cause = error.__cause__ or error
         if "corresponds to no data" in str(cause):
-            raise ConfigurationError(f"{given}: the data set is empty.") from error
-        raise ConfigurationError(f"{given} cannot be read. ({first_line(cause)})") from error
+            raise ConfigurationError(f"{where}: the data set is empty.") from error
+        raise ConfigurationError(f"{where} cannot be read. ({first_line(cause)})") from error
 
 
 def load(path: str, streaming: bool, **options: Any) -> Any:
     """
-    Return `load_dataset`'s splits; rows of JSON come from `JsonRows`, but for a stream of remote
-    files.
+    Return the splits, as `load_dataset` does. JSON is read by `JsonRows`, except for a stream of
+    remote files.
     """
     builder = load_dataset_builder(path, **options)
     files = builder.config.data_files
@@ -137,8 +135,8 @@ def mixture(config: DatasetMixtureConfig) -> DatasetDict:
     """
     Return TRL's mixture of data sets.
 
-    If all are files of JSON, TRL gets the Arrow files in which `JsonRows` keeps their rows. Beside
-    typed files it reads them itself, so that the columns fit.
+    If all are JSON files, TRL gets the Arrow files that `JsonRows` writes. If some are typed files
+    (Parquet), TRL reads the JSON itself, so that the columns fit.
     """
     builders = [
         load_dataset_builder(
@@ -163,8 +161,8 @@ class ExactJson(Json):
     """
     A column of JSON whose values are read as they were written.
 
-    The `Json` of datasets 5.2 rounds numbers to 10 decimals, and takes a text that is itself JSON
-    for what it says.
+    The `Json` of datasets 5.2 rounds numbers to 10 decimals, and parses a text that happens to be
+    JSON.
     """
 
     _type: str = field(default="ExactJson", init=False, repr=False)
@@ -178,7 +176,7 @@ class ExactJson(Json):
         return None if example_data is None else json.loads(example_data)
 
 
-with warnings.catch_warnings(action="ignore", category=UserWarning):  # that it is experimental
+with warnings.catch_warnings(action="ignore", category=UserWarning):  # "experimental"
     register_feature(ExactJson, "ExactJson")
 
 
@@ -187,10 +185,12 @@ class JsonRows(ArrowBasedBuilder):
     Reads files of JSON, an object a line or one list of objects, and keeps every row as it is,
     whatever their order.
 
-    A column that holds more than numbers, texts, or lists of whole numbers is `ExactJson`: no key
-    that another row has is filled in, and types may differ. `datasets` infers types from the first
-    10 MiB. Messages of `from` and `value` become `role` and `content` here, by TRL's function: TRL
-    maps the data later, which infers types batch by batch.
+    A column that holds anything but numbers, texts or lists of integers is `ExactJson`. So no row
+    gets the keys of another row, and types may differ between rows. `datasets` would infer the
+    types from the first 10 MiB.
+
+    Messages of `from` and `value` become `role` and `content` here, by TRL's function. TRL would
+    convert them later in a map, which infers types batch by batch.
     """
 
     def _info(self) -> DatasetInfo:
@@ -221,7 +221,7 @@ def to_dataset(rows: list[dict[str, Any]]) -> Dataset:
 
 
 def table(rows: list[dict[str, Any]], columns: Features) -> pa.Table:
-    """Return rows as a table of these columns."""
+    """Return rows as a table with these columns."""
     arrays = []
     for name, column in columns.items():
         values = [row.get(name) for row in rows]
@@ -250,7 +250,7 @@ def features(rows: Iterable[dict[str, Any]]) -> Features:
 
 
 def kind(value: Any) -> str:
-    """Return a name of what a column must be to hold this value."""
+    """Return the kind of column that can hold this value."""
     if type(value) is int:
         return "int64" if -(1 << 63) <= value < 1 << 63 else "json"
     if (
@@ -279,7 +279,7 @@ def json_rows(files: Iterable[str]) -> Iterator[dict[str, Any]]:
     Yield the rows of JSON Lines, or of a list of objects, one file after another.
 
     Raises:
-        ConfigurationError: a line is not UTF-8, no JSON, no object, or not all text.
+        ConfigurationError: a line is not UTF-8, not JSON, not an object, or no text.
     """
     for file in files:
         with open(file, "rb") as lines:
@@ -301,8 +301,7 @@ def parsed(text: bytes, where: str) -> Any:
     Return the value of JSON text.
 
     Raises:
-        ConfigurationError: it is not UTF-8, no JSON, or holds half of a surrogate pair, which is no
-            text.
+        ConfigurationError: it is not UTF-8, not JSON, or no text: it has half of a surrogate pair.
     """
     try:
         value = json.loads(text.decode())
@@ -353,13 +352,13 @@ def exclude_rows(dataset: Any, file: str) -> Any:
             view` exports them.
 
     Raises:
-        ConfigurationError: the file cannot be read, or was not made of this data; or no row would
-            be left.
+        ConfigurationError: the file cannot be read, was made from other data, or names every row.
     """
     name = f"exclude_examples={file!r}"
     if not isinstance(dataset, Dataset):
         raise ConfigurationError(
-            f"{name} names rows by number, which a stream has not: leave dataset_streaming out."
+            f"{name} names rows by number, and a stream has no numbers: leave dataset_streaming"
+            " out."
         )
     try:
         lines = Path(file).expanduser().read_text().split("\n")
@@ -422,7 +421,7 @@ def select_split(splits: DatasetDict, split: str, flag: str, text_field: str) ->
     if not any(columns <= first.keys() for columns in expected):
         names = ", ".join(" + ".join(sorted(columns, reverse=True)) for columns in expected)
         raise ConfigurationError(
-            f"{flag}={split!r}: found the columns {', '.join(first)}; expected one of: {names}."
+            f"{flag}={split!r} has the columns {', '.join(first)}; expected one of: {names}."
             " Rename yours, or name the text column with --dataset_text_field."
         )
     check_rows(dataset, f"{flag}={split!r}", text_field)
@@ -431,8 +430,8 @@ def select_split(splits: DatasetDict, split: str, flag: str, text_field: str) ->
 
 def row_digest(row: dict[str, Any]) -> str:
     """
-    Return a digest of a row's content, 16 hexadecimal digits of a SHA-256: it names the row in
-    whatever order.
+    Return a digest of a row's content, 16 hexadecimal digits of a SHA-256. It does not depend on
+    the order of keys.
     """
     content = json.dumps(row, sort_keys=True, default=str, ensure_ascii=False)
     return hashlib.sha256(content.encode(errors="surrogatepass")).hexdigest()[:16]
@@ -454,7 +453,7 @@ def load_data(
     dataset_args: DatasetMixtureConfig,
 ) -> tuple[Any, Any]:
     """
-    Return the training data and, if it is to be evaluated on, the held-out data, before a model is
+    Return the training data and, if the recipe evaluates, the evaluation data, before a model is
     loaded or converted.
 
     Raises:
@@ -468,12 +467,14 @@ def load_data(
     names = [(script_args.dataset_train_split, "dataset_train_split")]
     if args.eval_strategy != "no":
         names.append((script_args.dataset_test_split, "dataset_test_split"))
-    found = [select_split(splits, split, flag, args.dataset_text_field) for split, flag in names]
+    train, *evaluation = [
+        select_split(splits, split, flag, args.dataset_text_field) for split, flag in names
+    ]
     if args.exclude_examples is not None:
-        found[0] = exclude_rows(found[0], args.exclude_examples)
+        train = exclude_rows(train, args.exclude_examples)
     if args.replay:
-        check_replay(found[0], args)
-    return found[0], found[1] if len(found) > 1 else None
+        check_replay(train, args)
+    return train, evaluation[0] if evaluation else None
 
 
 def check_data(

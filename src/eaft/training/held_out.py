@@ -1,8 +1,8 @@
 """
-Held-out rows, which choose a learning rate, a checkpoint or a model: in no run's training data, and
-prepared as a run prepares it.
+Held-out rows, by which a learning rate, a checkpoint or a model is chosen. They are in no run's
+training data, and are prepared as training data is.
 
-In all functions `where` is what the user calls the rows: it begins each message.
+In all functions `where` is the user's name for the rows; each error begins with it.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ def load_rows(path: str, text_field: str, where: str) -> Dataset:
 
 def check_number(where: str, rows: int) -> None:
     """
-    Check that there are rows enough to measure on.
+    Check that there are enough rows to measure on.
 
     Raises:
         ConfigurationError: fewer than two.
     """
     if rows < 2:
         raise ConfigurationError(
-            f"{where}: {rows} row: how sure a mean is takes two, better many more."
+            f"{where}: {rows} row: an interval needs at least two rows, better many more."
         )
 
 
@@ -63,7 +63,7 @@ def check_apart(rows: Dataset, train: Dataset, text_field: str, where: str) -> N
     Check that no row is trained on.
 
     Raises:
-        ConfigurationError: training data has the prompt of a row; of plain text, the whole of it.
+        ConfigurationError: the training data has the prompt of a row or, for plain text, the row.
     """
     places: dict[str, int] = {}
     for i, row in enumerate(rows):
@@ -76,13 +76,13 @@ def check_apart(rows: Dataset, train: Dataset, text_field: str, where: str) -> N
         places[asked] for row in train if (asked := question(row, text_field)) in places
     }:
         raise ConfigurationError(
-            f"{where}: row {min(trained)} is trained on, so its nll says nothing of new rows. Take"
-            " rows that are not trained on."
+            f"{where}: row {min(trained)} is trained on, so its nll says nothing about new rows."
+            " Take rows that are not trained on."
         )
 
 
 def question(row: dict[str, Any], text_field: str) -> str:
-    """Return what tells a row from others, as JSON: what it asks, its text or its token ids."""
+    """Return what identifies a row, as JSON: its prompt, its text or its token ids."""
     row = without_nulls(maybe_convert_to_chatml(row))
     if "prompt" in row or "messages" in row:
         asked = prompt_of(row)
@@ -94,8 +94,7 @@ def question(row: dict[str, Any], text_field: str) -> str:
 
 def prepare(dataset: Dataset, configs: list[Any], model: str, where: str) -> list[Row]:
     """
-    Return rows as a run prepares its training data; those without a labelled token
-    are empty.
+    Return rows as a run prepares its training data. A row without a labelled token becomes empty.
 
     Args:
         configs: the run's arguments, as `eaft.training.train.train` takes them.
@@ -110,16 +109,16 @@ def prepare(dataset: Dataset, configs: list[Any], model: str, where: str) -> lis
         prepared = prepare_rows(load_tokenizer(model, source), args, dataset).cut
     except ConfigurationError as error:
         raise ConfigurationError(f"{where}: {error}") from error
-    found = []
+    rows: list[Row] = []
     for row in prepared:
         labels = [label if label >= 0 else -100 for label in row["labels"]]
         labelled = any(label >= 0 for label in labels[1:])
-        found.append(
+        rows.append(
             {"input_ids": row["input_ids"], "labels": labels}
             if labelled
             else {"input_ids": [], "labels": []}
         )
-    return found
+    return rows
 
 
 def check_fit(rows: list[Row], model: str, context: int, where: str) -> None:

@@ -35,17 +35,18 @@ from eaft.training.prepare import narrow_trainer
 from eaft.training.replay import count_replayed
 
 GIB = 2**30
-# Memory in GiB, about what a program can have, and peak dense bf16 rate in FLOP/s, from NVIDIA's
-# data sheets
+# The memory that a program can use (GiB) and the peak dense bf16 rate (FLOP/s): about what NVIDIA's
+# data sheets say
 GPUS = {"A100 80 GB": (79, 312e12), "H100 80 GB": (78, 989e12), "H200 141 GB": (139, 989e12)}
-UTILISATION = 0.4  # of the peak, a good run's
-RESERVE = 1.1  # fragmentation; and one GiB for CUDA and NCCL
+UTILISATION = 0.4  # the share of the peak rate that a good run reaches
+RESERVE = 1.1  # 10% for fragmentation; 1 GiB for CUDA and NCCL is added
 
 
 @dataclass
 class Launch:
     """
-    How many processes there are, and what they share out among them (1: each has all of it).
+    How many processes there are, and over how many of them weights, gradients and optimizer states
+    are sharded (1: not sharded).
 
     `offload`: weights, gradients and optimizer states wait in the machine's memory. `upcast`:
     trained weights are float32 whatever they were loaded in, as accelerate's FSDP2 makes them under
@@ -62,7 +63,7 @@ class Launch:
 
 @dataclass
 class Tokens:
-    """What the prepared training data holds; tokens are those of one epoch."""
+    """What one epoch of the prepared training data holds."""
 
     rows: int
     tokens: int
@@ -86,7 +87,7 @@ def plan(
         refused: why `eaft train` would stop on this machine.
 
     Raises:
-        ConfigurationError: what `eaft train` would refuse, or an accelerate config that cannot be
+        ConfigurationError: `eaft train` would refuse the recipe, or the accelerate config cannot be
             read.
     """
     launch = read_launch(launch_args)
@@ -115,8 +116,8 @@ def plan(
         f"Recipe is complete; gate {args.gate}. Nothing was trained or written.",
         *([f"On this machine eaft train stops: {refused}"] if refused else []),
         "",
-        f"Parameters   {total:,}, of which {trainable:,} are trained"
-        + (f" and {active:,} take part in each token" if active < total else ""),
+        f"Parameters   {total:,}, {trainable:,} of them trained"
+        + (f", {active:,} used for each token" if active < total else ""),
         f"Data         {counted.rows:,} rows, {counted.tokens:,} tokens an epoch,"
         f" {counted.labelled:,} labelled ({counted.labelled / counted.tokens:.0%}); longest row"
         f" {counted.longest:,}, {counted.full_rows:,} rows of max_length"
@@ -212,7 +213,7 @@ def this_machine(args: EAFTConfig) -> tuple[str, float, float]:
 
 
 def read_launch(launch_args: list[str]) -> Launch:
-    """Return what the flags of `accelerate launch`, and the config file they name, say."""
+    """Return the launch that the flags of `accelerate launch` and their config file describe."""
     flags = launch_command_parser().parse_args([*launch_args, "script"])
     content: dict[str, Any] = {}
     if flags.config_file:
@@ -239,7 +240,7 @@ def read_launch(launch_args: list[str]) -> Launch:
 
 def meta_model(config: Any, model_args: ModelConfig, args: EAFTConfig) -> Any:
     """
-    Return the model, with its adapters if it is to have some, on the meta device: shapes without
+    Return the model, with adapters if the recipe has some, on the meta device: shapes without
     memory.
     """
     with torch.device("meta"):
@@ -255,7 +256,8 @@ def meta_model(config: Any, model_args: ModelConfig, args: EAFTConfig) -> Any:
 
 def count_parameters(model: Any) -> tuple[int, int]:
     """
-    Return how many parameters a model has, and how many of them are trained; tied ones count once.
+    Return how many parameters a model has, and how many of them are trained. A tied parameter
+    counts once.
     """
     parameters = list({id(p): p for p in model.parameters()}.values())
     return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
@@ -266,8 +268,8 @@ def count_unquantized(model: Any) -> int:
     Return how many parameters `load_in_4bit` and `load_in_8bit` leave as they are: all but the
     weights of `nn.Linear`.
 
-    So embeddings, the head and adapters, and the experts of a mixture, which are no `nn.Linear`
-    since transformers 5 (findings/bitsandbytes_moe_experts.sh).
+    These are the embeddings, the head, the adapters, and the experts of a mixture: since
+    transformers 5 they are no `nn.Linear` (findings/bitsandbytes_moe_experts.sh).
     """
     head = model.get_output_embeddings()
     linear = (m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head)
@@ -278,8 +280,8 @@ def count_unquantized(model: Any) -> int:
 
 def experts_per_token(config: Any) -> int | None:
     """
-    Return how many experts a token goes through, or None without experts: families name it
-    differently.
+    Return how many experts a token goes through, or None without experts. Model families name the
+    field differently.
     """
     text = config.get_text_config()
     names = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts")
@@ -287,17 +289,17 @@ def experts_per_token(config: Any) -> int | None:
 
 
 def largest(value: Any) -> int:
-    """Return a number that some families give for each layer."""
+    """Return a number, or the largest if a model family has one for each layer."""
     return max(value) if isinstance(value, list | tuple) else value
 
 
 def count_active(model: Any, config: Any) -> int:
     """
-    Return how many parameters take part in one token: of a layer's experts, only those that it is
-    routed to.
+    Return how many parameters take part in one token. An expert takes part if the token is routed
+    to it.
 
-    transformers keeps a layer's experts in a module `experts`, as a list or stacked: the first
-    dimension is theirs.
+    transformers keeps a layer's experts in a module `experts`, as a list, or stacked along the
+    first dimension.
     """
     active, _ = count_parameters(model)
     per_token = experts_per_token(config)
@@ -315,7 +317,7 @@ def count_active(model: Any, config: Any) -> int:
 def count_tokens(
     name: str, source: dict[str, Any], args: EAFTConfig, train_dataset: Any, eval_dataset: Any
 ) -> Tokens:
-    """Let the trainer prepare the data, as it would to train, and count it."""
+    """Let the trainer prepare the data as it does for training, and count the tokens."""
     trainer = narrow_trainer(
         AutoTokenizer.from_pretrained(name, **source), args, train_dataset, eval_dataset
     )
@@ -338,21 +340,22 @@ def memory(
     unquantized: int = 0,
 ) -> dict[str, float]:
     """
-    Return what one GPU holds at the peak of a step, in GiB.
+    Return what each part takes on one GPU at the peak of a step, in GiB.
 
-    Weights, gradients and AdamW's two states have the dtype the model is loaded in, or are float32
-    (`Launch.upcast`); bf16 autocast keeps bf16 copies of the weights for the forward and backward,
-    the head's too. Sharded, two layers at a time and the head are whole. DDP sends gradients in
-    buckets that copy them. Activations of one layer, elements a
-    token: five times the hidden size (norms, residuals), queries and attention output, keys and
-    values, four times the intermediate size (of the experts that a token goes through), at 2 bytes
-    (the counting of Korthikanti et al. 2022, arXiv:2205.05198, Sec. 4.1, for a gated MLP and
-    attention that stores no scores). With checkpointing, each layer's input and one layer. The
-    batch is taken as padded to the longest row, every token as labelled. The head: its chunk of
-    logits, and its weight's gradient, in float32 if there are several chunks
-    (`eaft.objective.fused`). A KL term: a second chunk, the reference's hidden states and its head
-    where that is gathered or cast; and, but for LoRA, the reference itself, sharded as the model
-    is, in the dtype it is loaded in.
+    - Weights, gradients and AdamW's two states have the dtype that the model is loaded in, or are
+      float32 (`Launch.upcast`). bf16 autocast keeps bf16 copies of all weights, the head's too.
+    - With sharding, two layers at a time and the head are whole. DDP copies gradients to buckets.
+    - Activations of one layer, at 2 bytes an element, as Korthikanti et al. 2022 count them
+      (arXiv:2205.05198, Sec. 4.1) for a gated MLP and attention that stores no scores. Elements of
+      a token: five times the hidden size (norms, residuals), queries and attention output, keys
+      and values, and four times the intermediate size of the experts that it goes through. With
+      checkpointing: the input of each layer, and one layer. The batch counts as padded to the
+      longest row, and every token as labelled.
+    - The head (`eaft.objective.fused`): the logits of one chunk, and the gradient of the weight, in
+      float32 if there are several chunks.
+    - A KL term: a second chunk, the reference's hidden states, and its head if it is gathered or
+      cast. Without LoRA also the reference model, sharded as the model is, in the dtype that it is
+      loaded in.
     """
     text = config.get_text_config()
     hidden, layers, head = (
@@ -375,9 +378,8 @@ def memory(
     if dtype == "auto":
         dtype = str(config.dtype or "float32").removeprefix("torch.")
     loaded = width_of[dtype]
-    if (
-        quantized := model_args.load_in_4bit or model_args.load_in_8bit
-    ):  # bytes a weight, on average
+    if quantized := model_args.load_in_4bit or model_args.load_in_8bit:
+        # Bytes a weight, on average
         small = 0.5 if model_args.load_in_4bit else 1.0
         loaded = (small * (total - unquantized) + loaded * unquantized) / total
     full, sharded, anchor = trainable == total, launch.weights > 1, get_gate(args.gate).anchor
@@ -425,11 +427,13 @@ def flops(
     config: Any, args: EAFTConfig, active: int, full: bool, tokens: float, length: float
 ) -> float:
     """
-    Return a run's floating-point operations: 2 a parameter that takes part in a token
-    (`count_active`) forward, 4 backward (2 where weights are frozen, `full` being false).
+    Return a run's floating-point operations, as Kaplan et al. 2020 count them (arXiv:2001.08361,
+    Sec. 2.1).
 
-    Checkpointing runs the forward once more, a reference model too. Attention adds 2 * layers *
-    width * length forward (causal). Kaplan et al. 2020, arXiv:2001.08361, Sec. 2.1.
+    For each token, a parameter that takes part (`count_active`) needs 2 in the forward and 4 in the
+    backward pass, or 2 in the backward pass if weights are frozen (`full` is False). Checkpointing
+    adds a forward pass, and so does a reference model. Causal attention adds 2 * layers * width *
+    length to a forward pass.
     """
     text = config.get_text_config()
     width = (

@@ -2,8 +2,7 @@
 Replay: the base model's own answers to everyday requests, mixed into the training data against
 forgetting.
 
-What users are told to do elsewhere ("mix in general data"), with data that every model has: as it
-would have answered.
+Elsewhere users are told to mix in general data. Every model can make such data: its own answers.
 """
 
 from __future__ import annotations
@@ -41,9 +40,9 @@ from eaft.training.config import EAFTConfig
 from eaft.training.replay_kl import save_probs
 
 REPLAY_FILE = "replay.jsonl"  # in a run's folder: the rows
-# at most; an answer that has not ended by then is left out, since a row's end is learned too
+# The limit of an answer. A longer one is left out, since training also learns where a row ends
 ANSWER_TOKENS = 256
-TRIES = 8  # times as many answers as are wanted are sampled, at most
+TRIES = 8  # at most this many times the wanted number of answers is sampled
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Replayed:
     probs: TopProbs | None = None
 
     def save(self, output_dir: Path) -> None:
-        """Write them into a run's folder, the rows last: a resumed run takes what it finds."""
+        """Write them into a run's folder, the rows last: a resumed run reads them again."""
         if self.probs is not None:
             (output_dir / REPLAY_FILE).unlink(missing_ok=True)
             save_probs(self.probs, output_dir)
@@ -73,13 +72,14 @@ def check_replay(dataset: Any, args: EAFTConfig) -> None:
     Check that replayed rows can be mixed into a data set.
 
     Raises:
-        ConfigurationError: it is a stream, or of a form in which answers are not told from prompts;
-            or no such prompts; or ZeRO-3, under which no process has a whole model to sample from.
+        ConfigurationError: the data set is a stream, its rows do not separate answers from prompts,
+            the file of prompts cannot be read, or ZeRO-3 leaves no process a whole model to sample
+            from.
     """
     if not isinstance(dataset, Dataset):
         raise ConfigurationError(
-            f"replay={args.replay} counts rows, which a stream has not: leave dataset_streaming"
-            " out."
+            f"replay={args.replay} needs the number of rows, which a stream does not have:"
+            " leave dataset_streaming out."
         )
     if not (
         {"prompt", "completion"} <= set(dataset.column_names) or "messages" in dataset.column_names
@@ -97,43 +97,42 @@ def check_replay(dataset: Any, args: EAFTConfig) -> None:
         )
     if "chat_template_kwargs" in dataset.column_names:
         raise ConfigurationError(
-            f"replay={args.replay}: the data has chat_template_kwargs, which a replayed row has"
-            " not: leave the column out, and set what all rows share in the chat template"
+            f"replay={args.replay}: the data has chat_template_kwargs, which replayed rows do not"
+            " have: leave the column out, and set what all rows share in the chat template"
             " (chat_template_path)."
         )
     if is_deepspeed_zero3_enabled():
         raise ConfigurationError(
-            f"replay={args.replay}: one process samples from the whole model, which ZeRO-3 does not"
-            " let it have: use ZeRO-2 or FSDP2."
+            f"replay={args.replay}: one process samples from the whole model, and under ZeRO-3 no"
+            " process has it: use ZeRO-2 or FSDP2."
         )
     read_prompts(args.replay_prompts, 1)
 
 
 def count_replayed(rows: int, args: EAFTConfig) -> int:
-    """Return how many rows are the share `args.replay` of all, beside so many of the data."""
+    """Return how many replayed rows make the share `args.replay`, beside `rows` rows of data."""
     # Rounded, since 0.05 * 57 / 0.95 is a hair above 3
     return math.ceil(round(args.replay * rows / (1 - args.replay), 9))
 
 
 def replayed_rows(dataset: Dataset, model: str, args: EAFTConfig) -> Replayed:
     """
-    Return the base model's own answers, see `sample_rows`: beside the data, the share
-    `args.replay`.
+    Return the base model's own answers (`sample_rows`): the share `args.replay` of all rows.
 
-    A resumed run takes those it began with. The first process samples, on one device, and the
-    others wait.
+    A resumed run reads the answers that it began with. The first process samples, on one device,
+    and the others wait.
 
     Raises:
-        ConfigurationError: too few answers come to an end; or the run that is resumed began with
-            more or fewer, or with an eaft that kept no token ids.
+        ConfigurationError: too few answers end; or the resumed run began with another number of
+            answers, or with an eaft that wrote no token ids.
     """
     count = count_replayed(len(dataset), args)
     kept = Path(args.output_dir) / REPLAY_FILE
     resumed = str(args.resume_from_checkpoint or "false").lower() != "false"
 
-    probs = None  # stay here: they are large, and read from the run's folder
+    probs = None  # large, so not sent to the other processes: they read it from the run's folder
 
-    def find() -> list[dict[str, Any]]:
+    def read_or_sample() -> list[dict[str, Any]]:
         nonlocal probs
         if resumed and kept.is_file():
             return read_jsonl(kept, dict[str, Any], "start afresh.")
@@ -141,7 +140,7 @@ def replayed_rows(dataset: Dataset, model: str, args: EAFTConfig) -> Replayed:
         probs = sampled.probs
         return sampled.rows
 
-    rows = shared(find)
+    rows = shared(read_or_sample)
     if len(rows) != count:
         raise ConfigurationError(
             f"replay={args.replay} is {count} rows beside this data, and {kept} has {len(rows)}:"
@@ -156,12 +155,11 @@ def replayed_rows(dataset: Dataset, model: str, args: EAFTConfig) -> Replayed:
 
 def sample_rows(count: int, conversational: bool, model: str, args: EAFTConfig) -> Replayed:
     """
-    Return so many rows, answers that came to an end, as they were sampled.
+    Return `count` rows whose answers ended, as they were sampled.
 
-    Each has the token ids that are trained on, `input_ids` and `labels` (-100 for the prompt's),
-    and to be read the texts of both, `prompt` and `completion`. A template that renders the answer
-    as a message may write another context than it was sampled in, or thoughts that the model did
-    not write.
+    Each row has the token ids for training, `input_ids` and `labels` (-100 for the prompt), and the
+    texts for a reader, `prompt` and `completion`. Training uses the tokens: a template that renders
+    the answer as a message may write another context, or thoughts that the model did not write.
     """
     tokenizer = load_tokenizer(model, args.model_init_kwargs)
     loaded = (
@@ -169,7 +167,7 @@ def sample_rows(count: int, conversational: bool, model: str, args: EAFTConfig) 
     )
     protocol = Protocol(apply_chat_template=conversational)
     prompts = read_prompts(args.replay_prompts, sys.maxsize)
-    random.Random(args.seed).shuffle(prompts)  # few rows take few of them, and each seed others
+    random.Random(args.seed).shuffle(prompts)  # few rows use few prompts, and each seed uses others
     rows: list[dict[str, Any]] = []
     ended: list[Answer] = []
     asked = itertools.cycle(prompts)

@@ -17,7 +17,7 @@ from eaft.errors import ConfigurationError
 from eaft.evaluation.drift import Messages
 from eaft.files import NotNegative, check, short
 
-STREAM_ROWS = 1000  # of a stream, that are looked at
+STREAM_ROWS = 1000  # how many rows of a stream are checked
 IGNORED = -100  # the label of a token that is not trained on
 
 
@@ -41,8 +41,8 @@ PARALLEL = {
 
 def form_of(columns: Iterable[str], first: dict[str, Any], text_field: str) -> list[str]:
     """
-    Return the columns that rows are read from: those of a form that the first row has, in TRL's
-    order of forms.
+    Return the columns that rows are read from. The first row decides the form; if it has several,
+    TRL's order does.
     """
     forms = [["input_ids"], ["prompt", "completion"], ["messages"], ["conversations"], [text_field]]
     there = [form for form in forms if set(form) <= set(columns)]
@@ -58,8 +58,7 @@ def check_rows(rows: Any, where: str, text_field: str = "text") -> None:
         where: names the data; begins the message.
 
     Raises:
-        ConfigurationError: the first row that TRL could not read, or would read in another way than
-            was meant.
+        ConfigurationError: names the first row that TRL cannot read, or would misread.
     """
     first = next(iter(rows), None)
     if first is None:
@@ -92,8 +91,8 @@ def is_text(rows: Dataset, name: str) -> bool:
 
 def are_ids(rows: Dataset) -> bool:
     """
-    Return whether the columns of rows of token ids are whole and in their bounds, without making
-    lists of them.
+    Return whether columns of token ids have no null, no value out of bounds and equal lengths; on
+    Arrow arrays, without Python lists.
     """
     names = ["input_ids", *(["labels"] if "labels" in rows.column_names else [])]
     if (PARALLEL.keys() - {"labels"}) & set(rows.column_names):
@@ -148,18 +147,18 @@ def check_row(row: dict[str, Any], form: list[str], where: str) -> None:
             check(kind, row[name], f"{where}: {name}")
             if len(row[name]) != len(row["input_ids"]):
                 sizes = f"{len(row[name])} {name} for {len(row['input_ids'])} input_ids"
-                raise ConfigurationError(f"{where} has {sizes}: each token has one.")
+                raise ConfigurationError(f"{where} has {sizes}: each token needs one.")
 
 
 def check_ids(rows: Any, size: int, where: str) -> None:
     """
-    Check that a model knows all tokens of rows that are token ids already.
+    Check that a model knows every token id of rows that are already tokenized.
 
     Args:
-        size: of its embedding.
+        size: how many tokens the model's embedding has.
 
     Raises:
-        ConfigurationError: names the first row with an id that it does not know.
+        ConfigurationError: names the first row with an id that the model does not know.
     """
     if not isinstance(rows, Dataset) or "input_ids" not in rows.column_names:
         return

@@ -1,7 +1,7 @@
 """
 Rows for `eaft eval --held_out`, prepared as the tuned model's run prepared its training data.
 
-So their nll is the one by which `eaft tune` and `eaft compare` choose.
+`eaft tune` and `eaft compare` choose by the same nll.
 """
 
 from __future__ import annotations
@@ -157,21 +157,21 @@ def training_data(record: RunRecord, args: EAFTConfig, models: ModelConfig) -> D
 
 
 def asked_by(rows: Dataset) -> list[Asked]:
-    """Return what rows ask, and their own answers; nothing of plain text."""
+    """Return the prompt and the answer of each row; rows of plain text have neither."""
     if not {"prompt", "messages", "conversations"} & set(rows.column_names):
         return []
-    found = []
+    questions = []
     for i, row in enumerate(rows):
         row = without_nulls(maybe_convert_to_chatml(row))
         prompt = prompt_of(row)
         asked = prompt["prompt"] if isinstance(prompt, dict) else prompt
         answer = row["completion"] if "completion" in row else row["messages"][len(asked) :]
-        found.append(Asked(i, prompt, text_of(asked), text_of(answer)))
-    return found
+        questions.append(Asked(i, prompt, text_of(asked), text_of(answer)))
+    return questions
 
 
 def text_of(value: Any) -> str:
-    """Return a prompt or an answer as text: of several messages, each with its role."""
+    """Return a prompt or an answer as text; each of several messages begins with its role."""
     if isinstance(value, str):
         return value
     texts = []

@@ -58,7 +58,7 @@ def train(
     """
     Train, and write the model, its card, `metrics.jsonl` and `run.json` to `args.output_dir`.
 
-    Everything that can be wrong with the input is found before the folder is touched.
+    The input is checked before the folder is touched.
     """
     state = PartialState()
     if message := finished(args):
@@ -114,11 +114,11 @@ def train(
 
 def check_model(model: str, args: EAFTConfig, model_args: ModelConfig, dataset: Any) -> None:
     """
-    Check what can be known of a model without its weights: that its tokenizer and the data's token
-    ids are its own.
+    Check a model without loading its weights: its vocabulary must have the tokenizer's tokens and
+    the data's token ids.
 
     Raises:
-        ConfigurationError: they are not, or there is no tokenizer.
+        ConfigurationError: it lacks one of them, or there is no tokenizer.
     """
     source = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
     tokenizer, size = load_tokenizer(model, source), text_config(model, source).vocab_size
@@ -127,7 +127,7 @@ def check_model(model: str, args: EAFTConfig, model_args: ModelConfig, dataset: 
 
 
 def model_init_kwargs(args: EAFTConfig, model_args: ModelConfig) -> dict[str, Any]:
-    """Return what the model is loaded with."""
+    """Return the keyword arguments with which `from_pretrained` loads the model."""
     return {
         "revision": model_args.model_revision,
         "trust_remote_code": args.trust_remote_code,
@@ -146,7 +146,7 @@ def fit(
     dataset_args: DatasetMixtureConfig,
 ) -> None:
     """
-    Train from a checkpoint or afresh, and write everything, in a folder that is this run's alone.
+    Train from a checkpoint or afresh, and write everything into a folder that no other run uses.
     """
     output_dir = Path(args.output_dir)
     run = {
@@ -177,9 +177,8 @@ def fit(
         runtime = result.metrics["train_runtime"]
         run["result"] = {
             "steps": trainer.state.global_step,
-            "train_loss": result.metrics.get(
-                "train_loss"
-            ),  # None: all was trained before, and its loss not logged
+            # None: all steps were trained before, and their loss was not logged
+            "train_loss": result.metrics.get("train_loss"),
             "train_runtime_s": runtime,  # with evaluation and saving; since the last resumption
             "tokens_per_s": trainer._total_train_tokens / runtime,
             "peak_memory_gib": peak_memory_gib(),
@@ -194,7 +193,7 @@ def fit(
 
 
 def farewell(state: Any, seconds: float, model: str, folder: Path) -> str:
-    """Return what is said last: what was trained, what was written, and what to do next."""
+    """Return the last message: what was trained, what was written, and what to do next."""
     logged = [log["nll"] for log in state.log_history if "nll" in log]
     nll = ""
     if logged:
@@ -210,7 +209,7 @@ def farewell(state: Any, seconds: float, model: str, folder: Path) -> str:
 
 def dry_run(configs: list[Any], launch_args: list[str], refused: str | None = None) -> str:
     """
-    Check what `train` checks of its four arguments, and return the plan (`eaft.training.plan`).
+    Check the four arguments of `train` as it does, and return the plan (`eaft.training.plan`).
 
     Args:
         refused: why `train` would stop on this machine.
@@ -227,9 +226,8 @@ def dry_run(configs: list[Any], launch_args: list[str], refused: str | None = No
 def save_model(trainer: EAFTTrainer, output_dir: Path) -> None:
     """Save the final model beside its place and move it there whole."""
     staging = output_dir / "saving"
-    if (
-        trainer.is_fsdp_enabled
-    ):  # by default FSDP2 saves shards, which `from_pretrained` does not read
+    # By default FSDP2 saves shards, which `from_pretrained` does not read
+    if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(staging))
     trainer.accelerator.wait_for_everyone()
