@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, TrainerState
 from eaft import EAFTConfig, EAFTTrainer, cli
 from eaft.errors import ConfigurationError
 from eaft.evaluation.drift import BaseAnswers, sample_answers
-from eaft.training.forgetting import ForgettingEval, Measurement, history, pareto_front, select
+from eaft.training.forgetting import ForgettingEval, ForgettingPoint, history, pareto_front, select
 from tests.conftest import make_model, make_rows
 from tests.processes import eaft, run_ranks
 
@@ -181,7 +181,7 @@ def test_the_chosen_checkpoint_is_what_is_saved(train, tmp_path, rule):
 
 
 def points(*rows):
-    return [Measurement(i, d, t, {"a": t, "b": g}) for i, (d, t, g) in enumerate(rows)]
+    return [ForgettingPoint(i, d, t, {"a": t, "b": g}) for i, (d, t, g) in enumerate(rows)]
 
 
 def test_rules_by_hand():

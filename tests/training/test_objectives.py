@@ -390,9 +390,13 @@ def test_resuming_notices_what_changed(tmp_path):
     before = (tmp_path / MEASUREMENTS_FILE).read_text()
     changed = make_rows()
     changed[3]["completion"] += "?"
-    with pytest.raises(ConfigurationError, match=f"{MEASUREMENTS_FILE} is of other training data"):
+    with pytest.raises(
+        ConfigurationError, match=f"{MEASUREMENTS_FILE} was measured with other training"
+    ):
         train(EAFTTrainer, tmp_path, rows=changed, **resume)
-    with pytest.raises(ConfigurationError, match=f"{MEASUREMENTS_FILE} is of another gate"):
+    with pytest.raises(
+        ConfigurationError, match=f"{MEASUREMENTS_FILE} was measured with another gate"
+    ):
         train(EAFTTrainer, tmp_path, **{**resume, "gate": "masked"})
     assert (tmp_path / MEASUREMENTS_FILE).read_text() == before
     (tmp_path / MEASUREMENTS_FILE).unlink()

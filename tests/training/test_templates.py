@@ -299,7 +299,7 @@ def test_a_token_that_spans_the_end_of_a_prompt_is_told():
     # Rows spread over the data, not the first thousand alone
     count, first, text = found([rows[0]] * 1500 + [rows[1]] * 1000, tokenizer)["no_prefix"]
     assert (count, first[0]) == (334, 1500)
-    assert text.endswith("Tokens were looked at in 834 rows, 1 in 3.")
+    assert text.endswith("Tokens were checked in 834 rows, 1 in 3.")
 
 
 def test_train_dry_run_and_inspect_tell_the_same(model_dir, tmp_path, capsys):

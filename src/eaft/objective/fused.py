@@ -323,7 +323,7 @@ def chunk_rows(n: int, vocab_size: int, itemsize: int, budget: int) -> int:
 
 @dataclass(frozen=True)
 class LossSpec:
-    """What the loss is, beside the tensors that it is differentiated by."""
+    """The loss, apart from the tensors that get a gradient."""
 
     labels: Tensor  # (labelled,), int64, each in [0, vocab_size)
     gate: BoundGate

@@ -1,5 +1,5 @@
 """
-From the words of a configuration to a gate that can be called.
+Turns the fields of a configuration into a gate that can be called.
 
 Every host has the same flat fields (`gate`, `gate_alpha`, ...; `eaft.training.gate_fields`).
 `spec_of` makes one `GateSpec` of them. `GateSpec.bind` checks it and returns a `BoundGate`, which
@@ -210,7 +210,7 @@ def refuse_base_model(bound: BoundGate) -> BoundGate:
 @dataclass(frozen=True)
 class GateSpec:
     """
-    What a configuration says of a gate. Nothing is checked before `bind`.
+    A gate as a configuration describes it. Nothing is checked before `bind`.
 
     Attributes:
         name: a gate's name, `module:function`, or a function of `TokenStatistics`.
@@ -229,7 +229,7 @@ class GateSpec:
     @property
     def params(self) -> dict[str, Any]:
         """
-        The gate's parameters, as given or by default, without those that are still to be measured.
+        The gate's parameters, set or by default, without parameters that are still to be measured.
 
         Raises:
             ConfigurationError: the gate is unknown, or `kwargs` has a parameter that is a field.

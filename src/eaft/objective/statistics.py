@@ -112,7 +112,7 @@ class TokenStatistics:
 
 @dataclass(frozen=True)
 class TokenContext:
-    """What the distribution of a token does not tell and a gate may need, for each token."""
+    """What a gate may need of each token beyond the distribution."""
 
     example_ids: Tensor | None = None  # (...), int64: which example each token is from
     example_nll: Tensor | None = None  # (...), nats: the base model's mean nll of that example

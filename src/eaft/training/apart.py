@@ -160,9 +160,8 @@ def checkpoints(folder: Path) -> list[Checkpoint]:
     by_step = {}
     for file in folder.glob("checkpoint-*/trainer_state.json"):
         state = json.loads(file.read_text())
-        by_step[state["global_step"]] = Checkpoint(
-            state["global_step"], state["epoch"], file.parent
-        )
+        step = state["global_step"]
+        by_step[step] = Checkpoint(step, state["epoch"], file.parent)
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     epoch = max(line.get("epoch", 0) for line in logged)
     epoch = by_step[last].epoch if last in by_step else epoch

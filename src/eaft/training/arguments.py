@@ -31,7 +31,7 @@ def make_parser(own: type = DryRunArguments, **settings: Any) -> TrlParser:
 
     Args:
         own: a dataclass with the flags of one command.
-        settings: of `argparse.ArgumentParser`.
+        settings: keyword arguments of `argparse.ArgumentParser`.
     """
     parser = TrlParser(
         (ScriptArguments, EAFTConfig, ModelConfig, DatasetMixtureConfig, own),
@@ -51,7 +51,7 @@ def parse(
     Return the arguments of `train`, the flags meant for `accelerate launch`, and the other flags.
 
     Args:
-        parser: of another command that takes these flags.
+        parser: the parser of another command that takes these flags.
         recipe_launches: whether the YAML file's settings for `accelerate launch` count too.
 
     Raises:
@@ -69,11 +69,7 @@ def parse(
         launch_args = resolve_accelerate_config_argument(
             (yaml_rest if recipe_launches else []) + flags_rest
         )
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-    ) as error:  # transformers' and TRL's own complaints about flags
+    except (OSError, ValueError, TypeError) as error:  # complaints of transformers and TRL
         if isinstance(error, ConfigurationError):
             raise
         raise ConfigurationError(" ".join(str(error).split())) from error

@@ -92,9 +92,9 @@ def check_bounds(args: Any, bounds: dict[str, Any]) -> None:
             ) from error
 
 
-# Optimizers of torch, whose settings each have a name of their own among transformers' arguments
+# Optimizers for which transformers silently ignores parts of `optim_args` that it does not know
 READ_BY_NAME = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")
-STEPS = 1000  # of a run whose length is not known yet
+STEPS = 1000  # the length of a run, where it is not known yet
 
 
 def check_optimizer(args: Any) -> None:
@@ -103,12 +103,12 @@ def check_optimizer(args: Any) -> None:
     is loaded.
 
     Raises:
-        ConfigurationError: the optimizer or the schedule cannot be made, a part of `optim_args` is
-            read by no one, or the rate is not finite and positive or 0 at some step.
+        ConfigurationError: the optimizer or the schedule cannot be made, the optimizer ignores a
+            part of `optim_args`, or the rate of a step is negative or not finite.
     """
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = args.optim.value
-    given = f"optim={optimizer!r} with optim_args={args.optim_args!r}"
+    where = f"optim={optimizer!r} with optim_args={args.optim_args!r}"
     try:
         make, settings = Trainer.get_optimizer_cls_and_kwargs(args)
         make([parameter], **settings)
@@ -126,15 +126,15 @@ def check_optimizer(args: Any) -> None:
     except AttributeError:  # made from the model's modules
         pass
     except (ImportError, ValueError, TypeError) as error:
-        raise ConfigurationError(f"{given}: {first_line(error)}.") from error
+        raise ConfigurationError(f"{where}: {first_line(error)}.") from error
 
-    given = f"lr_scheduler_kwargs={args.lr_scheduler_kwargs!r}"
+    where = f"lr_scheduler_kwargs={args.lr_scheduler_kwargs!r}"
     if not isinstance(args.lr_scheduler_kwargs, dict | None):
-        raise ConfigurationError(f"{given}: expected a map of names to values.")
+        raise ConfigurationError(f"{where}: expected a map of names to values.")
     count = args.max_steps if args.max_steps > 0 else STEPS
     for name, value in (args.lr_scheduler_kwargs or {}).items():
         if isinstance(value, int | float) and not 0 <= value < math.inf:
-            raise ConfigurationError(f"{given}: {name}: expected a finite number of at least 0.")
+            raise ConfigurationError(f"{where}: {name}: expected a finite number of at least 0.")
     try:
         schedule = get_scheduler(
             args.lr_scheduler_type,
@@ -147,12 +147,12 @@ def check_optimizer(args: Any) -> None:
         rates = [args.learning_rate * f(step) for f in factors for step in range(count)]
     except (ImportError, ValueError, TypeError, AssertionError, ArithmeticError) as error:
         raise ConfigurationError(
-            f"{given} with lr_scheduler_type={args.lr_scheduler_type.value!r}: {first_line(error)}."
+            f"{where} with lr_scheduler_type={args.lr_scheduler_type.value!r}: {first_line(error)}."
         ) from error
     if any(not math.isfinite(rate) or rate < 0 for rate in rates):
         step = next(i for i, rate in enumerate(rates) if not math.isfinite(rate) or rate < 0)
         raise ConfigurationError(
-            f"{given}: the learning rate of step {step + 1} would be {rates[step]}."
+            f"{where}: the learning rate of step {step + 1} would be {rates[step]}."
         )
 
 

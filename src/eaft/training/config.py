@@ -48,7 +48,7 @@ class EAFTConfig(EAFTFlags, SFTConfig):
         replay_prompts: JSON Lines with a `prompt`: the requests that the base model answers.
         template_date: the date in chat templates that write today's date, as 2026-11-29. `eaft
             train` records it, so that a resumed run has the same date.
-        forgetting_eval_steps: measure drift and the suites every so many steps (0: never); see
+        forgetting_eval_steps: measure drift and the suites every N steps (0: never); see
             `eaft.training.forgetting`.
         forgetting_suite: suites or tasks of general ability, as `eaft eval --suite` takes them
             (default: `everyday`; none if the model is sharded).
@@ -119,7 +119,7 @@ class EAFTConfig(EAFTFlags, SFTConfig):
     @property
     def gate_params(self) -> dict[str, Any]:
         """
-        The gate's parameters, as given or by default, without those that are still to be measured.
+        The gate's parameters, set or by default, without parameters that are still to be measured.
         """
         return self.gate_spec.params
 

@@ -430,8 +430,8 @@ def select_split(splits: DatasetDict, split: str, flag: str, text_field: str) ->
 
 def row_digest(row: dict[str, Any]) -> str:
     """
-    Return a digest of a row's content, 16 hexadecimal digits of a SHA-256. It does not depend on
-    the order of keys.
+    Return a digest of a row's content, 16 hexadecimal digits of a SHA-256. It identifies
+    the row, whatever the order of rows and keys.
     """
     content = json.dumps(row, sort_keys=True, default=str, ensure_ascii=False)
     return hashlib.sha256(content.encode(errors="surrogatepass")).hexdigest()[:16]

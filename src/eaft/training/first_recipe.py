@@ -29,7 +29,7 @@ class DataFacts:
     What a recipe depends on.
 
     Attributes:
-        rows: of the training split.
+        rows: how many the training split has.
         columns: their names.
         longest: tokens of the longest row.
         usual: tokens of the row that is longer than 99% of them.
@@ -68,7 +68,7 @@ def read_data(model: str, data: str) -> DataFacts:
     except ConfigurationError:
         if not args.assistant_only_loss:
             raise
-        args.assistant_only_loss = False  # the template does not say which tokens are whose
+        args.assistant_only_loss = False  # the template does not mark the assistant's tokens
         prepared = prepare_rows(load_tokenizer(resolve_model(model, False)), args, dataset).whole
     lengths = np.array([len(row["input_ids"]) for row in prepared])
     labelled = sum(sum(label >= 0 for label in row["labels"]) for row in prepared)
@@ -84,7 +84,7 @@ def read_data(model: str, data: str) -> DataFacts:
 
 
 def recipe(model: str, data: str, facts: DataFacts, output: Path) -> str:
-    """Return the recipe as YAML with comments; `output` is what they call it."""
+    """Return the recipe as YAML; its comments call the file `output`."""
     fitting = [length for length in LENGTHS if length >= facts.usual]
     max_length = min(fitting[0] if fitting else LENGTHS[-1], facts.context)
     epochs = 1 if facts.rows >= MANY_ROWS else 3

@@ -61,8 +61,8 @@ class EAFTFlags(GateFields):
         default=str(REPLAY_PROMPTS),
         metadata={
             "help": (
-                "JSON Lines with a `prompt`: what replay answers (default: 64 requests, none of"
-                " them drift's)."
+                "JSON Lines with a `prompt`: the requests that replay answers (default: 64;"
+                " drift is measured on others)."
             )
         },
     )
@@ -71,8 +71,8 @@ class EAFTFlags(GateFields):
         default=None,
         metadata={
             "help": (
-                "What chat templates that write the date write, as 2026-11-29 (default: today's, or"
-                " that of the run that is resumed)."
+                "The date in chat templates that write a date, as 2026-11-29 (default: today, or"
+                " the date of the resumed run)."
             )
         },
     )
@@ -80,9 +80,7 @@ class EAFTFlags(GateFields):
     forgetting_eval_steps: int = field(
         default=0,
         metadata={
-            "help": (
-                "Measure drift, forgetting_suite and target_suite every so many steps; 0: never."
-            )
+            "help": ("Measure drift, forgetting_suite and target_suite every N steps; 0: never.")
         },
     )
     forgetting_suite: list[str] | None = field(
@@ -95,7 +93,7 @@ class EAFTFlags(GateFields):
         },
     )
     target_suite: list[str] | None = field(
-        default=None, metadata={"help": "Suites or lm-eval tasks of what is being learned."}
+        default=None, metadata={"help": "Suites or lm-eval tasks of the ability to be learned."}
     )
     forgetting_data_dir: str | None = field(
         default=None,

@@ -20,7 +20,11 @@ from eaft.training.trl_internals import (
     global_then_local_main_first,
 )
 
-FOLLOWED = ("example_ids", "token_numbers", "replay_numbers")  # columns with a number a token
+FOLLOWED = (
+    "example_ids",
+    "token_numbers",
+    "replay_numbers",
+)  # columns with one number for each token
 
 
 @dataclass
@@ -36,12 +40,13 @@ class FollowedData:
 @dataclass(frozen=True)
 class ReplayedTokens:
     """
-    The tokens of the replayed rows, which are the data's last.
+    The tokens of the replayed rows, which come last in the data.
 
     Attributes:
         first: index of the first replayed row.
-        rows: which replayed row each of the tokens is of, from 0, int32 `[tokens]`.
-        numbers: how many labels are before a label, -1 where there is none, int32 `[tokens]`.
+        rows: the replayed row of each token, counted from 0, int32 `[tokens]`.
+        numbers: for a labelled token, how many labels come before it; -1 for other tokens; int32
+            `[tokens]`.
     """
 
     first: int
@@ -62,8 +67,8 @@ class ReplayedTokens:
 
     def marks(self, indices: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """
-        Return a mark for each token of some rows, given the rows' indices and lengths: the index of
-        its row; in a replayed row, `first` plus the number of replayed tokens before it.
+        Return a mark for each token of the rows with these indices and lengths: the index of its
+        row or, in a replayed row, `first` plus the number of replayed tokens before it.
         """
         ends = np.concatenate([[0], np.bincount(self.rows).cumsum()])
         replayed = indices >= self.first

@@ -42,7 +42,7 @@ from eaft.processes import without_launcher
 from eaft.training.config import EAFTConfig
 
 FOLDER = "forgetting"
-PREFIX = "eval_"  # of logged names, so that trackers show them beside `eval_loss`
+PREFIX = "eval_"  # begins the logged names, so that trackers show them beside `eval_loss`
 GENERAL = ["everyday"]  # the default of `forgetting_suite`
 
 
@@ -87,14 +87,13 @@ class ForgettingEval(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record the base model; in a resumed run, read the record of its beginning."""
         share = Share(PartialState().process_index, PartialState().num_processes)
-        kwargs = self.callable(kwargs)
+        kwargs = self.with_wrapped_model(kwargs)
         if state.global_step > 0:
             if args.select_checkpoint == "budget" and (points := history(state)):
                 chosen = select(points, "budget", args.forgetting_budget)
                 control.should_training_stop = chosen is not None and chosen.step != points[-1].step
-            if (
-                state.global_step < state.max_steps and not control.should_training_stop
-            ):  # else all is measured: it was stopped while it saved the model
+            # Otherwise all is measured: the run was stopped while it saved the model
+            if state.global_step < state.max_steps and not control.should_training_stop:
                 self.base = shared(self.read)
             return
         with measuring(args, **kwargs) as (model, tokenizer):
@@ -113,7 +112,7 @@ class ForgettingEval(TrainerCallback):
             staging.rename(self.folder)
         self.measure(args, state, control, **kwargs)
 
-    def callable(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def with_wrapped_model(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of a callback, with the model as DeepSpeed or FSDP wraps it."""
         return kwargs if self.wrapped is None else {**kwargs, "model": self.wrapped()}
 
@@ -176,7 +175,7 @@ class ForgettingEval(TrainerCallback):
 
     def measure(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure the current model, and log the measurements."""
-        kwargs = self.callable(kwargs)
+        kwargs = self.with_wrapped_model(kwargs)
         with measuring(args, **kwargs) as (model, tokenizer):
             protocol = protocol_of(args, tokenizer)
             items = {}
@@ -287,8 +286,8 @@ def answers_before_sharding(model: Any, tokenizer: Any, args: EAFTConfig) -> lis
             else ""
         )
         raise ConfigurationError(
-            f"forgetting_eval_steps: the answers of {model} could not be sampled (see above). Where"
-            f" it is too large for one device: eaft eval {model} --record --model_args"
+            f"forgetting_eval_steps: the answers of {model} could not be sampled (see above). If"
+            f" it is too large for one device, run eaft eval {model} --record --model_args"
             f" '{{\"parallelize\": true}}'{day}, and start again{day and f' with{day}'}."
         )
     return answers
@@ -334,7 +333,7 @@ def measuring(
 
 
 @dataclass(frozen=True)
-class Measurement:
+class ForgettingPoint:
     """
     What was measured at one step.
 
@@ -351,12 +350,12 @@ class Measurement:
     scores: dict[str, float]
 
 
-def history(state: Any) -> list[Measurement]:
+def history(state: Any) -> list[ForgettingPoint]:
     """Return the measurements so far, one per step, base model first; also after a resumption."""
     logs = {log["step"]: log for log in state.log_history if f"{PREFIX}drift" in log}
     score = f"{PREFIX}score/"
     return [
-        Measurement(
+        ForgettingPoint(
             step,
             drift=log[f"{PREFIX}drift"],
             target=log.get(f"{PREFIX}target", math.nan),
@@ -366,7 +365,9 @@ def history(state: Any) -> list[Measurement]:
     ]
 
 
-def select(points: list[Measurement], rule: str, budget: float | None) -> Measurement | None:
+def select(
+    points: list[ForgettingPoint], rule: str, budget: float | None
+) -> ForgettingPoint | None:
     """
     Return the measurement of the checkpoint to keep, by one of `eaft.training.config.RULES`; None
     if no checkpoint is within the budget.
@@ -389,18 +390,18 @@ def select(points: list[Measurement], rule: str, budget: float | None) -> Measur
     return max(front, key=lambda point: (point.target - base.target) / gain - point.drift / drift)
 
 
-def mean_score(point: Measurement) -> float:
+def mean_score(point: ForgettingPoint) -> float:
     """Return the mean score over all measured tasks."""
     return sum(point.scores.values()) / len(point.scores)
 
 
-def pareto_front(points: list[Measurement]) -> list[Measurement]:
+def pareto_front(points: list[ForgettingPoint]) -> list[ForgettingPoint]:
     """
     Return the points that no other point beats. A point beats another if its target is at least as
     high and its drift at least as low, and not both are equal.
     """
 
-    def beats(a: Measurement, b: Measurement) -> bool:
+    def beats(a: ForgettingPoint, b: ForgettingPoint) -> bool:
         as_good = a.target >= b.target and a.drift <= b.drift
         return as_good and (a.target, a.drift) != (b.target, b.drift)
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @dataclass
 class GateFields:
     """
-    What a host says of a gate.
+    The settings of a gate in a host's configuration.
 
     Args:
         gate: how each token's loss is weighted: the name of a gate, or `module:function`.

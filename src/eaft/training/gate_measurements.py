@@ -6,8 +6,8 @@ each example's mean nll and the median of these (`flow`); and every label's log-
 (`psft`, `stm`). The results are written to the output folder, and read from there if training is
 resumed.
 
-Only `psft` and `stm` keep a number for each token. Otherwise examples have sums, and percentiles
-come from histograms, so that memory does not grow with the number of tokens.
+Only `psft` and `stm` keep a number for each token. For other gates each example has a sum, and
+percentiles come from histograms, so that memory does not grow with the number of tokens.
 """
 
 from __future__ import annotations
@@ -319,8 +319,8 @@ def read(path: Path, inputs: dict[str, Any]) -> Measurement:
     if not path.is_file():
         raise ConfigurationError(
             f"{path} is missing: it holds what gate={inputs['gate']['name']!r} measured with the"
-            " base model before training, which the checkpoint no longer is. Copy it from the"
-            " run's output folder, or start afresh."
+            " base model before training, and a checkpoint is no longer the base model. Copy it"
+            " from the run's output folder, or start afresh."
         )
     measured = json.loads(path.read_text())
     if changed := [name for name, value in inputs.items() if measured["inputs"].get(name) != value]:
@@ -329,7 +329,7 @@ def read(path: Path, inputs: dict[str, Any]) -> Measurement:
             "data_sha256": "other training data",
         }
         raise ConfigurationError(
-            f"{path} is of {' and '.join(what[name] for name in changed)}. Resume with what the run"
-            " began with, or start afresh in another output_dir."
+            f"{path} was measured with {' and '.join(what[name] for name in changed)}. Resume with"
+            " the gate and data that the run began with, or start afresh in another output_dir."
         )
     return Measurement(**{name: value for name, value in measured.items() if name != "inputs"})

@@ -55,7 +55,7 @@ def first_field(owner: Any, *names: str) -> Any:
 
 def logit_scale(text_config: Any) -> float:
     """
-    Return the factor of the architecture's logits, for which each family has its own name.
+    Return the factor of the architecture's logits; each model family has its own name for it.
     """
     scale = first_field(text_config, "logit_scale", "output_multiplier", "lm_head_multiplier")
     if scale is not None:
@@ -107,8 +107,8 @@ def check_head(lm_head: Any) -> None:
     if not (getattr(lm_head, "merged", True) or lm_head.disable_adapters):  # of PEFT's layers
         raise ConfigurationError(
             f"The head has an adapter ({type(lm_head).__module__}.{type(lm_head).__name__}), which"
-            " the fused loss, of its weight alone, would leave out and not train: take the head"
-            " out of target_modules, or train it whole (modules_to_save=['lm_head'])."
+            " the fused loss would ignore and not train: it reads the head's weight alone. Take the"
+            " head out of target_modules, or train it whole (modules_to_save=['lm_head'])."
         )
 
 
@@ -227,9 +227,9 @@ class GatedLMHead:
         replay_probs: for `replay_loss='kl'`, the base model's distribution at each label of the
             replayed rows.
         losses: `TokenLosses` of the labelled tokens in the last call (in evaluation mode the
-            weights are 1), without those in `held`.
-        held: the other ones, replayed tokens whose loss was the KL to `replay_probs`, without its
-            gradient; None if there were none.
+            weights are 1), without the tokens in `held`.
+        held: the replayed tokens whose loss was the KL to `replay_probs`, without its gradient;
+            None if there were none.
     """
 
     losses: TokenLosses

@@ -55,8 +55,8 @@ def patch_model(
     Raises:
         ConfigurationError: unknown gate or parameter, a gate that needs the base model beside the
             trained one, or a model that is patched already. In training: labels cut to
-            `logits_to_keep`. In the first forward, on every rank: the model's logits are not those
-            that the head computes.
+            `logits_to_keep`. In the first forward, on every rank: the model's logits differ from
+            the logits that the head computes.
     """
     bound = refuse_base_model(bind_gate(gate, params, top_k))
     base: Any = model.get_base_model() if is_peft_model(model) else model
@@ -80,7 +80,7 @@ def patch_model(
             return with_head(base, **kwargs)
         kwargs.pop("return_dict", None)  # the outputs are read by name
         kept = kwargs.pop("logits_to_keep", None)
-        if isinstance(kept, torch.Tensor) or kept:  # 0 is all of them
+        if isinstance(kept, torch.Tensor) or kept:  # 0 means all
             raise ConfigurationError(
                 "logits_to_keep: labels cut to some logits do not go with a loss that keeps none:"
                 " switch it off (in ms-swift: --use_logits_to_keep false)."

@@ -75,11 +75,12 @@ def prepare_rows(tokenizer: Any, args: EAFTConfig, dataset: Any) -> PreparedRows
         dataset: the training data.
 
     Raises:
-        ConfigurationError: a stream, images, no labelled token, or what TRL refuses.
+        ConfigurationError: the data is a stream, has images or no labelled token, or TRL refuses
+            it.
     """
     if not isinstance(dataset, Dataset):
         raise ConfigurationError(
-            "Rows are numbered, which a stream's cannot be: set dataset_streaming false."
+            "Rows must have numbers, and a stream has none: set dataset_streaming false."
         )
     args = copy.copy(args)
     max_length = args.max_length
@@ -125,7 +126,7 @@ def prepare_rows(tokenizer: Any, args: EAFTConfig, dataset: Any) -> PreparedRows
     if len(cut) != len(dataset):
         raise ConfigurationError(
             f"TRL made {len(cut)} rows of {len(dataset)}, so that they cannot be followed: it drops"
-            " those without a token. Remove these from the data."
+            " rows without a token. Remove them from the data."
         )
     return PreparedRows(cut, whole)
 

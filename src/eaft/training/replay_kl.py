@@ -24,10 +24,10 @@ from eaft.objective.fused import chunk_slices, default_budget
 from eaft.objective.statistics import entropy_from_log_probs
 
 # In a run's folder: a `TopProbs` with a row for each label of the replayed rows, in their order. It
-# has a folder of its own, because it is no weight of the model
+# is in a subfolder, because it is no weight of the model
 PROBS_FOLDER = "_replay"
 PROBS_FILE = f"{PROBS_FOLDER}/probs.safetensors"
-COPIES = 6  # of a chunk's logits, alive at a time in the divergence's backward pass
+COPIES = 6  # of a chunk's logits, held at once in the backward pass of the divergence
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def load_probs(output_dir: Path, tokens: int) -> TopProbs:
         tokens: how many labels the replayed rows have.
 
     Raises:
-        ConfigurationError: the file is missing, or is of other rows.
+        ConfigurationError: the file is missing, or belongs to other rows.
     """
     file = output_dir / PROBS_FILE
     if not file.is_file():
@@ -110,7 +110,7 @@ def load_probs(output_dir: Path, tokens: int) -> TopProbs:
     probs = TopProbs(**load_file(file))
     if len(probs.ids) != tokens:
         raise ConfigurationError(
-            f"{file} is of {len(probs.ids)} tokens, and the replayed answers have {tokens}: copy it"
+            f"{file} has {len(probs.ids)} tokens, and the replayed answers have {tokens}: copy it"
             " from the run's output folder, or start afresh."
         )
     return probs

@@ -1,5 +1,5 @@
 """
-The folder of a training run: `run.json`, `metrics.jsonl`, checkpoints, and where a run goes on.
+The folder of a training run: `run.json`, `metrics.jsonl`, and the checkpoint to resume from.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 TUNED_RUN = Path("work") / "run"  # the run, in the folder of `eaft tune`
 DELETE = "delete the folder, or choose another output_dir."
-# What stays the same when a run goes on: the checkpoint's optimizer and schedule keep the first of
-# them whatever is given (findings/trainer_resume_settings.sh), and `run.json` has one value of each
+# Settings that a resumed run cannot change. The checkpoint's optimizer and schedule keep the first
+# of them, whatever the flags say (findings/trainer_resume_settings.sh); `run.json` has one of each
 STAYS = (
     *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("optim", "optim_args", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
@@ -38,7 +38,7 @@ STAYS = (
 
 @with_config(ConfigDict(extra="allow"))
 class RunRecord(TypedDict):
-    """What is read again of `run.json`; `result` is there once the run is finished."""
+    """The part of `run.json` that eaft reads; `result` is there once the run is finished."""
 
     finished: bool
     environment: NotRequired[dict[str, Any]]
@@ -54,7 +54,7 @@ def run_date(args: EAFTConfig, run_file: Path | None) -> Iterator[None]:
     Let chat templates write one date for a whole run, and note it in its arguments.
 
     Args:
-        run_file: `run.json` of a run that is gone on with, whose date stays.
+        run_file: `run.json` of a resumed run, which keeps its date.
 
     Raises:
         ConfigurationError: `template_date` is no date.
@@ -71,11 +71,10 @@ def run_date(args: EAFTConfig, run_file: Path | None) -> Iterator[None]:
 
 def finished(args: EAFTConfig) -> str | None:
     """
-    Return what to say of a run that is to be resumed and is at its end already, so that nothing is
-    to be done.
+    Return a message if the run to resume has already ended, so that nothing is left to do.
 
-    It goes on if more steps or epochs are asked for than before, or an earlier checkpoint of its
-    own.
+    It goes on if the flags ask for more steps or epochs than before, or for one of its earlier
+    checkpoints.
     """
     folder, resume = Path(args.output_dir), str(args.resume_from_checkpoint or "false")
     file = folder / RUN_FILE
@@ -110,9 +109,8 @@ def find_checkpoint(args: EAFTConfig) -> str | None:
     Return the checkpoint to resume from, or None for a fresh start in a folder that holds no other
     run.
 
-    With `resume_from_checkpoint` true a run that was killed before its first checkpoint, or was
-    never begun, starts
-    afresh: the same command can be given again until it ends.
+    With `resume_from_checkpoint` true, a run that was killed before its first checkpoint, or never
+    began, starts afresh: the same command can be repeated until it ends.
 
     Raises:
         ConfigurationError: the folder holds another run, there is nothing to resume from, or the
@@ -133,26 +131,25 @@ def find_checkpoint(args: EAFTConfig) -> str | None:
         run = folder / RUN_FILE
         if run.is_file() and not read_json(run, RunRecord, DELETE)["finished"]:
             return None
-    held = [RUN_FILE, METRICS_FILE, "config.json", "adapter_config.json", "checkpoint-*"]
-    if found := [path.name for pattern in held for path in folder.glob(pattern)]:
+    patterns = [RUN_FILE, METRICS_FILE, "config.json", "adapter_config.json", "checkpoint-*"]
+    if present := [path.name for pattern in patterns for path in folder.glob(pattern)]:
         way = "has no complete checkpoint" if resume.lower() == "true" else "holds another run"
         raise ConfigurationError(
-            f"output_dir={args.output_dir!r} {way} ({found[0]}): choose another folder, delete this"
-            " one, or go on with a run that was stopped by --resume_from_checkpoint true."
+            f"output_dir={args.output_dir!r} {way} ({present[0]}): choose another folder, delete"
+            " this one, or go on with a run that was stopped by --resume_from_checkpoint true."
         )
     return None
 
 
 def check_settings(args: EAFTConfig, folder: Path) -> None:
     """
-    Check that a run goes on with the settings that it was begun with (`STAYS`).
+    Check that a resumed run keeps the settings that it began with (`STAYS`).
 
     Args:
-        folder: of the run that is resumed. Without a `run.json` that has its `config`, nothing is
-            known of its settings, and nothing is refused.
+        folder: of the resumed run. Without a `run.json` that has a `config`, nothing is refused.
 
     Raises:
-        ConfigurationError: one of them is another now.
+        ConfigurationError: one of them has changed.
     """
     file = folder / RUN_FILE
     if not file.is_file():
@@ -217,25 +214,25 @@ def changed_arguments(args: EAFTConfig) -> dict[str, Any]:
 
 class MetricsFile(TrainerCallback):
     """
-    Appends every log of the trainer to a JSON Lines file; a resumed run drops what lies after its
+    Appends every log of the trainer to a JSON Lines file; a resumed run drops the lines after its
     checkpoint.
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self.first_step = path, 0
-        self.loss: float | None = None  # of a run that had come to its end before
+        self.loss: float | None = None  # of a run that had ended before
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep the lines up to the step training starts at."""
         self.first_step = state.global_step
         if state.is_world_process_zero:
             lines = self.path.read_text().split("\n") if self.path.exists() else []
-            # What follows the last line's end is empty, or what a killed run did not get written
+            # The last piece is empty, or a line that a killed run did not finish
             logs = {line: json.loads(line) for line in lines[:-1]}
             self.loss = next(
                 (log["train_loss"] for log in logs.values() if "train_loss" in log), None
             )
-            # The end's summary is written again
+            # The final summary is written again
             kept = [
                 line
                 for line, log in logs.items()
@@ -248,7 +245,7 @@ class MetricsFile(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Append one line; a summary of no steps has the loss of those before, if it was logged."""
+        """Append one line; if no step was trained, its summary has the loss of the run before."""
         if logs is not None and "train_loss" in logs and state.global_step == self.first_step:
             del logs["train_loss"]
             logs |= {} if self.loss is None else {"train_loss": self.loss}

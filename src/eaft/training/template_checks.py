@@ -33,7 +33,7 @@ from eaft.training.templates import (
 )
 
 STREAM_ROWS = 1000  # how many rows of a stream are rendered beforehand
-TOKENISED_ROWS = 1000  # of how many rows, spread over a data set, tokens are looked at beforehand
+TOKENISED_ROWS = 1000  # tokens are checked in so many rows, spread over the data set
 
 
 def filled_columns(rows: Any) -> set[str]:
@@ -138,10 +138,10 @@ def check_rows(
     stride = max(1, math.ceil((number_of_rows or 0) / TOKENISED_ROWS))
     masked = marked and args.assistant_only_loss
     findings = Findings(tokenizer, set(ends), template, masked, filled_columns(rows), stride)
-    looked_at = enumerate(itertools.islice(rows, STREAM_ROWS if number_of_rows is None else None))
-    checked: Iterable[tuple[int, Row]] = looked_at
-    if plain:  # nothing is rendered: the rows between are left out
-        checked = itertools.islice(looked_at, 0, None, stride)
+    read = enumerate(itertools.islice(rows, STREAM_ROWS if number_of_rows is None else None))
+    checked: Iterable[tuple[int, Row]] = read
+    if plain:  # nothing is rendered: rows between are skipped
+        checked = itertools.islice(read, 0, None, stride)
     quiet = None if args.process_index == 0 else True  # None: a bar on a terminal only
     for number, row in tqdm(checked, desc=f"Checking {where}", delay=5, disable=quiet):
         try:
@@ -169,21 +169,18 @@ def check_messages(row: Row, plain: bool) -> None:
     Check the form of a row.
 
     Raises:
-        ConfigurationError: its form is not the form of the first row, or its messages are no
-            messages.
+        ConfigurationError: it has another form than the first row, or its messages are no messages.
     """
     if plain:
         if not split_text([row]):
-            raise ConfigurationError(
-                "prompt and completion must be text, as those of the first row are."
-            )
+            raise ConfigurationError("prompt and completion must be text, as in the first row.")
         return
     columns = [column for column in COLUMNS if row.get(column) is not None]
     if columns not in (["messages"], ["prompt", "completion"]) or not all(
         isinstance(row[c], list) for c in columns
     ):
         raise ConfigurationError(
-            "messages, or prompt and completion, must be lists of messages, as the first row's are."
+            "messages, or prompt and completion, must be lists of messages, as in the first row."
         )
     messages: list[Any] = [*row_messages(row)] or [None]
     for message in messages:

@@ -24,15 +24,16 @@ FINDINGS = {
     "dropped_calls": (
         "Tool calls or results that the chat template drops",
         (
-            "They are not in the text that is trained on. Give a template that writes them, with"
-            " --chat_template_path."
+            "They are not in the text that is trained on. Set --chat_template_path to a template"
+            " that writes them."
         ),
     ),
     "no_prefix": (
         "Prompts that do not begin their row",
         (
-            "The template writes the prompt alone otherwise, or a token spans its end. What differs"
-            " is trained on, and the model is asked in another context than it was trained in."
+            "The template writes a prompt that stands alone differently, or a token spans its end."
+            " The tokens that differ are trained on, and the model is asked in another context than"
+            " it was trained in."
         ),
     ),
 }
@@ -129,12 +130,12 @@ class Findings:
         added = [token for token in self.tokenizer.get_added_vocab() if text.endswith(token)]
         last = (added or [text[-20:]])[0]
         stops = (
-            f"What is learned of row {self.number} ends with {last!r}, and generation stops at"
+            f"The learned text of row {self.number} ends with {last!r}, and generation stops at"
             f" {self.ends}."
         )
         if added:
             return f"{stops} Set --eos_token '{added[0]}'."
-        return f"{stops} Give a template that ends the assistant's turn, with --chat_template_path."
+        return f"{stops} Set --chat_template_path to a template that ends the assistant's turn."
 
     def is_prefix(self, prompt: str, whole: str, special: bool) -> bool:
         """
@@ -166,21 +167,21 @@ class Findings:
         except Exception:  # the template looks the name up
             return False
 
-    def looked_at(self, name: str) -> str:
-        """Return of how many rows the tokens were looked at, where it was not all."""
+    def checked(self, name: str) -> str:
+        """Return in how many rows tokens were checked, if not in all."""
         if self.stride == 1 or not (name == "no_prefix" or (name == "no_end" and self.masked)):
             return ""
-        return f" Tokens were looked at in {self.tokenised} rows, 1 in {self.stride}."
+        return f" Tokens were checked in {self.tokenised} rows, 1 in {self.stride}."
 
     def summary(self) -> list[Finding]:
-        """Return a `Finding` for each of `FINDINGS`, also for those without a row."""
+        """Return a `Finding` for each of `FINDINGS`, also if it has no row."""
         return [
             Finding(
                 name,
                 title,
                 count=len(self.rows[name]),
                 rows=self.rows[name][:NAMED_ROWS],
-                text=f"{text} {self.details.get(name, '')}".strip() + self.looked_at(name),
+                text=f"{text} {self.details.get(name, '')}".strip() + self.checked(name),
             )
             for name, (title, text) in FINDINGS.items()
         ]

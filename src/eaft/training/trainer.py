@@ -78,8 +78,8 @@ class EAFTTrainer(SFTTrainer):
             set-up lacks something that the gate needs (with a stream, a collator of your own, or
             context parallelism). In training: no parameter is trainable, or the gradient of the
             first step is 0.
-        NonFiniteError: a loss or a gradient is NaN or infinite. The weights are still those before
-            it.
+        NonFiniteError: a loss or a gradient is NaN or infinite. The weights are as they were
+            before it.
     """
 
     data_collator: Any

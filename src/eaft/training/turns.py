@@ -20,7 +20,7 @@ from eaft.training.trl_internals import global_then_local_main_first
 
 OTHER_FORM = (
     'Split the row into {"prompt": [...], "completion": [...]}, one for each turn of the assistant:'
-    " of these the completion is trained on."
+    " training uses the completion of each."
 )
 
 
@@ -62,7 +62,7 @@ def labelled_turns(
         if span is None:
             raise ConfigurationError(
                 f"Row {number}: the chat template has no {{% generation %}} marks, and it renders"
-                f" message {turn} otherwise once others follow, so that the assistant's tokens"
+                f" message {turn} differently once others follow, so that the assistant's tokens"
                 f" cannot be found. {OTHER_FORM}"
             )
         spans.append(span)
