@@ -42,8 +42,8 @@ MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    # torch and TRL take seconds to import: each name brings what it needs, and `eaft --help`
-    # neither
+    # torch and TRL take seconds to import, so each name imports what it needs; `eaft --help`
+    # imports neither
     if name == "gates":
         return import_module("eaft.objective.gates")
     if name in MODULES:

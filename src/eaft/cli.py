@@ -92,8 +92,8 @@ def noted_interruption() -> Iterator[list[int]]:
     """
     Yield a list that Ctrl-C adds to, before it raises KeyboardInterrupt as ever.
 
-    Ctrl-C reaches all processes of a terminal. One that `eaft` started ends at once, without a
-    word: the process that started it tells the user. A process that ignores Ctrl-C keeps ignoring
+    Ctrl-C reaches all processes of a terminal. A process that `eaft` started ends at once and
+    silently: its parent tells the user. A process that ignores Ctrl-C keeps ignoring
     it.
     """
     interrupted: list[int] = []

@@ -132,8 +132,8 @@ def load_gguf(path: Path) -> tuple[Any, Any]:
 
 def load_gguf_tokenizer(path: Path, reader: Any = None) -> Any:
     """
-    Return a GGUF file's tokenizer, which splits text as the file says; a split that is not known is
-    warned of.
+    Return a GGUF file's tokenizer, which splits text as the file says; warn if that way to split is
+    unknown.
 
     Args:
         reader: gguf's `GGUFReader` of the file, if there is one already.

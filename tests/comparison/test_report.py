@@ -177,9 +177,7 @@ def test_a_trade_and_nothing_are_said_to_be_that():
     )
     assert said.endswith("another seed may turn this round.")
     both = headline(make_pair(drift=-0.2), make_pair(drift=-0.1, first="talr"))
-    assert both.startswith(
-        "**Choose one of eaft, talr**, none of which is shown to be better than another."
-    )
+    assert both.startswith("**Choose one of eaft, talr**: none is shown to be better than another.")
     ranked = headline(
         make_pair(drift=-0.2),
         make_pair(drift=-0.1, first="talr"),

@@ -101,4 +101,4 @@ def test_what_cannot_be_measured_is_one_line(run, model_dir, tmp_path, capsys):
     path = write(tmp_path / "held_out.jsonl", rows[4:])
     assert read_rows(path, model, str(model_dir), {}).apart
     assert cli.main(["eval", model, "--held_out", path]) == 2
-    assert "--held_out is of a change: give the --base" in capsys.readouterr().err
+    assert "--held_out compares two models: give --base" in capsys.readouterr().err

@@ -182,7 +182,7 @@ def test_answers_without_an_end_token_are_told(name, count):
     rows = [said("Hi", "Hello."), said("Hi"), said("Hi you", "Hello.")]
     ends, text = (
         {"<|im_end|>"},
-        "generation stops at ('<|im_end|>',). Give a template that ends the assistant's turn",
+        "generation stops at ('<|im_end|>',). Set --chat_template_path to a template that ends",
     )
     if name == "deepseekv3":
         ends = {"\uff5cend\u2581of\u2581sentence\uff5c>"}

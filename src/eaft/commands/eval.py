@@ -98,10 +98,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--limit", type=int, metavar="N", help="at most the first N items of each lm-eval task"
     )
     parser.add_argument(
-        "--max_drop", type=float, metavar="POINTS", help="a task may lose so much: else exit code 3"
+        "--max_drop", type=float, metavar="POINTS", help="what a task may lose; more: exit code 3"
     )
     parser.add_argument(
-        "--max_drift", type=float, metavar="NATS", help="drift may be so large: else exit code 3"
+        "--max_drift", type=float, metavar="NATS", help="how large drift may be; more: exit code 3"
     )
     parser.add_argument(
         "--num_fewshot",
@@ -170,7 +170,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=int,
         default=DRIFT_PROMPTS,
         metavar="N",
-        help="at most so many; 0: no drift",
+        help="at most N prompts; 0: no drift",
     )
     parser.add_argument(
         "--max_new_tokens",
@@ -182,8 +182,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--template_date",
         metavar="DATE",
         help=(
-            "what chat templates that write the date write, as 2026-11-29 (default: today's, or"
-            " that of the evaluation that is gone on with)"
+            "the date in chat templates that write a date, as 2026-11-29 (default: today, or the"
+            " date of an evaluation that goes on)"
         ),
     )
     return parser
@@ -217,7 +217,7 @@ def main(argv: list[str]) -> int:
         protocol.template_date = shared(lambda: noted_date(inputs, "protocol") or template_today())
     if flags["held_out"] is not None:
         if flags["base"] is None:
-            raise ConfigurationError("--held_out is of a change: give the --base it is from.")
+            raise ConfigurationError("--held_out compares two models: give --base, too.")
         from eaft.training.run_rows import read_rows
 
         flags["held_out"] = read_rows(
@@ -240,9 +240,9 @@ def from_logs(logs: list[str], flags: dict[str, Any], parser: argparse.ArgumentP
         flags: the other flags; a flag that says how to ask a model is refused.
     """
     kept = {name: flags.pop(name) for name in ("output_path", "max_drop")}
-    given = [name for name, value in flags.items() if value != parser.get_default(name)]
-    if given:
-        names = ", ".join("MODEL" if name == "model" else f"--{name}" for name in given)
+    refused = [name for name, value in flags.items() if value != parser.get_default(name)]
+    if refused:
+        names = ", ".join("MODEL" if name == "model" else f"--{name}" for name in refused)
         raise ConfigurationError(
             f"--from asks no model, so that {names} would do nothing: leave it out."
         )

@@ -58,7 +58,7 @@ def add_flags(parser: argparse.ArgumentParser, title: str, flags: list[Flag]) ->
 
 
 def flags_of(kind: type, *names: str) -> list[Flag]:
-    """Return the fields of a dataclass as flags: all, or those named."""
+    """Return the fields of a dataclass as flags: all, or the named ones."""
     flags = []
     for field in dataclasses.fields(kind):
         if not names or field.name in names:

@@ -15,7 +15,7 @@ from eaft.training.flags import EAFTFlags
 
 USAGE = "eaft inspect MODEL DATA [--rollouts N] [--compare OTHER ...] [flags of eaft train]"
 DESCRIPTION = """
-Score data through a model, token by token, and say which of it the model fights.
+Score data through a model, token by token, and say which tokens the model fights.
 
   eaft inspect MODEL DATA
   eaft inspect MODEL DATA --max_length 2048 --assistant_only_loss
@@ -87,18 +87,18 @@ def main(argv: list[str]) -> None:
 
 def named(argv: list[str]) -> list[str]:
     """
-    Return the flags with MODEL and DATA named, several `--compare` joined, and what is not to be a
-    recipe's.
+    Return the flags with names for MODEL and DATA, with one `--compare`, and with values for flags
+    that a recipe must not set.
     """
     import torch
 
     flags = ["--model_name_or_path", "--dataset_name"]
-    given = 0
-    while given < min(len(flags), len(argv)) and not argv[given].startswith("-"):
-        given += 1
+    unnamed = 0
+    while unnamed < min(len(flags), len(argv)) and not argv[unnamed].startswith("-"):
+        unnamed += 1
     argv, rest = (
-        [part for pair in zip(flags, argv[:given], strict=False) for part in pair],
-        argv[given:],
+        [part for pair in zip(flags, argv[:unnamed], strict=False) for part in pair],
+        argv[unnamed:],
     )
     if twice := [flag for flag in argv[::2] if flag in (part.partition("=")[0] for part in rest)]:
         raise ConfigurationError(

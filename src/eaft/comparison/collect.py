@@ -224,7 +224,7 @@ def compare_trajectories(
 def trajectory(
     points: list[Point], base: Point, shortfall: Callable[[Point], np.ndarray]
 ) -> Trajectory:
-    """Return one run's way from the base model through its checkpoints."""
+    """Return one run's path from the base model through its checkpoints."""
     way = [base, *points]
     return Trajectory(
         np.array([point.drift["general"] for point in way]),
@@ -283,7 +283,7 @@ def verdict(pair: PairResult, groups: list[Suite]) -> PairVerdict:
     A difference is shown if it is significant at 0.05, Holm-adjusted, at each objective's own
     choice. It counts in: target and general score; each task of several, since a mean hides losses
     that gains cancel; held-out nll, since to learn less is a price; and drift at a matched target.
-    Where no fronts could be compared, drift at the own choice stands in for the last.
+    If no fronts could be compared, drift at each objective's own choice counts in their place.
     """
     view = pair.own_choice
     lower = {

@@ -1,5 +1,5 @@
 """
-Train with several objectives from one base; say which learned more, which forgot less, how sure.
+Trains with several objectives from one base, and compares what they learned and forgot.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ LEAVES_TOKENS = (
 
 def compare(recipe: Recipe, jobs: int = 1) -> list[Failure]:
     """
-    Train and measure what has not been, and write the results.
+    Train and measure what is missing, and write the results.
 
     Args:
         jobs: how many studies (an objective with a seed) are trained and measured at a time, in
@@ -74,7 +74,7 @@ def compare(recipe: Recipe, jobs: int = 1) -> list[Failure]:
         what failed, on all processes; the first one writes the results.
 
     Raises:
-        ConfigurationError: what can be known to be wrong before anything is trained.
+        ConfigurationError: anything that is wrong before training begins.
         EAFTError: no objective could be trained and measured.
     """
     check_jobs(jobs)
@@ -140,7 +140,7 @@ def compare_on_date(recipe: Recipe, jobs: int) -> list[Failure]:
 
 
 def load_tasks(recipe: Recipe) -> tuple[dict[str, Benchmark], list[Suite]]:
-    """Return the recipe's benchmarks, and those of `target` and of `general`, if there are some."""
+    """Return the recipe's benchmarks, and the groups `target` and `general` that have some."""
     config = recipe.evaluate
     suites, benchmarks = load_suites(
         config.target_tasks + config.general_tasks,
@@ -244,7 +244,7 @@ def run_all(
     Train and measure every objective with every seed; one that fails does not stop the others.
 
     Args:
-        run_each: yields what became of each, in their order.
+        run_each: yields the outcome of each, in their order.
 
     Returns:
         what was measured, by objective and seed; and what failed.
@@ -269,7 +269,7 @@ def run_all(
 def one_at_a_time(
     output_dir: Path, keep_all: bool, all_work: list[Work], measurer: Measurer
 ) -> Iterator[Study | Exception]:
-    """Yield what becomes of each piece of work, done by all processes of this launch together."""
+    """Yield the outcome of each piece of work, which all processes of this launch do together."""
     first_alone = FirstAlone(output_dir)
     for work in all_work:
         try:
@@ -277,7 +277,7 @@ def one_at_a_time(
                 work, measurer, lambda run: first_alone(partial(train_run, run)), keep_all
             )
         except Exception as error:
-            # Of several processes one that fails in the middle leaves the others waiting for it
+            # If one of several processes fails in the middle, the others wait for it
             if processes().num_processes > 1 and not isinstance(error, EAFTError):
                 raise
             if disk_full(error) is not None:
@@ -290,8 +290,7 @@ def in_jobs(
     recipe: Recipe, jobs: int, all_work: list[Work], measurer: Measurer
 ) -> Iterator[Study | Exception]:
     """
-    Yield what becomes of each piece of work, done by some processes of their own, which share the
-    cores.
+    Yield the outcome of each piece of work, done by processes that share the cores.
     """
     threads = max(1, torch.get_num_threads() // jobs)
     base_kept = []
@@ -305,7 +304,7 @@ def in_jobs(
             try:
                 done, kept = future.result()
             except KeyboardInterrupt:
-                for process in active_children():  # also one that has only begun, and heard nothing
+                for process in active_children():  # also a process that has just begun
                     process.terminate()
                 raise
             except BrokenProcessPool:
@@ -316,15 +315,14 @@ def in_jobs(
                 continue
             except Exception as error:
                 if disk_full(error) is not None:
-                    pool.shutdown(wait=False, cancel_futures=True)  # what has not begun
+                    pool.shutdown(wait=False, cancel_futures=True)  # work that has not begun
                     raise
                 yield error
                 continue
             measurer.begin(done.run)  # finds in the store what the worker measured
             base_kept.append(kept.pop("base"))
-            measurer.kept.update(
-                {**kept, "base": min(base_kept, key=len)}
-            )  # the first worker measured it
+            # The first worker measured the base model, so it read the least from the store
+            measurer.kept.update({**kept, "base": min(base_kept, key=len)})
             yield done
 
 
@@ -343,13 +341,12 @@ def interruptions_ignored() -> Iterator[None]:
 
 def start_worker(recipe: Recipe, folder: Path, threads: int, rows: list[Row]) -> None:
     """
-    Make a process ready to train and measurer, with its share of the cores for what it starts too.
+    Prepare a process to train and measure; it and the processes that it starts share some cores.
     """
     global WORKER
     end_with_parent()
     logging.setLogRecordFactory(VisibleRecord)
-    # Ctrl-C reaches all processes. One that took it for its work's failure would begin the next
-    # piece
+    # Ctrl-C reaches all processes. A worker that took it for a failure would begin the next piece
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
@@ -363,7 +360,7 @@ WORKER: Measurer  # of a process that `in_jobs` started
 
 
 def work_apart(work: Work, keep_all: bool) -> tuple[Study, dict[str, list[str]]]:
-    """Return a study, and what of its measurements was in the store before."""
+    """Return a study, and which of its measurements were in the store before."""
     before = set(WORKER.kept) - {"base"}
     done = run_study(work, WORKER, train_run, keep_all)
     return done, {name: kept for name, kept in WORKER.kept.items() if name not in before}

@@ -1,11 +1,11 @@
 """
-The base model and every checkpoint of every run, measured: drift and held-out nll of all, tasks of
+Measures the base model and every checkpoint of every run: drift and held-out nll of all, tasks of
 some.
 
-What is measured is kept in the store of `eaft.evaluation`, under a digest of the weights and of all
-else it depends on. The numbers of a checkpoint that has been deleted are in its run's
-`points.json`, with a digest of what they were measured with; if that has changed, the run cannot be
-used any more, and says so.
+Measurements are kept in the store of `eaft.evaluation`, under a digest of the weights and of
+everything else that they depend on. The numbers of a deleted checkpoint are in its run's
+`points.json`, with a digest of what they were measured with. If that has changed, an error says
+that the run must be trained again.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ BASE_LOCK = "_base_lock"
 @dataclass
 class Point:
     """
-    What was measured of one model.
+    The measurements of one model.
 
     Attributes:
         step, epoch: of its run; 0 is the base model.
@@ -84,8 +84,8 @@ class Measurer:
         rows: the held-out rows, as training prepares them.
         prompt_tokens: by kind, of each of its answers; `held_out_tokens`, the labelled ones of each
             held-out row.
-        benchmarks: without those that failed on the base model, which are in `failed`, with the
-            reason.
+        benchmarks: the benchmarks that did not fail on the base model; `failed` has the others,
+            with the reason.
         protocol: how all are asked, complete; after `begin`.
         kept: by model, what was read from the store instead of measured.
     """
@@ -111,10 +111,10 @@ class Measurer:
 
     def begin(self, first: Run) -> None:
         """
-        Measure the base model, unless it has been; one without a chat template takes that of the
-        first run.
+        Measure the base model, if that is still to be done. If it has no chat template, it takes
+        the template of the first run.
 
-        One job does it, and the others wait and find it in the store.
+        One job measures; the others wait, and read the store.
         """
         if self.inputs is not None:
             return
@@ -175,7 +175,7 @@ class Measurer:
         return list(points.values())
 
     def point(self, run: Run, checkpoint: Checkpoint) -> Point:
-        """Measure a checkpoint that is there."""
+        """Measure a checkpoint that still exists."""
         model = self.model(checkpoint.folder)
         drift = {kind: model.drift(answers)[0] for kind, answers in self.answers.items()}
         nll = model.nll(self.rows)[0] if self.rows else np.array([])
@@ -197,7 +197,7 @@ class Measurer:
 
     def all_tasks(self, run: Run, point: Point) -> None:
         """
-        Run what tasks have not been run on a point.
+        Run the tasks that are still to be run on a point.
 
         Raises:
             EAFTError: its checkpoint has been deleted, or a task fails.
@@ -224,10 +224,10 @@ class Measurer:
 
     def take(self, point: Point, items: dict[str, list[Item]]) -> None:
         """
-        Take items for a point's, if they are of what the base model was asked.
+        Add items to a point, after checking that the base model was asked the same.
 
         Raises:
-            ConfigurationError: they are not; on all processes.
+            ConfigurationError: it was not; on all processes.
         """
 
         def check() -> str | None:
@@ -243,7 +243,7 @@ class Measurer:
         point.items.update(items)
 
     def delete(self, run: Run, keep: set[int]) -> None:
-        """Delete a run's models but those after some steps; their numbers stay."""
+        """Delete a run's models except after the steps in `keep`; all numbers stay."""
         if processes().is_main_process:
             record = self.record(run)
             for step in {int(step) for step in record} - keep:
@@ -259,7 +259,7 @@ class Measurer:
         Return the point of a checkpoint that has been deleted.
 
         Raises:
-            EAFTError: it has to be measured in another way than it was.
+            EAFTError: the recipe or the software has changed, so it must be measured again.
         """
         if kept["inputs"] != self.inputs:
             raise EAFTError(deleted(run, step, "what it was measured with has changed"))
@@ -290,7 +290,7 @@ class Measurer:
 
 
 def deleted(run: Run, step: int, what: str) -> str:
-    """Return what to say of a checkpoint that is needed, and gone."""
+    """Return the message for a checkpoint that is needed and was deleted."""
     return (
         f"{run.name}: the checkpoint of step {step} was deleted (keep_checkpoints: chosen), and"
         f" {what}: delete the folder, and it is trained again."
@@ -301,7 +301,7 @@ def check_before_training(
     config: EvaluateConfig, base: str, benchmarks: dict[str, Benchmark]
 ) -> None:
     """
-    Check that what will be asked can be, while only the base model is there.
+    Check that the models can be asked everything in the recipe, before runs are trained.
 
     Raises:
         ConfigurationError: prompts or tasks that do not fit the model, or no room for drift's

@@ -32,9 +32,9 @@ class Axis:
 
     Attributes:
         name: a field of `Means` and `Spreads`.
-        scale: that it is multiplied by.
+        scale: the factor on the axis.
         label: what it is; the arrow says where it is better.
-        falls: whether less is better, so that the axis is turned round.
+        falls: whether less is better; then the axis is turned round.
     """
 
     name: str

@@ -1,6 +1,6 @@
 """
-The recipe of a comparison: what it may say, and the runs of `eaft train` it stands for; checked
-before any runs.
+The recipe of a comparison: its fields, and the runs of `eaft train` that it describes; checked
+before any of them begins.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Recipe:
 
     @property
     def compared(self) -> list[tuple[str, str]]:
-        """The pairs of objectives that are compared, those named or each with `sft`."""
+        """The pairs of objectives to compare: the named pairs, or each objective with `sft`."""
         if self.pairs is not None:
             return [(first, second) for first, second in self.pairs]
         names = [name for name in self.objectives if name != REFERENCE]
@@ -94,12 +94,11 @@ class Run:
     One training of a comparison.
 
     Attributes:
-        objective, seed: which it is of.
+        objective, seed: what it trains with.
         learning_rate: one of the recipe's; None where it names none.
         folder: where it is.
         flags: of `eaft train`.
-        identity: what it depends on, without paths: the same run has the same, wherever model and
-            data are.
+        identity: what it depends on, without paths: the same on each machine.
     """
 
     objective: str
@@ -120,12 +119,12 @@ def read_recipe(path: str, overrides: dict[str, Any]) -> Recipe:
     Read and check a recipe.
 
     Args:
-        overrides: fields to take in place of the recipe's, where not None; `objectives` are names
-            of some of them, `model_name_or_path` and `dataset_name` are `train`'s, and `held_out`
-            is `evaluate`'s.
+        overrides: fields that replace the recipe's, if they are not None. `objectives` names some
+            of its objectives; `model_name_or_path` and `dataset_name` go into `train`, and
+            `held_out` into `evaluate`.
 
     Raises:
-        ConfigurationError: it cannot be read, or a field is unknown, missing or of no use.
+        ConfigurationError: it cannot be read, or a field is unknown, missing or useless.
     """
     content = read_yaml(path, f"--config {path}")
     recipe = check(Recipe, content, path)
@@ -134,17 +133,17 @@ def read_recipe(path: str, overrides: dict[str, Any]) -> Recipe:
             raise ConfigurationError(
                 f"{path}: evaluate: {name}: []: name a task, or leave {name} out."
             )
-    given = {name: value for name, value in overrides.items() if value is not None}
+    chosen = {name: value for name, value in overrides.items() if value is not None}
     for name in ("model_name_or_path", "dataset_name"):
-        if name in given:
-            recipe.train[name] = given.pop(name)
-    if "held_out" in given:
-        recipe.evaluate.held_out = given.pop("held_out")
-    if (names := given.pop("objectives", None)) is not None:
+        if name in chosen:
+            recipe.train[name] = chosen.pop(name)
+    if "held_out" in chosen:
+        recipe.evaluate.held_out = chosen.pop("held_out")
+    if (names := chosen.pop("objectives", None)) is not None:
         check_names("--objectives", names, recipe.objectives)
         recipe.objectives = {name: recipe.objectives[name] for name in names}
         recipe.pairs = recipe.pairs and [pair for pair in recipe.pairs if set(pair) <= set(names)]
-    for name, value in given.items():
+    for name, value in chosen.items():
         setattr(recipe, name, value)
     recipe = check(Recipe, recipe, f"{path}, with the flags")
     check_fields(recipe, path)
@@ -152,7 +151,7 @@ def read_recipe(path: str, overrides: dict[str, Any]) -> Recipe:
 
 
 def check_names(where: str, names: list[str], known: Any) -> None:
-    """Raise a ConfigurationError for a name that is none of those known."""
+    """Raise a ConfigurationError for an unknown name."""
     for name in names:
         if name not in known:
             raise ConfigurationError(
@@ -225,8 +224,8 @@ def plan_runs(recipe: Recipe, model_identity: Any) -> list[Run]:
         model_identity: a digest of the base model, with its tokenizer.
 
     Raises:
-        ConfigurationError: no model is named, a bad flag, data that is missing, held out too or not
-            taken by the chat template, or a package that is not installed.
+        ConfigurationError: no model is named, a flag is wrong, a package is missing, or the data is
+            missing, held out too, or refused by the chat template.
     """
     if recipe.train.get("model_name_or_path") is None:
         raise ConfigurationError("train: model_name_or_path is missing.")

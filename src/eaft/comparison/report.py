@@ -148,7 +148,7 @@ def asked_section(results: Comparison) -> list[str]:
 
 
 def differs_lines(results: Comparison) -> list[str]:
-    """Return in what else than weights the runs' models differ from the base model, if they do."""
+    """Return the settings, beside the weights, in which the runs' models differ from the base."""
     folders: dict[str, list[str]] = {}
     for run in results.runs:
         if run.differs:

@@ -1,6 +1,5 @@
 """
-Runs on disk: trained in processes of their own, resumed, never mistaken for another's; and their
-checkpoints.
+Runs on disk: trained in separate processes, resumed, and marked so that none is taken for another.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def check_folder(folder: Path, identity: Any) -> None:
     Refuse a folder that compare did not make, or made for something else.
 
     Raises:
-        ConfigurationError: as said; the message names what changed.
+        ConfigurationError: it is such a folder; the message names what changed.
     """
     if not folder.exists():
         return
@@ -77,8 +76,8 @@ def claim(folder: Path, identity: Any) -> None:
 
 def train_run(run: Run) -> str | None:
     """
-    Train in a process of its own, so that its peak memory is its own; reuse a finished run, resume
-    an interrupted one.
+    Train in a separate process, so that its peak memory is measured alone; reuse a finished run,
+    resume an interrupted one.
 
     Returns:
         None, or what went wrong, also where the folder cannot be used: other processes wait for an
@@ -107,7 +106,7 @@ def prepare(run: Run) -> Path:
     Raises:
         ConfigurationError: the folder is in use, or not ours.
     """
-    with locked(run.folder):  # a process that outlived the one that started it may still train here
+    with locked(run.folder):  # a process that outlived its parent may still train here
         claim(run.folder, run.identity)
         flags = {**tracker_flags(run.folder), **run.flags}
         # A checkpoint without the optimizer's state does not go on where it stopped
@@ -136,7 +135,7 @@ def tracker_flags(folder: Path) -> dict[str, str]:
 
 
 def empty(folder: Path) -> None:
-    """Delete what a folder of ours holds, but not the mark that it is ours, nor the lock."""
+    """Delete the content of a folder of ours, except its mark and its lock."""
     for path in folder.iterdir():
         if path.name not in (MARK, LOCK_FILE):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -144,11 +143,11 @@ def empty(folder: Path) -> None:
 
 class FirstAlone:
     """
-    Lets the first process of a launch work alone for hours: the others look for a file, since a
-    collective times out.
+    Lets the first process of a launch work alone for hours. The others wait for a file, because a
+    collective call would time out.
 
     Args:
-        folder: seen by all.
+        folder: all processes can read it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -158,7 +157,7 @@ class FirstAlone:
         self.folder, self.count, self.state = folder, 0, processes()
 
     def __call__(self, work: Callable[[], Any]) -> Any:
-        """Return on every process what the first one's work returns, which must be JSON."""
+        """Return on every process what the first one's work returns; it must be JSON."""
         self.count += 1
         file = self.folder / f"{self.prefix}-{self.count}.json"
         if self.state.is_main_process:
@@ -180,8 +179,8 @@ class FirstAlone:
 
 def delete_models(run: Run, keep: set[int]) -> None:
     """
-    Delete a finished run's models but those after some steps; of the last step there is the run's
-    own model.
+    Delete a finished run's checkpoints except after the steps in `keep`. The model of the last step
+    is the run's own.
     """
     last = checkpoints(run.folder)[-1].step
     for folder in run.folder.glob("checkpoint-*"):

@@ -27,10 +27,7 @@ def headline(results: Comparison) -> str:
     if len(best) == 1:
         advice = f"**Choose {best[0]}.**"
     elif best:
-        advice = (
-            f"**Choose one of {', '.join(best)}**, none of which is shown to be better than"
-            " another."
-        )
+        advice = f"**Choose one of {', '.join(best)}**: none is shown to be better than another."
     elif any(v.better for v in results.verdicts):
         advice = "**Choose by what you need: what is gained is paid for.**"
     else:

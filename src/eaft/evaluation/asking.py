@@ -16,12 +16,12 @@ from eaft.evaluation.thinking import NONE, SWITCHES, Thinking, decide, find_thin
 
 def settled(protocol: Protocol, tokenizer: Any) -> Protocol:
     """
-    Return the protocol with what it leaves to the chat template decided: `apply_chat_template`,
-    `enable_thinking`.
+    Return the protocol with `apply_chat_template` and `enable_thinking` decided, if it leaves them
+    to the chat template.
 
     Raises:
-        ConfigurationError: the template is asked for and missing, or cannot do what is asked of
-            thinking.
+        ConfigurationError: there is no chat template, or thinking cannot be turned on or off as the
+            protocol says.
     """
     for name in SWITCHES:
         if name in {**protocol.model_args, **protocol.model_args.get("chat_template_args", {})}:
@@ -48,7 +48,7 @@ def settled(protocol: Protocol, tokenizer: Any) -> Protocol:
 
 
 def thinking_of(tokenizer: Any, protocol: Protocol) -> Thinking:
-    """Return how a model thinks, asked by this protocol."""
+    """Return how a model thinks if it is asked by this protocol."""
     if not protocol.apply_chat_template:
         return NONE
     return find_thinking(tokenizer, protocol.model_args, protocol.system_instruction)
@@ -56,14 +56,13 @@ def thinking_of(tokenizer: Any, protocol: Protocol) -> Thinking:
 
 def check_thinking(benchmarks: dict[str, Benchmark], tokenizer: Any, protocol: Protocol) -> None:
     """
-    Refuse tasks that cannot be asked of a model that always thinks: those that read the likelihood
-    of choices.
+    Refuse tasks that read the likelihood of choices, if the model always thinks.
 
-    Where thinking can be turned off, it is for such tasks; a task that itself begins the answer
-    leaves no thoughts.
+    If thinking can be turned off, it is turned off for such tasks. A task that begins the answer
+    itself leaves no room for thoughts.
 
     Raises:
-        ConfigurationError: such a task; also what `settled` raises.
+        ConfigurationError: there is such a task; or as in `settled`.
     """
     protocol = settled(protocol, tokenizer)
     thinking = thinking_of(tokenizer, protocol)
@@ -87,11 +86,11 @@ def check_thinking(benchmarks: dict[str, Benchmark], tokenizer: Any, protocol: P
 
 def ask(tokenizer: Any, prompt: Any, protocol: Protocol) -> str:
     """
-    Return a prompt as the text a model is asked with, as lm-eval does for tasks.
+    Return the text that a model gets for a prompt, as lm-eval makes it for tasks.
 
-    By the chat template, thinking or not, or as plain text: the messages' contents, a blank line
-    between them. A system instruction comes first; a template that knows no system message does
-    without.
+    The chat template renders the messages, with thinking on or off. Without a chat template it is
+    plain text: the contents of the messages with blank lines between them. A system instruction
+    comes first, unless the template refuses system messages.
 
     Args:
         prompt: a string or messages; or a mapping with a `prompt`, `tools` (a list, or its JSON)

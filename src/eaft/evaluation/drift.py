@@ -34,24 +34,24 @@ from eaft.files import Text, read_jsonl
 from eaft.objective.statistics import kl_divergence
 from eaft.provenance import write_json
 
-TOP = 2048  # probabilities kept of a position: 16 KiB; the rest of them as one
-ANSWERERS = ("assistant", "gpt", "model")  # roles, by the names that data sets have for them
+TOP = 2048  # probabilities kept for a position: 16 KiB; of the others only the sum
+ANSWERERS = ("assistant", "gpt", "model")  # how data sets call this role
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one of several processes does: every `world`-th part, from the `rank`-th on."""
+    """The part of one of several processes: every `world`-th index, from `rank` on."""
 
     rank: int = 0
     world: int = 1
 
     def of(self, n: int) -> list[int]:
         """
-        Return the indices below `n` that are this process's.
+        Return the indices below `n` that belong to this process.
 
-        As many on each, the last perhaps done twice: where the model is sharded, a forward pass
-        takes them all.
+        Every process gets equally many, so the last index may come twice: if the model is sharded,
+        a forward pass needs all processes.
         """
         return [
             min(i, n - 1) for i in range(self.rank, -(-n // self.world) * self.world, self.world)
@@ -79,10 +79,10 @@ class TopProbs:
     A model's next-token distribution at the positions of an answer: its `TOP` largest
     probabilities, the rest as one.
 
-    KL from it to another distribution is that of the two with all other tokens taken for a single
-    one. It is never above the KL of the whole (data processing inequality), and equal up to the
-    rest's share: 0.7 to 0.8% lower for SmolLM2-135M-Instruct (V = 49,152; a rest of 0.6%) at drifts
-    of 0.016 and 0.05; exact where V <= `TOP`.
+    `kl_to` treats all other tokens as a single token, in both distributions. So it is never above
+    the KL of the whole distributions (data processing inequality), and it is exact if V <= `TOP`.
+    For SmolLM2-135M-Instruct (V = 49,152; a rest of 0.6%) it is 0.7 to 0.8% lower, at drifts of
+    0.016 and 0.05.
 
     Attributes:
         ids: int32 `[tokens, K]`.
@@ -135,7 +135,7 @@ def rest_of(log_probs: Tensor, ids: Tensor) -> Tensor:
 
 @with_config(ConfigDict(extra="allow"))
 class Message(TypedDict):
-    """A message of a chat; what else it has is the chat template's to read."""
+    """A message of a chat. Other keys are for the chat template."""
 
     role: Annotated[str, Field(min_length=1)]
     content: NotRequired[str | list[Any] | None]
@@ -146,7 +146,7 @@ Messages = Annotated[list[Message], Field(min_length=1)]
 
 @with_config(ConfigDict(extra="allow"))
 class PromptRow(TypedDict):
-    """A row of a file of prompts; what else it has is not read."""
+    """A row of a file of prompts. Other keys are ignored."""
 
     prompt: NotRequired[Text | Messages | None]
     messages: NotRequired[Messages | None]
@@ -172,11 +172,11 @@ def read_prompts(path: str, n: int) -> list[Any]:
 
 def prompt_of(row: dict[str, Any]) -> Any:
     """
-    Return what a row of training data asks, as `eaft.evaluation.asking.ask` takes it.
+    Return the prompt of a row of training data, as `eaft.evaluation.asking.ask` takes it.
 
     Returns:
-        `prompt`, a string or messages; of a row of `messages`, these without the last answer. For a
-        row with `tools` or `chat_template_kwargs` a mapping with these and the `prompt`.
+        a string or messages; for a row of `messages`, all before the last answer. If the row has
+        `tools` or `chat_template_kwargs`, a mapping with these and the `prompt`.
     """
     prompt = row.get("prompt")
     if prompt is None:
@@ -204,16 +204,14 @@ def sample_answers(
     Sample one answer to each text from the model's own distribution: temperature 1, nothing cut
     off.
 
-    Only then is the mean KL over the answers' positions an estimate of the divergence between the
-    two models' distributions over answers (chain rule), and not between their behaviours on text
-    neither would write.
+    Only with such answers is the mean KL over their positions an estimate of the divergence between
+    the two models' distributions over answers (chain rule).
 
     Args:
-        texts: prompts as the model is to see them; see `eaft.evaluation.asking.ask`. Or their token
-            ids.
+        texts: prompts as the model sees them (`eaft.evaluation.asking.ask`), or their token ids.
         add_special_tokens: whether the tokenizer adds its own; a chat template has written them.
-        share: which batches are this process's. A batch is seeded by its place, so their number
-            changes nothing.
+        share: which batches belong to this process. The seed of a batch depends on its index, so
+            the number of processes changes nothing.
         greedy: take the likeliest token each time instead.
         advance: called with the number of tokens by which a batch's answers have grown, for each
             batch `max_new_tokens` in all. Without it a bar is shown.
@@ -260,7 +258,7 @@ def sample_answers(
 
 
 class Steps(BaseStreamer):
-    """Tells of each token by which a batch's answers grow."""
+    """Reports each token by which the answers of a batch grow."""
 
     def __init__(self, advance: Callable[[int], object]) -> None:
         self.advance = advance
@@ -308,7 +306,7 @@ def answer_log_probs(model: Any, answer: Answer) -> Tensor:
     predict the answer.
 
     Raises:
-        ConfigurationError: the model's logits are not one position a token.
+        ConfigurationError: the model does not return logits for each token.
     """
     ids = torch.tensor([answer.prompt_ids + answer.answer_ids], device=model.device)
     keep = len(answer.answer_ids) + 1  # the position before the answer predicts its first token
@@ -332,9 +330,8 @@ class BaseAnswers:
     A base model's own answers, and its probabilities at their positions.
 
     Attributes:
-        answers: one a prompt.
-        probs: as many; 16 KiB a token at most (128 answers of 64 tokens: 128 MiB), whatever the
-            vocabulary.
+        answers: one for each prompt.
+        probs: one for each answer; at most 16 KiB a token (128 answers of 64 tokens: 128 MiB).
     """
 
     answers: list[Answer]

@@ -1,6 +1,6 @@
 """
-lm-eval's own models, with what they leave out: thoughts that never end, what was cut, and how far
-they are.
+lm-eval's own models, and what lm-eval does not report of them: thoughts that never end, truncated
+parts, and progress.
 
 Importing this needs lm-eval.
 """
@@ -22,7 +22,7 @@ from eaft.evaluation.progress import Progress
 from eaft.evaluation.thinking import NONE, Thinking, split_thoughts
 from eaft.models import vocabulary_size
 
-# A tokenizer makes no more tokens of a text than it has bytes, and so many special ones
+# A text has at most as many tokens as bytes, and so many special tokens
 MOST_SPECIAL = 8
 
 
@@ -38,19 +38,18 @@ class Generation(NamedTuple):
 
 class Watched:
     """
-    Put before one of lm-eval's models: says what was cut, takes unfinished thoughts for no answer,
-    counts progress.
+    A class to put before a model of lm-eval. It notes truncated parts, replaces unfinished thoughts
+    by an empty answer, and counts progress.
 
-    A model of lm-eval's answers in an order and in batches of its own, and tells its cache hook of
-    each answer in that order. That is how a row of a batch is known to be the answer to a request.
+    lm-eval orders and batches the requests itself, and calls a cache hook for each answer in that
+    order. From these calls we know which request a row of a batch answers.
     """
 
     progress: Progress | None = None
     thinking = False  # whether it is asked to think
     ways: Thinking = NONE  # how it thinks
-    cuts: dict[
-        tuple[str, int], set[str]
-    ]  # of this process's items, by task and row: what of `answer` and `thoughts`
+    # (task, row) -> truncated parts, `answer` or `thoughts`; this process's items only
+    cuts: dict[tuple[str, int], set[str]]
 
     def think(self, thinking: bool, ways: Thinking) -> None:
         """
@@ -68,8 +67,8 @@ class Watched:
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """
-        Return lm-eval's answers without the thoughts, empty where these never ended; also if it was
-        not to think.
+        Return lm-eval's answers without thoughts, which a model may write with thinking off, too.
+        An answer is empty if its thoughts never ended.
         """
         self.generated: deque[Generation] = deque()
         # Of equal prompts the first is answered first: lm-eval's sorting is stable
@@ -143,23 +142,23 @@ class Watched:
         return len(items) / max(len(requests), 1) * self.world_size
 
     def advance(self, items: float = 0, tokens: int = 0) -> None:
-        """Count, where it is shown."""
+        """Count progress, if it is shown."""
         if self.progress is not None:
             self.progress.advance(items, tokens * self.world_size)
 
-    # What lm-eval's models have, all of them
+    # Attributes of all models of lm-eval
     chat_template_args: dict[str, Any]
     max_length: int
     tok_encode: Any
     tokenizer: Any
     world_size: int
-    longest_pair: int  # tokens of a prompt and a choice; what is longer is cut on the left
+    longest_pair: int  # tokens of a prompt and a choice; longer ones are cut on the left
 
 
 def cut_of(written: Generation, answer: str | None, until: str | list[str] | None) -> str | None:
     """
-    Return what the limit on its length took from an answer: `thoughts` (all of the answer),
-    `answer` or nothing.
+    Return the part of an answer that the limit on its length cut: `thoughts` (no answer is left),
+    `answer`, or None.
     """
     if answer is None:
         return "thoughts"
@@ -169,15 +168,15 @@ def cut_of(written: Generation, answer: str | None, until: str | list[str] | Non
 
 class HFModel(Watched, HFLM):
     """
-    lm-eval's `hf` model, watched. An adapter changes the size of its base model's vocabulary only
-    to fit in.
+    lm-eval's `hf` model, watched. For an adapter the base model's embeddings grow if they must, and
+    never shrink.
     """
 
     _model: Any
 
     @property
     def longest_pair(self) -> int:  # type: ignore[override]
-        """The last token is not read, but only predicted."""
+        """One token more than the context: the last token is predicted and not read."""
         return self.max_length + 1
 
     def _create_model(self, *args: Any, peft: str | None = None, **kwargs: Any) -> None:
@@ -187,9 +186,8 @@ class HFModel(Watched, HFLM):
             # rows than tokens
             from peft import PeftModel
 
-            if (
-                size := vocabulary_size(self.tokenizer)
-            ) > self._model.get_input_embeddings().weight.shape[0]:
+            size = vocabulary_size(self.tokenizer)
+            if size > len(self._model.get_input_embeddings().weight):
                 self._model.resize_token_embeddings(size)
             self._model = PeftModel.from_pretrained(self._model, peft)
 
@@ -218,19 +216,18 @@ class HFModel(Watched, HFLM):
 
 
 class WatchedVLLM(Watched):
-    """To be put before lm-eval's `vllm` model, whose import needs vLLM."""
+    """`Watched` for lm-eval's `vllm` model, whose import needs vLLM."""
 
     @property
     def longest_pair(self) -> int:  # type: ignore[override]
-        """One token less than the context, which vLLM keeps for the one it must generate."""
+        """One token less than the context: vLLM needs room to generate one."""
         return self.max_length - 1
 
     def think(self, thinking: bool, ways: Thinking) -> None:
-        """See `Watched.think`; lm-eval's hands `enable_thinking` to the template by itself."""
+        """See `Watched.think`; lm-eval itself passes `enable_thinking` to the template."""
         super().think(thinking, ways)
-        self.think_end_token = (
-            ways.end if thinking else None
-        )  # then it hands no stop string of a task to vLLM
+        # With it, lm-eval passes no stop string of a task to vLLM
+        self.think_end_token = ways.end if thinking else None
         self.chat_template_args.pop("enable_thinking", None)
 
     def _model_generate(

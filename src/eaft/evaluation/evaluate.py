@@ -67,17 +67,17 @@ def evaluate(
     held_out_answers: int = SHOWN,
 ) -> Results | None:
     """
-    Evaluate a model, and compare it with its base model if that is given.
+    Evaluate a model, and compare it with its base model, if there is one.
 
     Args:
         held_out: rows whose nll is measured on both models; `eaft.training.run_rows` reads them.
-        held_out_answers: how many of them have their answers shown.
+        held_out_answers: how many rows have their answers shown.
 
     Returns:
         what `results.json` holds, on the first process; None on others.
 
     Raises:
-        ConfigurationError: whatever can be known to be wrong before a model is loaded.
+        ConfigurationError: anything that is wrong before a model is loaded.
     """
     protocol = check_protocol(protocol or Protocol())
     check(Count | None, limit, "--limit")
@@ -103,7 +103,7 @@ def evaluate(
 
     for name, budget in (("max_drop", max_drop), ("max_drift", max_drift)):
         if budget is not None and base is None:
-            raise ConfigurationError(f"--{name} is of a change: give the --base it is from.")
+            raise ConfigurationError(f"--{name} limits a change: give --base, too.")
         check(FiniteNotNegative | None, budget, f"--{name}")
     if not suite and (held_out is None or max_drop is not None):
         raise ConfigurationError(
@@ -195,7 +195,8 @@ def describe(
     base: TaskItems | None,
 ) -> Evaluation:
     """
-    Return what was asked of which models, and which tasks failed; `asked` has the other tasks.
+    Return the results without numbers: which models were asked which tasks, how, and which tasks
+    failed.
 
     Args:
         folder: of the results.
@@ -271,10 +272,10 @@ def measure_base_and_drift(
 
 def check_protocol(protocol: Protocol) -> Protocol:
     """
-    Return a protocol whose values are of their types and within their bounds.
+    Return a protocol after checking the types and bounds of its values.
 
     Raises:
-        ConfigurationError: the first that is not.
+        ConfigurationError: names the first wrong value.
     """
     return check(Protocol, asdict(protocol), "")
 
@@ -300,7 +301,7 @@ def check_packages(backend: str) -> None:
 
 def record(model: str, prompts: str, tokenizer: str | None, protocol: Protocol) -> None:
     """
-    Keep a base model's answers to prompts: what drift is measured on, also while a sharded model is
+    Keep a base model's answers to prompts. Drift is measured on them, also while a sharded model is
     trained.
     """
     protocol = check_protocol(protocol)

@@ -1,5 +1,5 @@
 """
-The folder that an evaluation is written into: whether it may be, its items and its report.
+The folder of an evaluation: checks before anything is written, its items and its report.
 
 Importing it does not import torch.
 """
@@ -30,8 +30,8 @@ def folder_of(model: str, output_path: str | None) -> Path:
 
 def check_folder(folder: Path, inputs: dict[str, Any]) -> None:
     """
-    Check that an evaluation can be written into a folder. One that was stopped, or failed in part,
-    goes on.
+    Check that an evaluation can be written into a folder. An evaluation that was stopped, or failed
+    in part, goes on.
 
     Raises:
         ConfigurationError: the folder holds another evaluation, or a finished one.
@@ -76,8 +76,8 @@ def write_jsonl(file: Path, rows: list[dict[str, Any]]) -> None:
 
 def data_digest(items: dict[str, list[Item]]) -> str:
     """
-    Return a digest of the rows and prompts measured, so that two results can be told to be of the
-    same data.
+    Return a digest of the measured rows and prompts: it tells whether two results are of the same
+    data.
     """
     digest = hashlib.sha256()
     for name in sorted(items):

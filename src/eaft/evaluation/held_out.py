@@ -1,4 +1,4 @@
-"""Held-out rows of the user's own: their nll, and answers to them, before and after training."""
+"""A user's held-out rows: their nll, and answers to them, before and after training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LONGEST = 256  # tokens of an answer
 @dataclass(frozen=True)
 class Asked:
     """
-    What a row asks.
+    The prompt of a row, and its answer.
 
     Attributes:
         row: its number in the file, from 0.
@@ -44,7 +44,7 @@ class HeldOutRows:
         rows: `input_ids` and `labels` of each, as `MeasuredModel.nll` takes them.
         asked: what the rows ask; empty if they are plain text.
         prepared: how they became tokens and labels, as a sentence.
-        apart: whether it was checked that none was trained on.
+        apart: whether it was checked that no row was trained on.
     """
 
     file: str
@@ -57,7 +57,7 @@ class HeldOutRows:
 @dataclass(frozen=True)
 class Measurement:
     """
-    What both models are to do with the rows.
+    What is measured on both models.
 
     Attributes:
         rows: whose nll is measured.
@@ -74,7 +74,7 @@ class Measurement:
 @dataclass(frozen=True)
 class Side:
     """
-    What one model makes of the rows.
+    The measurements of one model.
 
     Attributes:
         sums, counts: each row's summed nll (nats) and labelled tokens, `[rows]`.
@@ -120,7 +120,7 @@ def plan(base: MeasuredModel, tuned: MeasuredModel, rows: HeldOutRows, n: int) -
 
 def measure(model: MeasuredModel, what: Measurement) -> Side:
     """
-    Measure one model; on processes other than the first, without numbers.
+    Measure one model. Only the first process gets numbers.
 
     Raises:
         NonFiniteError: its nll is not finite.

@@ -20,7 +20,7 @@ from eaft.errors import ConfigurationError
 from eaft.models import template_today
 from eaft.provenance import versions
 
-# Of a model's folder, what its outputs depend on; a run's folder holds much else
+# The files of a model's folder that its outputs depend on; a run's folder holds many others
 WEIGHTS = (
     "*.safetensors",
     "*.bin",
@@ -59,7 +59,7 @@ def digest(value: Any) -> str:
 
 def check_weights(model: str) -> list[Path]:
     """
-    Return the files that a folder's weights and configuration are in; none of a Hub id.
+    Return the files that a folder's weights and configuration are in; none for a Hub id.
 
     Raises:
         ConfigurationError: a folder without weights.
@@ -87,8 +87,8 @@ def weights_digest(model: str, revision: str | None = None) -> str:
     Return a digest of a model's weights and configuration: of a folder's files, or a Hub id's
     commit.
 
-    An adapter's has its base model's in it. A folder is read whole each time (about as long as
-    loading it takes): a date or a size says nothing sure of what is in a file.
+    The digest of an adapter includes its base model's. A folder is read whole each time (about as
+    long as loading it takes), because dates and sizes do not identify the content of a file.
 
     Raises:
         ConfigurationError: a folder without weights.
@@ -135,15 +135,15 @@ def tokenizer_digest(tokenizer: Any) -> str:
     else:
         content = tokenizer.get_vocab()
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    # Some templates write the date (Llama 3.2): on another day another question is asked
+    # Some templates write the date (Llama 3.2): on another day the prompt differs
     day = template_today() if "strftime_now" in str(tokenizer.chat_template) else None
     return digest([type(tokenizer).__name__, content, special, tokenizer.chat_template, day])
 
 
 def tasks_digest(tasks: dict[str, Any], limit: int | None, num_fewshot: int | None) -> str:
     """
-    Return a digest of lm-eval tasks: their settings and functions, the rows asked, and those of the
-    examples.
+    Return a digest of lm-eval tasks: their settings and functions, the rows that are asked, and the
+    rows of the few-shot examples.
 
     Args:
         tasks: lm-eval's `Task` objects.
@@ -162,9 +162,9 @@ def tasks_digest(tasks: dict[str, Any], limit: int | None, num_fewshot: int | No
 
 
 def described(value: Any) -> Any:
-    """Return settings with each function as the source of its file: it may call its neighbours."""
+    """Return settings with the text of its file for each function: it may call others in it."""
     if isinstance(value, dict):
-        # Where data lies, and what lm-eval notes while it runs, says nothing of what it holds
+        # The place of the data, and lm-eval's notes during a run, do not change an answer
         return {
             k: described(v) for k, v in value.items() if k not in ("dataset_kwargs", "metadata")
         }
@@ -181,13 +181,13 @@ def source(function: Callable[..., Any]) -> Any:
     function = inspect.unwrap(getattr(function, "func", function))
     try:
         text = Path(inspect.getsourcefile(function) or "").read_text()
-    except (OSError, TypeError):  # built in, or made on the way: its name must do
+    except (OSError, TypeError):  # built in, or made at run time: only its type is known
         text = repr(type(function))
     return [getattr(function, "__qualname__", ""), text, bound]
 
 
 def software() -> dict[str, str | None]:
-    """Return the versions of what computes, a digest of our own part of it, and the device."""
+    """Return the versions of the libraries that compute, a digest of our code, and the device."""
     here = Path(__file__).parent
     ours = [*here.glob("*.py"), here.parent / "objective" / "statistics.py"]
     device = (

@@ -52,7 +52,7 @@ def read_inspect(path: str, files: list[Path]) -> Log:
     """
     Return what inspect_ai wrote: one task from each file.
 
-    Of a folder's files, those of runs that did not end well are left out.
+    Files of runs that did not end well are left out.
 
     Args:
         path: as the user gave it.
@@ -60,7 +60,7 @@ def read_inspect(path: str, files: list[Path]) -> Log:
     """
     if find_spec("inspect_ai") is None:
         raise ConfigurationError(
-            f"--from: {path} is of inspect_ai, which is missing: pip install 'eaft[inspect-ai]'."
+            f"--from: {path} needs inspect_ai, which is missing: pip install 'eaft[inspect-ai]'."
         )
     from inspect_ai.log import read_eval_log
 
@@ -76,8 +76,8 @@ def read_inspect(path: str, files: list[Path]) -> Log:
     if not done:
         states = ", ".join(sorted({log.status for log in headers.values()}))
         raise ConfigurationError(
-            f"--from: {path} is of no run that ended well (status: {states}): `inspect eval-retry`"
-            " goes on with one."
+            f"--from: {path} has no run that ended well (status: {states}): `inspect eval-retry`"
+            " continues one."
         )
     tasks: dict[str, LoggedTask] = {}
     for file, log in done.items():
@@ -92,7 +92,7 @@ def read_inspect(path: str, files: list[Path]) -> Log:
 @contextlib.contextmanager
 def reading(file: Path) -> Iterator[None]:
     """
-    Make one line of whatever inspect_ai's reader raises.
+    Turn any error of inspect_ai's reader into one line.
 
     Raises:
         ConfigurationError: it cannot read the file.
@@ -163,8 +163,8 @@ def inspect_sample(sample: Any, model: str, metrics: list[str]) -> Answered:
     """
     Return one answer, of one epoch, to a row of inspect_ai.
 
-    What the model was asked is read from its first call: the conversation that the log keeps can be
-    another (inspect_ai writes shuffled choices back in order).
+    What the model was asked is read from its first call: the conversation in the log can differ
+    (inspect_ai writes shuffled choices back in order).
 
     Args:
         model: inspect_ai's name of the model.
@@ -230,8 +230,8 @@ def dumped(value: Any) -> Any:
 
 def inspect_score(score: Any) -> float | None:
     """
-    Return a score as a number, by inspect_ai's own reading; None if it is no number in [0, 1], as
-    of an answer that could not be graded.
+    Return a score as a number, as inspect_ai reads it; None if it is no number in [0, 1], for
+    example if the answer could not be graded.
     """
     if score is None:
         return None
@@ -240,7 +240,7 @@ def inspect_score(score: Any) -> float | None:
     value = score.value
     if isinstance(value, str):
         known = value in LETTERS or value.lower() in WORDS
-        # Of another text inspect_ai makes 0
+        # inspect_ai reads any other text as 0
         value = value_to_float()(value) if known or is_number(value) else None
     return unit(value)
 

@@ -18,7 +18,7 @@ def processes() -> PartialState:
 
 
 def shared(find: Callable[[], T]) -> T:
-    """Return on all processes what the first one finds."""
+    """Return on all processes the value that `find` returns on the first."""
     state = processes()
     values = [find() if state.is_main_process else None]
     if state.num_processes > 1:

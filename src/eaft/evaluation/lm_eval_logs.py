@@ -58,13 +58,13 @@ def read_lm_eval(path: str, files: list[Path]) -> Log:
             name: file.with_name(f"samples_{name}_{date[1] if date else ''}.jsonl")
             for name in results["configs"]
         }
-        found = {name: place for name, place in samples.items() if place.is_file()}
-        if not found:
+        present = {name: place for name, place in samples.items() if place.is_file()}
+        if not present:
             raise ConfigurationError(
                 f"{file} has no samples_*.jsonl beside it: run lm_eval with --log_samples."
             )
-        check_new(path, file, found, tasks)
-        tasks |= {name: lm_eval_task(name, place, results) for name, place in found.items()}
+        check_new(path, file, present, tasks)
+        tasks |= {name: lm_eval_task(name, place, results) for name, place in present.items()}
         groups |= lm_eval_groups(results)
     check_one_model(path, runs)
     return Log("lm-eval", runs[-1], tasks, groups)
@@ -93,7 +93,7 @@ def lm_eval_run(path: str, results: Json) -> LogRun:
 
 def lm_eval_groups(results: Json) -> dict[str, list[str]]:
     """
-    Return the tasks of each group with a score of its own: of the outermost such groups.
+    Return the tasks of each group that has a score of its own; of nested groups, the outermost.
 
     A group without one only gathers tasks that have nothing in common.
     """
@@ -157,7 +157,7 @@ def lm_eval_task(name: str, file: Path, results: Json) -> LoggedTask:
 
 
 def addressless(setting: Any) -> Any:
-    """Return a setting without the addresses of functions that lm-eval has no source of."""
+    """Return a setting without the addresses of functions whose source lm-eval lacks."""
     return re.sub(r" at 0x[0-9a-fA-F]+", "", json.dumps(setting, sort_keys=True))
 
 
@@ -178,7 +178,7 @@ def lm_eval_item(output_type: str | None, samples: list[Json], metrics: list[str
     target, choices = first["target"], None
     response = first["resps"][0]
     if output_type == "multiple_choice":
-        # Requests without a prompt are of acc_mutual_info, and no choices
+        # Requests without a prompt belong to acc_mutual_info; they are no choices
         asked = [i for i, request in enumerate(requests) if request[0] or not requests[0][0]]
         choices = [float(first["filtered_resps"][i][0]) for i in asked]
         response = [str(requests[asked[choices.index(max(choices))]][1]).strip()]

@@ -138,8 +138,8 @@ def matched(base: Log, tuned: Log) -> tuple[Items, Items, dict[str, Asked], dict
 
 def lines(base: Log, tuned: Log) -> dict[str, list[str]]:
     """
-    Return the lines of the report, each with its tasks: those of a group with a score of its own
-    are one line, if both logs have it and the tasks have one metric.
+    Return the lines of the report, each with its tasks. The tasks of a group that has a score of
+    its own are one line, if both logs have the group and the tasks have one metric.
     """
     groups = {
         name: tasks
@@ -186,7 +186,7 @@ def match_task(name: str, base: Log, tuned: Log) -> tuple[list[Item], list[Item]
 
 def check_settings(base: LoggedTask, tuned: LoggedTask) -> None:
     """
-    Check that a task is the same in both logs, before its rows are looked at.
+    Check that a task is the same in both logs, before its rows are compared.
 
     Raises:
         NotComparable: it has another version or number of examples.
@@ -239,7 +239,7 @@ def match_rows(base: LoggedTask, tuned: LoggedTask) -> list[tuple[Answered, Answ
 
 
 def by_content(task: LoggedTask) -> dict[str, list[Answered]]:
-    """Return the rows of a task by their content, in an order that no file has a part in."""
+    """Return the rows of a task by their content, in an order that does not depend on the files."""
     rows: dict[str, list[Answered]] = defaultdict(list)
     for answered in task.items:
         rows[answered.row].append(answered)
@@ -330,7 +330,7 @@ def same_reading(metric: str, base: LoggedTask, tuned: LoggedTask) -> list[str]:
 
 def check_mean(task: LoggedTask, metric: str, side: str) -> None:
     """
-    Check that the mean of a task's scores is the one that the tool reports, where it is a mean.
+    Check that the mean of a task's scores equals the mean that the tool reports, if it reports one.
 
     Raises:
         NotComparable: the means differ, as they do when the log has lost rows.

@@ -32,7 +32,7 @@ FEWEST_PROMPTS = 32
 
 def few_items(items: Mapping[str, int]) -> str | None:
     """
-    Return the warning of intervals that are of too few items; None if all have enough.
+    Return a warning of intervals that rest on too few items; None if all have enough.
 
     Args:
         items: the number of items by task.
@@ -71,8 +71,8 @@ def paired_change(
     binomial proportions based on paired data"): one lost and one gained item are added, so that no
     change in few items is not taken for certainty. For other scores the two added are as large as
     the largest difference seen. It covers 93 to 98% from 20 items on, more where few items differ;
-    and 87 to 93% where it hangs on a few large differences, of which a sample may hold none (a
-    bootstrap, plain, BCa or studentised, covers 30 to 90% there).
+    and 87 to 93% where it depends on a few large differences, which a sample may miss (a bootstrap,
+    plain, BCa or studentised, covers 30 to 90% there).
 
     Args:
         base, tuned: scores `[n]` of the same items, in the same order.
@@ -115,8 +115,8 @@ def paired_change(
 
 def mean_of_more(values: np.ndarray, more: list[float]) -> tuple[float, float]:
     """
-    Return the mean and its standard error of values `[n]` and a few more: what an adjusted Wald
-    interval is of.
+    Return the mean of values `[n]` and a few more, and its standard error, for an adjusted Wald
+    interval.
     """
     values = np.append(values, more)
     return float(values.mean()), float(values.std()) / math.sqrt(len(values))
@@ -183,9 +183,10 @@ def bootstrap_test(sums: np.ndarray, counts: np.ndarray | None, value: float) ->
 
 def studentised(sums: np.ndarray, counts: np.ndarray | None) -> tuple[float, float, np.ndarray]:
     """
-    Return a ratio's mean, its standard error (linearised; 0 where all items have the same mean),
-    and by how many of their own standard errors the means of resamples are off it (seeded;
-    resamples of one mean only are left out).
+    Return a ratio's mean; its standard error (linearised; 0 if all items have the same mean); and
+    the distance of each resample's mean from it, in that resample's standard errors.
+
+    Resamples are seeded. A resample whose items have the same mean is left out.
     """
     s = np.asarray(sums, dtype=float)
     c = np.ones(len(s)) if counts is None else np.asarray(counts, dtype=float)
@@ -303,8 +304,7 @@ def drop_test(change: Change, drop: float) -> float:
 
 def interval_of(change: Change) -> tuple[float, float]:
     """
-    Return the centre of a task's interval, and the standard error that it is of (see
-    `paired_change`).
+    Return the centre of a task's interval, and its standard error (see `paired_change`).
     """
     centre = change.change * change.n / (change.n + 2)  # the two added items cancel out
     return centre, (change.high - centre if change.high < 1 else centre - change.low) / Z
@@ -312,8 +312,8 @@ def interval_of(change: Change) -> tuple[float, float]:
 
 def holm(p_values: list[float]) -> list[float]:
     """
-    Return p-values adjusted for their number: below 0.05 with a chance of 5% at most for any where
-    nothing is.
+    Return p-values adjusted for their number: if nothing has changed, the chance that any of them
+    is below 0.05 is at most 5%.
 
     Holm 1979, "A simple sequentially rejective multiple test procedure": the smallest of m is
     multiplied by m, the next by m - 1 and so on, none is below the one before it, and none above 1.
@@ -349,10 +349,10 @@ def items_needed(change: Change, drop: float) -> int:
 
 def beyond_chance(right: np.ndarray, wrong: np.ndarray, num_choices: np.ndarray) -> Estimate:
     """
-    Estimate how many items one model knows and the other does not, of those where `right` has it
-    and `wrong` has not.
+    Estimate how many items one model knows and the other does not, from the items that `right`
+    answers correctly and `wrong` does not.
 
-    The response model is that of "Mapping Post-Training Forgetting in Language Models at Scale"
+    The response model is from "Mapping Post-Training Forgetting in Language Models at Scale"
     (arXiv:2510.17776): an item is known, or one of its c choices is guessed, anew by each model. A
     guess at an item that neither knows is wrong twice with probability ((c-1)/c)^2, and right then
     wrong with (c-1)/c^2, so each item missed by both stands for 1/(c-1) items lost by luck; and a
@@ -362,7 +362,7 @@ def beyond_chance(right: np.ndarray, wrong: np.ndarray, num_choices: np.ndarray)
 
     Without bias under that model, so below 0 about as often as above where nothing was lost. Two
     models that are much alike guess alike: they miss items together more often, and lose fewer by
-    luck, than two that guess anew; then this is less than what was lost, a lower bound.
+    luck, than two that guess anew; then the estimate is a lower bound.
 
     The interval is Wald's with one lost item and one missed by both added, as Bonett and Price do
     for proportions. It covers 94 to 99% from 20 items on, 2 to 5 choices (a bootstrap of the items:

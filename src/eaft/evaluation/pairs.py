@@ -80,6 +80,6 @@ def margin(item: Item) -> float:
 
 
 def one(values: dict[str, Any]) -> Any:
-    """Return what all tasks of a group have in common, else each task's."""
+    """Return the value that all tasks of a group share, else the value of each task."""
     first, *others = values.values()
     return values if any(other != first for other in others) else first

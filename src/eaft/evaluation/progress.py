@@ -15,7 +15,7 @@ class Progress:
     One line, `task 2 of 5, gsm8k: 120 of 1319 items, 853 tokens/s, 12:20 left`, on the first
     process.
 
-    The time left is the task's: what another task takes is not known before. Nothing is written
+    The time left is for this task, because the time of other tasks is unknown. Nothing is written
     where stderr is no terminal.
 
     Args:
@@ -28,7 +28,7 @@ class Progress:
         self.bar: tqdm | None = None
 
     def start(self, name: str, items: int) -> None:
-        """Begin the next task, of so many items."""
+        """Begin the next task, with its number of items."""
         self.close()
         self.number += 1
         self.began, self.tokens = time.monotonic(), 0

@@ -123,14 +123,14 @@ class Protocol:
 
     Attributes:
         apply_chat_template: ask as a chat; None: if the tokenizer has a template.
-        enable_thinking: let the model think before it answers; None: where its template cannot turn
-            that off.
-        max_thinking_tokens: room for the thoughts, beside what a task gives the answer; as the
-            context allows.
+        enable_thinking: let the model think before it answers; None: only if its template cannot
+            turn that off.
+        max_thinking_tokens: tokens for the thoughts, beside a task's tokens for the answer, as far
+            as the context allows.
         num_fewshot: examples before each item; None: what each task says.
         system_instruction: a system message before each item and prompt.
         gen_kwargs: generation settings for all tasks, as lm-eval's.
-        dtype: `auto` is what a model was saved in; see `own_dtype`.
+        dtype: `auto`: the dtype that a model was saved in; see `own_dtype`.
         backend: lm-eval's model, `hf` or `vllm`.
         model_args: more arguments for it.
         drift_prompts: how many prompts drift is measured on.

@@ -221,7 +221,7 @@ def beyond_chance_table(changes: Changes) -> list[str]:
 
 
 def held_out_table(held_out: HeldOut) -> list[str]:
-    """Return the nll of the held-out rows before and after, and what it is of."""
+    """Return the nll of the held-out rows before and after, and which rows they are."""
     change = f"{held_out.change:+.4f}"
     row = [
         held_out.rows,
@@ -265,7 +265,7 @@ def drift_text(drift: DriftSummary | None) -> list[str]:
 
 
 def differs_text(differs: dict[str, Setting] | None) -> list[str]:
-    """Return in what else than weights the two models differ, if they do."""
+    """Return the settings, beside the weights, in which the two models differ."""
     if not differs:
         return []
     return [
@@ -425,7 +425,7 @@ def answers_section(held_out: HeldOut) -> list[str]:
 
 
 def answers_note(held_out: HeldOut) -> str:
-    """Return how the answers came about."""
+    """Return how the answers were made."""
     return (
         f"The first {len(held_out.answers)} held-out rows that fit. Each model's likeliest answer"
         f" (greedy), at most {held_out.max_new_tokens} tokens."

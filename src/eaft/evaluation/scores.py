@@ -1,4 +1,4 @@
-"""One model on lm-evaluation-harness tasks: a score, and every item with its own."""
+"""Scores of one model on lm-evaluation-harness tasks, item by item."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ def score(
     Args:
         lm: lm-eval's model, see `load` and `wrap`.
         protocol: its num_fewshot, system_instruction and gen_kwargs are as in lm-eval; None keeps
-            what the task says, but that answers are cut to what fits the model's context (AIME asks
-            for 32,768 tokens).
+            the task's own. Answers are cut to fit the model's context (AIME asks for 32,768
+            tokens).
         progress: shows how far it is.
 
     Raises:
-        ConfigurationError: a task whose first metric is not one number an item; also what
-            `check_thinking` raises.
+        ConfigurationError: the first metric of a task is not one number an item; or as in
+            `check_thinking`.
     """
     tokenizer = getattr(lm, "tokenizer", None)
-    if tokenizer is None:  # a model that is none of ours
+    if tokenizer is None:  # not a model that we loaded
         protocol = replace(
             protocol, apply_chat_template=bool(protocol.apply_chat_template), enable_thinking=False
         )
@@ -95,8 +95,8 @@ def run(
     thinking: bool,
 ) -> Any:
     """
-    Return lm-eval's results of each task's rows of these numbers (None: all); None on other
-    processes.
+    Return lm-eval's results of each task's `samples` (row numbers; None: all rows); None on
+    processes other than the first.
     """
     from eaft.evaluation.lm_eval_internals import evaluate
 
@@ -126,11 +126,11 @@ def run(
 @contextlib.contextmanager
 def settings(task: Any, lm: Any, protocol: Protocol, thinking: bool) -> Iterator[None]:
     """
-    Lend a task the protocol's settings, by lm-eval's own rules: what a task says of no examples
-    stays.
+    Give a task the protocol's settings while the block runs, by lm-eval's own rules: a task without
+    examples keeps none.
 
     Answers, with room for thoughts, are cut at three quarters of the model's context; lm-eval would
-    fail midway.
+    fail in the middle.
     """
     own = copy.deepcopy((task.config.num_fewshot, task.config.generation_kwargs))
     task.set_config("num_fewshot", num_fewshot(task, protocol))
@@ -181,7 +181,7 @@ def asked(benchmark: Benchmark, protocol: Protocol, items: dict[str, list[Item]]
     Return how a benchmark was asked, and how many items were cut.
 
     Args:
-        items: by model; the keys are those of `cut`. All models were asked the same.
+        items: by model, whose names become the keys of `cut`. All models were asked the same.
     """
     first = next(iter(items.values()))
     metric, _, metric_filter = first[0].metric.partition(",")
@@ -198,12 +198,12 @@ def asked(benchmark: Benchmark, protocol: Protocol, items: dict[str, list[Item]]
 
 
 def count_cuts(items: list[Item]) -> Cut:
-    """Return of how many items each part was cut."""
+    """Return for each part how many items had it cut."""
     return Cut(**{part: sum(part in item.cut for item in items) for part in CUTS})
 
 
 def items(name: str, task: Any, output: dict[str, Any], lm: Any) -> list[Item]:
-    """Return one task's items from what lm-eval gives back, in the order of its rows."""
+    """Return one task's items from lm-eval's results, in the order of its rows."""
     key = metric_of(name, output)
     metric, metric_filter = key.split(",")
     samples: dict[int, dict[str, Any]] = {}
@@ -236,7 +236,7 @@ def item(
 
     Args:
         metric: with its filter, as lm-eval writes it: `acc,none`.
-        sample: lm-eval's, of this filter.
+        sample: lm-eval's record of the row, for this filter.
         scores: by filter.
     """
     choices = None
@@ -267,8 +267,8 @@ def item(
 
 def cut(name: str, sample: dict[str, Any], output: dict[str, Any], lm: Any) -> list[Part]:
     """
-    Return what of an item was cut: any of its prompts on the left, its answer or its thoughts at
-    the limit.
+    Return the parts of an item that were cut: any of its prompts on the left, its answer or its
+    thoughts at the limit.
     """
     parts = set(output["cuts"].get((name, sample["doc_id"]), ()))
     cuts_prompt = getattr(lm, "cuts_prompt", lambda *arguments: False)
@@ -286,5 +286,5 @@ def metric_of(name: str, output: dict[str, Any]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Return a value JSON can hold."""
+    """Return a value as JSON can hold it."""
     return json.loads(json.dumps(value, default=str))

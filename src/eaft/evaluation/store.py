@@ -60,8 +60,8 @@ class Store:
     @contextlib.contextmanager
     def write(self, identity: dict[str, Any], model: str) -> Iterator[Path]:
         """
-        Lend a folder to write a measurement into; it is kept, whole, when the block ends without an
-        exception.
+        Give a folder to write a measurement into; it is kept as a whole when the block ends without
+        an exception.
 
         Args:
             model: what the user calls it, for `eaft cache`.
@@ -79,16 +79,16 @@ class Store:
 
     def entries(self) -> list[Path]:
         """
-        Return the measurements' folders, and those that a killed process left: the user may keep
-        more beside.
+        Return the folders of measurements, also unfinished ones of killed processes. The user may
+        keep other folders beside them.
         """
         names = re.compile(rf"[0-9a-f]{{64}}|{STAGING}.+")
         return [folder for folder in sorted(self.folder.glob("*/")) if names.fullmatch(folder.name)]
 
     def sizes(self) -> dict[str, int]:
         """
-        Return how many bytes are kept of each model, and as `unfinished` of what a killed process
-        left.
+        Return how many bytes are kept for each model; `unfinished` counts the folders of killed
+        processes.
         """
         sizes: dict[str, int] = defaultdict(int)
         for folder in self.entries():

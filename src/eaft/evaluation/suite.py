@@ -20,7 +20,7 @@ from eaft.errors import ConfigurationError, first_line, nearest
 from eaft.files import Count, Text, check, read_text, read_yaml
 
 SUITES = Path(__file__).parent / "suites"
-TASKS = Path(__file__).parent / "tasks"  # those that lm-eval lacks
+TASKS = Path(__file__).parent / "tasks"  # tasks that lm-eval lacks
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Benchmark:
         name: as the user or a suite names it.
         tasks: lm-eval's `Task` objects with their data, by name.
         limit: at most so many items of each task, the first ones; None for all.
-        digest: of all that, noted when it is first measured.
+        digest: of all that; set at the first measurement.
     """
 
     name: str
@@ -45,8 +45,8 @@ class Benchmark:
 @dataclass
 class Suite:
     """
-    Benchmarks whose mean is reported; those the user names by themselves are a suite each, without
-    a mean.
+    Benchmarks whose mean is reported. A benchmark that the user names alone is a suite without a
+    mean.
     """
 
     name: str
@@ -67,8 +67,8 @@ def load_suites(
     limit: int | None = None,
 ) -> tuple[list[Suite], dict[str, Benchmark]]:
     """
-    Return the suites named, and their benchmarks with all data loaded: what is missing is
-    reported before a model is loaded.
+    Return the named suites, and their benchmarks with all data loaded. Missing data is reported
+    before a model is loaded.
 
     Args:
         names: of suites (ours, or a YAML file with `suite` and `tasks`), or of lm-eval tasks,
@@ -83,9 +83,7 @@ def load_suites(
             is named).
     """
     suites: list[Suite] = []
-    limits: dict[
-        str, int | None
-    ] = {}  # of the tasks named, and below of the parts of those that are groups
+    limits: dict[str, int | None] = {}  # of the named tasks and, if they are groups, of their parts
 
     def set_limit(task: str, wanted: int | None) -> None:
         if limits.setdefault(task, wanted) != wanted:
@@ -267,7 +265,7 @@ def local_data(task: str, folder: Path) -> dict[str, Any] | None:
     the folder has none for it.
 
     A task's items are the rows of `TASK.jsonl` or `TASK_test.jsonl`, with the fields its data set
-    has on the Hub, and its few-shot examples those of `TASK_train.jsonl`. `mmlu.jsonl` and
+    has on the Hub; its few-shot examples are the rows of `TASK_train.jsonl`. `mmlu.jsonl` and
     `mmlu_stem.jsonl` hold all subjects' rows, told apart by `subject` or `type`;
     `pubmedqa_labeled.jsonl` is PubMedQA's own release, with its fields in lower case.
     """

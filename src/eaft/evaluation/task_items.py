@@ -24,7 +24,7 @@ class TaskItems:
 
     Attributes:
         model: the model.
-        items: by task; those of a process that is not the first are empty.
+        items: by task; empty on processes other than the first.
         failed: the tasks that could not be run: why.
     """
 

@@ -42,9 +42,8 @@ class Thinking:
 
     Attributes:
         on: the template's variables that turn thinking on; empty if it has none.
-        off: those that turn it off.
-        opens: whether the prompt of an answer ends within the thoughts, with nothing to turn that
-            off.
+        off: the variables that turn it off.
+        opens: whether the prompt of an answer ends within the thoughts, and nothing turns that off.
         start: what begins the thoughts; None if that is unknown.
         end: what ends the thoughts; None if the template and the vocabulary know no thoughts.
     """
@@ -71,10 +70,8 @@ def find_thinking(
     """
     if tokenizer.chat_template is None:
         return NONE
-    given = [(markers or {}).get(f"think_{name}_token") for name in ("start", "end")]
-    start, end = (
-        str(tokenizer.convert_ids_to_tokens(m)) if isinstance(m, int) else m for m in given
-    )
+    own = [(markers or {}).get(f"think_{name}_token") for name in ("start", "end")]
+    start, end = (str(tokenizer.convert_ids_to_tokens(m)) if isinstance(m, int) else m for m in own)
     return probe(tokenizer, str(tokenizer.get_chat_template()), start, end, system)
 
 
@@ -86,8 +83,8 @@ def probe(
 
     def render(*turns: dict[str, Any], **settings: Any) -> str:
         """
-        Return a chat of a question and these turns; a prompt if there are none, and nothing if it
-        is refused.
+        Return a chat of a question and these turns; a prompt if there are none; an empty text if
+        the template refuses.
         """
         chat = [{"role": "user", "content": "Hello"}, *turns]
         options = {"tokenize": False, "add_generation_prompt": not turns, **settings}
@@ -101,13 +98,8 @@ def probe(
                 ) from error
             except TemplateError:
                 continue
-            except (
-                TypeError,
-                ValueError,
-                KeyError,
-                IndexError,
-                AttributeError,
-            ):  # of a setting it does not know
+            # The template does not know a setting
+            except (TypeError, ValueError, KeyError, IndexError, AttributeError):
                 return ""
         return ""
 
@@ -122,8 +114,7 @@ def probe(
     off = render(**settings[1]) if settings else prompt
     left, _ = parts(off, render(said(ANSWER), **(settings[1] if settings else {})))
     tags = TAG.findall(left)
-    # What a prompt has that no message of the history has before its content: thoughts, begun or
-    # empty
+    # The text of a prompt that no earlier message has before its content: thoughts, begun or empty
     begun = (
         bool(tags)
         and left.strip().endswith(tags[-1])
@@ -148,7 +139,7 @@ def said(content: str, **more: Any) -> dict[str, Any]:
 
 def parts(prompt: str, chat: str) -> tuple[str, str]:
     """
-    Return the ends of a prompt and of a chat, from where they differ on; nothing if the chat was
+    Return the ends of a prompt and of a chat, from where they differ; empty texts if the chat was
     not rendered.
     """
     if ANSWER not in chat:
@@ -169,11 +160,11 @@ def markers_of(
     tokenizer: Any, template: str, render: Any, plain: str
 ) -> tuple[str | None, str | None]:
     """
-    Return what begins and what ends a model's thoughts: as they are rendered, or as they are cut
-    from an old answer.
+    Return what begins and what ends a model's thoughts, by how the template renders thoughts, or
+    cuts them from an earlier answer.
 
     Args:
-        plain: what a prompt ends with that a message of the history has not.
+        plain: the end of a prompt that earlier messages do not have.
     """
     prompt = render()
     forms = [said(ANSWER, **dict.fromkeys(KEYS, THOUGHTS))]
@@ -226,8 +217,8 @@ def find_switch(
     """
     Return the settings that turn thoughts on and off; None if there are none.
 
-    A variable counts by its name, or because with its second value the prompt ends otherwise: with
-    no thought begun.
+    A variable counts if its name is known, or if with its second value the prompt begins no
+    thought.
     """
     names = re.findall(r"\b\w*(?:think|reason)\w*\b", template)
     for name in dict.fromkeys([*SWITCHES, *names]):
@@ -267,12 +258,12 @@ def decide(
     system: str | None = None,
 ) -> bool:
     """
-    Return whether a model asked by its chat template thinks: as wanted, or for None off wherever
-    that can be.
+    Return whether a model that is asked by its chat template thinks: as wanted or, for None, not if
+    that can be turned off.
 
     Raises:
-        ConfigurationError: what is wanted cannot be, or nobody knows what begins or ends the
-            thoughts.
+        ConfigurationError: the template cannot do what is wanted, or what begins or ends the
+            thoughts is unknown.
     """
     thinking = find_thinking(tokenizer, markers, system)
     if thinking.opens and wanted is False:
@@ -311,8 +302,8 @@ def decide(
 
 def has_no_think(tokenizer: Any) -> bool:
     """
-    Return whether a system message `/no_think` turns thoughts off that the template begins
-    otherwise.
+    Return whether a system message `/no_think` turns off thoughts that the template otherwise
+    begins.
     """
     return (
         "/no_think" in tokenizer.get_chat_template()

@@ -135,7 +135,7 @@ def status(
     Return what the tests show together.
 
     Args:
-        wanted: whether tasks were asked for, so that no test means that none could be run.
+        wanted: whether tasks were asked for; then, without a test, no task could be run.
     """
     if not tests and not wanted:
         return "nothing to judge"
@@ -279,8 +279,8 @@ def only_form(changes: Changes) -> list[str]:
         read = task.metric.partition(",")[2]
         sentences += [
             f"On {name} the {read} score fell more than the {other} score ({100 * c.change:+.1f}"
-            f" points, 95%: {100 * c.low:+.1f} to {100 * c.high:+.1f}), of which no loss is"
-            " shown: at least part of what was lost is the form of the answers."
+            f" points, 95%: {100 * c.low:+.1f} to {100 * c.high:+.1f}), whose loss is not shown: at"
+            " least part of what was lost is the form of the answers."
             for other, c in filters.items()
             if (c.p_value >= ALPHA or c.change >= 0) and c.low > task.change
         ]

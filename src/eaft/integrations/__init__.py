@@ -1,4 +1,3 @@
 """
-Doors that other trainers have: a module each, that imports its host and is imported by nothing
-here.
+Adapters for other trainers. Each module imports its host, and nothing in eaft imports the module.
 """

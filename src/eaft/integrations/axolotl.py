@@ -20,8 +20,7 @@ SEAMS = (
 # Fields of Axolotl that bypass the model's loss, or give it a part of each row, with advice
 REFUSED = {
     "use_eaft": (
-        "it computes a loss of its own, from full logits: leave it out, the plugin is what does"
-        " EAFT."
+        "it computes a loss of its own, from full logits: leave it out, the plugin applies EAFT."
     ),
     "use_dft": "it computes a loss of its own, from full logits: set gate: dft instead.",
     "rl": "preference and reinforcement losses have no gate: leave it out, or take the plugin out.",
@@ -38,7 +37,7 @@ REFUSED = {
 
 
 class CheckedArgs(BaseModel):
-    """Refuses a gate that cannot be, and fields of Axolotl's that keep the gate from the loss."""
+    """Refuses a gate that is wrong, and fields of Axolotl that keep the gate from the loss."""
 
     @model_validator(mode="after")
     def check_gate_reaches_the_loss(self) -> Self:

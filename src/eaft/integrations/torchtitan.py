@@ -49,8 +49,8 @@ class GatedCrossEntropy(BaseLoss):
         self.plain = self.gate.plain()
         if not self.gate.per_token:
             raise ConfigurationError(
-                f"gate={self.gate.label} weighs tokens by others, and a chunk has some only: take"
-                " another."
+                f"gate={self.gate.label} weighs tokens by others, and a chunk has only some:"
+                " take another gate."
             )
         self.fn = self.sum_of_terms
 

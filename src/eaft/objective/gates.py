@@ -245,9 +245,9 @@ def psft(stats: TokenStatistics, clip: float = 0.28) -> Tensor:
     Weight r = P(label) / P_base(label) if r <= 1 + clip, else 0: no label moves far from the base
     (arXiv:2508.17784).
 
-    The gradient is the gradient of the paper's loss -min(r, clip(r, 1 - clip_low, 1 + clip)); the
-    value differs. clip_low does not matter, since below 1 - clip_low the minimum is r. The default is the
-    authors' upper clip.
+    The gradient equals the gradient of the paper's loss -min(r, clip(r, 1 - clip_low, 1 + clip));
+    the value differs. clip_low does not matter, since below 1 - clip_low the minimum is r. The
+    default is the authors' upper clip.
 
     The trainer measures P_base of each token once before training. The authors measure it again for
     every batch of 64 examples, on which they take 8 optimizer steps. Their gate bounds how far a

@@ -2,8 +2,8 @@
 BFCL v3's single-turn categories: data, prompts, parser and checker are the package's (bfcl-eval
 2025.6.16), never ours.
 
-The package's parser runs sums (`x=60*5`) through `eval`, whatever stands in them. Here a call whose
-arguments are not written out is a wrong answer, and nothing that a model wrote is ever run.
+The package's parser runs sums (`x=60*5`) through `eval`, with anything else in them. Here a call
+whose arguments are not written out is a wrong answer, and nothing that a model wrote is ever run.
 
 The checker's module imports the clients of every model vendor, for one table of their quirks; that
 table is put in its place beforehand, so that the package can be installed without its dependencies.
@@ -42,7 +42,7 @@ def package() -> tuple[Any, Any]:
     Return the package's prompt and parser functions, and its checker.
 
     Raises:
-        ImportError: the package, or one it needs, is not installed; says how to.
+        ImportError: the package or a dependency is missing; says how to install it.
     """
     table = types.ModuleType("bfcl_eval.constants.model_config")
     table.MODEL_CONFIG_MAPPING = defaultdict(lambda: types.SimpleNamespace(underscore_to_dot=False))  # type: ignore
@@ -133,13 +133,13 @@ def decode(text: str, language: str) -> list[Any]:
     as in its own runner.
 
     Raises:
-        NotLiteralError: an argument is not written out, but to be computed.
+        NotLiteralError: an argument would have to be computed.
     """
     utils, _ = package()
     if len(text) > LONGEST:
         return []
     try:
-        if language == "Python":  # those of Java and JavaScript are only read
+        if language == "Python":  # calls in Java and JavaScript are only read
             body = ast.parse(
                 text.strip("`\n ").strip("[]'"), mode="eval"
             ).body  # what the package's parser takes off
