@@ -27,7 +27,7 @@ Run tasks on a model, and with --base say what the fine-tuning gained and what i
   accelerate launch -m eaft eval out --base Qwen/Qwen3-0.6B --suite general
   eaft eval --from logs/base logs/out                 what lm-eval or inspect_ai has measured before
 
-The tasks are those of lm-evaluation-harness. With --base, the base model runs under the same
+The tasks are lm-evaluation-harness's. With --base, the base model runs under the same
 protocol, and the report has: whether a loss is shown; the score before and after with a 95%
 interval and a paired test; items lost and gained; drift; the worst regressions. With --held_out it
 also has the nll of your own rows before and after, and answers to the first of them side by side;

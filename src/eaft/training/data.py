@@ -485,7 +485,7 @@ def check_data(
     eval_dataset: Any,
 ) -> list[Finding]:
     """
-    Print the findings of `check_templates`, and return those about the training data.
+    Print the findings of `check_templates`; return the findings about the training data.
 
     Raises:
         ConfigurationError: the chat template raises on a row.

@@ -118,5 +118,5 @@ def check_zero_gradient(trainer: Any, means: TokenMeans) -> bool:
     raise ConfigurationError(
         f"{message}The {len(trainable)} trainable parameters ({next(iter(trainable))}, ...)"
         " have no part in the loss, or a layer between them and the loss has no backward pass:"
-        " unfreeze those that are to be trained."
+        " unfreeze the parameters to be trained."
     )

@@ -388,8 +388,8 @@ class EAFTTrainer(SFTTrainer):
             )
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise ConfigurationError(
-                "Every parameter of the model is frozen (requires_grad=False): unfreeze those that"
-                " are to be trained; load an adapter with PeftModel.from_pretrained(...,"
+                "Every parameter of the model is frozen (requires_grad=False): unfreeze the"
+                " parameters to be trained; load an adapter with PeftModel.from_pretrained(...,"
                 " is_trainable=True), and switch adapters on with enable_adapter_layers()."
             )
         if self._held_tokens:
@@ -413,8 +413,8 @@ class EAFTTrainer(SFTTrainer):
         tags: str | list[str] | None = None,
     ) -> None:
         """
-        Write `README.md` into the output folder: the model, the gate and the recipe. The arguments
-        are those of TRL's method.
+        Write `README.md` into the output folder: the model, the gate and the recipe. It takes the
+        arguments of TRL's method.
         """
         if not self.is_world_process_zero():
             return
