@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class InspectArguments:
-    """The flags of `eaft inspect` beside those of `eaft train`."""
+    """The flags of `eaft inspect` beside the flags of `eaft train`."""
 
     rollouts: int = field(
         default=0,

@@ -22,7 +22,7 @@ def weighed_gates() -> dict[str, Gate]:
     Return the gates that an inspection can show.
 
     Gates that compare with the base model token by token are left out. Under the base model itself
-    the weights of `psft` are 1, and those of `stm` are those of `profit` with a prob_threshold of
+    the weights of `psft` are 1, and `stm` weighs as `profit` does with a prob_threshold of
     1 / perplexity_threshold.
     """
     return {name: gate for name, gate in GATES.items() if not gate.needs_old_log_prob}

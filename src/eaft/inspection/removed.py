@@ -24,7 +24,7 @@ class LostNll:
     """What a token id loses."""
 
     token_id: int
-    count: int  # of its occurrences, those with a weight below `MUTED`
+    count: int  # of its occurrences with a weight below `MUTED`
     nll: float  # nats removed
 
 
@@ -77,7 +77,7 @@ class Removed:
         return Shares(**shares)
 
     def most_muted(self, n: int) -> list[LostNll]:
-        """Return the `n` token ids that lose most nll; those that lose none are left out."""
+        """Return the `n` token ids that lose most nll, without ids that lose none."""
         most = np.argsort(-self.lost_nll, kind="stable")[:n].tolist()
         return [
             LostNll(i, int(self.muted[i]), float(self.lost_nll[i]))

@@ -3,8 +3,8 @@ Confirmation: what holds of a candidate, on prompts, rows and tasks that screeni
 
 The candidates and their order are fixed before the confirmation data are looked at. They are
 measured one after the other, and the first that passes is returned. The errors of all statements of
-a kind add up to ALPHA at most (Bonferroni, over candidates and tasks). So they hold together with
-95%, and so does the one about the model that is returned, however it was chosen. The simulation of
+a kind add up to ALPHA at most (Bonferroni, over candidates and tasks). So all of them hold together
+with 95%, and the statement about the returned model holds, however it was chosen. The simulation of
 the whole procedure is `tests/tuning/test_procedure.py`.
 """
 
@@ -31,7 +31,7 @@ from eaft.tuning.search import TAIL, Z_BOUND, Measure
 
 def judge(point: Point, base_nll: Sums, budget: float, candidates: int) -> Confirmation:
     """
-    Return what the confirmation data say of one of so many candidates.
+    Return what the confirmation data say about one of several candidates.
 
     Args:
         base_nll: the base model's, of the same rows.
@@ -75,7 +75,7 @@ def judge_task(name: str, change: Change, max_drop: float, statements: int) -> T
     Args:
         change: from the base model to the candidate; its interval is Bonett and Price's.
         max_drop: percentage points.
-        statements: how many the errors are shared by: candidates times tasks.
+        statements: how many statements share the errors: candidates times tasks.
     """
     centre, error = interval_of(change)
     bound = 100 * (float(stats.norm.ppf(1 - ALPHA / statements)) * error - centre)
@@ -135,7 +135,8 @@ def confirm(
 
 def typical_margin(prompts: int) -> float:
     """
-    Return by which part a bound lies above the estimate, with so many prompts and three candidates,
-    where prompts are as unlike as we measured: their logarithms have a standard deviation of 0.5.
+    Return by which share a bound usually lies above the estimate, with three candidates.
+
+    Prompts are taken to differ as we measured: their logarithms have a standard deviation of 0.5.
     """
     return Z_BOUND * math.sqrt(math.expm1(0.5**2) / prompts)

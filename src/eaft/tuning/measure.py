@@ -124,7 +124,7 @@ class KeptScores(TypedDict):
 
 
 def whole_lines(file: Path, kind: Any) -> list[Any]:
-    """Return a JSON Lines file's lines, without the half of one that a killed command left."""
+    """Return the lines of a JSON Lines file, without a last one that was cut by a kill."""
     if not file.is_file():
         return []
     text = file.read_text()

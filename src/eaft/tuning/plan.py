@@ -181,7 +181,7 @@ def make_plan(settings: Settings, train_flags: list[str], day: str) -> Plan:
     Check everything, split the rows, and return the plan.
 
     Raises:
-        ConfigurationError: what is wrong.
+        ConfigurationError: something is wrong.
     """
     folder = Path(settings.output_dir)
     given = {flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in train_flags}
@@ -298,7 +298,7 @@ def check_train_flags(args: Any, model_args: Any, dry: Any, given: set[str]) -> 
     Refuse flags of `eaft train` that do not go with this command.
 
     Raises:
-        ConfigurationError: as said.
+        ConfigurationError: there is one.
     """
     for name, why in NOT_HERE.items():
         if name in given and getattr(args, name) not in (None, False, 0):
@@ -346,7 +346,7 @@ def check_folder(folder: Path, identity: dict[str, Any]) -> None:
     Refuse a folder that holds something else.
 
     Raises:
-        ConfigurationError: as said; names what changed.
+        ConfigurationError: it does; names what changed.
     """
     mark = folder / MARK
     if not mark.is_file():

@@ -27,7 +27,7 @@ LOWER_TRIES = 2
 # Standard errors between the budget and what the three candidates aim at: they pass with about 50%,
 # 84% and 99%
 MARGINS = (0.0, 1.0, 2.5)
-PARTS = (1.0, 0.5, 0.25)  # where any drift is allowed: of that of the lowest nll
+PARTS = (1.0, 0.5, 0.25)  # of the drift at the lowest nll, where any drift is allowed
 SAFEST = 0.6  # of the budget: the last candidate aims no higher, in case all was estimated badly
 # Far out the bootstrap leaves out up to a third more than it should (simulated with 128 prompts
 # whose drifts are as skewed as we measured): a bound has this part of its share of errors
@@ -74,7 +74,7 @@ class Search:
 
     def run(self, steps: list[int], budget: float) -> None:
         """
-        Measure every checkpoint, and the largest share within the budget of those that may win.
+        Measure every checkpoint, and the largest share within the budget of each that may win.
 
         Args:
             steps: of the checkpoints.

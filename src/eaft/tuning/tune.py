@@ -66,13 +66,13 @@ def tune(settings: Settings, train_flags: list[str]) -> TuneResults:
     """
     Train, screen, confirm, and write the returned model with its report; see docs/tuning.md.
 
-    The same call goes on where a killed one was, and changes nothing where one has finished.
+    The same call continues a killed one, and changes nothing after a finished one.
 
     Args:
         train_flags: of `eaft train`: the model, the data, and whatever else.
 
     Raises:
-        ConfigurationError: what can be known to be wrong before anything is trained.
+        ConfigurationError: anything that is wrong before training begins.
         EAFTError: training failed.
     """
     check_settings(settings)
@@ -95,7 +95,7 @@ def tune(settings: Settings, train_flags: list[str]) -> TuneResults:
 
 
 def run(plan: Plan, settings: Settings, folder: Path) -> TuneResults:
-    """Do all that is left to do, in a folder that is this command's alone."""
+    """Do all that is left to do, in a folder that no other command uses."""
     work = folder / WORK
     work.mkdir(exist_ok=True)
     introduce(plan, settings)
@@ -357,7 +357,7 @@ def delete_weights(run_folder: Path) -> None:
 
 
 def farewell(results: TuneResults, folder: Path, settings: Settings) -> str:
-    """Return what is said last: the sentence, what was written, and what to do next."""
+    """Return the last message: the sentence, what was written, and what to do next."""
     kept = (
         "The run's checkpoints are kept."
         if settings.keep_checkpoints

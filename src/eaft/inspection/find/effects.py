@@ -2,8 +2,8 @@
 What each gate would do to this data: the shares that it removes, and the tokens that it mutes most.
 
 A gate with the weights w removes the share 1 - sum(w x) / sum(x) of a quantity x, over the labelled
-tokens of the data. The weights are those under the base model, as the first step of training has
-them. A gate's KL term is no weight, so it does not show.
+tokens of the data. The weights are computed under the base model, as in the first step of
+training. A gate's KL term is no weight, so it does not show.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ GRADIENT = "sum of w √(Σp² - 2p + 1): norm of d loss / d logits"
 
 def draw(inspection: Inspection, summary: Summary, gate: str = "eaft") -> dict[str, Figure]:
     """
-    Return the figures by the names of `CAPTIONS`, without those that would be empty.
+    Return the figures by the names of `CAPTIONS`, without empty ones.
 
     Args:
         inspection: scored.

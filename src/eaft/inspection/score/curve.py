@@ -55,7 +55,7 @@ def top_k_curve(logits: Tensor, ks: tuple[int, ...] = KS) -> list[TopKRow]:
     Return what the top-K entropy is worth, for each K below the vocabulary's size and for all.
 
     The time is the median of three runs on the device of `logits`: selecting the K largest logits,
-    except if K is the whole vocabulary, and computing their entropy. The memory is that of the
+    except if K is the whole vocabulary, and computing their entropy. The memory counts the
     tensors alive at once for a block of 256 tokens; a kernel's own workspace is not counted.
 
     Args:

@@ -70,7 +70,7 @@ def continued(folder: Path, run: InspectedRun) -> InspectedRun:
 
 
 def differences(old: Identity, new: Identity) -> list[str]:
-    """Return in words how a run's identity differs from that of the run in the folder."""
+    """Return in words how a run's identity differs from the identity of the folder's run."""
     changed = []
     for name, words in (
         ("model", "another model"),

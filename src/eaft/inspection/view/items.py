@@ -111,7 +111,7 @@ class Items:
         """
         Return a list: the largest loss, gain or drift first, others in the files' order.
 
-        `answers` are those that nobody graded, as to held-out rows.
+        `answers` are answers without a score, as to held-out rows.
         """
         if which == "drift":
             drifted = [entry for entry in self.entries if entry.drift is not None]
@@ -186,7 +186,7 @@ def row_of(entry: Entry) -> ItemRow:
 
 class ItemReader:
     """
-    Reads items, and remembers those of the last evaluations until their files change.
+    Reads items, and remembers the last evaluations' items until their files change.
 
     Args:
         read_text: returns the text of a file in a folder; empty if it cannot be read.
@@ -337,9 +337,9 @@ def parsed(line: str) -> Json | None:
 
 def keyed(records: list[Json]) -> dict[tuple[str, ...], Json]:
     """
-    Return items by what tells which of the other model's items is the same.
+    Return items by the key that they share with the same item of the other model.
 
-    Items that are alike in it, as those of files without hashes may be, are told apart by order.
+    Items with equal keys, as in files without hashes, are told apart by order.
     """
     found: dict[tuple[str, ...], Json] = {}
     times: Counter[tuple[str, ...]] = Counter()

@@ -35,7 +35,7 @@ class GateTokens:
 
     stats: TokenStatistics  # of `n` tokens
     columns: Columns  # `COLUMNS_READ` of the same tokens, `[n]` each
-    count: int  # tokens in the selection, of which these may be a sample
+    count: int  # tokens in the selection; these may be a sample of them
 
     @property
     def scale(self) -> float:
@@ -62,7 +62,7 @@ class Histogram:
 class MutedToken(NamedToken):
     """A token that a gate takes nll from."""
 
-    count: int  # of its occurrences, those with a weight below `removed.MUTED`
+    count: int  # of its occurrences with a weight below `removed.MUTED`
     nll_removed: float  # nats
 
 
@@ -81,7 +81,7 @@ class GateEffect(Edges):
     by_source: list[SourceShares]  # of the largest sources
     mean_weight: float | None
     weights: Histogram
-    muted: list[MutedToken]  # those that lose most nll
+    muted: list[MutedToken]  # the tokens that lose most nll
     gradient: Grid
     count: int  # tokens in the selection
     sampled: int | None  # tokens in the sample; None if all were used
