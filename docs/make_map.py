@@ -37,7 +37,7 @@ def entry(name: str, text: str, depth: int) -> str:
 
 
 def entries(folder: Path, depth: int) -> list[str]:
-    """Return the lines of a package, then those of its modules and packages, by name."""
+    """Return the lines of a package, then the lines of its modules and packages, by name."""
     lines = [entry(f"{folder.name}/", sentence(folder / "__init__.py"), depth - 1)]
     for path in sorted(folder.iterdir()):
         if (path / "__init__.py").is_file():
