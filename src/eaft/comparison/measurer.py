@@ -247,9 +247,8 @@ class Measurer:
         if processes().is_main_process:
             record = self.record(run)
             for step in {int(step) for step in record} - keep:
-                record[str(step)]["deleted"] = (
-                    True  # before it is: a deletion that is interrupted is gone on with
-                )
+                record[str(step)]["deleted"] = True
+            # Written first, so that an interrupted deletion is continued
             write_json(run.folder / POINTS_FILE, record)
             delete_models(run, keep)
         processes().wait_for_everyone()

@@ -21,7 +21,7 @@ def write(results: Comparison, folder: Path) -> str:
     Write results.md, the pictures and, last, results.json, with the sentence that is made here;
     return the Markdown.
     """
-    # An earlier run's: results.json says that all files beside it are of one run
+    # An earlier run's. results.json says that all files beside it belong to one run
     (folder / "results.json").unlink(missing_ok=True)
     safe = markdown_strings(results)
     results.sentence = safe.sentence = headline(safe)
@@ -129,7 +129,7 @@ def asked_section(results: Comparison) -> list[str]:
         rows.append([task, *about, "; ".join(cut) or "nothing"])
     kept = {model: what for model, what in results.kept.models.items() if what}
     read = (
-        "Not measured anew, but kept from before (`eaft cache` says where): what there is of"
+        "Not measured anew, but read from the store (`eaft cache` says where): measurements of"
         f" {len(kept)} models."
     )
     return [

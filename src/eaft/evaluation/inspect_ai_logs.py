@@ -19,7 +19,6 @@ from eaft.evaluation.logged import (
     Log,
     LoggedTask,
     check_new,
-    check_one_model,
     digest,
     unit,
 )
@@ -85,8 +84,7 @@ def read_inspect(path: str, files: list[Path]) -> Log:
         with reading(file):
             tasks[log.eval.task] = inspect_task(file, log)
     runs = [inspect_run(path, log) for log in done.values()]
-    check_one_model(path, runs)
-    return Log("inspect_ai", runs[-1], tasks, {})
+    return Log.of_runs("inspect_ai", path, runs, tasks, {})
 
 
 @contextlib.contextmanager

@@ -16,7 +16,6 @@ from eaft.evaluation.logged import (
     Log,
     LoggedTask,
     check_new,
-    check_one_model,
     digest,
     unit,
 )
@@ -66,8 +65,7 @@ def read_lm_eval(path: str, files: list[Path]) -> Log:
         check_new(path, file, present, tasks)
         tasks |= {name: lm_eval_task(name, place, results) for name, place in present.items()}
         groups |= lm_eval_groups(results)
-    check_one_model(path, runs)
-    return Log("lm-eval", runs[-1], tasks, groups)
+    return Log.of_runs("lm-eval", path, runs, tasks, groups)
 
 
 def lm_eval_run(path: str, results: Json) -> LogRun:

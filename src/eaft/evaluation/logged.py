@@ -93,6 +93,28 @@ class Log:
     tasks: dict[str, LoggedTask]
     groups: dict[str, list[str]]
 
+    @classmethod
+    def of_runs(
+        cls,
+        tool: Tool,
+        path: str,
+        runs: list[LogRun],
+        tasks: dict[str, LoggedTask],
+        groups: dict[str, list[str]],
+    ) -> Log:
+        """
+        Return the log of one run or several.
+
+        Raises:
+            ConfigurationError: they are of several models.
+        """
+        if len(models := sorted({run.model for run in runs})) > 1:
+            raise ConfigurationError(
+                f"--from: {path} holds logs of {len(models)} models ({', '.join(models[:3])}): name"
+                " one model's folder."
+            )
+        return cls(tool, runs[-1], tasks, groups)
+
 
 def check_new(path: str, file: Path, names: Iterable[str], tasks: dict[str, LoggedTask]) -> None:
     """
@@ -106,20 +128,6 @@ def check_new(path: str, file: Path, names: Iterable[str], tasks: dict[str, Logg
             raise ConfigurationError(
                 f"--from: {path} holds task {name} twice: name one run's file, as {file}."
             )
-
-
-def check_one_model(path: str, runs: list[LogRun]) -> None:
-    """
-    Check that several runs are of one model.
-
-    Raises:
-        ConfigurationError: they are of several.
-    """
-    if len(models := sorted({run.model for run in runs})) > 1:
-        raise ConfigurationError(
-            f"--from: {path} holds logs of {len(models)} models ({', '.join(models[:3])}): name one"
-            " model's folder."
-        )
 
 
 def unit(value: Any) -> float | None:

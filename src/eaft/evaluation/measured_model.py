@@ -1,5 +1,5 @@
 """
-A model under one protocol: measured when it is first asked, and read from the store ever after.
+A model under one protocol. Each measurement is made once, and read from the store afterwards.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class MeasuredModel:
     Args:
         model: a Hub id, a folder, or a folder with a PEFT adapter.
         tokenizer: its tokenizer, with the chat template it is asked with.
-        protocol: complete, without "auto" or None where there is something to choose.
+        protocol: complete: no setting is "auto" or still to be chosen.
         store: where measurements are kept.
 
     Attributes:
@@ -98,8 +98,7 @@ class MeasuredModel:
         """
         Return the model's own answers to prompts (strings or messages).
 
-        Kept whatever computed them, in whatever batches: a sample of one distribution, which
-        rounding does not change.
+        They are kept for any device and batch size, since all sample one distribution.
         """
 
         def sample() -> list[Answer]:
@@ -126,7 +125,7 @@ class MeasuredModel:
         return shared(lambda: answers)
 
     def find_sampled(self, prompts: list[Any]) -> list[Answer] | None:
-        """Return what `sampled` would, if it is kept; for the first process alone."""
+        """Return the answers of `sampled` if they are kept; for the first process alone."""
         folder = self.store.find(self._sampled_identity(prompts))
         return None if folder is None else read_sampled(folder)
 
@@ -135,7 +134,7 @@ class MeasuredModel:
         Return the model's own answers to prompts (strings or messages), and its probabilities at
         their positions.
 
-        On every process, since each measures the drift of a part of them.
+        All processes get them, since each measures the drift of a part.
         """
         sampled = self.sampled(prompts)
         identity = {
@@ -215,7 +214,7 @@ class MeasuredModel:
         )
 
     def free(self) -> None:
-        """Give back the memory, so that the next model finds it free."""
+        """Free the memory for the next model."""
         self._lm = self._backend = None
         gc.collect()
         if torch.cuda.is_available():
@@ -236,7 +235,7 @@ class MeasuredModel:
 
     @property
     def _computed(self) -> dict[str, Any]:
-        """Of the protocol, what changes the probabilities that are computed."""
+        """The part of the protocol that changes the computed probabilities."""
         return {name: getattr(self.protocol, name) for name in ("dtype", "model_args")}
 
     def _sampled_identity(self, prompts: list[Any]) -> dict[str, Any]:
@@ -251,8 +250,7 @@ class MeasuredModel:
 
     def _texts(self, prompts: list[Any]) -> list[str]:
         """
-        Return prompts as they are asked: all that the protocol and the template's settings make of
-        them.
+        Return the texts that the model gets for prompts, by the protocol and the template.
         """
         return [ask(self.tokenizer, prompt, self.protocol) for prompt in prompts]
 
@@ -281,11 +279,11 @@ class MeasuredModel:
         name: str | None = None,
     ) -> T:
         """
-        Return what is kept under an identity, or measure and keep it; on other processes,
-        `otherwise`.
+        Return the measurement that is kept under an identity, or measure and keep it. Processes
+        other than the first return `otherwise`.
 
         Args:
-            name: under which `kept` lists it.
+            name: its name in `kept`.
         """
         main = processes().is_main_process
         folder = self.store.find(identity) if main else None
@@ -327,7 +325,7 @@ def nll_of_rows(
     Args:
         model: the torch model.
         rows: see `MeasuredModel.nll`.
-        share: which rows are this process's.
+        share: which rows belong to this process.
     """
     ids, labels = ([np.array(row[name]) for row in rows] for name in ("input_ids", "labels"))
     labelled = [np.flatnonzero(row[1:] >= 0) + 1 for row in labels]
@@ -359,8 +357,8 @@ def read_sampled(folder: Path) -> list[Answer]:
 
 def share_of(lm: Any) -> Share:
     """
-    Return this process's share: lm-eval's, which gives every process all where they hold one model
-    together.
+    Return this process's share, as lm-eval divides the work: if processes hold one model together,
+    each has all of it.
     """
     return Share(lm.rank, lm.world_size)
 

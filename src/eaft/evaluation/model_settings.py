@@ -13,8 +13,8 @@ from eaft.models import adapter_of, loading, source
 
 def own_dtype(model: str, model_args: dict[str, Any] | None = None) -> str:
     """
-    Return the dtype a model (an adapter's base model) was saved in, as `bfloat16`; float32 where
-    none is noted.
+    Return the dtype that a model (an adapter's base model) was saved in, as `bfloat16`; float32 if
+    its config has none.
     """
     adapter = adapter_of(model)
     config = AutoConfig.from_pretrained(
@@ -25,11 +25,11 @@ def own_dtype(model: str, model_args: dict[str, Any] | None = None) -> str:
 
 def load_tokenizer(model: str, model_args: dict[str, Any] | None = None) -> Any:
     """
-    Return a model's tokenizer (an adapter's may be its base model's), padding left as generation
-    needs it.
+    Return a model's tokenizer, with padding on the left for generation. An adapter without one has
+    its base model's.
 
     Raises:
-        ConfigurationError: there is none.
+        ConfigurationError: the model has no tokenizer.
     """
     adapter = adapter_of(model)
     if adapter is not None and not Path(model, "tokenizer_config.json").is_file():
@@ -43,11 +43,11 @@ def load_tokenizer(model: str, model_args: dict[str, Any] | None = None) -> Any:
 
 def generation_config(model: str, model_args: dict[str, Any] | None = None) -> GenerationConfig:
     """
-    Return what a model generates by: what is saved beside its weights, an adapter's too.
+    Return the generation config that is saved beside the weights of a model or adapter.
 
-    An adapter that was saved without it has its base model's, and stops at its own tokenizer's end
-    token as well, as a whole model does that was trained with this tokenizer (transformers'
-    `Trainer` aligns them).
+    An adapter that was saved without one has its base model's, and also stops at the end token of
+    its own tokenizer. So does a whole model that was trained with this tokenizer (transformers'
+    `Trainer` adds the token).
     """
     adapter = adapter_of(model)
     own = Path(model, "generation_config.json").is_file()

@@ -182,8 +182,7 @@ with warnings.catch_warnings(action="ignore", category=UserWarning):  # "experim
 
 class JsonRows(ArrowBasedBuilder):
     """
-    Reads files of JSON, an object a line or one list of objects, and keeps every row as it is,
-    whatever their order.
+    Reads files of JSON (an object a line, or one list of objects), and keeps every row as it is.
 
     A column that holds anything but numbers, texts or lists of integers is `ExactJson`. So no row
     gets the keys of another row, and types may differ between rows. `datasets` would infer the
