@@ -61,7 +61,11 @@ SUMMARY = {
             "nll": 0.8,
             "gradient": 0.7,
             "muted": [],
-        }
+        },
+        {
+            **{"gate": "mile", "params": {"gamma": 1.0}, "note": None, "source": None},
+            **{"tokens": -1.26, "nll": -1.59, "gradient": -1.71, "muted": []},
+        },
     ],
     "checks": [
         {
@@ -391,6 +395,29 @@ def test_a_gate_moved_equals_gate_weights(visit, tokens):
     check(alpha=3.0)
     page.get_by_role("button", name="dft").click()
     expect(page.locator(".plane figcaption").nth(1)).to_have_text("dft")
+
+
+def test_a_gates_numbers_are_of_the_box_beside_them(visit, tokens):
+    page = visit("view=gates")
+    assert rows(page, "Every gate")[1] == ["mile\ngamma 1", "adds 126%", "adds 159%", "adds 171%"]
+    overlay = page.locator(".plane .overlay").first.bounding_box()
+    x, y = overlay["x"], overlay["y"]
+    page.mouse.move(x + 20, y + 30)
+    page.mouse.down()
+    page.mouse.move(x + 150, y + 90)
+    page.mouse.up()
+    settled(page)
+    assert page.locator(".plane .overlay").first.bounding_box() == overlay
+    expect(page.locator(".plane .selection:visible")).to_have_count(2)
+    h0, h1, p0, p1 = map(float, fragment(page)["box"].split(","))
+    data = tokens[tokens.origin == "data"]
+    inside = data[(data.entropy >= h0) & (data.entropy < h1) & (data.prob >= p0) & (data.prob < p1)]
+    heading = f"From the {len(inside):,} tokens in the box it removes"
+    expect(page.get_by_role("heading", name=heading)).to_be_visible()
+    expect(page.get_by_role("table", name="Every gate")).to_have_count(0)
+    page.get_by_role("button", name="Show all of the data").click()
+    expect(page.get_by_role("heading", name=f"From all {len(data):,} tokens")).to_be_visible()
+    expect(page.get_by_role("table", name="Every gate")).to_be_visible()
 
 
 def test_examples_are_sorted_filtered_and_searched(visit, examples):

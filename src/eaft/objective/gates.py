@@ -47,14 +47,14 @@ def resolve_threshold(
 
 @register("sft", per_token=True)
 def sft(stats: TokenStatistics) -> Tensor:
-    """Weight 1: plain cross-entropy."""
+    """Every token counts the same: weight 1."""
     return torch.ones_like(stats.log_prob)
 
 
 @register("eaft", per_token=True)
 def eaft(stats: TokenStatistics, alpha: float = 1.0, entropy: str = "top-k") -> Tensor:
     """
-    Weight g^alpha, g = entropy / ln K in [0, 1]: learn where the model is uncertain
+    Learn where the model is unsure: weight g^alpha, g = entropy / ln K in [0, 1]
     (arXiv:2601.02151).
 
     Alpha 2 and 3 are the paper's EAFT^2 and EAFT^3 (section 5.1). The authors' release in
@@ -71,8 +71,8 @@ def eaft_sigmoid(
     stats: TokenStatistics, steepness: float = 30.0, center: float = 0.17, entropy: str = "top-k"
 ) -> Tensor:
     """
-    Weight sigmoid(steepness (g - center)): a soft threshold on the entropy (arXiv:2601.02151,
-    section 5.1).
+    Learn where the model is unsure, with a soft threshold: weight sigmoid(steepness (g - center))
+    (arXiv:2601.02151, section 5.1).
     """
     return torch.sigmoid(steepness * (normalized_entropy(stats, entropy) - center))
 
@@ -85,7 +85,8 @@ def masked(
     entropy: str = "top-k",
 ) -> Tensor:
     """
-    Weight 0 on the tokens of lowest entropy, else 1: Masked SFT (arXiv:2601.02151, Eq. 4).
+    Leave out the tokens that the model is surest of: weight 0 on the tokens of lowest entropy, else
+    1: Masked SFT (arXiv:2601.02151, Eq. 4).
 
     `entropy_threshold` is in units of g; the trainer measures it as the percentile over the
     training data under the base model. `batch` takes the percentile of the tokens given.
@@ -104,8 +105,8 @@ def conflict_mask(
     entropy: str = "top-k",
 ) -> Tensor:
     """
-    Weight 0 where entropy and P(label) are both among the lowest, else 1 (arXiv:2601.02151, section
-    3.2, pilot study).
+    Leave out the tokens where the model is sure of another token: weight 0 where entropy and
+    P(label) are both among the lowest, else 1 (arXiv:2601.02151, section 3.2, pilot study).
 
     The thresholds are measured or given as in `masked`. The paper ranks by the exact entropy:
     `entropy="exact"`.
@@ -118,15 +119,15 @@ def conflict_mask(
 
 @register("dft", per_token=True)
 def dft(stats: TokenStatistics) -> Tensor:
-    """Weight P(label): learn what the model already finds likely (arXiv:2508.05629)."""
+    """Learn labels that the model already finds likely: weight P(label) (arXiv:2508.05629)."""
     return stats.prob
 
 
 @register("deft", per_token=True)
 def deft(stats: TokenStatistics) -> Tensor:
     """
-    Weight P(label)^a, a = sum of squared probabilities: sft where unsure, dft where sure
-    (arXiv:2602.11424).
+    Like sft where the model is unsure, like dft where it is sure: weight P(label)^a, a = sum of
+    squared probabilities (arXiv:2602.11424).
 
     The authors' loss is (1 - p^a) / (a + 1e-6). Its value differs. Its gradient is ours times a /
     (a + 1e-6), which is less than ours only near a uniform distribution over a large vocabulary.
@@ -137,8 +138,7 @@ def deft(stats: TokenStatistics) -> Tensor:
 @register("profit", per_token=True)
 def profit(stats: TokenStatistics, prob_threshold: float = 0.1) -> Tensor:
     """
-    Weight 1 if P(label) > prob_threshold, else 0: unlikely labels are not learnt
-    (arXiv:2601.09195).
+    Leave out unlikely labels: weight 1 if P(label) > prob_threshold, else 0 (arXiv:2601.09195).
 
     The default is the authors'. Their code also keeps a P(label) that equals the threshold. As in
     their code, the loss is divided by the number of all response tokens.
@@ -151,8 +151,8 @@ def profit(stats: TokenStatistics, prob_threshold: float = 0.1) -> Tensor:
 @register("infosft", per_token=True)
 def infosft(stats: TokenStatistics, max_prob: float = 0.93) -> Tensor:
     """
-    Weight p [1 - logit(p) / logit(max_prob)]+, p = P(label), logit(p) = ln(p / (1 - p)): learn
-    labels of medium probability (arXiv:2605.14967).
+    Learn labels of medium probability: weight p [1 - logit(p) / logit(max_prob)]+, p = P(label),
+    logit(p) = ln(p / (1 - p)) (arXiv:2605.14967).
 
     The weight is at most 0.51, at p = 0.56, and 0 from max_prob on. The paper's weight is
     proportional to p [logit(max_prob) - logit(p)]+. Like the authors' code we divide that by
@@ -168,8 +168,8 @@ def infosft(stats: TokenStatistics, max_prob: float = 0.93) -> Tensor:
 @register("mile", per_token=True)
 def mile(stats: TokenStatistics, gamma: float = 1.0) -> Tensor:
     """
-    Weight (1 + H)^gamma, H = entropy in nats: learn more where the model is uncertain (MiLe,
-    arXiv:2310.19531).
+    Learn more where the model is unsure, and no token less: weight (1 + H)^gamma, H = entropy in
+    nats (MiLe, arXiv:2310.19531).
 
     The weight is never below 1, so the loss is larger than the cross-entropy. The authors' code
     divides by the mean of the weights over all positions of the batch, with prompts and padding.
@@ -183,8 +183,8 @@ def mile(stats: TokenStatistics, gamma: float = 1.0) -> Tensor:
 @register("ranktuner", per_token=True, needs_rank=True)
 def ranktuner(stats: TokenStatistics, base: str = "prob") -> Tensor:
     """
-    Weight w (P(label) E)^-K, K = 1 / log2(1 + max(R, E))^2: learn what ranks low for its entropy
-    (arXiv:2602.01745).
+    Learn labels that rank low for their entropy: weight w (P(label) E)^-K, K = 1 / log2(1 + max(R,
+    E))^2 (arXiv:2602.01745).
 
     R is the label's rank, and E is a lower bound on the expected rank (`expected_rank_bound`). w is
     P(label), the paper's choice for mathematics and the choice of the authors' code. With
@@ -209,8 +209,8 @@ def ranktuner(stats: TokenStatistics, base: str = "prob") -> Tensor:
 @register("talr", per_token=True, needs_examples=True)
 def talr(stats: TokenStatistics, tau: float | str = "batch", min_weight: float = 0.01) -> Tensor:
     """
-    Weight max(P(label)^(1/tau), min_weight), tau = median of the sequences' mean nll
-    (arXiv:2509.20758).
+    Learn likely labels, least strictly where the data is hard: weight max(P(label)^(1/tau),
+    min_weight), tau = median of the sequences' mean nll (arXiv:2509.20758).
 
     With `tau="batch"` the median is over the sequences of a device's batch, at the current step. A
     number fixes tau.
@@ -224,8 +224,8 @@ def talr(stats: TokenStatistics, tau: float | str = "batch", min_weight: float =
 @register("flow", per_token=True, needs_example_nll=True)
 def flow(stats: TokenStatistics, tau: float) -> Tensor:
     """
-    Weight exp(-l / tau), l = the base model's mean nll of the example: learn the easy examples
-    (arXiv:2502.02797).
+    Learn the examples that the base model finds easy: weight exp(-l / tau), l = the base model's
+    mean nll of the example (arXiv:2502.02797).
 
     The trainer measures l and tau, the median of l over the training data, once before training. As
     in the authors' code the loss is divided by the number of tokens, not by the sum of the weights.
@@ -242,8 +242,8 @@ def flow(stats: TokenStatistics, tau: float) -> Tensor:
 @register("psft", per_token=True, needs_old_log_prob=True)
 def psft(stats: TokenStatistics, clip: float = 0.28) -> Tensor:
     """
-    Weight r = P(label) / P_base(label) if r <= 1 + clip, else 0: no label moves far from the base
-    (arXiv:2508.17784).
+    Stop learning a label that has moved far from the base model: weight r = P(label) /
+    P_base(label) if r <= 1 + clip, else 0 (arXiv:2508.17784).
 
     The gradient equals the gradient of the paper's loss -min(r, clip(r, 1 - clip_low, 1 + clip));
     the value differs. clip_low does not matter, since below 1 - clip_low the minimum is r. The
@@ -265,7 +265,7 @@ def psft(stats: TokenStatistics, clip: float = 0.28) -> Tensor:
 @register("stm", per_token=True, needs_old_log_prob=True)
 def stm(stats: TokenStatistics, perplexity_threshold: float = 2.5) -> Tensor:
     """
-    Weight 1 if the label's perplexity under the base model, 1 / P_base(label), is at most
+    Leave out labels that the base model finds unlikely: weight 1 if 1 / P_base(label) is at most
     perplexity_threshold, else 0: Selective Token Masking (arXiv:2501.14315).
 
     The mask stays the same in all of training. The default is the authors'. Their loss is the mean
@@ -282,7 +282,8 @@ def stm(stats: TokenStatistics, perplexity_threshold: float = 2.5) -> Tensor:
 @register("sft-kl", per_token=True, anchor=Anchor(0.5, "reverse"))
 def sft_kl(stats: TokenStatistics) -> Tensor:
     """
-    Weight 1, plus kl_coef * KL(policy || reference): cross-entropy, held near the base model.
+    Every token counts the same, and the model is held near the base model: weight 1, plus kl_coef *
+    KL(policy || reference).
 
     The default coefficient is from arXiv:2601.02151, appendix F.2.
     """
@@ -292,8 +293,8 @@ def sft_kl(stats: TokenStatistics) -> Tensor:
 @register("asft", per_token=True, anchor=Anchor(0.1, "forward"))
 def asft(stats: TokenStatistics) -> Tensor:
     """
-    Weight P(label), plus kl_coef * KL(reference || policy): dft, held near the base model
-    (arXiv:2509.23753, Eq. 6).
+    Like dft, and the model is held near the base model: weight P(label), plus kl_coef *
+    KL(reference || policy) (arXiv:2509.23753, Eq. 6).
 
     LLaMA-Factory's ASFT ignores `num_items_in_batch`: it averages each accumulated micro-batch by
     itself and adds the means.
@@ -304,8 +305,8 @@ def asft(stats: TokenStatistics) -> Tensor:
 @register("tmkl", per_token=True, anchor=Anchor(1.0, "forward", without_label=True))
 def tmkl(stats: TokenStatistics) -> Tensor:
     """
-    Weight 1, plus kl_coef * KL(reference || policy) over the tokens other than the label: sft, with
-    the other tokens held near the base model (arXiv:2605.29498).
+    Every token counts the same, and the other tokens are held near the base model: weight 1, plus
+    kl_coef * KL(reference || policy) over the tokens other than the label (arXiv:2605.29498).
 
     The label is removed from both distributions, and the rest is renormalised to sum to 1. So the
     divergence does not depend on the label's logit.

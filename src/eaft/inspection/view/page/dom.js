@@ -130,6 +130,8 @@ const css = (column) => [column.numeric && "numeric", column.class].filter(Boole
 
 // A share as a bar behind its number
 export function bar(value, tone = "") {
+  // A gate that adds has no bar: beside it the bars of the others would look short
+  if (value < 0) return h("span", { class: "bar" }, `adds ${share(-value)}`);
   const width = `${Math.min(Math.abs(value ?? 0), 1) * 100}%`;
   return h("span", { class: `bar ${tone}`, "--width": width }, share(value));
 }

@@ -10,6 +10,7 @@ import {
   fileName,
   fill,
   h,
+  many,
   number,
   part,
   select,
@@ -17,7 +18,7 @@ import {
   table,
   token,
 } from "./dom.js";
-import { change, selection, state } from "./state.js";
+import { change, currentBox, everything, isEverything, isFiltered, selection, setBox, state } from "./state.js";
 
 const MUTED = 20; // tokens that are listed
 
@@ -30,6 +31,7 @@ export default {
       effects = h("div", {}),
       pictures = h("div", {}),
       sources = h("section", { "aria-label": "By source" }),
+      every = h("section", { "aria-label": "Every gate" }),
       muted = h("section", { "aria-label": "Muted tokens" });
     root.append(
       h(
@@ -41,13 +43,18 @@ export default {
       h(
         "div",
         { class: "halves" },
-        h("div", {}, sources, h("section", { "aria-label": "Every gate" }, everyGate(folder))),
+        h("div", {}, sources, every),
         muted,
       ),
     );
     let shownGate;
     const effect = part(effects, drawEffect);
-    const picture = part(pictures, (landscape, weighted) => drawPlanes(width(), landscape, weighted));
+    let figures = [];
+    const picture = part(pictures, (landscape, weighted) => {
+      const { drawn, scale } = drawPlanes(width(), landscape, weighted);
+      figures = drawn;
+      return [h("div", { class: "planes" }, drawn), h("div", { class: "under" }, legend(scale))];
+    });
     const width = watch(pictures, () => picture.redraw());
     const bySource = part(sources, ({ by_source }) => drawSources(by_source));
     const tokens = part(muted, (answer) => drawMuted(answer.muted));
@@ -64,11 +71,13 @@ export default {
       effect.ask(answer);
       bySource.ask(answer);
       tokens.ask(answer);
-      // The planes ignore the box
+      fill(every, ...everyGate(folder));
+      // The planes show the tokens outside of the box too
       picture.ask(
         url("landscape", selection({ without: ["box"] })),
         url("gates", selection({ without: ["box"], ...of })),
       );
+      figures.forEach((figure) => figure.moveBox(currentBox()));
     };
   },
 };
@@ -147,13 +156,18 @@ function field({ name, default: usual, min, max, step, choices }) {
   return h("label", { class: "slider" }, h("span", {}, title), slider, typed);
 }
 
-function drawEffect({ removed: { tokens, nll, gradient }, mean_weight, weights, sampled }) {
+// The tokens that the numbers of this view are of
+const tokensOf = (number) =>
+  state.box ? `the ${many(number, "token")} in the box` : isFiltered() ? `the ${many(number, "token")} shown` : `all ${many(number, "token")}`;
+const where = () => (state.box ? " in the box" : "");
+
+function drawEffect({ removed: { tokens, nll, gradient }, mean_weight, weights, count: tokenCount, sampled }) {
   announce(
     `The gate removes ${share(tokens)} of the tokens, ${share(nll)} of the nll, ${share(gradient)} of the gradient`,
   );
   const row = (name, value) => h("tr", {}, h("th", { scope: "row" }, name), h("td", {}, bar(value, "hot")));
   return [
-    h("h2", {}, "It removes"),
+    h("h2", {}, `From ${tokensOf(tokenCount)} it removes`),
     h(
       "table",
       { class: "removed", "aria-label": "What the gate removes" },
@@ -161,8 +175,8 @@ function drawEffect({ removed: { tokens, nll, gradient }, mean_weight, weights, 
     ),
     h(
       "p",
-      { class: "quiet" },
-      `Mean weight ${number(mean_weight, 3)}. A gate removes 1 − Σwx / Σx of x.`,
+      { class: "quiet note" },
+      `Mean weight ${number(mean_weight, 3)}. What it removes: the share of the sum that its weights take away.`,
       sampled && ` Computed on a sample of ${count(sampled)} tokens.`,
     ),
     histogram(weights, 340, "weight of a token"),
@@ -189,13 +203,15 @@ function drawPlanes(width, landscape, weighted) {
       values,
       scale,
       width: size,
+      box: currentBox(),
+      onbox: setBox,
       title: titles[index],
       corner: `${share((index ? cornerOf(landscape, values) : corner.gradient) / (d3.sum(values.flat()) || 1))} of the gradient`,
       describe: (i, j) =>
         `gradient ${number(values[i][j], 1)}, of ${number(landscape.gradient[i][j], 1)} without the gate; ${sumUp(landscape.tokens[i][j], landscape.nll[i][j], total)}`,
     }),
   );
-  return [h("div", { class: "planes" }, drawn), h("div", { class: "under" }, legend(scale))];
+  return { drawn, scale };
 }
 
 // The sum of a matrix over the confident conflicts, whose borders are edges of bins
@@ -209,7 +225,7 @@ const removed = (name) => ({ title: name, numeric: true, cell: (row) => bar(row[
 
 function drawSources(rows) {
   return [
-    h("h2", {}, "By source, it removes"),
+    h("h2", {}, `Removed by source${where()}`),
     table(
       "By source",
       [
@@ -225,7 +241,7 @@ function drawSources(rows) {
 
 function drawMuted(rows) {
   return [
-    h("h2", {}, "Tokens it mutes most"),
+    h("h2", {}, `Tokens${where()} that it mutes most`),
     table(
       "Muted tokens",
       [
@@ -250,14 +266,21 @@ function drawMuted(rows) {
 function everyGate({ summary }) {
   const gates = (summary?.gates ?? []).filter(({ source }) => source === null || source === undefined);
   if (!gates.length) return [];
+  const title = h("h2", {}, "Every gate on all of the data, under the base model");
+  if (!isEverything())
+    return [
+      title,
+      h("p", { class: "quiet" }, "The numbers above are of other tokens."),
+      h("button", { "data-key": "everything", onclick: () => change(everything()) }, "Show all of the data"),
+    ];
   return [
-    h("h2", {}, "Every gate on all of the data, under the base model"),
+    title,
     table(
       "Every gate",
       [
         {
           title: "gate",
-          cell: (row) =>
+          cell: (row) => [
             h(
               "button",
               {
@@ -269,17 +292,8 @@ function everyGate({ summary }) {
               },
               row.gate,
             ),
-        },
-        {
-          title: "parameters",
-          class: "optional quiet",
-          cell: (row) =>
-            [
-              ...Object.entries(row.params ?? {}).map(
-                ([name, value]) => `${name} ${typeof value === "number" ? Number(value.toPrecision(3)) : value}`,
-              ),
-              ...(row.note ? [row.note] : []),
-            ].join(", "),
+            h("span", { class: "quiet settings" }, settings(row)),
+          ],
         },
         removed("tokens"),
         removed("nll"),
@@ -288,4 +302,10 @@ function everyGate({ summary }) {
       gates,
     ),
   ];
+}
+
+function settings({ params, note }) {
+  const short = (value) => (typeof value === "number" ? Number(value.toPrecision(3)) : value);
+  const all = Object.entries(params ?? {}).map(([name, value]) => `${name.replace(/_/g, " ")} ${short(value)}`);
+  return [all.join(", "), note].filter(Boolean).join(". ");
 }

@@ -21,7 +21,7 @@ import {
   token,
   wanted,
 } from "./dom.js";
-import { change, selection, state } from "./state.js";
+import { change, currentBox, selection, setBox, state } from "./state.js";
 
 const COLOURS = [
   ["tokens", "tokens"],
@@ -138,8 +138,6 @@ function less(first, second) {
   return d3.range(rows).map((i) => first[0].map((_, j) => at(first, i, j) - at(second, i, j)));
 }
 
-const currentBox = () => (state.box ? state.box.split(",").map(Number) : null);
-const setBox = (box, onTheWay) => change({ box: box ? box.join(",") : "" }, { onTheWay });
 const nameOf = ({ model, origin }) =>
   `${origin === "data" ? "data" : "rollouts: the model's own answers"}, scored by ${model}`;
 
@@ -188,7 +186,13 @@ function advice({ summary }) {
   if (!summary?.advice)
     return h("p", { class: "advice quiet" }, "There is no advice on this data: summary.json is missing or cannot be read.");
   const [first, ...more] = summary.advice.text.split(/(?<=[.!?])\s+(?=[^a-z])/);
-  return h("div", { class: "advice" }, h("p", { class: "first" }, prose(first)), h("p", {}, prose(more.join(" "))));
+  return h(
+    "div",
+    { class: "advice" },
+    h("p", { class: "quiet" }, "All of the data, under the base model:"),
+    h("p", { class: "first" }, prose(first)),
+    h("p", {}, prose(more.join(" "))),
+  );
 }
 
 function shares({ total, corner, selected }) {

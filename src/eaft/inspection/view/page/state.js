@@ -110,5 +110,10 @@ export function selection({ without = [], ...other } = {}) {
 }
 
 export const noFilters = () => Object.fromEntries(FILTERS.map((name) => [name, DEFAULTS[name]]));
+// The whole of the data under the base model, which summary.json is about
+export const everything = () => ({ ...noFilters(), model: DEFAULTS.model, origin: DEFAULTS.origin });
+export const isEverything = () => !isFiltered() && state.model === DEFAULTS.model && state.origin === DEFAULTS.origin;
+export const currentBox = () => (state.box ? state.box.split(",").map(Number) : null);
+export const setBox = (box, onTheWay) => change({ box: box ? box.join(",") : "" }, { onTheWay });
 export const isFiltered = () => FILTERS.some((name) => state[name].length > 0);
 export const range = (text) => text.split(",").map((part) => (part === "" ? null : Number(part)));
