@@ -249,9 +249,7 @@ def convert_gguf(path: Path) -> Path:
         )
     from eaft.gguf_model import load_gguf
 
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-    folder = Path(HF_HOME) / "eaft" / f"{path.stem}-{digest.hexdigest()[:12]}-{CONVERSION}"
+    folder = conversion_folder(path)
     if folder.is_dir():
         return folder
     try:
@@ -276,6 +274,13 @@ def convert_gguf(path: Path) -> Path:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder
+
+
+def conversion_folder(path: Path) -> Path:
+    """Return the folder in the cache for a GGUF file's content; it may not exist yet."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    return Path(HF_HOME) / "eaft" / f"{path.stem}-{digest.hexdigest()[:12]}-{CONVERSION}"
 
 
 def converted_models() -> list[Path]:

@@ -15,11 +15,13 @@ from transformers import PreTrainedTokenizerFast
 from trl import DatasetMixtureConfig, ScriptArguments
 
 from eaft import cli
+from eaft import models as eaft_models
 from eaft.errors import ConfigurationError
 from eaft.training.config import EAFTConfig
 from eaft.training.data import load_splits, to_dataset
 from eaft.training.prepare import prepare_rows
 from eaft.training.template_checks import check_rows
+from eaft.training.templates import find_template_tokenizer
 from tests.conftest import make_tokenizer
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -384,3 +386,14 @@ def test_the_table_of_the_docs_is_what_the_templates_do():
     assert runpy.run_path(str(DOCS / "make_templates.py"))["table"]() in page, (
         "run docs/make_templates.py"
     )
+
+
+def test_the_tokenizer_of_a_converted_gguf_file_is_read_from_the_cache(tmp_path, monkeypatch):
+    """The file itself is not parsed again, which takes ten seconds: here it is no GGUF at all."""
+    monkeypatch.setattr(eaft_models, "HF_HOME", tmp_path)
+    file = tmp_path / "m.gguf"
+    file.write_text("not parsed")
+    assert find_template_tokenizer(str(file), config(), None) is None
+    make_tokenizer().save_pretrained(eaft_models.conversion_folder(file))
+    found = find_template_tokenizer(str(file), config(), None)
+    assert found.get_vocab() == make_tokenizer().get_vocab()

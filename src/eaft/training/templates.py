@@ -16,6 +16,7 @@ from trl import is_conversational
 from eaft.errors import ConfigurationError, first_line
 from eaft.evaluation.model_settings import load_tokenizer
 from eaft.gguf_model import load_gguf_tokenizer
+from eaft.models import conversion_folder
 from eaft.training.config import EAFTConfig
 from eaft.training.trl_internals import get_training_chat_template, has_generation_markers
 
@@ -79,7 +80,12 @@ def find_template_tokenizer(model: str, args: EAFTConfig, revision: str | None) 
     source = {"revision": revision, "trust_remote_code": args.trust_remote_code}
     try:
         if path.suffix == ".gguf":
-            tokenizer = load_gguf_tokenizer(path)
+            folder = conversion_folder(path)  # if it exists, it spares ten seconds of parsing
+            tokenizer = (
+                load_tokenizer(str(folder), source)
+                if folder.is_dir()
+                else load_gguf_tokenizer(path)
+            )
         else:
             tokenizer = load_tokenizer(str(path) if path.is_dir() else model, source)
     except Exception:  # transformers raises anything for a damaged file

@@ -26,7 +26,9 @@ from eaft.training.logits_check import check_logits
 from eaft.training.train import model_init_kwargs
 from eaft.training.trl_internals import create_model_from_path
 
-BATCH_TOKENS, GPU_BATCH_TOKENS = 2**12, 2**14  # of a batch, with padding
+# The most tokens of a batch, with padding. On a CPU small batches are faster: less padding, and
+# what a layer computes stays in the cache
+BATCH_TOKENS, GPU_BATCH_TOKENS = 2**10, 2**14
 
 
 @dataclass(frozen=True)
