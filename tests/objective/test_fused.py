@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from eaft import gated_cross_entropy, linear_gated_cross_entropy, token_statistics
 from eaft.errors import ConfigurationError
-from eaft.objective import fused, torch_backend
+from eaft.objective import fused, products, torch_backend
 from eaft.objective.chunk import Head, LogitTransform
 from eaft.objective.fused import Reference
 from eaft.objective.registry import GATES
@@ -650,14 +650,14 @@ def test_a_single_chunk_needs_no_float32_sum_of_the_heads_gradient(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sums_of_16_bit_products_are_not_rounded(dtype, monkeypatch):
-    monkeypatch.setattr(fused, "CAST_BUDGET", 100 * 4 * 70)  # in three blocks
+    monkeypatch.setattr(products, "CAST_BUDGET", 100 * 4 * 70)  # in three blocks
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((250, 70), (70, 33)))
     before = torch.backends.mkldnn.matmul.fp32_precision
-    once = fused.add_product(None, a, b, torch.float32)
+    once = products.add_product(None, a, b, torch.float32)
     truth = a.double() @ b.double()
     assert relative_error(once.double(), truth) < 4 * torch.finfo(torch.float32).eps
-    twice = fused.add_product(once.clone(), a, b, torch.float32)
+    twice = products.add_product(once.clone(), a, b, torch.float32)
     assert relative_error(twice.double(), 2 * truth) < 4 * torch.finfo(torch.float32).eps
     assert torch.backends.mkldnn.matmul.fp32_precision == before
 
@@ -667,7 +667,7 @@ def test_a_factor_is_not_rounded_to_the_gradients_dtype():
     factor = torch.tensor(1 / 3.01)
     expected = (gradient.double() * factor.double()).to(torch.bfloat16)
     assert not torch.equal(expected, gradient * factor.to(torch.bfloat16))
-    assert torch.equal(fused.scaled(gradient, factor, torch.bfloat16), expected)
+    assert torch.equal(products.scaled(gradient, factor, torch.bfloat16), expected)
 
 
 def test_a_backend_that_cannot_be_had_is_refused(monkeypatch):

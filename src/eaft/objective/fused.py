@@ -10,7 +10,6 @@ which is the specification.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from eaft.errors import ConfigurationError
 from eaft.objective.chunk import Backend, Head, LogitTransform
 from eaft.objective.gate_spec import BoundGate, bind_gate
 from eaft.objective.loss import example_ids_by_row, loss_terms
+from eaft.objective.products import Projector, add_product, scaled
 from eaft.objective.registry import Anchor, GateLike
 from eaft.objective.statistics import NO_CONTEXT, TokenContext, TokenStatistics, usable_top_k
 from eaft.objective.torch_backend import TorchBackend
@@ -37,8 +37,6 @@ from eaft.objective.vocabulary import WHOLE, Vocabulary, shard_vocabulary
 # rows if its logits would take more than a share of the memory
 CHUNK_ROWS, ROW_MULTIPLE = 8192, 256
 LOGITS_BUDGET, GPU_MEMORY_SHARE = 2**28, 16
-# Bytes of a block of rows that is cast for a product on a CPU
-CAST_BUDGET = 2**25
 
 
 @dataclass(frozen=True)
@@ -451,35 +449,6 @@ class GatedLinear(torch.autograd.Function):
         return *gradients, None
 
 
-class Projector:
-    """
-    hidden @ weight.T + bias, one chunk of tokens at a time, always in the same memory.
-    """
-
-    def __init__(
-        self,
-        hidden: Tensor,  # (labelled, hidden_size)
-        weight: Tensor,  # (vocab_size, hidden_size)
-        bias: Tensor | None,  # (vocab_size,)
-        dtype: torch.dtype,
-        size: int,  # of the largest chunk
-    ) -> None:
-        self.hidden, self.weight = hidden.to(dtype), weight.to(dtype)
-        self.bias = None if bias is None else bias.to(dtype)
-        # On a GPU every row starts at a multiple of 16 elements, for vector loads
-        width = 16 * math.ceil(len(weight) / 16) if weight.is_cuda else len(weight)
-        self.memory = torch.empty((size, width), dtype=dtype, device=weight.device)[
-            :, : len(weight)
-        ]
-
-    def __call__(self, rows: slice) -> Tensor:
-        """Return the projection of some rows, `[n, V]`."""
-        out = self.memory[: rows.stop - rows.start]
-        if self.bias is None:
-            return torch.mm(self.hidden[rows], self.weight.T, out=out)
-        return torch.addmm(self.bias, self.hidden[rows], self.weight.T, out=out)
-
-
 def blocks(projection: Tensor, rows: slice, backend: Backend) -> Iterator[tuple[slice, slice]]:
     """Yield the rows of each block: in the projection, and among all tokens."""
     size = backend.block_rows(projection)
@@ -540,69 +509,3 @@ def weigh_and_differentiate_(
         kl = None if divergence is None else divergence.kl
         losses.append(TokenLosses(scores.statistics, block_weights, kl))
     return TokenLosses.cat(losses)
-
-
-def add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """
-    Return total + a @ b in `dtype`; the total is overwritten. For None, return a @ b.
-
-    A float32 sum adds unrounded products. Rounding the product of each chunk first would bias it.
-    """
-    if a.dtype == dtype:
-        return torch.mm(a, b) if total is None else total.addmm_(a, b)
-    if a.is_cuda:
-        if total is None:
-            return torch.mm(a, b, out_dtype=dtype)
-        return torch.addmm(total, a, b, out_dtype=dtype, out=total)
-    # torch has no such product for a CPU: cast a few rows at a time
-    first = total is None
-    total = (
-        torch.empty((a.shape[0], b.shape[1]), dtype=dtype, device=a.device)
-        if total is None
-        else total
-    )
-    b = b.to(dtype)
-    size = max(1, CAST_BUDGET // (max(1, len(b)) * dtype.itemsize))
-    with bfloat16_products(a.dtype):
-        for some_total, some_a in zip(total.split(size), a.split(size), strict=True):
-            some_total.addmm_(some_a.to(dtype), b, beta=0 if first else 1)
-    return total
-
-
-@contextlib.contextmanager
-def bfloat16_products(dtype: torch.dtype) -> Iterator[None]:
-    """
-    Let oneDNN multiply float32 numbers as bfloat16, which is exact if they were cast from bfloat16.
-
-    Sums stay float32. If the processor has no bfloat16 product, nothing changes.
-    """
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = matmul.fp32_precision
-    if dtype == torch.bfloat16:
-        matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
-def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """
-    Return gradient * factor (a scalar) in `dtype`, in one pass. If the gradient has this dtype, it
-    is overwritten.
-    """
-    out = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
-    # With one dimension, the factor is not rounded to the gradient's dtype first: 1 / N in bfloat16
-    # would be wrong by up to 0.4% for all elements alike. A CPU casts into new memory, so it
-    # takes a few rows at a time
-    factor = factor.view(1)
-    size = (
-        len(gradient)
-        if gradient.is_cuda
-        else max(1, CAST_BUDGET // (4 * max(1, gradient[:1].numel())))
-    )
-    for some_gradient, some_out in zip(
-        gradient.split(max(1, size)), out.split(max(1, size)), strict=True
-    ):
-        torch.mul(some_gradient, factor, out=some_out)
-    return out
