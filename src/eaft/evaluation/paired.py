@@ -12,8 +12,9 @@ says how large it may be. Every interval's coverage is simulated in
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 from scipy import stats
@@ -194,26 +195,45 @@ def studentised(sums: np.ndarray, counts: np.ndarray | None) -> tuple[float, flo
     if np.ptp(s / c) <= 1e-12 * abs(mean):
         return mean, 0.0, np.empty(0)
     s = s - mean * c  # so that means below are differences from the mean
+    columns = np.stack([c, s, s**2, s * c, c**2], axis=1)
 
     def mean_and_error(drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        total = drawn @ c
-        means = drawn @ s / total
-        # Of sum((s - mean * c)^2), multiplied out
-        squares = drawn @ s**2 - 2 * means * (drawn @ (s * c)) + means**2 * (drawn @ c**2)
+        total, of_s, of_s2, of_sc, of_c2 = (drawn @ columns).T
+        means = of_s / total
+        squares = of_s2 - 2 * means * of_sc + means**2 * of_c2  # of sum((s - mean * c)^2)
         return means, np.sqrt(np.maximum(squares, 0) * n / (n - 1)) / total
 
-    error = float(mean_and_error(np.ones(n))[1])
-    rng, deviations = np.random.default_rng(0), []
-    batch = max(1, 2**20 // n)  # resamples at once: bounds the memory
-    for start in range(0, RESAMPLES, batch):
-        size = min(batch, RESAMPLES - start)
-        rows = rng.integers(0, n, (size, n)) + n * np.arange(size)[:, None]
-        means, errors = mean_and_error(
-            np.bincount(rows.ravel(), minlength=size * n).reshape(size, n)
-        )
+    error = float(mean_and_error(np.ones((1, n)))[1][0])
+    deviations = []
+    for drawn in resamples(n, RESAMPLES):
+        means, errors = mean_and_error(drawn)
         spread = errors > 1e-6 * error
         deviations.append(means[spread] / errors[spread])
     return mean, error, np.concatenate(deviations)
+
+
+def resamples(n: int, number: int) -> Iterable[np.ndarray]:
+    """
+    Return how often each of `n` items is in each of so many resamples (seeded), as float64
+    `[some, n]` at a time; few items' counts are kept for the next call.
+    """
+    return kept_resamples(n, number) if n * number <= 2**21 else draw_resamples(n, number)
+
+
+@functools.lru_cache(maxsize=4)
+def kept_resamples(n: int, number: int) -> list[np.ndarray]:
+    """Return `draw_resamples` as a list."""
+    return list(draw_resamples(n, number))
+
+
+def draw_resamples(n: int, number: int) -> Iterator[np.ndarray]:
+    """Yield the counts of `resamples`, as many at a time as fit 8 MiB."""
+    rng, batch = np.random.default_rng(0), max(1, 2**20 // n)
+    for start in range(0, number, batch):
+        size = min(batch, number - start)
+        rows = rng.integers(0, n, (size, n)) + n * np.arange(size)[:, None]
+        counts = np.bincount(rows.ravel(), minlength=size * n).reshape(size, n)
+        yield counts.astype(float)
 
 
 def mean_change(tasks: list[Change], scores: list[tuple[np.ndarray, np.ndarray]]) -> Change:
