@@ -4,14 +4,16 @@ Replayed tokens are held by the base model's kept probabilities; all other token
 
 import json
 import math
+import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import default_data_collator
+from transformers import AutoConfig, default_data_collator
 
 from eaft import EAFTConfig, EAFTTrainer, gated_cross_entropy
 from eaft.errors import ConfigurationError
@@ -20,10 +22,12 @@ from eaft.evaluation.drift import TopProbs
 from eaft.training import replay_kl
 from eaft.training.following import ReplayedTokens, mark, unmark
 from eaft.training.head import GatedLMHead
+from eaft.training.replay import ANSWER_TOKENS, count_replayed
 from eaft.training.run_folder import last_complete_checkpoint
 from tests.conftest import make_model, make_tokenizer
+from tests.processes import eaft, run_ranks
 from tests.training.test_objectives import LORA, SETTINGS, make_examples
-from tests.training.test_replay import CHAT, run, write
+from tests.training.test_replay import CHAT, SMALL, run, write
 from tests.training.test_trainer import DEFAULTS, assert_same_training, steps
 
 # The third is longer than the rows of `SETTINGS` may be
@@ -151,13 +155,20 @@ def test_accumulated_batches_are_one_batch(tmp_path):
     assert_same_training(one, parts, make_model())
 
 
-def test_a_run_begins_at_its_base_and_goes_on_as_it_began(tokenizer, tmp_path, capsys):
-    """As a user runs it: the first step's KL is that of a model from itself."""
-    model_dir = tmp_path / "model"
+@pytest.fixture(scope="module")
+def replayable(tokenizer, tmp_path_factory):
+    """A model whose answers end soon."""
+    model_dir = tmp_path_factory.mktemp("replayable")
     model = make_model()
-    model.generation_config.eos_token_id = list(range(2, 102))  # so that answers end soon
+    model.generation_config.eos_token_id = list(range(2, 102))
     model.save_pretrained(model_dir)
     tokenizer.save_pretrained(model_dir)
+    return model_dir
+
+
+def test_a_run_begins_at_its_base_and_goes_on_as_it_began(replayable, tmp_path, capsys):
+    """As a user runs it: the first step's KL is that of a model from itself."""
+    model_dir = replayable
     data, whole, broken = write(tmp_path / "rows.jsonl", CHAT), tmp_path / "a", tmp_path / "b"
     flags = ["--replay", "0.2", "--replay_loss", "kl", "--save_steps", 1, "--logging_steps", 1]
     flags += ["--learning_rate", "1e-2", "--per_device_train_batch_size", 20]
@@ -178,6 +189,44 @@ def test_a_run_begins_at_its_base_and_goes_on_as_it_began(tokenizer, tmp_path, c
     assert run(model_dir, data, broken, *flags, *resume) == 0
     a, b = (load_file(folder / "model.safetensors") for folder in (whole, broken))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_two_processes_equal_one(replayable, tmp_path, monkeypatch):
+    flags = ["--replay", "0.2", "--replay_loss", "kl", "--logging_steps", 1]
+    flags += ["--learning_rate", "1e-2", "--per_device_train_batch_size"]
+    data, one, two = write(tmp_path / "rows.jsonl", CHAT), tmp_path / "one", tmp_path / "two"
+    assert run(replayable, data, one, *flags, 10) == 0
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    given = ["--model_name_or_path", replayable, "--dataset_name", data, "--output_dir", two]
+    run_ranks(eaft, "train", *SMALL, *given, *flags, 5)
+    logs = [
+        [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        for out in (one, two)
+    ]
+    for name in ("replay_kl", "nll", "loss", "grad_norm"):
+        assert steps_of(logs[1], name) == pytest.approx(steps_of(logs[0], name), rel=1e-4, abs=1e-6)
+    assert max(steps_of(logs[0], "replay_kl")) > 1e-3
+    a, b = (load_file(folder / "model.safetensors") for folder in (one, two))
+    for name, weight in a.items():
+        torch.testing.assert_close(b[name], weight, rtol=1e-4, atol=1e-5)
+
+
+def steps_of(log, name):
+    return [line[name] for line in log if name in line]
+
+
+def test_dry_run_says_how_large_the_probabilities_may_be(replayable, tmp_path, capsys):
+    """As large as the file for answers of the longest that ends."""
+    data = write(tmp_path / "rows.jsonl", CHAT)
+    flags = ["--replay", "0.2", "--replay_loss", "kl", "--dry_run"]
+    assert run(replayable, data, tmp_path / "out", *flags) == 0
+    rows = count_replayed(len(CHAT), SimpleNamespace(replay=0.2))
+    size = AutoConfig.from_pretrained(replayable).vocab_size
+    probs = TopProbs.of(torch.zeros(rows * (ANSWER_TOKENS - 1), size))
+    replay_kl.save_probs(probs, tmp_path)
+    expected = (tmp_path / replay_kl.PROBS_FILE).stat().st_size / 2**30
+    said = float(re.search(r"Disk +up to (\S+) GiB", capsys.readouterr().out).group(1))
+    assert said == pytest.approx(expected, rel=0.05)
 
 
 def test_what_does_not_go_together_is_refused(tmp_path):

@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, get_peft_config
 
 from eaft.errors import ConfigurationError, first_line
+from eaft.evaluation.drift import TOP
 from eaft.evaluation.suite import load_suites
 from eaft.models import resolve_model
 from eaft.objective.fused import GPU_MEMORY_SHARE, chunk_rows
@@ -32,7 +33,7 @@ from eaft.objective.registry import get_gate
 from eaft.training.config import EAFTConfig, emulates_bf16
 from eaft.training.forgetting import general_suite
 from eaft.training.prepare import narrow_trainer
-from eaft.training.replay import count_replayed
+from eaft.training.replay import ANSWER_TOKENS, count_replayed
 
 GIB = 2**30
 # The memory that a program can use (GiB) and the peak dense bf16 rate (FLOP/s): about what NVIDIA's
@@ -126,6 +127,14 @@ def plan(
             if args.replay
             else ""
         ),
+        *(
+            [
+                f"Disk         up to {probs_gib(len(train_dataset), args, config):.2g} GiB for the"
+                " base model's probabilities of the replayed answers"
+            ]
+            if args.replay_loss == "kl"
+            else []
+        ),
         (
             f"Steps        {steps:,} of {batch} rows ({args.per_device_train_batch_size} x"
             f" {args.gradient_accumulation_steps} x {launch.processes} processes), {trained:,.0f}"
@@ -184,6 +193,16 @@ def plan(
         ]
         rows += ["gradient_checkpointing, fsdp_offload_params, or LoRA (use_peft)."]
     return "\n".join(rows)
+
+
+def probs_gib(rows: int, args: EAFTConfig, config: Any) -> float:
+    """
+    Return how large the probabilities of replayed answers are at most, beside so many rows of data:
+    `TopProbs` of answers as long as they may be.
+    """
+    tokens = count_replayed(rows, args) * (ANSWER_TOKENS - 1)  # a longer one did not end
+    kept = min(TOP, config.get_text_config().vocab_size)
+    return tokens * 4 * (2 * kept + 1) / 2**30  # int32 ids, float32 log-probabilities and rest
 
 
 def this_machine(args: EAFTConfig) -> tuple[str, float, float]:
