@@ -192,8 +192,13 @@ def write_member(
     Family(model, base, options).put(checkpoint, share)
     model.save_pretrained(folder)
     shutil.copy2(checkpoint / "config.json", folder / "config.json")
-    if saved_files(checkpoint).keys() != saved_files(folder).keys():
-        missing = sorted(saved_files(checkpoint).keys() ^ saved_files(folder).keys())
+    # FSDP2 saves a tied tensor under each of its names
+    first = {name: names[0] for names, _ in tensors(model) for name in names}
+    ours, theirs = (
+        {first.get(name, name) for name in saved_files(place)} for place in (folder, checkpoint)
+    )
+    if ours != theirs:
+        missing = sorted(ours ^ theirs)
         raise ConfigurationError(
             f"{checkpoint} holds tensors that AutoModelForCausalLM does not load ({missing[0]}), so"
             " that it cannot be interpolated whole. Train an adapter (--use_peft)."
