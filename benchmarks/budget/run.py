@@ -27,7 +27,8 @@ from eaft.evaluation.protocol import PROMPTS, Protocol
 from eaft.models import resolve_model
 from eaft.provenance import environment, write_json
 from eaft.training.apart import checkpoints, finished, parse_flags, run_train
-from eaft.training.held_out import Row, load_rows, prepare
+from eaft.training.data import load_rows
+from eaft.training.held_out import Row, prepare
 from eaft.tuning.measure import Kept, LoadedFamily, Part
 from eaft.tuning.plan import SCREENING_FILE
 from eaft.tuning.points import Member, Point

@@ -21,6 +21,7 @@ from eaft.evaluation.measured_model import MeasuredModel
 from eaft.evaluation.protocol import Protocol
 from eaft.training import held_out
 from eaft.training.apart import parse_flags
+from eaft.training.data import load_rows
 from tests.conftest import CHAT_TEMPLATE, make_model
 
 WORDS = ["Paris", "London", "Rome", "Berlin"]
@@ -171,7 +172,7 @@ def test_nll_is_what_trls_own_trainer_evaluates(name, folder, measured, monkeypa
     if chat_template is not None:
         Path("chat_template.jinja").write_text(chat_template)
     field = settings.get("dataset_text_field", "text")
-    loaded = held_out.load_rows(flags["dataset_name"], field, "held_out")
+    loaded = load_rows(flags["dataset_name"], field, "held_out")
     found = held_out.prepare(loaded, parse_flags(flags), str(folder), "held_out")
     sums, counts = measured.nll([row for row in found if row["input_ids"]])
 

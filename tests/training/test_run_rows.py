@@ -8,7 +8,8 @@ from eaft import cli
 from eaft.errors import ConfigurationError
 from eaft.provenance import write_json
 from eaft.training.apart import parse_flags
-from eaft.training.held_out import load_rows, prepare
+from eaft.training.data import load_rows
+from eaft.training.held_out import prepare
 from eaft.training.run_folder import RUN_FILE, changed_arguments
 from eaft.training.run_rows import read_rows
 from tests.conftest import make_rows

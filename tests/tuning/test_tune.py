@@ -20,6 +20,8 @@ from eaft.tuning import tune as tune_module
 from eaft.tuning.results import TuneResults
 from tests.conftest import make_rows
 from tests.evaluation.test_evaluate import task_path  # noqa: F401 - a fixture
+from tests.training import fsdp_on_cpu
+from tests.training.test_distributed import FSDP2, launch
 
 HOSTILE = "<script>alert(1)</script>"
 
@@ -152,6 +154,10 @@ def test_the_first_candidate_that_passes_is_returned(tuned):
     for p in results.screened:
         assert p.nll_change == pytest.approx(p.nll - results.base_nll_screening)
         assert p.nll_low < p.nll_change < p.nll_high < 0 < p.drift_low < p.drift < p.drift_high
+    lines = map(json.loads, (tuned / "work" / "run" / "metrics.jsonl").read_text().splitlines())
+    watched = {line["step"]: line["eval_nll"] for line in lines if "eval_nll" in line}
+    assert watched == {s: pytest.approx(screened[s, 1].nll, rel=1e-5) for s in (2, 4, 6, 8)}
+    assert results.stopped_early is None  # each checkpoint was better than those before
     best = min(results.screened, key=lambda p: p.nll)
     assert (results.unconstrained.step, results.unconstrained.share) == (best.step, best.share)
     returned = screened[results.chosen.step, results.chosen.share]
@@ -179,9 +185,15 @@ def test_again_changes_nothing_and_other_settings_are_refused(tuned, model_dir, 
 def test_no_model_within_the_budget(model_dir, inputs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tune_module, "run_train", train_here)
     out = tmp_path / "none"
-    assert cli.main(flags_of(model_dir, inputs, out, "--strict", drift="1e-9")) == 3
-    assert "No model within the budget (a drift of 1e-09 nats per token)" in capsys.readouterr().out
+    wild = ["--learning_rate", "1", "--early_stopping_patience", "1"]
+    assert cli.main(flags_of(model_dir, inputs, out, "--strict", *wild, drift="1e-9")) == 3
+    said = capsys.readouterr().out
+    assert "No model within the budget (a drift of 1e-09 nats per token)" in said
     results = results_of(out)
+    assert results.stopped_early.startswith("Training stopped early, after 6 of 8 steps")
+    assert results.stopped_early in said
+    assert results.stopped_early in (out / "report.html").read_text()
+    assert {point.step for point in results.screened} == {2, 4, 6}
     assert (results.status, results.chosen, results.before_after) == ("none", None, [])
     assert not list(out.glob("**/*.safetensors"))
     assert "No model within the budget" in (out / "report.html").read_text()
@@ -204,6 +216,39 @@ def test_lora_and_held_out_rows_of_a_file(model_dir, inputs, tmp_path, monkeypat
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir), out)
     assert drift_of(out, model_dir, inputs) == pytest.approx(results.chosen.drift, rel=1e-4)
     assert np.isfinite([p.nll for p in results.screened]).all()
+
+
+def test_training_in_two_processes_under_fsdp2_gives_the_same_folder(
+    tuned, model_dir, inputs, tmp_path, monkeypatch
+):
+    """As `eaft train` starts them: with `--accelerate_config`, or one on each GPU."""
+    whole = {**FSDP2["fsdp_config"], "fsdp_state_dict_type": "FULL_STATE_DICT"}
+    config = {**FSDP2, "fsdp_config": whole}
+
+    def train_launched(arguments, folder):
+        launch(tmp_path, config, fsdp_on_cpu.main, "train", *arguments)
+        return 0
+
+    monkeypatch.setattr(tune_module, "run_train", train_launched)
+    out, batch = tmp_path / "two", ["--per_device_train_batch_size", 4]
+    assert cli.main(flags_of(model_dir, inputs, out, "--keep_checkpoints", *batch)) == 0
+    one, two = results_of(tuned), results_of(out)
+    assert {p.step for p in two.screened if p.share == 1} == {2, 4, 6, 8}
+    for name in ("nll", "drift"):
+        ends = [{p.step: getattr(p, name) for p in r.screened if p.share == 1} for r in (one, two)]
+        assert ends[1] == pytest.approx(ends[0], rel=1e-3)
+    assert two.chosen.step == one.chosen.step
+    assert two.chosen.share == pytest.approx(one.chosen.share, abs=0.01)
+    assert {path.name for path in out.iterdir()} == {path.name for path in tuned.iterdir()}
+    assert drift_of(out, model_dir, inputs) == pytest.approx(two.chosen.drift, rel=1e-4)
+
+
+def test_a_launcher_is_told_to_go_into_the_flags(model_dir, inputs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(flags_of(model_dir, inputs, tmp_path / "out")) == 2
+    said = capsys.readouterr().err
+    assert "start it without a launcher, and give it the launcher's flags" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_drop_of_tasks_is_the_budget(model_dir, inputs, tmp_path, task_path, monkeypatch):  # noqa: F811

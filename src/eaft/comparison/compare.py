@@ -44,7 +44,8 @@ from eaft.models import context_length, noted_date, template_date, template_toda
 from eaft.processes import locked
 from eaft.text import VisibleRecord, visible
 from eaft.training.apart import end_with_parent, parse_flags
-from eaft.training.held_out import Row, check_fit, check_number, load_rows, prepare
+from eaft.training.data import load_rows
+from eaft.training.held_out import Row, check_fit, check_number, prepare
 
 logger = logging.getLogger(__name__)
 OURS = {"made_by": "eaft compare"}  # in the mark of an output folder

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 from datasets import Dataset
 from pydantic import ConfigDict, Field, with_config
+from trl import get_peft_config
 
 from eaft.errors import ConfigurationError, nearest
 from eaft.evaluation.drift import read_prompts
@@ -24,8 +25,9 @@ from eaft.files import Count, Positive, Seed, Text, check, read_yaml
 from eaft.models import resolve_model
 from eaft.provenance import versions
 from eaft.training.apart import TRAINS, file_digest, local_files, parse_flags
-from eaft.training.data import load_data
-from eaft.training.held_out import check_apart, load_rows
+from eaft.training.data import load_data, load_rows
+from eaft.training.family import check_adapter
+from eaft.training.held_out import check_apart
 from eaft.training.template_checks import check_templates, told
 from eaft.training.train import check_model
 
@@ -45,6 +47,7 @@ class EvaluateConfig(Protocol):
     general_prompts: Text = str(PROMPTS)
     target_prompts: Text | None = None
     held_out: Text | None = None
+    interpolations: list[Annotated[float, Field(gt=0, lt=1)]] = field(default_factory=list)
     include_path: Text | None = None
     data_dir: Text | None = None
     limit: Count | None = None
@@ -194,6 +197,11 @@ def check_fields(recipe: Recipe, path: str) -> None:
                 f"{path}: several learning_rates need evaluate.held_out, rows that choose among"
                 " them and are neither trained on nor scored."
             )
+    if recipe.evaluate.interpolations and recipe.evaluate.held_out is None:
+        raise ConfigurationError(
+            f"{path}: evaluate: interpolations={recipe.evaluate.interpolations}: they are compared"
+            " at equal held-out nll: give held_out, or leave interpolations out."
+        )
     if not recipe.evaluate.target_tasks and recipe.evaluate.held_out is None:
         raise ConfigurationError(
             f"{path}: evaluate: nothing says what is learned: give held_out, target_tasks, or both."
@@ -267,7 +275,7 @@ def plan_runs(recipe: Recipe, model_identity: Any) -> list[Run]:
                 if (
                     key := json.dumps([own, rate, flags.get("dataset_name")], default=str)
                 ) not in seen:
-                    warnings.add(check_training(flags, recipe.evaluate.held_out))
+                    warnings.add(check_training(flags, recipe.evaluate))
                     seen.add(key)
                 identity = json.loads(json.dumps(identity, default=str))
                 runs.append(Run(objective, seed, rate, Path(flags["output_dir"]), flags, identity))
@@ -280,7 +288,7 @@ def of_seed(value: Any, seed: int) -> Any:
     return value.replace("{seed}", str(seed)) if isinstance(value, str) else value
 
 
-def check_training(flags: dict[str, Any], held_out: str | None) -> str:
+def check_training(flags: dict[str, Any], evaluate: EvaluateConfig) -> str:
     """
     Check one run's flags and data; return what its chat template makes of the data, as lines.
 
@@ -293,7 +301,9 @@ def check_training(flags: dict[str, Any], held_out: str | None) -> str:
     train, _ = load_data(*configs)
     _, args, model_args, _ = configs
     text = args.dataset_text_field
-    rows = load_rows(held_out, text, HELD_OUT) if held_out is not None else None
+    rows = load_rows(evaluate.held_out, text, HELD_OUT) if evaluate.held_out is not None else None
+    if evaluate.interpolations and (peft := get_peft_config(model_args)) is not None:
+        check_adapter(peft.to_dict())
     template_facts = check_templates({"train": train, HELD_OUT: rows}, args, model_args)
     if rows is not None and isinstance(train, Dataset):
         check_apart(rows, train, text, HELD_OUT)

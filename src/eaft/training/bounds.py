@@ -62,6 +62,7 @@ TRAINING: dict[str, Any] = {
     "gate_top_k": StrictInt,
     "replay": Share,
     "replay_loss": Literal["nll", "kl"],
+    "early_stopping_patience": NotNegative,
     "forgetting_eval_steps": NotNegative,
     "forgetting_budget": FiniteNotNegative | None,
 }

@@ -46,6 +46,11 @@ class EAFTConfig(EAFTFlags, SFTConfig):
         replay_loss: the loss on replayed answers: `nll`, as on the data, or `kl`, KL(base || model)
             at each position, without a gate (see `eaft.training.replay_kl`).
         replay_prompts: JSON Lines with a `prompt`: the requests that the base model answers.
+        held_out: a file of rows to evaluate on. Only `eaft train` reads it; a trainer in your own
+            code takes `eval_dataset`.
+        early_stopping_patience: training stops once so many evaluations in a row have had no lower
+            nll than the best before (0: never). It needs evaluations: without an `eval_strategy`
+            they are made where checkpoints are saved.
         template_date: the date in chat templates that write today's date, as 2026-11-29. `eaft
             train` records it, so that a resumed run has the same date.
         forgetting_eval_steps: measure drift and the suites every N steps (0: never); see
@@ -62,7 +67,8 @@ class EAFTConfig(EAFTFlags, SFTConfig):
 
     Raises:
         ConfigurationError: unknown gate, a parameter it does not take or refuses, `gate_top_k` < 2,
-            a `replay` that is no share, `replay_loss='kl'` without `replay`, a TRL option with a
+            a `replay` that is no share, `replay_loss='kl'` without `replay`, `held_out` without
+            evaluations, a TRL option with a
             loss of its own (`loss_type`, `label_smoothing_factor`) that no gate would reach, or
             incomplete settings of `select_checkpoint`.
     """
@@ -90,6 +96,19 @@ class EAFTConfig(EAFTFlags, SFTConfig):
             raise ConfigurationError(
                 "replay_loss='kl' is the loss on replayed answers, and replay=0 asks for none: set"
                 " replay, e.g. to 0.1, or leave replay_loss out."
+            )
+        given = self.__dict__
+        if self.early_stopping_patience and given["eval_strategy"] == "no":
+            if given["save_strategy"] not in ("steps", "epoch"):
+                raise ConfigurationError(
+                    f"early_stopping_patience={self.early_stopping_patience} needs evaluations: set"
+                    " eval_strategy to steps or epoch."
+                )
+            given.update(eval_strategy=given["save_strategy"], eval_steps=given["save_steps"])
+        if self.held_out is not None and given["eval_strategy"] == "no":
+            raise ConfigurationError(
+                f"held_out={self.held_out!r} is never evaluated on: set eval_strategy to steps or"
+                " epoch, or early_stopping_patience."
             )
         if self.template_date is not None:
             self.template_date = read_date(str(self.template_date)).isoformat()  # YAML reads a date

@@ -41,6 +41,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_dataset
 from eaft.errors import ConfigurationError, first_line
 from eaft.evaluation.launch import processes
 from eaft.training.config import EAFTConfig
+from eaft.training.held_out import check_apart
 from eaft.training.replay import check_replay
 from eaft.training.row_checks import check_rows
 from eaft.training.template_checks import check_templates, told
@@ -427,6 +428,25 @@ def select_split(splits: DatasetDict, split: str, flag: str, text_field: str) ->
     return dataset
 
 
+def load_rows(path: str, text_field: str, where: str) -> Dataset:
+    """
+    Return the rows of a file, in any form that training takes.
+
+    Raises:
+        ConfigurationError: there is no such file, it cannot be read, or its rows have none of the
+            forms.
+    """
+    if not Path(path).expanduser().is_file():
+        raise ConfigurationError(f"{where}: {path}: there is no such file.")
+    try:
+        splits = load_splits(
+            ScriptArguments(dataset_name=str(Path(path).resolve())), DatasetMixtureConfig()
+        )
+        return select_split(splits, "train", "dataset_train_split", text_field)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{where}: {error}") from error
+
+
 def row_digest(row: dict[str, Any]) -> str:
     """
     Return a digest of a row's content, 16 hexadecimal digits of a SHA-256. It identifies
@@ -464,7 +484,7 @@ def load_data(
         )
     splits = load_splits(script_args, dataset_args)
     names = [(script_args.dataset_train_split, "dataset_train_split")]
-    if args.eval_strategy != "no":
+    if args.eval_strategy != "no" and args.held_out is None:
         names.append((script_args.dataset_test_split, "dataset_test_split"))
     train, *evaluation = [
         select_split(splits, split, flag, args.dataset_text_field) for split, flag in names
@@ -473,6 +493,10 @@ def load_data(
         train = exclude_rows(train, args.exclude_examples)
     if args.replay:
         check_replay(train, args)
+    if args.held_out is not None:
+        evaluation = [load_rows(args.held_out, args.dataset_text_field, "held_out")]
+        if isinstance(train, Dataset):  # a stream is read once
+            check_apart(evaluation[0], train, args.dataset_text_field, "held_out")
     return train, evaluation[0] if evaluation else None
 
 
@@ -489,8 +513,10 @@ def check_data(
     Raises:
         ConfigurationError: the chat template raises on a row.
     """
-    names = {"dataset_train_split": train_dataset, "dataset_test_split": eval_dataset}
-    rows = {f"{flag}={getattr(script_args, flag)!r}": data for flag, data in names.items()}
+    test = "held_out" if args.held_out is not None else "dataset_test_split"
+    names = {"dataset_train_split": train_dataset, test: eval_dataset}
+    flags = {**vars(script_args), "held_out": args.held_out}
+    rows = {f"{flag}={flags[flag]!r}": data for flag, data in names.items()}
     findings = check_templates(rows, args, model_args)
     if processes().is_main_process:
         print(told(findings), end="", file=sys.stderr)

@@ -67,6 +67,25 @@ class EAFTFlags(GateFields):
         },
     )
 
+    held_out: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "A file of rows to evaluate on, in any form that training takes, instead of"
+                " --dataset_test_split."
+            )
+        },
+    )
+    early_stopping_patience: int = field(
+        default=0,
+        metadata={
+            "help": (
+                "Stop once so many evaluations in a row have had no lower nll than the best before;"
+                " 0: never. Evaluates where it saves, if eval_strategy is not given."
+            )
+        },
+    )
+
     template_date: str | None = field(
         default=None,
         metadata={

@@ -8,41 +8,19 @@ In all functions `where` is the user's name for the rows; each error begins with
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from transformers import AutoConfig
-from trl import DatasetMixtureConfig, ScriptArguments
 
 from eaft.errors import ConfigurationError
 from eaft.evaluation.drift import prompt_of
 from eaft.evaluation.model_settings import load_tokenizer
-from eaft.training.data import load_splits, select_split
 from eaft.training.prepare import prepare_rows
 from eaft.training.templates import without_nulls
 from eaft.training.trl_internals import maybe_convert_to_chatml
 
 Row = dict[str, list[int]]  # `input_ids` and `labels`; -100 is no label
-
-
-def load_rows(path: str, text_field: str, where: str) -> Dataset:
-    """
-    Return the rows of a file, in any form that training takes.
-
-    Raises:
-        ConfigurationError: there is no such file, it cannot be read, or its rows have none of the
-            forms.
-    """
-    if not Path(path).expanduser().is_file():
-        raise ConfigurationError(f"{where}: {path}: there is no such file.")
-    try:
-        splits = load_splits(
-            ScriptArguments(dataset_name=str(Path(path).resolve())), DatasetMixtureConfig()
-        )
-        return select_split(splits, "train", "dataset_train_split", text_field)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"{where}: {error}") from error
 
 
 def check_number(where: str, rows: int) -> None:

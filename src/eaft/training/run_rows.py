@@ -23,8 +23,8 @@ from eaft.evaluation.model_settings import load_tokenizer
 from eaft.files import read_json
 from eaft.models import context_length, find_model, template_date, template_today
 from eaft.training.config import EAFTConfig
-from eaft.training.data import load_data
-from eaft.training.held_out import check_apart, check_fit, check_number, load_rows, prepare
+from eaft.training.data import load_data, load_rows
+from eaft.training.held_out import check_apart, check_fit, check_number, prepare
 from eaft.training.run_folder import RUN_FILE, TUNED_RUN, RunRecord
 from eaft.training.template_checks import check_templates
 from eaft.training.templates import without_nulls

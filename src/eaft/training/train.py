@@ -34,6 +34,7 @@ from eaft.provenance import environment, peak_memory_gib, write_json
 from eaft.text import visible
 from eaft.training.config import EAFTConfig
 from eaft.training.data import check_data, load_data
+from eaft.training.early_stopping import stopped_early
 from eaft.training.plan import plan
 from eaft.training.replay import replayed_rows
 from eaft.training.row_checks import check_ids
@@ -183,17 +184,24 @@ def fit(
             "tokens_per_s": trainer._total_train_tokens / runtime,
             "peak_memory_gib": peak_memory_gib(),
         }
+        if stopped := stopped_early(trainer.state, args.early_stopping_patience):
+            run["result"]["stopped_early"] = stopped
         write_json(output_dir / RUN_FILE, {**run, "finished": True})
         if STARTED not in os.environ:  # else `eaft tune` or `compare` says what comes next
             model = str(model_args.model_name_or_path)
-            print(visible(farewell(trainer.state, runtime, model, output_dir)))
+            print(visible(farewell(trainer.state, runtime, model, output_dir, stopped)))
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.accelerator.end_training()  # `Trainer.end` is this, and new in transformers 5.18
 
 
-def farewell(state: Any, seconds: float, model: str, folder: Path) -> str:
-    """Return the last message: what was trained, what was written, and what to do next."""
+def farewell(state: Any, seconds: float, model: str, folder: Path, stopped: str | None) -> str:
+    """
+    Return the last message: what was trained, what was written, and what to do next.
+
+    Args:
+        stopped: why training ended early, if it did.
+    """
     logged = [log["nll"] for log in state.log_history if "nll" in log]
     nll = ""
     if logged:
@@ -201,6 +209,7 @@ def farewell(state: Any, seconds: float, model: str, folder: Path) -> str:
     checkpoints = len(list(folder.glob("checkpoint-*")))
     return (
         f"\nTrained {state.global_step:,} steps ({state.epoch:.3g} epochs) in {seconds:.0f} s.{nll}"
+        f"{f' {stopped}' if stopped else ''}"
         f"\n\nWritten to {folder}: the model, README.md (its card), {METRICS_FILE}, {RUN_FILE};"
         f" checkpoints: {checkpoints}. Next, see what was gained and forgotten: eaft eval {folder}"
         f" --base {model} --held_out ROWS.jsonl"

@@ -20,6 +20,7 @@ from trl import SFTTrainer
 
 from eaft.errors import ConfigurationError
 from eaft.training.config import eaft_config
+from eaft.training.early_stopping import EarlyStopping
 from eaft.training.following import (
     FOLLOWED,
     ExampleCollator,
@@ -183,6 +184,13 @@ class EAFTTrainer(SFTTrainer):
                 sharded["answers"] = answers_before_sharding(model, self.processing_class, args)
                 sharded["wrapped"] = lambda: self.model_wrapped
             self.add_callback(ForgettingEval(args, self.log, **sharded))
+        if args.early_stopping_patience:
+            if isinstance(eval_dataset, dict):
+                raise ConfigurationError(
+                    "early_stopping_patience goes by the nll of one evaluation set, and"
+                    f" eval_dataset has {len(eval_dataset)} ({', '.join(eval_dataset)}): pass one."
+                )
+            self.add_callback(EarlyStopping(args.early_stopping_patience))
 
     def _check_examples_can_be_followed(self) -> None:
         """Refuse set-ups that lose a token's example on its way to the gate."""

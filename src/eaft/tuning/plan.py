@@ -14,6 +14,7 @@ from typing import Any
 from accelerate.state import AcceleratorState
 from datasets import Dataset
 from pydantic import ConfigDict, with_config
+from transformers.trainer_utils import IntervalStrategy
 from trl import get_peft_config
 from typing_extensions import TypedDict
 
@@ -35,15 +36,16 @@ from eaft.training.apart import (
     local_files,
 )
 from eaft.training.arguments import parse
-from eaft.training.data import check_data, load_data, row_digest, rows_digest
+from eaft.training.data import check_data, load_data, load_rows, row_digest, rows_digest
 from eaft.training.family import check_adapter
-from eaft.training.held_out import Row, check_fit, load_rows, prepare
+from eaft.training.held_out import Row, check_fit, prepare
 from eaft.training.run_folder import TUNED_RUN
 from eaft.tuning.rows import hold_out, split_held_out
 
 MARK = "tune.json"  # what a folder holds, finished or not
 WORK, RUN = TUNED_RUN.parts  # a folder of the run and of what was measured; the run
 EXCLUDED = "held_out_rows.jsonl"
+WATCHED = "screening_rows.jsonl"  # whose nll stops training
 WAY = "delete this folder, or choose another --output_dir."
 SCREENING_FILE = Path(__file__).with_name("screening_prompts.jsonl")
 # The recipe, where the user's flags and YAML say nothing else. Plain SFT: on what we measured,
@@ -54,6 +56,9 @@ DEFAULTS: dict[str, Any] = {
     "save_steps": 0.25,  # of all steps: four checkpoints
     "logging_steps": 10,
 }
+# Checkpoints in a row without a lower held-out nll after which training stops. The budget stops
+# nothing: a checkpoint over it, interpolated back, has often learned most (docs/tuning.md)
+PATIENCE = 2
 # Flags of `eaft train` that do not go with this command, and why
 NOT_HERE = {
     "save_only_model": "a run that is killed could not go on",
@@ -63,6 +68,7 @@ NOT_HERE = {
     "forgetting_budget": "the budget is --max_drift",
     "push_to_hub": "it would push the run's last checkpoint, not the chosen model",
     "save_total_limit": "every checkpoint is a candidate",
+    "held_out": "in a recipe it is of eaft train; eaft tune has a flag of this name",
 }
 FREE = ("output_dir", "keep_checkpoints")  # settings that change no result
 
@@ -125,6 +131,7 @@ class Plan:
         options: of the base model, as `from_pretrained` takes them.
         excluded: rows of the data that are not trained on, as `exclude_rows` reads them.
         held_out: raw rows of screening and confirmation; `rows`: as training prepares them.
+        watched: whether the nll of screening's rows may stop training.
         prompts: of screening and confirmation.
         benchmarks: the tasks of --max_drop.
         training_rows, left_out: see `Data`.
@@ -137,6 +144,7 @@ class Plan:
     options: dict[str, Any]
     excluded: list[dict[str, Any]]
     held_out: list[Dataset]
+    watched: bool
     rows: list[list[Row]]
     prompts: list[list[Any]]
     benchmarks: dict[str, Benchmark]
@@ -189,6 +197,9 @@ def make_plan(settings: Settings, train_flags: list[str], day: str) -> Plan:
         path = train_flags[train_flags.index("--config") + 1]
         given |= read_yaml(path, f"--config {path}").keys()
     arguments = [*train_flags]
+    own = bool(given & {"eval_strategy", "dataset_test_split"})  # evaluations of the user's own
+    if not own and "early_stopping_patience" not in given:
+        arguments += ["--early_stopping_patience", str(PATIENCE)]
     for name, value in DEFAULTS.items():
         if name not in given:
             arguments += [f"--{name}", str(value)]
@@ -196,6 +207,9 @@ def make_plan(settings: Settings, train_flags: list[str], day: str) -> Plan:
     (*configs, dry), _, _ = parse(arguments)
     script_args, args, model_args, dataset_args = configs
     check_train_flags(args, model_args, dry, given)
+    watched = args.early_stopping_patience > 0 and not own
+    if watched:
+        args.eval_strategy = IntervalStrategy.NO  # here; training evaluates on screening's rows
     data, _ = load_data(*configs)
     if not isinstance(data, Dataset):
         raise ConfigurationError("DATA is a stream: leave --dataset_streaming out.")
@@ -250,6 +264,8 @@ def make_plan(settings: Settings, train_flags: list[str], day: str) -> Plan:
     arguments += ["--model_name_or_path", model, "--template_date", day]
     if excluded:
         arguments += ["--exclude_examples", str(folder / WORK / EXCLUDED)]
+    if watched:
+        arguments += ["--held_out", str(folder / WORK / WATCHED)]
     # Parsing the flags of training has set up its processes; measuring has its own
     AcceleratorState._reset_state(reset_partial_state=True)
     flags = {name: getattr(args, name) for name in ("gate", "replay_prompts", "chat_template_path")}
@@ -277,6 +293,7 @@ def make_plan(settings: Settings, train_flags: list[str], day: str) -> Plan:
         options=options,
         excluded=excluded,
         held_out=held_out,
+        watched=watched,
         rows=prepared,
         prompts=prompts,
         benchmarks=benchmarks,

@@ -203,5 +203,7 @@ class TuneResults:
     """Worst first; empty without a model."""
     flags: list[str]
     """What `eaft train` was given."""
+    stopped_early: str | None = field(default=None, metadata=ABSENT)
+    """Why training ended before its last step, as a sentence; null if it did not."""
     environment: dict[str, Any]
     """Versions, commit and machine."""

@@ -27,13 +27,14 @@ from eaft.training.apart import (
 )
 from eaft.training.family import saved_files, write_member
 from eaft.training.replay_kl import PROBS_FOLDER
-from eaft.training.run_folder import last_complete_checkpoint
+from eaft.training.run_folder import RunRecord, last_complete_checkpoint
 from eaft.tuning.confirm import confirm, judge_task, typical_margin
 from eaft.tuning.measure import Kept, LoadedFamily, Part, TaskChanges
 from eaft.tuning.plan import (
     EXCLUDED,
     MARK,
     RUN,
+    WATCHED,
     WAY,
     WORK,
     Plan,
@@ -99,7 +100,9 @@ def run(plan: Plan, settings: Settings, folder: Path) -> TuneResults:
     work = folder / WORK
     work.mkdir(exist_ok=True)
     introduce(plan, settings)
-    train(plan, work)
+    stopped = train(plan, work)["result"].get("stopped_early")
+    if stopped:
+        say(stopped)
     members = [
         checkpoint
         for checkpoint in checkpoints(work / RUN)
@@ -170,6 +173,7 @@ def run(plan: Plan, settings: Settings, folder: Path) -> TuneResults:
         screened=[screened(point, screening.base_nll) for point in search.points],
         unconstrained=unconstrained(search, chosen),
         before_after=before_after(plan, family, chosen),
+        stopped_early=stopped,
         most_drifted=most_drifted(kept, chosen, texts, confirmation, base.tokenizer),
         flags=plan.arguments,
         environment=environment(),
@@ -203,20 +207,23 @@ def introduce(plan: Plan, settings: Settings) -> None:
     )
 
 
-def train(plan: Plan, work: Path) -> None:
+def train(plan: Plan, work: Path) -> RunRecord:
     """
-    Train the run to its end, unless it has been.
+    Train the run to its end, unless it has been, and return its record.
 
     Raises:
         EAFTError: it failed; its message is in the output.
     """
     folder = work / RUN
-    if finished(folder):
-        return
+    if record := finished(folder):
+        return record
     if plan.excluded:
         staging = work / f"{EXCLUDED}.tmp"
         staging.write_text("".join(json.dumps(row) + "\n" for row in plan.excluded))
         os.replace(staging, work / EXCLUDED)
+    if plan.watched:
+        lines = [json.dumps(row, default=str) + "\n" for row in plan.held_out[0]]
+        (work / WATCHED).write_text("".join(lines))
     checkpoint = last_complete_checkpoint(folder) if folder.is_dir() else None
     say("Training" + (f" from {checkpoint}" if checkpoint else ""))
     code = run_train([*plan.arguments, "--resume_from_checkpoint", "true"], folder)
@@ -227,6 +234,9 @@ def train(plan: Plan, work: Path) -> None:
     for pattern in ("optimizer*", "scheduler*", "rng_state*", "scaler*"):
         for file in folder.glob(f"checkpoint-*/{pattern}"):
             file.unlink()  # only a run that goes on needs them
+    record = finished(folder)
+    assert record is not None
+    return record
 
 
 class Timed:
