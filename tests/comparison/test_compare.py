@@ -30,6 +30,7 @@ from eaft.files import read_json
 from eaft.models import template_today
 from eaft.processes import locked
 from eaft.training import apart
+from eaft.training.family import write_member
 from tests.conftest import make_model, make_rows, make_tokenizer
 from tests.processes import eaft_in_forks, start
 from tests.test_killed import wait_for_end
@@ -135,6 +136,7 @@ def compared(model_dir, tmp_path_factory):
     content.update(
         keep_checkpoints="chosen", learning_rates=["1e-3", 1e-2]
     )  # YAML reads 1e-3 as text
+    content["evaluate"]["interpolations"] = [0.75, 0.25]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "train_apart", train_here)
         assert run(content) == 0
@@ -211,6 +213,36 @@ def test_objectives_are_compared_on_the_same_items(compared):
     assert np.subtract(front["first"], front["second"]) == pytest.approx(
         np.array(front["difference"])
     )
+
+
+def test_interpolations_are_the_models_between(compared, model_dir, tmp_path):
+    """Those of a model that is kept, written as a model and measured as one."""
+    choice = next(c for c in compared.results["choices"] if c["objective"] == "sft")
+    run = next(r for r in compared.results["runs"] if r["chosen"] and r["objective"] == "sft")
+    last = run["points"][-1]
+    assert choice["steps"]["last"] == last["step"]
+    assert [one["share"] for one in last["interpolations"]] == [0.25, 0.75]
+    one = last["interpolations"][1]
+    write_member(str(model_dir), compared.out / run["folder"], 0.75, tmp_path / "between")
+    (measured,) = (tmp_path / "between").glob("model.safetensors")
+    flags = ["--held_out", compared.content["evaluate"]["held_out"], "--max_new_tokens", 5]
+    flags += ["--prompts", compared.content["evaluate"]["general_prompts"], "--drift_prompts", 3]
+    flags += ["--no-apply_chat_template", "--output_path", tmp_path / "eval"]
+    command = ["eval", measured.parent, "--base", model_dir, *flags]
+    assert cli.main([str(part) for part in command]) == 0
+    found = json.loads((tmp_path / "eval" / "results.json").read_text())
+    assert found["drift"]["mean"] == pytest.approx(one["drift"]["general"]["mean"], rel=1e-4)
+    assert found["held_out"]["after"] == pytest.approx(one["nll"]["mean"], rel=1e-5)
+
+
+def test_fronts_have_interpolations_beside_checkpoints(compared):
+    (pair,) = compared.results["pairs"]
+    both, alone = pair["interpolated"], pair["against_interpolated"]
+    assert both["targets"][-1] >= pair["fronts"]["held-out nll"]["targets"][-1]
+    assert both["second"] != alone["first"]
+    text = (compared.out / "results.md").read_text()
+    assert "- eaft2 with interpolation and sft with interpolation" in text
+    assert "- eaft2 without interpolation and sft with interpolation" in text
 
 
 def test_the_report_begins_with_what_to_do(compared):
@@ -584,6 +616,18 @@ def test_emptying_a_folder_keeps_the_mark_that_it_is_ours(tmp_path):
         (
             {"evaluate": {"held_out": "none.jsonl"}},
             "evaluate.held_out: none.jsonl: there is no such file",
+        ),
+        (
+            {"evaluate": {"held_out": None, "interpolations": [0.5]}},
+            "evaluate: interpolations=[0.5]: they are compared at equal held-out nll: give",
+        ),
+        (
+            {"evaluate": {"interpolations": [0.5, 1]}},
+            "evaluate.interpolations.1=1: expected less than 1",
+        ),
+        (
+            {"train": {"use_peft": True, "use_dora": True}, "evaluate": {"interpolations": [0.5]}},
+            "use_dora=True cannot be interpolated by the adapter's scale",
         ),
         (
             {"evaluate": {"held_out": None}, "learning_rates": [1, 2]},

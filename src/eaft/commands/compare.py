@@ -39,6 +39,9 @@ The recipe (YAML):
     held_out: held_out.jsonl       # rows in any form that training takes, not trained on: the
                                    # lowest nll on them chooses learning rate and checkpoint for
                                    # each objective and seed (default: the last checkpoint)
+    interpolations: [0.25, 0.5, 0.75] # also measure base + share * (checkpoint - base), which needs
+                                   # no training (default: none; each costs as much as measuring a
+                                   # checkpoint): the fronts with and without it are compared
     target_tasks: [math]           # suites, or lm-eval tasks; your own tasks from include_path
     general_tasks: [general]
     every_checkpoint_tasks: []     # the target_tasks to run on every checkpoint: a target to match

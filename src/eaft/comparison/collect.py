@@ -11,7 +11,7 @@ import numpy as np
 
 from eaft.comparison.differences import ratio_difference, score_difference
 from eaft.comparison.fronts import Trajectory, compare_fronts
-from eaft.comparison.measurer import Measurer, Point
+from eaft.comparison.measurer import Between, Measurer, Point
 from eaft.comparison.recipe import Recipe, Run, described
 from eaft.comparison.results import (
     BaseResult,
@@ -21,6 +21,7 @@ from eaft.comparison.results import (
     Difference,
     Failure,
     FrontDifference,
+    InterpolationResult,
     KeptModels,
     Means,
     ObjectiveResult,
@@ -162,6 +163,8 @@ def compare_pair(
         seeds=seeds,
         views=at_views,
         fronts=compare_trajectories(sides[0], sides[1], measurer),
+        interpolated=compare_interpolated(sides[0], sides[1], measurer, both=True),
+        against_interpolated=compare_interpolated(sides[0], sides[1], measurer, both=False),
     )
 
 
@@ -221,6 +224,46 @@ def compare_trajectories(
     return fronts
 
 
+def compare_interpolated(
+    first: list[Study], second: list[Study], measurer: Measurer, both: bool
+) -> FrontDifference | None:
+    """
+    Return how the fronts over checkpoints and interpolations differ, at equal held-out nll.
+
+    Args:
+        both: whether the first objective's front has its interpolations, or its checkpoints alone.
+    """
+    if not measurer.config.interpolations:
+        return None
+    sides = []
+    for side, between in ((first, both), (second, True)):
+        ways = [
+            [way for points in study.points.values() for way in ways_of(points, measurer, between)]
+            for study in side
+        ]
+        sides.append(ways)
+    tokens = measurer.prompt_tokens["general"], measurer.held_out_tokens
+    return compare_fronts(sides[0], sides[1], *tokens)
+
+
+def ways_of(points: list[Point], measurer: Measurer, between: bool) -> list[Trajectory]:
+    """
+    Return one run's way through its checkpoints and, if asked for, the way from the base model to
+    each of them through its interpolations.
+    """
+    base = measurer.base
+    ways: list[list[Point | Between]] = [[base, *points]]
+    if between:
+        ways += [[base, *point.between, point] for point in points]
+    return [
+        Trajectory(
+            np.array([point.drift["general"] for point in way]),
+            np.array([point.nll for point in way]),
+        )
+        for way in ways
+    ]
+
+
 def trajectory(
     points: list[Point], base: Point, shortfall: Callable[[Point], np.ndarray]
 ) -> Trajectory:
@@ -271,6 +314,8 @@ def adjust(pairs: list[PairResult], views: list[str]) -> None:
     families.append(
         [front.mean for pair in pairs for front in pair.fronts.values() if front is not None]
     )
+    interpolated = [f for pair in pairs for f in (pair.interpolated, pair.against_interpolated)]
+    families.append([front.mean for front in interpolated if front is not None])
     for family in families:
         for difference, p in zip(family, holm([d.p_value for d in family]), strict=True):
             difference.p_holm = p
@@ -354,6 +399,18 @@ def checkpoint_result(point: Point, measurer: Measurer) -> CheckpointResult:
             name: TaskScores(mean=float(values.mean()), scores=values.tolist())
             for name, values in scores.items()
         },
+        interpolations=[
+            InterpolationResult(
+                share=between.share,
+                drift={
+                    kind: sums_of(sums, measurer.prompt_tokens[kind])
+                    for kind, sums in between.drift.items()
+                },
+                nll=sums_of(between.nll, measurer.held_out_tokens),
+            )
+            for between in point.between
+        ]
+        or None,
     )
 
 

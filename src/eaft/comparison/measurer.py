@@ -14,6 +14,7 @@ import contextlib
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, NotRequired
 
 import numpy as np
 from filelock import FileLock
@@ -23,9 +24,10 @@ from eaft.comparison.recipe import EvaluateConfig, Run
 from eaft.comparison.runs import delete_models
 from eaft.errors import ConfigurationError, EAFTError
 from eaft.evaluation.comparable import check_measurable, comparable_models
+from eaft.evaluation.drift import Share
 from eaft.evaluation.identity import digest, tokenizer_digest
 from eaft.evaluation.launch import processes, shared
-from eaft.evaluation.measured_model import MeasuredModel, read_items
+from eaft.evaluation.measured_model import MeasuredModel, nll_of_rows, read_items
 from eaft.evaluation.model_settings import load_tokenizer
 from eaft.evaluation.pairs import pair
 from eaft.evaluation.protocol import Protocol
@@ -35,11 +37,23 @@ from eaft.evaluation.task_items import run_tasks
 from eaft.files import read_json
 from eaft.provenance import write_json
 from eaft.training.apart import Checkpoint, checkpoints
+from eaft.training.family import Family
 from eaft.training.held_out import Row, check_number
 
 POINTS_FILE = "points.json"
 ITEMS = "items"
 BASE_LOCK = "_base_lock"
+
+
+@dataclass
+class Between:
+    """
+    What was measured of base + share * (checkpoint - base); as in `Point`.
+    """
+
+    share: float
+    drift: dict[str, np.ndarray]
+    nll: np.ndarray
 
 
 @dataclass
@@ -52,6 +66,7 @@ class Point:
         drift: by kind of prompts, each prompt's summed KL (nats).
         nll: each held-out example's summed nll (nats); empty without held-out rows.
         items: of the tasks that were run on it.
+        between: interpolations between it and the base model, by rising share.
     """
 
     step: int
@@ -59,10 +74,19 @@ class Point:
     drift: dict[str, np.ndarray]
     nll: np.ndarray
     items: dict[str, list[Item]] = field(default_factory=dict)
+    between: list[Between] = field(default_factory=list)
 
     def scores(self, task: str) -> np.ndarray:
         """Return a task's scores, item by item."""
         return np.array([item.score for item in self.items[task]])
+
+
+class RecordedBetween(TypedDict):
+    """An interpolation as `points.json` has it."""
+
+    share: float
+    drift: dict[str, list[float]]
+    nll: list[float]
 
 
 class RecordedPoint(TypedDict):
@@ -73,6 +97,7 @@ class RecordedPoint(TypedDict):
     inputs: str | None
     drift: dict[str, list[float]]
     nll: list[float]
+    between: NotRequired[list[RecordedBetween]]
 
 
 class Measurer:
@@ -181,6 +206,7 @@ class Measurer:
         nll = model.nll(self.rows)[0] if self.rows else np.array([])
         point = Point(checkpoint.step, checkpoint.epoch, drift, nll)
         self.run_tasks(run, point, model, self.config.every_checkpoint_tasks)
+        point.between = self.interpolated(run, checkpoint, model)
         model.free()
         self.kept[f"{run.name}, step {point.step}"] = model.kept
         if processes().is_main_process:
@@ -191,9 +217,49 @@ class Measurer:
                 "inputs": self.inputs,
                 "drift": {kind: sums.tolist() for kind, sums in drift.items()},
                 "nll": nll.tolist(),
+                "between": [recorded_between(between) for between in point.between],
             }
             write_json(run.folder / POINTS_FILE, record)
         return point
+
+    def interpolated(self, run: Run, checkpoint: Checkpoint, model: MeasuredModel) -> list[Between]:
+        """
+        Measure the interpolations of a checkpoint that are not in the run's record yet.
+
+        Args:
+            model: the checkpoint, whose weights are replaced; it is to be freed afterwards.
+        """
+        kept = shared(lambda: self.record(run).get(str(checkpoint.step)))
+        known = self.known_between(kept) if kept and kept["inputs"] == self.inputs else {}
+        found, family = [], None
+        share = Share(processes().process_index, processes().num_processes)
+        for part in sorted(set(self.config.interpolations)):
+            if part not in known:
+                family = family or Family(model.loaded(), self.base_path, self.options)
+                family.put(checkpoint.folder, part)
+                torch_model = family.model
+                drift = {k: a.drift(torch_model, share)[0] for k, a in self.answers.items()}
+                known[part] = Between(part, drift, nll_of_rows(torch_model, self.rows, share)[0])
+            found.append(known[part])
+        return found
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What of the models' arguments says which base model it is."""
+        given = self.config.protocol.model_args
+        return {k: given[k] for k in ("revision", "trust_remote_code") if k in given}
+
+    @staticmethod
+    def known_between(kept: RecordedPoint) -> dict[float, Between]:
+        """Return a record's interpolations by their share."""
+        return {
+            one["share"]: Between(
+                one["share"],
+                {kind: np.array(sums) for kind, sums in one["drift"].items()},
+                np.array(one["nll"]),
+            )
+            for one in kept.get("between", [])
+        }
 
     def all_tasks(self, run: Run, point: Point) -> None:
         """
@@ -264,6 +330,11 @@ class Measurer:
             raise EAFTError(deleted(run, step, "what it was measured with has changed"))
         drift = {kind: np.array(sums) for kind, sums in kept["drift"].items()}
         point = Point(step, kept["epoch"], drift, np.array(kept["nll"]))
+        known = self.known_between(kept)
+        if missing_shares := set(self.config.interpolations) - known.keys():
+            shares = ", ".join(f"{share:g}" for share in sorted(missing_shares))
+            raise EAFTError(deleted(run, step, f"interpolations ({shares}) cannot be measured"))
+        point.between = [known[share] for share in sorted(set(self.config.interpolations))]
         files = {
             name: run.folder / ITEMS / f"step-{step}" / f"{Path(name).stem}.jsonl"
             for name in self.benchmarks
@@ -286,6 +357,12 @@ class Measurer:
         file = run.folder / POINTS_FILE
         way = "delete this run's folder, and it is trained again."
         return read_json(file, dict[str, RecordedPoint], way) if file.is_file() else {}
+
+
+def recorded_between(between: Between) -> RecordedBetween:
+    """Return an interpolation as `points.json` has it."""
+    drift = {kind: sums.tolist() for kind, sums in between.drift.items()}
+    return {"share": between.share, "drift": drift, "nll": between.nll.tolist()}
 
 
 def deleted(run: Run, step: int, what: str) -> str:

@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 
 from eaft.comparison.collect import NLL
 from eaft.comparison.results import CheckpointResult, Comparison
+from eaft.comparison.sentences import fronts_of, interpolated_fronts
 from eaft.comparison.wording import VIEWS, views_of
 from eaft.evaluation.report import save
 from eaft.training.run_folder import METRICS_FILE
@@ -161,30 +162,30 @@ def draw_curves(results: Comparison, folder: Path) -> None:
 
 def draw_fronts(results: Comparison, path: Path) -> None:
     """
-    Draw, for each pair and target, both fronts over all checkpoints, and their difference with its
-    band.
+    Draw, for each pair and target, both fronts over all checkpoints (and interpolations, if there
+    are some), and their difference with its band.
     """
-    drawn = [
-        (pair, target, front)
-        for pair in results.pairs
-        for target, front in pair.fronts.items()
-        if front is not None
-    ]
+    all_fronts = [fronts for pair in results.pairs for fronts in fronts_of(pair)]
+    drawn = [f for f in (*all_fronts, *interpolated_fronts(results)) if f.front is not None]
     rows = max(len(drawn), 1)
     figure, axes = plt.subplots(
         rows, 2, figsize=(10, 3.6 * rows), layout="constrained", squeeze=False
     )
     palette = colors(results)
-    for (left, right), (pair, target, front) in zip(axes, drawn, strict=False):
+    for (left, right), fronts in zip(axes, drawn, strict=False):
+        pair, target, front = fronts.pair, fronts.target, fronts.front
+        assert front is not None
         x = [t if target == NLL else 100 * (1 - t) for t in front.targets]
-        for side in ("first", "second"):
+        for side, between in zip(("first", "second"), fronts.interpolated, strict=True):
             name = getattr(pair, side)
-            left.plot(x, getattr(front, side), color=palette[name], label=name)
-            at = [
-                measured(point, target)
-                for run in results.runs
-                if run.objective == name
-                for point in run.points
+            left.plot(x, getattr(front, side), color=palette[name], label=getattr(fronts, side))
+            points = [p for run in results.runs if run.objective == name for p in run.points]
+            at = [measured(point, target) for point in points]
+            at += [
+                (one.nll.mean, one.drift["general"].mean)
+                for point in points
+                if between
+                for one in point.interpolations or []
             ]
             left.scatter(*zip(*at, strict=True), color=palette[name], s=12, alpha=0.5)
         right.plot(x, front.difference, color="black")
@@ -193,7 +194,7 @@ def draw_fronts(results: Comparison, path: Path) -> None:
         )
         right.axhline(0, color="black", linewidth=0.8)
         left.set(ylabel="drift, nats per token", title="The least drift at a target so good")
-        right.set(ylabel="drift, nats per token", title=f"{pair.first} minus {pair.second}")
+        right.set(ylabel="drift, nats per token", title=f"{fronts.first} minus {fronts.second}")
         for axis in (left, right):
             axis.set_xlabel(f"{target} (nats)" if target == NLL else f"{target} (%)")
             axis.grid(alpha=0.3)

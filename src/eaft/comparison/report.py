@@ -7,7 +7,7 @@ from pathlib import Path
 from eaft.comparison.collect import LEVEL
 from eaft.comparison.pictures import draw_curves, draw_fronts, draw_pareto
 from eaft.comparison.results import Comparison, PairResult
-from eaft.comparison.sentences import headline, where
+from eaft.comparison.sentences import fronts_of, headline, interpolated_fronts, where
 from eaft.comparison.tables import checkpoints_table, objectives_table, pairs_table, table_1
 from eaft.comparison.wording import VIEWS, views_of
 from eaft.evaluation.report import briefly, settings_text
@@ -68,9 +68,16 @@ def markdown(results: Comparison) -> str:
             lines += ["## Drift at a matched target", MATCHED]
             lines += [
                 "\n".join(
-                    f"- {where(pair, target)}" for target in targets for pair in results.pairs
+                    f"- {where(fronts)}"
+                    for target in targets
+                    for pair in results.pairs
+                    for fronts in fronts_of(pair)
+                    if fronts.target == target
                 )
             ]
+            if interpolated := interpolated_fronts(results):
+                lines += ["### With interpolation toward the base model", INTERPOLATED]
+                lines += ["\n".join(f"- {where(fronts)}" for fronts in interpolated)]
             lines += ["![The fronts, and their differences](fronts.png)"]
     if results.groups:
         lines += ["## Every benchmark", table_1(results, views[0])]
@@ -85,6 +92,13 @@ MATCHED = (
     " target at least so good; linear between checkpoints. The band is simultaneous: in about 95%"
     " of comparisons it holds the whole true curve. It carries the uncertainty of drift (prompts),"
     " of the target (held-out examples or items) and of seeds."
+)
+
+
+INTERPOLATED = (
+    "Interpolation needs no training, so it is what an objective has to beat. The first line of a"
+    " pair says whether the objective adds to it, the second whether it does better alone. The"
+    " interpolations are measured, like checkpoints; linear between them."
 )
 
 

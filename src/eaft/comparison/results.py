@@ -99,6 +99,13 @@ class PairResult:
     """By view: `chosen`, the objectives' own choices, and `last`, after the last step."""
     fronts: dict[str, FrontDifference | None]
     """Drift at a matched target, by target; null where there is no target that both reach."""
+    interpolated: FrontDifference | None = field(default=None, metadata=ABSENT)
+    """
+    Drift at a matched held-out nll, both fronts over checkpoints and interpolations; null where
+    none were measured, or there is no target that both reach.
+    """
+    against_interpolated: FrontDifference | None = field(default=None, metadata=ABSENT)
+    """The same, with the first objective's checkpoints alone."""
 
     @property
     def own_choice(self) -> PairView:
@@ -156,6 +163,19 @@ class TaskScores:
 
 @with_config(FORM)
 @dataclass(kw_only=True)
+class InterpolationResult:
+    """All measurements of base + share * (checkpoint - base)."""
+
+    share: float
+    """Between 0, the base model, and 1, the checkpoint."""
+    drift: dict[str, Sums]
+    """By kind of prompts."""
+    nll: Sums
+    """Of the held-out examples."""
+
+
+@with_config(FORM)
+@dataclass(kw_only=True)
 class CheckpointResult:
     """All measurements of one checkpoint."""
 
@@ -169,6 +189,8 @@ class CheckpointResult:
     """Of the held-out examples; null without held-out rows."""
     tasks: dict[str, TaskScores]
     """By task, of the tasks that were run on it."""
+    interpolations: list[InterpolationResult] | None = field(default=None, metadata=ABSENT)
+    """Between it and the base model, by rising share; null where none were measured."""
 
 
 @with_config(FORM)

@@ -159,9 +159,51 @@ def told_apart(front: FrontDifference) -> list[Stretch]:
     return stretches
 
 
-def where(pair: PairResult, target: str) -> str:
-    """Say at which targets a pair's fronts can be told apart."""
-    front, first, second = pair.fronts[target], pair.first, pair.second
+@dataclass(frozen=True)
+class Fronts:
+    """
+    Two fronts and their difference, as they are named and drawn.
+
+    Attributes:
+        first, second: their names.
+        target: the held-out nll, or a task.
+        interpolated: whether the first's points, and the second's, include interpolations.
+    """
+
+    pair: PairResult
+    first: str
+    second: str
+    target: str
+    front: FrontDifference | None
+    interpolated: tuple[bool, bool] = (False, False)
+
+
+def fronts_of(pair: PairResult) -> list[Fronts]:
+    """Return a pair's fronts over checkpoints."""
+    return [
+        Fronts(pair, pair.first, pair.second, target, front)
+        for target, front in pair.fronts.items()
+    ]
+
+
+def interpolated_fronts(results: Comparison) -> list[Fronts]:
+    """Return all fronts with interpolations; none where none were measured."""
+    if not results.recipe["evaluate"].get("interpolations"):
+        return []
+    found = []
+    for pair in results.pairs:
+        first, second = (f"{name} with interpolation" for name in (pair.first, pair.second))
+        alone = f"{pair.first} without interpolation"
+        found += [
+            Fronts(pair, first, second, NLL, pair.interpolated, (True, True)),
+            Fronts(pair, alone, second, NLL, pair.against_interpolated, (False, True)),
+        ]
+    return found
+
+
+def where(fronts: Fronts) -> str:
+    """Say at which targets two fronts can be told apart."""
+    front, first, second, target = fronts.front, fronts.first, fronts.second, fronts.target
     if front is None:
         return (
             f"{first} and {second}: there is no {target} that both reach, with every seed, past"

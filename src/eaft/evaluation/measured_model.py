@@ -213,6 +213,10 @@ class MeasuredModel:
             otherwise=[],
         )
 
+    def loaded(self) -> Any:
+        """Return the torch model, loaded now if it is not; to change its weights until `free`."""
+        return self._load("hf").model.eval()
+
     def free(self) -> None:
         """Free the memory for the next model."""
         self._lm = self._backend = None
