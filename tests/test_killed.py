@@ -226,6 +226,11 @@ def test_compare(model_dir, task_path, tmp_path):  # noqa: F811
 
 
 def test_tune(model_dir, tmp_path):
+    assert tune_killed(model_dir, tmp_path, seed=0)["killed"] >= 2
+
+
+def tune_killed(model_dir, tmp_path, seed, kills=KILLS):
+    """Assert that a killed `eaft tune` gives what an undisturbed one gives; see `run_killed`."""
     data, prompts = tmp_path / "data.jsonl", tmp_path / "prompts.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in make_rows(40)))
     prompts.write_text("".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(40)))
@@ -233,9 +238,8 @@ def test_tune(model_dir, tmp_path):
     flags += ["--screening_prompts", 8, "--confirmation_prompts", 32, "--max_steps", 8]
     flags += ["--learning_rate", "3e-3", "--use_cpu", "--bf16", "false", "--report_to", "none"]
     commands = (["tune", *flags, "--output_dir", tmp_path / name] for name in ("whole", "killed"))
-    report, log = run_killed(tmp_path, *commands, seed=0)
+    report, log = run_killed(tmp_path, *commands, seed, kills)
     assert report["code"] == 0, log[-3000:]
-    assert report["killed"] >= 2, report
     one, two = (tmp_path / name for name in ("whole", "killed"))
     first, second = (json.loads((folder / "results.json").read_text()) for folder in (one, two))
     for name in first.keys() - {"environment", "flags"}:
@@ -245,6 +249,7 @@ def test_tune(model_dir, tmp_path):
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
     assert not list(two.glob("work/**/*.safetensors"))
+    return report
 
 
 def without_times(value):
