@@ -1,6 +1,8 @@
 """A tiny model, tokenizer and data set that need no download."""
 
 import atexit
+import functools
+import gc
 import itertools
 import os
 import shutil
@@ -24,6 +26,7 @@ if (
 
 import pytest
 import torch
+from accelerate.utils import imports as accelerate_imports
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -74,6 +77,19 @@ def speed_up_tritons_interpreter():
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     speed_up_tritons_interpreter()
+# accelerate reads packages' metadata at every step
+accelerate_imports._is_package_available = functools.cache(accelerate_imports._is_package_available)
+
+
+def pytest_collection_finish():
+    """
+    Leave all that was imported out of garbage collection.
+
+    Each training calls it twice, and would spend half of its time among the objects of torch.
+    """
+    gc.collect()
+    gc.freeze()
+
 
 # ChatML with the markers that assistant_only_loss needs
 CHAT_TEMPLATE = (

@@ -6,6 +6,7 @@ What a launcher does beside the imports is done here: the variables of each rank
 which ranks meet. Two tests of test_train_command.py start real launchers.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -75,6 +76,7 @@ def start(function, *args, log, environment=None):
 
 def enter(log, environment, function, args):
     """Run in the new process, and leave it at once: gloo's threads now and then abort at exit."""
+    gc.freeze()  # see conftest.py
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
