@@ -1,8 +1,8 @@
 """
-Gates of each kind train SmolLM2-135M-Instruct for a few steps, full and LoRA, packed and not, and
-resume exactly.
+Gates that need the base model train SmolLM2-135M-Instruct for two steps, full and LoRA, packed and
+not, and resume exactly.
 
-Every gate does so with a tiny model in tests/training/test_objectives.py.
+More steps, settings and kinds of gates have a tiny model in tests/training/test_objectives.py.
 """
 
 import json
@@ -33,23 +33,25 @@ def smollm2():
 
 @pytest.fixture(scope="module")
 def rows():
-    lines = (ROOT / "recipes/demo/data/train.jsonl").read_text().splitlines()[:12]
-    return [{key: json.loads(line)[key] for key in ("prompt", "completion")} for line in lines]
+    lines = (ROOT / "recipes/demo/data/train.jsonl").read_text().splitlines()[:6]
+    return [
+        {key: json.loads(line)[key][0]["content"] for key in ("prompt", "completion")}
+        for line in lines
+    ]
 
 
 def train(model, rows, path, resume=None, **settings):
     args = EAFTConfig(
         str(path),
-        max_steps=3,
+        max_steps=2,
         per_device_train_batch_size=1,
         learning_rate=1e-2,
         optim="sgd",  # no state: a checkpoint of half the size
         lr_scheduler_type="constant",
         save_strategy="no" if resume else "steps",
-        save_steps=2,
+        save_steps=1,
         logging_steps=1,
-        max_length=64,
-        bf16=True,
+        max_length=32,
         gradient_checkpointing=False,
         use_cpu=True,
         report_to=[],
@@ -70,16 +72,14 @@ def test_text_is_split_as_the_file_says(smollm2):
     assert tokenizer.tokenize("    5") == ["ĠĠĠĠ", "5"]  # with GPT-2's split "ĠĠĠ", "Ġ", "5"
 
 
-# Each setting once, and each way in which a gate needs the base model: not at all, measured before
-# (by example, by token), beside the policy
+# Each setting once, and each way in which a gate needs the base model: measured before (by example,
+# by token), beside the policy
 @pytest.mark.parametrize(
     ("gate", "setting"),
     [
-        ("eaft", "packed LoRA"),
         ("flow", "packed LoRA"),
-        ("psft", "packed LoRA"),
+        ("psft", "loose full"),
         ("asft", "packed full"),
-        ("asft", "loose full"),
     ],
 )
 def test_trains_and_resumes_exactly(gate, setting, smollm2, rows, tmp_path):
@@ -88,14 +88,14 @@ def test_trains_and_resumes_exactly(gate, setting, smollm2, rows, tmp_path):
         "args": {"gate": gate, "packing": packing},
         "peft_config": LoraConfig(r=8, target_modules="all-linear") if peft else None,
     }
-    whole = train(smollm2, rows, tmp_path, **{**settings, "args": dict(settings["args"])})
+    whole = train(smollm2, rows, tmp_path, **{**settings, "args": {**settings["args"]}})
     logs = [log for log in whole.state.log_history if "loss" in log]
-    assert len(logs) == 3
+    assert len(logs) == 2
     assert all(log["grad_norm"] > 0 for log in logs)
     if GATES[gate].anchor:
-        assert abs(logs[0]["kl"]) < 1e-5 < logs[2]["kl"]
+        assert abs(logs[0]["kl"]) < 1e-5 < logs[1]["kl"]
 
-    resumed = train(smollm2, rows, tmp_path, str(tmp_path / "checkpoint-2"), **settings)
+    resumed = train(smollm2, rows, tmp_path, str(tmp_path / "checkpoint-1"), **settings)
     assert [log["loss"] for log in resumed.state.log_history if "loss" in log] == [
         log["loss"] for log in logs
     ]
