@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from eaft.comparison import fronts
+from eaft.comparison import differences, fronts
 from eaft.comparison.fronts import Trajectory, compare_fronts, front, reach, relative
 
 
@@ -109,9 +109,7 @@ def measured(rng, seeds, prompts, examples, spread):
     ("seeds", "prompts", "examples", "spread"),
     [
         (1, 32, 32, 0.0),
-        (1, 128, 64, 0.0),
         (2, 128, 64, 0.04),
-        (3, 128, 64, 0.04),
         (5, 128, 64, 0.04),
     ],
 )
@@ -124,6 +122,7 @@ def test_the_band_holds_the_true_curve(monkeypatch, seeds, prompts, examples, sp
     """
     monkeypatch.setattr(fronts, "RESAMPLES", 300)
     monkeypatch.setattr(fronts, "TARGETS", 15)
+    monkeypatch.setattr(differences, "p_value", lambda *args: 1.0)  # it takes most of the time
     grid = np.linspace(0.7, 1.8, 221)
     true = truth(grid, spread)
     assert true.max() - true.min() > 0.005  # the fronts do differ, more in some places

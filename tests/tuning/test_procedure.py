@@ -24,7 +24,7 @@ ALLOWED = 0.05 + 3 * np.sqrt(0.05 * 0.95 / TRIALS)
 
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch):
-    monkeypatch.setattr(paired, "RESAMPLES", 1999)
+    monkeypatch.setattr(paired, "RESAMPLES", 999)
 
 
 class World:
@@ -96,8 +96,8 @@ def trials(budget, strict, **settings):
         yield world, *world.tune(budget, strict)
 
 
-@pytest.mark.parametrize("alike", [1.0, 0.0])
-@pytest.mark.parametrize("prompts", [32, 128])
+# Few prompts are the hardest for the level, independent errors for the choice
+@pytest.mark.parametrize(("prompts", "alike"), [(32, 0.0), (128, 1.0)])
 def test_what_is_said_of_the_returned_model_holds(prompts, alike):
     wrong = returned = outside = points = 0
     for world, chosen, _, search in trials(0.05, False, prompts=prompts, alike=alike):
@@ -117,8 +117,7 @@ def test_what_is_said_of_the_returned_model_holds(prompts, alike):
     assert points / TRIALS < 14  # measurements, of four checkpoints
 
 
-@pytest.mark.parametrize("alike", [1.0, 0.0])
-@pytest.mark.parametrize("prompts", [32, 128])
+@pytest.mark.parametrize(("prompts", "alike"), [(32, 1.0), (128, 0.0)])
 def test_strict_returns_few_models_over_the_budget(prompts, alike):
     over = returned = 0
     for world, chosen, _, _ in trials(0.05, True, prompts=prompts, alike=alike):
@@ -161,10 +160,11 @@ def test_a_task_that_lost_what_is_allowed_is_seldom_accepted(budget, n, gained):
     """The true drop is the budget, so that each acceptance is an error."""
     rng, statements, trials, accepted = np.random.default_rng(0), 3, 4000, 0
     lost = gained + budget / 100
-    for counts in rng.multinomial(n, [lost, gained, 1 - lost - gained], trials):
+    drawn = rng.multinomial(n, [lost, gained, 1 - lost - gained], trials)
+    for counts, times in zip(*np.unique(drawn, axis=0, return_counts=True), strict=True):
         before = np.repeat([1.0, 0.0, 1.0], counts)
         after = np.repeat([0.0, 1.0, 1.0], counts)
-        accepted += judge_task("task", change_of(before, after), budget, statements).shown
+        accepted += times * judge_task("task", change_of(before, after), budget, statements).shown
     level = 0.05 / statements
     print(f"{budget} {n} {gained}: {accepted / trials:.4f}")
     assert accepted / trials <= level + 3 * np.sqrt(level * (1 - level) / trials)
