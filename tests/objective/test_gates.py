@@ -232,7 +232,7 @@ def close_to_a_threshold(name, params, batch):
 
 
 @pytest.mark.parametrize(("name", "params"), SEEN)
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=10)
 @given(batch=batches())
 def test_gate_is_its_formula_and_in_its_range(name, params, batch):
     if close_to_a_threshold(name, params, batch):
