@@ -16,7 +16,7 @@ import yaml
 
 from eaft import cli
 from eaft.comparison import compare
-from eaft.evaluation import evaluate
+from eaft.evaluation import evaluate, lm_eval_internals
 from eaft.inspection import inspect
 from eaft.training import trainer
 
@@ -316,6 +316,13 @@ def attempt(place, monkeypatch, capsys, record_property):
         monkeypatch.setattr(module, name, accept)
     monkeypatch.setattr(trainer.EAFTTrainer, "train", accept)
     monkeypatch.setenv("EAFT_CACHE", str(place / "cache"))
+    # lm-eval takes seconds to look through its own thousands of tasks for a name that is wrong
+    registry = lm_eval_internals.TaskManager
+    monkeypatch.setattr(
+        lm_eval_internals,
+        "TaskManager",
+        lambda include_path, **kwargs: registry(include_path=include_path, include_defaults=False),
+    )
     wrong, tried = [], []
 
     def attempt(name, *argv, out="out", good=False):

@@ -32,7 +32,7 @@ from eaft.processes import locked
 from eaft.training import apart
 from eaft.training.family import write_member
 from tests.conftest import make_model, make_rows, make_tokenizer
-from tests.processes import eaft_in_forks, start
+from tests.processes import SERVER, eaft_in_forks, start
 from tests.test_killed import wait_for_end
 
 SCHEMA = json.loads((Path(compare.__file__).parent / "results.schema.json").read_text())
@@ -366,25 +366,23 @@ def test_resumes_and_lets_others_go_on_when_one_fails(content, tmp_path, monkeyp
         "std": pytest.approx(abs(numbers[0] - numbers[1]) / 2**0.5),
     }
 
-    # Again: the finished is reused, the interrupted goes on from its checkpoint and ends in the
-    # same place
+    # Again, with the same model elsewhere: the finished is reused, the interrupted goes on from its
+    # checkpoint and ends in the same place
     capsys.readouterr()
     del content["objectives"]["broken"]
     interrupted = out / "eaft2-seed1"
     (interrupted / "model.safetensors").unlink()
     shutil.rmtree(interrupted / "checkpoint-2")
     (interrupted / "run.json").write_text('{"finished": false}')
+    moved = shutil.copytree(content["train"]["model_name_or_path"], tmp_path / "moved")
+    content["train"]["model_name_or_path"] = str(moved)
     assert run(content, "--seeds", "0", "1") == 0
     output = capsys.readouterr().out
     assert "sft-seed0: already trained" in output
     assert f"eaft2-seed1: training from {interrupted / 'checkpoint-1'}" in output
     assert read(out)["pairs"] == results["pairs"]
 
-    # Another setting does not silently reuse or overwrite; the same model and data elsewhere is the
-    # same
-    moved = shutil.copytree(content["train"]["model_name_or_path"], tmp_path / "moved")
-    content["train"]["model_name_or_path"] = str(moved)
-    assert run(content) == 0
+    # Another setting does not silently reuse or overwrite
     content["train"]["learning_rate"] = 1e-4
     assert run(content) == 2
     assert "holds another run: learning_rate changed since" in capsys.readouterr().err
@@ -430,6 +428,7 @@ def test_jobs_find_what_one_after_the_other_finds(compared, tmp_path, monkeypatc
 
 def test_a_job_that_is_killed_is_said_to_be(content, monkeypatch, capsys):
     monkeypatch.setattr(compare, "start_worker", kill_oneself)
+    monkeypatch.setattr(compare, "get_context", lambda kind: SERVER)
     content["objectives"] = {"sft": {"gate": "sft"}}
     assert run(content, "--jobs", "2") == 2
     assert (
