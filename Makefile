@@ -26,8 +26,10 @@ FAST_TESTS := $(addprefix tests/, test_models.py test_provenance.py \
     evaluation/test_verdict.py evaluation/test_report.py evaluation/test_tasks.py evaluation/test_thinking.py \
     evaluation/test_paired.py evaluation/test_drift.py::test_drift_is_the_definition \
     evaluation/test_evaluate.py::test_a_model_beside_itself \
-    training/test_head.py training/test_following.py training/test_exclude_examples.py training/test_plan.py \
-    training/test_patch.py training/test_prepare.py training/test_objectives.py \
+    training/test_head.py training/test_following.py training/test_exclude_examples.py \
+    training/test_plan.py::test_memory_by_hand training/test_plan.py::test_operations_by_hand \
+    training/test_patch.py::test_loss_and_gradients_are_the_references \
+    training/test_prepare.py training/test_objectives.py \
     training/test_trainer.py::test_equals_trl_step_for_step \
     training/test_train_command.py::test_trains_and_writes_what_it_promises \
     comparison/test_differences.py comparison/test_fronts.py comparison/test_report.py \
