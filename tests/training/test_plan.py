@@ -21,6 +21,7 @@ from transformers import (
 from trl import ModelConfig
 
 from eaft import EAFTConfig, cli
+from eaft.errors import ConfigurationError
 from eaft.training.arguments import parse
 from eaft.training.plan import (
     GIB,
@@ -420,9 +421,17 @@ def test_dry_run_says_what_this_machine_refuses(no_weights, capsys, monkeypatch)
     assert "stops" not in capsys.readouterr().out
     assert cli.main(["train", *no_weights, "--bf16", "true", "--dry_run"]) == 0
     output = capsys.readouterr().out
-    assert "On this machine eaft train stops: Your setup doesn't support bf16/gpu" in output
-    assert "No GPU was found: to train on the CPU, add --use_cpu." in output
+    assert "On this machine eaft train stops: use_cpu=False, and no GPU for bf16" in output
+    assert output.count("to train on the CPU, add --use_cpu") == 1
     assert "copies of weights in 16 bit" in output  # the plan is of bfloat16 all the same
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_error_says_what_to_add(tmp_path, recwarn):
+    with pytest.raises(ConfigurationError, match="to train on the CPU, add --use_cpu"):
+        EAFTConfig(str(tmp_path / "out"), bf16=True)
+    EAFTConfig(str(tmp_path / "out"), bf16=False, use_cpu=True)
+    assert not [told for told in recwarn if "gradient_checkpointing" in str(told.message)]
 
 
 def test_dry_run_of_experts_counts_the_time_of_those_a_token_goes_through(no_weights, capsys):

@@ -102,7 +102,9 @@ def main(argv: list[str]) -> None:
         except ConfigurationError as error:
             precision = ["--bf16", "true"] if "bf16" in str(error) else []  # as on that GPU
             parsed = parse([*argv, "--use_cpu", "true", *precision], make_parser())
-            refused = f"{error} No GPU was found: to train on the CPU, add --use_cpu."
+            refused = str(error)
+            if "--use_cpu" not in refused:
+                refused += " No GPU was found: to train on the CPU, add --use_cpu."
     else:
         parsed = parse(argv, make_parser())
     (*configs, dry), launch_args, train_args = parsed

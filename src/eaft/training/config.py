@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -120,7 +121,10 @@ class EAFTConfig(EAFTFlags, SFTConfig):
             )
             self.bf16 = False
         try:
-            super().__post_init__()
+            with warnings.catch_warnings():
+                # The default of TRL's configuration; users cannot change this line
+                warnings.filterwarnings("ignore", "`gradient_checkpointing` is dep", FutureWarning)
+                super().__post_init__()
         except (
             ValueError,
             TypeError,
@@ -131,6 +135,11 @@ class EAFTConfig(EAFTFlags, SFTConfig):
         ) as error:  # of its flags
             if isinstance(error, ConfigurationError):
                 raise
+            if "use_cpu" in str(error):
+                raise ConfigurationError(
+                    "use_cpu=False, and no GPU for bf16 was found: to train on the CPU, add"
+                    " --use_cpu (in Python: use_cpu=True)."
+                ) from error
             raise ConfigurationError(first_line(error)) from error
         check_optimizer(self)
         check_selection(self)
