@@ -462,7 +462,7 @@ def test_dry_run_of_experts_counts_the_time_of_those_a_token_goes_through(no_wei
     ]
     assert cli.main(["train", *no_weights, *flags, "--dry_run"]) == 0
     output = capsys.readouterr().out
-    found = re.search(r"Parameters +(\S+), of .* and (\S+) take part", output)
+    found = re.search(r"Parameters +(\S+), .*, (\S+) used for each", output)
     total, active = (int(number.replace(",", "")) for number in found.groups())
     assert total - active == 2 * 63 * 3 * 64 * 32
     tokens = int(re.search(r"rows, (\S+) tokens an epoch", output)[1].replace(",", ""))

@@ -237,5 +237,5 @@ def test_what_does_not_go_together_is_refused(tmp_path):
     trainer = make(tmp_path / "short", "kl")
     kept = replay_kl.load_probs(tmp_path / "short", trainer._held_tokens)
     replay_kl.save_probs(kept.select(torch.arange(3)), tmp_path / "short")
-    with pytest.raises(ConfigurationError, match="is of 3 tokens, and the replayed answers have"):
+    with pytest.raises(ConfigurationError, match="has 3 tokens, and the replayed answers have"):
         trainer.train()
