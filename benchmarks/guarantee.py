@@ -26,7 +26,7 @@ from eaft.tuning.confirm import confirm
 from eaft.tuning.points import Member, Sums
 
 RESULTS = Path(__file__).parent / "results" / "guarantee.json"
-TRIALS, FIRST_SEED = 2000, 10**6
+TRIALS, FIRST_SEED = 2000, 2 * 10**6  # seeds from 10**6 on chose how TAIL falls
 LEVEL, BUDGET = 0.05, 0.05
 PROMPTS = (16, 32, 64, 128)
 AT_BUDGET = PROMPTS[1:]  # with 16 prompts nothing is shown, so --strict returns nothing

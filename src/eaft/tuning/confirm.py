@@ -26,7 +26,7 @@ from eaft.evaluation.paired import (
 from eaft.evaluation.results import Change
 from eaft.tuning.points import Member, Point, Sums
 from eaft.tuning.results import Confirmation, TaskLoss
-from eaft.tuning.search import TAIL, Z_BOUND, Measure
+from eaft.tuning.search import TAIL, Measure, bound_error, z_bound
 
 
 def judge(point: Point, base_nll: Sums, budget: float, candidates: int) -> Confirmation:
@@ -38,11 +38,12 @@ def judge(point: Point, base_nll: Sums, budget: float, candidates: int) -> Confi
         budget: the largest drift (nats per token).
     """
     drift, nll = point.drift, point.nll
-    error = TAIL * ALPHA / candidates
-    # The upper end of a two-sided interval that leaves out `error` on each side
+    # The upper end of a two-sided interval that leaves out as much on each side
+    error = bound_error(len(drift.sums), candidates)
     _, bound = bootstrap_interval(drift.sums, drift.counts, 1 - 2 * error)
     change = Sums(nll.sums - base_nll.sums, nll.counts)
-    low, high = bootstrap_interval(change.sums, change.counts, 1 - error)
+    level = 1 - TAIL * ALPHA / candidates
+    low, high = bootstrap_interval(change.sums, change.counts, level)
     within, enough = drift.mean <= budget, len(drift.sums) >= FEWEST_PROMPTS
     shown = budget == math.inf or (bound <= budget and enough)
     needed = None
@@ -139,4 +140,4 @@ def typical_margin(prompts: int) -> float:
 
     Prompts are taken to differ as we measured: their logarithms have a standard deviation of 0.5.
     """
-    return Z_BOUND * math.sqrt(math.expm1(0.5**2) / prompts)
+    return z_bound(prompts) * math.sqrt(math.expm1(0.5**2) / prompts)

@@ -326,7 +326,12 @@ def check_train_flags(args: Any, model_args: Any, dry: Any, given: set[str]) -> 
                 f"--{name} does not go with eaft tune: the same command goes on by itself."
             )
     if dry.dry_run:
-        raise ConfigurationError("--dry_run is of eaft train: run eaft train --dry_run.")
+        model = model_args.model_name_or_path
+        raise ConfigurationError(
+            "--dry_run does not go with eaft tune; its training is planned by: eaft train"
+            f" --model_name_or_path {model} --dataset_name DATA --output_dir {args.output_dir}"
+            " --dry_run"
+        )
     if str(args.save_strategy.value) not in ("steps", "epoch"):
         raise ConfigurationError(
             f"--save_strategy={args.save_strategy.value}: checkpoints are the candidates; choose"

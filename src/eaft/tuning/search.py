@@ -29,13 +29,21 @@ LOWER_TRIES = 2
 MARGINS = (0.0, 1.0, 2.5)
 PARTS = (1.0, 0.5, 0.25)  # of the drift at the lowest nll, where any drift is allowed
 SAFEST = 0.6  # of the budget: the last candidate aims no higher, in case all was estimated badly
-# Far out the bootstrap leaves out up to a third more than it should (simulated with 128 prompts
-# whose drifts are as skewed as we measured): a bound has this part of its share of errors
-TAIL = 0.75
-Z_BOUND = float(
-    stats.norm.ppf(1 - TAIL * ALPHA / CANDIDATES)
-)  # standard errors up to a one-sided bound
+# A bound has this part of its share of errors from so many prompts on, and less with fewer: far out
+# the bootstrap leaves out more than it should, up to a third with 128 prompts whose drifts are as
+# skewed as we measured, and twice as much with 32 (simulated, benchmarks/guarantee.py)
+TAIL, TAIL_PROMPTS = 0.75, 128
 Measure = Callable[[Member], Point]
+
+
+def bound_error(prompts: int, candidates: int = CANDIDATES) -> float:
+    """Return the nominal error of the one-sided bound on one of several candidates' drifts."""
+    return TAIL * min(1.0, prompts / TAIL_PROMPTS) * ALPHA / candidates
+
+
+def z_bound(prompts: int) -> float:
+    """Return how many standard errors a bound lies above the estimate, with all candidates."""
+    return float(stats.norm.ppf(1 - bound_error(prompts)))
 
 
 class Search:
@@ -155,7 +163,7 @@ def choose_candidates(
     low, high = bootstrap_interval(drift.sums, drift.counts)
     here = (high - low) / (2 * Z) / drift.mean if drift.mean > 0 else 0.0  # relative
     there = here * math.sqrt(len(drift.sums) / confirmation_prompts)
-    bound = Z_BOUND * there if strict else 0.0
+    bound = z_bound(confirmation_prompts) * there if strict else 0.0
     limits = [part * drift.mean for part in PARTS]
     if budget < math.inf:
         limits = [budget / (1 + bound + margin * math.hypot(here, there)) for margin in MARGINS]
