@@ -198,8 +198,6 @@ def make_plan(settings: Settings, train_flags: list[str], day: str) -> Plan:
         given |= read_yaml(path, f"--config {path}").keys()
     arguments = [*train_flags]
     own = bool(given & {"eval_strategy", "dataset_test_split"})  # evaluations of the user's own
-    if not own and "early_stopping_patience" not in given:
-        arguments += ["--early_stopping_patience", str(PATIENCE)]
     for name, value in DEFAULTS.items():
         if name not in given:
             arguments += [f"--{name}", str(value)]
@@ -207,6 +205,9 @@ def make_plan(settings: Settings, train_flags: list[str], day: str) -> Plan:
     (*configs, dry), _, _ = parse(arguments)
     script_args, args, model_args, dataset_args = configs
     check_train_flags(args, model_args, dry, given)
+    if not own and "early_stopping_patience" not in given:
+        args.early_stopping_patience = PATIENCE
+        arguments += ["--early_stopping_patience", str(PATIENCE)]
     watched = args.early_stopping_patience > 0 and not own
     if watched:
         args.eval_strategy = IntervalStrategy.NO  # here; training evaluates on screening's rows
