@@ -61,7 +61,7 @@ notebook: $(VENV)/.installed  ## docs/from-data-to-decision.ipynb, executed anew
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m nbconvert --to notebook --execute --inplace docs/from-data-to-decision.ipynb
 
 # One process a core, four at most for the sake of memory; one alone: make test PYTEST_FLAGS="-n 0"
-test: $(VENV)/.installed browser  ## the tests (about 8 minutes on 2 cores)
+test: $(VENV)/.installed browser  ## the tests (7 minutes on 2 cores)
 	$(PY) -m pytest -q -n logical --maxprocesses 4 --dist worksteal $(PYTEST_FLAGS)
 
 test-fast: $(VENV)/.installed  ## the tests to run on every change (about 2 minutes on 2 cores)
