@@ -6,7 +6,7 @@
 
 The run is that of `tests/test_killed.py`, which kills four times: a tiny model, eight steps, four
 checkpoints, screening and confirmation. Each kill falls at a random share of the CPU time that the
-undisturbed run took, later and later. Writes benchmarks/results/killed.md.
+undisturbed run took, later and later. Writes benchmarks/results/killed.md, a row for each seed.
 """
 
 import argparse
@@ -37,19 +37,23 @@ def main() -> None:
         conftest.make_model().save_pretrained(model)
         conftest.make_tokenizer().save_pretrained(model)
         report = tests.tune_killed(model, folder, flags.seed, KILLS)
-    commit = environment()["commit"]
+    row = (
+        f"| {flags.seed} | {report['duration']:.0f} | {report['killed']} of {KILLS} | yes |"
+        f" {environment()['commit']} |"
+    )
+    before = RESULT.read_text().splitlines() if RESULT.is_file() else []
+    rows = [line for line in before if line.startswith("| ") and line[2].isdigit()]
+    rows = sorted([line for line in rows if not line.startswith(f"| {flags.seed} |")] + [row])
     text = f"""# kill -9
 
 `python -m benchmarks.killed`: `eaft tune` on a tiny model, killed at {KILLS} random moments and
 started again each time, gives the results, the file names and, byte for byte, the model of an
 undisturbed run.
 
-| seed | CPU seconds, undisturbed | kills before its end | the same |
-|---|---|---|---|
-| {flags.seed} | {report["duration"]:.0f} | {report["killed"]} of {KILLS} | yes |
-
-Commit {commit}.
+| seed | CPU seconds, undisturbed | kills before its end | the same | commit |
+|---|---|---|---|---|
 """
+    text += "".join(f"{line}\n" for line in rows)
     RESULT.write_text(text)
     print(text)
 
