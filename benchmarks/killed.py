@@ -4,8 +4,8 @@
     python -m benchmarks.killed              # from the repository's root; some minutes
     python -m benchmarks.killed --seed 1     # other moments
 
-The run is that of `tests/test_killed.py`, which kills four times: a tiny model, eight steps, four
-checkpoints, screening and confirmation. Each kill falls at a random share of the CPU time that the
+It kills the run of `tests/test_killed.py`: a tiny model, eight steps, four checkpoints, screening
+and confirmation. Each kill falls at a random share of the CPU time that the
 undisturbed run took, later and later. Writes benchmarks/results/killed.md, a row for each seed.
 """
 

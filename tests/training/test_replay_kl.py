@@ -167,7 +167,7 @@ def replayable(tokenizer, tmp_path_factory):
 
 
 def test_a_run_begins_at_its_base_and_goes_on_as_it_began(replayable, tmp_path, capsys):
-    """As a user runs it: the first step's KL is that of a model from itself."""
+    """By the command line: at the first step the model's KL to itself is 0."""
     model_dir = replayable
     data, whole, broken = write(tmp_path / "rows.jsonl", CHAT), tmp_path / "a", tmp_path / "b"
     flags = ["--replay", "0.2", "--replay_loss", "kl", "--save_steps", 1, "--logging_steps", 1]

@@ -245,7 +245,7 @@ class Measurer:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What of the models' arguments says which base model it is."""
+        """The models' arguments that identify the base model."""
         given = self.config.protocol.model_args
         return {k: given[k] for k in ("revision", "trust_remote_code") if k in given}
 
