@@ -20,6 +20,7 @@ import subprocess
 import sys
 import venv
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -561,7 +562,7 @@ def main() -> None:
     make_inputs()
     file = RESULTS / "hosts.json"
     found = json.loads(file.read_text()) if file.exists() else {}
-    machine = environment()
+    machine = asdict(environment())
     for host in hosts:
         found[host] = {"environment": machine, **measure(host)}
         write_json(file, found)

@@ -558,7 +558,7 @@ def main() -> None:
     lines = [line for case in CASES for line in analyse(case)]
     shares = [asdict(share) for share in floors(lines, [4096, 8192], head_gradient_bytes)]
     result: dict[str, Any] = {
-        "environment": {**environment(), "triton": triton.__version__},
+        "environment": {**asdict(environment()), "triton": triton.__version__},
         "gpus": [asdict(gpu) for gpu in GPUS],
     }
     result |= {"reached": REACHED, "kernels": lines, "shares": shares, "before": before}

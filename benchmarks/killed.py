@@ -39,7 +39,7 @@ def main() -> None:
         report = tests.tune_killed(model, folder, flags.seed, KILLS)
     row = (
         f"| {flags.seed} | {report['duration']:.0f} | {report['killed']} of {KILLS} | yes |"
-        f" {environment()['commit']} |"
+        f" {environment().commit} |"
     )
     before = RESULT.read_text().splitlines() if RESULT.is_file() else []
     rows = [line for line in before if line.startswith("| ") and line[2].isdigit()]

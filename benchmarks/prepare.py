@@ -23,6 +23,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
@@ -344,13 +345,13 @@ def main() -> None:
         machine = environment()
         found = {
             "date": date.today().isoformat(),
-            "environment": machine,
+            "environment": asdict(machine),
             "note": flags.note,
             "lines": lines,
         }
         file.write_text(json.dumps(found, indent=1) + "\n")
         head = (
-            f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB;"
+            f"{machine.cpu}, {machine.cores} cores, {machine.memory_gib} GiB;"
             f" {flags.workers} workers. "
         )
         note = f"{flags.note}\n" if flags.note else ""

@@ -92,6 +92,8 @@ def pytest_collection_finish():
 
 
 # ChatML with the markers that assistant_only_loss needs
+# The flags of `eaft train` for a small model on a CPU
+TINY_TRAINING = ("--use_cpu", "--report_to", "none", "--disable_tqdm", "true", "--bf16", "false")
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['role'] =="
     " 'assistant' %}{% generation %}{{ message['content'] }}<|im_end|>\n{% endgeneration %}{% else"

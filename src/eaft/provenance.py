@@ -12,6 +12,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -28,30 +29,58 @@ LIBRARIES = (
 )
 
 
-def environment() -> dict[str, Any]:
-    """
-    Return eaft's version and commit, the libraries' versions and the machine, as plain JSON values.
-    """
+@dataclass(frozen=True, kw_only=True)
+class Software:
+    """Versions and commit: what can be told without torch."""
+
+    eaft: str
+    """The version of eaft."""
+    commit: str | None
+    """The commit of the checkout that eaft ran from; null if eaft was installed as a package."""
+    python: str
+    """The version of Python."""
+    platform: str
+    """The operating system and its version."""
+    libraries: dict[str, str | None]
+    """The version of each library; null for one that was not installed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment(Software):
+    """Versions, commit and machine."""
+
+    cpu: str
+    """The name of the processor."""
+    cores: int | None
+    """How many cores the operating system counts."""
+    memory_gib: float
+    """Main memory, GiB."""
+    gpus: list[str]
+    """The name of each CUDA GPU."""
+
+
+def environment() -> Environment:
+    """Return eaft's version and commit, the libraries' versions and the machine."""
     import torch
 
-    return {
-        **software(),
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-    }
+    return Environment(
+        **vars(software()),
+        cpu=cpu_name(),
+        cores=os.cpu_count(),
+        memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        gpus=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    )
 
 
-def software() -> dict[str, Any]:
+def software() -> Software:
     """Return the part of `environment` that needs no torch: versions and commit."""
-    return {
-        "eaft": version("eaft"),
-        "commit": commit(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "libraries": versions(LIBRARIES),
-    }
+    return Software(
+        eaft=version("eaft"),
+        commit=commit(),
+        python=platform.python_version(),
+        platform=platform.platform(),
+        libraries=versions(LIBRARIES),
+    )
 
 
 def versions(packages: Iterable[str]) -> dict[str, str | None]:
@@ -113,7 +142,12 @@ def peak_memory_gib() -> float:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file whole or not at all. NaN raises a ValueError, because JSON has no NaN."""
+    """
+    Write a JSON file whole or not at all; a dataclass becomes an object.
+
+    Raises:
+        ValueError: a number is NaN, which JSON does not have.
+    """
     staging = path.with_name(path.name + ".tmp")
-    staging.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    staging.write_text(json.dumps(content, indent=2, allow_nan=False, default=asdict) + "\n")
     os.replace(staging, path)

@@ -8,6 +8,7 @@ import logging
 import re
 import traceback
 import unicodedata
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -100,12 +101,21 @@ def as_html(text: str) -> Any:
     return Markup(html.replace("</table>", "</table></div>"))
 
 
-def fill_page(template: Path, **values: Any) -> str:
-    """Return a template of HTML with values filled in, as text unless they are `Markup`."""
-    from jinja2 import Environment, StrictUndefined
+def fill_page(
+    template: Path, filters: dict[str, Callable[..., Any]] | None = None, **values: Any
+) -> str:
+    """
+    Return a template of HTML with values filled in, as text unless they are `Markup`.
+
+    Args:
+        template: a file that extends `page.html`, which has the head and the style of all reports.
+        filters: the template's own filters.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
     environment = Environment(
+        loader=FileSystemLoader([template.parent, Path(__file__).parent]),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=lambda value: (
@@ -114,7 +124,8 @@ def fill_page(template: Path, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.from_string(template.read_text()).render(values)
+    environment.filters |= filters or {}
+    return environment.get_template(template.name).render(values)
 
 
 def table(rows: list[list[Any]], headers: list[str]) -> str:

@@ -24,6 +24,7 @@ from eaft.evaluation.results import (
     TunedEvaluation,
 )
 from eaft.evaluation.verdict import judge
+from eaft.provenance import software
 
 
 def scores(both, lost, gained, neither):
@@ -128,7 +129,7 @@ def results():
             limit=None,
             data_sha256="0" * 64,
         ),
-        environment={"eaft": "0.1.0"},
+        environment=software(),
         kept=Kept(model=[], base=["gsm8k", "answers"], folder="/cache/eaft"),
         asked=asked,
         failed=failed,

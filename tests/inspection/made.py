@@ -15,6 +15,7 @@ from eaft.evaluation.results import as_json
 from eaft.inspection.folder import BASE, COMPARED, EXAMPLES, TOKENS, VOCABULARY
 from eaft.inspection.summary import DATA, ROLLOUTS
 from eaft.objective.statistics import token_statistics
+from eaft.provenance import environment
 from eaft.tuning.results import (
     BeforeAfter,
     Budget,
@@ -173,9 +174,7 @@ def make_inspection(
         "dataset": "made.jsonl",
         "top_k": TOP_K,
     }
-    (folder / "run.json").write_text(
-        json.dumps({**run, "models": models, "config": {}, "environment": {}})
-    )
+    (folder / "run.json").write_text(json.dumps({**run, "models": models, "config": {}}))
     if summary is not None:
         (folder / "summary.json").write_text(json.dumps({**EMPTY_SUMMARY, **summary}))
     return folder
@@ -213,7 +212,7 @@ def make_tuning(folder):
         before_after=[BeforeAfter(prompt="2 + 2?", base="five", tuned="<b>four</b>")],
         most_drifted=[Drifted(prompt="Hello", answer="<i>Good day</i>", drift=0.2)],
         flags=[],
-        environment={},
+        environment=environment(),
     )
     (folder / "results.json").write_text(json.dumps(as_json(results)))
     return folder

@@ -17,19 +17,9 @@ from eaft.evaluation.drift import Answer, read_prompts
 from eaft.evaluation.protocol import PROMPTS
 from eaft.training import replay
 from eaft.training.flags import REPLAY_PROMPTS
-from tests.conftest import CHAT_TEMPLATE, chain_model, make_rows
+from tests.conftest import CHAT_TEMPLATE, TINY_TRAINING, chain_model, make_rows
 
-SMALL = [
-    "--use_cpu",
-    "--report_to",
-    "none",
-    "--disable_tqdm",
-    "true",
-    "--bf16",
-    "false",
-    "--max_steps",
-    "2",
-]
+SMALL = [*TINY_TRAINING, "--max_steps", "2"]
 CHAT = [
     {
         "prompt": [{"role": "user", "content": row["prompt"]}],
@@ -45,17 +35,8 @@ def write(file, rows):
 
 
 def run(model_dir, data, out, *flags):
-    flags = [
-        *SMALL,
-        "--model_name_or_path",
-        model_dir,
-        "--dataset_name",
-        data,
-        "--output_dir",
-        out,
-        *flags,
-    ]
-    return cli.main(["train", *map(str, flags)])
+    given = ["--model_name_or_path", model_dir, "--dataset_name", data, "--output_dir", out]
+    return cli.main(["train", *map(str, [*SMALL, *given, *flags])])
 
 
 def replayed(out):

@@ -20,20 +20,10 @@ from eaft.comparison.recipe import read_recipe
 from eaft.objective.registry import GATES
 from eaft.training.arguments import parse
 from eaft.training.run_folder import last_complete_checkpoint
-from tests.conftest import make_rows
+from tests.conftest import TINY_TRAINING, make_rows
 from tests.processes import eaft, run_ranks
 
-SMALL = [
-    "--use_cpu",
-    "--report_to",
-    "none",
-    "--disable_tqdm",
-    "true",
-    "--bf16",
-    "false",
-    "--max_steps",
-    "4",
-]
+SMALL = [*TINY_TRAINING, "--max_steps", "4"]
 
 
 @pytest.fixture
@@ -41,6 +31,12 @@ def data(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in make_rows()))
     return path
+
+
+@pytest.fixture
+def given(model_dir, data):
+    """The flags that every run has."""
+    return ["--model_name_or_path", model_dir, "--dataset_name", data]
 
 
 def run(*flags):
@@ -52,21 +48,9 @@ def weights(folder):
     return dict(AutoModelForCausalLM.from_pretrained(folder, dtype="float32").named_parameters())
 
 
-def test_trains_and_writes_what_it_promises(model_dir, data, tmp_path, capsys):
+def test_trains_and_writes_what_it_promises(model_dir, tmp_path, capsys, given):
     out = tmp_path / "out"
-    assert (
-        run(
-            "--model_name_or_path",
-            model_dir,
-            "--dataset_name",
-            data,
-            "--output_dir",
-            out,
-            "--logging_steps",
-            1,
-        )
-        == 0
-    )
+    assert run(*given, "--output_dir", out, "--logging_steps", 1) == 0
     before, after = weights(model_dir), weights(out)
     assert any(not torch.equal(before[n], after[n]) for n in before)
     logs = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -82,7 +66,7 @@ def test_trains_and_writes_what_it_promises(model_dir, data, tmp_path, capsys):
     assert record["result"]["steps"] == 4
     assert not (out / "saving").exists()
     # The same folder is not overwritten
-    assert run("--model_name_or_path", model_dir, "--dataset_name", data, "--output_dir", out) == 2
+    assert run(*given, "--output_dir", out) == 2
     assert "holds another run (run.json)" in capsys.readouterr().err
 
 
@@ -159,21 +143,12 @@ def test_yaml_lora_and_evaluation_from_a_folder_of_splits(model_dir, tmp_path):
     assert "lm_head.weight" in AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
 
 
-def test_a_run_at_its_end_is_not_trained_on(model_dir, data, tmp_path, capsys):
+def test_a_run_at_its_end_is_not_trained_on(tmp_path, capsys, given):
     """
     max_steps in mid-epoch, where transformers' Trainer trains one step more at each resumption.
     """
     out = tmp_path / "out"
-    flags = [
-        "--model_name_or_path",
-        model_dir,
-        "--dataset_name",
-        data,
-        "--output_dir",
-        out,
-        "--logging_steps",
-        1,
-    ]
+    flags = [*given, "--output_dir", out, "--logging_steps", 1]
     flags += [
         "--save_steps",
         3,
@@ -219,10 +194,10 @@ def test_a_run_at_its_end_is_not_trained_on(model_dir, data, tmp_path, capsys):
     assert state()["model.safetensors"] != whole["model.safetensors"]
 
 
-def test_a_run_goes_on_with_its_own_settings(model_dir, data, tmp_path, capsys):
+def test_a_run_goes_on_with_its_own_settings(tmp_path, capsys, given):
     """The checkpoint's optimizer keeps the old ones, whatever is given."""
     out = tmp_path / "out"
-    flags = ["--model_name_or_path", model_dir, "--dataset_name", data, "--save_steps", 2]
+    flags = [*given, "--save_steps", 2]
     assert run(*flags, "--output_dir", out, "--max_steps", 2, "--weight_decay", 0.1) == 0
     before = (out / "run.json").read_bytes()
     longer = [*flags, "--max_steps", 3, "--weight_decay", 0.1]
@@ -245,17 +220,8 @@ def test_a_run_goes_on_with_its_own_settings(model_dir, data, tmp_path, capsys):
     assert run(*longer, "--output_dir", out, "--resume_from_checkpoint", "true") == 0
 
 
-def test_resume_equals_uninterrupted(model_dir, data, tmp_path):
-    shared = [
-        "--model_name_or_path",
-        model_dir,
-        "--dataset_name",
-        data,
-        "--save_steps",
-        2,
-        "--logging_steps",
-        1,
-    ]
+def test_resume_equals_uninterrupted(tmp_path, given):
+    shared = [*given, "--save_steps", 2, "--logging_steps", 1]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert run(*shared, "--output_dir", whole) == 0
     assert run(*shared, "--output_dir", broken) == 0
@@ -286,17 +252,8 @@ def launch(launcher, *flags, cwd):
 
 
 @pytest.mark.parametrize("gate", ["flow", "conflict-mask", "psft", "asft"])
-def test_two_processes_equal_one(model_dir, data, tmp_path, monkeypatch, gate):
-    shared = [
-        "--model_name_or_path",
-        model_dir,
-        "--dataset_name",
-        data,
-        "--logging_steps",
-        1,
-        "--gate",
-        gate,
-    ]
+def test_two_processes_equal_one(model_dir, tmp_path, monkeypatch, gate, given):
+    shared = [*given, "--logging_steps", 1, "--gate", gate]
     shared += ["--learning_rate", "1e-3"]
     one, two = tmp_path / "one", tmp_path / "two"
     assert run(*shared, "--output_dir", one, "--per_device_train_batch_size", 4) == 0
@@ -326,22 +283,13 @@ def test_two_processes_equal_one(model_dir, data, tmp_path, monkeypatch, gate):
         assert a.get("example_nll", []) == pytest.approx(b.get("example_nll", []), rel=1e-5)
 
 
-def test_flags_of_accelerate_launch_are_passed_on(model_dir, data, tmp_path):
-    flags = [
-        "--model_name_or_path",
-        model_dir,
-        "--dataset_name",
-        data,
-        "--output_dir",
-        "out",
-        "--num_processes",
-        "1",
-    ]
+def test_flags_of_accelerate_launch_are_passed_on(tmp_path, given):
+    flags = [*given, "--output_dir", "out", "--num_processes", "1"]
     launch([], *flags, cwd=tmp_path)
     assert json.loads((tmp_path / "out" / "run.json").read_text())["finished"]
 
 
-def test_divergence_ends_with_one_message_and_a_good_checkpoint(model_dir, data, tmp_path, capsys):
+def test_divergence_ends_with_one_message_and_a_good_checkpoint(tmp_path, capsys, given):
     """
     The rows of the batch, which the message also names for a loss, are tested in test_trainer.py.
     """
@@ -356,7 +304,7 @@ def test_divergence_ends_with_one_message_and_a_good_checkpoint(model_dir, data,
         "--output_dir",
         out,
     ]
-    assert run("--model_name_or_path", model_dir, "--dataset_name", data, *flags) == 2
+    assert run(*given, *flags) == 2
     error = capsys.readouterr().err
     assert re.search(
         r"error: The (loss|gradient's norm) is (nan|inf) in training, step 2[;.]", error
@@ -431,20 +379,12 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("name", BAD_INPUT)
-def test_bad_input_is_one_message_and_nothing_written(name, model_dir, data, tmp_path, capsys):
+def test_bad_input_is_one_message_and_nothing_written(name, tmp_path, capsys, given):
     flags, message = BAD_INPUT[name]
     out = tmp_path / "out"
     # argparse itself exits for a value of the wrong type; ours is returned
     try:
-        code = run(
-            "--model_name_or_path",
-            model_dir,
-            "--dataset_name",
-            data,
-            "--output_dir",
-            out,
-            *flags(tmp_path),
-        )
+        code = run(*given, "--output_dir", out, *flags(tmp_path))
     except SystemExit as exit_:
         code = exit_.code
     error = capsys.readouterr().err

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import json
 import sys
+from dataclasses import asdict
 
 DESCRIPTION = """
 Print versions and machine as JSON, for bug reports.
@@ -31,6 +32,6 @@ def main(argv: list[str]) -> int:
         return importlib.import_module("eaft.objective.check").main()
     from eaft.provenance import environment
 
-    print(json.dumps(environment(), indent=2))
+    print(json.dumps(asdict(environment()), indent=2))
     print("Next: to test the loss on this machine, eaft env --check", file=sys.stderr)
     return 0

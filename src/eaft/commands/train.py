@@ -79,7 +79,7 @@ def make_parser() -> Any:
     from eaft.objective.gate_flags import gates_help
     from eaft.training.arguments import make_parser
 
-    gates = "gates, each with its parameters (docs/objectives.md has the formulas):\n"
+    gates = "gates, each with its parameters (docs/gates.md has the formulas):\n"
     return make_parser(usage=USAGE, description=f"{DESCRIPTION}\n{gates}{gates_help()}")
 
 

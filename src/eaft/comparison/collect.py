@@ -424,7 +424,7 @@ def run_result(run: Run, points: list[Point], measurer: Measurer, chosen: bool) 
         learning_rate=run.learning_rate,
         folder=run.name,
         chosen=chosen,
-        commit=trained["environment"]["commit"],
+        commit=trained["environment"].commit,
         **{name: trained["result"][name] for name in TRAINING},
         differs=differing(measurer.base_path, str(run.folder), measurer.config.protocol.model_args),
         points=[checkpoint_result(point, measurer) for point in points],

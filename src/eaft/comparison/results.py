@@ -23,6 +23,7 @@ from eaft.evaluation.results import (
     RecordedProtocol,
     Setting,
 )
+from eaft.provenance import Environment
 
 
 @with_config(FORM)
@@ -360,7 +361,7 @@ class Comparison:
     """One for each pair."""
     recipe: dict[str, Any]
     """The recipe, without this machine's paths."""
-    environment: dict[str, Any]
+    environment: Environment
     """Versions, commit and machine."""
     protocol: RecordedProtocol
     """How the models were asked."""

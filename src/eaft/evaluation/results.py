@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, with_config
 
 from eaft.evaluation.protocol import Protocol
+from eaft.provenance import Environment, Software
 
 # A field's docstring becomes its description in the schema
 FORM = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -441,7 +442,7 @@ class Evaluation:
     """The tasks of each suite."""
     protocol: RecordedProtocol | None
     """How the models were asked; null where another tool asked them, see `source`."""
-    environment: dict[str, Any]
+    environment: Environment | Software
     """Versions, commit and machine."""
     kept: Kept | None
     """What was not measured anew; null where another tool measured."""

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from eaft.files import read_json
 from eaft.inspection.summary import CheckResult, TopKRow
-from eaft.provenance import write_json
+from eaft.provenance import Environment, write_json
 
 RUN_FILE = "run.json"
 
@@ -64,7 +64,7 @@ class InspectedRun:
     template: list[CheckResult] = field(default_factory=list)  # what the chat template makes of it
     rollouts: RolloutFlags | None = None
     config: dict[str, Any] = field(default_factory=dict)  # flags that are not at their default
-    environment: dict[str, Any] = field(default_factory=dict)  # versions and hardware
+    environment: Environment | None = None  # versions and hardware
     identity: Identity | None = None
     top_k_curve: list[TopKRow] | None = None  # None if it is not measured yet
 

@@ -20,6 +20,7 @@ from eaft.errors import ConfigurationError
 from eaft.evaluation.launch import shared
 from eaft.files import read_json
 from eaft.models import noted_date, template_date, template_today
+from eaft.provenance import Environment
 from eaft.training.config import EAFTConfig
 
 RUN_FILE = "run.json"
@@ -41,7 +42,7 @@ class RunRecord(TypedDict):
     """The part of `run.json` that eaft reads; `result` is there once the run is finished."""
 
     finished: bool
-    environment: NotRequired[dict[str, Any]]
+    environment: NotRequired[Environment]
     dataset: NotRequired[str | list[dict[str, Any]] | None]
     dataset_flags: NotRequired[dict[str, Any]]
     config: NotRequired[dict[str, Any]]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import with_config
 
 from eaft.evaluation.results import ABSENT, FORM
+from eaft.provenance import Environment
 
 
 @with_config(FORM)
@@ -205,5 +206,5 @@ class TuneResults:
     """What `eaft train` was given."""
     stopped_early: str | None = field(default=None, metadata=ABSENT)
     """Why training ended before its last step, as a sentence; null if it did not."""
-    environment: dict[str, Any]
+    environment: Environment
     """Versions, commit and machine."""

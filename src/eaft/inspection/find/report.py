@@ -12,7 +12,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from eaft.evaluation.report import save
@@ -32,7 +31,7 @@ from eaft.inspection.summary import (
 )
 from eaft.inspection.vocabulary import Vocabulary
 from eaft.objective.statistics import CONFLICT_MAX_ENTROPY, CONFLICT_MAX_PROB
-from eaft.text import table, visible
+from eaft.text import fill_page, table, visible
 
 # Shown in the report: examples, tokens of each from its answer on, and conflicts of each
 FIRST_EXAMPLES, EXAMPLE_TOKENS, EXAMPLE_CONFLICTS = 8, 400, 6
@@ -49,21 +48,14 @@ def write(inspection: Inspection) -> None:
     for name, figure in draw(inspection, inspection.summary, gate).items():
         pictures[name] = Markup(svg(figure, name))
         save(figure, folder / f"{name}.png")
-    environment = Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=visible_text,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "percent": optional_percent,
-        "shown": functools.partial(shown, leading=True),
-        "nats": optional_nats,
-        "code": code,
-    }
-    template = environment.from_string(Path(__file__).with_name("report.html").read_text())
-    text = template.render(
+    text = fill_page(
+        Path(__file__).with_name("report.html"),
+        {
+            "percent": optional_percent,
+            "shown": functools.partial(shown, leading=True),
+            "nats": optional_nats,
+            "code": code,
+        },
         run=inspection.run,
         models=inspection.models,
         s=inspection.summary,
@@ -77,11 +69,6 @@ def write(inspection: Inspection) -> None:
     staging = inspection.folder / f"{REPORT_FILE}.tmp"
     staging.write_text(text, errors="replace")
     os.replace(staging, inspection.folder / REPORT_FILE)
-
-
-def visible_text(value: Any) -> Any:
-    """Return a value of the template, with control characters shown unless it is markup."""
-    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def code(text: str) -> Markup:
