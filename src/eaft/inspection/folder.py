@@ -16,7 +16,7 @@ run.json is written first. A reader needs these files only: no model, no tokeniz
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -34,7 +34,8 @@ REPORT_FILE = "report.html"
 EXAMPLES_FILE, VOCABULARY_FILE = "examples.parquet", "vocabulary.parquet"
 BASE = "base"  # the name of the base model, with which the other models are compared
 
-# What a model says of a labelled token. Null if a token has no label, or is the first
+# What a model says of a labelled token. Null if a token has no label, or is the first. A run of
+# vLLM has no `WHOLE_VOCABULARY`: these columns are null
 STATISTICS = [
     pa.field("log_prob", pa.float32()),  # ln P(label), nats
     pa.field("entropy", pa.float32()),  # exact, nats
@@ -44,6 +45,7 @@ STATISTICS = [
     pa.field("first_prob", pa.float32()),  # its probability
     pa.field("rank", pa.int32()),  # 1 + the number of tokens that are likelier than the label
 ]
+WHOLE_VOCABULARY = ("entropy", "sum_sq_probs")
 KEYS = [
     pa.field("example", pa.int32(), nullable=False),  # index of a row of examples.parquet
     pa.field("position", pa.int32(), nullable=False),  # within the prepared example
@@ -80,7 +82,7 @@ EXAMPLES = pa.schema(
         pa.field("cut_labelled", pa.int32(), nullable=False),  # labelled tokens among them
         # Means over the labelled tokens under the base model; null if no token is labelled
         pa.field("nll", pa.float64()),
-        pa.field("entropy", pa.float64()),
+        pa.field("entropy", pa.float64()),  # exact; in a run of vLLM the top-K entropy
         pa.field("conflict_share", pa.float64()),  # of its tokens
         pa.field("conflict_nll_share", pa.float64()),  # of its nll; null if the nll is 0
     ]
@@ -93,6 +95,26 @@ VOCABULARY = pa.schema(
         pa.field("special", pa.bool_(), nullable=False),
     ]
 )
+
+
+def statistics_of(columns: Mapping[str, torch.Tensor], top_k: int) -> TokenStatistics:
+    """
+    Return the statistics that the columns `STATISTICS` hold, `[n]` each.
+
+    Without `WHOLE_VOCABULARY` the entropy is the top-K entropy, and `sum_sq_probs` is NaN.
+    """
+    top_k_entropy = columns["top_k_entropy"]
+    return TokenStatistics(
+        log_prob=columns["log_prob"],
+        entropy=columns.get("entropy", top_k_entropy),
+        top_k_entropy=top_k_entropy,
+        sum_sq_probs=columns.get("sum_sq_probs", torch.full_like(top_k_entropy, torch.nan)),
+        is_top1=columns["rank"] == 1,
+        top_k=top_k,
+        first_choice=columns.get("first_choice"),
+        first_prob=columns["first_prob"],
+        rank=columns["rank"],
+    )
 
 
 class Inspection:
@@ -124,6 +146,16 @@ class Inspection:
     def top_k(self) -> int:
         """K of the top-K entropy."""
         return self.run.top_k
+
+    @property
+    def whole_vocabulary(self) -> bool:
+        """Whether the columns `WHOLE_VOCABULARY` have values."""
+        return self.run.whole_vocabulary
+
+    @property
+    def entropy_column(self) -> str:
+        """The column that `statistics` takes the entropy from."""
+        return "entropy" if self.whole_vocabulary else "top_k_entropy"
 
     @property
     def models(self) -> list[ScoredModel]:
@@ -164,13 +196,7 @@ class Inspection:
         def column(name: str) -> torch.Tensor:
             return torch.from_numpy(batch.column(name).to_numpy(zero_copy_only=False).copy())
 
-        return TokenStatistics(
-            log_prob=column("log_prob"),
-            entropy=column("entropy"),
-            top_k_entropy=column("top_k_entropy"),
-            sum_sq_probs=column("sum_sq_probs"),
-            is_top1=column("rank") == 1,
-            top_k=self.top_k,
-            first_prob=column("first_prob"),
-            rank=column("rank"),
-        )
+        names = [field.name for field in STATISTICS if field.name != "first_choice"]
+        if not self.whole_vocabulary:
+            names = [name for name in names if name not in WHOLE_VOCABULARY]
+        return statistics_of({name: column(name) for name in names}, self.top_k)

@@ -38,7 +38,13 @@ from eaft.inspection.score.model import Settings
 from eaft.inspection.score.resume import begin, numbers
 from eaft.inspection.score.run import Job, finish, score_all
 from eaft.inspection.summary import CheckResult, write_summary
-from eaft.models import check_vocabulary, find_model, text_config, vocabulary_size
+from eaft.models import (
+    check_vocabulary,
+    context_length,
+    find_model,
+    text_config,
+    vocabulary_size,
+)
 from eaft.objective.statistics import usable_top_k
 from eaft.processes import locked
 from eaft.provenance import environment
@@ -88,13 +94,10 @@ def inspect(
     args.eval_strategy = "no"  # held-out data is not inspected
     if inspect_args.rollouts < 0 or inspect_args.max_new_tokens < 1:
         raise ConfigurationError("rollouts must not be negative, and max_new_tokens at least 1.")
-    if inspect_args.rollout_backend == "vllm":
-        if state.num_processes > 1:
-            raise ConfigurationError(
-                "rollout_backend='vllm' starts its own processes: add --num_processes 1, or set"
-                " rollout_backend to hf."
-            )
-        check_evaluation("vllm")  # lm-eval loads vLLM
+    rollout_backend = inspect_args.rollout_backend or inspect_args.backend
+    flags = RolloutFlags(inspect_args.rollouts, rollout_backend, inspect_args.max_new_tokens)
+    if "vllm" in (inspect_args.backend, rollout_backend):
+        check_vllm(inspect_args, model_args)
     phases = Phases(state.is_main_process)
     phases.begin("reading the model and the data")
     dataset, _ = load_data(script_args, args, model_args, dataset_args)
@@ -114,9 +117,6 @@ def inspect(
         check_vocabulary(other.model, tokenizer, text_config(other.model, source).vocab_size)
     rows = prepare_rows(tokenizer, args, dataset)
     data = script_args.dataset_name or ", ".join(mixed.path for mixed in dataset_args.datasets)
-    flags = RolloutFlags(
-        inspect_args.rollouts, inspect_args.rollout_backend, inspect_args.max_new_tokens
-    )
     settings = Settings(args, model_args)
     examples = Examples(rows, dataset, data, [])
     if not examples.labelled.any():
@@ -125,6 +125,10 @@ def inspect(
             " raise max_length, or check completion_only_loss and assistant_only_loss."
         )
     prompts = examples.prompts(inspect_args.rollouts) if inspect_args.rollouts else []
+    answered = max((len(prompt.ids) for prompt in prompts), default=0) + flags.max_new_tokens
+    context = max(int(examples.lengths.max()), answered if prompts else 0)
+    if "vllm" in (inspect_args.backend, rollout_backend):
+        check_context(context, context_length(base, source))
     # The data, the base model and the others, and the report
     phases.count = 3 + len(others) + bool(prompts) + inspect_args.top_k_curve
 
@@ -136,6 +140,7 @@ def inspect(
                 InspectedRun(
                     scored=False,
                     models=[ScoredModel(BASE, str(model_args.model_name_or_path)), *others],
+                    backend=inspect_args.backend,
                     top_k=usable_top_k(args.gate_top_k, vocabulary_size(tokenizer)),
                     model=model_args.model_name_or_path,
                     dataset=data,
@@ -155,12 +160,49 @@ def inspect(
                 ),
             )
         state.wait_for_everyone()
-        job = Job(folder, settings, tokenizer, base, others, examples)
+        job = Job(
+            folder, settings, tokenizer, base, others, examples, inspect_args.backend, context
+        )
         score_all(job, prompts, flags, phases, inspect_args.top_k_curve)
         phases.begin("the report")
         if state.is_main_process:
             finish(job)
             conclude(folder)
+
+
+def check_vllm(inspect_args: InspectArguments, model_args: ModelConfig) -> None:
+    """
+    Check that vLLM can do what is asked for.
+
+    Raises:
+        ConfigurationError: it cannot, or a package is missing.
+    """
+    if processes().num_processes > 1:
+        raise ConfigurationError(
+            "backend='vllm' starts its own processes: add --num_processes 1, or take --backend hf."
+        )
+    check_evaluation("vllm")  # lm-eval loads vLLM
+    if inspect_args.backend == "vllm" and inspect_args.top_k_curve:
+        raise ConfigurationError(
+            "top_k_curve needs the logits of the whole vocabulary, which vLLM does not give: leave"
+            " it out, or take --backend hf."
+        )
+    for name in ("load_in_4bit", "load_in_8bit"):
+        if getattr(model_args, name):
+            raise ConfigurationError(
+                f"{name} is not for vLLM: give a model that is quantised already, or take"
+                " --backend hf."
+            )
+
+
+def check_context(tokens: int, context: int) -> None:
+    """Check that the longest example, or an answer with its prompt, fits the context of vLLM."""
+    if tokens + 1 > context:
+        raise ConfigurationError(
+            f"backend='vllm' needs a context of {tokens + 1} tokens, for the longest example or"
+            f" answer and one more, and the model has {context}: lower max_length or"
+            " max_new_tokens, or take --backend hf."
+        )
 
 
 def conclude(folder: Path) -> None:

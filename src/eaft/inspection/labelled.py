@@ -13,19 +13,37 @@ from numpy.typing import NDArray
 
 from eaft.errors import ConfigurationError
 from eaft.inspection.folder import BASE, STATISTICS, Inspection
+from eaft.inspection.run_file import InspectedRun
 from eaft.objective.registry import GATES, Gate
 from eaft.objective.statistics import TokenStatistics
 
 
-def weighed_gates() -> dict[str, Gate]:
+def weighed_gates(whole_vocabulary: bool = True) -> dict[str, Gate]:
     """
-    Return the gates that an inspection can show.
+    Return the gates that an inspection can show, whether it has the columns `WHOLE_VOCABULARY` or
+    not.
 
     Gates that compare with the base model token by token are left out. Under the base model itself
     the weights of `psft` are 1, and `stm` weighs as `profit` does with a prob_threshold of
     1 / perplexity_threshold.
     """
-    return {name: gate for name, gate in GATES.items() if not gate.needs_old_log_prob}
+    return {
+        name: gate
+        for name, gate in GATES.items()
+        if not gate.needs_old_log_prob and (whole_vocabulary or not gate.needs_vocabulary)
+    }
+
+
+def what_is_absent(run: InspectedRun) -> str | None:
+    """Return what a run of vLLM does not show, in words; None for another run."""
+    if run.whole_vocabulary:
+        return None
+    gates = ", ".join(sorted(weighed_gates().keys() - weighed_gates(False).keys()))
+    return (
+        f"vLLM scored these tokens. It knows only the {run.top_k} likeliest tokens, so the entropy"
+        f" is theirs (renormalised), also where it decides what a confident conflict is. Absent,"
+        f" because they need the whole vocabulary: the exact entropy, gradients, the gates {gates}."
+    )
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,11 @@ class LostNll:
     nll: float  # nats removed
 
 
+def share(part: float, whole: float) -> float | None:
+    """Return part / whole; None if the whole is 0, or NaN because it was not measured."""
+    return float(part / whole) if whole and not np.isnan(whole) else None
+
+
 class Removed:
     """
     Sums over tokens of what a gate's weights remove, by source and by token id.
@@ -73,7 +78,7 @@ class Removed:
         shares: dict[str, float | None] = {}
         for name in QUANTITIES:
             removed, total = self.removed[name][part].sum(), self.totals[name][part].sum()
-            shares[name] = float(removed / total) if total else None
+            shares[name] = share(removed, total)
         return Shares(**shares)
 
     def most_muted(self, n: int) -> list[LostNll]:

@@ -58,6 +58,8 @@ class InspectedRun:
     scored: bool  # whether every model's tokens are there
     models: Annotated[list[ScoredModel], Field(min_length=1)]  # the base model first
     top_k: int  # K of the top-K entropy
+    # What scored. With "vllm" the entropy is the top-K entropy, and there is no `WHOLE_VOCABULARY`
+    backend: str = "hf"
     finished: bool = False  # whether the report is there
     model: str | None = None  # as the flag says it
     dataset: str | None = None
@@ -67,6 +69,16 @@ class InspectedRun:
     environment: Environment | None = None  # versions and hardware
     identity: Identity | None = None
     top_k_curve: list[TopKRow] | None = None  # None if it is not measured yet
+
+    @property
+    def whole_vocabulary(self) -> bool:
+        """Whether the statistics of the whole vocabulary are there."""
+        return self.backend != "vllm"
+
+    @property
+    def entropy_name(self) -> str:
+        """What the entropy is called in reports and on the page."""
+        return "entropy" if self.whole_vocabulary else f"top-{self.top_k} entropy"
 
 
 def read_run(folder: Path, way: str) -> InspectedRun:

@@ -39,7 +39,11 @@ class Counts:
 
 @dataclass(frozen=True)
 class Shares:
-    """Shares of the tokens, of their nll and of their gradient; None if the whole is 0."""
+    """
+    Shares of the tokens, of their nll and of their gradient.
+
+    None if the whole is 0. The gradient is None in a run of vLLM.
+    """
 
     tokens: float | None
     nll: float | None
@@ -200,7 +204,7 @@ class Summary:
     counts: ByOrigin[Counts]
     conflicts: dict[str, ByOrigin[Shares]]  # shares in confident conflicts
     nll: dict[str, ByOrigin[GroupNll]]
-    entropy: dict[str, ByOrigin[float | None]]  # mean, exact, nats
+    entropy: dict[str, ByOrigin[float | None]]  # mean, nats; exact, but in a run of vLLM top-K
     entropy_max: float  # largest under any model, nats
     measured: MeasuredParameters | None  # None if no token has a label
     gates: list[GateEffect]

@@ -123,7 +123,7 @@ def dft(stats: TokenStatistics) -> Tensor:
     return stats.prob
 
 
-@register("deft", per_token=True)
+@register("deft", per_token=True, needs_vocabulary=True)
 def deft(stats: TokenStatistics) -> Tensor:
     """
     Like sft where the model is unsure, like dft where it is sure: weight P(label)^a, a = sum of
@@ -165,7 +165,7 @@ def infosft(stats: TokenStatistics, max_prob: float = 0.93) -> Tensor:
     return torch.where(stats.prob == 0, 0.0, stats.prob * (1 - logit / limit).clamp(min=0))
 
 
-@register("mile", per_token=True)
+@register("mile", per_token=True, needs_vocabulary=True)
 def mile(stats: TokenStatistics, gamma: float = 1.0) -> Tensor:
     """
     Learn more where the model is unsure, and no token less: weight (1 + H)^gamma, H = entropy in
@@ -180,7 +180,7 @@ def mile(stats: TokenStatistics, gamma: float = 1.0) -> Tensor:
     return (1 + stats.entropy) ** gamma
 
 
-@register("ranktuner", per_token=True, needs_rank=True)
+@register("ranktuner", per_token=True, needs_rank=True, needs_vocabulary=True)
 def ranktuner(stats: TokenStatistics, base: str = "prob") -> Tensor:
     """
     Learn labels that rank low for their entropy: weight w (P(label) E)^-K, K = 1 / log2(1 + max(R,

@@ -101,6 +101,8 @@ class Gate:
     needs_example_nll: bool = False  # `stats.example_nll`: the base model's mean nll of the example
     needs_old_log_prob: bool = False  # `stats.old_log_prob`: ln P(label) under the base model
     needs_rank: bool = False  # `stats.rank` and `stats.first_prob`
+    # `stats.entropy` or `stats.sum_sq_probs`: the probabilities of the whole vocabulary
+    needs_vocabulary: bool = False
     allow_negative: bool = False  # weights below 0 are intended
     anchor: Anchor | None = None  # a KL term, for which the loss needs a reference model
 

@@ -167,10 +167,15 @@ def how_much(shares: ByOrigin[Shares], interval: Interval | None) -> str:
     certainty = ""
     if interval is not None:
         certainty = f"; 95% interval: {percent(interval.low)} to {percent(interval.high)}"
+    parts = [
+        f"{percent(data.nll or 0)} of the loss (nll{certainty})",
+        f"{percent(data.tokens or 0)} of the tokens",
+    ]
+    if data.gradient is not None:  # a run of vLLM has none
+        parts.append(f"{percent(data.gradient)} of the gradient")
     text = (
-        f"{percent(data.nll or 0)} of the loss (nll{certainty}), {percent(data.tokens or 0)} of the"
-        f" tokens and {percent(data.gradient or 0)} of the gradient are confident conflicts: the"
-        " model is sure of another token than the label"
+        f"{', '.join(parts[:-1])} and {parts[-1]} are confident conflicts: the model is sure of"
+        " another token than the label"
     )
     if rollouts is not None and rollouts.nll is not None:
         text += f"; in its own answers to the same prompts, {percent(rollouts.nll)} of the nll"

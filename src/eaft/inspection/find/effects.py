@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eaft.inspection.example_columns import ExampleColumns
-from eaft.inspection.labelled import Labelled, weighed_gates, with_examples
+from eaft.inspection.labelled import Labelled, with_examples
 from eaft.inspection.removed import Removed
 from eaft.inspection.summary import DATA, GateEffect, MeasuredParameters, TokenNll
 from eaft.inspection.vocabulary import Vocabulary
@@ -82,10 +82,14 @@ class Effects:
     """Sums over the data of what each gate removes, by source."""
 
     def __init__(
-        self, examples: ExampleColumns, vocabulary: Vocabulary, measured: MeasuredParameters
+        self,
+        examples: ExampleColumns,
+        vocabulary: Vocabulary,
+        measured: MeasuredParameters,
+        gates: list[str],
     ) -> None:
         self.examples, self.vocabulary = examples, vocabulary
-        self.gates = [DataGate(name, measured) for name in weighed_gates()]
+        self.gates = [DataGate(name, measured) for name in gates]
         self.removed = {
             gate.name: Removed(len(examples.sources), vocabulary.size) for gate in self.gates
         }

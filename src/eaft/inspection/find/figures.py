@@ -82,7 +82,8 @@ def draw(inspection: Inspection, summary: Summary, gate: str = "eaft") -> dict[s
         if summary.measured is not None:
             planes = Planes(inspection, summary.entropy_max, DataGate(gate, summary.measured))
             figures["landscape"] = draw_landscape(planes, summary)
-            figures["gradient"] = draw_gradient(planes, gate)
+            if inspection.whole_vocabulary:
+                figures["gradient"] = draw_gradient(planes, gate)
             figures["gates"] = draw_gates(summary)
             figures["words"] = draw_words(summary)
         if any(model.step is not None for model in inspection.models):
@@ -98,12 +99,13 @@ class Planes:
 
     Attributes:
         tokens: the number of tokens, by origin.
-        gradient: the gradient's norms of the data's tokens under SFT.
+        gradient: the gradient's norms of the data's tokens under SFT; NaN in a run of vLLM.
         gated: the same norms under the gate.
     """
 
     def __init__(self, inspection: Inspection, entropy_max: float, gate: DataGate) -> None:
         self.entropy_edges, self.prob_edges = entropy_edges(entropy_max), prob_edges()
+        self.entropy_label = f"{inspection.run.entropy_name}, nats\n(sure … unsure)"
         shape = (len(self.entropy_edges) - 1, len(self.prob_edges) - 1)
         examples = ExampleColumns(inspection)
         self.tokens = {origin: np.zeros(shape) for origin in examples.origins}
@@ -159,9 +161,10 @@ def draw_landscape(planes: Planes, summary: Summary) -> Figure:
         mesh = planes.draw(axis, plane, norm)
         conflicts = summary.conflicts[BASE].of(origin) or Shares(None, None, None)
         axis.set_title(f"{TITLES[origin]} ({int(totals[origin]):,} tokens)")
-        label = (
-            f"{percent(conflicts.tokens or 0)} of the tokens,\n{percent(conflicts.nll or 0)} of the"
-            f" nll,\n{percent(conflicts.gradient or 0)} of the gradient"
+        label = ",\n".join(
+            f"{percent(share or 0)} of the {name}"
+            for name, share in vars(conflicts).items()
+            if name != "gradient" or share is not None
         )
         axis.annotate(
             label,
@@ -173,7 +176,7 @@ def draw_landscape(planes: Planes, summary: Summary) -> Figure:
             arrowprops={"arrowstyle": "-", "color": ORANGE},
             bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 2},
         )
-    axes[0][0].set_ylabel("entropy, nats\n(sure … unsure)")
+    axes[0][0].set_ylabel(planes.entropy_label)
     figure.colorbar(mesh, ax=axes, label="share of the tokens", shrink=0.8)
     return figure
 
@@ -199,7 +202,7 @@ def draw_gradient(planes: Planes, gate: str) -> Figure:
         mesh = planes.draw(axis, np.where(plane > 0, np.maximum(plane, least), 0), norm)
         of_sft = plane.sum() / planes.gradient.sum() if planes.gradient.sum() else 1.0
         axis.set_title(name if name == "sft" else f"{name}: {percent(of_sft)} of sft's gradient")
-    axes[0].set_ylabel("entropy, nats\n(sure … unsure)")
+    axes[0].set_ylabel(planes.entropy_label)
     figure.colorbar(mesh, ax=axes, label=GRADIENT, shrink=0.9, extend="min")
     return figure
 
@@ -208,7 +211,9 @@ def draw_gates(summary: Summary) -> Figure:
     """Draw what each gate removes of the data's tokens, nll and gradient, in per cent."""
     rows = [row for row in summary.gates if row.source is None and row.gate != "sft"]
     figure, axis = plt.subplots(figsize=(9, 0.6 + 0.42 * len(rows)), layout="constrained")
-    kinds = (("tokens", GREY), ("nll", BLUE), ("gradient", ORANGE))
+    kinds = [("tokens", GREY), ("nll", BLUE), ("gradient", ORANGE)]
+    if all(row.gradient is None for row in rows):  # a run of vLLM
+        kinds.pop()
     for i, (name, colour) in enumerate(kinds):
         places = np.arange(len(rows)) + 0.26 * (i - 1)
         widths = [100 * (getattr(row, name) or 0) for row in rows]

@@ -20,8 +20,13 @@ from eaft.inspection.find.effects import Effects, ParameterMeasurement
 from eaft.inspection.find.interval import share_interval
 from eaft.inspection.find.words import Words
 from eaft.inspection.folder import BASE, Inspection
-from eaft.inspection.labelled import Labelled, labelled_pairs, labelled_tokens
-from eaft.inspection.removed import QUANTITIES
+from eaft.inspection.labelled import (
+    Labelled,
+    labelled_pairs,
+    labelled_tokens,
+    weighed_gates,
+)
+from eaft.inspection.removed import QUANTITIES, share
 from eaft.inspection.summary import (
     DATA,
     ORIGINS,
@@ -73,10 +78,7 @@ class OriginSums:
     def conflict_shares(self) -> Shares:
         """Return the shares in confident conflicts."""
         return Shares(
-            **{
-                name: part / self.totals[name] if self.totals[name] else None
-                for name, part in self.conflicts.items()
-            }
+            **{name: share(part, self.totals[name]) for name, part in self.conflicts.items()}
         )
 
     def mean_nll(self) -> GroupNll:
@@ -85,7 +87,7 @@ class OriginSums:
 
     def mean_entropy(self) -> float | None:
         """
-        Return the mean exact entropy, nats.
+        Return the mean entropy, nats.
 
         For the model's own answers it says how sure of itself the model is.
         """
@@ -138,7 +140,7 @@ class ModelSums:
         return ByOrigin(self.data.mean_nll(), None if rollouts is None else rollouts.mean_nll())
 
     def mean_entropy(self) -> ByOrigin[float | None]:
-        """Return the mean exact entropy, nats."""
+        """Return the mean entropy, nats."""
         rollouts = self.rollouts
         return ByOrigin(
             self.data.mean_entropy(), None if rollouts is None else rollouts.mean_entropy()
@@ -165,7 +167,10 @@ def find(inspection: Inspection, top_k_curve: list[TopKRow] | None) -> Summary:
         conflicts.add(of_data)
     any_labelled = sums[BASE].data.totals["tokens"] > 0
     measured = measurement.result() if any_labelled else None
-    effects = None if measured is None else Effects(examples, vocabulary, measured)
+    effects = None
+    if measured is not None:
+        gates = list(weighed_gates(inspection.whole_vocabulary))
+        effects = Effects(examples, vocabulary, measured, gates)
     words.choose()
     for tokens in labelled_tokens(inspection):
         of_data = select(tokens, examples.is_from(DATA)[tokens.example])

@@ -18,7 +18,7 @@ from eaft.evaluation.report import save
 from eaft.inspection.find.figures import CAPTIONS, draw, svg
 from eaft.inspection.find.wording import percent, shown
 from eaft.inspection.folder import BASE, REPORT_FILE, Inspection
-from eaft.inspection.labelled import weighed_gates
+from eaft.inspection.labelled import weighed_gates, what_is_absent
 from eaft.inspection.summary import (
     ORIGINS,
     SUMMARY_FILE,
@@ -44,7 +44,8 @@ def write(inspection: Inspection) -> None:
     folder.mkdir(exist_ok=True)
     pictures = {}
     gate = inspection.run.config.get("gate")
-    gate = gate if gate in weighed_gates() and gate != "sft" else "eaft"
+    gates = weighed_gates(inspection.whole_vocabulary)
+    gate = gate if gate in gates and gate != "sft" else "eaft"
     for name, figure in draw(inspection, inspection.summary, gate).items():
         pictures[name] = Markup(svg(figure, name))
         save(figure, folder / f"{name}.png")
@@ -65,6 +66,7 @@ def write(inspection: Inspection) -> None:
         examples=list(first_examples(inspection)),
         token_rows=TOKEN_ROWS,
         base=BASE,
+        absent=what_is_absent(inspection.run),
     )
     staging = inspection.folder / f"{REPORT_FILE}.tmp"
     staging.write_text(text, errors="replace")
@@ -170,13 +172,14 @@ def is_conflict(token: dict[str, Any]) -> bool:
 
 def first_tokens(inspection: Inspection) -> pa.Table:
     """Return the tokens of the first examples."""
-    names = ["example", "end", "token_id", "log_prob", "entropy", "first_choice", "first_prob"]
+    names = ["example", "end", "token_id", "log_prob", "first_choice", "first_prob"]
+    entropy = inspection.entropy_column
     batches: list[pa.RecordBatch] = []
-    for batch in inspection.batches(names, rows=1 << 15):
+    for batch in inspection.batches([*names, entropy], rows=1 << 15):
         batches.append(batch.filter(pc.less(batch["example"], FIRST_EXAMPLES)))
         if batch["example"][-1].as_py() >= FIRST_EXAMPLES:
             break
-    return pa.Table.from_batches(batches)
+    return pa.Table.from_batches(batches).rename_columns([*names, "entropy"])
 
 
 def piece(text: str, token: dict[str, Any], vocabulary: Vocabulary) -> Piece:
@@ -196,7 +199,9 @@ def piece(text: str, token: dict[str, Any], vocabulary: Vocabulary) -> Piece:
 def page(inspection: Inspection) -> str:
     """Return what is printed: the advice, the tables behind it, the checks, and the files."""
     summary = inspection.summary
-    parts = [summary.advice.text, conflicts_table(summary)]
+    parts = [summary.advice.text, conflicts_table(summary, inspection.run.entropy_name)]
+    if absent := what_is_absent(inspection.run):
+        parts.append(absent)
     if summary.gates:
         parts.append(gates_table(summary.gates))
     if summary.tokens.conflict:
@@ -214,7 +219,7 @@ def page(inspection: Inspection) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def conflicts_table(summary: Summary) -> str:
+def conflicts_table(summary: Summary, entropy_name: str) -> str:
     """Return the table of shares in confident conflicts, by model and origin."""
     rows = []
     for name, by_origin in summary.conflicts.items():
@@ -223,7 +228,7 @@ def conflicts_table(summary: Summary) -> str:
             if shares is not None:
                 entropy = optional_nats(summary.entropy[name].of(origin))
                 rows.append([name, origin, *percents(shares), entropy])
-    header = ["in confident conflicts", "of", "tokens", "nll", "gradient", "mean entropy"]
+    header = ["in confident conflicts", "of", "tokens", "nll", "gradient", f"mean {entropy_name}"]
     return table(rows, header)
 
 

@@ -16,6 +16,7 @@ from trl import ModelConfig, get_quantization_config
 
 from eaft.errors import ConfigurationError, first_line
 from eaft.evaluation.model_settings import generation_config
+from eaft.inspection.folder import STATISTICS
 from eaft.inspection.score.examples import Tokens
 from eaft.models import adapter_of, check_finite, loading, resolve_model
 from eaft.objective.gate_spec import bind_gate
@@ -59,9 +60,12 @@ class ScoringModel:
         ConfigurationError: it cannot be loaded, or `GatedLMHead` computes other logits.
     """
 
+    columns = tuple(field.name for field in STATISTICS)
+
     def __init__(self, model: str, settings: Settings, is_base: bool = True) -> None:
         self.name, self.settings = model, settings
         self.device = settings.args.device
+        self.batch_tokens = GPU_BATCH_TOKENS if self.device.type == "cuda" else BATCH_TOKENS
         self.model = load(model, settings, is_base).eval()
         self.base_model = (
             self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
@@ -83,19 +87,7 @@ class ScoringModel:
     def statistics(
         self, tokens: Tokens, batch: list[int]
     ) -> tuple[TokenStatistics, NDArray[np.integer]]:
-        """
-        Return the statistics of the `n` labelled tokens of some examples, and their places.
-
-        Args:
-            tokens: of a shard.
-            batch: the examples, as indices into the shard; the longest first.
-
-        Returns:
-            The statistics, and for each token its index in `tokens.ids`, `[n]`.
-
-        Raises:
-            ConfigurationError: the tokenizer has ids that the model does not have.
-        """
+        """Return the statistics of some examples' tokens; see `Scorer`."""
         width = int(tokens.lengths[batch].max())
         # Padding is on the right, where causal attention does not see it
         ids, labels = np.zeros((len(batch), width), np.int64), np.full((len(batch), width), -100)
@@ -107,11 +99,6 @@ class ScoringModel:
                 tokens.labelled[part], tokens.ids[part], -100
             )
             places.append(np.flatnonzero(tokens.labelled[part]) + part.start)
-        if ids.max() >= self.vocab_size:
-            raise ConfigurationError(
-                f"{self.name} has {self.vocab_size} tokens, but the tokenized data has the id"
-                f" {ids.max()}: use the model's own tokenizer."
-            )
         inputs = {
             "input_ids": torch.from_numpy(ids).to(self.device),
             "labels": torch.from_numpy(labels),

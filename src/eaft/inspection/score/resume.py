@@ -56,6 +56,8 @@ def continued(folder: Path, run: InspectedRun) -> InspectedRun:
     assert old is not None
     assert new is not None
     changed = differences(old, new)
+    if before.backend != run.backend:
+        changed.append("another backend")
     if changed:
         raise ConfigurationError(
             f"output_dir={str(folder)!r} is an inspection of {' and '.join(changed)}. {way}"

@@ -39,6 +39,7 @@ from eaft.inspection.score.tables import (
     token_table,
     write_parquet,
 )
+from eaft.inspection.score.vllm_model import VLLMModel
 from eaft.provenance import write_json
 from eaft.text import visible
 
@@ -57,6 +58,8 @@ class Job:
     base: str
     others: list[ScoredModel]
     examples: Examples
+    backend: str  # "hf" or "vllm"
+    context: int  # the most tokens of an example
 
     @property
     def parts(self) -> Path:
@@ -89,7 +92,7 @@ def score_all(
         measure_curve: whether to measure the top-K curve too.
     """
     state = processes()
-    model = LazyModel(job.base, job.settings)
+    model = LazyModel(job, job.base)
     if prompts:
         job.examples = job.examples.with_rollouts(answers(job, model, prompts, flags, phases))
     pieces = Pieces(job.tokenizer)
@@ -100,7 +103,7 @@ def score_all(
             keep_top_k_curve(job, model)
     model.free()
     for other in job.others:
-        model = LazyModel(other.model, job.settings, is_base=False)
+        model = LazyModel(job, other.model, is_base=False)
         score_model(job, other, model, pieces, phases)
         model.free()
     state.wait_for_everyone()
@@ -116,18 +119,15 @@ def answers(
     name = f"the model's own answers to {len(prompts)} prompts"
     with phases.counted(name, batches * flags.max_new_tokens, "steps at most") as advance:
         if not shared(file.is_file):
-            if flags.rollout_backend == "vllm":
-                sampled = rollouts.sample_with_vllm(
-                    job.base,
-                    job.tokenizer,
-                    prompts,
-                    flags.max_new_tokens,
-                    args.seed,
-                    job.settings,
-                )
+            sampling = model
+            if flags.rollout_backend != job.backend:
+                sampling = LazyModel(job, job.base, backend=flags.rollout_backend)
+            sampler = sampling.get()
+            if isinstance(sampler, VLLMModel):
+                sampled = sampler.sample(prompts, flags.max_new_tokens, args.seed)
             else:
                 sampled = rollouts.sample(
-                    model.get(),
+                    sampler,
                     job.tokenizer,
                     prompts,
                     flags.max_new_tokens,
@@ -135,6 +135,9 @@ def answers(
                     share,
                     advance,
                 )
+            if sampling is not model:
+                del sampler
+                sampling.free()
             if state.is_main_process:
                 job.parts.mkdir(exist_ok=True)
                 write_json(file, [asdict(answer) for answer in sampled])
@@ -143,16 +146,33 @@ def answers(
 
 
 class LazyModel:
-    """A `ScoringModel` that is loaded when it is first needed."""
+    """
+    A model that is loaded when it is first needed.
 
-    def __init__(self, model: str, settings: Settings, is_base: bool = True) -> None:
-        self.arguments = (model, settings, is_base)
-        self.model: ScoringModel | None = None
+    Args:
+        job: says how it computes.
+        model: a Hub id or a folder.
+        is_base: whether it is the base model.
+        backend: the job's if None.
+    """
 
-    def get(self) -> ScoringModel:
+    def __init__(
+        self, job: Job, model: str, is_base: bool = True, backend: str | None = None
+    ) -> None:
+        self.job, self.name, self.is_base = job, model, is_base
+        self.backend = backend or job.backend
+        self.model: ScoringModel | VLLMModel | None = None
+
+    def get(self) -> ScoringModel | VLLMModel:
         """Return the model, and load it the first time."""
         if self.model is None:
-            self.model = ScoringModel(*self.arguments)
+            job = self.job
+            if self.backend == "vllm":
+                self.model = VLLMModel(
+                    self.name, job.tokenizer, job.settings, job.context, self.is_base
+                )
+            else:
+                self.model = ScoringModel(self.name, job.settings, self.is_base)
         return self.model
 
     def free(self) -> None:
@@ -225,7 +245,9 @@ def keep_top_k_curve(job: Job, model: LazyModel) -> None:
     """
     run = read_run(job.folder, WAY)
     if run.top_k_curve is None:
-        curve = top_k_curve(sample_logits(model.get(), job.examples, job.settings.args.seed))
+        scoring = model.get()
+        assert isinstance(scoring, ScoringModel)
+        curve = top_k_curve(sample_logits(scoring, job.examples, job.settings.args.seed))
         write_run(job.folder, replace(run, top_k_curve=curve))
 
 

@@ -4,14 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
-from eaft.errors import NonFiniteError
-from eaft.inspection.folder import STATISTICS
+from eaft.errors import ConfigurationError, NonFiniteError
 from eaft.inspection.score.examples import Examples, Tokens, batches, count_labelled
-from eaft.inspection.score.model import BATCH_TOKENS, GPU_BATCH_TOKENS, ScoringModel
 from eaft.inspection.score.tables import FLOATS, Statistics
+from eaft.objective.statistics import TokenStatistics
+
+
+class Scorer(Protocol):
+    """
+    A model that scores tokens: `ScoringModel` or `VLLMModel`.
+
+    Attributes:
+        name: of the model.
+        vocab_size: token ids are below this.
+        columns: of `STATISTICS`, those that it computes.
+        batch_tokens: the most tokens of a batch, with padding.
+    """
+
+    name: str
+    vocab_size: int
+    columns: tuple[str, ...]
+    batch_tokens: int
+
+    def statistics(
+        self, tokens: Tokens, batch: list[int]
+    ) -> tuple[TokenStatistics, NDArray[np.integer]]:
+        """
+        Return the statistics of the `n` labelled tokens of some examples, and their places.
+
+        Args:
+            tokens: of a shard.
+            batch: the examples, as indices into the shard; the longest first.
+
+        Returns:
+            The statistics, and for each token its index in `tokens.ids`, `[n]`.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -23,7 +56,7 @@ class ScoredShard:
 
 
 def score_shard(
-    model: ScoringModel, examples: Examples, part: range, advance: Callable[[int], object]
+    model: Scorer, examples: Examples, part: range, advance: Callable[[int], object]
 ) -> ScoredShard:
     """
     Return a shard's tokens with their statistics.
@@ -35,18 +68,23 @@ def score_shard(
         advance: called with the number of tokens of each batch, and of examples without a label.
 
     Raises:
+        ConfigurationError: the tokenizer has ids that the model does not have.
         NonFiniteError: the model's probabilities are NaN or infinite; the message names the rows.
     """
     tokens = examples.tokens(part)
     columns: Statistics = {
-        field.name: np.zeros(len(tokens.ids), np.float32 if field.name in FLOATS else np.int32)
-        for field in STATISTICS
+        name: np.zeros(len(tokens.ids), np.float32 if name in FLOATS else np.int32)
+        for name in model.columns
     }
-    budget = GPU_BATCH_TOKENS if model.device.type == "cuda" else BATCH_TOKENS
-    for batch in batches(tokens, budget):
+    if len(tokens.ids) and tokens.ids.max() >= model.vocab_size:
+        raise ConfigurationError(
+            f"{model.name} has {model.vocab_size} tokens, but the tokenized data has the id"
+            f" {tokens.ids.max()}: use the model's own tokenizer."
+        )
+    for batch in batches(tokens, model.batch_tokens):
         statistics, places = model.statistics(tokens, batch)
         values = {name: getattr(statistics, name).cpu().numpy() for name in columns}
-        finite = np.isfinite(np.stack([values[name] for name in FLOATS])).all(0)
+        finite = np.isfinite([values[name] for name in FLOATS if name in values]).all(0)
         if not finite.all():
             ends = tokens.starts + tokens.lengths
             bad = np.searchsorted(ends, places[~finite], side="right")

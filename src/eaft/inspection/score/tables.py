@@ -13,12 +13,12 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from eaft.inspection.folder import COMPARED, EXAMPLES, STATISTICS, TOKENS
+from eaft.inspection.folder import COMPARED, EXAMPLES, STATISTICS, TOKENS, statistics_of
 from eaft.inspection.score.examples import Tokens, count_labelled
 from eaft.inspection.score.pieces import Pieces
-from eaft.objective.statistics import TokenStatistics
 
-# The columns `STATISTICS` by name, a value for each token; an unlabelled token's values are 0
+# The columns `STATISTICS` by name, those that the model computes; a value for each token, 0 for an
+# unlabelled one
 Statistics = dict[str, NDArray[Any]]
 
 FLOATS = [field.name for field in STATISTICS if pa.types.is_floating(field.type)]
@@ -60,8 +60,10 @@ def keys(part: range, tokens: Tokens) -> dict[str, NDArray[Any]]:
 
 
 def nulled(tokens: Tokens, statistics: Statistics) -> dict[str, pa.Array]:
-    """Return the columns `STATISTICS`, null where a token has no label."""
-    return {name: pa.array(values, mask=~tokens.labelled) for name, values in statistics.items()}
+    """Return the columns `STATISTICS`, null where a token has no label or the model no value."""
+    columns = {field.name: pa.nulls(len(tokens.ids), field.type) for field in STATISTICS}
+    scored = {name: pa.array(values, mask=~tokens.labelled) for name, values in statistics.items()}
+    return columns | scored
 
 
 def as_table(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
@@ -87,12 +89,7 @@ def example_table(
         texts: of the examples.
         top_k: K of the top-K entropy.
     """
-    column = {name: torch.from_numpy(values) for name, values in statistics.items()}
-    stats = TokenStatistics(
-        **{name: column[name] for name in ("log_prob", "entropy", "top_k_entropy", "sum_sq_probs")},
-        is_top1=column["rank"] == 1,
-        top_k=top_k,
-    )
+    stats = statistics_of({n: torch.from_numpy(v) for n, v in statistics.items()}, top_k)
     nll, conflict = stats.nll.double().numpy(), stats.is_conflict.numpy()
     labelled = count_labelled(tokens)
 
