@@ -6,7 +6,6 @@ refused.
 import json
 import math
 import shutil
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +24,6 @@ from eaft.inspection import inspect
 from eaft.inspection.folder import BASE, STATISTICS, Inspection
 from eaft.inspection.phases import Phases
 from eaft.inspection.run_file import ScoredModel
-from eaft.inspection.score import rollouts
 from eaft.inspection.score import run as score_run
 from eaft.inspection.summary import ROLLOUTS
 from eaft.inspection.vocabulary import Vocabulary
@@ -375,28 +373,6 @@ def test_rollouts_are_the_models_own_answers(
     assert Inspection(out).run.top_k_curve[-1].k == 264  # the whole vocabulary
     monkeypatch.setattr(score_run, "ScoringModel", None)
     assert run(*flags, out) == 0  # nothing is sampled or scored again
-
-    # vLLM needs a GPU: a stand-in for lm-eval's model of it
-    def generate(requests, generate, sampling_params):
-        assert [(one.temperature, one.max_tokens) for one in sampling_params] == [(1.0, 7)] * 3
-        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=(70, 2))]) for _ in requests]
-
-    monkeypatch.undo()
-    monkeypatch.setattr(inspect, "conclude", lambda folder: None)
-    vllm = SimpleNamespace(
-        SamplingParams=lambda **given: SimpleNamespace(**given), __spec__="found"
-    )
-    monkeypatch.setitem(sys.modules, "vllm", vllm)
-    monkeypatch.setattr(
-        rollouts, "load_lm", lambda *given: SimpleNamespace(_model_generate=generate)
-    )
-    assert run(*flags, tmp_path / "vllm", "--rollout_backend", "vllm") == 0
-    found = [
-        e for e in Inspection(tmp_path / "vllm").examples().to_pylist() if e["origin"] == ROLLOUTS
-    ]
-    assert [(e["text"][-11:], e["labelled"]) for e in found] == [
-        (tokenizer.decode([70, 2])[-11:], 2)
-    ] * 3
 
 
 def test_sampled_logits_are_the_models(model_dir, tokenizer, monkeypatch):

@@ -57,21 +57,25 @@ SLIDERS = {
 }
 
 
-def gate_controls(measured: MeasuredParameters | None) -> list[GateControls]:
+def gate_controls(
+    measured: MeasuredParameters | None, whole_vocabulary: bool = True
+) -> list[GateControls]:
     """
     Return the sliders of every gate.
 
     Args:
+        whole_vocabulary: whether the inspection has statistics of the whole vocabulary. Without
+            them the entropy cannot be chosen: it is the top-K entropy.
         measured: parameters that were measured on this data, if any were. Training measures some
             of them on each batch; their sliders begin at the value for all the data.
     """
     values = {} if measured is None else vars(measured)
     controls = []
-    for name, gate in weighed_gates().items():
+    for name, gate in weighed_gates(whole_vocabulary).items():
         params, begins_at_measured = [], False
         for param, default in gate.params.items():
             slider = SLIDERS.get(param)
-            if slider is None:
+            if slider is None or (param == "entropy" and not whole_vocabulary):
                 continue
             if not is_of_data(default):
                 params.append(replace(slider, default=default))
@@ -84,15 +88,21 @@ def gate_controls(measured: MeasuredParameters | None) -> list[GateControls]:
     return controls
 
 
-def parameters(gate: str, chosen: Parameters, measured: MeasuredParameters | None) -> Parameters:
+def parameters(gate: str, chosen: Parameters, gates: list[GateControls]) -> Parameters:
     """
     Return all parameters of a gate: the chosen ones, and the others where their sliders begin.
+
+    Args:
+        gate: its name.
+        chosen: values by name.
+        gates: all gates that there are.
 
     Raises:
         RequestError: no such gate or parameter, or a value that the gate does not take.
     """
-    one_of("gate", gate, weighed_gates())
-    controls = next(controls for controls in gate_controls(measured) if controls.name == gate)
+    by_name = {controls.name: controls for controls in gates}
+    one_of("gate", gate, by_name)
+    controls = by_name[gate]
     params = {slider.name: slider.default for slider in controls.params} | chosen
     for name, value in params.items():
         choices = SLIDERS[name].choices if name in SLIDERS else None

@@ -3,7 +3,8 @@ The labelled tokens and the examples of an inspection as DuckDB tables in memory
 
 Everything is read from Parquet once, at the start. DuckDB itself opens no file. While reading,
 `objective` and `landscape` compute what follows from a token's statistics: its probability, its
-gradient's norm, whether it is a conflict, and its bins of the plane.
+gradient's norm, whether it is a conflict, and its bins of the plane. In a run of vLLM `entropy` is
+the top-K entropy, and the gradient's norm is NaN.
 """
 
 from __future__ import annotations
@@ -22,7 +23,14 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from eaft.errors import ConfigurationError
-from eaft.inspection.folder import BASE, EXAMPLES_FILE, STATISTICS, VOCABULARY_FILE, Inspection
+from eaft.inspection.folder import (
+    BASE,
+    EXAMPLES_FILE,
+    STATISTICS,
+    VOCABULARY_FILE,
+    WHOLE_VOCABULARY,
+    Inspection,
+)
 from eaft.inspection.landscape import bin_indices, entropy_edges, prob_edges
 from eaft.inspection.vocabulary import Vocabulary
 
@@ -99,7 +107,8 @@ class Tables:
         largest = 0.0
         for file in (file for name in self.names for file in self.inspection.files(name)):
             metadata = pq.read_metadata(file)
-            column = metadata.schema.to_arrow_schema().names.index("entropy")
+            names = metadata.schema.to_arrow_schema().names
+            column = names.index(self.inspection.entropy_column)
             for group in range(metadata.num_row_groups):
                 statistics = metadata.row_group(group).column(column).statistics
                 if statistics is not None and statistics.has_min_max:
@@ -216,6 +225,9 @@ class Tables:
             "source": self.source_codes[example],
             "origin": self.origin_codes[example],
         }
+        if not self.inspection.whole_vocabulary:
+            table = table.drop_columns(list(WHOLE_VOCABULARY))
+            columns |= {name: getattr(stats, name).numpy() for name in WHOLE_VOCABULARY}
         for name, values in columns.items():
             table = table.append_column(name, pa.array(values))
         return table

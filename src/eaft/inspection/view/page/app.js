@@ -2,7 +2,7 @@
 
 import { get, url } from "./api.js";
 import checks from "./checks.js";
-import { choice, eachFrame, fileName, fill, h, many } from "./dom.js";
+import { choice, eachFrame, fileName, fill, h, many, terms } from "./dom.js";
 import examples from "./examples.js";
 import { mountFilters } from "./filters.js";
 import gates from "./gates.js";
@@ -81,6 +81,9 @@ async function start() {
   document.title = `${folder.name} · eaft view`;
   place("name").textContent = folder.name;
   place("what").textContent = describe(folder);
+  terms.entropy = folder.entropy_name ?? terms.entropy;
+  place("absent").textContent = folder.absent ?? "";
+  place("absent").hidden = !folder.absent;
   document.body.dataset.kind = folder.kind;
   if (folder.kind !== "runs") updateFilters = mountFilters(place("filters"), folder);
   drawHelp();
@@ -210,7 +213,7 @@ function drawHelp() {
     h(
       "p",
       {},
-      "Each labelled token has two coordinates: the model's entropy (nats), from sure to unsure, and the probability of the label, from unlikely to likely. ",
+      `Each labelled token has two coordinates: the model's ${terms.entropy} (nats), from sure to unsure, and the probability of the label, from unlikely to likely. `,
       "If the model is sure and the label is unlikely, the token is a ",
       h("b", {}, "confident conflict"),
       ". Training on such tokens overwrites what the model knows. A gate gives them smaller weights.",
@@ -218,7 +221,9 @@ function drawHelp() {
     h(
       "p",
       {},
-      "p is the probability of the label, and nll = −ln p. The gradient is the norm of the loss's gradient by the logits, √(Σp² − 2p + 1), times the gate's weight.",
+      "p is the probability of the label, and nll = −ln p.",
+      !folder.absent &&
+        " The gradient is the norm of the loss's gradient by the logits, √(Σp² − 2p + 1), times the gate's weight.",
     ),
     h("h2", {}, "Keys"),
     h(

@@ -1,6 +1,6 @@
 // Drawings with Observable Plot: the plane of entropy and probability, histograms, and the colours of both themes.
 
-import { eachFrame, h, many, number, share, short } from "./dom.js";
+import { eachFrame, h, many, number, share, short, terms } from "./dom.js";
 import { hideTip, showTip } from "./tip.js";
 
 const CONFLICT = { entropy: 0.5, prob: 0.1 }; // the borders of a confident conflict, as in eaft.objective.statistics
@@ -117,7 +117,7 @@ export function plane({ answer, values, scale, title, corner, describe, width, b
     marginTop: 26,
     marginBottom: 40,
     x: { ...axis(PROB_TICKS, [0, 1]), label: "unlikely ←  probability of the label  → likely", labelAnchor: "center" },
-    y: { ...axis(ENTROPY_TICKS, [0, top]), label: "↑ unsure: entropy, nats" },
+    y: { ...axis(ENTROPY_TICKS, [0, top]), label: `↑ unsure: ${terms.entropy}, nats` },
     color: scale,
     marks: [
       Plot.frame({ stroke: "var(--line)" }),
@@ -171,7 +171,7 @@ export function plane({ answer, values, scale, title, corner, describe, width, b
     const row = Math.min(d3.bisectRight(H, entropy) - 1, H.length - 2),
       column = Math.min(d3.bisectRight(P, prob) - 1, P.length - 2);
     if (!inside || event.buttons || row < 0 || column < 0) return hideTip();
-    const place = `entropy ${number(H[row])}–${number(H[row + 1])} nats, probability ${short(P[column])}–${short(P[column + 1])}`;
+    const place = `${terms.entropy} ${number(H[row])}–${number(H[row + 1])} nats, probability ${short(P[column])}–${short(P[column + 1])}`;
     showTip([h("p", {}, describe(row, column)), h("p", { class: "quiet" }, place)], {
       left: event.clientX,
       top: event.clientY,

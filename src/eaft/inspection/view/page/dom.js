@@ -30,6 +30,9 @@ export function share(value) {
 }
 
 // Text on one line, and a token's text, with symbols for invisible characters
+// Names that depend on the folder: a run of vLLM has only the entropy of the likeliest tokens
+export const terms = { entropy: "entropy" };
+
 export const oneLine = (text) => text.replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/\r/g, "␍");
 const UNSEEN = /[\p{Cc}\p{Zl}\p{Zp}\u00ad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff]/gu;
 export const visible = (text) =>

@@ -1,7 +1,7 @@
 // The examples as a table, which the server sorts and filters, and one example as text with coloured tokens.
 
 import { url } from "./api.js";
-import { announce, choice, count, fileName, h, many, number, part, select, share, snippets, table } from "./dom.js";
+import { announce, choice, count, fileName, h, many, number, part, select, share, snippets, table, terms } from "./dom.js";
 import { change, selection, state } from "./state.js";
 import { PAINTS, example as exampleText } from "./text.js";
 
@@ -98,7 +98,7 @@ function drawTable({ rows }) {
     numeric("labelled", "labelled", count, "tokens that are trained on", true),
     numeric("cut", "cut", (value) => (value ? count(value) : ""), "tokens lost to the maximal length", true),
     numeric("nll", "nll", number, "mean over its labelled tokens, nats"),
-    numeric("entropy", "entropy", number, "mean over its labelled tokens, nats", true),
+    numeric(terms.entropy, "entropy", number, "mean over its labelled tokens, nats", true),
     numeric("conflicts", "conflict_share", share, "share of its tokens that are confident conflicts"),
     numeric("of its nll", "conflict_nll_share", share, "share of its nll that lies in confident conflicts"),
     {
@@ -155,7 +155,7 @@ function drawExample(folder, answer, shown, move) {
   const tuned = folder.models.find(({ name }) => name !== "base");
   const paints = [
     ["prob", "probability"],
-    ["entropy", "entropy"],
+    ["entropy", terms.entropy],
     ["weight", "gate's weight"],
     ...(tuned ? [["change", "change after training"]] : []),
   ];
@@ -165,7 +165,7 @@ function drawExample(folder, answer, shown, move) {
     `${count(answer.labelled)} of ${count(answer.tokens.length)} tokens labelled`,
     answer.cut > 0 && `${count(answer.cut)} cut off at max_length`,
     `nll ${number(answer.nll)}`,
-    `entropy ${number(answer.entropy)}`,
+    `${terms.entropy} ${number(answer.entropy)}`,
     `conflicts ${share(answer.conflict_share)} of the tokens, ${share(answer.conflict_nll_share)} of the nll`,
   ];
   return [

@@ -51,6 +51,7 @@ export default {
     const effect = part(effects, drawEffect);
     let figures = [];
     const picture = part(pictures, (landscape, weighted) => {
+      if (!weighted.gradient) return [h("p", { class: "quiet" }, "Gradients need the whole vocabulary, which this run has not.")];
       const { drawn, scale } = drawPlanes(width(), landscape, weighted);
       figures = drawn;
       return [h("div", { class: "planes" }, drawn), h("div", { class: "under" }, legend(scale))];
@@ -163,7 +164,7 @@ const where = () => (state.box ? " in the box" : "");
 
 function drawEffect({ removed: { tokens, nll, gradient }, mean_weight, weights, count: tokenCount, sampled }) {
   announce(
-    `The gate removes ${share(tokens)} of the tokens, ${share(nll)} of the nll, ${share(gradient)} of the gradient`,
+    `The gate removes ${share(tokens)} of the tokens, ${share(nll)} of the nll${gradient === null ? "" : `, ${share(gradient)} of the gradient`}`,
   );
   const row = (name, value) => h("tr", {}, h("th", { scope: "row" }, name), h("td", {}, bar(value, "hot")));
   return [
@@ -171,7 +172,7 @@ function drawEffect({ removed: { tokens, nll, gradient }, mean_weight, weights, 
     h(
       "table",
       { class: "removed", "aria-label": "What the gate removes" },
-      h("tbody", {}, row("tokens", tokens), row("nll", nll), row("gradient", gradient)),
+      h("tbody", {}, row("tokens", tokens), row("nll", nll), gradient !== null && row("gradient", gradient)),
     ),
     h(
       "p",
@@ -221,7 +222,11 @@ function cornerOf({ entropy_edges: H, prob_edges: P }, values) {
   );
 }
 
-const removed = (name) => ({ title: name, numeric: true, cell: (row) => bar(row[name], "hot") });
+// Columns of what is removed; a run of vLLM has no gradients
+const removed = (rows) =>
+  ["tokens", "nll", "gradient"]
+    .filter((name) => name !== "gradient" || rows.some((row) => row.gradient !== null))
+    .map((name) => ({ title: name, numeric: true, cell: (row) => bar(row[name], "hot") }));
 
 function drawSources(rows) {
   return [
@@ -230,9 +235,7 @@ function drawSources(rows) {
       "By source",
       [
         { title: "source", class: "long-name", cell: (row) => fileName(row.source) },
-        removed("tokens"),
-        removed("nll"),
-        removed("gradient"),
+        ...removed(rows),
       ],
       rows,
     ),
@@ -295,9 +298,7 @@ function everyGate({ summary }) {
             h("span", { class: "quiet settings" }, settings(row)),
           ],
         },
-        removed("tokens"),
-        removed("nll"),
-        removed("gradient"),
+        ...removed(gates),
       ],
       gates,
     ),

@@ -18,6 +18,7 @@ import {
   share,
   snippets,
   table,
+  terms,
   token,
   wanted,
 } from "./dom.js";
@@ -76,6 +77,7 @@ export default {
 
     let colour = "";
     return function update() {
+      if (folder.absent && state.colour === "gradient") return change({ colour: "tokens" }); // of an older address
       fillControls(controls, folder);
       boxFields.update();
       const other = besideSelection();
@@ -159,7 +161,7 @@ function fillControls(element, folder) {
       "span",
       { class: "inline" },
       "colour ",
-      choice("Colour", COLOURS, state.colour, (colour) => change({ colour })),
+      choice("Colour", folder.absent ? COLOURS.slice(0, -1) : COLOURS, state.colour, (colour) => change({ colour })),
     ),
     others.length > 0 &&
       h(
@@ -219,8 +221,13 @@ function shares({ total, corner, selected }) {
         { title: "share of", cell: ([name]) => name },
         { title: "tokens", numeric: true, cell: cell("tokens") },
         { title: "nll", numeric: true, cell: cell("nll"), help: "negative log-likelihood of the labels, nats" },
-        { title: "gradient", numeric: true, cell: cell("gradient"), help: "norm of the loss's gradient by the logits" },
-      ],
+        total.gradient !== null && {
+          title: "gradient",
+          numeric: true,
+          cell: cell("gradient"),
+          help: "norm of the loss's gradient by the logits",
+        },
+      ].filter(Boolean),
       rows,
     ),
     h(
@@ -255,7 +262,7 @@ function makeBoxFields() {
     "fieldset",
     { class: "boxfields" },
     h("legend", {}, "Box: drag in the picture, or type"),
-    h("span", {}, "entropy ", fields[0], " – ", fields[1], " nats"),
+    h("span", {}, `${terms.entropy} `, fields[0], " – ", fields[1], " nats"),
     h("span", {}, "probability ", fields[2], " – ", fields[3]),
     clear,
   );

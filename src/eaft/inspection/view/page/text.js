@@ -1,6 +1,6 @@
 // An example as text: labelled tokens are coloured by the model's statistics, unlabelled tokens are grey.
 
-import { h, number, share, token } from "./dom.js";
+import { h, number, share, terms, token } from "./dom.js";
 import { hideTip, showTip } from "./tip.js";
 
 const LARGEST = { entropy: 4, change: 3 }; // nats with the full colour
@@ -142,7 +142,7 @@ function describe(item) {
   if (!item.labelled || item.log_prob === null) return [head, h("p", { class: "quiet" }, "no label: not trained on")];
   const facts = [
     ["probability", share(item.prob)],
-    ["entropy", `${number(item.entropy)} nats`],
+    [terms.entropy, `${number(item.entropy)} nats`],
     ["nll", `${number(item.nll)} nats`],
     ["rank", item.rank],
     item.weight !== null && item.weight !== undefined && ["gate's weight", number(item.weight, 3)],

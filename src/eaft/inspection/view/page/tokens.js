@@ -1,7 +1,7 @@
 // The tokens of a group, and the places of one token in context.
 
 import { url } from "./api.js";
-import { announce, choice, count, fill, h, many, number, oneLine, part, share, table, token, wanted } from "./dom.js";
+import { announce, choice, count, fill, h, many, number, oneLine, part, share, table, terms, token, wanted } from "./dom.js";
 import { pager } from "./examples.js";
 import { change, selection, state } from "./state.js";
 
@@ -110,7 +110,7 @@ function drawPlaces({ total, rows }) {
           "button",
           {
             class: "plain",
-            title: `probability ${share(row.prob)}, entropy ${number(row.entropy)}`,
+            title: `probability ${share(row.prob)}, ${terms.entropy} ${number(row.entropy)}`,
             "data-key": `place ${row.example} ${row.position}`,
           },
           token(row.text),

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from eaft.inspection.labelled import what_is_absent
 from eaft.inspection.run_file import InspectedRun, ScoredModel
 from eaft.inspection.summary import ByOrigin, Counts, Summary
 from eaft.inspection.view.queries.database import Database
-from eaft.inspection.view.sliders import GateControls, gate_controls
+from eaft.inspection.view.sliders import GateControls
 
 MOST_SOURCES = 100  # to choose from; a column `source` may hold an address in every example
 # Flags of `eaft train` that say what becomes of a row
@@ -31,6 +32,8 @@ class About:
     counts: ByOrigin[Counts] | None  # of the summary
     top_k: int
     entropy_max: float  # nats, under any of the models
+    entropy_name: str  # "entropy", or "top-20 entropy" in a run of vLLM
+    absent: str | None  # what a run of vLLM does not show; None for another run
     summary: Summary | None  # None if summary.json does not exist or cannot be read
     gates: list[GateControls]
     run: InspectedRun
@@ -54,8 +57,10 @@ class AboutQueries:
             counts=None if summary is None else summary.counts,
             top_k=inspection.top_k,
             entropy_max=tables.entropy_max,
+            entropy_name=inspection.run.entropy_name,
+            absent=what_is_absent(inspection.run),
             summary=summary,
-            gates=gate_controls(self.database.measured),
+            gates=self.database.gate_controls,
             run=inspection.run,
             train=train_command(inspection.run),
         )

@@ -23,6 +23,7 @@ from eaft.inspection.view.queries.conditions import (
     within,
 )
 from eaft.inspection.view.selection import Selection
+from eaft.inspection.view.sliders import GateControls, Parameters, gate_controls, parameters
 from eaft.inspection.view.tables import Tables
 
 Row = TypeVar("Row")
@@ -209,6 +210,20 @@ class Database:
     def measured(self) -> MeasuredParameters | None:
         """The gate parameters that were measured on this data, if any were."""
         return None if self.summary is None else self.summary.measured
+
+    @property
+    def gate_controls(self) -> list[GateControls]:
+        """The gates that this inspection can show, with their sliders."""
+        return gate_controls(self.measured, self.inspection.whole_vocabulary)
+
+    def parameters(self, gate: str, chosen: Parameters) -> Parameters:
+        """
+        Return all parameters of a gate; see `sliders.parameters`.
+
+        Raises:
+            RequestError: no such gate or parameter, or a value that the gate does not take.
+        """
+        return parameters(gate, chosen, self.gate_controls)
 
 
 def finite(value: Any) -> Any:

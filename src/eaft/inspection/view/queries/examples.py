@@ -18,7 +18,7 @@ from eaft.inspection.view.queries.conditions import NEVER, among
 from eaft.inspection.view.queries.database import Database, finite
 from eaft.inspection.view.queries.gates import weigh
 from eaft.inspection.view.selection import RequestError, Selection, one_of
-from eaft.inspection.view.sliders import Parameters, parameters
+from eaft.inspection.view.sliders import Parameters
 from eaft.objective.statistics import TokenStatistics
 
 SNIPPET = 200  # characters
@@ -201,7 +201,7 @@ class ExampleQueries:
         scored = self.scored(number, table)
         weights: dict[int, float] = {}
         if gate is not None:
-            params = parameters(gate, chosen, self.database.measured)
+            params = self.database.parameters(gate, chosen)
             values = weigh(gate, scored.stats, params).tolist()
             weights = dict(zip(scored.indices, values, strict=True))
         conflicts = dict(zip(scored.indices, scored.stats.is_conflict.tolist(), strict=True))
@@ -220,7 +220,7 @@ class ExampleQueries:
                     start=start,
                     log_prob=finite(log_prob),
                     prob=finite(probs.get(i)),
-                    entropy=finite(token["entropy"]),
+                    entropy=finite(token[self.database.inspection.entropy_column]),
                     nll=None if log_prob is None else finite(-log_prob),
                     rank=token["rank"],
                     first_choice=first,

