@@ -29,8 +29,8 @@ class LostNll:
 
 
 def share(part: float, whole: float) -> float | None:
-    """Return part / whole; None if the whole is 0, or NaN because it was not measured."""
-    return float(part / whole) if whole and not np.isnan(whole) else None
+    """Return part / whole; None if the whole is 0, or either is NaN because it was not measured."""
+    return float(part / whole) if whole and not np.isnan(part + whole) else None
 
 
 class Removed:
