@@ -23,6 +23,7 @@ Score data through a model, token by token, and say which tokens the model fight
   eaft inspect MODEL DATA --compare runs/sft      also each checkpoint of a training run
   eaft inspect --config recipe.yaml               the data and model of a recipe of `eaft train`
   accelerate launch -m eaft inspect MODEL DATA
+  eaft inspect MODEL DATA --ray_actors 16         on a Ray cluster, with 16 GPUs
 
 MODEL is a Hub id, a folder (also of a PEFT adapter) or a .gguf file. DATA is a Hub id, a .jsonl,
 .json, .csv or .parquet file, or a folder. The data is scored as training would see it before its
@@ -80,7 +81,8 @@ def main(argv: list[str]) -> None:
     for name in SHARDING:
         os.environ.pop(name, None)
     configs, launch_args, inspect_args = parse(named(argv), make_parser(), recipe_launches=False)
-    if not launch("inspect", launch_args, inspect_args):
+    # With Ray one process hands out the work
+    if configs[-1].ray_actors or not launch("inspect", launch_args, inspect_args):
         with run_date(configs[1], Path(configs[1].output_dir) / RUN_FILE):
             inspect(*configs)
 

@@ -34,6 +34,15 @@ class InspectArguments:
     max_new_tokens: int = field(
         default=256, metadata={"help": "The most tokens of such an answer."}
     )
+    ray_actors: int = field(
+        default=0,
+        metadata={
+            "help": (
+                "Score with so many Ray actors, one GPU each (with --use_cpu: one core). RAY_ADDRESS"
+                " names the cluster. 0: without Ray."
+            )
+        },
+    )
     top_k_curve: bool = field(
         default=False,
         metadata={

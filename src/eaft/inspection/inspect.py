@@ -32,6 +32,7 @@ from eaft.inspection.run_file import (
     SeededRolloutFlags,
     write_run,
 )
+from eaft.inspection.score import ray_actors
 from eaft.inspection.score.compared import find_compared
 from eaft.inspection.score.examples import Examples
 from eaft.inspection.score.model import Settings
@@ -98,6 +99,8 @@ def inspect(
     flags = RolloutFlags(inspect_args.rollouts, rollout_backend, inspect_args.max_new_tokens)
     if "vllm" in (inspect_args.backend, rollout_backend):
         check_vllm(inspect_args, model_args)
+    if inspect_args.ray_actors:
+        ray_actors.check(state.num_processes, inspect_args.backend)
     phases = Phases(state.is_main_process)
     phases.begin("reading the model and the data")
     dataset, _ = load_data(script_args, args, model_args, dataset_args)
@@ -161,7 +164,8 @@ def inspect(
             )
         state.wait_for_everyone()
         job = Job(
-            folder, settings, tokenizer, base, others, examples, inspect_args.backend, context
+            *(folder, settings, tokenizer, base, others, examples),
+            *(inspect_args.backend, context, inspect_args.ray_actors),
         )
         score_all(job, prompts, flags, phases, inspect_args.top_k_curve)
         phases.begin("the report")

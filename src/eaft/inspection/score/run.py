@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from eaft.inspection.folder import (
 )
 from eaft.inspection.phases import Phases
 from eaft.inspection.run_file import RolloutFlags, ScoredModel, read_run, write_run
-from eaft.inspection.score import rollouts
+from eaft.inspection.score import ray_actors, rollouts
 from eaft.inspection.score.curve import sample_logits, top_k_curve
 from eaft.inspection.score.examples import Examples, Prompt, Rollout
 from eaft.inspection.score.model import ScoringModel, Settings
@@ -60,6 +61,7 @@ class Job:
     examples: Examples
     backend: str  # "hf" or "vllm"
     context: int  # the most tokens of an example
+    ray_actors: int = 0  # 0: the processes of this command score
 
     @property
     def parts(self) -> Path:
@@ -204,21 +206,48 @@ def score_model(
     counts = {shard: int(job.examples.lengths[list(shards[shard])].sum()) for shard in mine}
     name = f"scoring with {model.name}"
     with phases.counted(name, sum(counts.values()), "tokens") as advance:
+        if job.ray_actors:
+            for shard in ray_actors.score(job, model, mine):
+                advance(counts[shard])
+            return
         for shard in mine:
-            part = shards[shard]
             try:
-                scored = score_shard(scoring.get(), job.examples, part, advance)
+                write_shard(job, model.name, shard, shards[shard], scoring, pieces, advance)
             except EAFTError as error:
                 # The main process prints its own errors, but does not see these rows
                 if not state.is_main_process:
                     print(visible(f"eaft inspect: error: {error}"), file=sys.stderr)
                 raise
-            if model.name == BASE:
-                write_base_shard(job, shard, part, scored, pieces)
-            else:
-                table = compared_table(part, scored.tokens, scored.statistics)
-                write_parquet(table, COMPARED, job.file(model.name, shard))
     state.wait_for_everyone()
+
+
+def write_shard(
+    job: Job,
+    model: str,
+    shard: int,
+    part: range,
+    scoring: LazyModel,
+    pieces: Pieces,
+    advance: Callable[[int], object],
+) -> None:
+    """
+    Score a shard and write its tables.
+
+    Args:
+        job: the examples and the folder.
+        model: the name of the model whose files are written.
+        shard: its number.
+        part: its examples.
+        scoring: the model.
+        pieces: the texts of its tokens.
+        advance: called with the number of tokens of each batch.
+    """
+    scored = score_shard(scoring.get(), job.examples, part, advance)
+    if model == BASE:
+        write_base_shard(job, shard, part, scored, pieces)
+    else:
+        table = compared_table(part, scored.tokens, scored.statistics)
+        write_parquet(table, COMPARED, job.file(model, shard))
 
 
 def write_base_shard(
