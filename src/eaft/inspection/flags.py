@@ -38,8 +38,8 @@ class InspectArguments:
         default=0,
         metadata={
             "help": (
-                "Score with so many Ray actors, one GPU each (with --use_cpu: one core). RAY_ADDRESS"
-                " names the cluster. 0: without Ray."
+                "Score with so many Ray actors, one GPU each (with --use_cpu: one core);"
+                " RAY_ADDRESS names the cluster. 0: without Ray."
             )
         },
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
@@ -89,7 +90,8 @@ def score(job: Job, model: ScoredModel, shards: list[int]) -> Iterator[int]:
     if not shards:
         return
     if not ray.is_initialized():
-        ray.init(logging_level="ERROR", include_dashboard=False)
+        ray.init(logging_level="ERROR", log_to_driver=False, include_dashboard=False)
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     ray.data.DataContext.get_current().enable_progress_bars = False
     # Workers have working directories of their own
     job = replace(job, folder=job.folder.resolve())
