@@ -51,7 +51,7 @@ export default {
     const effect = part(effects, drawEffect);
     let figures = [];
     const picture = part(pictures, (landscape, weighted) => {
-      if (!weighted.gradient) return [h("p", { class: "quiet" }, "Gradients need the whole vocabulary, which this run has not.")];
+      if (!weighted.gradient) return [h("p", { class: "quiet" }, "Gradients need the whole vocabulary, which this run does not have.")];
       const { drawn, scale } = drawPlanes(width(), landscape, weighted);
       figures = drawn;
       return [h("div", { class: "planes" }, drawn), h("div", { class: "under" }, legend(scale))];
