@@ -18,6 +18,7 @@ import json
 import os
 import subprocess
 import venv
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -327,8 +328,9 @@ def report(found: dict[str, Any]) -> str:
         for rows, head in zip((equal, cost, ran), heads, strict=True)
     )
     intro = (
-        f"SmolLM2-135M-Instruct, float32, one core; {about}. {ROWS} rows of GSM8K, {tokens}"
-        " labelled tokens. Written by `benchmarks/vllm_engine.py`."
+        f"SmolLM2-135M-Instruct, float32, one thread; {about}. {ROWS} rows of GSM8K, {tokens}"
+        f" labelled tokens. Load of the machine: {found['load']:.0f}, on"
+        f" {found['environment']['cores']} cores. Written by `benchmarks/vllm_engine.py`."
     )
     counts = commands["inspect"]["counts"]
     share = commands["inspect"]["conflicts"]["base"]["data"]["nll"]
@@ -366,7 +368,8 @@ def main() -> None:
         command = [str(python), __file__, "--measure", backend, model, str(data)]
         run(command, WORK / f"measure-{backend}.log")
     found = {
-        "environment": environment(),
+        "environment": asdict(environment()),
+        "load": os.getloadavg()[0],
         "speeds": {b: json.loads((WORK / f"{b}.json").read_text()) for b in BACKENDS},
         "differences": differences(),
         "commands": run_commands(python, model, data),
