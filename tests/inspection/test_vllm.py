@@ -56,10 +56,13 @@ class StandIn:
     """lm-eval's model of vLLM, as far as it is used."""
 
     loaded: ClassVar = []
+    ended: ClassVar = []
 
     def __init__(self, model, tokenizer, protocol):
         self.loaded.append((model, protocol.dtype, protocol.model_args))
         self.model = sharp_model(int(str(model)[-1])).double()
+        core = SimpleNamespace(shutdown=lambda: self.ended.append(model))
+        self.model.llm_engine = SimpleNamespace(engine_core=core)
 
     def _model_generate(self, prompts, generate, sampling_params):
         outputs = []
@@ -85,6 +88,7 @@ def vllm(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", module)
     monkeypatch.setattr(vllm_model, "load_lm", StandIn)
     StandIn.loaded.clear()
+    StandIn.ended.clear()
 
 
 def run(*argv):
@@ -111,6 +115,7 @@ def test_equals_our_own_scorer_but_for_the_whole_vocabulary(tokenizer, tmp_path,
     longest = int(Inspection(theirs).examples()["tokens"].to_numpy().max())
     names, dtypes, arguments = zip(*StandIn.loaded, strict=True)
     assert names == (str(base), str(tuned))  # one engine samples and scores
+    assert StandIn.ended == [str(base), *names]  # before the next one needs the memory
     assert set(dtypes) == {"float32"}
     assert all(given["max_logprobs"] == TOP_K for given in arguments)
     assert all(given["max_model_len"] > longest for given in arguments)

@@ -76,6 +76,18 @@ def load(model: str, tokenizer: Any, protocol: Protocol) -> Any:
     return lm if protocol.model_args.get("tp_plan") else share_items(lm)
 
 
+def release(lm: Any) -> None:
+    """
+    End the processes of a model that `load` has returned with the backend `vllm`.
+
+    They keep the memory until then, also if nothing refers to the model any more. Another model has
+    none.
+    """
+    engine = getattr(getattr(lm, "model", None), "llm_engine", None)
+    if engine is not None:
+        engine.engine_core.shutdown()
+
+
 def wrap(model: Any, tokenizer: Any, protocol: Protocol) -> Any:
     """
     Return a loaded model as lm-eval's `hf` model, sharing the items among this launch's processes.

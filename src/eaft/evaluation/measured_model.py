@@ -26,7 +26,7 @@ from eaft.evaluation.identity import (
     weights_digest,
 )
 from eaft.evaluation.launch import processes, shared
-from eaft.evaluation.lm_eval_models import load
+from eaft.evaluation.lm_eval_models import load, release
 from eaft.evaluation.model_settings import generation_config
 from eaft.evaluation.progress import Progress
 from eaft.evaluation.protocol import Protocol
@@ -219,6 +219,7 @@ class MeasuredModel:
 
     def free(self) -> None:
         """Free the memory for the next model."""
+        release(self._lm)
         self._lm = self._backend = None
         gc.collect()
         if torch.cuda.is_available():

@@ -179,6 +179,8 @@ class LazyModel:
 
     def free(self) -> None:
         """Free the memory for the next model."""
+        if isinstance(self.model, VLLMModel):
+            self.model.free()
         self.model = None
         gc.collect()
         if torch.cuda.is_available():

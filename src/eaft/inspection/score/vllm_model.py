@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from eaft.errors import ConfigurationError
 from eaft.evaluation.lm_eval_models import load as load_lm
+from eaft.evaluation.lm_eval_models import release
 from eaft.evaluation.protocol import Protocol
 from eaft.inspection.folder import STATISTICS, WHOLE_VOCABULARY, statistics_of
 from eaft.inspection.score.examples import Prompt, Rollout, Tokens
@@ -62,6 +63,10 @@ class VLLMModel:
             backend="vllm", dtype=str(dtype).removeprefix("torch."), model_args=model_args
         )
         self.lm = load_lm(model, tokenizer, protocol)
+
+    def free(self) -> None:
+        """End vLLM's processes."""
+        release(self.lm)
 
     def generate(self, prompts: list[list[int]], parameters: list[dict[str, Any]]) -> list[Any]:
         """Return vLLM's output for each prompt, with the arguments of its `SamplingParams`."""
