@@ -226,11 +226,13 @@ def files(folder):
     }
 
 
-def test_two_processes_equal_one(model_dir, tmp_path, alone, monkeypatch):
+@pytest.mark.parametrize("rows", [["--all"], []])
+def test_two_processes_equal_one(rows, model_dir, tmp_path, alone, monkeypatch):
     data = write_rows(tmp_path / "rows.jsonl", LONG)
     tuned = tmp_path / "tuned"
     make_model(1).save_pretrained(tuned)
     flags = [model_dir, data, *CPU, "--rollouts", 20, "--max_new_tokens", 6, "--compare", tuned]
+    flags += rows
     assert run(*flags, "--output_dir", tmp_path / "one") == 0
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     run_ranks(eaft, "inspect", *flags, "--output_dir", tmp_path / "two")

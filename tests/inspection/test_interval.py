@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from eaft.evaluation import paired
-from eaft.inspection.find import interval
-from eaft.inspection.find.interval import interval_of
+from eaft.inspection import interval
+from eaft.inspection.interval import interval_of
 
 TRIALS = 250
 

@@ -47,6 +47,12 @@ class ExampleColumns:
         """Return which examples are from an origin, `[examples]`."""
         return self.is_rollout if origin == ROLLOUTS else ~self.is_rollout
 
+    def nll_sums(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the nll in conflicts and the whole nll of each row of the data with nll, nats."""
+        data = self.is_from(DATA) & ~np.isnan(self.conflict_nll_share)
+        whole = self.nll[data] * self.labelled[data]
+        return whole * self.conflict_nll_share[data], whole
+
     def counts(self) -> ByOrigin[Counts]:
         """Return how many examples, tokens and labelled tokens each origin has."""
         rollouts = self.counts_of(ROLLOUTS) if ROLLOUTS in self.origins else None

@@ -9,6 +9,16 @@ from dataclasses import dataclass, field
 class InspectArguments:
     """The flags of `eaft inspect` beside the flags of `eaft train`."""
 
+    all: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "Score every row. Without it, data of more than 128 rows is read in random order"
+                " (by --seed), until the 95% interval of the conflicts' share of the nll is at most"
+                " 4 percentage points wide; at least 128 rows, at most 4,096."
+            )
+        },
+    )
     backend: str = field(
         default="hf",
         metadata={

@@ -33,6 +33,7 @@ from eaft.inspection.run_file import (
     write_run,
 )
 from eaft.inspection.score import ray_actors
+from eaft.inspection.score.chosen import choose_rows
 from eaft.inspection.score.compared import find_compared
 from eaft.inspection.score.examples import Examples
 from eaft.inspection.score.model import Settings
@@ -103,8 +104,11 @@ def inspect(
         ray_actors.check(state.num_processes, inspect_args.backend)
     phases = Phases(state.is_main_process)
     phases.begin("reading the model and the data")
-    dataset, _ = load_data(script_args, args, model_args, dataset_args)
-    findings = check_data(script_args, args, model_args, dataset, None)
+    chosen = choose_rows(script_args, args, dataset_args, inspect_args.all)
+    dataset, _ = load_data(
+        script_args, args, model_args, dataset_args, chosen.splits, chosen.numbers
+    )
+    findings = check_data(script_args, args, model_args, dataset, None, chosen.numbers)
     template = [CheckResult(**asdict(finding)) for finding in findings]
     source = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
     with state.main_process_first():
@@ -115,25 +119,29 @@ def inspect(
         )
     size = text_config(base, source).vocab_size
     check_vocabulary(base, tokenizer, size)
-    check_ids(dataset, size, "the data")
+    check_ids(dataset, size, "the data", chosen.numbers)
     for other in others:
         check_vocabulary(other.model, tokenizer, text_config(other.model, source).vocab_size)
     rows = prepare_rows(tokenizer, args, dataset)
     data = script_args.dataset_name or ", ".join(mixed.path for mixed in dataset_args.datasets)
     settings = Settings(args, model_args)
-    examples = Examples(rows, dataset, data, [])
+    examples = Examples(rows, dataset, data, [], chosen.numbers)
     if not examples.labelled.any():
         raise ConfigurationError(
             f"No row has a labelled token left after truncation to max_length={args.max_length}:"
             " raise max_length, or check completion_only_loss and assistant_only_loss."
         )
-    prompts = examples.prompts(inspect_args.rollouts) if inspect_args.rollouts else []
+    # Which rows of a random order are scored is not known yet
+    asked = inspect_args.rollouts if chosen.of is None else len(dataset)
+    prompts = examples.prompts(asked) if inspect_args.rollouts else []
     answered = max((len(prompt.ids) for prompt in prompts), default=0) + flags.max_new_tokens
     context = max(int(examples.lengths.max()), answered if prompts else 0)
     if "vllm" in (inspect_args.backend, rollout_backend):
         check_context(context, context_length(base, source))
     # The data, the base model and the others, and the report
-    phases.count = 3 + len(others) + bool(prompts) + inspect_args.top_k_curve
+    phases.count = 3 + len(others) + inspect_args.top_k_curve
+    if inspect_args.rollouts:
+        phases.count += 1 if chosen.of is None else 2
 
     with contextlib.ExitStack() as stack:
         if state.is_main_process:
@@ -154,7 +162,7 @@ def inspect(
                     identity=Identity(
                         model=weights_digest(base, model_args.model_revision),
                         data=[fingerprint(rows.cut), rows_digest(dataset)],
-                        numbers=numbers(settings),
+                        numbers=numbers(settings, chosen.of is not None),
                         rollouts=SeededRolloutFlags(**vars(flags), seed=args.seed)
                         if flags.rollouts
                         else None,
@@ -165,9 +173,9 @@ def inspect(
         state.wait_for_everyone()
         job = Job(
             *(folder, settings, tokenizer, base, others, examples),
-            *(inspect_args.backend, context, inspect_args.ray_actors),
+            *(inspect_args.backend, context, inspect_args.ray_actors, chosen.of),
         )
-        score_all(job, prompts, flags, phases, inspect_args.top_k_curve)
+        score_all(job, flags, phases, inspect_args.top_k_curve)
         phases.begin("the report")
         if state.is_main_process:
             finish(job)

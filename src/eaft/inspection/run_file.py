@@ -13,6 +13,9 @@ from eaft.inspection.summary import CheckResult, TopKRow
 from eaft.provenance import Environment, write_json
 
 RUN_FILE = "run.json"
+# Why scoring stopped: the interval of the conflicts' share of the nll is narrow; there are so few
+# conflicts that their share is small in any case; or so many rows are the most that are scored
+NARROW, FEW_CONFLICTS, MOST_ROWS = "narrow", "few_conflicts", "most_rows"
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,15 @@ class Identity:
 
 
 @dataclass(frozen=True)
+class ScoredRows:
+    """How many rows were scored, in random order, and why no more."""
+
+    rows: int
+    of: int  # rows of the data
+    reason: str  # `NARROW`, `FEW_CONFLICTS` or `MOST_ROWS`
+
+
+@dataclass(frozen=True)
 class InspectedRun:
     """What was scored. A reader needs the fields without a default; older files lack others."""
 
@@ -69,6 +81,7 @@ class InspectedRun:
     environment: Environment | None = None  # versions and hardware
     identity: Identity | None = None
     top_k_curve: list[TopKRow] | None = None  # None if it is not measured yet
+    sample: ScoredRows | None = None  # None if every row is scored in order, or while it is open
 
     @property
     def whole_vocabulary(self) -> bool:

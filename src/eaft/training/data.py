@@ -13,7 +13,7 @@ import json
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -389,7 +389,8 @@ def exclude_rows(dataset: Any, file: str) -> Any:
         ):
             raise ConfigurationError(
                 f"{where}: row {row!r} of this data ({len(dataset)} rows) is not the one that was"
-                " exported. Inspect this data as it is, with no rows excluded, and export again."
+                " exported. Inspect this data as it is, with no rows excluded (with --all if it is"
+                " JSON Lines), and export again."
             )
         excluded.add(row)
     if len(excluded) == len(dataset):
@@ -397,9 +398,18 @@ def exclude_rows(dataset: Any, file: str) -> Any:
     return dataset.select([row for row in range(len(dataset)) if row not in excluded])
 
 
-def select_split(splits: DatasetDict, split: str, flag: str, text_field: str) -> Any:
+def select_split(
+    splits: DatasetDict,
+    split: str,
+    flag: str,
+    text_field: str,
+    numbers: Sequence[int] | None = None,
+) -> Any:
     """
     Return one split after checking that it has rows, in a format TRL's SFT takes.
+
+    Args:
+        numbers: of its rows in the data that they were chosen from; None: 0, 1, 2, ...
 
     Raises:
         ConfigurationError: there is no such split, it is empty, its columns are none of the
@@ -424,7 +434,7 @@ def select_split(splits: DatasetDict, split: str, flag: str, text_field: str) ->
             f"{flag}={split!r} has the columns {', '.join(first)}; expected one of: {names}."
             " Rename yours, or name the text column with --dataset_text_field."
         )
-    check_rows(dataset, f"{flag}={split!r}", text_field)
+    check_rows(dataset, f"{flag}={split!r}", text_field, numbers)
     return dataset
 
 
@@ -470,10 +480,17 @@ def load_data(
     args: EAFTConfig,
     model_args: ModelConfig,
     dataset_args: DatasetMixtureConfig,
+    splits: DatasetDict | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> tuple[Any, Any]:
     """
     Return the training data and, if the recipe evaluates, the evaluation data, before a model is
     loaded or converted.
+
+    Args:
+        splits: that were loaded already.
+        numbers: of the training rows in the data that they were chosen from, `exclude_examples`
+            included; None: all were.
 
     Raises:
         ConfigurationError: no model or no data is named, or the data cannot be used.
@@ -482,14 +499,22 @@ def load_data(
         raise ConfigurationError(
             "model_name_or_path is missing: give a Hub id, a folder or a .gguf file."
         )
-    splits = load_splits(script_args, dataset_args)
+    if splits is None:
+        splits = load_splits(script_args, dataset_args)
     names = [(script_args.dataset_train_split, "dataset_train_split")]
     if args.eval_strategy != "no" and args.held_out is None:
         names.append((script_args.dataset_test_split, "dataset_test_split"))
     train, *evaluation = [
-        select_split(splits, split, flag, args.dataset_text_field) for split, flag in names
+        select_split(
+            splits,
+            split,
+            flag,
+            args.dataset_text_field,
+            numbers if flag == "dataset_train_split" else None,
+        )
+        for split, flag in names
     ]
-    if args.exclude_examples is not None:
+    if args.exclude_examples is not None and numbers is None:
         train = exclude_rows(train, args.exclude_examples)
     if args.replay:
         check_replay(train, args)
@@ -506,9 +531,13 @@ def check_data(
     model_args: ModelConfig,
     train_dataset: Any,
     eval_dataset: Any,
+    numbers: Sequence[int] | None = None,
 ) -> list[Finding]:
     """
     Print the findings of `check_templates`; return the findings about the training data.
+
+    Args:
+        numbers: of the training rows in the data that they were chosen from; None: 0, 1, 2, ...
 
     Raises:
         ConfigurationError: the chat template raises on a row.
@@ -517,7 +546,7 @@ def check_data(
     names = {"dataset_train_split": train_dataset, test: eval_dataset}
     flags = {**vars(script_args), "held_out": args.held_out}
     rows = {f"{flag}={flags[flag]!r}": data for flag, data in names.items()}
-    findings = check_templates(rows, args, model_args)
+    findings = check_templates(rows, args, model_args, numbers)
     if processes().is_main_process:
         print(told(findings), end="", file=sys.stderr)
     return findings.get(next(iter(rows)), [])

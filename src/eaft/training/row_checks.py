@@ -5,7 +5,7 @@ What each row must hold, in any of TRL's formats: for training, inspecting and h
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -50,12 +50,15 @@ def form_of(columns: Iterable[str], first: dict[str, Any], text_field: str) -> l
     return (filled or there or [[]])[0]
 
 
-def check_rows(rows: Any, where: str, text_field: str = "text") -> None:
+def check_rows(
+    rows: Any, where: str, text_field: str = "text", numbers: Sequence[int] | None = None
+) -> None:
     """
     Check the rows of a data set, or the first ones of a stream.
 
     Args:
         where: names the data; begins the message.
+        numbers: of the rows in the data that they were chosen from; None: 0, 1, 2, ...
 
     Raises:
         ConfigurationError: names the first row that TRL cannot read, or would misread.
@@ -77,7 +80,7 @@ def check_rows(rows: Any, where: str, text_field: str = "text") -> None:
     ):
         return
     columns = [name for name in (*form, *PARALLEL) if name in rows.column_names]
-    for number, row in enumerate(rows.select_columns(columns)):
+    for number, row in zip(numbers or range(len(rows)), rows.select_columns(columns), strict=True):
         check_row(row, form, f"{where}, row {number}")
 
 
@@ -150,21 +153,21 @@ def check_row(row: dict[str, Any], form: list[str], where: str) -> None:
                 raise ConfigurationError(f"{where} has {sizes}: each token needs one.")
 
 
-def check_ids(rows: Any, size: int, where: str) -> None:
+def check_ids(rows: Any, size: int, where: str, numbers: Sequence[int] | None = None) -> None:
     """
     Check that a model knows every token id of rows that are already tokenized.
 
     Args:
         size: how many tokens the model's embedding has.
+        numbers: of the rows in the data that they were chosen from; None: 0, 1, 2, ...
 
     Raises:
         ConfigurationError: names the first row with an id that the model does not know.
     """
     if not isinstance(rows, Dataset) or "input_ids" not in rows.column_names:
         return
-    for number, row in enumerate(
-        rows.select_columns([n for n in ("input_ids", "labels") if n in rows.column_names])
-    ):
+    columns = [name for name in ("input_ids", "labels") if name in rows.column_names]
+    for number, row in zip(numbers or range(len(rows)), rows.select_columns(columns), strict=True):
         for name, ids in row.items():
             if ids and max(ids) >= size:
                 raise ConfigurationError(

@@ -6,7 +6,7 @@ import copy
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,10 @@ def end_texts(model: str, tokenizer: Any, args: EAFTConfig, revision: str | None
 
 
 def check_templates(
-    rows: dict[str, Iterable[Row] | None], args: EAFTConfig, model_args: ModelConfig
+    rows: dict[str, Iterable[Row] | None],
+    args: EAFTConfig,
+    model_args: ModelConfig,
+    numbers: Sequence[int] | None = None,
 ) -> dict[str, list[Finding]]:
     """
     Render every conversational row, as training will, before a model is loaded or converted.
@@ -78,6 +81,8 @@ def check_templates(
             rendered.
         args: the flags of training.
         model_args: the flags of the model.
+        numbers: of the rows of the first flag in the data that they were chosen from; None: 0, 1,
+            2, ...
 
     Returns:
         flag -> findings, for data with messages, or with prompts and completions.
@@ -95,7 +100,11 @@ def check_templates(
     if tokenizer is None:
         return {}
     ends = end_texts(model, tokenizer, args, revision)
-    return {flag: check_rows(tokenizer, data, args, flag, ends) for flag, data in checked.items()}
+    first = next(iter(rows))
+    return {
+        flag: check_rows(tokenizer, data, args, flag, ends, numbers if flag == first else None)
+        for flag, data in checked.items()
+    }
 
 
 def told(findings: dict[str, list[Finding]]) -> str:
@@ -112,7 +121,12 @@ def told(findings: dict[str, list[Finding]]) -> str:
 
 
 def check_rows(
-    tokenizer: Any, rows: Iterable[Row], args: EAFTConfig, where: str, ends: Iterable[str] = ()
+    tokenizer: Any,
+    rows: Iterable[Row],
+    args: EAFTConfig,
+    where: str,
+    ends: Iterable[str] = (),
+    numbers: Sequence[int] | None = None,
 ) -> list[Finding]:
     """
     Render rows, and return the findings.
@@ -123,6 +137,7 @@ def check_rows(
         args: the flags of training.
         where: names the data; begins the message.
         ends: the tokens at which the model will stop; without any, ends are not checked.
+        numbers: of the rows in the data that they were chosen from; None: 0, 1, 2, ...
 
     Raises:
         ConfigurationError: the template cannot be used, or raises on a row.
@@ -137,7 +152,9 @@ def check_rows(
     number_of_rows = len(rows) if isinstance(rows, Sized) else None  # of a stream it is not known
     stride = max(1, math.ceil((number_of_rows or 0) / TOKENISED_ROWS))
     masked = marked and args.assistant_only_loss
-    findings = Findings(tokenizer, set(ends), template, masked, filled_columns(rows), stride)
+    findings = Findings(
+        tokenizer, set(ends), template, masked, filled_columns(rows), stride, numbers
+    )
     read = enumerate(itertools.islice(rows, STREAM_ROWS if number_of_rows is None else None))
     checked: Iterable[tuple[int, Row]] = read
     if plain:  # nothing is rendered: rows between are skipped
@@ -148,7 +165,7 @@ def check_rows(
             check_messages(row, plain)
             whole, prompt = (None, None) if plain else render(tokenizer, row, template)
         except ConfigurationError as error:
-            raise ConfigurationError(f"{where}, row {number}: {error}") from error
+            raise ConfigurationError(f"{where}, row {findings.named(number)}: {error}") from error
         except TemplateSyntaxError as error:
             raise ConfigurationError(
                 f"The chat template is not valid Jinja (line {error.lineno}: {first_line(error)}):"
@@ -156,7 +173,7 @@ def check_rows(
             ) from error
         except Exception as error:  # a template's expressions can raise anything
             raise ConfigurationError(
-                f"{where}, row {number}: the chat template does not take this row"
+                f"{where}, row {findings.named(number)}: the chat template does not take this row"
                 f" ({type(error).__name__}: {first_line(error)})."
                 f" {way_out(tokenizer, row, template)}"
             ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +65,7 @@ class Findings:
         masked: bool,
         filled: set[str],
         stride: int,
+        numbers: Sequence[int] | None = None,
     ) -> None:
         self.tokenizer, self.template, self.masked, self.filled = (
             tokenizer,
@@ -75,13 +77,18 @@ class Findings:
         self.rows: dict[str, list[int]] = {name: [] for name in FINDINGS}
         self.details: dict[str, str] = {}
         self.number, self.stride, self.tokenised = 0, stride, 0
+        self.numbers = numbers
+
+    def named(self, number: int) -> int:
+        """Return the number of a row in the data that the rows were chosen from."""
+        return number if self.numbers is None else int(self.numbers[number])
 
     def add(self, number: int, row: Row, whole: str | None, prompt: str | None) -> None:
         """
         Look at a row; at its tokens in every `stride`th row only.
 
         Args:
-            number, row: its index in the data, and the row.
+            number, row: its index, and the row.
             whole, prompt: its text and its prompt's text, from `render`; None for a row of plain
                 text.
         """
@@ -122,7 +129,7 @@ class Findings:
 
     def count(self, name: str, detail: str = "") -> None:
         """Count this row under a name of `FINDINGS`."""
-        self.rows[name].append(self.number)
+        self.rows[name].append(self.named(self.number))
         self.details.setdefault(name, detail)
 
     def how_it_ends(self, text: str) -> str:
@@ -130,8 +137,8 @@ class Findings:
         added = [token for token in self.tokenizer.get_added_vocab() if text.endswith(token)]
         last = (added or [text[-20:]])[0]
         stops = (
-            f"The learned text of row {self.number} ends with {last!r}, and generation stops at"
-            f" {self.ends}."
+            f"The learned text of row {self.named(self.number)} ends with {last!r}, and generation"
+            f" stops at {self.ends}."
         )
         if added:
             return f"{stops} Set --eos_token '{added[0]}'."

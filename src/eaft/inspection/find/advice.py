@@ -7,9 +7,9 @@ Shares are of the nll. `conflicts` says which conflicts are format and which are
 from __future__ import annotations
 
 from eaft.inspection.find.conflicts import Conflicts
-from eaft.inspection.find.interval import MIN_CONFLICTS
 from eaft.inspection.find.rule import Rule
 from eaft.inspection.find.wording import percent, shown
+from eaft.inspection.interval import MIN_CONFLICTS, share_at_most
 from eaft.inspection.summary import (
     Advice,
     AdviceFacts,
@@ -21,7 +21,6 @@ from eaft.inspection.summary import (
 )
 
 FEW, MANY = 0.2, 0.5  # up to the first share of the nll, conflicts are few; from the second, many
-USUAL_NLL = 5.0  # nats of a token in conflict, where the data has none
 MOSTLY = 0.7  # share of the conflicts' nll from which they are mostly format, or mostly content
 NAMED = 3  # tokens of a kind that the text names
 
@@ -137,10 +136,7 @@ def too_few(share: float, conflicts: Conflicts) -> bool:
     count = int(conflicts.counts.sum())
     if count >= MIN_CONFLICTS:
         return False
-    at_most = (
-        MIN_CONFLICTS / count * share if count else MIN_CONFLICTS * USUAL_NLL / conflicts.all_nll
-    )
-    return at_most > FEW
+    return share_at_most(count, share, conflicts.all_nll) > FEW
 
 
 def what_to_expect(expected: ExpectedDrift) -> str:

@@ -17,9 +17,9 @@ from eaft.inspection.example_columns import ExampleColumns
 from eaft.inspection.find.advice import Conflicts, advise
 from eaft.inspection.find.checks import check
 from eaft.inspection.find.effects import Effects, ParameterMeasurement
-from eaft.inspection.find.interval import share_interval
 from eaft.inspection.find.words import Words
 from eaft.inspection.folder import BASE, Inspection
+from eaft.inspection.interval import share_interval
 from eaft.inspection.labelled import (
     Labelled,
     labelled_pairs,
@@ -194,7 +194,9 @@ def find(inspection: Inspection, top_k_curve: list[TopKRow] | None) -> Summary:
         top_k=top_k_curve,
         checks=check(inspection),
         advice=advise(
-            shares[BASE], conflicts, share_interval(examples, int(conflicts.counts.sum()))
+            shares[BASE],
+            conflicts,
+            share_interval(*examples.nll_sums(), int(conflicts.counts.sum())),
         ),
     )
 

@@ -18,7 +18,10 @@ from eaft.evaluation.report import save
 from eaft.inspection.find.figures import CAPTIONS, draw, svg
 from eaft.inspection.find.wording import percent, shown
 from eaft.inspection.folder import BASE, REPORT_FILE, Inspection
+from eaft.inspection.interval import MIN_CONFLICTS
 from eaft.inspection.labelled import weighed_gates, what_is_absent
+from eaft.inspection.run_file import FEW_CONFLICTS, MOST_ROWS, NARROW, ScoredRows
+from eaft.inspection.score.stopping import HALF_WIDTH
 from eaft.inspection.summary import (
     ORIGINS,
     SUMMARY_FILE,
@@ -58,6 +61,7 @@ def write(inspection: Inspection) -> None:
             "code": code,
         },
         run=inspection.run,
+        sample=scored_rows(inspection.run.sample),
         models=inspection.models,
         s=inspection.summary,
         origins=[o for o in ORIGINS if inspection.summary.counts.of(o) is not None],
@@ -199,7 +203,9 @@ def piece(text: str, token: dict[str, Any], vocabulary: Vocabulary) -> Piece:
 def page(inspection: Inspection) -> str:
     """Return what is printed: the advice, the tables behind it, the checks, and the files."""
     summary = inspection.summary
-    parts = [summary.advice.text, conflicts_table(summary, inspection.run.entropy_name)]
+    sample = scored_rows(inspection.run.sample)
+    parts = [summary.advice.text, *([sample] if sample else [])]
+    parts.append(conflicts_table(summary, inspection.run.entropy_name))
     if absent := what_is_absent(inspection.run):
         parts.append(absent)
     if summary.gates:
@@ -217,6 +223,27 @@ def page(inspection: Inspection) -> str:
     files = ", ".join([REPORT_FILE, "figures/landscape.png and others", SUMMARY_FILE])
     parts.append(f"In {inspection.folder}: {files}. To look around: eaft view {inspection.folder}")
     return "\n\n".join(parts) + "\n"
+
+
+def scored_rows(sample: ScoredRows | None) -> str | None:
+    """Return how many rows were scored, and why no more; None if all were."""
+    if sample is None or sample.rows == sample.of:
+        return None
+    why = {
+        NARROW: (
+            "the 95% interval of the conflicts' share of the nll is then at most"
+            f" {200 * HALF_WIDTH:.0f} percentage points wide"
+        ),
+        FEW_CONFLICTS: (
+            f"even {MIN_CONFLICTS} tokens in conflict would be at most {percent(HALF_WIDTH)} of"
+            " their nll"
+        ),
+        MOST_ROWS: "no more are scored without --all",
+    }[sample.reason]
+    return (
+        f"Scored {sample.rows:,} of {sample.of:,} rows, in random order: {why}. The checks of the"
+        " data are of these rows too. --all scores every row."
+    )
 
 
 def conflicts_table(summary: Summary, entropy_name: str) -> str:

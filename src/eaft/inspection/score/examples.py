@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from eaft.arrow import flat
 from eaft.errors import ConfigurationError
+from eaft.inspection.score.stopping import SHARD_ROWS
 from eaft.inspection.summary import DATA, ROLLOUTS
 from eaft.training.data import row_digest
 from eaft.training.prepare import PreparedRows
@@ -29,7 +30,7 @@ CONVERSATION = ("messages", "prompt", "conversations")
 class Prompt:
     """The prompt of a row."""
 
-    row: int
+    row: int  # among the prepared rows
     ids: list[int]
 
 
@@ -37,7 +38,7 @@ class Prompt:
 class Rollout:
     """The model's own answer to the prompt of a row."""
 
-    row: int
+    row: int  # among the prepared rows
     prompt_ids: list[int]
     answer_ids: list[int]
 
@@ -65,6 +66,7 @@ class Examples:
         dataset: the same rows before they were prepared.
         name: of the data set.
         rollouts: the model's own answers to prompts of the data.
+        numbers: of the rows, if they are chosen from the data in random order; None: all, in order.
 
     Attributes:
         lengths: int64 `[examples]`, the number of tokens of each example.
@@ -75,9 +77,15 @@ class Examples:
     """
 
     def __init__(
-        self, rows: PreparedRows, dataset: Dataset, name: str, rollouts: list[Rollout]
+        self,
+        rows: PreparedRows,
+        dataset: Dataset,
+        name: str,
+        rollouts: list[Rollout],
+        numbers: list[int] | None = None,
     ) -> None:
         self.rows, self.dataset, self.name, self.rollouts = rows, dataset, name, rollouts
+        self.numbers = numbers
         self.cut, self.whole = (part.with_format("arrow") for part in (rows.cut, rows.whole))
         lengths, labelled = [], []
         for table in self.cut.iter(1024):
@@ -91,21 +99,29 @@ class Examples:
 
     def with_rollouts(self, rollouts: list[Rollout]) -> Examples:
         """Return the same examples of the data, and these answers."""
-        return Examples(self.rows, self.dataset, self.name, rollouts)
+        return Examples(self.rows, self.dataset, self.name, rollouts, self.numbers)
+
+    def first(self, n: int) -> Examples:
+        """Return the first `n` examples of the data, without answers."""
+        rows = PreparedRows(*(part.select(range(n)) for part in (self.rows.cut, self.rows.whole)))
+        return Examples(rows, self.dataset.select(range(n)), self.name, [], self.numbers)
 
     def shards(self) -> list[range]:
         """
         Return the examples of each shard; all shards have about the same number of tokens.
 
-        They do not depend on the number of processes. A shard has examples of one origin.
+        They do not depend on the number of processes. A shard has examples of one origin. Rows in
+        random order are `SHARD_ROWS` a shard, however many follow.
         """
         size = min(SHARD_TOKENS, max(SMALLEST_SHARD, int(self.lengths.sum()) // SHARDS))
         shards = []
         for begin, stop in ((0, len(self.dataset)), (len(self.dataset), len(self.lengths))):
             start, tokens = begin, 0
+            by_rows = self.numbers is not None and begin == 0
             for i in range(begin, stop):
                 tokens += int(self.lengths[i])
-                if tokens >= size or i + 1 == stop:
+                full = i + 1 - start == SHARD_ROWS if by_rows else tokens >= size
+                if full or i + 1 == stop:
                     shards.append(range(start, i + 1))
                     start, tokens = i + 1, 0
         return shards
@@ -115,7 +131,12 @@ class Examples:
         return DATA if part.stop <= len(self.dataset) else ROLLOUTS
 
     def row(self, example: int) -> int:
-        """Return the row of the data set that an example, or its prompt, is from."""
+        """Return the number in the data of the row that an example, or its prompt, is from."""
+        row = self.prepared_row(example)
+        return row if self.numbers is None else self.numbers[row]
+
+    def prepared_row(self, example: int) -> int:
+        """Return which of the prepared rows an example, or its prompt, is from."""
         rollout = example - len(self.dataset)
         return example if rollout < 0 else self.rollouts[rollout].row
 
@@ -130,7 +151,7 @@ class Examples:
 
     def about(self, part: range) -> dict[str, list[Any]]:
         """Return the columns of `EXAMPLES` that are known before a shard is scored."""
-        origin, rows = self.origin(part), [self.dataset[self.row(i)] for i in part]
+        origin, rows = self.origin(part), [self.dataset[self.prepared_row(i)] for i in part]
         cut = cut_labelled = [0] * len(part)
         if origin == DATA:
             left, whole = self.tokens(part), tokens_of(self.whole[part.start : part.stop])

@@ -12,8 +12,8 @@ from eaft.inspection.run_file import RUN_FILE, Identity, InspectedRun, read_run,
 from eaft.inspection.score.model import Settings
 
 
-def numbers(settings: Settings) -> dict[str, str | int]:
-    """Return the flags that change what is computed."""
+def numbers(settings: Settings, is_sample: bool) -> dict[str, str | int]:
+    """Return the flags that change what is computed; `is_sample`: not all rows are scored."""
     model_args = settings.model_args
     flags = {
         "dtype": model_args.dtype,
@@ -23,7 +23,9 @@ def numbers(settings: Settings) -> dict[str, str | int]:
         "autocast": settings.autocast,
         "model_init_kwargs": settings.args.model_init_kwargs,
     }
-    return {name: str(value) for name, value in flags.items()} | {"top_k": settings.args.gate_top_k}
+    found: dict[str, str | int] = {name: str(value) for name, value in flags.items()}
+    found["top_k"] = settings.args.gate_top_k
+    return found | ({"all": "False"} if is_sample else {})
 
 
 def begin(folder: Path, run: InspectedRun) -> None:
@@ -67,12 +69,15 @@ def continued(folder: Path, run: InspectedRun) -> InspectedRun:
         run,
         models=list(models.values()),
         top_k_curve=before.top_k_curve,
+        sample=before.sample,
         identity=replace(new, compared=old.compared | new.compared),
     )
 
 
 def differences(old: Identity, new: Identity) -> list[str]:
     """Return in words how a run's identity differs from the identity of the folder's run."""
+    if (is_sample := "all" in old.numbers) != ("all" in new.numbers):
+        return ["rows in random order, without --all" if is_sample else "every row, with --all"]
     changed = []
     for name, words in (
         ("model", "another model"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import sys
@@ -10,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -27,13 +29,20 @@ from eaft.inspection.folder import (
     VOCABULARY_FILE,
 )
 from eaft.inspection.phases import Phases
-from eaft.inspection.run_file import RolloutFlags, ScoredModel, read_run, write_run
+from eaft.inspection.run_file import (
+    RolloutFlags,
+    ScoredModel,
+    ScoredRows,
+    read_run,
+    write_run,
+)
 from eaft.inspection.score import ray_actors, rollouts
 from eaft.inspection.score.curve import sample_logits, top_k_curve
 from eaft.inspection.score.examples import Examples, Prompt, Rollout
 from eaft.inspection.score.model import ScoringModel, Settings
 from eaft.inspection.score.pieces import Pieces
 from eaft.inspection.score.shards import ScoredShard, score_shard
+from eaft.inspection.score.stopping import SHARD_ROWS, looks, reason_to_stop
 from eaft.inspection.score.tables import (
     compared_table,
     example_table,
@@ -62,6 +71,7 @@ class Job:
     backend: str  # "hf" or "vllm"
     context: int  # the most tokens of an example
     ray_actors: int = 0  # 0: the processes of this command score
+    of: int | None = None  # rows of the data; None if all are scored
 
     @property
     def parts(self) -> Path:
@@ -76,7 +86,6 @@ class Job:
 
 def score_all(
     job: Job,
-    prompts: list[Prompt],
     flags: RolloutFlags,
     phases: Phases,
     measure_curve: bool = False,
@@ -88,17 +97,22 @@ def score_all(
 
     Args:
         job: the models, the examples and the folder.
-        prompts: to which the base model samples answers; empty for no answers.
-        flags: how it samples them.
-        phases: that it is shown in: one for the answers, one for each model, one for the curve.
+        flags: to how many prompts the base model samples answers, and how.
+        phases: that it is shown in: one for the answers, one for each model, one for the curve; one
+            more for the answers' scores where the rows are in random order.
         measure_curve: whether to measure the top-K curve too.
     """
     state = processes()
     model = LazyModel(job, job.base)
-    if prompts:
+    pieces, base = Pieces(job.tokenizer), ScoredModel(BASE, job.base)
+    if job.of is not None:
+        sample = score_until_sure(job, job.of, model, pieces, phases)
+        job.examples = job.examples.first(sample.rows)
+    if flags.rollouts:
+        prompts = job.examples.prompts(flags.rollouts)
         job.examples = job.examples.with_rollouts(answers(job, model, prompts, flags, phases))
-    pieces = Pieces(job.tokenizer)
-    score_model(job, ScoredModel(BASE, job.base), model, pieces, phases)
+    if flags.rollouts or job.of is None:
+        score_model(job, base, model, pieces, phases)
     if measure_curve:
         phases.begin("the entropy of the K likeliest tokens")
         if state.is_main_process:
@@ -187,6 +201,54 @@ class LazyModel:
             torch.cuda.empty_cache()
 
 
+def score_until_sure(
+    job: Job, of: int, scoring: LazyModel, pieces: Pieces, phases: Phases
+) -> ScoredRows:
+    """
+    Score rows with the base model until enough are scored, and write how many to run.json.
+
+    Processes score the rows up to the next look together; then the first one decides. The decision
+    depends on the files of these rows alone, so that a continued run stops at the same place.
+
+    Args:
+        job: the examples of the data in random order, and the folder.
+        of: rows of the data.
+        scoring: the base model.
+        pieces: the texts of its tokens.
+        phases: of the command; this function begins the next one.
+    """
+    if sample := shared(lambda: read_run(job.folder, WAY).sample):
+        return sample  # an earlier command has stopped there
+    state, base = processes(), ScoredModel(BASE, job.base)
+    rows, shards = len(job.examples.dataset), job.examples.shards()
+    share = int(job.examples.lengths.sum()) // state.num_processes
+    with phases.counted(f"scoring with {BASE}", share, "tokens at most") as advance:
+        for look in looks(rows):
+            until = -(-look // SHARD_ROWS)
+            missing = my_missing(job, BASE, dict(enumerate(shards[:until])))
+            score_shards(job, base, scoring, pieces, missing, advance)
+            state.wait_for_everyone()
+            reason = shared(functools.partial(enough, job, until, look == rows))
+            if reason is not None:
+                break
+    sample = ScoredRows(look, of, str(reason))
+    if state.is_main_process:
+        write_run(job.folder, replace(read_run(job.folder, WAY), sample=sample))
+    state.wait_for_everyone()
+    return sample
+
+
+def enough(job: Job, shards: int, is_last: bool) -> str | None:
+    """Return why the rows of the first shards are enough, as `reason_to_stop`."""
+    columns = ["labelled", "nll", "conflict_share", "conflict_nll_share"]
+    files = [job.parts / f"{shard:05d}.parquet" for shard in range(shards)]
+    table = pa.concat_tables(pq.read_table(file, columns=columns) for file in files)
+    labelled, nll, tokens, share = (table[name].to_numpy() for name in columns)
+    whole = (labelled * nll)[has_nll := ~np.isnan(share)]
+    conflicts = round(float(np.nansum(labelled * tokens)))
+    return reason_to_stop(whole * share[has_nll], whole, conflicts, is_last)
+
+
 def score_model(
     job: Job, model: ScoredModel, scoring: LazyModel, pieces: Pieces, phases: Phases
 ) -> None:
@@ -201,26 +263,49 @@ def score_model(
         phases: of the command; this function begins the next one.
     """
     state, shards = processes(), dict(enumerate(job.examples.shards()))
-    missing = shared(
-        lambda: [shard for shard in shards if not job.file(model.name, shard).is_file()]
-    )
-    mine = missing[state.process_index :: state.num_processes]
-    counts = {shard: int(job.examples.lengths[list(shards[shard])].sum()) for shard in mine}
-    name = f"scoring with {model.name}"
-    with phases.counted(name, sum(counts.values()), "tokens") as advance:
-        if job.ray_actors:
-            for shard in ray_actors.score(job, model, mine):
-                advance(counts[shard])
-            return
-        for shard in mine:
-            try:
-                write_shard(job, model.name, shard, shards[shard], scoring, pieces, advance)
-            except EAFTError as error:
-                # The main process prints its own errors, but does not see these rows
-                if not state.is_main_process:
-                    print(visible(f"eaft inspect: error: {error}"), file=sys.stderr)
-                raise
+    state, shards = processes(), dict(enumerate(job.examples.shards()))
+    missing = my_missing(job, model.name, shards)
+    with phases.counted(
+        f"scoring with {model.name}", sum(tokens_of(job, missing).values()), "tokens"
+    ) as advance:
+        score_shards(job, model, scoring, pieces, missing, advance)
     state.wait_for_everyone()
+
+
+def my_missing(job: Job, model: str, shards: dict[int, range]) -> dict[int, range]:
+    """Return this process's share of the shards without a file of a model, by number."""
+    state = processes()
+    missing = shared(lambda: [shard for shard in shards if not job.file(model, shard).is_file()])
+    return {shard: shards[shard] for shard in missing[state.process_index :: state.num_processes]}
+
+
+def tokens_of(job: Job, shards: dict[int, range]) -> dict[int, int]:
+    """Return the number of tokens of each shard."""
+    return {shard: int(job.examples.lengths[list(part)].sum()) for shard, part in shards.items()}
+
+
+def score_shards(
+    job: Job,
+    model: ScoredModel,
+    scoring: LazyModel,
+    pieces: Pieces,
+    shards: dict[int, range],
+    advance: Callable[[int], object],
+) -> None:
+    """Write a model's files of some shards; the arguments are as `score_model`'s."""
+    if job.ray_actors:
+        counts = tokens_of(job, shards)
+        for shard in ray_actors.score(job, model, list(shards)):
+            advance(counts[shard])
+        return
+    for shard, part in shards.items():
+        try:
+            write_shard(job, model.name, shard, part, scoring, pieces, advance)
+        except EAFTError as error:
+            # The main process prints its own errors, but does not see these rows
+            if not processes().is_main_process:
+                print(visible(f"eaft inspect: error: {error}"), file=sys.stderr)
+            raise
 
 
 def write_shard(

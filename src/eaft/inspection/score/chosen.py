@@ -1,0 +1,152 @@
+"""
+The rows to inspect: all, or at most `MOST` in random order.
+
+Of a file of JSON Lines only these rows are parsed: the others cost a search for the ends of lines.
+Other data is opened by `datasets`, which converts a file once and then reads only the rows that
+are asked for.
+"""
+
+from __future__ import annotations
+
+import codecs
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, DatasetDict
+from numpy.typing import NDArray
+from trl import DatasetMixtureConfig, ScriptArguments
+
+from eaft.errors import ConfigurationError
+from eaft.inspection.score.stopping import FIRST, MOST
+from eaft.training.config import EAFTConfig
+from eaft.training.data import as_row, exclude_rows, load_splits, parsed, to_dataset
+
+BLOCK = 1 << 26  # bytes of a file that are searched at a time
+BLANKS = np.frombuffer(b" \t\r\n\v\f", np.uint8)  # a line that begins otherwise is not blank
+
+
+@dataclass(frozen=True)
+class ChosenRows:
+    """
+    Data, loaded as far as it is inspected.
+
+    Attributes:
+        splits: the split that is inspected has the chosen rows, in their order.
+        numbers: of the chosen rows in the data; None if the data is whole and in its own order.
+        of: the number of rows of the data; None if `numbers` is None.
+    """
+
+    splits: DatasetDict
+    numbers: list[int] | None = None
+    of: int | None = None
+
+
+def choose_rows(
+    script_args: ScriptArguments,
+    args: EAFTConfig,
+    dataset_args: DatasetMixtureConfig,
+    every: bool,
+) -> ChosenRows:
+    """
+    Return the rows to inspect. Data of at most `FIRST` rows is always whole.
+
+    Args:
+        every: whether all rows are asked for.
+
+    Raises:
+        ConfigurationError: the data cannot be read, or `exclude_examples` does not fit it.
+    """
+    if not every and (file := file_of_lines(script_args, args, dataset_args)) is not None:
+        lines = Lines(file)
+        if len(lines) > FIRST:
+            numbers = random_order(len(lines), args.seed)
+            try:
+                rows = to_dataset(lines.rows(numbers))
+            except ConfigurationError as error:
+                where = f"dataset_name={script_args.dataset_name!r}"
+                raise ConfigurationError(f"{where}, {error}") from error
+            return ChosenRows(DatasetDict({"train": rows}), numbers, len(lines))
+    splits = load_splits(script_args, dataset_args)
+    split = script_args.dataset_train_split
+    data = splits.get(split)
+    if every or not isinstance(data, Dataset) or len(data) <= FIRST:
+        return ChosenRows(splits)
+    if args.exclude_examples is not None:
+        data = exclude_rows(data, args.exclude_examples)
+    numbers = random_order(len(data), args.seed)
+    return ChosenRows(DatasetDict({split: data.select(numbers)}), numbers, len(data))
+
+
+def random_order(rows: int, seed: int) -> list[int]:
+    """Return the first `MOST` of so many rows in random order."""
+    order: list[int] = np.random.default_rng(seed).permutation(rows)[:MOST].tolist()
+    return order
+
+
+def file_of_lines(
+    script_args: ScriptArguments, args: EAFTConfig, dataset_args: DatasetMixtureConfig
+) -> Path | None:
+    """Return the file of JSON Lines whose rows can be picked one by one; None if there is none."""
+    file = Path(script_args.dataset_name or "").expanduser()
+    picked = (
+        file.suffix in (".jsonl", ".json")
+        and file.is_file()
+        and script_args.dataset_train_split == "train"
+        and not (script_args.dataset_streaming or dataset_args.datasets or args.exclude_examples)
+    )
+    if not picked:
+        return None
+    with file.open("rb") as lines:
+        first = lines.readline().removeprefix(codecs.BOM_UTF8)
+    # A list of objects is parsed as a whole
+    return None if not first.strip() or first.lstrip().startswith(b"[") else file
+
+
+class Lines:
+    """
+    The rows of a file of JSON Lines, by number. Memory holds 24 bytes a line.
+
+    Args:
+        file: its first line is a row.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        ends = [np.zeros(0, np.int64)]
+        with file.open("rb") as content:
+            at = 0
+            while block := content.read(BLOCK):
+                ends.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + at)
+                at += len(block)
+        ends.append(np.array([at], np.int64))
+        self.ends: NDArray[np.int64] = np.concatenate(ends)
+        self.starts: NDArray[np.int64] = np.concatenate([[0], self.ends[:-1] + 1])
+        filled = self.ends > self.starts
+        self.content = np.memmap(file, np.uint8, "r")
+        begins_blank = np.zeros(len(filled), np.bool_)
+        begins_blank[filled] = np.isin(self.content[self.starts[filled]], BLANKS)
+        for line in np.flatnonzero(begins_blank).tolist():
+            filled[line] = bool(self.line(line))
+        self.filled = np.flatnonzero(filled)
+
+    def __len__(self) -> int:
+        return len(self.filled)
+
+    def line(self, number: int) -> bytes:
+        """Return a line by its number from 0, without white space around it."""
+        return self.content[self.starts[number] : self.ends[number]].tobytes().strip()
+
+    def rows(self, numbers: list[int]) -> list[dict[str, object]]:
+        """
+        Return rows by their numbers.
+
+        Raises:
+            ConfigurationError: a line is not UTF-8, not JSON, not an object, or no text.
+        """
+        rows = []
+        for line in self.filled[numbers].tolist():
+            where = f"line {line + 1}"
+            text = self.line(line).removeprefix(codecs.BOM_UTF8)
+            rows.append(as_row(parsed(text, where), where))
+        return rows
