@@ -60,7 +60,7 @@ def actors():
 
 def test_a_killed_actor_changes_nothing(model_dir, tmp_path, alone, cluster):  # noqa: F811
     data = write_rows(tmp_path / "rows.jsonl", LONG)
-    flags = ["inspect", model_dir, data, *CPU, "--output_dir"]
+    flags = ["inspect", model_dir, data, "--all", *CPU, "--output_dir"]
     one, two = tmp_path / "one", tmp_path / "two"
     assert cli.main([*map(str, flags), str(one)]) == 0
     killed = []
