@@ -24,7 +24,7 @@ Score data through a model, token by token, and say which tokens the model fight
   eaft inspect MODEL DATA --compare runs/sft      also each checkpoint of a training run
   eaft inspect --config recipe.yaml               the data and model of a recipe of `eaft train`
   accelerate launch -m eaft inspect MODEL DATA
-  eaft inspect MODEL DATA --ray_actors 16         on a Ray cluster, with 16 GPUs
+  eaft inspect MODEL DATA --all --ray_actors 16   every row, on a Ray cluster with 16 GPUs
 
 MODEL is a Hub id, a folder (also of a PEFT adapter) or a .gguf file. DATA is a Hub id, a .jsonl,
 .json, .csv or .parquet file, or a folder. The data is scored as training would see it before its

@@ -263,7 +263,6 @@ def score_model(
         phases: of the command; this function begins the next one.
     """
     state, shards = processes(), dict(enumerate(job.examples.shards()))
-    state, shards = processes(), dict(enumerate(job.examples.shards()))
     missing = my_missing(job, model.name, shards)
     with phases.counted(
         f"scoring with {model.name}", sum(tokens_of(job, missing).values()), "tokens"
