@@ -265,7 +265,9 @@ def test_any_process_says_what_is_wrong_with_its_rows(
     )
     shards = {"shards": lambda: [range(1)], "lengths": np.array([3])}
     job = SimpleNamespace(
-        examples=SimpleNamespace(**shards), file=lambda model, shard: tmp_path / "none"
+        examples=SimpleNamespace(**shards),
+        file=lambda model, shard: tmp_path / "none",
+        ray_actors=0,
     )
     monkeypatch.setattr(score_run, "processes", lambda: second)
     monkeypatch.setattr(score_run, "score_shard", refuse)
