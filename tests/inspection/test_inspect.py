@@ -24,6 +24,7 @@ from eaft.inspection import inspect
 from eaft.inspection.folder import BASE, STATISTICS, Inspection
 from eaft.inspection.phases import Phases
 from eaft.inspection.run_file import ScoredModel
+from eaft.inspection.score import job as score_job
 from eaft.inspection.score import run as score_run
 from eaft.inspection.summary import ROLLOUTS
 from eaft.inspection.vocabulary import Vocabulary
@@ -270,7 +271,7 @@ def test_any_process_says_what_is_wrong_with_its_rows(
         ray_actors=0,
     )
     monkeypatch.setattr(score_run, "processes", lambda: second)
-    monkeypatch.setattr(score_run, "score_shard", refuse)
+    monkeypatch.setattr(score_job, "score_shard", refuse)
     with pytest.raises(NonFiniteError):
         score_run.score_model(
             job, ScoredModel(BASE, "m"), SimpleNamespace(get=lambda: None), None, Phases(False)
@@ -375,7 +376,7 @@ def test_rollouts_are_the_models_own_answers(
     assert inspection.run.top_k_curve is None  # it costs minutes: on request only
     assert run(*flags, out, "--top_k_curve") == 0
     assert Inspection(out).run.top_k_curve[-1].k == 264  # the whole vocabulary
-    monkeypatch.setattr(score_run, "ScoringModel", None)
+    monkeypatch.setattr(score_job, "ScoringModel", None)
     assert run(*flags, out) == 0  # nothing is sampled or scored again
 
 

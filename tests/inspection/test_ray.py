@@ -17,15 +17,15 @@ ray = pytest.importorskip("ray")
 
 def slowly():
     """Make each shard of a worker take a second, so that a worker can be killed in between."""
-    from eaft.inspection.score import run
+    from eaft.inspection.score import job
 
-    score_shard = run.score_shard
+    score_shard = job.score_shard
 
     def slow(*args):
         time.sleep(1)
         return score_shard(*args)
 
-    run.score_shard = slow
+    job.score_shard = slow
 
 
 @pytest.fixture

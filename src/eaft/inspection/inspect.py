@@ -36,9 +36,10 @@ from eaft.inspection.score import ray_actors
 from eaft.inspection.score.chosen import choose_rows
 from eaft.inspection.score.compared import find_compared
 from eaft.inspection.score.examples import Examples
+from eaft.inspection.score.job import Job
 from eaft.inspection.score.model import Settings
 from eaft.inspection.score.resume import begin, numbers
-from eaft.inspection.score.run import Job, finish, score_all
+from eaft.inspection.score.run import finish, score_all
 from eaft.inspection.summary import CheckResult, write_summary
 from eaft.models import (
     check_vocabulary,
@@ -59,8 +60,6 @@ from eaft.training.row_checks import check_ids
 from eaft.training.run_folder import changed_arguments
 
 WAY = "give this command again, with another --output_dir."
-PARTS = "parts"  # in the folder: what is not whole yet
-ROLLOUTS_FILE = "rollouts.json"
 
 
 def check_packages() -> None:

@@ -7,15 +7,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from eaft.errors import ConfigurationError, EAFTError
 from eaft.inspection.folder import BASE
 from eaft.inspection.run_file import ScoredModel
+from eaft.inspection.score.job import Job, LazyModel, write_shard
 from eaft.inspection.score.pieces import Pieces
-
-if TYPE_CHECKING:
-    from eaft.inspection.score.run import Job
 
 
 class Scorer:
@@ -28,16 +26,12 @@ class Scorer:
     """
 
     def __init__(self, job: Job, model: ScoredModel) -> None:
-        from eaft.inspection.score.run import LazyModel
-
         self.job, self.name = job, model.name
         self.scoring = LazyModel(job, model.model, is_base=model.name == BASE)
         self.shards, self.pieces = job.examples.shards(), Pieces(job.tokenizer)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Write the tables of the shards in `batch["shard"]`, and return the batch."""
-        from eaft.inspection.score.run import write_shard
-
         for shard in batch["shard"].tolist():
             part = self.shards[shard]
             write_shard(
