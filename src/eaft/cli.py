@@ -27,7 +27,7 @@ Entropy-Adaptive Fine-Tuning: fine-tune a language model without making it worse
   eaft eval      score a model on suites of tasks; with --base, say what it gained and forgot
   eaft compare   train with several objectives from one base, and show what each gained and forgot
   eaft inspect   score data through a model: which tokens it fights, what gates do, is it right?
-  eaft view      look around in what `inspect`, `compare` or `eval` wrote, in the browser
+  eaft view      look around in what `inspect`, `tune`, `compare` or `eval` wrote, in the browser
   eaft cache     say what has been measured and kept, or clear it
   eaft env       print versions and machine, for bug reports; with --check, test this machine
 

@@ -160,7 +160,7 @@ def test_kinds_and_words(share, kind, slope, monkeypatch):
     assert (f"it drifts {change} from the base" in advice.text) == (slope != 0)
     assert ("expected to save drift" in advice.text) == (slope < 0)
     assert ("expected to cost drift" in advice.text) == (slope > 0)
-    assert ("We measured no saving" in advice.text) == (slope == 0)
+    assert ("EAFT saved nothing" in advice.text) == (slope == 0)
     assert ("is expected to help" in advice.headline) == (kind != "few" and slope < 0)
     assert "this data fights" in advice.headline
     assert f"{percent(interval.low)} to {percent(interval.high)}" in advice.text

@@ -108,7 +108,11 @@ def evaluate(
     if not suite and (held_out is None or max_drop is not None):
         raise ConfigurationError(
             "--suite is missing: name suites or tasks, as eaft eval --help lists them"
-            + ("." if held_out is None else "; --max_drop is of their scores.")
+            + (
+                ", or give --held_out FILE."
+                if held_out is None
+                else "; --max_drop is of their scores."
+            )
         )
     questions = (
         read_prompts(prompts, protocol.drift_prompts)

@@ -436,9 +436,11 @@ class EAFTTrainer(SFTTrainer):
             "steps": f"{self.state.global_step:,}",
             "epochs": f"{self.state.epoch or 0:.3g}",
         }
+        args = copy.copy(self.args)
+        args.assistant_only_loss |= self._label_turns  # which keeps TRL from doing it
         card = model_card(
             ModelCard(file.read_text()),
-            self.args,
+            args,
             self.gated_lm_head.gate,
             self.model,
             get_config_model_id(self.model.config),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
+from eaft.evaluation.paired import few_prompts
 from eaft.evaluation.report import save
 from eaft.text import fill_page
 from eaft.tuning.results import Screened, TuneResults
@@ -41,6 +42,8 @@ def sentence(results: TuneResults) -> str:
         f" {chosen.nll_high:+.3f}; {chosen.rows} rows). Drift is {chosen.drift:.4f} nats per"
         f" token, and at most {chosen.bound:.4f} with 95% confidence ({chosen.prompts} prompts)."
     )
+    if warning := few_prompts(chosen.rows, "rows"):
+        text += f" {warning}"
     for task in chosen.tasks:
         text += (
             f" {task.task} changed by {-task.drop:+.1f} points; it lost at most"

@@ -197,8 +197,8 @@ def introduce(plan: Plan, settings: Settings) -> None:
     if settings.max_drift is not None:
         most = settings.max_drift / (1 + typical_margin(prompts))
         text = (
-            f" So many usually show that a drift of up to about {most:.3g} is within"
-            f" {settings.max_drift:g}."
+            f" With {prompts} prompts a drift of up to about {most:.2g} can usually be shown to be"
+            f" within {settings.max_drift:g}."
         )
     say(
         f"{plan.training_rows} rows to train on; held out: {screening} to choose by and"
@@ -350,7 +350,9 @@ def write_model(
     shutil.rmtree(staging, ignore_errors=True)
     write_member(plan.base.model, checkpoint, chosen.share, staging, plan.options)
     card = folder / WORK / RUN / "README.md"
-    text = card.read_text() if card.is_file() else ""
+    text, name = card.read_text() if card.is_file() else "", folder.resolve().name
+    for line in ("# {}\n", "model_name: {}\n"):
+        text = text.replace(line.format(RUN), line.format(name), 1)
     share = "" if chosen.share == 1 else f" It is base + {chosen.share} * (checkpoint - base)."
     (staging / "README.md").write_text(f"{text}\n## Tuned within a budget\n\n{said}{share}\n")
     for path in sorted(staging.iterdir()):
@@ -380,8 +382,9 @@ def farewell(results: TuneResults, folder: Path, settings: Settings) -> str:
         )
     return (
         f"\n{results.sentence}\n\nWritten to {folder}: the model, report.html, front.png,"
-        f" {RESULTS}. {kept} Next: open {folder / 'report.html'}, and compare on tasks: eaft eval"
-        f" {folder} --base {results.model} --suite everyday"
+        f" {RESULTS}. {kept} Next: eaft view {folder}. More answers, beside those of rows that you"
+        f" have set aside, and tasks: eaft eval {folder} --base {results.model} --held_out"
+        " held_out.jsonl --suite everyday"
     )
 
 

@@ -142,7 +142,7 @@ def too_few(share: float, conflicts: Conflicts) -> bool:
 def what_to_expect(expected: ExpectedDrift) -> str:
     """Return what EAFT is expected to save, and how sure that is."""
     if expected.low <= 0 <= expected.high:
-        return "We measured no saving from EAFT on data like this."
+        return "In our study EAFT saved nothing on data like this."
     verdict = "save" if expected.high < 0 else "cost"
     return (
         f"EAFT is expected to {verdict} drift on data like this: at the same held-out nll it drifts"

@@ -50,11 +50,11 @@ CHECKS = {
         ),
     ),
     "prompt_trained": (
-        "Prompt tokens that are trained on",
+        "Rows that train on tokens of the prompt",
         (
             "The text of the user, the system or a tool has labels: the model learns to write"
-            " prompts. Set assistant_only_loss or completion_only_loss if that is not what you"
-            " want."
+            " prompts. If that is not what you want: --assistant_only_loss true, for messages, or"
+            " --completion_only_loss true."
         ),
     ),
     "template_twice": (

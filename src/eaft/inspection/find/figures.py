@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 from numpy.typing import NDArray
 
 from eaft.inspection.example_columns import ExampleColumns
@@ -152,7 +152,7 @@ def draw_landscape(planes: Planes, summary: Summary) -> Figure:
     shares = {
         origin: plane / totals[origin] for origin, plane in planes.tokens.items() if totals[origin]
     }
-    size = (1.2 + 3.9 * len(shares), 4.2)
+    size = (2.2 + 3.9 * len(shares), 4.2)
     figure, axes = plt.subplots(
         1, len(shares), figsize=size, sharey=True, layout="constrained", squeeze=False
     )
@@ -177,7 +177,11 @@ def draw_landscape(planes: Planes, summary: Summary) -> Figure:
             bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 2},
         )
     axes[0][0].set_ylabel(planes.entropy_label)
-    figure.colorbar(mesh, ax=axes, label="share of the tokens", shrink=0.8)
+    percentages = FuncFormatter(lambda x, _: f"{100 * x:.3g}%")
+    bar = figure.colorbar(
+        mesh, ax=axes, label="share of the tokens", shrink=0.8, format=percentages
+    )
+    bar.ax.yaxis.set_minor_formatter(NullFormatter())
     return figure
 
 
@@ -203,7 +207,9 @@ def draw_gradient(planes: Planes, gate: str) -> Figure:
         of_sft = plane.sum() / planes.gradient.sum() if planes.gradient.sum() else 1.0
         axis.set_title(name if name == "sft" else f"{name}: {percent(of_sft)} of sft's gradient")
     axes[0].set_ylabel(planes.entropy_label)
-    figure.colorbar(mesh, ax=axes, label=GRADIENT, shrink=0.9, extend="min")
+    plain = FuncFormatter(lambda x, _: f"{x:.3g}")
+    bar = figure.colorbar(mesh, ax=axes, label=GRADIENT, shrink=0.9, extend="min", format=plain)
+    bar.ax.yaxis.set_minor_formatter(NullFormatter())
     return figure
 
 

@@ -78,10 +78,11 @@ def differences(old: Identity, new: Identity) -> list[str]:
     """Return in words how a run's identity differs from the identity of the folder's run."""
     if (is_sample := "all" in old.numbers) != ("all" in new.numbers):
         return ["rows in random order, without --all" if is_sample else "every row, with --all"]
+    same_rows = old.data[1:] == new.data[1:]
     changed = []
     for name, words in (
         ("model", "another model"),
-        ("data", "other data"),
+        ("data", "the same rows, tokenized or labelled otherwise" if same_rows else "other data"),
         ("rollouts", "other rollouts"),
         ("numbers", "other flags"),
     ):
