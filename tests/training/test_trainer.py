@@ -6,6 +6,7 @@ weights.
 import dataclasses
 import inspect
 import math
+import re
 
 import pytest
 import torch
@@ -457,6 +458,24 @@ def test_model_card_names_the_gate(tmp_path):
     assert "2601.02151" in card
     size = sum(p.numel() for p in trainer.model.parameters())
     assert f"All {size:,} parameters, on 16 rows, for 0 steps (0 epochs)." in card
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_model_card_says_which_tokens_were_trained_on(tmp_path, wanted):
+    tokenizer = make_tokenizer()
+    # Without these marks TRL cannot tell the assistant's tokens, and `label_turns` does
+    template = re.sub(r"{%-? *(end)?generation *-?%}", "", tokenizer.chat_template)
+    assert template != tokenizer.chat_template
+    tokenizer.chat_template = template
+    trainer = EAFTTrainer(
+        make_model(),
+        args=EAFTConfig(str(tmp_path), **DEFAULTS, assistant_only_loss=wanted),
+        train_dataset=Dataset.from_list(CONVERSATIONS),
+        processing_class=tokenizer,
+    )
+    assert not trainer.args.assistant_only_loss
+    trainer.create_model_card()
+    assert f"- assistant_only_loss: {wanted}\n" in (tmp_path / "README.md").read_text()
 
 
 def test_model_card_says_what_was_trained_and_keeps_trls_links(tmp_path, monkeypatch):

@@ -170,6 +170,7 @@ def test_the_report_shows_text_as_text(tuned):
     assert HOSTILE not in page
     assert HOSTILE.replace("<", "&lt;").replace(">", "&gt;") in page
     assert (tuned / "front.png").stat().st_size > 10_000
+    assert "\n# tuned\n" in (tuned / "README.md").read_text()
 
 
 def test_again_changes_nothing_and_other_settings_are_refused(tuned, model_dir, inputs, capsys):
