@@ -81,7 +81,7 @@ def run(command: list[str], log: Path | None = None) -> None:
 
 
 def cpu_seconds() -> float:
-    """Return the CPU seconds of this process and of those that it has started and not ended."""
+    """Return the CPU seconds of this process and of its child processes that still run."""
     here = psutil.Process()
     times = [process.cpu_times() for process in [here, *here.children(recursive=True)]]
     return sum(t.user + t.system for t in times)

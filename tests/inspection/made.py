@@ -10,10 +10,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from starlette.testclient import TestClient
 
 from eaft.evaluation.results import as_json
-from eaft.inspection.folder import BASE, COMPARED, EXAMPLES, TOKENS, VOCABULARY
+from eaft.inspection.folder import BASE, COMPARED, EXAMPLES, TOKENS, VOCABULARY, Inspection
 from eaft.inspection.summary import DATA, ROLLOUTS
+from eaft.inspection.view.queries import Queries
+from eaft.inspection.view.runs import Runs
+from eaft.inspection.view.server import make_app
+from eaft.inspection.view.tables import Tables
 from eaft.objective.statistics import token_statistics
 from eaft.provenance import environment
 from eaft.tuning.results import (
@@ -239,3 +244,11 @@ def write_shards(folder, parts, schema, shards):
         chosen = parts[shard * size : (shard + 1) * size]
         joined = {name: [v for part in chosen for v in part[name]] for name in schema.names}
         pq.write_table(pa.table(joined, schema), folder / f"{shard:05d}.parquet")
+
+
+def make_client(folder):
+    """Return a client of the page's server on an inspection."""
+    app = make_app("made", Queries(Tables(Inspection(folder))), Runs(folder), 8765, "secret")
+    return TestClient(
+        app, base_url="http://127.0.0.1:8765", headers={"Authorization": "token secret"}
+    )

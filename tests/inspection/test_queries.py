@@ -10,17 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pandas as pd
 import pytest
-from starlette.testclient import TestClient
 
 from eaft.inspection.folder import Inspection
 from eaft.inspection.run_file import InspectedRun
 from eaft.inspection.view.queries import Queries, database, exports, gates
 from eaft.inspection.view.queries.about import train_command
-from eaft.inspection.view.runs import Runs
 from eaft.inspection.view.selection import Selection
-from eaft.inspection.view.server import make_app
 from eaft.inspection.view.tables import Tables
-from tests.inspection.made import TOP_K, VOCAB, grad_norm, make_inspection
+from tests.inspection.made import TOP_K, VOCAB, grad_norm, make_client, make_inspection
 
 MEASURED = {"entropy_threshold": 0.2, "prob_threshold": 0.3, "tau": 2.5}
 MEANS = ["nll", "entropy", "conflict_share", "conflict_nll_share"]
@@ -39,10 +36,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ask(folder):
-    app = make_app("made", Queries(Tables(Inspection(folder))), Runs(folder), 8765, "secret")
-    client = TestClient(
-        app, base_url="http://127.0.0.1:8765", headers={"Authorization": "token secret"}
-    )
+    client = make_client(folder)
 
     def get(path, **params):
         answer = client.get(f"/api/{path}", params=params)

@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from starlette.testclient import TestClient
 
 from eaft import cli
 from eaft.inspection.find.effects import DataGate
@@ -21,12 +20,9 @@ from eaft.inspection.folder import BASE, Inspection
 from eaft.inspection.labelled import Labelled, weighed_gates
 from eaft.inspection.score import vllm_model
 from eaft.inspection.summary import ROLLOUTS, MeasuredParameters
-from eaft.inspection.view.queries import Queries
-from eaft.inspection.view.runs import Runs
-from eaft.inspection.view.server import make_app
-from eaft.inspection.view.tables import Tables
 from eaft.objective.statistics import token_statistics
 from tests.conftest import make_model, make_rows
+from tests.inspection.made import make_client
 
 TOLD = ["log_prob", "top_k_entropy", "first_prob", "first_choice", "rank"]
 NOT_TOLD = ["entropy", "sum_sq_probs"]
@@ -173,10 +169,7 @@ def test_equals_our_own_scorer_but_for_the_whole_vocabulary(tokenizer, tmp_path,
 
 def check_view(folder, tokens, examples):
     """The viewer's answers, from the columns that vLLM has."""
-    app = make_app("made", Queries(Tables(Inspection(folder))), Runs(folder), 8765, "secret")
-    client = TestClient(
-        app, base_url="http://127.0.0.1:8765", headers={"Authorization": "token secret"}
-    )
+    client = make_client(folder)
 
     def ask(path, **params):
         answer = client.get(f"/api/{path}", params=params)
