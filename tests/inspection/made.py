@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import torch
 from starlette.testclient import TestClient
 
-from eaft.evaluation.results import as_json
+from eaft.evaluation.results import HeldOutAnswer, as_json
 from eaft.inspection.folder import BASE, COMPARED, EXAMPLES, TOKENS, VOCABULARY, Inspection
 from eaft.inspection.summary import DATA, ROLLOUTS
 from eaft.inspection.view.queries import Queries
@@ -22,7 +22,6 @@ from eaft.inspection.view.tables import Tables
 from eaft.objective.statistics import token_statistics
 from eaft.provenance import environment
 from eaft.tuning.results import (
-    BeforeAfter,
     Budget,
     Confirmation,
     Data,
@@ -214,7 +213,10 @@ def make_tuning(folder):
         candidates=[chosen],
         screened=screened,
         unconstrained=Unconstrained(step=8, share=1.0, nll=1.2, drift=0.12, cost=0.3),
-        before_after=[BeforeAfter(prompt="2 + 2?", base="five", tuned="<b>four</b>")],
+        answers=[
+            HeldOutAnswer(row=0, prompt="2 + 2?", target="4", before="five", after="<b>four</b>")
+        ],
+        answer_tokens=128,
         most_drifted=[Drifted(prompt="Hello", answer="<i>Good day</i>", drift=0.2)],
         flags=[],
         environment=environment(),

@@ -22,13 +22,13 @@ from eaft.commands.inspect import make_parser, named
 from eaft.errors import NonFiniteError
 from eaft.inspection import inspect
 from eaft.inspection.folder import BASE, STATISTICS, Inspection
-from eaft.inspection.phases import Phases
 from eaft.inspection.run_file import ScoredModel
 from eaft.inspection.score import job as score_job
 from eaft.inspection.score import run as score_run
 from eaft.inspection.summary import ROLLOUTS
 from eaft.inspection.vocabulary import Vocabulary
 from eaft.models import resolve_model
+from eaft.phases import Phases
 from eaft.training.arguments import parse
 from eaft.training.data import row_digest
 from tests.conftest import make_model, make_rows

@@ -97,45 +97,48 @@ def test_the_returned_model_is_the_interpolation(tuned, model_dir):
     model = {"config.json", "generation_config.json", "model.safetensors", "README.md"}
     model |= {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     ours = {"_lock", "front.png", "report.html", "results.json", "tune.json", "work"}
+    ours |= {"held_out.jsonl"}
     assert {path.name for path in tuned.iterdir()} == model | ours
 
 
 def test_no_prompt_is_trained_on_and_held_out(tuned, inputs):
     results = results_of(tuned)
     data = [json.loads(line) for line in (inputs / "data.jsonl").read_text().splitlines()]
-    lines = (tuned / "work" / "held_out_rows.jsonl").read_text().splitlines()
+    lines = (tuned / "work" / "excluded_rows.jsonl").read_text().splitlines()
     held = {json.loads(line)["row"] for line in lines}
     assert len(held) == results.data.screening_rows + results.data.confirmation_rows == 16
     assert results.data.training_rows == 35
     trained = {row["prompt"] for i, row in enumerate(data) if i not in held}
     assert not trained & {data[i]["prompt"] for i in held}
     run = json.loads((tuned / "work" / "run" / "run.json").read_text())
-    assert run["config"]["exclude_examples"] == str(tuned / "work" / "held_out_rows.jsonl")
+    assert run["config"]["exclude_examples"] == str(tuned / "work" / "excluded_rows.jsonl")
     assert run["gate"]["name"] == "sft"
 
 
-def test_eval_finds_the_nll_that_tune_found(tuned, model_dir, inputs, tmp_path, capsys):
-    """On the rows that tune held out, which its run's data still has but did not train on."""
-    data = (inputs / "data.jsonl").read_text().splitlines(keepends=True)
-    lines = (tuned / "work" / "held_out_rows.jsonl").read_text().splitlines()
-    held_out = tmp_path / "rows.jsonl"
-    held_out.write_text("".join(data[json.loads(line)["row"]] for line in lines))
-    chosen, nll = results_of(tuned).chosen, 0.0
-    for name in ("screening.jsonl", "confirmation.jsonl"):
-        for line in map(json.loads, (tuned / "work" / name).read_text().splitlines()):
-            if (line["step"], line["share"]) == (chosen.step, chosen.share):
-                nll += sum(line["nll"])
-    flags = ["eval", tuned, "--base", model_dir, "--held_out", held_out, "--drift_prompts", 2]
-    flags += ["--max_new_tokens", 4, "--held_out_answers", 3, "--output_path", tmp_path / "out"]
-    assert cli.main([*map(str, flags)]) == 0
+def test_eval_finds_the_nll_and_the_answers_that_tune_found(
+    tuned, model_dir, inputs, tmp_path, capsys
+):
+    """On the rows that confirmed, which the run's data still has but did not train on."""
+    said, data = results_of(tuned), (inputs / "data.jsonl").read_text().splitlines()
+    held_out = (tuned / "held_out.jsonl").read_text().splitlines()
+    assert len(held_out) == said.data.confirmation_rows
+    assert {*held_out} <= {*data}
+    flags = ["eval", tuned, "--base", model_dir, "--held_out", tuned / "held_out.jsonl"]
+    flags += ["--drift_prompts", 2, "--max_new_tokens", 4, "--held_out_answers", 8]
+    assert cli.main([*map(str, flags), "--output_path", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "results.json").read_text()
     results = adapter(Results).validate_python(json.loads(text))
     found = results.held_out
     assert found.apart
-    assert found.after * found.tokens == pytest.approx(nll, rel=1e-5)
+    assert found.before == pytest.approx(said.base_nll, rel=1e-5)
+    assert found.after == pytest.approx(said.chosen.nll, rel=1e-5)
     assert found.low <= found.change < 0
-    assert len(found.answers) == 3
-    assert found.answers[0].target == json.loads(held_out.read_text().split("\n")[0])["completion"]
+    assert len(said.answers) == 8
+    for here, there in zip(said.answers, found.answers, strict=True):
+        assert (here.row, here.prompt, here.target) == (there.row, there.prompt, there.target)
+        assert there.before.startswith(here.before)  # `eaft eval` cuts later
+        assert there.after.startswith(here.after)
+    assert found.answers[0].target == json.loads(held_out[0])["completion"]
     assert results.verdict.status == "nothing to judge"
     assert results.drift is not None
     assert f"Written to {tmp_path / 'out'}" in capsys.readouterr().out
@@ -195,7 +198,7 @@ def test_no_model_within_the_budget(model_dir, inputs, tmp_path, monkeypatch, ca
     assert results.stopped_early in said
     assert results.stopped_early in (out / "report.html").read_text()
     assert {point.step for point in results.screened} == {2, 4}
-    assert (results.status, results.chosen, results.before_after) == ("none", None, [])
+    assert (results.status, results.chosen, results.answers) == ("none", None, [])
     assert not list(out.glob("**/*.safetensors"))
     assert "No model within the budget" in (out / "report.html").read_text()
 

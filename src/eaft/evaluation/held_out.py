@@ -99,11 +99,21 @@ def plan(base: MeasuredModel, tuned: MeasuredModel, rows: HeldOutRows, n: int) -
             f"--held_out: {tuned.model} and {base.model} have different vocabularies, so their nll"
             " per token cannot be compared: leave --held_out out."
         )
+    return Measurement(rows, *to_show(base, rows.asked, n, LONGEST))
+
+
+def to_show(
+    base: MeasuredModel, rows: list[Asked], n: int, longest: int
+) -> tuple[list[Asked], list[list[int]], int]:
+    """
+    Return the first `n` rows that leave room for an answer, the token ids of their prompts, and
+    the largest number of tokens of an answer: `longest`, or half of the model's context.
+    """
     context = context_length(base.model, base.protocol.model_args)
-    room = min(LONGEST, context // 2)
+    room = min(longest, context // 2)
     asked: list[Asked] = []
     prompts: list[list[int]] = []
-    for row in rows.asked:
+    for row in rows:
         if len(asked) == n:
             break
         if isinstance(row.prompt, str):  # trained on as plain text
@@ -115,7 +125,7 @@ def plan(base: MeasuredModel, tuned: MeasuredModel, rows: HeldOutRows, n: int) -
         if 0 < len(ids) <= context - room:
             asked.append(row)
             prompts.append(ids)
-    return Measurement(rows, asked, prompts, room)
+    return asked, prompts, room
 
 
 def measure(model: MeasuredModel, what: Measurement) -> Side:

@@ -94,11 +94,16 @@ class MeasuredModel:
             name=benchmark.name,
         )
 
-    def sampled(self, prompts: list[Any]) -> list[Answer]:
+    def sampled(
+        self, prompts: list[Any], advance: Callable[[int], object] | None = None
+    ) -> list[Answer]:
         """
         Return the model's own answers to prompts (strings or messages).
 
         They are kept for any device and batch size, since all sample one distribution.
+
+        Args:
+            advance: as `sample_answers` takes it.
         """
 
         def sample() -> list[Answer]:
@@ -111,6 +116,7 @@ class MeasuredModel:
                 add_special_tokens=not protocol.apply_chat_template,
                 batch_size=protocol.batch_size,
                 share=share_of(lm),
+                advance=advance,
             )
 
         answers = self._keep(
@@ -129,14 +135,19 @@ class MeasuredModel:
         folder = self.store.find(self._sampled_identity(prompts))
         return None if folder is None else read_sampled(folder)
 
-    def answers(self, prompts: list[Any]) -> BaseAnswers:
+    def answers(
+        self, prompts: list[Any], advance: Callable[[int], object] | None = None
+    ) -> BaseAnswers:
         """
         Return the model's own answers to prompts (strings or messages), and its probabilities at
         their positions.
 
         All processes get them, since each measures the drift of a part.
+
+        Args:
+            advance: as `sample_answers` takes it.
         """
-        sampled = self.sampled(prompts)
+        sampled = self.sampled(prompts, advance)
         identity = {
             **self._identity,
             "probs": digest([asdict(answer) for answer in sampled]),
@@ -191,18 +202,10 @@ class MeasuredModel:
         """
 
         def answer() -> list[str]:
-            lm = self._load("hf")
-            answers = sample_answers(
-                lm.model,
-                self.tokenizer,
-                prompts,
-                max_new_tokens,
-                batch_size=self.protocol.batch_size,
-                share=share_of(lm),
-                greedy=True,
+            lm, size = self._load("hf"), self.protocol.batch_size
+            return likeliest_answers(
+                lm.model, self.tokenizer, prompts, max_new_tokens, size, share_of(lm)
             )
-            ids = [answer.answer_ids for answer in answers]
-            return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
         identity = {"likeliest": digest(prompts), "max_new_tokens": max_new_tokens}
         return self._keep(
@@ -318,6 +321,37 @@ class MeasuredModel:
             otherwise=(np.array([]), np.array([])),
             name=name,
         )
+
+
+def likeliest_answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    batch_size: int,
+    share: Share,
+    advance: Callable[[int], object] | None = None,
+) -> list[str]:
+    """
+    Return a model's likeliest answer (greedy) to each prompt, as text.
+
+    Args:
+        model: the torch model.
+        prompts: token ids of each.
+        share, advance: as `sample_answers` takes them.
+    """
+    answers = sample_answers(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens,
+        batch_size=batch_size,
+        share=share,
+        greedy=True,
+        advance=advance,
+    )
+    ids = [answer.answer_ids for answer in answers]
+    return list(tokenizer.batch_decode(ids, skip_special_tokens=True))
 
 
 @torch.no_grad()

@@ -22,7 +22,6 @@ from eaft.inspection.folder import (
     BASE,
     Inspection,
 )
-from eaft.inspection.phases import Phases
 from eaft.inspection.run_file import (
     RUN_FILE,
     Identity,
@@ -49,6 +48,7 @@ from eaft.models import (
     vocabulary_size,
 )
 from eaft.objective.statistics import usable_top_k
+from eaft.phases import Phases
 from eaft.processes import locked
 from eaft.provenance import environment
 from eaft.text import visible

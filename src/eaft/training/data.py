@@ -432,7 +432,7 @@ def select_split(
         names = ", ".join(" + ".join(sorted(columns, reverse=True)) for columns in expected)
         raise ConfigurationError(
             f"{flag}={split!r} has the columns {', '.join(first)}; expected one of: {names}."
-            " Rename yours, or name the text column with --dataset_text_field."
+            " Rename yours, or set dataset_text_field to the name of the text column."
         )
     check_rows(dataset, f"{flag}={split!r}", text_field, numbers)
     return dataset

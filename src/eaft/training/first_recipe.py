@@ -101,7 +101,7 @@ def recipe(model: str, data: str, facts: DataFacts, output: Path) -> str:
         "",
         *setting("gate", "sft", "plain SFT; eaft and others: docs/objectives.md"),
         *setting("num_train_epochs", epochs, "more for few rows, fewer for many"),
-        *setting("learning_rate", 1e-5, "about 2e-4 with LoRA"),
+        *setting("learning_rate", 2e-5, "TRL's default; about 2e-4 with LoRA"),
         *setting("lr_scheduler_type", "cosine"),
         *setting("warmup_steps", 0.03, "a share of all steps"),
         *setting("per_device_train_batch_size", min(BATCH, facts.rows)),

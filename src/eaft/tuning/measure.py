@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ from typing import Any
 import numpy as np
 from typing_extensions import TypedDict
 
-from eaft.evaluation.drift import BaseAnswers, Share, sample_answers
+from eaft.evaluation.drift import BaseAnswers, Share
 from eaft.evaluation.identity import digest
 from eaft.evaluation.lm_eval_models import load
-from eaft.evaluation.measured_model import MeasuredModel, nll_of_rows
+from eaft.evaluation.measured_model import MeasuredModel, likeliest_answers, nll_of_rows
 from eaft.evaluation.paired import paired_change
 from eaft.evaluation.results import Change, Item
 from eaft.evaluation.scores import score
@@ -42,9 +43,20 @@ class Part:
     base_nll: Sums
 
     @classmethod
-    def of(cls, base: MeasuredModel, rows: list[Row], prompts: list[Any]) -> Part:
-        """Measure the base model on rows and prompts; what is in the store is read from there."""
-        return cls(rows, base.answers(prompts), Sums(*base.nll(rows)))
+    def of(
+        cls,
+        base: MeasuredModel,
+        rows: list[Row],
+        prompts: list[Any],
+        advance: Callable[[int], object] | None = None,
+    ) -> Part:
+        """
+        Measure the base model on rows and prompts; what is in the store is read from there.
+
+        Args:
+            advance: as `sample_answers` takes it.
+        """
+        return cls(rows, base.answers(prompts, advance), Sums(*base.nll(rows)))
 
     @property
     def digest(self) -> str:
@@ -93,15 +105,18 @@ class LoadedFamily:
         self.model(member)
         return score(self.lm, benchmark, self.base.protocol)
 
-    def answer(self, member: Member, texts: list[str], max_new_tokens: int) -> list[str]:
-        """Return a member's likeliest answers (greedy) to prompts as the model is to see them."""
-        tokenizer = self.base.tokenizer
-        special = not self.base.protocol.apply_chat_template
-        answers = sample_answers(
-            self.model(member), tokenizer, texts, max_new_tokens, special, greedy=True
+    def likeliest(
+        self,
+        member: Member,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        advance: Callable[[int], object],
+    ) -> list[str]:
+        """Return a member's likeliest answers to prompts, as `likeliest_answers` does."""
+        model, size = self.model(member), self.base.protocol.batch_size
+        return likeliest_answers(
+            model, self.base.tokenizer, prompts, max_new_tokens, size, Share(), advance
         )
-        ids = [answer.answer_ids for answer in answers]
-        return list(tokenizer.batch_decode(ids, skip_special_tokens=True))
 
 
 class KeptPoint(TypedDict):

@@ -44,7 +44,7 @@ from eaft.tuning.rows import hold_out, split_held_out
 
 MARK = "tune.json"  # what a folder holds, finished or not
 WORK, RUN = TUNED_RUN.parts  # a folder of the run and of what was measured; the run
-EXCLUDED = "held_out_rows.jsonl"
+EXCLUDED = "excluded_rows.jsonl"  # numbers of rows of the data that are not trained on
 WATCHED = "screening_rows.jsonl"  # whose nll stops training
 WAY = "delete this folder, or choose another --output_dir."
 SCREENING_FILE = Path(__file__).with_name("screening_prompts.jsonl")

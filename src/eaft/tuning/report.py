@@ -14,6 +14,7 @@ from eaft.text import fill_page
 from eaft.tuning.results import Screened, TuneResults
 
 REPORT, FRONT = "report.html", "front.png"
+UNUSED = 0.5  # of the budget: with a lower drift of the best model of all, most of it was not used
 
 
 def write_report(results: TuneResults, folder: Path) -> None:
@@ -63,6 +64,9 @@ def sentence(results: TuneResults) -> str:
     text += "as it is." if chosen.share == 1 else f"{way}."
     if best.cost is not None and best.cost > 0:
         text += f" On the rows that chose it, the budget cost {best.cost:.3f} nats: {free}."
+    elif results.budget.max_drift and chosen.drift < UNUSED * results.budget.max_drift:
+        text += " Most of the budget was not used: more epochs or a higher learning rate may learn"
+        text += " more."
     return text
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import with_config
 
-from eaft.evaluation.results import ABSENT, FORM
+from eaft.evaluation.results import ABSENT, FORM, HeldOutAnswer
 from eaft.provenance import Environment
 
 
@@ -147,24 +147,11 @@ class Unconstrained:
 
 @with_config(FORM)
 @dataclass(kw_only=True)
-class BeforeAfter:
-    """Likeliest answers (greedy) to a held-out prompt of the confirmation rows."""
-
-    prompt: str
-    """The prompt, as the models see it."""
-    base: str
-    """The base model's answer."""
-    tuned: str
-    """The returned model's answer."""
-
-
-@with_config(FORM)
-@dataclass(kw_only=True)
 class Drifted:
     """An answer of the base model that the returned model drifted from most."""
 
     prompt: str
-    """The prompt, as the models see it."""
+    """What the models were asked."""
     answer: str
     """The base model's own answer."""
     drift: float
@@ -198,8 +185,13 @@ class TuneResults:
     """All that screening measured."""
     unconstrained: Unconstrained
     """What a budget without end would have returned."""
-    before_after: list[BeforeAfter]
-    """Some answers; empty without a model, or where rows have no prompts."""
+    answers: list[HeldOutAnswer]
+    """
+    Of the first rows of `held_out.jsonl`, the rows that confirmed; empty without a model, or where
+    rows have no prompts.
+    """
+    answer_tokens: int
+    """The largest number of tokens of these answers; longer ones are cut."""
     most_drifted: list[Drifted]
     """Worst first; empty without a model."""
     flags: list[str]

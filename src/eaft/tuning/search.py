@@ -122,6 +122,11 @@ class Search:
             self.at(step, share)
 
 
+def most_measured(checkpoints: int) -> int:
+    """Return how many members are measured at most, all candidates' limits included."""
+    return checkpoints * (1 + TRIES) + LOWER_TRIES + CANDIDATES * TRIES
+
+
 def next_share(within: Point | None, over: Point, limit: float) -> float:
     """
     Return the share whose drift should be a little below a limit.

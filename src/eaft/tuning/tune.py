@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from eaft.errors import EAFTError
-from eaft.evaluation.asking import ask
 from eaft.evaluation.comparable import comparable_models
-from eaft.evaluation.drift import prompt_of
 from eaft.evaluation.paired import bootstrap_interval
 from eaft.evaluation.results import as_json
 from eaft.files import read_json
 from eaft.models import noted_date, template_date, template_today
+from eaft.phases import Phases
 from eaft.processes import locked
 from eaft.provenance import environment, write_json
 from eaft.text import visible
@@ -28,6 +27,7 @@ from eaft.training.apart import (
 from eaft.training.family import saved_files, write_member
 from eaft.training.replay_kl import PROBS_FOLDER
 from eaft.training.run_folder import RunRecord, last_complete_checkpoint
+from eaft.tuning.answers import SHOWN_TOKENS, answers, most_drifted
 from eaft.tuning.confirm import confirm, judge_task, typical_margin
 from eaft.tuning.measure import Kept, LoadedFamily, Part, TaskChanges
 from eaft.tuning.plan import (
@@ -46,21 +46,20 @@ from eaft.tuning.plan import (
 from eaft.tuning.points import Member, Point, Sums
 from eaft.tuning.report import sentence, write_report
 from eaft.tuning.results import (
-    BeforeAfter,
     Budget,
     Confirmation,
     Data,
-    Drifted,
     Screened,
     TaskLoss,
     TuneResults,
     Unconstrained,
 )
-from eaft.tuning.search import Search, choose_candidates
+from eaft.tuning.search import Search, choose_candidates, most_measured
 
 RESULTS = "results.json"
+HELD_OUT = "held_out.jsonl"  # the rows that confirmed, for `eaft eval`
 SCREENING, CONFIRMATION, TASKS = "screening.jsonl", "confirmation.jsonl", "tasks.jsonl"
-SHOWN_ANSWERS, SHOWN_TOKENS, SHOWN_DRIFTED = 4, 64, 5
+PHASES = 6  # with a model at the end; `--suite` has its own progress
 
 
 def tune(settings: Settings, train_flags: list[str]) -> TuneResults:
@@ -100,7 +99,9 @@ def run(plan: Plan, settings: Settings, folder: Path) -> TuneResults:
     work = folder / WORK
     work.mkdir(exist_ok=True)
     introduce(plan, settings)
-    stopped = train(plan, work)["result"].get("stopped_early")
+    phases = Phases()
+    phases.count = PHASES
+    stopped = train(plan, work, phases)["result"].get("stopped_early")
     if stopped:
         say(stopped)
     members = [
@@ -117,18 +118,22 @@ def run(plan: Plan, settings: Settings, folder: Path) -> TuneResults:
         str(members[-1].folder), plan.base.model, plan.base.protocol, drift=True
     )
     assert base is not None
-    say("Measuring the base model")
-    screening, confirmation = (
-        Part.of(base, rows, prompts) for rows, prompts in zip(plan.rows, plan.prompts, strict=True)
-    )
+    batches = sum(-(-len(prompts) // base.protocol.batch_size) for prompts in plan.prompts)
+    steps = batches * settings.max_new_tokens
+    with phases.counted("answers of the base model, for drift", steps, "steps at most") as advance:
+        screening, confirmation = (
+            Part.of(base, rows, prompts, advance)
+            for rows, prompts in zip(plan.rows, plan.prompts, strict=True)
+        )
     family = LoadedFamily(base, members, plan.options)
-    search = Search(
-        Timed("Screening", Kept(work / SCREENING, screening, family)), screening.base_nll.mean
-    )
-    search.run([member.step for member in members], settings.drift_limit)
-    candidates = choose_candidates(
-        search, settings.drift_limit, settings.strict, len(confirmation.answers.answers)
-    )
+    kept = Kept(work / SCREENING, screening, family)
+    most = most_measured(len(members))
+    with phases.counted("screening", most, "models at most") as advance:
+        search = Search(Told(kept, "chosen by", advance), screening.base_nll.mean)
+        search.run([member.step for member in members], settings.drift_limit)
+        candidates = choose_candidates(
+            search, settings.drift_limit, settings.strict, len(confirmation.answers.answers)
+        )
     kept = Kept(work / CONFIRMATION, confirmation, family)
     changes = TaskChanges(work / TASKS, plan.benchmarks, base, family)
     statements = len(candidates) * len(plan.benchmarks)
@@ -142,15 +147,15 @@ def run(plan: Plan, settings: Settings, folder: Path) -> TuneResults:
             for name, change in changes(member).items()
         ]
 
-    chosen, tried = confirm(
-        [point.member for point in candidates],
-        Timed("Confirming", kept, len(candidates)),
-        confirmation.base_nll,
-        settings.drift_limit,
-        settings.strict,
-        losses,
-    )
-    texts = [ask(base.tokenizer, p, base.protocol) for p in plan.prompts[1]]
+    with phases.counted("confirmation", len(candidates), "models at most") as advance:
+        chosen, tried = confirm(
+            [point.member for point in candidates],
+            Told(kept, "confirmed on", advance),
+            confirmation.base_nll,
+            settings.drift_limit,
+            settings.strict,
+            losses,
+        )
     results = TuneResults(
         status="none" if chosen is None else "shown" if chosen.shown else "within",
         sentence="",
@@ -172,15 +177,19 @@ def run(plan: Plan, settings: Settings, folder: Path) -> TuneResults:
         candidates=tried,
         screened=[screened(point, screening.base_nll) for point in search.points],
         unconstrained=unconstrained(search, chosen),
-        before_after=before_after(plan, family, chosen),
+        answers=[] if chosen is None else answers(plan, family, chosen, phases),
+        answer_tokens=SHOWN_TOKENS,
         stopped_early=stopped,
-        most_drifted=most_drifted(kept, chosen, texts, confirmation, base.tokenizer),
+        most_drifted=(
+            [] if chosen is None else most_drifted(plan, kept, chosen, confirmation, base.tokenizer)
+        ),
         flags=plan.arguments,
         environment=environment(),
     )
     results.sentence = sentence(results)
     if chosen is not None:
-        say("Writing the model")
+        phases.begin("writing the model")
+        write_rows(plan.held_out[1], folder / HELD_OUT)
         write_model(plan, family.folders[chosen.step], chosen, results.sentence, folder)
     write_report(results, folder)
     write_json(folder / RESULTS, as_json(results))  # last: it says that all beside it is there
@@ -207,7 +216,7 @@ def introduce(plan: Plan, settings: Settings) -> None:
     )
 
 
-def train(plan: Plan, work: Path) -> RunRecord:
+def train(plan: Plan, work: Path, phases: Phases) -> RunRecord:
     """
     Train the run to its end, unless it has been, and return its record.
 
@@ -215,17 +224,15 @@ def train(plan: Plan, work: Path) -> RunRecord:
         EAFTError: it failed; its message is in the output.
     """
     folder = work / RUN
+    checkpoint = last_complete_checkpoint(folder) if folder.is_dir() else None
     if record := finished(folder):
+        phases.begin("training, done before")
         return record
     if plan.excluded:
-        staging = work / f"{EXCLUDED}.tmp"
-        staging.write_text("".join(json.dumps(row) + "\n" for row in plan.excluded))
-        os.replace(staging, work / EXCLUDED)
+        write_rows(plan.excluded, work / EXCLUDED)
     if plan.watched:
-        lines = [json.dumps(row, default=str) + "\n" for row in plan.held_out[0]]
-        (work / WATCHED).write_text("".join(lines))
-    checkpoint = last_complete_checkpoint(folder) if folder.is_dir() else None
-    say("Training" + (f" from {checkpoint}" if checkpoint else ""))
+        write_rows(plan.held_out[0], work / WATCHED)
+    phases.begin("training" + (f" from {checkpoint}" if checkpoint else ""))
     code = run_train([*plan.arguments, "--resume_from_checkpoint", "true"], folder)
     if code == 130:
         raise KeyboardInterrupt
@@ -239,28 +246,34 @@ def train(plan: Plan, work: Path) -> RunRecord:
     return record
 
 
-class Timed:
-    """Says which member is measured, and how long one takes."""
+def write_rows(rows: Iterable[Any], file: Path) -> None:
+    """Write rows as JSON Lines, whole or not at all."""
+    staging = file.with_name(f"{file.name}.tmp")
+    staging.write_text("".join(json.dumps(row, default=str) + "\n" for row in rows))
+    os.replace(staging, file)
 
-    def __init__(self, what: str, measure: Kept, most: int | None = None) -> None:
-        self.what, self.measure, self.most = what, measure, most
-        self.number, self.seconds = 0, []  # type: ignore[var-annotated]
+
+class Told:
+    """
+    Measures members of the family, and says what was found.
+
+    Args:
+        measure: measures one.
+        what: what its rows are for, in words.
+        advance: called with 1 after each.
+    """
+
+    def __init__(self, measure: Kept, what: str, advance: Callable[[int], object]) -> None:
+        self.measure, self.what, self.advance = measure, what, advance
 
     def __call__(self, member: Member) -> Point:
         """Measure, and say so."""
-        self.number += 1
-        began = time.monotonic()
-        fresh = member not in self.measure.points
-        of = f" of at most {self.most}" if self.most else ""
-        left = f", about {self.seconds[-1]:.0f} s" if self.seconds and fresh else ""
-        name = f"step {member.step}, share {member.share:g}"
-        say(
-            f"{self.what} {self.number}{of}: {name}{left}" if fresh else f"{self.what}: {name} kept"
-        )
         point = self.measure(member)
-        if fresh:
-            self.seconds.append(time.monotonic() - began)
-        say(f"    held-out nll {point.nll.mean:.4f}, drift {point.drift.mean:.4f}")
+        say(
+            f"    step {member.step}, share {member.share:g}: nll of the rows {self.what}"
+            f" {point.nll.mean:.4f}, drift {point.drift.mean:.4f}"
+        )
+        self.advance(1)
         return point
 
 
@@ -303,45 +316,6 @@ def unconstrained(search: Search, chosen: Confirmation | None) -> Unconstrained:
     )
 
 
-def before_after(
-    plan: Plan, family: LoadedFamily, chosen: Confirmation | None
-) -> list[BeforeAfter]:
-    """Return answers of the base and of the chosen model to the first confirmation rows."""
-    rows = plan.held_out[1]
-    if chosen is None or not {"prompt", "messages"} & set(rows.column_names):
-        return []
-    base = family.base
-    prompts = [prompt_of(rows[i]) for i in range(min(SHOWN_ANSWERS, len(rows)))]
-    texts = [ask(base.tokenizer, prompt, base.protocol) for prompt in prompts]
-    say("Answers before and after")
-    sides = [
-        family.answer(Member(chosen.step, share), texts, SHOWN_TOKENS)
-        for share in (0.0, chosen.share)
-    ]
-    return [
-        BeforeAfter(prompt=text, base=before, tuned=after)
-        for text, before, after in zip(texts, *sides, strict=True)
-    ]
-
-
-def most_drifted(
-    kept: Kept, chosen: Confirmation | None, texts: list[str], part: Part, tokenizer: Any
-) -> list[Drifted]:
-    """Return the confirmation prompts on whose answers the chosen model has drifted most."""
-    if chosen is None:
-        return []
-    drift = kept(Member(chosen.step, chosen.share)).drift
-    means = drift.sums / drift.counts
-    return [
-        Drifted(
-            prompt=texts[i],
-            answer=tokenizer.decode(part.answers.answers[i].answer_ids, skip_special_tokens=True),
-            drift=float(means[i]),
-        )
-        for i in means.argsort()[::-1][:SHOWN_DRIFTED]
-    ]
-
-
 def write_model(
     plan: Plan, checkpoint: Path, chosen: Confirmation, said: str, folder: Path
 ) -> None:
@@ -382,9 +356,9 @@ def farewell(results: TuneResults, folder: Path, settings: Settings) -> str:
         )
     return (
         f"\n{results.sentence}\n\nWritten to {folder}: the model, report.html, front.png,"
-        f" {RESULTS}. {kept} Next: eaft view {folder}. More answers, beside those of rows that you"
-        f" have set aside, and tasks: eaft eval {folder} --base {results.model} --held_out"
-        " held_out.jsonl --suite everyday"
+        f" {RESULTS}, {HELD_OUT} (the rows that confirmed). {kept}\nNext: eaft view {folder}\nMore"
+        f" answers, and tasks: eaft eval {folder} --base {results.model} --held_out"
+        f" {folder / HELD_OUT} --suite everyday"
     )
 
 

@@ -22,7 +22,6 @@ from eaft.inspection.folder import (
     VOCABULARY,
     VOCABULARY_FILE,
 )
-from eaft.inspection.phases import Phases
 from eaft.inspection.run_file import (
     RolloutFlags,
     ScoredModel,
@@ -41,6 +40,7 @@ from eaft.inspection.score.tables import (
     write_parquet,
 )
 from eaft.inspection.score.vllm_model import VLLMModel
+from eaft.phases import Phases
 from eaft.provenance import write_json
 from eaft.text import visible
 

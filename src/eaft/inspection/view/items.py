@@ -276,15 +276,8 @@ def drift_entry(answer: Json) -> Entry | None:
 
 
 def held_out_entry(answer: Json) -> Entry:
-    """
-    Return the answers to a held-out row as an entry: of `eaft eval` with the base model's in
-    `before` and the row's own in `target`, of `eaft tune` in `base` and `tuned`.
-    """
-    row = answer.get("row")
-    before, after = (
-        answer.get("before", answer.get("base")),
-        answer.get("after", answer.get("tuned")),
-    )
+    """Return the answers to a held-out row, of `eaft eval` or `eaft tune`, as an entry."""
+    row, before, after = (answer.get(name) for name in ("row", "before", "after"))
     return Entry(
         number=0,
         benchmark="held-out rows",

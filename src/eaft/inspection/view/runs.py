@@ -184,7 +184,7 @@ class Runs:
         if kind == "broken" or pairing >= (len(results["choices"]) if kind == "compare" else 1):
             raise IndexError(pairing)
         if kind == "tune":
-            entries = entries_of(results.get("before_after"), held_out_entry)
+            entries = entries_of(results.get("answers"), held_out_entry)
             entries += entries_of(results.get("most_drifted"), drift_entry)
             return Items(numbered(entries), [])
         if kind == "compare":

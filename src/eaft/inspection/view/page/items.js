@@ -166,7 +166,7 @@ function drawEntry(entry, run, move) {
     ),
     h("p", { class: "quiet" }, facts.filter(Boolean).join(" · ")),
     said("Prompt", entry.prompt, "prompt"),
-    entry.target !== null && !chosenOf(entry) && said("Right answer", entry.target),
+    entry.target !== null && !chosenOf(entry) && said(graded(after ?? before) ? "Right answer" : "The row's own answer", entry.target),
     drift !== null
       ? said("The base model's own answer", before.response)
       : h(

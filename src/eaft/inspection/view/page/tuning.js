@@ -67,8 +67,8 @@ function front({ screened, base_nll_screening: start, budget, chosen }, point, w
             Plot.text([`budget ${budget.max_drift}`], {
               x: () => budget.max_drift,
               frameAnchor: "top",
-              dx: 4,
-              textAnchor: "start",
+              // On the side that has room for it
+              ...(budget.max_drift > d3.max(drawn, ({ drift }) => drift) / 2 ? { dx: -4, textAnchor: "end" } : { dx: 4, textAnchor: "start" }),
               fill: "var(--conflict)",
             }),
           ],

@@ -1,4 +1,4 @@
-"""The phases of `eaft inspect` on stderr: which one, how far, and how long it will take."""
+"""The phases of a long command on stderr: which one, how far, and how long it will take."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@ import io
 
 import pytest
 
-from eaft.inspection import phases
-from eaft.inspection.phases import Phases
+from eaft import phases
+from eaft.phases import Phases
 
 
 class Terminal(io.StringIO):
