@@ -114,7 +114,7 @@ class MeasuredModel:
                 self._texts(prompts),
                 protocol.max_new_tokens,
                 add_special_tokens=not protocol.apply_chat_template,
-                batch_size=protocol.batch_size,
+                batch_size=protocol.answer_batch,
                 share=share_of(lm),
                 advance=advance,
             )
@@ -202,7 +202,7 @@ class MeasuredModel:
         """
 
         def answer() -> list[str]:
-            lm, size = self._load("hf"), self.protocol.batch_size
+            lm, size = self._load("hf"), self.protocol.answer_batch
             return likeliest_answers(
                 lm.model, self.tokenizer, prompts, max_new_tokens, size, share_of(lm)
             )

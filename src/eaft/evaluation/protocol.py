@@ -131,6 +131,7 @@ class Protocol:
         system_instruction: a system message before each item and prompt.
         gen_kwargs: generation settings for all tasks, as lm-eval's.
         dtype: `auto`: the dtype that a model was saved in; see `own_dtype`.
+        batch_size: items of a task at a time.
         backend: lm-eval's model, `hf` or `vllm`.
         model_args: more arguments for it.
         drift_prompts: how many prompts drift is measured on.
@@ -152,3 +153,11 @@ class Protocol:
     drift_prompts: NotNegative = DRIFT_PROMPTS
     max_new_tokens: Count = ANSWER_TOKENS
     template_date: Annotated[str, BeforeValidator(date_text)] | None = None
+
+    @property
+    def answer_batch(self) -> int:
+        """
+        Prompts that are answered at a time. Answers grow by one token a step, which reads all
+        weights: on a CPU four times `batch_size` takes half the time.
+        """
+        return 4 * self.batch_size

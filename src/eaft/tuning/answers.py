@@ -24,7 +24,7 @@ def answers(
     asked, prompts, room = to_show(base, asked_by(rows), SHOWN_ANSWERS, SHOWN_TOKENS)
     if not asked:
         return []
-    batches = -(-len(prompts) // base.protocol.batch_size)
+    batches = -(-len(prompts) // base.protocol.answer_batch)
     with phases.counted("answers before and after", 2 * batches * room, "steps") as advance:
         sides = [
             family.likeliest(Member(chosen.step, share), prompts, room, advance)

@@ -113,7 +113,7 @@ class LoadedFamily:
         advance: Callable[[int], object],
     ) -> list[str]:
         """Return a member's likeliest answers to prompts, as `likeliest_answers` does."""
-        model, size = self.model(member), self.base.protocol.batch_size
+        model, size = self.model(member), self.base.protocol.answer_batch
         return likeliest_answers(
             model, self.base.tokenizer, prompts, max_new_tokens, size, Share(), advance
         )

@@ -118,7 +118,7 @@ def run(plan: Plan, settings: Settings, folder: Path) -> TuneResults:
         str(members[-1].folder), plan.base.model, plan.base.protocol, drift=True
     )
     assert base is not None
-    batches = sum(-(-len(prompts) // base.protocol.batch_size) for prompts in plan.prompts)
+    batches = sum(-(-len(prompts) // base.protocol.answer_batch) for prompts in plan.prompts)
     steps = batches * settings.max_new_tokens
     with phases.counted("answers of the base model, for drift", steps, "steps at most") as advance:
         screening, confirmation = (
