@@ -71,6 +71,7 @@ def write(inspection: Inspection) -> None:
         token_rows=TOKEN_ROWS,
         base=BASE,
         absent=what_is_absent(inspection.run),
+        below_zero=below_zero(inspection.summary.gates),
     )
     staging = inspection.folder / f"{REPORT_FILE}.tmp"
     staging.write_text(text, errors="replace")
@@ -266,7 +267,16 @@ def gates_table(effects: list[GateEffect]) -> str:
         for effect in effects
         if effect.source is None
     ]
-    return table(rows, ["gate removes", "tokens", "nll", "gradient", "mutes most"])
+    text = table(rows, ["gate removes", "weight", "nll", "gradient", "mutes most"])
+    return "\n\n".join(filter(None, [text, below_zero(effects)]))
+
+
+def below_zero(effects: list[GateEffect]) -> str:
+    """Return what a share below 0 means, if there is one; else nothing."""
+    shares = (share for effect in effects for share in (effect.nll, effect.gradient))
+    if all(share is None or share >= 0 for share in shares):
+        return ""
+    return "A share below 0: the gate adds weight, since it weighs some tokens by more than 1."
 
 
 def tokens_table(tokens: list[GroupToken]) -> str:

@@ -164,7 +164,7 @@ const where = () => (state.box ? " in the box" : "");
 
 function drawEffect({ removed: { tokens, nll, gradient }, mean_weight, weights, count: tokenCount, sampled }) {
   announce(
-    `The gate removes ${share(tokens)} of the tokens, ${share(nll)} of the nll${gradient === null ? "" : `, ${share(gradient)} of the gradient`}`,
+    `The gate removes ${share(tokens)} of the weight, ${share(nll)} of the nll${gradient === null ? "" : `, ${share(gradient)} of the gradient`}`,
   );
   const row = (name, value) => h("tr", {}, h("th", { scope: "row" }, name), h("td", {}, bar(value, "hot")));
   return [
@@ -172,12 +172,12 @@ function drawEffect({ removed: { tokens, nll, gradient }, mean_weight, weights, 
     h(
       "table",
       { class: "removed", "aria-label": "What the gate removes" },
-      h("tbody", {}, row("tokens", tokens), row("nll", nll), gradient !== null && row("gradient", gradient)),
+      h("tbody", {}, row("weight", tokens), row("nll", nll), gradient !== null && row("gradient", gradient)),
     ),
     h(
       "p",
       { class: "quiet note" },
-      `Mean weight ${number(mean_weight, 3)}. What it removes: the share of the sum that its weights take away.`,
+      `Mean weight ${number(mean_weight, 3)}. What it removes: the share of the sum that its weights take away; below 0 they add.`,
       sampled && ` Computed on a sample of ${count(sampled)} tokens.`,
     ),
     histogram(weights, 340, "weight of a token"),
@@ -226,7 +226,7 @@ function cornerOf({ entropy_edges: H, prob_edges: P }, values) {
 const removed = (rows) =>
   ["tokens", "nll", "gradient"]
     .filter((name) => name !== "gradient" || rows.some((row) => row.gradient !== null))
-    .map((name) => ({ title: name, numeric: true, cell: (row) => bar(row[name], "hot") }));
+    .map((name) => ({ title: name === "tokens" ? "weight" : name, numeric: true, cell: (row) => bar(row[name], "hot") }));
 
 function drawSources(rows) {
   return [
