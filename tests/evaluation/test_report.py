@@ -131,7 +131,7 @@ def test_what_was_asked(results):
     ]
     assert "read from /cache/eaft: of the base model: gsm8k, answers." in text
     assert "## Failed\n\n- aime24: OutOfMemoryError: out of memory" in text
-    assert "aime24 could not be measured" in text.splitlines()[0]
+    assert "No result of aime24" in text.splitlines()[0]
     results.protocol = replace(
         results.protocol, apply_chat_template=False, enable_thinking=None, limit=20
     )

@@ -153,11 +153,11 @@ def test_what_failed_is_said_and_nothing_is_shipped_on_it():
     assert found.sentence.startswith(
         "**No loss beyond the budget of 2 points was shown** on 1 task"
     )
-    assert "b and c could not be measured: not judged." in found.sentence
+    assert "No result of b and c: not judged." in found.sentence
     assert verdict({}, failed=["b"]).status == "too few items"
     assert (
         verdict({}, failed=["b"]).sentence
-        == "**Nothing was compared.** b could not be measured: not judged."
+        == "**Nothing was compared.** No result of b: not judged."
     )
 
 

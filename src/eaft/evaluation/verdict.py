@@ -198,7 +198,7 @@ def sentence(
             )
         ]
     if failed:
-        parts.append(f"{listed(failed)} could not be measured: not judged.")
+        parts.append(f"No result of {listed(failed)}: not judged.")
     parts += held_out_told(held_out) + drift_told(verdict, drift)
     gains = [
         f"{name} rose by {100 * t.change:.1f} points (95%: {100 * t.low:.1f} to {100 * t.high:.1f})"
