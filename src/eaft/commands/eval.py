@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 DESCRIPTION = """
 Run tasks on a model, and with --base say what the fine-tuning gained and what it forgot.
 
-  eaft eval out --base Qwen/Qwen3-0.6B --held_out rows.jsonl
+  eaft eval out --base Qwen/Qwen3-0.6B --held_out rows.jsonl --suite everyday
   eaft eval out --base Qwen/Qwen3-0.6B --suite quick
   eaft eval out --base Qwen/Qwen3-0.6B --suite general math --output_path eval/out
   eaft eval out --base Qwen/Qwen3-0.6B --suite general --max_drop 2 --max_drift 0.1
@@ -41,8 +41,8 @@ again to go on after an interruption or a failed task. Exit code: 0; 1 if a task
 --from: cannot be compared); 3 if a loss beyond --max_drop or --max_drift is shown; 2 if the command
 is wrong.
 
-suites (also: any lm-eval task, group or task file; a YAML file with `suite`, `tasks` and perhaps
-`limit`):
+suites (also: `everyday`, 120 easy questions that need no download; any lm-eval task, group or task
+file; a YAML file with `suite`, `tasks` and perhaps `limit`):
 """
 
 

@@ -122,9 +122,9 @@ class Search:
             self.at(step, share)
 
 
-def most_measured(checkpoints: int) -> int:
-    """Return how many members are measured at most, all candidates' limits included."""
-    return checkpoints * (1 + TRIES) + LOWER_TRIES + CANDIDATES * TRIES
+def usually_measured(checkpoints: int) -> int:
+    """Return about how many members are measured: an interpolation of each checkpoint, and more."""
+    return 2 * checkpoints + CANDIDATES
 
 
 def next_share(within: Point | None, over: Point, limit: float) -> float:

@@ -54,7 +54,7 @@ from eaft.tuning.results import (
     TuneResults,
     Unconstrained,
 )
-from eaft.tuning.search import Search, choose_candidates, most_measured
+from eaft.tuning.search import Search, choose_candidates, usually_measured
 
 RESULTS = "results.json"
 HELD_OUT = "held_out.jsonl"  # the rows that confirmed, for `eaft eval`
@@ -127,9 +127,9 @@ def run(plan: Plan, settings: Settings, folder: Path) -> TuneResults:
         )
     family = LoadedFamily(base, members, plan.options)
     kept = Kept(work / SCREENING, screening, family)
-    most = most_measured(len(members))
-    with phases.counted("screening", most, "models at most") as advance:
-        search = Search(Told(kept, "chosen by", advance), screening.base_nll.mean)
+    usual = usually_measured(len(members))
+    with phases.counted("screening", usual, "models or so") as advance:
+        search = Search(Told(kept, "choose", advance), screening.base_nll.mean)
         search.run([member.step for member in members], settings.drift_limit)
         candidates = choose_candidates(
             search, settings.drift_limit, settings.strict, len(confirmation.answers.answers)
@@ -150,7 +150,7 @@ def run(plan: Plan, settings: Settings, folder: Path) -> TuneResults:
     with phases.counted("confirmation", len(candidates), "models at most") as advance:
         chosen, tried = confirm(
             [point.member for point in candidates],
-            Told(kept, "confirmed on", advance),
+            Told(kept, "confirm", advance),
             confirmation.base_nll,
             settings.drift_limit,
             settings.strict,
@@ -259,7 +259,7 @@ class Told:
 
     Args:
         measure: measures one.
-        what: what its rows are for, in words.
+        what: what its rows do: choose, or confirm.
         advance: called with 1 after each.
     """
 
@@ -270,8 +270,8 @@ class Told:
         """Measure, and say so."""
         point = self.measure(member)
         say(
-            f"    step {member.step}, share {member.share:g}: nll of the rows {self.what}"
-            f" {point.nll.mean:.4f}, drift {point.drift.mean:.4f}"
+            f"    step {member.step}, share {member.share:g}: nll {point.nll.mean:.4f} on the rows"
+            f" that {self.what}, drift {point.drift.mean:.4f}"
         )
         self.advance(1)
         return point
