@@ -10,6 +10,7 @@ import shutil
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 
@@ -22,6 +23,8 @@ import uvicorn
 from playwright import sync_api
 
 from eaft.inspection.folder import Inspection
+from eaft.inspection.run_file import NARROW, ScoredRows, write_run
+from eaft.inspection.score.stopping import scored_rows
 from eaft.inspection.view.queries import Queries
 from eaft.inspection.view.runs import Runs
 from eaft.inspection.view.serve import listen
@@ -287,6 +290,18 @@ def test_landscape_shows_the_advice_and_the_shares(visit, tokens):
     ]
     assert [percent(text) for text in conflicts] == pytest.approx(wanted, abs=0.006)
     expect(page.locator(".plane svg")).to_contain_text("confident conflicts")
+
+
+def test_the_heading_says_how_many_rows_were_scored(visit, folder, tmp_path):
+    expect(visit().locator("#what")).not_to_contain_text("Scored")
+    sampled = shutil.copytree(folder, tmp_path / "sampled")
+    sample = ScoredRows(128, 1_000_000, NARROW)
+    inspection = Inspection(sampled)
+    write_run(sampled, replace(inspection.run, sample=sample))
+    with serve(sampled) as address:
+        page = visit(address=address)
+        assert page.locator("body").inner_text().count(scored_rows(sample)) == 1
+        expect(page.locator("#what")).to_contain_text(f"scored by made/base. {scored_rows(sample)}")
 
 
 def test_a_box_dragged_equals_the_files(visit, tokens):

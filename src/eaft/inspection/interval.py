@@ -9,12 +9,16 @@ from eaft.inspection.summary import Interval
 
 # Below these the interval covers clearly less than 95% (tests/inspection/test_interval.py)
 MIN_CONFLICTS, MIN_ROWS = 10, 10
+LEVEL = 0.95
 CLUSTERS = 1000  # at most; more rows are put together at random, which changes no variance
 USUAL_NLL = 5.0  # nats of a token in conflict, where the data has none
 
 
 def share_interval(
-    part: NDArray[np.float64], whole: NDArray[np.float64], conflicts: int
+    part: NDArray[np.float64],
+    whole: NDArray[np.float64],
+    conflicts: int,
+    level: float = LEVEL,
 ) -> Interval | None:
     """
     Return the 95% interval of the share of the nll in confident conflicts.
@@ -25,23 +29,26 @@ def share_interval(
         part: `[rows]`, the nll in conflicts of each row with nll.
         whole: `[rows]`, their nll.
         conflicts: the number of tokens in confident conflict.
+        level: of the bootstrap. Where scoring stopped by the interval, `stopping.LEVEL`.
 
     Returns:
         None for fewer than `MIN_CONFLICTS` tokens in conflict, or `MIN_ROWS` rows.
     """
     if conflicts < MIN_CONFLICTS or len(whole) < MIN_ROWS:
         return None
-    return interval_of(part, whole)
+    return interval_of(part, whole, level)
 
 
-def interval_of(part: NDArray[np.float64], whole: NDArray[np.float64]) -> Interval:
-    """Return the 95% interval of sum(part) / sum(whole), `[rows]` each, by cluster bootstrap."""
+def interval_of(
+    part: NDArray[np.float64], whole: NDArray[np.float64], level: float = LEVEL
+) -> Interval:
+    """Return the interval of sum(part) / sum(whole), `[rows]` each, by cluster bootstrap."""
     from eaft.evaluation.paired import bootstrap_interval  # needs the extra `inspect`
 
     cluster = np.random.default_rng(0).permutation(len(whole)) % CLUSTERS
     size = min(CLUSTERS, len(whole))
     low, high = bootstrap_interval(
-        np.bincount(cluster, part, size), np.bincount(cluster, whole, size)
+        np.bincount(cluster, part, size), np.bincount(cluster, whole, size), level
     )
     return Interval(low, min(high, 1.0))
 

@@ -19,7 +19,7 @@ from eaft.inspection.find.checks import check
 from eaft.inspection.find.effects import Effects, ParameterMeasurement
 from eaft.inspection.find.words import Words
 from eaft.inspection.folder import BASE, Inspection
-from eaft.inspection.interval import share_interval
+from eaft.inspection.interval import LEVEL, share_interval
 from eaft.inspection.labelled import (
     Labelled,
     labelled_pairs,
@@ -27,6 +27,7 @@ from eaft.inspection.labelled import (
     weighed_gates,
 )
 from eaft.inspection.removed import QUANTITIES, share
+from eaft.inspection.score import stopping
 from eaft.inspection.summary import (
     DATA,
     ORIGINS,
@@ -182,6 +183,7 @@ def find(inspection: Inspection, top_k_curve: list[TopKRow] | None) -> Summary:
         for tokens, stats in labelled_pairs(inspection, model.name):
             sums[model.name].add(tokens, stats)
     shares = {name: of_model.conflict_shares() for name, of_model in sums.items()}
+    level = LEVEL if inspection.run.sample is None else stopping.LEVEL
     return Summary(
         counts=examples.counts(),
         conflicts=shares,
@@ -196,7 +198,7 @@ def find(inspection: Inspection, top_k_curve: list[TopKRow] | None) -> Summary:
         advice=advise(
             shares[BASE],
             conflicts,
-            share_interval(*examples.nll_sums(), int(conflicts.counts.sum())),
+            share_interval(*examples.nll_sums(), int(conflicts.counts.sum()), level),
         ),
     )
 

@@ -91,11 +91,11 @@ async function start() {
   update();
 }
 
-function describe({ counts, models, run }) {
+function describe({ counts, models, run, scored_rows: scored }) {
   if (!counts?.data) return "";
   const { examples, labelled } = counts.data;
   const model = fileName(run?.model ?? models?.[0]?.model);
-  return `${many(labelled, "labelled token")} in ${many(examples, "example")}${run?.dataset ? ` of ${fileName(run.dataset)}` : ""}${model ? `, scored by ${model}` : ""}`;
+  return `${many(labelled, "labelled token")} in ${many(examples, "example")}${run?.dataset ? ` of ${fileName(run.dataset)}` : ""}${model ? `, scored by ${model}` : ""}${scored ? `. ${scored}` : ""}`;
 }
 
 const shown = () => VIEWS.filter((view) => view.has(folder));

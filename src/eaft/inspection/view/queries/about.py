@@ -10,6 +10,7 @@ import numpy as np
 
 from eaft.inspection.labelled import what_is_absent
 from eaft.inspection.run_file import InspectedRun, ScoredModel
+from eaft.inspection.score.stopping import scored_rows
 from eaft.inspection.summary import ByOrigin, Counts, Summary
 from eaft.inspection.view.queries.database import Database
 from eaft.inspection.view.sliders import GateControls
@@ -33,6 +34,7 @@ class About:
     top_k: int
     entropy_max: float  # nats, under any of the models
     entropy_name: str  # "entropy", or "top-20 entropy" in a run of vLLM
+    scored_rows: str | None  # how many, and why no more; None if all were
     absent: str | None  # what a run of vLLM does not show; None for another run
     summary: Summary | None  # None if summary.json does not exist or cannot be read
     gates: list[GateControls]
@@ -58,6 +60,7 @@ class AboutQueries:
             top_k=inspection.top_k,
             entropy_max=tables.entropy_max,
             entropy_name=inspection.run.entropy_name,
+            scored_rows=scored_rows(inspection.run.sample),
             absent=what_is_absent(inspection.run),
             summary=summary,
             gates=self.database.gate_controls,
