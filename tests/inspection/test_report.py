@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from eaft.inspection.find.figures import CAPTIONS
 from eaft.inspection.find.findings import find
-from eaft.inspection.find.report import page, write
+from eaft.inspection.find.report import page, trained_prompts, write
 from eaft.inspection.folder import Inspection
 from eaft.inspection.summary import TopKRow, write_summary
 from tests.inspection.made import make_inspection
@@ -94,11 +95,23 @@ def test_is_the_same_when_written_again(inspection):
 
 def test_the_printed_page_has_the_numbers(inspection):
     text = page(inspection)
-    assert text.startswith(inspection.summary.advice.text)
+    assert text.startswith("Rows that train on tokens of the prompt: ")
+    assert "\n\n" + inspection.summary.advice.text in text
     share = inspection.summary.conflicts["base"].data.nll
     assert re.search(rf"base +\| data +\|.*\| {100 * share:.0f}%", text)
     assert f"eaft view {inspection.folder}" in text
     assert "Rows without a label: 1 (row 3)" in text
+
+
+def test_prompts_that_are_trained_on_come_before_the_sentence(inspection):
+    (check,) = [c for c in inspection.summary.checks if c.name == "prompt_trained"]
+    assert check.count
+    html = Elements((inspection.folder / "report.html").read_text()).text
+    for text in (html, page(inspection)):
+        assert text.count(check.title) == 1
+        assert text.index(check.title) < text.index(inspection.summary.advice.headline)
+    fine = [replace(c, count=0, rows=[]) if c is check else c for c in inspection.summary.checks]
+    assert trained_prompts(replace(inspection.summary, checks=fine)) is None
 
 
 def test_a_folder_with_little_in_it(tmp_path):

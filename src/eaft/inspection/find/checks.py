@@ -33,6 +33,7 @@ Row = dict[str, Any]  # a row of the data set
 # Ids, where each token ends in the text, and whether it has a label that was scored
 TOKEN_COLUMNS = {"token_id": np.int32, "end": np.int32, "scored": np.bool_}
 FIRST_ROWS = 10  # that are named
+PROMPT_TRAINED = "prompt_trained"  # the check that the report puts before its sentence
 LEARNED_FROM = ("assistant", "gpt", "model", "chatbot")  # roles whose text is meant to be learned
 CHECKS = {
     "unlabelled": (
@@ -49,7 +50,7 @@ CHECKS = {
             " keep_start), the rows teach the model not to stop. Raise max_length or drop the rows."
         ),
     ),
-    "prompt_trained": (
+    PROMPT_TRAINED: (
         "Rows that train on tokens of the prompt",
         (
             "The text of the user, the system or a tool has labels: the model learns to write"
@@ -103,7 +104,7 @@ class Checks:
         for name, fails in (
             ("unlabelled", example["labelled"] == 0),
             ("truncated", example["cut_labelled"] > 0),
-            ("prompt_trained", prompt_is_trained(row, example["text"], tokens)),
+            (PROMPT_TRAINED, prompt_is_trained(row, example["text"], tokens)),
             ("template_twice", self.template_twice(row, tokens)),
             ("special_in_text", self.special_in_text(row)),
         ):

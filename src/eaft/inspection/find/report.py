@@ -15,13 +15,12 @@ import pyarrow.compute as pc
 from markupsafe import Markup
 
 from eaft.evaluation.report import save
+from eaft.inspection.find.checks import PROMPT_TRAINED
 from eaft.inspection.find.figures import CAPTIONS, draw, svg
 from eaft.inspection.find.wording import percent, shown
 from eaft.inspection.folder import BASE, REPORT_FILE, Inspection
-from eaft.inspection.interval import MIN_CONFLICTS
 from eaft.inspection.labelled import weighed_gates, what_is_absent
-from eaft.inspection.run_file import FEW_CONFLICTS, MOST_ROWS, NARROW, ScoredRows
-from eaft.inspection.score.stopping import HALF_WIDTH
+from eaft.inspection.score.stopping import scored_rows
 from eaft.inspection.summary import (
     ORIGINS,
     SUMMARY_FILE,
@@ -39,6 +38,7 @@ from eaft.text import fill_page, table, visible
 # Shown in the report: examples, tokens of each from its answer on, and conflicts of each
 FIRST_EXAMPLES, EXAMPLE_TOKENS, EXAMPLE_CONFLICTS = 8, 400, 6
 TOKEN_ROWS = 15
+COUNTED = "The numbers of this report count these tokens too."
 
 
 def write(inspection: Inspection) -> None:
@@ -62,6 +62,8 @@ def write(inspection: Inspection) -> None:
         },
         run=inspection.run,
         sample=scored_rows(inspection.run.sample),
+        prompts=trained_prompts(inspection.summary),
+        counted=COUNTED,
         models=inspection.models,
         s=inspection.summary,
         origins=[o for o in ORIGINS if inspection.summary.counts.of(o) is not None],
@@ -202,10 +204,15 @@ def piece(text: str, token: dict[str, Any], vocabulary: Vocabulary) -> Piece:
 
 
 def page(inspection: Inspection) -> str:
-    """Return what is printed: the advice, the tables behind it, the checks, and the files."""
+    """
+    Return what is printed: trained prompts if there are any, the advice, the tables behind it, the
+    other checks, and the files.
+    """
     summary = inspection.summary
     sample = scored_rows(inspection.run.sample)
-    parts = [summary.advice.text, *([sample] if sample else [])]
+    prompts = trained_prompts(summary)
+    parts = [] if prompts is None else [f"{failure(prompts)} {COUNTED}"]
+    parts += [summary.advice.text, *([sample] if sample else [])]
     parts.append(conflicts_table(summary, inspection.run.entropy_name))
     if absent := what_is_absent(inspection.run):
         parts.append(absent)
@@ -214,10 +221,7 @@ def page(inspection: Inspection) -> str:
     if summary.tokens.conflict:
         parts.append(tokens_table(summary.tokens.conflict))
     failed = [check for check in summary.checks if check.count]
-    parts += [
-        f"- {check.title}: {check.count} (row {first_rows(check)}). {check.text}"
-        for check in failed
-    ]
+    parts += [f"- {failure(check)}" for check in failed if check is not prompts]
     if not failed:
         titles = "; ".join(check.title.lower() for check in summary.checks)
         parts.append(f"- No row failed a check: {titles}.")
@@ -226,25 +230,19 @@ def page(inspection: Inspection) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def scored_rows(sample: ScoredRows | None) -> str | None:
-    """Return how many rows were scored, and why no more; None if all were."""
-    if sample is None or sample.rows == sample.of:
-        return None
-    why = {
-        NARROW: (
-            "the 95% interval of the conflicts' share of the nll is then at most"
-            f" {200 * HALF_WIDTH:.0f} percentage points wide"
-        ),
-        FEW_CONFLICTS: (
-            f"even {MIN_CONFLICTS} tokens in conflict would be at most {percent(HALF_WIDTH)} of"
-            " their nll"
-        ),
-        MOST_ROWS: "no more are scored without --all",
-    }[sample.reason]
-    return (
-        f"Scored {sample.rows:,} of {sample.of:,} rows, in random order: {why}. The checks of the"
-        " data are of these rows too. --all scores every row."
-    )
+def trained_prompts(summary: Summary) -> CheckResult | None:
+    """
+    Return the check of rows that train on tokens of the prompt; None if no row does.
+
+    It comes first: with these tokens all shares are of another loss than the user may think.
+    """
+    checks = (check for check in summary.checks if check.name == PROMPT_TRAINED and check.count)
+    return next(checks, None)
+
+
+def failure(check: CheckResult) -> str:
+    """Return a check that rows failed as a line."""
+    return f"{check.title}: {check.count} (row {first_rows(check)}). {check.text}"
 
 
 def conflicts_table(summary: Summary, entropy_name: str) -> str:
