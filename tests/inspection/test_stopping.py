@@ -15,6 +15,7 @@ from eaft.inspection import inspect
 from eaft.inspection.folder import Inspection
 from eaft.inspection.interval import interval_of
 from eaft.inspection.run_file import FEW_CONFLICTS, MOST_ROWS, NARROW, ScoredRows
+from eaft.inspection.score import chosen
 from eaft.inspection.score import run as score_run
 from eaft.inspection.score.chosen import Lines, random_order
 from eaft.inspection.score.stopping import (
@@ -83,7 +84,9 @@ def test_when_it_stops():
     assert "128 of 1,000,000 rows" in scored_rows(ScoredRows(128, 1_000_000, NARROW))
 
 
-def test_lines_are_the_rows_that_a_whole_reading_finds(tmp_path):
+@pytest.mark.parametrize("block", [chosen.BLOCK, 7])
+def test_lines_are_the_rows_that_a_whole_reading_finds(block, tmp_path, monkeypatch):
+    monkeypatch.setattr(chosen, "BLOCK", block)
     file = tmp_path / "rows.jsonl"
     rows = [{"text": f"{i} é\u2028", "n": i} for i in range(40)]
     lines = [json.dumps(row, ensure_ascii=i % 2 == 0).encode() for i, row in enumerate(rows)]
