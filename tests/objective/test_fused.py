@@ -633,6 +633,37 @@ def test_chunks_are_equal_and_in_whole_tiles(n, vocab_size, budget, rows):
 
 
 @pytest.mark.parametrize(
+    ("dtype", "n", "gate", "rows"),
+    [
+        ("float32", 2000, "eaft", 512),
+        ("float32", 20, "eaft", 20),
+        ("bfloat16", 800, "eaft", 800),  # 512 fit. 288 more take no more than a float32 sum
+        ("bfloat16", 900, "eaft", 512),
+        ("bfloat16", 800, "sft-kl", 512),  # the reference's projection has 288 more, too
+        ("bfloat16", 600, "sft-kl", 600),
+    ],
+)
+def test_a_cpu_has_the_chunks_that_need_least_memory(dtype, n, gate, rows, monkeypatch):
+    """How many rows are projected at a time into a vocabulary of 100 from a width of 150."""
+    monkeypatch.setattr(fused, "LOGITS_BUDGET", 600 * 100 * (4 if dtype == "float32" else 2))
+    sizes = []
+
+    class Spy(fused.Projector):
+        def __init__(self, hidden, weight, bias, dtype, size):
+            sizes.append(size)
+            super().__init__(hidden, weight, bias, dtype, size)
+
+    monkeypatch.setattr(fused, "Projector", Spy)
+    hidden, weight = (torch.zeros(k, 150, dtype=getattr(torch, dtype)) for k in (n, 100))
+    reference = Reference(hidden, weight) if gate == "sft-kl" else None
+    labels = torch.zeros(n, dtype=torch.long)
+    linear_gated_cross_entropy(
+        hidden, weight.requires_grad_(), labels, gate, reference=reference, backend="torch"
+    )
+    assert set(sizes) == {rows}
+
+
+@pytest.mark.parametrize(
     ("tokens_at_a_time", "dtypes"), [(100, [torch.bfloat16]), (6, 4 * [torch.float32])]
 )
 def test_a_single_chunk_needs_no_float32_sum_of_the_heads_gradient(

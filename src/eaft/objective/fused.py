@@ -37,6 +37,8 @@ from eaft.objective.vocabulary import WHOLE, Vocabulary, shard_vocabulary
 # rows if its logits would take more than a share of the memory
 CHUNK_ROWS, ROW_MULTIPLE = 8192, 256
 LOGITS_BUDGET, GPU_MEMORY_SHARE = 2**28, 16
+# A CPU multiplies no faster in float32 with more rows, and each page of fresh memory takes time
+CPU_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -117,9 +119,11 @@ def linear_gated_cross_entropy(
             Each rank gives the same hidden states and labels, and gets the same loss, the gradient
             of its own rows, and the whole gradient of the hidden states. Not for a gate with a KL
             term.
-        logits_budget: bytes of logits alive at a time, which caps the chunks; default 256 MiB, on a
-            GPU a 16th of its memory. The last chunk is held until the backward pass. A KL term
-            takes as much again for the reference.
+        logits_budget: bytes of logits alive at a time, which caps the chunks. Default: a 16th of a
+            GPU's memory; on a CPU 256 MiB. In float32 a CPU takes at most 512 tokens at a time, and
+            in bfloat16 all tokens if no float32 sum of the head's gradient then saves as much. The
+            last chunk is held until the backward pass. A KL term takes as much again for the
+            reference.
         backend: `torch` or `triton`. Default: Triton on a GPU that has it, except for float64.
         return_losses: also return the `TokenLosses`.
         params: what the gate takes, e.g. `alpha=2.0` for `eaft`.
@@ -203,7 +207,8 @@ def fused_loss(
         top_k=usable_top_k(gate.top_k, head.vocabulary.size(len(head.weight))),
         backend=choose_backend(backend, hidden, head.vocabulary),
         vocabulary=head.vocabulary,
-        logits_budget=logits_budget or default_budget(hidden.device),
+        logits_budget=logits_budget
+        or loss_budget(len(index), head, projection_dtype(hidden), 1 if anchor is None else 2),
         grad_enabled=torch.is_grad_enabled(),
     )
     loss, losses = GatedLinear.apply(labelled(hidden), head.weight, head.bias, spec)
@@ -305,18 +310,40 @@ def default_budget(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory // GPU_MEMORY_SHARE
 
 
+def loss_budget(n: int, head: Head, dtype: torch.dtype, projections: int) -> int:
+    """
+    Return how many bytes of a projection of `n` tokens in `dtype` may be alive at a time, while the
+    loss is computed. `projections` is 2 with a reference model's.
+    """
+    weight, budget = head.weight, default_budget(head.weight.device)
+    row = head.vocabulary.widest(len(weight)) * dtype.itemsize
+    if weight.is_cuda:
+        return budget
+    if dtype == torch.float32:
+        return min(budget, CPU_ROWS * row)
+    if dtype == weight.dtype == torch.bfloat16 and weight.requires_grad and torch.is_grad_enabled():
+        # A single chunk needs no float32 sum of the head's gradient, and no passes over that sum
+        more = (n - chunk_rows(n, row, 1, budget)) * row * projections
+        if n <= CHUNK_ROWS and more <= 4 * weight.numel():
+            return max(budget, n * row)
+    return budget
+
+
 def chunk_rows(n: int, vocab_size: int, itemsize: int, budget: int) -> int:
     """
     Return how many rows a chunk has: as many as the budget (bytes) and `CHUNK_ROWS` allow, in
     chunks of equal size.
 
-    With at least 256 rows it is a multiple of 256, so that the products fill their tiles.
+    Of several chunks with at least 256 rows, it is a multiple of 256, so that the products fill
+    their tiles.
     """
     most = max(1, min(CHUNK_ROWS, budget // (vocab_size * itemsize)))
+    if n <= most:
+        return max(1, n)
     multiple = ROW_MULTIPLE if most >= ROW_MULTIPLE else 1
     most -= most % multiple
     equal = math.ceil(n / max(1, math.ceil(n / most)))
-    return max(1, min(n, multiple * math.ceil(equal / multiple)))
+    return multiple * math.ceil(equal / multiple)
 
 
 @dataclass(frozen=True)
@@ -428,7 +455,7 @@ class GatedLinear(torch.autograd.Function):
         if ctx.last_product is not None:
             grad_logits, hidden = ctx.last_product
             with torch.autocast(hidden.device.type, enabled=False):
-                if grad_weight is None and hidden.dtype == weight_dtype == torch.bfloat16:
+                if grad_weight is None and hidden.dtype == weight_dtype != torch.float16:
                     # The gradient is a single product. The factor goes into the smaller matrix
                     hidden = scaled(hidden.clone(), grad_loss, hidden.dtype)
                     grad_weight = add_product(None, grad_logits.T, hidden, weight_dtype)
