@@ -74,7 +74,9 @@ else:  # a naive step of more takes minutes, and more than 24 GB
         Size("Qwen3-0.6B", 4096, 0.5, "float32"),
         Size("Qwen3-0.6B", 4096, 0.5, "bfloat16"),
         Size("SmolLM2-135M", 4096, 0.5, "float32"),
-        Size("SmolLM2-135M", 1024, 1.0, "float32"),
+        *(Size("SmolLM2-135M", n, 1.0, "float32") for n in (256, 1024, 2048, 8192)),
+        Size("SmolLM2-135M", 2048, 1.0, "bfloat16"),
+        *(Size("Qwen3-0.6B", 1024, 1.0, dtype) for dtype in ("float32", "bfloat16")),
     ]
 QUICK = [Size("SmolLM2-135M", 256, 0.5, "float32")]
 GPU = [  # of benchmarks/gpu.py: what fits three minutes
@@ -350,6 +352,10 @@ def table(results: list[dict[str, Any]]) -> str:
             )
             if name != "eaft":
                 rows[-1][0] = ""
+        floor_s = result["floor"]
+        rows[-len(result["times"]) + 1][0] = (
+            f"floor: products {floor_s['products_s']:.3g} s, passes {floor_s['passes_s']:.3g} s"
+        )
     headers = [
         "size",
         "loss",
