@@ -240,7 +240,7 @@ def sample(model: Any, tokenizer: Any, args: EAFTConfig, share: Share) -> list[A
         [ask(tokenizer, prompt, protocol) for prompt in prompts],
         protocol.max_new_tokens,
         add_special_tokens=not protocol.apply_chat_template,
-        batch_size=protocol.batch_size,
+        batch_size=protocol.answer_batch,
         share=share,
     )
 
