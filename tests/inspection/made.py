@@ -216,7 +216,6 @@ def make_tuning(folder):
         answers=[
             HeldOutAnswer(row=0, prompt="2 + 2?", target="4", before="five", after="<b>four</b>")
         ],
-        answer_tokens=128,
         most_drifted=[Drifted(prompt="Hello", answer="<i>Good day</i>", drift=0.2)],
         flags=[],
         environment=environment(),

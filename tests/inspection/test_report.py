@@ -10,7 +10,7 @@ import pytest
 
 from eaft.inspection.find.figures import CAPTIONS
 from eaft.inspection.find.findings import find
-from eaft.inspection.find.report import page, trained_prompts, write
+from eaft.inspection.find.report import below_zero, page, trained_prompts, write
 from eaft.inspection.folder import Inspection
 from eaft.inspection.summary import TopKRow, write_summary
 from tests.inspection.made import make_inspection
@@ -112,6 +112,13 @@ def test_prompts_that_are_trained_on_come_before_the_sentence(inspection):
         assert text.index(check.title) < text.index(inspection.summary.advice.headline)
     fine = [replace(c, count=0, rows=[]) if c is check else c for c in inspection.summary.checks]
     assert trained_prompts(replace(inspection.summary, checks=fine)) is None
+
+
+def test_a_share_below_zero_is_explained(inspection):
+    effects = {e.gate: e for e in inspection.summary.gates if e.source is None}
+    assert effects["mile"].nll < 0 < effects["eaft"].nll
+    assert "the gate adds weight" in below_zero([effects["eaft"], effects["mile"]])
+    assert below_zero([effects["eaft"]]) == ""
 
 
 def test_a_folder_with_little_in_it(tmp_path):

@@ -34,10 +34,11 @@ from tests.conftest import make_model, make_rows
 from tests.inspection.test_interval import draw
 
 CPU = ["--use_cpu", "--bf16", "false"]
-TRIALS, ROWS = 250, 1536
+TRIALS, ROWS = 600, 1536
+FEWEST = 0.95 - 3 * np.sqrt(0.95 * 0.05 / TRIALS)  # of 95%, what chance leaves of so many trials
 
 
-@pytest.mark.parametrize(("per_row", "share"), [(0.2, 1), (1.0, 1), (8.0, 0.1)])
+@pytest.mark.parametrize(("per_row", "share"), [(0.2, 1), (1.0, 1), (2.0, 1), (8.0, 0.1)])
 def test_coverage_with_stopping(per_row, share, monkeypatch):
     """`share`: of the rows that have conflicts; the others have none."""
     monkeypatch.setattr(paired, "RESAMPLES", 499)
@@ -57,9 +58,10 @@ def test_coverage_with_stopping(per_row, share, monkeypatch):
         interval = interval_of(*some, LEVEL)
         if reason == NARROW:
             assert interval.high - interval.low <= 2 * HALF_WIDTH
+        assert reason == NARROW or share < 1
         held.append(interval.low <= truth <= interval.high)
         rows.append(look)
-    assert np.mean(held) > 0.92
+    assert np.mean(held) > FEWEST
     assert np.median(rows) < ROWS
 
 

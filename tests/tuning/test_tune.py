@@ -1,6 +1,7 @@
 """`eaft tune` from end to end on a tiny model: what it returns is what it says."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from eaft.evaluation.results import Results
 from eaft.evaluation.suite import load_suites
 from eaft.files import adapter
 from eaft.tuning import tune as tune_module
+from eaft.tuning.report import sentence
 from eaft.tuning.results import TuneResults
 from tests.conftest import make_rows
 from tests.evaluation.test_evaluate import task_path  # noqa: F401 - a fixture
@@ -165,6 +167,16 @@ def test_the_first_candidate_that_passes_is_returned(tuned):
     assert (results.unconstrained.step, results.unconstrained.share) == (best.step, best.share)
     returned = screened[results.chosen.step, results.chosen.share]
     assert results.unconstrained.cost == pytest.approx(returned.nll - best.nll)
+
+
+def test_a_budget_that_was_hardly_used_is_told(tuned):
+    results = results_of(tuned)
+    free = replace(results.unconstrained, cost=0.0)
+    for drift, told in [(0.02, True), (0.03, False)]:
+        said = replace(results, chosen=replace(results.chosen, drift=drift), unconstrained=free)
+        assert ("Most of the budget was not used" in sentence(said)) == told
+    cost = replace(results, chosen=replace(results.chosen, drift=0.02))
+    assert "Most of the budget was not used" not in sentence(cost)
 
 
 def test_the_report_shows_text_as_text(tuned):

@@ -143,7 +143,12 @@ def make_parser() -> argparse.ArgumentParser:
         default=SEED,
         help=f"of few-shot examples and sampling (default: {SEED})",
     )
-    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument(
+        "--batch_size",
+        type=int,
+        default=8,
+        help="items at a time; prompts for drift, four times as many (default: 8)",
+    )
     parser.add_argument(
         "--dtype",
         default="auto",

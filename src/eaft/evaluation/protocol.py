@@ -158,6 +158,6 @@ class Protocol:
     def answer_batch(self) -> int:
         """
         Prompts that are answered at a time. Answers grow by one token a step, which reads all
-        weights: on a CPU four times `batch_size` takes half the time.
+        weights, so more of them cost little.
         """
         return 4 * self.batch_size

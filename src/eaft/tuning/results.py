@@ -190,8 +190,6 @@ class TuneResults:
     Of the first rows of `held_out.jsonl`, the rows that confirmed; empty without a model, or where
     rows have no prompts.
     """
-    answer_tokens: int
-    """The largest number of tokens of these answers; longer ones are cut."""
     most_drifted: list[Drifted]
     """Worst first; empty without a model."""
     flags: list[str]

@@ -27,7 +27,7 @@ from eaft.training.apart import (
 from eaft.training.family import saved_files, write_member
 from eaft.training.replay_kl import PROBS_FOLDER
 from eaft.training.run_folder import RunRecord, last_complete_checkpoint
-from eaft.tuning.answers import SHOWN_TOKENS, answers, most_drifted
+from eaft.tuning.answers import answers, most_drifted
 from eaft.tuning.confirm import confirm, judge_task, typical_margin
 from eaft.tuning.measure import Kept, LoadedFamily, Part, TaskChanges
 from eaft.tuning.plan import (
@@ -178,7 +178,6 @@ def run(plan: Plan, settings: Settings, folder: Path) -> TuneResults:
         screened=[screened(point, screening.base_nll) for point in search.points],
         unconstrained=unconstrained(search, chosen),
         answers=[] if chosen is None else answers(plan, family, chosen, phases),
-        answer_tokens=SHOWN_TOKENS,
         stopped_early=stopped,
         most_drifted=(
             [] if chosen is None else most_drifted(plan, kept, chosen, confirmation, base.tokenizer)
@@ -224,10 +223,10 @@ def train(plan: Plan, work: Path, phases: Phases) -> RunRecord:
         EAFTError: it failed; its message is in the output.
     """
     folder = work / RUN
-    checkpoint = last_complete_checkpoint(folder) if folder.is_dir() else None
     if record := finished(folder):
         phases.begin("training, done before")
         return record
+    checkpoint = last_complete_checkpoint(folder) if folder.is_dir() else None
     if plan.excluded:
         write_rows(plan.excluded, work / EXCLUDED)
     if plan.watched:
