@@ -19,6 +19,7 @@ from trl import SFTConfig, SFTTrainer
 
 from eaft import EAFTConfig, EAFTTrainer, token_statistics
 from eaft.errors import ConfigurationError, NonFiniteError
+from eaft.training import config as config_module
 from tests.conftest import make_model, make_rows, make_tokenizer
 
 DEFAULTS = {
@@ -308,11 +309,13 @@ def test_bad_settings(settings, message):
 
 
 @pytest.mark.parametrize(
-    ("cpu", "given", "expected"),
-    [("AVX2", None, False), ("AVX2", True, True), ("AVX512", None, True), ("AVX2", False, False)],
+    ("slow", "given", "expected"),
+    [(True, None, False), (True, True, True), (False, None, True), (False, False, False)],
 )
-def test_bf16_is_the_default_where_the_cpu_has_it(cpu, given, expected, monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
+def test_bf16_is_the_default_where_the_cpu_is_fast_in_it(
+    slow, given, expected, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(config_module, "slow_bfloat16", lambda: slow)
     assert EAFTConfig(tmp_path, use_cpu=True, bf16=given).bf16 is expected
 
 

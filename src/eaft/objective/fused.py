@@ -419,7 +419,7 @@ class GatedLinear(torch.autograd.Function):
                 )
                 grad_logits = projection  # it was overwritten
                 if grad_hidden is not None:
-                    torch.mm(grad_logits, project.weight, out=grad_hidden[rows])
+                    project.multiply(grad_logits, grad_hidden[rows])
                 if needs_weight and rows is not chunks[-1]:
                     grad_weight = add_product(
                         grad_weight, grad_logits.T, project.hidden[rows], exact

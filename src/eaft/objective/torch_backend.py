@@ -141,7 +141,9 @@ class TorchBackend:
         """See `chunk.Backend.gradient_`."""
         weights, labels = weights.unsqueeze(-1), labels.unsqueeze(-1)
         # d (weight * nll) / d logits = weight * (p - 1[label])
-        gradient = scores.exps.mul_(weights / scores.total).scatter_add_(
+        same = projection.dtype == scores.exps.dtype  # and nothing that reads the logits again
+        memory = projection if same and transform.softcap is None else scores.exps
+        gradient = torch.mul(scores.exps, weights / scores.total, out=memory).scatter_add_(
             -1, self.vocabulary.columns(labels), -self.vocabulary.owned(weights, labels)
         )
         if divergence is not None:
@@ -151,7 +153,7 @@ class TorchBackend:
             gradient.mul_(1 - (logits / transform.softcap).square())
         if transform.logit_scale != 1.0:
             gradient.mul_(transform.logit_scale)
-        return projection.copy_(gradient)
+        return gradient if gradient is projection else projection.copy_(gradient)
 
     def label_ranks(
         self, projection: Tensor, labels: Tensor, transform: LogitTransform, memory: Tensor

@@ -6,19 +6,18 @@ import warnings
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
 from transformers import TrainingArguments
 from transformers.utils import logging
 from trl import SFTConfig
 
 from eaft.errors import ConfigurationError, first_line
 from eaft.models import read_date
+from eaft.objective.products import slow_bfloat16
 from eaft.training.bounds import TRAINING, check_bounds, check_optimizer
 from eaft.training.flags import RULES, EAFTFlags
 from eaft.training.gate_measurements import MEASURED_PARAMETERS
 from eaft.training.trl_internals import get_config_model_id
 
-EMULATES_BF16 = ("AVX2", "NO AVX")  # CPUs for which torch converts bfloat16 at each product
 logger = logging.get_logger(__name__)
 
 
@@ -27,8 +26,8 @@ class EAFTConfig(EAFTFlags, SFTConfig):
     """
     `SFTConfig` plus the gate.
 
-    One default differs from `SFTConfig`: `bf16` is False on a CPU that emulates bfloat16, where a
-    step takes many times as long.
+    One default differs from `SFTConfig`: `bf16` is False on a CPU that multiplies bfloat16 more
+    slowly than float32.
 
     Args:
         gate: how each token's loss is weighted; one of `eaft.objective.registry.GATES`, or
@@ -114,10 +113,10 @@ class EAFTConfig(EAFTFlags, SFTConfig):
         if self.template_date is not None:
             self.template_date = read_date(str(self.template_date)).isoformat()  # YAML reads a date
         chosen = vars(self)["bf16"] is not None or self.fp16
-        if self.use_cpu and not chosen and emulates_bf16():
+        if self.use_cpu and not chosen and slow_bfloat16():
             logger.warning_once(
-                "bf16=False: this CPU emulates bfloat16, which would be many times slower. Give"
-                " bf16=True to train in bfloat16 all the same."
+                "bf16=False: this CPU multiplies bfloat16 more slowly than float32. Give bf16=True"
+                " to train in bfloat16 all the same."
             )
             self.bf16 = False
         try:
@@ -150,11 +149,6 @@ class EAFTConfig(EAFTFlags, SFTConfig):
         The gate's parameters, set or by default, without parameters that are still to be measured.
         """
         return self.gate_spec.params
-
-
-def emulates_bf16() -> bool:
-    """Return whether this machine's CPU has no instructions that torch uses for bfloat16."""
-    return torch.backends.cpu.get_cpu_capability() in EMULATES_BF16
 
 
 def check_selection(args: EAFTConfig) -> None:

@@ -29,8 +29,9 @@ from eaft.evaluation.drift import TOP
 from eaft.evaluation.suite import load_suites
 from eaft.models import resolve_model
 from eaft.objective.fused import GPU_MEMORY_SHARE, chunk_rows
+from eaft.objective.products import slow_bfloat16
 from eaft.objective.registry import get_gate
-from eaft.training.config import EAFTConfig, emulates_bf16
+from eaft.training.config import EAFTConfig
 from eaft.training.forgetting import general_suite
 from eaft.training.prepare import narrow_trainer
 from eaft.training.replay import ANSWER_TOKENS, count_replayed
@@ -212,7 +213,7 @@ def this_machine(args: EAFTConfig) -> tuple[str, float, float]:
     """
     gpu = torch.accelerator.is_available() and not args.use_cpu
     device = torch.accelerator.current_accelerator() if gpu else torch.device("cpu")
-    bf16 = args.bf16 and (gpu or not emulates_bf16())
+    bf16 = args.bf16 and (gpu or not slow_bfloat16())
     dtype = torch.bfloat16 if bf16 else torch.float16 if args.fp16 and gpu else torch.float32
     size = 8192 if gpu else 1024
     a = torch.ones(size, size, dtype=dtype, device=device)
