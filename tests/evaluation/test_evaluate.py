@@ -199,7 +199,7 @@ def test_a_damaged_head_is_found(model_dir, damaged_dir, tmp_path):
     for item in results["worst"]:
         assert item["before"]["score"] == 1 > item["after"]["score"] == 0
         assert item["before"]["response"] != item["after"]["response"]
-    assert "20 worst regressions" in (out / "results.md").read_text()
+    assert "Worst regressions (20)" in (out / "results.md").read_text()
 
 
 def test_one_dtype_for_both(model_dir, task_path, tmp_path):

@@ -136,6 +136,11 @@ def test_the_held_out_nll_is_told_and_not_judged():
     assert (
         "**The held-out nll rose** from" in judge(nothing, held_out=held_out_results(0.5)).sentence
     )
+    held_out = held_out_results()
+    held_out.answers[0].after = 30 * "and so on, "
+    assert "rows). **Of 1 answer to held-out rows, 1 of the tuned model ends in a loop" in (
+        judge(nothing, held_out=held_out).sentence
+    )
     unsure = judge(nothing, held_out=held_out_results(-0.01, 0.8))
     assert unsure.sentence.startswith("**No change of the held-out nll is shown:** it went from")
     beyond = judge(nothing, drift_results(0.2), (), None, 0.1, held_out_results())

@@ -179,6 +179,14 @@ def test_a_budget_that_was_hardly_used_is_told(tuned):
     assert "Most of the budget was not used" not in sentence(cost)
 
 
+def test_answers_that_loop_are_told(tuned):
+    results = results_of(tuned)
+    answers = [replace(answer, before="", after="") for answer in results.answers]
+    assert "in a loop" not in sentence(replace(results, answers=answers))
+    answers[0].after = 30 * "and so on, "
+    assert "1 of the tuned model ends in a loop" in sentence(replace(results, answers=answers))
+
+
 def test_the_report_shows_text_as_text(tuned):
     page = (tuned / "report.html").read_text()
     assert results_of(tuned).sentence.partition(" (change")[0] in page

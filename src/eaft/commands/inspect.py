@@ -30,7 +30,7 @@ MODEL is a Hub id, a folder (also of a PEFT adapter) or a .gguf file. DATA is a 
 .json, .csv or .parquet file, or a folder. The data is scored as training would see it before its
 first step: every flag of `eaft train` is taken, and packing is off.
 
-Of more than 128 rows, rows are scored in random order, until the 95% interval of the share of the
+Of more than 256 rows, rows are scored in random order, until the 95% interval of the share of the
 nll in conflicts is at most 4 percentage points wide (at least 128 rows, at most 4,096). The report
 says how many were scored. --all scores every row: rare faults and --exclude_examples need it.
 

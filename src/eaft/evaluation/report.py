@@ -394,7 +394,7 @@ def briefly(value: Any) -> str:
 
 def worst_section(worst: list[Regression]) -> list[str]:
     """Return the worst regressions: prompt, the base model's answer, the tuned model's."""
-    section = [f"## The {len(worst)} worst regressions"] if worst else []
+    section = [f"## Worst regressions ({len(worst)})"] if worst else []
     for i, item in enumerate(worst, 1):
         base, tuned = item.before, item.after
         section.append(

@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from eaft.evaluation.loops import loops_told
 from eaft.evaluation.paired import (
     ALPHA,
     DETECTABLE,
@@ -239,7 +240,7 @@ def coarse(test: LossTest) -> str:
 
 
 def held_out_told(held_out: HeldOut | None) -> list[str]:
-    """Return the change of the held-out nll in words."""
+    """Return the change of the held-out nll in words, and how many answers end in a loop."""
     if held_out is None:
         return []
     size = (
@@ -248,8 +249,11 @@ def held_out_told(held_out: HeldOut | None) -> list[str]:
         f" {p_text(held_out.p_value)}; {held_out.rows:,} rows)"
     )
     if held_out.p_value >= ALPHA:
-        return [f"**No change of the held-out nll is shown:** it went {size}."]
-    return [f"**The held-out nll {'fell' if held_out.change < 0 else 'rose'}** {size}."]
+        told = f"**No change of the held-out nll is shown:** it went {size}."
+    else:
+        told = f"**The held-out nll {'fell' if held_out.change < 0 else 'rose'}** {size}."
+    loops = loops_told(held_out.answers)
+    return [told, f"**{loops}**"] if loops else [told]
 
 
 def drift_told(verdict: Verdict, drift: DriftSummary | None) -> list[str]:

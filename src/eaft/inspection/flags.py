@@ -13,7 +13,7 @@ class InspectArguments:
         default=False,
         metadata={
             "help": (
-                "Score every row. Without it, data of more than 128 rows is read in random order"
+                "Score every row. Without it, data of more than 256 rows is read in random order"
                 " (by --seed), until the 95 per cent interval of the conflicts' share of the nll"
                 " is at most 4 percentage points wide; at least 128 rows, at most 4,096."
             )

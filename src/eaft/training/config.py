@@ -115,8 +115,8 @@ class EAFTConfig(EAFTFlags, SFTConfig):
         chosen = vars(self)["bf16"] is not None or self.fp16
         if self.use_cpu and not chosen and slow_bfloat16():
             logger.warning_once(
-                "bf16=False: this CPU multiplies bfloat16 more slowly than float32. Give bf16=True"
-                " to train in bfloat16 all the same."
+                "bf16=False: this CPU multiplies bfloat16 more slowly than float32 (bf16=True: all"
+                " the same)."
             )
             self.bf16 = False
         try:

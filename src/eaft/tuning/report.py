@@ -8,6 +8,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
+from eaft.evaluation.loops import loops_told
 from eaft.evaluation.paired import few_prompts
 from eaft.evaluation.report import save
 from eaft.text import fill_page
@@ -40,11 +41,14 @@ def sentence(results: TuneResults) -> str:
     text = (
         f"Held-out nll went from {results.base_nll:.3f} to {chosen.nll:.3f} nats per token"
         f" (change {chosen.nll_change:+.3f}, 95% interval {chosen.nll_low:+.3f} to"
-        f" {chosen.nll_high:+.3f}; {chosen.rows} rows). Drift is {chosen.drift:.4f} nats per"
-        f" token, and at most {chosen.bound:.4f} with 95% confidence ({chosen.prompts} prompts)."
+        f" {chosen.nll_high:+.3f}; {chosen.rows} rows)."
     )
     if warning := few_prompts(chosen.rows, "rows"):
         text += f" {warning}"
+    text += (
+        f" Drift is {chosen.drift:.4f} nats per token, and at most {chosen.bound:.4f} with 95%"
+        f" confidence ({chosen.prompts} prompts)."
+    )
     for task in chosen.tasks:
         text += (
             f" {task.task} changed by {-task.drop:+.1f} points; it lost at most"
@@ -59,6 +63,8 @@ def sentence(results: TuneResults) -> str:
         needed += [f"{t.items_needed} items of {t.task}" for t in chosen.tasks if t.items_needed]
         if needed:
             text += f" About {' and '.join(needed)} would show it."
+    if loops := loops_told(results.answers):
+        text += f" {loops}"
     way = f"taken {chosen.share:.1%} of the way from the base model"
     text += f" The model is the checkpoint of step {chosen.step}, "
     text += "as it is." if chosen.share == 1 else f"{way}."

@@ -357,7 +357,8 @@ def farewell(results: TuneResults, folder: Path, settings: Settings) -> str:
         f"\n{results.sentence}\n\nWritten to {folder}: the model, report.html, front.png,"
         f" {RESULTS}, {HELD_OUT} (the rows that confirmed). {kept}\nNext: eaft view {folder}\nMore"
         f" answers, and tasks: eaft eval {folder} --base {results.model} --held_out"
-        f" {folder / HELD_OUT} --suite everyday"
+        f" {folder / HELD_OUT} --held_out_answers {min(results.data.confirmation_rows, 32)} --suite"
+        " everyday"
     )
 
 

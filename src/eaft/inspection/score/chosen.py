@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from trl import DatasetMixtureConfig, ScriptArguments
 
 from eaft.errors import ConfigurationError
-from eaft.inspection.score.stopping import FIRST, MOST
+from eaft.inspection.score.stopping import MOST, WHOLE
 from eaft.training.config import EAFTConfig
 from eaft.training.data import as_row, exclude_rows, load_splits, parsed, to_dataset
 
@@ -50,7 +50,7 @@ def choose_rows(
     every: bool,
 ) -> ChosenRows:
     """
-    Return the rows to inspect. Data of at most `FIRST` rows is always whole.
+    Return the rows to inspect. Data of at most `WHOLE` rows is always whole.
 
     Args:
         every: whether all rows are asked for.
@@ -60,7 +60,7 @@ def choose_rows(
     """
     if not every and (file := file_of_lines(script_args, args, dataset_args)) is not None:
         lines = Lines(file)
-        if len(lines) > FIRST:
+        if len(lines) > WHOLE:
             numbers = random_order(len(lines), args.seed)
             try:
                 rows = to_dataset(lines.rows(numbers))
@@ -71,7 +71,7 @@ def choose_rows(
     splits = load_splits(script_args, dataset_args)
     split = script_args.dataset_train_split
     data = splits.get(split)
-    if every or not isinstance(data, Dataset) or len(data) <= FIRST:
+    if every or not isinstance(data, Dataset) or len(data) <= WHOLE:
         return ChosenRows(splits)
     if args.exclude_examples is not None:
         data = exclude_rows(data, args.exclude_examples)

@@ -23,6 +23,7 @@ from eaft.inspection.run_file import FEW_CONFLICTS, MOST_ROWS, NARROW, ScoredRow
 
 # Rows: at the first look, at most in all, and of a shard; the looks are at ends of shards
 FIRST, MOST, SHARD_ROWS = 128, 4096, 32
+WHOLE = 256  # of data with so many rows all are scored, and checked: fewer would save little
 GROWTH = 1.25  # of the rows from one look to the next
 HALF_WIDTH = 0.02  # of the interval; it is narrow from here on
 LEVEL = 0.97
