@@ -3,10 +3,10 @@ The CPU seconds of the whole `eaft inspect`, beside another build of it.
 
     .venv/bin/python -m benchmarks.inspect_cost pubmedqa_labeled.jsonl --other OTHER/bin/python
 
-60 questions of PubMedQA with the authors' conclusions, SmolLM2-135M-Instruct in float32, 6
-rollouts, one thread each. The builds run in turn, each in a process of its own, after the model is
-in the cache. CPU seconds are user and system time of the process and its children. Writes
-benchmarks/results/inspect_cost.json.
+60 questions of PubMedQA with the authors' conclusions, SmolLM2-135M-Instruct in each build's own
+default dtype, 6 rollouts, one thread each. The builds run in turn, each in a process of its own,
+after the model is in the cache. CPU seconds are user and system time of the process and its
+children. Writes benchmarks/results/inspect_cost.json.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ROWS, ROLLOUTS = 60, 6
 def cpu_seconds(python: str, model: str, data: Path, folder: Path) -> float:
     """Return the CPU seconds of one `eaft inspect` with a build's Python."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    flags = ["--rollouts", str(ROLLOUTS), "--bf16", "false", "--output_dir", str(folder)]
+    flags = ["--rollouts", str(ROLLOUTS), "--output_dir", str(folder)]
     subprocess.run(
         [python, "-m", "eaft", "inspect", model, str(data), *flags],
         check=True,

@@ -27,6 +27,7 @@ from eaft.objective.fused import Reference, linear_gated_cross_entropy
 from eaft.objective.gate_spec import bind_gate
 from eaft.objective.gates import normalized_entropy
 from eaft.objective.loss import example_ids_by_row, loss_terms
+from eaft.objective.products import slow_bfloat16
 from eaft.objective.registry import GATES, get_gate
 from eaft.objective.statistics import TokenStatistics, token_statistics
 
@@ -337,8 +338,11 @@ def product_rate(
     tokens: int, vocab: int, width: int, dtype: torch.dtype, device: torch.device
 ) -> float:
     """
-    Return the floating-point operations per second of a product `[tokens, width] x [width, vocab]`.
+    Return the floating-point operations per second of a product `[tokens, width] x [width, vocab]`
+    of numbers of a dtype, in float32 on a CPU where bfloat16 is slower.
     """
+    if dtype == torch.bfloat16 and device.type == "cpu" and slow_bfloat16():
+        dtype = torch.float32
     hidden = torch.randn(tokens, width).to(device, dtype)
     weight = torch.randn(vocab, width).to(device, dtype)
     product = torch.zeros(tokens, vocab, device=device, dtype=dtype)
