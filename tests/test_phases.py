@@ -41,4 +41,6 @@ def test_a_log_has_one_line_a_phase_with_the_time_left(seconds, time, monkeypatc
 def test_a_terminal_has_a_bar_and_other_processes_have_nothing(monkeypatch):
     lines = show(monkeypatch, Terminal(), [])
     assert "Phase 2 of 2: scoring:   0%" in lines
+    less = show(monkeypatch, Terminal(), [90.0, 92.0])  # of ten that there could have been
+    assert "Phase 2 of 2: scoring: 100%" in less
     assert show(monkeypatch, io.StringIO(), [], shown=False) == ""

@@ -61,6 +61,7 @@ class Phases:
         elif self.terminal:
             with tqdm(total=total, desc=title, unit=f" {unit}", unit_scale=True) as bar:
                 yield bar.update
+                bar.total = bar.n  # less was needed than there could have been
         else:
             line = Line(title, total, unit, self.write)
             yield line.advance
