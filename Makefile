@@ -45,7 +45,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 .PHONY: demo inspect notebook test test-fast test-oldest check docs browser clean
 
 # A real model as it is: which tokens of 100 GSM8K answers it fights, then the model that learned most within a budget
-demo: $(VENV)/.installed  ## inspect, then tune within a budget; reports and model in runs/demo (7 minutes)
+demo: $(VENV)/.installed  ## inspect, then tune within a budget; reports and model in runs/demo (5 to 10 minutes)
 	MODEL="$$($(PY) recipes/demo/find_model.py)" && \
 	$(PY) -m eaft inspect "$$MODEL" recipes/demo/data/gsm8k.jsonl --max_length 256 --output_dir runs/demo/inspect && \
 	$(PY) -m eaft tune "$$MODEL" recipes/demo/data/gsm8k.jsonl --max_drift 0.05 --config recipes/demo/tune.yaml --output_dir runs/demo/tuned \
