@@ -56,7 +56,7 @@ inspect: $(VENV)/.installed  ## which tokens of GSM8K does a real model fight? r
 	    $(INSPECT_FLAGS)
 
 # In runs/notebook. What it computed before is used again: away with it
-notebook: $(VENV)/.installed  ## docs/from-data-to-decision.ipynb, executed anew (12 minutes)
+notebook: $(VENV)/.installed  ## docs/from-data-to-decision.ipynb, executed anew (6 to 12 minutes)
 	rm -rf runs/notebook* && mkdir -p runs
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m nbconvert --to notebook --execute --inplace docs/from-data-to-decision.ipynb
 

@@ -199,6 +199,8 @@ def beyond_chance_table(changes: Changes) -> list[str]:
     """
 
     def cell(e: Estimate) -> str:
+        if e.high < 0:
+            return "none: they guess alike"
         return f"{e.estimate:.0f} ({e.low:.0f} to {e.high:.0f})"
 
     means = {f"mean: {name}": change for name, change in changes.means.items()}
@@ -210,8 +212,7 @@ def beyond_chance_table(changes: Changes) -> list[str]:
     note = (
         "Items that the base knows and the tuned model lost, or learned, beyond what guessing"
         " explains, with 95% intervals, if each model either knows an item or guesses anew. Models"
-        " that guess alike lose fewer items by luck, so that these are lower bounds; an interval"
-        " below 0 says that they do."
+        " that guess alike lose fewer items by luck, so that these are lower bounds."
     )
     return (
         [table(rows, ["multiple choice", "items", "known and lost", "learned"]), note]

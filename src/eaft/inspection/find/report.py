@@ -265,7 +265,7 @@ def gates_table(effects: list[GateEffect]) -> str:
         for effect in effects
         if effect.source is None
     ]
-    text = table(rows, ["gate removes", "weight", "nll", "gradient", "mutes most"])
+    text = table(rows, ["gate removes", "weight", "nll", "gradient", "mutes most, by nll"])
     return "\n\n".join(filter(None, [text, below_zero(effects)]))
 
 
