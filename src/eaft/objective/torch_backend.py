@@ -14,8 +14,8 @@ from eaft.objective.registry import Anchor
 from eaft.objective.statistics import TokenStatistics, entropy_from_log_probs
 from eaft.objective.vocabulary import WHOLE, Vocabulary
 
-# Bytes of a block of rows in the passes over the logits: the processor's cache, or an amount that
-# a GPU can spare
+# Bytes of a block of rows in the passes over the logits: the processor's cache, for each thread, or
+# an amount that a GPU can spare
 CACHE_BUDGET, GPU_BUDGET = 2**23, 2**28
 SEGMENT = 64  # logits of a row; the largest are looked for in a few segments
 
@@ -54,7 +54,9 @@ class TorchBackend:
 
     def block_rows(self, projection: Tensor) -> int:
         """Return how many rows fit into the budget, twice, in the dtype of the statistics."""
-        budget = GPU_BUDGET if projection.is_cuda else CACHE_BUDGET
+        budget = GPU_BUDGET
+        if not projection.is_cuda:
+            budget = min(budget, CACHE_BUDGET * torch.get_num_threads())
         itemsize = torch.promote_types(projection.dtype, torch.float32).itemsize
         return max(1, budget // (2 * self.vocabulary.widest(projection.shape[1]) * itemsize))
 
