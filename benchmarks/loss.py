@@ -395,7 +395,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     ):
         axis.set(ylabel=label, yscale="log")
         axis.grid(axis="y", alpha=0.3)
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     figure.savefig(path, dpi=110)
 
 
