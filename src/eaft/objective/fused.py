@@ -120,10 +120,10 @@ def linear_gated_cross_entropy(
             of its own rows, and the whole gradient of the hidden states. Not for a gate with a KL
             term.
         logits_budget: bytes of logits alive at a time, which caps the chunks. Default: a 16th of a
-            GPU's memory; on a CPU 256 MiB. In float32 a CPU takes at most 512 tokens at a time, and
-            in bfloat16 all tokens if no float32 sum of the head's gradient then saves as much. The
-            last chunk is held until the backward pass. A KL term takes as much again for the
-            reference.
+            GPU's memory; on a CPU 256 MiB. In float32 a CPU takes at most 512 tokens at a time. In
+            bfloat16 it takes all tokens at once where a float32 sum of the head's gradient would
+            need as much memory. The last chunk is held until the backward pass. A KL term takes as
+            much again for the reference.
         backend: `torch` or `triton`. Default: Triton on a GPU that has it, except for float64.
         return_losses: also return the `TokenLosses`.
         params: what the gate takes, e.g. `alpha=2.0` for `eaft`.
