@@ -73,7 +73,7 @@ ARMS: dict[str, dict[str, Any]] = {
         "learning_rate": 2e-4,
     },
     "sft-low": {"learning_rate": 6e-6},
-    "sft-cosine": {"lr_scheduler_type": "cosine", "warmup_ratio": 0.03},
+    "sft-cosine": {"lr_scheduler_type": "cosine", "warmup_steps": 0.03},
     "conflict-mask": {"gate": "conflict-mask"},
     "sft-kl": {"gate": "sft-kl"},
     "replay-kl": {"replay": 0.1, "replay_loss": "kl"},
