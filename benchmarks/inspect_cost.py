@@ -20,7 +20,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.budget.run import pubmedqa_row, read
+from benchmarks.budget.settings import pubmedqa_row
+from benchmarks.replication.make_data import read
 from eaft.provenance import environment, write_json
 
 ROOT = Path(__file__).parents[1]

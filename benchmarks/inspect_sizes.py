@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.budget.run import read
+from benchmarks.replication.make_data import read
 from eaft.provenance import environment, write_json
 
 ROOT = Path(__file__).parents[1]

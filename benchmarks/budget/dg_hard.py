@@ -21,20 +21,11 @@ from safetensors.torch import save_file
 from tabulate import tabulate
 from torch import Tensor
 
-from benchmarks.budget.run import (
-    RESULTS,
-    SEEDS,
-    base_of,
-    flags_of,
-    prepared,
-    smollm2,
-    train,
-    write_data,
-)
+from benchmarks.budget.run import base_of, flags_of, prepared, train
+from benchmarks.budget.settings import REPORTED, RESULTS, SEEDS, SETTINGS
 from benchmarks.budget.table import interval
 from eaft.evaluation.drift import read_prompts
 from eaft.evaluation.protocol import PROMPTS
-from eaft.models import resolve_model
 from eaft.provenance import environment, write_json
 from eaft.training.apart import Checkpoint, checkpoints, parse_flags
 from eaft.tuning.measure import Kept, LoadedFamily, Part
@@ -43,8 +34,8 @@ from eaft.tuning.points import Member
 SHARES = (0.25, 0.5, 0.75, 1.0)
 REPAIRED = 10_000  # the step that the repaired model goes by
 SMALLEST = 1024  # elements: smaller matrices are left as they are, as the authors' code does
-REPORTED = 32  # rows, and as many prompts
 FILE = RESULTS / "dg-hard.json"
+SETTING = SETTINGS["gsm8k"]
 
 
 def denoised(update: Tensor) -> tuple[Tensor, float]:
@@ -89,10 +80,11 @@ def repair(base: Path, checkpoint: Path, folder: Path) -> float:
 def measure(seed: int, model: str, work: Path) -> dict[str, Any]:
     """Return the nll and drift of the repaired last checkpoint, and of its interpolations."""
     folder = work / f"dg-hard-{seed}"
-    train("sft", seed, model, folder, work / "data")
+    flags = flags_of(SETTING, "sft", seed, model, folder, work / "data")
+    train(flags, folder)
     last = checkpoints(folder)[-1]
     kept = repair(Path(model), last.folder, folder / "repaired")
-    configs = parse_flags(flags_of("sft", seed, model, folder, work / "data"))
+    configs = parse_flags(flags)
     base = base_of(model, 64)
     prompts = read_prompts(str(PROMPTS), REPORTED)
     part = Part.of(base, prepared("reported", configs, model, work / "data"), prompts)
@@ -151,8 +143,8 @@ def main() -> None:
     parser.add_argument("data_dir", type=Path, help="holds gsm8k_train.jsonl and others")
     parser.add_argument("--work_dir", type=Path, default=Path("runs/budget"))
     flags = parser.parse_args()
-    model = resolve_model(smollm2(), False)
-    write_data(flags.data_dir, flags.work_dir / "data")
+    model = SETTING.model()
+    SETTING.write(flags.data_dir, flags.work_dir / "data")
     runs = json.loads(FILE.read_text())["runs"] if FILE.is_file() else []
     for seed in SEEDS:
         if seed not in [run["seed"] for run in runs]:

@@ -12,38 +12,54 @@ import numpy as np
 from scipy import stats
 from tabulate import tabulate
 
-from benchmarks.budget.run import ARMS, BUDGETS, LOOKED_AT, RESULTS
+from benchmarks.budget.run import BUDGETS, LOOKED_AT
+from benchmarks.budget.settings import ARMS, RESULTS, SETTINGS
 
 WAYS = ("checkpoints", "interpolation")
 Run = dict[str, Any]
+Runs = dict[str, dict[int, Run]]  # by arm and seed
 
 
 def main() -> None:
     """Write both files."""
-    runs = {arm: load(arm) for arm in ARMS}
-    runs = {arm: by_seed for arm, by_seed in runs.items() if by_seed}
-    seeds = {arm: sorted(by_seed) for arm, by_seed in runs.items()}
-    base = next(iter(next(iter(runs.values())).values()))["base"]["nll"]
+    runs = {name: found for name in SETTINGS if (found := load(name))}
     parts = [
         "# Held-out nll at a drift budget\n",
-        "Written by `python -m benchmarks.budget.table`; [README](../README.md) has the rule.",
-        f"The base model's held-out nll is {base:.3f} nats per token. Each cell has the mean over"
-        " seeds; below it stands the difference, paired by seed, with its 95% t interval.",
-        "Seeds: " + "; ".join(f"`{arm}` {len(found)}" for arm, found in seeds.items()) + ".\n",
+        "Written by `python -m benchmarks.budget.table`; [README](../README.md) has the rule. Each"
+        " cell has the mean over seeds in nats per token, and the difference, paired by seed, with"
+        " its 95% t interval.",
     ]
-    for way in WAYS:
-        parts += [f"\n## {way.capitalize()}\n", outcome_table(runs, way)]
-    parts += ["\n## Interpolation against checkpoints, the same runs\n", gain_table(runs)]
-    parts += [f"\n## The models chosen at {LOOKED_AT}, on other data\n", other_table(runs)]
+    for name, found in runs.items():
+        parts += section(name, found)
     (RESULTS / "table.md").write_text("\n".join(parts) + "\n")
     draw(runs)
     print(f"Written: {RESULTS / 'table.md'}, {RESULTS / 'table.png'}")
 
 
-def load(arm: str) -> dict[int, Run]:
-    """Return an arm's runs by seed."""
-    files = sorted(RESULTS.glob(f"{arm}-[0-9].json"))
-    return {int(file.stem[-1]): json.loads(file.read_text()) for file in files}
+def load(setting: str) -> Runs:
+    """Return a setting's runs by arm and seed, without arms that have none."""
+    runs: Runs = {}
+    for arm in ARMS:
+        for file in sorted((RESULTS / setting).glob(f"{arm}-[0-9].json")):
+            runs.setdefault(arm, {})[int(file.stem[-1])] = json.loads(file.read_text())
+    return runs
+
+
+def section(setting: str, runs: Runs) -> list[str]:
+    """Return the tables of a setting."""
+    base = next(iter(runs["sft"].values()))["base"]["nll"]
+    parts = [
+        f"\n## {SETTINGS[setting].title}\n",
+        f"The base model's held-out nll is {base:.3f} nats per token. Seeds: "
+        + "; ".join(f"`{arm}` {len(found)}" for arm, found in runs.items())
+        + ".",
+    ]
+    for way in WAYS:
+        parts += [f"\n### {way.capitalize()}\n", outcome_table(runs, way)]
+    parts += ["\n### Interpolation against checkpoints, the same runs\n", gain_table(runs)]
+    if SETTINGS[setting].others:
+        parts += [f"\n### The models chosen at {LOOKED_AT}, on other data\n", other_table(runs)]
+    return parts
 
 
 def chosen(run: Run, way: str, budget: float) -> dict[str, Any] | None:
@@ -78,7 +94,7 @@ def paired(first: dict[int, float], second: dict[int, float]) -> str:
     return interval([first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())])
 
 
-def outcome_table(runs: dict[str, dict[int, Run]], way: str) -> str:
+def outcome_table(runs: Runs, way: str) -> str:
     """Return the nll and the drift of each arm, and its difference from SFT."""
     rows = []
     for arm, by_seed in runs.items():
@@ -96,7 +112,7 @@ def outcome_table(runs: dict[str, dict[int, Run]], way: str) -> str:
     return tabulate(rows, headers, tablefmt="github")
 
 
-def gain_table(runs: dict[str, dict[int, Run]]) -> str:
+def gain_table(runs: Runs) -> str:
     """Return what interpolation adds to the checkpoints of the same runs."""
     rows = []
     for arm, by_seed in runs.items():
@@ -111,7 +127,7 @@ def gain_table(runs: dict[str, dict[int, Run]]) -> str:
     return tabulate(rows, ["arm", *(f"budget {b}" for b in BUDGETS)], tablefmt="github")
 
 
-def other_table(runs: dict[str, dict[int, Run]]) -> str:
+def other_table(runs: Runs) -> str:
     """Return drift by position, and what was forgotten on other data; means over seeds."""
     rows = []
     for way in WAYS:
@@ -137,19 +153,23 @@ def other_table(runs: dict[str, dict[int, Run]]) -> str:
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
-def draw(runs: dict[str, dict[int, Run]]) -> None:
+def draw(settings: dict[str, Runs]) -> None:
     """Draw reported held-out nll against the budget: dashed for checkpoints, solid interpolated."""
-    figure, axes = plt.subplots(figsize=(8, 4.5))
-    for i, (arm, by_seed) in enumerate(runs.items()):
-        for way, style in zip(WAYS, ("--", "-"), strict=True):
-            means = [np.mean([nll(run, way, b) for run in by_seed.values()]) for b in BUDGETS]
-            label = arm if way == "interpolation" else None
-            axes.plot(BUDGETS, means, style, marker="o", color=f"C{i}", label=label)
-    axes.set_xlabel("drift budget (nats per token)")
-    axes.set_ylabel("held-out nll (nats per token)")
-    axes.set_title("dashed: best checkpoint; solid: with interpolation")
-    axes.legend(ncols=2)
-    figure.tight_layout()
+    figure, panels = plt.subplots(
+        1, len(settings), figsize=(4.5 * len(settings), 4.5), squeeze=False, layout="constrained"
+    )
+    colours = {arm: f"C{i}" for i, arm in enumerate(ARMS)}
+    for axes, (name, runs) in zip(panels[0], settings.items(), strict=True):
+        for arm, by_seed in runs.items():
+            for way, style in zip(WAYS, ("--", "-"), strict=True):
+                means = [np.mean([nll(run, way, b) for run in by_seed.values()]) for b in BUDGETS]
+                label = arm if way == "interpolation" else None
+                axes.plot(BUDGETS, means, style, marker="o", color=colours[arm], label=label)
+        axes.set_title(SETTINGS[name].title, fontsize=10)
+        axes.set_xlabel("drift budget (nats per token)")
+        axes.set_ylabel("held-out nll (nats per token)")
+        axes.legend(fontsize=8)
+    figure.suptitle("dashed: best checkpoint; solid: with interpolation")
     figure.savefig(RESULTS / "table.png", dpi=120)
 
 
