@@ -21,7 +21,6 @@ from filelock import FileLock, Timeout
 
 from benchmarks.budget.settings import (
     ARMS,
-    COMMON,
     GROUPS,
     REPORTED,
     RESULTS,
@@ -83,7 +82,7 @@ def one_run(setting: Setting, arm: str, seed: int, model: str, work: Path, resul
                 "setting": setting.title,
                 "arm": arm,
                 "seed": seed,
-                "flags": {**COMMON, **setting.flags, **ARMS[arm]},
+                "flags": setting.flags(arm),
                 **measure(setting, flags, model, folder, work / "data"),
                 "environment": environment(),
             }
@@ -98,9 +97,7 @@ def flags_of(
 ) -> dict[str, Any]:
     """Return the flags of `eaft train`."""
     return {
-        **COMMON,
-        **setting.flags,
-        **ARMS[arm],
+        **setting.flags(arm),
         "seed": seed,
         "model_name_or_path": model,
         "dataset_name": str(data / f"train-{seed}.jsonl"),

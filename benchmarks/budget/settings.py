@@ -21,7 +21,6 @@ CHARACTERS = 280  # of a GSM8K question and its answer together, at most
 COMMON: dict[str, Any] = {
     "num_train_epochs": 2,
     "per_device_train_batch_size": 4,
-    "learning_rate": 2e-5,
     "lr_scheduler_type": "constant",
     "weight_decay": 0.0,
     "max_length": 256,
@@ -44,14 +43,14 @@ ARMS: dict[str, dict[str, Any]] = {
         "lora_r": 16,
         "lora_alpha": 32,
         "lora_target_modules": "all-linear",
-        "learning_rate": 2e-4,
     },
-    "sft-low": {"learning_rate": 6e-6},
+    "sft-low": {},
     "sft-cosine": {"lr_scheduler_type": "cosine", "warmup_steps": 0.03},
     "conflict-mask": {"gate": "conflict-mask"},
     "sft-kl": {"gate": "sft-kl"},
     "replay-kl": {"replay": 0.1, "replay_loss": "kl"},
 }
+RATES = {"lora": 10, "sft-low": 0.3}  # times the setting's learning rate
 GROUPS = (("sft", "eaft", "replay", "lora"), tuple(ARMS)[4:])
 LETTERS = "ABCD"
 
@@ -66,7 +65,8 @@ class Setting:
         model: returns the model's path.
         rows: returns, from `../shared/data`, the rows of `train-SEED` for each seed, of `screening`
             (which choose) and of `reported`.
-        flags: of `eaft train`, where they differ from `COMMON`.
+        learning_rate: of full fine-tuning.
+        save_steps: steps between the checkpoints.
         interpolated: steps between the checkpoints that are interpolated.
         others: whether the models chosen at 0.05 are measured on other data too.
     """
@@ -74,9 +74,15 @@ class Setting:
     title: str
     model: Callable[[], str]
     rows: Callable[[Path], dict[str, list[Row]]]
-    flags: dict[str, Any]
+    learning_rate: float
+    save_steps: int
     interpolated: int
     others: bool
+
+    def flags(self, arm: str) -> dict[str, Any]:
+        """Return the flags of `eaft train` for an arm, without those of its data and folder."""
+        rate = self.learning_rate * RATES.get(arm, 1)
+        return {**COMMON, "learning_rate": rate, "save_steps": self.save_steps, **ARMS[arm]}
 
     def write(self, source: Path, folder: Path) -> None:
         """Write all rows as JSON Lines, those of the other data too."""
@@ -173,14 +179,11 @@ def other_data(source: Path) -> dict[str, list[Row]]:
 
 
 SETTINGS = {
-    "gsm8k": Setting(
-        "SmolLM2-135M-Instruct, GSM8K", smollm2, gsm8k_rows, {"save_steps": 4}, 8, True
-    ),
+    "gsm8k": Setting("SmolLM2-135M-Instruct, GSM8K", smollm2, gsm8k_rows, 2e-5, 4, 8, True),
     "function-calls": Setting(
-        "SmolLM2-135M-Instruct, function calls", smollm2, function_call_rows,
-        {"save_steps": 4}, 8, False,
+        "SmolLM2-135M-Instruct, function calls", smollm2, function_call_rows, 1e-5, 4, 8, False
     ),
     "gemma": Setting(
-        "Gemma-3-270M (base), GSM8K as text", gemma3, plain_gsm8k_rows, {"save_steps": 8}, 8, False
+        "Gemma-3-270M (base), GSM8K as text", gemma3, plain_gsm8k_rows, 2e-5, 8, 8, False
     ),
-}  # fmt: skip
+}
