@@ -19,7 +19,6 @@ TRAINED = 64  # rows
 SCREENING, REPORTED = 16, 32  # rows, and as many prompts
 CHARACTERS = 280  # of a GSM8K question and its answer together, at most
 COMMON: dict[str, Any] = {
-    "num_train_epochs": 2,
     "per_device_train_batch_size": 4,
     "lr_scheduler_type": "constant",
     "weight_decay": 0.0,
@@ -65,7 +64,7 @@ class Setting:
         model: returns the model's path.
         rows: returns, from `../shared/data`, the rows of `train-SEED` for each seed, of `screening`
             (which choose) and of `reported`.
-        learning_rate: of full fine-tuning.
+        learning_rate: of full fine-tuning; `epochs`: of 16 steps.
         save_steps: steps between the checkpoints.
         interpolated: steps between the checkpoints that are interpolated.
         others: whether the models chosen at 0.05 are measured on other data too.
@@ -75,14 +74,19 @@ class Setting:
     model: Callable[[], str]
     rows: Callable[[Path], dict[str, list[Row]]]
     learning_rate: float
+    epochs: int
     save_steps: int
     interpolated: int
     others: bool
 
     def flags(self, arm: str) -> dict[str, Any]:
         """Return the flags of `eaft train` for an arm, without those of its data and folder."""
-        rate = self.learning_rate * RATES.get(arm, 1)
-        return {**COMMON, "learning_rate": rate, "save_steps": self.save_steps, **ARMS[arm]}
+        own = {
+            "learning_rate": self.learning_rate * RATES.get(arm, 1),
+            "num_train_epochs": self.epochs,
+            "save_steps": self.save_steps,
+        }
+        return {**COMMON, **own, **ARMS[arm]}
 
     def write(self, source: Path, folder: Path) -> None:
         """Write all rows as JSON Lines, those of the other data too."""
@@ -179,11 +183,11 @@ def other_data(source: Path) -> dict[str, list[Row]]:
 
 
 SETTINGS = {
-    "gsm8k": Setting("SmolLM2-135M-Instruct, GSM8K", smollm2, gsm8k_rows, 2e-5, 4, 8, True),
+    "gsm8k": Setting("SmolLM2-135M-Instruct, GSM8K", smollm2, gsm8k_rows, 2e-5, 2, 4, 8, True),
     "function-calls": Setting(
-        "SmolLM2-135M-Instruct, function calls", smollm2, function_call_rows, 1e-5, 4, 8, False
+        "SmolLM2-135M-Instruct, function calls", smollm2, function_call_rows, 1e-5, 2, 4, 8, False
     ),
     "gemma": Setting(
-        "Gemma-3-270M (base), GSM8K as text", gemma3, plain_gsm8k_rows, 2e-5, 8, 8, False
+        "Gemma-3-270M (base), GSM8K as text", gemma3, plain_gsm8k_rows, 1e-5, 1, 4, 8, False
     ),
 }
