@@ -50,6 +50,30 @@ def expected(side, rate, seed):
     return nll, 0.03 * gain * drifts * t**1.3
 
 
+def ways(points, shares):
+    """
+    Return the ways of a path, `[points, 2]` each: through its checkpoints, and from the base model
+    to each of them through its interpolations.
+
+    Args:
+        points: by step and share: nll and drift.
+    """
+    steps = range(1, len(EPOCHS))
+    way = [[points[0, 1.0], *(points[step, 1.0] for step in steps)]]
+    if shares:
+        way += [[points[0, 1.0], *(points[step, a] for a in (*shares, 1.0))] for step in steps]
+    return way
+
+
+def members(nll, drift, shares):
+    """Return mean nll and drift of the checkpoints and interpolations, by step and share."""
+    return {
+        (step, a): (nll[0] + (nll[step] - nll[0]) * (1 - (1 - a) ** 2), drift[step] * a**1.8)
+        for step in range(len(EPOCHS))
+        for a in ((*shares, 1.0) if step else (1.0,))
+    }
+
+
 def draw_seeds(rng, n, spread):
     """Return `[2, n, 3]`: what each seed does to each objective, in part the same."""
     effect = 0.6 * rng.normal(size=(n, 3)) + 0.8 * rng.normal(size=(2, n, 3))
@@ -57,13 +81,20 @@ def draw_seeds(rng, n, spread):
     return np.stack([np.exp(speed), np.exp(1.5 * drifts), 0.15 * shift], -1)
 
 
-def truth(targets, spread):
+def truth(targets, spread, shares):
     """Return the true difference at targets: of all prompts, examples and 500 seeds."""
     seeds = draw_seeds(np.random.default_rng(99), 500 if spread else 1, spread)
     first, second = (
         np.mean(
             [
-                front([path(*zip(*expected(side, r, s), strict=True)) for r in RATES], targets)[0]
+                front(
+                    [
+                        path(*way)
+                        for rate in RATES
+                        for way in ways(members(*expected(side, rate, s), shares), shares)
+                    ],
+                    targets,
+                )[0]
                 for s in own
             ],
             0,
@@ -73,7 +104,7 @@ def truth(targets, spread):
     return first - second
 
 
-def measured(rng, seeds, prompts, examples, spread):
+def measured(rng, seeds, prompts, examples, spread, shares=()):
     """
     Return one comparison's data: paths by objective and seed, and the tokens of prompts and
     examples; and by how much harder than all examples these are.
@@ -92,28 +123,32 @@ def measured(rng, seeds, prompts, examples, spread):
         for seed in own:
             by_seed.append([])
             for rate in RATES:
-                nll, drift = expected(side, rate, seed)
-                kl = (
-                    drift[:, None]
-                    * prompt_here
-                    * np.exp(rng.normal(size=(len(drift), prompts)) * 0.15 - 0.01125)
-                )
-                loss = nll[:, None] + example_here + rng.normal(size=(len(nll), examples)) * 0.05
-                loss[0] = nll[0] + example + noise  # one base model for all
-                by_seed[-1].append(Trajectory(kl * tokens[0], loss * tokens[1]))
+                found = {}
+                for member, (nll, drift) in members(*expected(side, rate, seed), shares).items():
+                    kl = drift * prompt_here * np.exp(rng.normal(size=prompts) * 0.15 - 0.01125)
+                    loss = nll + example_here + rng.normal(size=examples) * 0.05
+                    if member[0] == 0:
+                        loss = nll + example + noise  # one base model for all
+                    found[member] = kl * tokens[0], loss * tokens[1]
+                by_seed[-1] += [
+                    Trajectory(*map(np.array, zip(*way, strict=True)))
+                    for way in ways(found, shares)
+                ]
         sides.append(by_seed)
     return (*sides, *tokens), (tokens[1] @ example) / tokens[1].sum()
 
 
 @pytest.mark.parametrize(
-    ("seeds", "prompts", "examples", "spread"),
+    ("seeds", "prompts", "examples", "spread", "shares"),
     [
-        (1, 32, 32, 0.0),
-        (2, 128, 64, 0.04),
-        (5, 128, 64, 0.04),
+        (1, 32, 32, 0.0, ()),
+        (2, 128, 64, 0.04, ()),
+        (5, 128, 64, 0.04, ()),
+        (1, 32, 32, 0.0, (0.25, 0.5, 0.75)),
+        (3, 128, 64, 0.04, (0.25, 0.5, 0.75)),
     ],
 )
-def test_the_band_holds_the_true_curve(monkeypatch, seeds, prompts, examples, spread):
+def test_the_band_holds_the_true_curve(monkeypatch, seeds, prompts, examples, spread, shares):
     """
     Of 100 comparisons about 95% hold it at every target, and their mean (three standard errors:
     6.5%).
@@ -124,12 +159,12 @@ def test_the_band_holds_the_true_curve(monkeypatch, seeds, prompts, examples, sp
     monkeypatch.setattr(fronts, "TARGETS", 15)
     monkeypatch.setattr(differences, "p_value", lambda *args: 1.0)  # it takes most of the time
     grid = np.linspace(0.7, 1.8, 221)
-    true = truth(grid, spread)
+    true = truth(grid, spread, shares)
     assert true.max() - true.min() > 0.005  # the fronts do differ, more in some places
     rng = np.random.default_rng(7)
     whole, mean = [], []
     for _ in range(100):
-        data, harder = measured(rng, seeds, prompts, examples, spread)
+        data, harder = measured(rng, seeds, prompts, examples, spread, shares)
         found = compare_fronts(*data)
         here = np.interp(np.array(found.targets) - harder, grid, true)
         whole.append(

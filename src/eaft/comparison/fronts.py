@@ -13,9 +13,9 @@ again. How hard the examples drawn are for all checkpoints alike is taken out, s
 are matched on the same examples: a target means the nll of these examples, and what is uncertain is
 how far apart on them two objectives are. What that gives and the spread over seeds are put together
 as in `eaft.comparison.differences`. The band is simultaneous: in about 95% of comparisons the whole
-true curve lies within (simulated: 95 to 98%; with two seeds that differ much, 90%), so that it may
-be read wherever it excludes 0. The one number that is tested is the mean difference over all
-targets.
+true curve lies within (simulated: 95 to 98%; with two seeds that differ much, 90%; with
+interpolations 93 to 97%), so that it may be read wherever it excludes 0. The one number that is
+tested is the mean difference over all targets.
 """
 
 from __future__ import annotations
