@@ -13,7 +13,7 @@ OLDEST_TESTS := tests/objective/test_loss.py tests/training/test_head.py $(addpr
     training/test_train_command.py::test_trains_and_writes_what_it_promises \
     training/test_train_command.py::test_yaml_lora_and_evaluation_from_a_folder_of_splits \
     evaluation/test_evaluate.py::test_a_model_beside_itself \
-    comparison/test_compare.py::test_resumes_and_lets_others_go_on_when_one_fails \
+    comparison/test_runs.py::test_resumes_and_lets_others_go_on_when_one_fails \
     inspection/test_findings.py \
     inspection/test_inspect.py::test_compared_rows_are_the_same_rows \
     inspection/test_queries.py)
