@@ -3,12 +3,12 @@ What `eaft tune` costs beside a plain training run with one evaluation, and besi
 four objectives: CPU seconds and peak memory, as ratios.
 
     python benchmarks/tune.py                    # from the repository's root; 15 minutes
-    python benchmarks/tune.py --no_compare       # without the four objectives: a third of that
+    python benchmarks/tune.py --rows 80 --no_compare     # as many rows as `make demo` trains on
 
 All train on the same short rows of GSM8K, for the same epochs, and measure the same held-out rows
 and as many drift prompts. CPU seconds, since other processes do not change them much. Nothing is
-kept from one to the next: each has a cache of its own. Writes benchmarks/results/tune.json after
-each command.
+kept from one to the next: each has a cache of its own. Writes benchmarks/results/tune_ROWS.json
+after each command.
 """
 
 import argparse
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "recipes" / "demo"
 WORK = ROOT / "runs" / "benchmark-tune"
 BUDGET = "0.05"
-TRAINED, EPOCHS, HELD_OUT = 32, 2, 16  # rows of training, and held out
+EPOCHS, HELD_OUT = 2, 16  # held-out rows
 PROMPTS, TOKENS = 8, 16  # of each part of tune; eval and compare have the prompts of both
 OBJECTIVES = {"sft": {"gate": "sft"}, "eaft": {"gate": "eaft"}, "dft": {"gate": "dft"}}
 OBJECTIVES["replay"] = {"gate": "sft", "replay": 0.1}  # type: ignore[dict-item]
@@ -37,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--rows", type=int, default=32, help="to train on, up to 84")
     parser.add_argument("--no_compare", action="store_true", help="leave eaft compare out")
     flags = parser.parse_args()
     shutil.rmtree(WORK, ignore_errors=True)
@@ -46,7 +47,7 @@ def main() -> None:
     )
     model = found.stdout.strip()
     rows = (DEMO / "data" / "gsm8k.jsonl").read_text().splitlines(keepends=True)
-    rows = sorted(rows, key=len)[: TRAINED + HELD_OUT]
+    rows = sorted(rows, key=len)[: flags.rows + HELD_OUT]
     (WORK / "train.jsonl").write_text("".join(rows[HELD_OUT:]))
     (WORK / "held_out.jsonl").write_text("".join(rows[:HELD_OUT]))
     config = str(WORK / "config.yaml")
@@ -67,10 +68,10 @@ def main() -> None:
         commands.append(("compare", "compare", ["compare", "--config", str(write_recipe(model))]))
     for name, cache, arguments in commands:
         measured[name] = run(cache, arguments)
-        settings = {"rows": TRAINED, "epochs": EPOCHS, "held_out": HELD_OUT}
+        settings = {"rows": flags.rows, "epochs": EPOCHS, "held_out": HELD_OUT}
         settings |= {"prompts": 2 * PROMPTS, "tokens": TOKENS}
         result = {"settings": settings, "measured": measured, "ratios": ratios_of(measured)}
-        file = ROOT / "benchmarks" / "results" / "tune.json"
+        file = ROOT / "benchmarks" / "results" / f"tune_{flags.rows}.json"
         write_json(file, {**result, "environment": environment()})
     for name, ratio in ratios_of(measured).items():
         print(f"{name}: {ratio:.2f}")
