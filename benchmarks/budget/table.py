@@ -154,13 +154,19 @@ def other_table(runs: Runs) -> str:
 
 
 def draw(settings: dict[str, Runs]) -> None:
-    """Draw reported held-out nll against the budget: dashed for checkpoints, solid interpolated."""
+    """
+    Draw reported held-out nll against the budget: dashed for checkpoints, solid interpolated.
+
+    Arms of one or two seeds are left out.
+    """
     figure, panels = plt.subplots(
         1, len(settings), figsize=(4.5 * len(settings), 4.5), squeeze=False, layout="constrained"
     )
     colours = {arm: f"C{i}" for i, arm in enumerate(ARMS)}
     for axes, (name, runs) in zip(panels[0], settings.items(), strict=True):
         for arm, by_seed in runs.items():
+            if len(by_seed) < 3:
+                continue
             for way, style in zip(WAYS, ("--", "-"), strict=True):
                 means = [np.mean([nll(run, way, b) for run in by_seed.values()]) for b in BUDGETS]
                 label = arm if way == "interpolation" else None
