@@ -44,6 +44,7 @@ from eaft.tuning.search import Search
 
 BUDGETS = (0.02, 0.05, 0.1)
 LOOKED_AT = 0.05  # the budget whose models are also measured on other data
+INTERPOLATED = 8  # steps between the checkpoints that are interpolated
 LONG = 12  # prompts whose drift is shown by position
 
 
@@ -152,7 +153,7 @@ def measure(
     for step in steps:
         search.at(step, 1.0)
     for budget in BUDGETS:
-        search.run([step for step in steps if step % setting.interpolated == 0], budget)
+        search.run([step for step in steps if step % INTERPOLATED == 0], budget)
     chosen: dict[Member, dict[str, Any]] = {}
     choices = []
     for budget in BUDGETS:

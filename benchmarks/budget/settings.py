@@ -28,6 +28,7 @@ COMMON: dict[str, Any] = {
     "gradient_checkpointing": False,
     "logging_steps": 4,
     "save_strategy": "steps",
+    "save_steps": 4,
     "save_only_model": True,
     "report_to": "none",
     "disable_tqdm": True,
@@ -65,8 +66,6 @@ class Setting:
         rows: returns, from `../shared/data`, the rows of `train-SEED` for each seed, of `screening`
             (which choose) and of `reported`.
         learning_rate: of full fine-tuning; `epochs`: of 16 steps.
-        save_steps: steps between the checkpoints.
-        interpolated: steps between the checkpoints that are interpolated.
         others: whether the models chosen at 0.05 are measured on other data too.
     """
 
@@ -75,8 +74,6 @@ class Setting:
     rows: Callable[[Path], dict[str, list[Row]]]
     learning_rate: float
     epochs: int
-    save_steps: int
-    interpolated: int
     others: bool
 
     def flags(self, arm: str) -> dict[str, Any]:
@@ -84,7 +81,6 @@ class Setting:
         own = {
             "learning_rate": self.learning_rate * RATES.get(arm, 1),
             "num_train_epochs": self.epochs,
-            "save_steps": self.save_steps,
         }
         return {**COMMON, **own, **ARMS[arm]}
 
@@ -183,11 +179,11 @@ def other_data(source: Path) -> dict[str, list[Row]]:
 
 
 SETTINGS = {
-    "gsm8k": Setting("SmolLM2-135M-Instruct, GSM8K", smollm2, gsm8k_rows, 2e-5, 2, 4, 8, True),
+    "gsm8k": Setting("SmolLM2-135M-Instruct, GSM8K", smollm2, gsm8k_rows, 2e-5, 2, True),
     "function-calls": Setting(
-        "SmolLM2-135M-Instruct, function calls", smollm2, function_call_rows, 1e-5, 2, 4, 8, False
+        "SmolLM2-135M-Instruct, function calls", smollm2, function_call_rows, 1e-5, 2, False
     ),
     "gemma": Setting(
-        "Gemma-3-270M (base), GSM8K as text", gemma3, plain_gsm8k_rows, 1e-5, 1, 4, 8, False
+        "Gemma-3-270M (base), GSM8K as text", gemma3, plain_gsm8k_rows, 1e-5, 1, False
     ),
 }
