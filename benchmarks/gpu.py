@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-TESTS = ["tests/objective/test_triton_backend.py", "tests/objective/test_fused.py"]
+TESTS = [
+    f"tests/objective/test_{name}.py" for name in ("triton_backend", "fused", "fused_exactness")
+]
 SHOWN = 4000  # characters of a log that are printed
 
 

@@ -109,7 +109,7 @@ def check_as_exact_as_plain(transform, dtype, seeds, without_label=False, **size
     The relative norm error of every number is at most 1.5 times that of plain float32 formulas, and
     8 ulp.
 
-    As in `test_fused.check_as_exact_as_plain`, whose reasons hold here.
+    As in `test_fused_exactness.check_as_exact_as_plain`, whose reasons hold here.
     """
     found = {"truth": [], "plain": [], "ours": []}
     for seed in range(seeds):
