@@ -4,6 +4,7 @@ tokenizer.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -185,13 +186,14 @@ def make_inspection(
 
 
 def make_tuning(folder):
-    """Write results.json as `eaft tune` does: two checkpoints, one interpolated and returned."""
+    """Write results.json as `eaft tune` does: two checkpoints; of two candidates one passed."""
     folder.mkdir(parents=True)
     intervals = {"nll_change": -0.5, "nll_low": -0.75, "nll_high": -0.25}
     intervals |= {"drift_low": 0.03, "drift_high": 0.06}
     screened = [
         Screened(step=4, share=1.0, nll=1.7, drift=0.08),  # as an older version wrote it
         Screened(step=8, share=1.0, nll=1.2, drift=0.12),
+        Screened(step=8, share=0.6, nll=1.45, drift=0.049),
         Screened(step=8, share=0.5, nll=1.5, drift=0.04, **intervals),
     ]
     chosen = Confirmation(
@@ -199,6 +201,7 @@ def make_tuning(folder):
         **{"shown": True, "prompts_needed": None, "tasks": [], "prompts": 40, "rows": 8},
         **{"nll": 1.55, "nll_change": -0.45, "nll_low": -0.7, "nll_high": -0.2},
     )
+    refused = {"share": 0.6, "drift": 0.052, "bound": 0.06, "within": False, "shown": False}
     sizes = ("training_rows", "screening_rows", "confirmation_rows", "left_out")
     sizes += ("screening_prompts", "confirmation_prompts")
     results = TuneResults(
@@ -210,7 +213,7 @@ def make_tuning(folder):
         base_nll=2.0,
         base_nll_screening=2.0,
         chosen=chosen,
-        candidates=[chosen],
+        candidates=[replace(chosen, **refused), chosen],
         screened=screened,
         unconstrained=Unconstrained(step=8, share=1.0, nll=1.2, drift=0.12, cost=0.3),
         answers=[

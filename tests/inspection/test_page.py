@@ -650,11 +650,11 @@ def test_a_tuning_is_a_front_whose_points_can_be_chosen(visit, tmp_path):
         expect(point).to_contain_text("the lowest held-out nll of all")
         expect(point.locator("dd").last).to_have_text("over")
         assert fragment(page)["point"] == "8,1"
-        assert rows(page, "Confirmation")[0] == [
-            "step 8, share 0.500 returned",
-            "1.550",
-            f"{MINUS}0.450 {MINUS}0.700 to {MINUS}0.200",
-            *("0.0410", "0.0490", "kept"),
+        expect(page.locator("figcaption")).to_contain_text("cross: did not pass")
+        nll = ["1.550", f"{MINUS}0.450 {MINUS}0.700 to {MINUS}0.200"]
+        assert rows(page, "Confirmation") == [
+            ["step 8, share 0.600", *nll, "0.0520", "0.0600", "over"],
+            ["step 8, share 0.500 returned", *nll, "0.0410", "0.0490", "kept"],
         ]
         page.get_by_role("button", name="2 + 2?").click()
         expect(page.locator(".answers .said")).to_have_text(["five", "<b>four</b>"])

@@ -179,6 +179,14 @@ def test_a_budget_that_was_hardly_used_is_told(tuned):
     assert "Most of the budget was not used" not in sentence(cost)
 
 
+def test_candidates_that_did_not_pass_are_told(tuned):
+    results = results_of(tuned)
+    for refused in (0, 2):
+        candidates = refused * [results.chosen] + [results.chosen]
+        told = f"{refused} that learned more did not pass the confirmation"
+        assert (told in sentence(replace(results, candidates=candidates))) == bool(refused)
+
+
 def test_answers_that_loop_are_told(tuned):
     results = results_of(tuned)
     answers = [replace(answer, before="", after="") for answer in results.answers]

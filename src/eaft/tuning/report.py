@@ -12,7 +12,7 @@ from eaft.evaluation.loops import loops_told
 from eaft.evaluation.paired import few_prompts
 from eaft.evaluation.report import save
 from eaft.text import fill_page
-from eaft.tuning.results import Screened, TuneResults
+from eaft.tuning.results import Confirmation, Screened, TuneResults
 
 REPORT, FRONT = "report.html", "front.png"
 UNUSED = 0.5  # of the budget: with a lower drift of the best model of all, most of it was not used
@@ -68,6 +68,8 @@ def sentence(results: TuneResults) -> str:
     way = f"taken {chosen.share:.1%} of the way from the base model"
     text += f" The model is the checkpoint of step {chosen.step}, "
     text += "as it is." if chosen.share == 1 else f"{way}."
+    if refused := len(results.candidates) - 1:
+        text += f" {refused} that learned more did not pass the confirmation."
     if best.cost is not None and best.cost > 0:
         text += f" On the rows that chose it, the budget cost {best.cost:.3f} nats: {free}."
     elif results.budget.max_drift and chosen.drift < UNUSED * results.budget.max_drift:
@@ -102,7 +104,7 @@ def why_none(results: TuneResults) -> str:
 
 
 def draw_front(results: TuneResults, path: Path) -> None:
-    """Draw held-out nll against drift: all that was screened, the budget and the chosen model."""
+    """Draw held-out nll against drift: what was screened, the budget, and what was confirmed."""
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
     axis.scatter(
         0,
@@ -133,8 +135,20 @@ def draw_front(results: TuneResults, path: Path) -> None:
     if budget is not None:
         label = f"budget {budget:g}"
         axis.axvline(budget, color="tab:red", linestyle="--", linewidth=1, label=label)
-    if results.chosen is not None:
-        point = chosen_point(results)
+    chosen = results.chosen
+    refused = [screened_of(one, results) for one in results.candidates if one != chosen]
+    if refused:
+        axis.scatter(
+            [point.drift for point in refused],
+            [point.nll for point in refused],
+            s=60,
+            marker="x",
+            color="tab:red",
+            label="did not pass the confirmation",
+            zorder=4,
+        )
+    if chosen is not None:
+        point = screened_of(chosen, results)
         axis.scatter(
             point.drift,
             point.nll,
@@ -155,12 +169,10 @@ def draw_front(results: TuneResults, path: Path) -> None:
     save(figure, path)
 
 
-def chosen_point(results: TuneResults) -> Screened:
-    """Return what screening measured of the chosen model."""
-    chosen = results.chosen
-    assert chosen is not None
+def screened_of(candidate: Confirmation, results: TuneResults) -> Screened:
+    """Return what screening measured of a candidate."""
     return next(
         point
         for point in results.screened
-        if (point.step, point.share) == (chosen.step, chosen.share)
+        if (point.step, point.share) == (candidate.step, candidate.share)
     )

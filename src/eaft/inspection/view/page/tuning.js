@@ -24,7 +24,12 @@ export function tuning({ results }, width) {
       h(
         "figure",
         {},
-        h("figcaption", {}, "Held-out nll against drift, on the screening data; click a point"),
+        h(
+          "figcaption",
+          {},
+          "Held-out nll against drift, on the screening data; click a point",
+          candidates.some((candidate) => !same(candidate, chosen)) && quiet("cross: did not pass the confirmation"),
+        ),
         front(results, point, size),
       ),
       point && details(results, point),
@@ -41,7 +46,8 @@ export function tuning({ results }, width) {
 }
 
 // Lines: interpolations toward the base. Squares: checkpoints. A click or Enter chooses a point
-function front({ screened, base_nll_screening: start, budget, chosen }, point, width) {
+function front({ screened, base_nll_screening: start, budget, candidates, chosen }, point, width) {
+  const refused = screened.filter((one) => !same(one, chosen) && candidates.some((candidate) => same(candidate, one)));
   const steps = [...new Set(screened.map(({ step }) => step))].sort(d3.ascending);
   const base = steps.map((step) => ({ step, share: 0, drift: 0, nll: start }));
   const drawn = d3.sort([...base, ...screened], (one) => one.step, (one) => one.share);
@@ -101,6 +107,15 @@ function front({ screened, base_nll_screening: start, budget, chosen }, point, w
         r: (one) => (one.share === 1 ? 6 : 4),
         stroke: "transparent",
         strokeWidth: 12,
+      }),
+      Plot.dot(refused, {
+        x: "drift",
+        y: "nll",
+        symbol: "times",
+        stroke: "var(--conflict)",
+        strokeWidth: 2,
+        r: 6,
+        pointerEvents: "none",
       }),
     ],
     r: { type: "identity" },
