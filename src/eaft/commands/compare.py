@@ -54,8 +54,8 @@ The recipe (YAML):
   keep_checkpoints: all            # chosen: delete the weights of the others once they are measured
 
 Give the same command again to go on after an interruption: finished runs are reused, others are
-resumed. If a run fails, the others go on. Exit code: 0; 1 if a run or a task failed; 2 if the
-command is wrong.
+resumed. If a run fails, the others go on. Exit code: 0; 1 if a run or a task failed and the
+others were compared; 2 if the command is wrong or nothing could be compared.
 """
 
 
