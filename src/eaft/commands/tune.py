@@ -15,11 +15,11 @@ Train a model on your data, and get back the model that learned most within a fo
   eaft tune Qwen/Qwen3-0.6B data.jsonl --max_drop 2 --suite general
   eaft tune --config recipe.yaml --max_drift 0.05 --strict --output_dir tuned-strict
 
-It trains once, with four checkpoints. It measures each checkpoint and some interpolations between it
-and the base model. Held-out rows say what a model learned; drift (mean KL(base || model) per token,
-on the base model's own answers) says what it forgot. Some rows and prompts choose up to three
-candidates, and others, which took no part in the choice, confirm. Writes the model, report.html, front.png and
-results.json.
+It trains once, with four checkpoints, and measures each checkpoint and some interpolations between
+it and the base model. Held-out rows say what a model learned; drift (mean KL(base || model) per
+token, on the base model's own answers) says what it forgot. Some rows and prompts choose up to three
+candidates, and others, which took no part in the choice, confirm. Writes the model, report.html,
+front.png and results.json.
 
 MODEL is a Hub id, a folder or a .gguf file; DATA is a Hub id, a file or a folder. Any flag of
 `eaft train` may follow (eaft train --help). The default is plain SFT (--gate sft). Give the same
