@@ -17,9 +17,9 @@ Train a model on your data, and get back the model that learned most within a fo
 
 It trains once, with four checkpoints, and measures each checkpoint and some interpolations between
 it and the base model. Held-out rows say what a model learned; drift (mean KL(base || model) per
-token, on the base model's own answers) says what it forgot. Some rows and prompts choose up to three
-candidates, and others, which took no part in the choice, confirm. Writes the model, report.html,
-front.png and results.json.
+token, on the base model's own answers) says what it forgot. Some rows and prompts choose up to
+three candidates, and others, which took no part in the choice, confirm. Writes the model,
+report.html, front.png and results.json.
 
 MODEL is a Hub id, a folder or a .gguf file; DATA is a Hub id, a file or a folder. Any flag of
 `eaft train` may follow (eaft train --help). The default is plain SFT (--gate sft). Give the same
