@@ -75,6 +75,17 @@ def test_rows_are_trls_and_none_is_lost(name, mode, tmp_path):
         assert len(left) < len(rows)  # TRL drops those whose prompt fills max_length
 
 
+def test_a_text_beside_prompt_and_completion_changes_nothing(tmp_path):
+    rows, _ = FORMATS["prompt and completion"]
+    args, tokenizer = build_args(tmp_path, {}), make_tokenizer()
+    alone, beside = (
+        prepare_rows(tokenizer, args, Dataset.from_list(data)).whole["labels"]
+        for data in (rows, [{**row, "text": row["prompt"] + row["completion"]} for row in rows])
+    )
+    assert list(beside) == list(alone)
+    assert all(labels[-1] == tokenizer.eos_token_id for labels in beside)
+
+
 def build_args(path, settings):
     from eaft import EAFTConfig
 

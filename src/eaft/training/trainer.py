@@ -239,6 +239,11 @@ class EAFTTrainer(SFTTrainer):
             dataset = cached_by_date(dataset)
         if self._label_turns and conversational(dataset):
             dataset = label_turns(dataset, processing_class, args)
+        columns = dataset.column_names or []  # of some streams they are not known
+        unread = {"prompt", "completion", args.dataset_text_field} <= set(columns)
+        if unread and formatting_func is None:
+            # TRL would end this text, which it does not train on, in place of the completion
+            dataset = dataset.remove_columns(args.dataset_text_field)
         first_replayed = None
         # An evaluation set may also have the name `train`
         if name == "train" and self._replayed is not None:
