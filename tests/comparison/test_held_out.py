@@ -246,14 +246,17 @@ def test_rows_without_a_label_are_left_out_and_others_must_fit(folder, caplog):
         ConfigurationError, match="row 0 has 3 tokens, more than the model's context of 2"
     ):
         held_out.check_fit(
-            [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}], str(folder), 2, "held_out"
+            [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}],
+            str(folder),
+            {"max_length": 2},
+            "held_out",
         )
     with pytest.raises(
         ConfigurationError,
         match="row 0 has the token id 320, and the base model's vocabulary has 320",
     ):
         held_out.check_fit(
-            [{"input_ids": [1, 320], "labels": [-100, 320]}], str(folder), 9, "held_out"
+            [{"input_ids": [1, 320], "labels": [-100, 320]}], str(folder), {}, "held_out"
         )
 
 

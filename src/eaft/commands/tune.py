@@ -104,6 +104,14 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def underscored(parser: argparse.ArgumentParser, word: str) -> str:
+    """Return `--output-dir` as `--output_dir`, as `eaft train` reads it too; other words as is."""
+    name, *value = word.split("=", 1)
+    own = name[2:].replace("-", "_")
+    known = name.startswith("--") and own in vars(parser.parse_args([]))
+    return "=".join([f"--{own}", *value]) if known else word
+
+
 def main(argv: list[str]) -> int:
     """Read the flags, and tune; return the exit code."""
     named = []
@@ -115,7 +123,8 @@ def main(argv: list[str]) -> int:
             f"{' '.join(named)!r}: give MODEL and DATA first, as {USAGE}; or neither, and name both"
             " by --config, or by --model_name_or_path and --dataset_name."
         )
-    flags, train_flags = make_parser().parse_known_args(argv)
+    parser = make_parser()
+    flags, train_flags = parser.parse_known_args([underscored(parser, word) for word in argv])
     if named:
         train_flags = ["--model_name_or_path", named[0], "--dataset_name", named[1], *train_flags]
     # After the flags are read: it takes seconds to import, which `--help` has no use for

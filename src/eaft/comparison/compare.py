@@ -22,7 +22,7 @@ from accelerate.state import AcceleratorState
 
 from eaft.comparison import report
 from eaft.comparison.collect import collect
-from eaft.comparison.measurer import Measurer, check_before_training, check_vocabulary_stays
+from eaft.comparison.measurer import Measurer, check_before_training
 from eaft.comparison.recipe import (
     HELD_OUT,
     Recipe,
@@ -35,12 +35,13 @@ from eaft.comparison.results import Failure
 from eaft.comparison.runs import MARK, FirstAlone, check_folder, claim, train_run
 from eaft.comparison.study import Study, prune, study
 from eaft.errors import ConfigurationError, EAFTError, disk_full, first_line
+from eaft.evaluation.comparable import check_template_adds_nothing
 from eaft.evaluation.evaluate import check_packages
 from eaft.evaluation.identity import tokenizer_digest, weights_digest
 from eaft.evaluation.launch import processes
 from eaft.evaluation.model_settings import load_tokenizer
 from eaft.evaluation.suite import Benchmark, Suite, load_suites
-from eaft.models import context_length, noted_date, template_date, template_today
+from eaft.models import noted_date, template_date, template_today
 from eaft.processes import locked
 from eaft.text import VisibleRecord, visible
 from eaft.training.apart import end_with_parent, parse_flags
@@ -96,7 +97,8 @@ def compare_on_date(recipe: Recipe, jobs: int) -> list[Failure]:
     runs = plan_runs(recipe, None)  # before a GGUF file is converted
     named, base = recipe.train["model_name_or_path"], base_model(recipe)
     check_before_training(recipe.evaluate, base, benchmarks)
-    check_vocabulary_stays(runs, base)
+    for path in dict.fromkeys(run.flags.get("chat_template_path") for run in runs):
+        check_template_adds_nothing(path, base, "train.chat_template_path")
     identity = [weights_digest(base), tokenizer_digest(load_tokenizer(base))]
     for run in runs:
         run.identity["model"] = identity
@@ -186,7 +188,7 @@ def prepare_held_out(recipe: Recipe, runs: list[Run], base: str) -> list[Row]:
         first, rows = next(iter(known.values()))
         check_alike(first, rows, *known[key])
     rows = next(rows for _, rows in known.values())
-    check_fit(rows, base, context_length(base, recipe.evaluate.model_args), HELD_OUT)
+    check_fit(rows, base, recipe.evaluate.model_args, HELD_OUT)
     labelled = [row for row in rows if row["input_ids"]]
     if len(labelled) < len(rows):
         left_out = [str(i) for i, row in enumerate(rows) if not row["input_ids"]]

@@ -11,7 +11,6 @@ that the run must be trained again.
 from __future__ import annotations
 
 import contextlib
-import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NotRequired
@@ -28,7 +27,6 @@ from eaft.evaluation.drift import Share
 from eaft.evaluation.identity import digest, tokenizer_digest
 from eaft.evaluation.launch import processes, shared
 from eaft.evaluation.measured_model import MeasuredModel, nll_of_rows, read_items
-from eaft.evaluation.model_settings import load_tokenizer
 from eaft.evaluation.pairs import pair
 from eaft.evaluation.protocol import Protocol
 from eaft.evaluation.results import Item
@@ -389,28 +387,3 @@ def check_before_training(
     )
     for kind, prompts in config.prompts.items():
         check_number(f"evaluate.{kind}_prompts", len(prompts))
-
-
-def check_vocabulary_stays(runs: list[Run], base: str) -> None:
-    """
-    Check that training adds no tokens, since drift compares the probabilities of one vocabulary.
-
-    With a model for its `chat_template_path`, TRL adds that tokenizer's tokens, and others up to a
-    multiple of 64.
-
-    Raises:
-        ConfigurationError: a run's chat template would add some.
-    """
-    own = load_tokenizer(base).get_vocab()
-    for path in dict.fromkeys(run.flags.get("chat_template_path") for run in runs):
-        if path is None or str(path).endswith((".jinja", ".j2")):
-            continue
-        added = {
-            str(token) for token in load_tokenizer(path).added_tokens_decoder.values()
-        } - own.keys()
-        if more := 64 * math.ceil((len(own) + len(added)) / 64) - len(own):
-            raise ConfigurationError(
-                f"train.chat_template_path={path!r}: TRL would add {more} tokens to the base"
-                f" model's {len(own)}, and drift compares token by token. Give the template alone,"
-                " as a .jinja file."
-            )

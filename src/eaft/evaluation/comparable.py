@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import shutil
 import sys
 from dataclasses import dataclass
@@ -97,6 +98,31 @@ def matching_tokenizers(
         )
     tokenizer.chat_template = base_tokenizer.chat_template
     return tokenizer, base_tokenizer
+
+
+def check_template_adds_nothing(
+    path: str | None, base: str, where: str, model_args: dict[str, Any] | None = None
+) -> None:
+    """
+    Check that a run's `chat_template_path` adds no tokens: drift compares token by token.
+
+    With a model for it, TRL adds that tokenizer's tokens, and others up to a multiple of 64.
+
+    Args:
+        where: the user's name for it; begins the message.
+
+    Raises:
+        ConfigurationError: it would add some.
+    """
+    if path is None or str(path).endswith((".jinja", ".j2")):
+        return
+    own = load_tokenizer(base, model_args).get_vocab()
+    theirs = {str(token) for token in load_tokenizer(path).added_tokens_decoder.values()}
+    if more := 64 * math.ceil(len(own.keys() | theirs) / 64) - len(own):
+        raise ConfigurationError(
+            f"{where}={path!r}: TRL would add {more} tokens to the base model's {len(own)}, and"
+            " drift compares token by token. Give the template alone, as a .jinja file."
+        )
 
 
 def differing(base: str, tuned: str, model_args: dict[str, Any]) -> dict[str, Setting]:

@@ -32,6 +32,7 @@ from eaft.training.run_folder import METRICS_FILE, RUN_FILE
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 ADAPTER = "adapter_config.json"
+TEMPLATES = "additional_chat_templates"  # of a tokenizer that has several
 AGAIN = "copy the model's folder again."
 # What a checkpoint, and a run's folder, hold beside the model: the trainer's state and records, and
 # model cards
@@ -47,6 +48,7 @@ TRAINERS = (
     METRICS_FILE,
     REPLAY_FILE,
     MEASUREMENTS_FILE,
+    "events.out.tfevents*",
     "_*",
     "*.tmp",
     "*.safetensors",
@@ -176,6 +178,8 @@ def write_member(
     for file in checkpoint.iterdir():
         if file.is_file() and not any(file.match(pattern) for pattern in TRAINERS):
             shutil.copy2(file, folder / file.name)
+    if (templates := checkpoint / TEMPLATES).is_dir():
+        shutil.copytree(templates, folder / TEMPLATES, dirs_exist_ok=True)
     if adapter is not None:
         check_adapter(config := adapter.config)
         config["lora_alpha"] *= share

@@ -11,11 +11,11 @@ import json
 from typing import Any
 
 from datasets import Dataset
-from transformers import AutoConfig
 
 from eaft.errors import ConfigurationError
 from eaft.evaluation.drift import prompt_of
 from eaft.evaluation.model_settings import load_tokenizer
+from eaft.models import context_length, text_config
 from eaft.training.prepare import prepare_rows
 from eaft.training.templates import without_nulls
 from eaft.training.trl_internals import maybe_convert_to_chatml
@@ -99,14 +99,17 @@ def prepare(dataset: Dataset, configs: list[Any], model: str, where: str) -> lis
     return rows
 
 
-def check_fit(rows: list[Row], model: str, context: int, where: str) -> None:
+def check_fit(rows: list[Row], model: str, model_args: dict[str, Any], where: str) -> None:
     """
     Check that the base model can read prepared rows.
+
+    Args:
+        model_args: where it comes from, as `Protocol.model_args`.
 
     Raises:
         ConfigurationError: a row is longer than its context, or has a token that it does not know.
     """
-    config = AutoConfig.from_pretrained(model).get_text_config()
+    config, context = text_config(model, model_args), context_length(model, model_args)
     for i, row in enumerate(rows):
         if (length := len(row["input_ids"])) > context:
             raise ConfigurationError(

@@ -66,6 +66,11 @@ def check_rows(
     first = next(iter(rows), None)
     if first is None:
         return
+    if "prompt" in first and not {"completion", "input_ids"} & first.keys():
+        raise ConfigurationError(
+            f"{where}: the rows have a prompt and no completion, and TRL looks for one: rename the"
+            " column prompt, or add completion."
+        )
     if not isinstance(rows, Dataset):
         form = form_of(first, first, text_field)
         for number, row in enumerate(itertools.islice(rows, STREAM_ROWS)):

@@ -21,7 +21,7 @@ from eaft.evaluation.drift import prompt_of
 from eaft.evaluation.held_out import Asked, HeldOutRows
 from eaft.evaluation.model_settings import load_tokenizer
 from eaft.files import read_json
-from eaft.models import context_length, find_model, template_date, template_today
+from eaft.models import find_model, template_date, template_today
 from eaft.training.config import EAFTConfig
 from eaft.training.data import load_data, load_rows
 from eaft.training.held_out import check_apart, check_fit, check_number, prepare
@@ -101,7 +101,7 @@ def read_rows(path: str, model: str, base: str, model_args: dict[str, Any]) -> H
             f"{WHERE}: row {empty[0]} has no labelled token{limit}; {len(empty)} of"
             f" {len(prepared)} rows have none: leave them out."
         )
-    check_fit(prepared, base, context_length(base, model_args), WHERE)
+    check_fit(prepared, base, model_args, WHERE)
     return HeldOutRows(
         file=path,
         rows=prepared,
@@ -157,8 +157,10 @@ def training_data(record: RunRecord, args: EAFTConfig, models: ModelConfig) -> D
 
 
 def asked_by(rows: Dataset) -> list[Asked]:
-    """Return the prompt and the answer of each row; rows of plain text have neither."""
-    if not {"prompt", "messages", "conversations"} & set(rows.column_names):
+    """Return the prompt and the answer of each row; plain text and token ids have neither."""
+    columns = set(rows.column_names)
+    asked_in = [{"prompt", "completion"}, {"messages"}, {"conversations"}]
+    if "input_ids" in columns or not any(form <= columns for form in asked_in):
         return []
     questions = []
     for i, row in enumerate(rows):

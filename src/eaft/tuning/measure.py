@@ -16,6 +16,7 @@ from eaft.evaluation.drift import BaseAnswers, Share
 from eaft.evaluation.identity import digest
 from eaft.evaluation.lm_eval_models import load
 from eaft.evaluation.measured_model import MeasuredModel, likeliest_answers, nll_of_rows
+from eaft.evaluation.model_settings import generation_config
 from eaft.evaluation.paired import paired_change
 from eaft.evaluation.results import Change, Item
 from eaft.evaluation.scores import score
@@ -83,7 +84,7 @@ class LoadedFamily:
         self.lm: Any = None
 
     def model(self, member: Member) -> Any:
-        """Return the torch model with a member's weights."""
+        """Return the torch model with a member's weights, and the tokens that end its answers."""
         folder = self.folders[member.step]
         if self.family is None:
             self.base.free()
@@ -92,6 +93,9 @@ class LoadedFamily:
             self.lm = load(name, self.base.tokenizer, self.base.protocol)
             self.family = Family(self.lm.model.eval(), self.base.model, self.options)
         self.family.put(folder, member.share)
+        source = str(folder) if member.share else self.base.model
+        ends = generation_config(source, self.base.protocol.model_args).eos_token_id
+        self.lm.model.generation_config.eos_token_id = ends  # --eos_token may have added one
         return self.family.model
 
     def measure(self, part: Part, member: Member) -> Point:

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import os
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,20 @@ from trl import get_peft_config
 from typing_extensions import TypedDict
 
 from eaft.errors import ConfigurationError
-from eaft.evaluation.comparable import check_measurable, comparable_models
+from eaft.evaluation.comparable import (
+    check_measurable,
+    check_template_adds_nothing,
+    comparable_models,
+)
 from eaft.evaluation.drift import read_prompts
 from eaft.evaluation.identity import digest, tasks_digest, tokenizer_digest, weights_digest
 from eaft.evaluation.measured_model import MeasuredModel
 from eaft.evaluation.model_settings import load_tokenizer
+from eaft.evaluation.paired import FEWEST_PROMPTS
 from eaft.evaluation.protocol import PROMPTS, Protocol
 from eaft.evaluation.suite import Benchmark, load_suites
 from eaft.files import Count, FiniteNotNegative, Positive, check, read_json, read_jsonl, read_yaml
-from eaft.models import context_length, resolve_model
+from eaft.models import resolve_model
 from eaft.processes import LOCK_FILE, check_place
 from eaft.provenance import versions
 from eaft.training.apart import (
@@ -67,6 +73,7 @@ NOT_HERE = {
     "forgetting_eval_steps": "eaft tune measures drift after training",
     "forgetting_budget": "the budget is --max_drift",
     "push_to_hub": "it would push the run's last checkpoint, not the chosen model",
+    "hub_token": "nothing is pushed, and the token would be written into the results",
     "save_total_limit": "every checkpoint is a candidate",
     "held_out": "in a recipe it is of eaft train; eaft tune has a flag of this name",
 }
@@ -127,7 +134,7 @@ class Plan:
     Attributes:
         configs: as `eaft.training.train.train` takes them.
         arguments: of `eaft train`.
-        base: the base model, to be measured.
+        base: the base model, to be measured; `protocol`: as asked for, before a model completes it.
         options: of the base model, as `from_pretrained` takes them.
         excluded: rows of the data that are not trained on, as `exclude_rows` reads them.
         held_out: raw rows of screening and confirmation; `rows`: as training prepares them.
@@ -141,6 +148,7 @@ class Plan:
     configs: list[Any]
     arguments: list[str]
     base: MeasuredModel
+    protocol: Protocol
     options: dict[str, Any]
     excluded: list[dict[str, Any]]
     held_out: list[Dataset]
@@ -192,10 +200,11 @@ def make_plan(settings: Settings, train_flags: list[str], day: str) -> Plan:
         ConfigurationError: something is wrong.
     """
     folder = Path(settings.output_dir)
-    given = {flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in train_flags}
+    given, recipe = named(train_flags), {}
     if "--config" in train_flags[:-1]:
         path = train_flags[train_flags.index("--config") + 1]
-        given |= read_yaml(path, f"--config {path}").keys()
+        recipe = read_yaml(path, f"--config {path}")
+        given |= recipe.keys()
     arguments = [*train_flags]
     own = bool(given & {"eval_strategy", "dataset_test_split"})  # evaluations of the user's own
     for name, value in DEFAULTS.items():
@@ -244,8 +253,18 @@ def make_plan(settings: Settings, train_flags: list[str], day: str) -> Plan:
         max_new_tokens=settings.max_new_tokens,
         model_args={k: v for k, v in options.items() if v and v != "main"},
     )
+    check_template_adds_nothing(
+        args.chat_template_path, model, "--chat_template_path", protocol.model_args
+    )
     base, _ = comparable_models(model, None, protocol, drift=True)
     prompts = split_prompts(settings, seed)
+    check_replayed(args, prompts)
+    few = len(prompts[1]) < FEWEST_PROMPTS
+    if settings.strict and settings.max_drift is not None and few:
+        raise ConfigurationError(
+            f"--strict: {len(prompts[1])} prompts cannot show that a drift is within the budget:"
+            f" give {FEWEST_PROMPTS} or more to confirm on (--confirmation_prompts, --prompts)."
+        )
     benchmarks: dict[str, Benchmark] = {}
     if settings.suite:
         _, benchmarks = load_suites(
@@ -253,11 +272,13 @@ def make_plan(settings: Settings, train_flags: list[str], day: str) -> Plan:
         )
     check_measurable([base], benchmarks, [prompt for part in prompts for prompt in part])
     prepared = []
-    for part in held_out:
+    for i, part in enumerate(held_out):
         rows_of_part = prepare(part, configs, model, "held-out rows")
-        check_fit(rows_of_part, model, context_length(model, protocol.model_args), "held-out rows")
-        prepared.append([row for row in rows_of_part if row["input_ids"]])
-        if len(prepared[-1]) < 2:
+        check_fit(rows_of_part, model, protocol.model_args, "held-out rows")
+        labelled = [number for number, row in enumerate(rows_of_part) if row["input_ids"]]
+        held_out[i] = part.select(labelled)
+        prepared.append([rows_of_part[number] for number in labelled])
+        if len(labelled) < 2:
             raise ConfigurationError(
                 "Fewer than 2 held-out rows of a part have a labelled token: raise --max_length, or"
                 " give more rows with --held_out."
@@ -275,9 +296,14 @@ def make_plan(settings: Settings, train_flags: list[str], day: str) -> Plan:
     identity = {
         "settings": {k: v for k, v in asdict(settings).items() if k not in FREE},
         "train_flags": train_flags,
-        "model": [weights_digest(model), tokenizer_digest(load_tokenizer(model))],
+        "recipe": digest(recipe),
+        "model": [
+            weights_digest(model, model_args.model_revision),
+            tokenizer_digest(load_tokenizer(model, protocol.model_args)),
+        ],
         "data": rows_digest(whole),
         "held_out": [rows_digest(part) for part in held_out],
+        "excluded": digest(excluded),
         "prompts": digest(prompts),
         "tasks": {
             name: tasks_digest(benchmark.tasks, benchmark.limit, None)
@@ -291,6 +317,7 @@ def make_plan(settings: Settings, train_flags: list[str], day: str) -> Plan:
         configs=configs,
         arguments=arguments,
         base=base,
+        protocol=protocol,
         options=options,
         excluded=excluded,
         held_out=held_out,
@@ -302,6 +329,14 @@ def make_plan(settings: Settings, train_flags: list[str], day: str) -> Plan:
         left_out=left_out,
         identity=json.loads(json.dumps(identity, default=str)),
     )
+
+
+def named(train_flags: list[str]) -> set[str]:
+    """Return the names of flags; of the ones that matter here also where they are abbreviated."""
+    flags = [flag for flag in train_flags if flag.startswith("--")]
+    given = {flag.partition("=")[0][2:].replace("-", "_") for flag in flags}
+    known = {*DEFAULTS, *NOT_HERE, "eval_strategy", "dataset_test_split", "early_stopping_patience"}
+    return given | {name for name in known if any(name.startswith(flag) for flag in given)}
 
 
 def without_exclusion(args: Any) -> Any:
@@ -362,6 +397,26 @@ def split_prompts(settings: Settings, seed: int) -> list[list[Any]]:
         )
     first = max(2, min(sizes[0], round(len(unique) * sizes[0] / sum(sizes))))
     return [unique[:first], unique[first:]]
+
+
+def check_replayed(args: Any, prompts: list[list[Any]]) -> None:
+    """
+    Check that training does not replay answers to the prompts that drift is measured on.
+
+    Raises:
+        ConfigurationError: it does.
+    """
+    if not args.replay:
+        return
+    replayed, measured = (
+        {json.dumps(prompt, sort_keys=True) for prompt in some}
+        for some in (read_prompts(args.replay_prompts, sys.maxsize), [*prompts[0], *prompts[1]])
+    )
+    if both := len(replayed & measured):
+        raise ConfigurationError(
+            f"--replay_prompts={args.replay_prompts!r} has {both} of the prompts that drift is"
+            " measured on, and drift on what is trained on says too little: give other --prompts."
+        )
 
 
 def check_folder(folder: Path, identity: dict[str, Any]) -> None:

@@ -91,6 +91,9 @@ def budgets(results: TuneResults) -> str:
 def why_none(results: TuneResults) -> str:
     """Return why no candidate passed."""
     if not results.candidates:
+        limit = results.budget.max_drift
+        if limit is not None and all(point.drift > limit for point in results.screened):
+            return "every model that was measured has drifted more"
         return "no model of this run learned anything within it"
     last = results.candidates[-1]
     name = "the safest candidate"

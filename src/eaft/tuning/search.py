@@ -22,6 +22,7 @@ CANDIDATES = 3  # at most
 POWER = 1.8
 CLOSE = 0.9  # a drift of at least this part of its limit is near enough
 TRIES = 3  # measurements for one limit of drift, at most
+MOST_TRIES = 8  # as long as none is within it
 LOWER = 0.75  # of a share: a smaller one that may have a lower nll, where training went on too long
 LOWER_TRIES = 2
 # Standard errors between the budget and what the three candidates aim at: they pass with about 50%,
@@ -104,7 +105,7 @@ class Search:
         Measure shares of one checkpoint until the largest with a drift of at most `limit` is known,
         or it cannot have the lowest nll.
         """
-        for _ in range(TRIES):
+        for tried in range(MOST_TRIES):
             own = sorted(
                 (p for p in self.points if p.member.step == step), key=lambda p: p.member.share
             )
@@ -112,12 +113,14 @@ class Search:
             over = [point for point in own if point.drift.mean > limit]
             if not over or (within and within[-1].drift.mean >= CLOSE * limit):
                 return
+            if within and tried >= TRIES:
+                return
             best = self.best(limit)
             # A smaller share of this checkpoint learns less than one that is over the limit already
             if best is not None and over[0].nll.mean >= best.nll.mean:
                 return
-            share = next_share(within[-1] if within else None, over[0], limit)
-            if any(point.member.share == share for point in own):
+            share = next_share(within, over, limit)
+            if not share or any(point.member.share == share for point in own):
                 return
             self.at(step, share)
 
@@ -127,22 +130,25 @@ def usually_measured(checkpoints: int) -> int:
     return 2 * checkpoints + CANDIDATES
 
 
-def next_share(within: Point | None, over: Point, limit: float) -> float:
+def next_share(within: list[Point], over: list[Point], limit: float) -> float:
     """
     Return the share whose drift should be a little below a limit.
 
+    Drift is taken for a power of the share, which two points tell.
+
     Args:
-        within: of the largest share known to be within it; None if there is none.
-        over: of the smallest share known to be over it; of the same checkpoint.
+        within: a checkpoint's points that are within the limit, by share.
+        over: the same checkpoint's points that are over it, by share; one or more.
     """
-    aim = math.sqrt(CLOSE) * limit
-    low, power = 0.0, POWER
-    if within is not None and within.drift.mean > 0 and within.member.share > 0:
-        low = within.member.share
-        power = math.log(over.drift.mean / within.drift.mean) / math.log(over.member.share / low)
-    share = over.member.share * (aim / over.drift.mean) ** (1 / max(power, 0.1))
-    edge = 0.05 * (over.member.share - low)  # so that each measurement narrows it down
-    return round(min(max(share, low + edge), over.member.share - edge), 3)
+    aim, first = math.sqrt(CLOSE) * limit, over[0]
+    low = within[-1].member.share if within else 0.0
+    other, power = (within[-1:] or over[1:2] or [first])[0], POWER
+    if other is not first and other.drift.mean > 0 and other.member.share > 0:
+        ratio = first.member.share / other.member.share
+        power = math.log(first.drift.mean / other.drift.mean) / math.log(ratio)
+    share = first.member.share * (aim / first.drift.mean) ** (1 / max(power, 0.1))
+    edge = 0.05 * (first.member.share - low)  # so that each measurement narrows it down
+    return round(min(max(share, low + edge), first.member.share - edge), 3)
 
 
 def choose_candidates(

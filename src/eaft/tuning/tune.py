@@ -11,7 +11,7 @@ from typing import Any
 
 from eaft.errors import EAFTError
 from eaft.evaluation.comparable import comparable_models
-from eaft.evaluation.paired import bootstrap_interval
+from eaft.evaluation.paired import FEWEST_PROMPTS, bootstrap_interval
 from eaft.evaluation.results import as_json
 from eaft.files import read_json
 from eaft.models import noted_date, template_date, template_today
@@ -104,19 +104,21 @@ def run(plan: Plan, settings: Settings, folder: Path) -> TuneResults:
     stopped = train(plan, work, phases)["result"].get("stopped_early")
     if stopped:
         say(stopped)
+    saved = checkpoints(work / RUN)
     members = [
         checkpoint
-        for checkpoint in checkpoints(work / RUN)
+        for checkpoint in saved
         if saved_files(checkpoint.folder) or (checkpoint.folder / "adapter_config.json").is_file()
     ]
+    way = "Under FSDP, set fsdp_state_dict_type: FULL_STATE_DICT."
     if not members:
-        raise EAFTError(
-            f"{work / RUN} holds no model as safetensors. Under FSDP, set"
-            " fsdp_state_dict_type: FULL_STATE_DICT."
+        raise EAFTError(f"{work / RUN} holds no model as safetensors. {way}")
+    if len(members) < len(saved):
+        say(
+            f"{len(saved) - len(members)} of {len(saved)} checkpoints hold no model as safetensors,"
+            f" and are left out. {way}"
         )
-    _, base = comparable_models(
-        str(members[-1].folder), plan.base.model, plan.base.protocol, drift=True
-    )
+    _, base = comparable_models(str(members[-1].folder), plan.base.model, plan.protocol, drift=True)
     assert base is not None
     batches = sum(-(-len(prompts) // base.protocol.answer_batch) for prompts in plan.prompts)
     steps = batches * settings.max_new_tokens
@@ -202,7 +204,7 @@ def introduce(plan: Plan, settings: Settings) -> None:
     prompts = len(plan.prompts[1])
     lost = f" ({plan.left_out} of --held_out left out: trained on)" if plan.left_out else ""
     text = ""
-    if settings.max_drift is not None:
+    if settings.max_drift is not None and prompts >= FEWEST_PROMPTS:
         most = settings.max_drift / (1 + typical_margin(prompts))
         text = (
             f" With {prompts} prompts a drift of up to about {most:.2g} can usually be shown to be"
@@ -227,6 +229,9 @@ def train(plan: Plan, work: Path, phases: Phases) -> RunRecord:
         phases.begin("training, done before")
         return record
     checkpoint = last_complete_checkpoint(folder) if folder.is_dir() else None
+    if checkpoint is None:  # what was measured is of another run
+        for name in (SCREENING, CONFIRMATION, TASKS):
+            (work / name).unlink(missing_ok=True)
     if plan.excluded:
         write_rows(plan.excluded, work / EXCLUDED)
     if plan.watched:
@@ -239,7 +244,8 @@ def train(plan: Plan, work: Path, phases: Phases) -> RunRecord:
         raise EAFTError(f"training ended with exit code {code}; its message is above.")
     for pattern in ("optimizer*", "scheduler*", "rng_state*", "scaler*"):
         for file in folder.glob(f"checkpoint-*/{pattern}"):
-            file.unlink()  # only a run that goes on needs them
+            # Only a run that goes on needs them. FSDP writes folders
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
     record = finished(folder)
     assert record is not None
     return record
@@ -329,6 +335,8 @@ def write_model(
     share = "" if chosen.share == 1 else f" It is base + {chosen.share} * (checkpoint - base)."
     (staging / "README.md").write_text(f"{text}\n## Tuned within a budget\n\n{said}{share}\n")
     for path in sorted(staging.iterdir()):
+        if path.is_dir():
+            shutil.rmtree(folder / path.name, ignore_errors=True)
         os.replace(path, folder / path.name)
     staging.rmdir()
 
