@@ -1,6 +1,7 @@
 """`eaft tune` from end to end on a tiny model: what it returns is what it says."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -183,7 +184,7 @@ def test_candidates_that_did_not_pass_are_told(tuned):
     results = results_of(tuned)
     for refused in (0, 2):
         candidates = refused * [results.chosen] + [results.chosen]
-        told = f"{refused} that learned more did not pass the confirmation"
+        told = f"{refused} candidates that learned more did not pass the confirmation"
         assert (told in sentence(replace(results, candidates=candidates))) == bool(refused)
 
 
@@ -248,6 +249,24 @@ def test_lora_and_held_out_rows_of_a_file(model_dir, inputs, tmp_path, monkeypat
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir), out)
     assert drift_of(out, model_dir, inputs) == pytest.approx(results.chosen.drift, rel=1e-4)
     assert np.isfinite([p.nll for p in results.screened]).all()
+
+
+def test_a_model_with_code_of_its_own(model_dir, inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(tune_module, "run_train", train_here)
+    own = shutil.copytree(model_dir, tmp_path / "own")
+    config = json.loads((own / "config.json").read_text())
+    places = {"AutoConfig": "own_config.Own", "AutoModelForCausalLM": "own_model.OwnForCausalLM"}
+    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": places}
+    (own / "config.json").write_text(json.dumps(config))
+    (own / "own_config.py").write_text(
+        "from transformers import LlamaConfig\nclass Own(LlamaConfig):\n    model_type = 'own'\n"
+    )
+    (own / "own_model.py").write_text(
+        "from transformers import LlamaForCausalLM\nfrom .own_config import Own\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = Own\n"
+    )
+    assert cli.main(flags_of(own, inputs, tmp_path / "out", "--trust_remote_code", "true")) == 0
+    assert (tmp_path / "out" / "own_model.py").is_file()
 
 
 def test_training_in_two_processes_under_fsdp2_gives_the_same_folder(

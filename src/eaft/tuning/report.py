@@ -69,7 +69,8 @@ def sentence(results: TuneResults) -> str:
     text += f" The model is the checkpoint of step {chosen.step}, "
     text += "as it is." if chosen.share == 1 else f"{way}."
     if refused := len(results.candidates) - 1:
-        text += f" {refused} that learned more did not pass the confirmation."
+        candidates = "candidate" if refused == 1 else "candidates"
+        text += f" {refused} {candidates} that learned more did not pass the confirmation."
     if best.cost is not None and best.cost > 0:
         text += f" On the rows that chose it, the budget cost {best.cost:.3f} nats: {free}."
     elif results.budget.max_drift and chosen.drift < UNUSED * results.budget.max_drift:
