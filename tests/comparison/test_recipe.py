@@ -153,6 +153,14 @@ def test_flags_take_a_part_of_the_recipe(content, tmp_path):
     ) == ("d", "m", "h")
 
 
+def test_the_model_that_is_trained_is_measured(content, tmp_path):
+    content["train"] |= {"model_revision": "v2", "trust_remote_code": True}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(content))
+    found = recipe.read_recipe(str(file), {}).evaluate.protocol.model_args
+    assert (found["revision"], found["trust_remote_code"]) == ("v2", True)
+
+
 def test_a_run_is_known_by_what_it_depends_on(content, tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(content))

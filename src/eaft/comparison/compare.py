@@ -96,10 +96,14 @@ def compare_on_date(recipe: Recipe, jobs: int) -> list[Failure]:
     benchmarks, groups = load_tasks(recipe)
     runs = plan_runs(recipe, None)  # before a GGUF file is converted
     named, base = recipe.train["model_name_or_path"], base_model(recipe)
+    options = recipe.evaluate.model_args
     check_before_training(recipe.evaluate, base, benchmarks)
     for path in dict.fromkeys(run.flags.get("chat_template_path") for run in runs):
-        check_template_adds_nothing(path, base, "train.chat_template_path")
-    identity = [weights_digest(base), tokenizer_digest(load_tokenizer(base))]
+        check_template_adds_nothing(path, base, "train.chat_template_path", options)
+    identity = [
+        weights_digest(base, options.get("revision")),
+        tokenizer_digest(load_tokenizer(base, options)),
+    ]
     for run in runs:
         run.identity["model"] = identity
         if run.flags["model_name_or_path"] == named:

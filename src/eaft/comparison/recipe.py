@@ -148,6 +148,10 @@ def read_recipe(path: str, overrides: dict[str, Any]) -> Recipe:
         recipe.pairs = recipe.pairs and [pair for pair in recipe.pairs if set(pair) <= set(names)]
     for name, value in chosen.items():
         setattr(recipe, name, value)
+    # What is trained is also what is measured
+    places = {"model_revision": "revision", "trust_remote_code": "trust_remote_code"}
+    trained = {place: recipe.train[name] for name, place in places.items() if name in recipe.train}
+    recipe.evaluate.model_args = {**trained, **recipe.evaluate.model_args}
     recipe = check(Recipe, recipe, f"{path}, with the flags")
     check_fields(recipe, path)
     return recipe
@@ -339,5 +343,8 @@ def base_model(recipe: Recipe) -> str:
     Raises:
         ConfigurationError: it cannot be read.
     """
-    recipe.train["model_name_or_path"] = resolve_model(recipe.train["model_name_or_path"])
+    recipe.train["model_name_or_path"] = resolve_model(
+        recipe.train["model_name_or_path"],
+        bool(recipe.evaluate.model_args.get("trust_remote_code")),
+    )
     return recipe.train["model_name_or_path"]
