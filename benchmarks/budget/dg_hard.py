@@ -142,8 +142,8 @@ def write_table(runs: list[dict[str, Any]]) -> None:
         "# DG-Hard beside interpolation at equal drift\n\nWritten by"
         " `python -m benchmarks.budget.dg_hard`; [README](../README.md) has the rule. *Kept*: the"
         f" mean share of a matrix's singular values.\n\n{text}\n\nDG-Hard's nll minus the"
-        f" interpolation's: {near} nats per token, 95% t interval over {len(runs)} seeds. With lines"
-        f" between shares that are 0.25 apart: {coarse}.\n"
+        f" interpolation's: {near} nats per token, 95% t interval over {len(runs)} seeds. With"
+        f" lines between shares that are 0.25 apart: {coarse}.\n"
     )
 
 
