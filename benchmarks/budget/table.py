@@ -16,6 +16,8 @@ from benchmarks.budget.run import BUDGETS, LOOKED_AT
 from benchmarks.budget.settings import ARMS, RESULTS, SETTINGS
 
 WAYS = ("checkpoints", "interpolation")
+OTHER = ("drift, tokens 0 to 64", "64 to 256", "drift, IFEval prompts")
+OTHER += ("MMLU nll, change", "PubMedQA nll, change")
 Run = dict[str, Any]
 Runs = dict[str, dict[int, Run]]  # by arm and seed
 
@@ -59,6 +61,7 @@ def section(setting: str, runs: Runs) -> list[str]:
     parts += ["\n### Interpolation against checkpoints, the same runs\n", gain_table(runs)]
     if SETTINGS[setting].others:
         parts += [f"\n### The models chosen at {LOOKED_AT}, on other data\n", other_table(runs)]
+        parts += ["\nInterpolation, minus `sft`:\n", other_differences(runs)]
     return parts
 
 
@@ -132,25 +135,37 @@ def other_table(runs: Runs) -> str:
     rows = []
     for way in WAYS:
         for arm, by_seed in runs.items():
-            pairs = [(run["base"], chosen(run, way, LOOKED_AT)) for run in by_seed.values()]
-            found = [(base, numbers) for base, numbers in pairs if numbers is not None]
-            if not found:
-                continue
-            columns = [
-                [n["by_position"]["to_64"] for _, n in found],
-                [n["by_position"]["to_256"] for _, n in found],
-                [n["other"]["drift"] for _, n in found],
-                [n["other"]["nll"] - base["mmlu"] for base, n in found],
-                [n["pubmedqa"] - base["pubmedqa"] for base, n in found],
-            ]
-            means = [
-                f"{np.mean(c):+.3f}" if i > 2 else f"{np.mean(c):.3f}"
-                for i, c in enumerate(columns)
-            ]
-            rows.append([f"`{arm}`", way, len(found), *means])
-    headers = ["arm", "way", "seeds", "drift, tokens 0 to 64", "64 to 256", "drift, IFEval prompts"]
-    headers += ["MMLU nll, change", "PubMedQA nll, change"]
-    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+            found = [numbers for run in by_seed.values() if (numbers := other(run, way))]
+            if found:
+                means = np.mean(found, axis=0)
+                cells = [f"{m:.3f}" if i < 3 else f"{m:+.3f}" for i, m in enumerate(means)]
+                rows.append([f"`{arm}`", way, len(found), *cells])
+    return tabulate(rows, ["arm", "way", "seeds", *OTHER], tablefmt="github", disable_numparse=True)
+
+
+def other_differences(runs: Runs) -> str:
+    """Return how the arms differ from SFT on other data, each interpolated; paired by seed."""
+
+    def column(arm: str, i: int) -> dict[int, float]:
+        found = {seed: other(run, "interpolation") for seed, run in runs[arm].items()}
+        return {seed: numbers[i] for seed, numbers in found.items() if numbers is not None}
+
+    rows = [
+        [f"`{arm}`", *(paired(column(arm, i), column("sft", i)) for i in range(len(OTHER)))]
+        for arm in runs
+        if arm != "sft"
+    ]
+    return tabulate(rows, ["arm", *OTHER], tablefmt="github", disable_numparse=True)
+
+
+def other(run: Run, way: str) -> list[float] | None:
+    """Return the numbers of `OTHER` of the model chosen at `LOOKED_AT`; None if that is the base."""
+    numbers, base = chosen(run, way, LOOKED_AT), run["base"]
+    if numbers is None:
+        return None
+    drifts = [numbers["by_position"][part] for part in ("to_64", "to_256")]
+    mmlu, pubmedqa = numbers["other"]["nll"] - base["mmlu"], numbers["pubmedqa"] - base["pubmedqa"]
+    return [*drifts, numbers["other"]["drift"], mmlu, pubmedqa]
 
 
 def draw(settings: dict[str, Runs]) -> None:
