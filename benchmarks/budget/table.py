@@ -16,8 +16,10 @@ from benchmarks.budget.run import BUDGETS, LOOKED_AT
 from benchmarks.budget.settings import ARMS, RESULTS, SETTINGS
 
 WAYS = ("checkpoints", "interpolation")
-OTHER = ("drift, tokens 0 to 64", "64 to 256", "drift, IFEval prompts")
-OTHER += ("MMLU nll, change", "PubMedQA nll, change")
+OTHER = (
+    *("drift, tokens 0 to 64", "64 to 256", "drift, IFEval prompts"),
+    *("MMLU nll, change", "PubMedQA nll, change"),
+)
 Run = dict[str, Any]
 Runs = dict[str, dict[int, Run]]  # by arm and seed
 
@@ -159,7 +161,7 @@ def other_differences(runs: Runs) -> str:
 
 
 def other(run: Run, way: str) -> list[float] | None:
-    """Return the numbers of `OTHER` of the model chosen at `LOOKED_AT`; None if that is the base."""
+    """Return the numbers of `OTHER` of the model chosen at `LOOKED_AT`; None for the base model."""
     numbers, base = chosen(run, way, LOOKED_AT), run["base"]
     if numbers is None:
         return None
