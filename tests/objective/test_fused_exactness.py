@@ -24,8 +24,7 @@ SIZES = {
 
 def check_as_exact_as_plain(gate, size, dtype, seeds=16, tokens_at_a_time=5):
     """
-    The relative norm error of every number is at most that of the reference function in the same
-    dtype.
+    Check that no number has a larger relative error than the reference function's, in this dtype.
 
     Over all seeds together, since one rounding is luck. The margin is half the plain error, and 8
     units in the last place of the format the number is returned in: two sums of the same terms in

@@ -84,6 +84,10 @@ def test_a_text_beside_prompt_and_completion_changes_nothing(tmp_path):
     )
     assert list(beside) == list(alone)
     assert all(labels[-1] == tokenizer.eos_token_id for labels in beside)
+    args = build_args(tmp_path, {"dataset_text_field": "completion"})
+    assert list(prepare_rows(tokenizer, args, Dataset.from_list(rows)).whole["labels"]) == list(
+        alone
+    )
 
 
 def build_args(path, settings):

@@ -240,10 +240,10 @@ class EAFTTrainer(SFTTrainer):
         if self._label_turns and conversational(dataset):
             dataset = label_turns(dataset, processing_class, args)
         columns = dataset.column_names or []  # of some streams they are not known
-        unread = {"prompt", "completion", args.dataset_text_field} <= set(columns)
-        if unread and formatting_func is None:
+        text, pair = args.dataset_text_field, {"prompt", "completion"}
+        if formatting_func is None and text not in pair and {*pair, text} <= set(columns):
             # TRL would end this text, which it does not train on, in place of the completion
-            dataset = dataset.remove_columns(args.dataset_text_field)
+            dataset = dataset.remove_columns(text)
         first_replayed = None
         # An evaluation set may also have the name `train`
         if name == "train" and self._replayed is not None:
